@@ -1,0 +1,72 @@
+# make install   .venv with everything the main job needs
+# make demo      write clips, train the tiny model with GRPO, print held-out scores before and after
+# make test      ruff, pyright and pytest, what .ci/run calls
+# make clean     remove build products and caches; .venv and runs/ stay
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help install test demo clean
+
+VENV ?= .venv
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+# PyTorch's own index of CPU builds, asked only where pip's configured places do not have the pinned torch
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# the first interpreter that is new enough; PYTHON=/path/to/python chooses another
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo "$$p" && break; done)
+
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*)
+
+help:
+	@grep '^# make' Makefile | cut -c3-
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(SOURCES)
+	@if [ -z "$(PYTHON)" ]; then
+	  echo "make install: found no Python 3.11, 3.12 or 3.13; install one, or name it: make install PYTHON=..." >&2
+	  exit 1
+	fi
+	# a GPU machine usually comes with a torch that fits its driver: that one is kept
+	keep_torch=""
+	if nvidia-smi >/dev/null 2>&1; then
+	  keep_torch=$$("$(PYTHON)" -c 'import torch; v = torch.__version__; print(v if tuple(map(int, v.split(".")[:2])) >= (2, 11) else "")' 2>/dev/null || true)
+	fi
+	[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $${keep_torch:+--system-site-packages} $(VENV)
+	constraints=$(VENV)/constraints.txt
+	if [ -n "$$keep_torch" ]; then
+	  echo "make install: a GPU and torch $$keep_torch are here; keeping that torch"
+	  echo "torch==$$keep_torch" > $$constraints
+	elif nvidia-smi >/dev/null 2>&1; then
+	  echo "make install: a GPU is here; taking pip's default torch"
+	  : > $$constraints
+	else
+	  echo "make install: no NVIDIA GPU here; taking the CPU build of torch"
+	  cp constraints-cpu.txt $$constraints
+	  $(BIN)/python -m pip install -qq -c $$constraints torch 2>/dev/null \
+	    || $(BIN)/python -m pip install -qq -c $$constraints --index-url $(TORCH_INDEX) torch
+	fi
+	$(BIN)/python -m pip install -qq -c $$constraints -e .
+	rm -f $(VENV)/.installed-dev
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(BIN)/python -m pip install -qq -c $(VENV)/constraints.txt -e '.[dev]'
+	touch $@
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+demo: $(VENV)/.installed
+	@$(BIN)/python -m vcr1_fast.demo $(DEMO_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

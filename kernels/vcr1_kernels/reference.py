@@ -1,0 +1,96 @@
+"""Every op of this package in plain torch: what "correct" means. Differentiable by autograd, any dtype up to float64.
+
+Shape letters: F frames, H W pixels (patchify) or H K query and key heads (attention), P patches, T packed tokens,
+N scored tokens, D hidden size, V vocabulary, C head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .prefix_attention import PrefixLayout
+
+
+def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target under softmax(hidden @ weight.T / temperature), and the entropy of that softmax.
+
+    logprob_i = z_iy - logsumexp_v z_iv        entropy_i = logsumexp_v z_iv - sum_v p_iv z_iv        z = h W^T / temperature
+
+    Args:
+        hidden_ND: [N, D]; weight_VD: [V, D]; target_N: [N] int64 in 0..V-1; temperature: > 0.
+
+    Returns: two tensors [N], float32 for half-precision inputs, else of the dtype of the inputs. Both carry gradients.
+    Holds [N, V] logits: 2 x 4 bytes x N x V in float32.
+    """
+    logits_NV = hidden_ND @ weight_VD.T
+    if logits_NV.dtype in (torch.bfloat16, torch.float16):
+        logits_NV = logits_NV.float()
+    all_logprobs_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
+    logprob_N = all_logprobs_NV.gather(1, target_N.unsqueeze(1)).squeeze(1)
+    probs_NV = all_logprobs_NV.exp()
+    # 0 * -inf (a logit masked out) must count as 0
+    entropy_N = -torch.where(probs_NV > 0, probs_NV * all_logprobs_NV, torch.zeros_like(probs_NV)).sum(-1)
+    return logprob_N, entropy_N
+
+
+def prefix_attention(query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
+    """The definition of `vcr1_kernels.prefix_attention`: one softmax over [T, T] under the tree mask, by autograd.
+
+    Token i sees token j <= i when both are of one group and j is in the prompt or in i's own completion.
+    Arguments and result as there.
+    """
+    num_tokens = query_THC.shape[0]
+    group_T = torch.empty(num_tokens, dtype=torch.long)
+    branch_T = torch.empty(num_tokens, dtype=torch.long)  # 0: prompt, i: completion i
+    for index, group in enumerate(layout):
+        group_T[group.start : group.end] = index
+        branch_T[group.start : group.prompt_end] = 0
+        lengths = torch.tensor(group.completion_lens, dtype=torch.long)
+        branch_T[group.prompt_end : group.end] = torch.repeat_interleave(torch.arange(1, len(lengths) + 1), lengths)
+    position_T = torch.arange(num_tokens)
+    visible_TT = (
+        (position_T[:, None] >= position_T[None, :])
+        & (group_T[:, None] == group_T[None, :])
+        & ((branch_T[None, :] == 0) | (branch_T[:, None] == branch_T[None, :]))
+    ).to(query_THC.device)
+    repeats = query_THC.shape[1] // key_TKC.shape[1]
+    key_THC, value_THC = (x.repeat_interleave(repeats, dim=1) for x in (key_TKC, value_TKC))
+    scores_HTT = torch.einsum("qhc,khc->hqk", query_THC, key_THC) * scale
+    probs_HTT = torch.softmax(scores_HTT.masked_fill(~visible_TT, float("-inf")), dim=-1)
+    return torch.einsum("hqk,khc->qhc", probs_HTT, value_THC)
+
+
+PATCH_PX = 14
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def patchify(rgb_FHW3: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Frames to vision-tower input, value for value what the Hugging Face Qwen2-VL video processor makes of them.
+
+    value = (byte - 255 * mean) / (255 * std), CLIP's mean and std per channel. Rows run over frame pairs, blocks of
+    28 x 28 pixels (down, then across) and the 2 x 2 patches of a block; a row holds 3 channels x 2 frames x 14 x 14.
+
+    Args:
+        rgb_FHW3: [F, H, W, 3] uint8, F >= 1 (the last frame is repeated when F is odd), H and W multiples of 28.
+        dtype: of the result; computed in float32, or in float64 when that is asked for.
+
+    Returns [P, 1176] on the device of the input, P = ceil(F / 2) * H / 14 * W / 14. Raises ValueError for other input.
+    """
+    num_frames, height, width, num_channels = rgb_FHW3.shape
+    if rgb_FHW3.dtype != torch.uint8 or num_frames < 1 or num_channels != 3 or height % 28 or width % 28:
+        raise ValueError(
+            f"patchify got {rgb_FHW3.dtype} {tuple(rgb_FHW3.shape)}, "
+            "wanted torch.uint8 [F >= 1, H, W, 3] with H and W multiples of 28"
+        )
+    if num_frames % 2:
+        rgb_FHW3 = torch.cat((rgb_FHW3, rgb_FHW3[-1:]))
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    mean_3 = torch.tensor(CLIP_MEAN, dtype=compute_dtype, device=rgb_FHW3.device) * 255.0
+    std_3 = torch.tensor(CLIP_STD, dtype=compute_dtype, device=rgb_FHW3.device) * 255.0
+    values_FHW3 = ((rgb_FHW3.to(compute_dtype) - mean_3) / std_3).to(dtype)
+    blocks = values_FHW3.view(-1, 2, height // 28, 2, PATCH_PX, width // 28, 2, PATCH_PX, 3)
+    # pair, frame, block row, patch row, y, block column, patch column, x, channel
+    rows = blocks.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return rows.reshape(-1, 3 * 2 * PATCH_PX * PATCH_PX)

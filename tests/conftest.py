@@ -1,0 +1,152 @@
+"""Shared fixtures: a tokenizer and a random Qwen2.5-VL, both built in memory; `gpu` tests are skipped without CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from vcr1_fast.prompts.positions import mrope_positions
+from vcr1_fast.types import Example, IntervalTruth, Patches, Prompt
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+ModelFactory = Callable[..., Qwen2_5_VLForConditionalGeneration]
+
+# The models of the tests are too small to share out: two threads on two busy cores made a decode step 10 times slower.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def build_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS) -> PreTrainedTokenizerFast:
+    """One token per byte (ids 0-255), then the special tokens in the order given."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(list(special_tokens))
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[[Sequence[str]], PreTrainedTokenizerFast]:
+    """make_tokenizer(special_tokens): for tests of a tokenizer that does not fit."""
+    return build_tokenizer
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, tied: bool = False, head_scale: float = 1.0
+) -> Qwen2_5_VLForConditionalGeneration:
+    """3 decoder layers, 2 vision layers. Weights have std 1.5 / sqrt(fan_in), so that attention is far from uniform
+    and a wrong position changes log-probs by tenths, not by 1e-6."""
+    ids = tokenizer.get_vocab()
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 288,
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            "tie_word_embeddings": tied,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+            "window_size": 56,
+            "tokens_per_second": 2,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tied,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                noise = 0.1 * torch.randn(weight.shape, generator=generator)
+                weight.copy_(noise + (1.0 if "norm" in name or "ln_q" in name else 0.0))
+            else:
+                fan_in = weight[0].numel()
+                weight.copy_(1.5 / fan_in**0.5 * torch.randn(weight.shape, generator=generator))
+        model.lm_head.weight.mul_(head_scale)
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> ModelFactory:
+    """make_tiny_model(seed=0, tied=False, head_scale=1.0): a fresh model."""
+    return lambda **options: build_model(tiny_tokenizer, **options)
+
+
+@pytest.fixture
+def tiny_model(make_tiny_model: ModelFactory) -> Qwen2_5_VLForConditionalGeneration:
+    return make_tiny_model()
+
+
+def make_patches(grid_thw: tuple[int, int, int], second_per_grid_s: float = 1.0, seed: int = 0) -> Patches:
+    """Random patches, no video behind them."""
+    t, h, w = grid_thw
+    values = torch.randn(t * h * w, 1176, generator=torch.Generator().manual_seed(seed))
+    return Patches(values, grid_thw, second_per_grid_s, 2 * t, t * second_per_grid_s)
+
+
+def make_example(example_id: str = "e", query: str = "a ball rolls", **changes: object) -> Example:
+    fields = {
+        "task": "echo",
+        "video": f"/videos/{example_id}.mp4",
+        "query": query,
+        "duration_s": 8.0,
+        "truth": IntervalTruth(((1.0, 2.0),)),
+    }
+    return Example(id=example_id, **{**fields, **changes})
+
+
+@pytest.fixture(scope="session")
+def make_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Prompt]:
+    """make_prompt(grid, text, second_per_grid_s=1.0, seed=0): a Prompt with random patches."""
+
+    def make(grid: tuple[int, int, int], text: str, second_per_grid_s: float = 1.0, seed: int = 0) -> Prompt:
+        patches = make_patches(grid, second_per_grid_s, seed)
+        video = "<|vision_start|>" + "<|video_pad|>" * patches.num_tokens + "<|vision_end|>"
+        ids = torch.tensor(tiny_tokenizer(text + video + "\n>")["input_ids"])
+        pad_id = tiny_tokenizer.get_vocab()["<|video_pad|>"]
+        positions = mrope_positions(ids, [grid], [second_per_grid_s], pad_id, 2)
+        return Prompt(make_example(f"{text}:{seed}"), ids, positions, patches)
+
+    return make

@@ -1,0 +1,84 @@
+"""A random model of the real architecture with weights large enough that a wrong position or mask is visible."""
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from vcr1_fast.types import Completion, Example, IntervalTruth, Patches, Prompt, RolloutGroup
+
+VOCABULARY, VIDEO_PAD, VISION_START, VISION_END = 64, 60, 61, 62
+
+
+def random_model(seed: int = 0, tied: bool = False) -> Qwen2_5_VLForConditionalGeneration:
+    text = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": tied,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]},
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+        "window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2,
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=59, video_token_id=VIDEO_PAD,
+        vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, tie_word_embeddings=tied,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                scale = 1.5 / parameter[0].numel() ** 0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def random_prompt(generator: torch.Generator, grid: tuple[int, int, int], second_per_grid_s: float, text: int) -> Prompt:
+    """Text, one video, text. Positions by the rule of the original model, written out here a second time."""
+    t, h, w = grid
+    num_video = t * h * w // 4
+    words = torch.randint(2, 50, (text,), generator=generator)
+    video = torch.full((num_video,), VIDEO_PAD)
+    token_ids = torch.cat([words, torch.tensor([VISION_START]), video, torch.tensor([VISION_END]), words[:3]])
+    start = text + 1
+    positions = [[i, i, i] for i in range(start)]
+    for frame in range(t):
+        for row in range(h // 2):
+            for column in range(w // 2):
+                positions.append([start + int(frame * second_per_grid_s * 2), start + row, start + column])
+    after = max(max(p) for p in positions) + 1
+    positions += [[after + i] * 3 for i in range(1 + 3)]
+    patches = torch.randn(t * h * w, 1176, generator=generator)
+    example = Example("e", "temporal_grounding", "v.mp4", "q", 8.0, IntervalTruth(((1.0, 2.0),)))
+    return Prompt(example, token_ids, torch.tensor(positions).T, Patches(patches, grid, second_per_grid_s, 2 * t, 8.0))
+
+
+def random_group(
+    seed: int,
+    lengths: tuple[int, ...],
+    advantages: tuple[float, ...] | None = None,
+    grid: tuple[int, int, int] = (3, 4, 8),
+    second_per_grid_s: float = 1.0,
+    text: int = 5,
+) -> RolloutGroup:
+    generator = torch.Generator().manual_seed(seed)
+    completions = tuple(
+        Completion(torch.randint(2, 50, (n,), generator=generator), -torch.rand(n, generator=generator) - 0.5, "stop")
+        for n in lengths
+    )
+    if advantages is None:
+        advantages = tuple(torch.randn(len(lengths), generator=generator, dtype=torch.float64).tolist())
+    prompt = random_prompt(generator, grid, second_per_grid_s, text)
+    return RolloutGroup(prompt, completions, 1, advantages=advantages)
+
+
+@pytest.fixture
+def make_model():
+    return random_model
+
+
+@pytest.fixture
+def make_group():
+    return random_group

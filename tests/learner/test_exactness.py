@@ -1,0 +1,152 @@
+"""The packed row is exact: loss and every gradient equal those of G separate rows through the stock model."""
+
+import copy
+
+import pytest
+import torch
+
+from vcr1_fast.config import AlgorithmConfig, ModelConfig
+from vcr1_fast.learner.model import PolicyModel
+from vcr1_fast.learner.objective import grpo_objective
+from vcr1_fast.learner.packing import pack
+
+TEMPERATURE = 0.9
+
+
+def separate_rows_loss(hf, groups, weights, algorithm, temperature=TEMPERATURE):
+    """The same loss by the stock forward, one padded-free row per completion, formulas written out."""
+    total = torch.zeros((), dtype=next(hf.parameters()).dtype)
+    for group, group_weights in zip(groups, weights, strict=True):
+        prompt = group.prompt
+        for completion, advantage, weight in zip(group.completions, group.advantages, group_weights, strict=True):
+            ids = torch.cat([prompt.token_ids_L, completion.token_ids_R])
+            extra = prompt.next_position + torch.arange(completion.num_tokens)
+            positions = torch.cat([prompt.position_ids_3L, extra.expand(3, -1)], dim=1)
+            logits = hf(
+                input_ids=ids[None],
+                pixel_values_videos=prompt.patches.values_PC.to(total.dtype),
+                video_grid_thw=torch.tensor([prompt.patches.grid_thw]),
+                position_ids=positions[:, None],
+                use_cache=False,
+            ).logits[0]
+            predicting = logits[prompt.token_ids_L.numel() - 1 : -1] / temperature
+            logprob = torch.log_softmax(predicting, -1).gather(1, completion.token_ids_R[:, None])[:, 0]
+            engine_logprob = completion.logprobs_R.to(total.dtype)
+            old = logprob.detach() if algorithm.minibatches_per_rollout == 1 else engine_logprob
+            ratio = torch.exp(logprob - old)
+            clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+            surrogate = torch.where(clipped * advantage < ratio * advantage, clipped * advantage, ratio * advantage)
+            total = total - weight * surrogate.sum()
+    return total
+
+
+def packed_loss(hf, groups, weights, algorithm):
+    policy = PolicyModel(hf, ModelConfig(), torch.float32)
+    batch = pack(groups, weights)
+    logprob_N, entropy_N = policy(batch, TEMPERATURE)
+    return grpo_objective(logprob_N, entropy_N, batch, None, algorithm)[0]
+
+
+def gradients(hf, loss):
+    hf.zero_grad()
+    loss.backward()
+    return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in hf.named_parameters()}
+
+
+# G = 1; unequal lengths; one token (its only prediction comes from the prompt's row); an empty completion;
+# a row whose weights are all 0; two prompts of different sizes in one row.
+CASES = {
+    "one_completion": [dict(seed=0, lengths=(6,), advantages=(1.3,))],
+    "unequal": [dict(seed=1, lengths=(4, 9, 1, 6))],
+    "empty_completion": [dict(seed=2, lengths=(5, 0, 3))],
+    "slow_video": [dict(seed=3, lengths=(5, 7), second_per_grid_s=2.5)],
+    "fast_video": [dict(seed=4, lengths=(5, 7), second_per_grid_s=0.35, grid=(5, 4, 4))],
+    "two_prompts": [
+        dict(seed=5, lengths=(3, 8, 2)),
+        dict(seed=6, lengths=(7, 1), grid=(2, 8, 4), second_per_grid_s=0.5, text=11),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("minibatches", [1, 2], ids=["on_policy", "engine_logprobs"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_loss_and_every_gradient_equal_separate_rows(make_model, make_group, case, minibatches, tied):
+    groups = [make_group(**options) for options in case]
+    weights = [[0.1 * (i + 1) for i in range(len(g.completions))] for g in groups]
+    algorithm = AlgorithmConfig(minibatches_per_rollout=minibatches)
+    stock = make_model(tied=tied)
+    ours = copy.deepcopy(stock)
+    want_loss = separate_rows_loss(stock, groups, weights, algorithm)
+    got_loss = packed_loss(ours, groups, weights, algorithm)
+    assert abs(got_loss.item() - want_loss.item()) <= 1e-5 * max(abs(want_loss.item()), 1.0)
+    want, got = gradients(stock, want_loss), gradients(ours, got_loss)
+    assert any("visual" in name and want[name].norm() > 0 for name in want)
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-9, name
+
+
+def test_all_masked_row_has_no_gradient(make_model, make_group):
+    groups = [make_group(seed=7, lengths=(4, 2))]
+    hf = make_model()
+    loss = packed_loss(hf, groups, [[0.0, 0.0]], AlgorithmConfig())
+    assert loss.item() == 0.0
+    assert all(gradient.abs().max() == 0 for gradient in gradients(hf, loss).values())
+
+
+def test_masked_row_leaves_its_siblings_alone(make_model, make_group):
+    group = make_group(seed=8, lengths=(4, 6, 3))
+    weights = [[0.2, 0.0, 0.5]]
+    stock = make_model()
+    ours = copy.deepcopy(stock)
+    want = gradients(stock, separate_rows_loss(stock, [group], weights, AlgorithmConfig()))
+    got = gradients(ours, packed_loss(ours, [group], weights, AlgorithmConfig()))
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-9, name
+
+
+def test_a_wrong_position_is_caught(make_model, make_group):
+    """The comparison above can fail: one position off by one moves the gradient far more than its bound."""
+    import dataclasses
+
+    group = make_group(seed=9, lengths=(4, 6))
+    stock = make_model()
+    ours = copy.deepcopy(stock)
+    want = gradients(stock, separate_rows_loss(stock, [group], [[0.1, 0.1]], AlgorithmConfig()))
+    shifted = group.prompt.position_ids_3L.clone()
+    shifted[0, 7] += 1
+    wrong = dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, position_ids_3L=shifted))
+    got = gradients(ours, packed_loss(ours, [wrong], [[0.1, 0.1]], AlgorithmConfig()))
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert (got[name] - want[name]).norm() > 1e-3 * want[name].norm()
+
+
+def test_gradient_checkpointing_changes_nothing(make_model, make_group):
+    group = make_group(seed=10, lengths=(4, 6))
+    plain, recomputed = make_model(), make_model()
+    want = gradients(plain, packed_loss(plain, [group], [[0.1, 0.2]], AlgorithmConfig()))
+    policy = PolicyModel(recomputed, ModelConfig(gradient_checkpointing=True), torch.float32).train()
+    batch = pack([group], [[0.1, 0.2]])
+    loss, _ = grpo_objective(*policy(batch, TEMPERATURE), batch, None, AlgorithmConfig())
+    got = gradients(recomputed, loss)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-9)
+
+
+def test_bfloat16_error_is_that_of_the_stock_path(make_model, make_group):
+    """Under autocast both paths round; ours must not be worse than twice the stock path."""
+    group = make_group(seed=11, lengths=(8, 5, 7))
+    truth_model = make_model().double()
+    truth = gradients(truth_model, separate_rows_loss(truth_model, [group], [[0.1] * 3], AlgorithmConfig()))
+    stock, ours = make_model(), make_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock_loss = separate_rows_loss(stock, [group], [[0.1] * 3], AlgorithmConfig())
+    want = gradients(stock, stock_loss)
+    policy = PolicyModel(ours, ModelConfig(), torch.bfloat16)
+    batch = pack([group], [[0.1] * 3])
+    got = gradients(ours, grpo_objective(*policy(batch, TEMPERATURE), batch, None, AlgorithmConfig())[0])
+
+    def error(of):
+        return sum(((of[n].double() - truth[n]) ** 2).sum() for n in truth) ** 0.5
+
+    assert error(got) <= 2 * error(want)

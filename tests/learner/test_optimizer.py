@@ -1,0 +1,111 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from vcr1_fast.config import ConfigError, OptimizerConfig
+from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(1, 2, 2)  # weight has 5 dimensions: a matrix
+        self.linear = nn.Linear(3, 4)
+        self.norm = nn.LayerNorm(4)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+
+def rates(num_updates: int, num_asked: int, **settings: object) -> list[float]:
+    """Learning rates that updates 1 .. num_asked really use."""
+    config = OptimizerConfig(learning_rate=2.0, **settings)  # pyright: ignore[reportArgumentType]
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=config.learning_rate)
+    schedule = build_schedule(optimizer, config, num_updates)
+    used = []
+    for _ in range(num_asked):
+        before = weight.item()
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        schedule.step()
+        used.append(before - weight.item())
+    return used
+
+
+def test_only_matrices_decay_and_frozen_weights_are_left_out():
+    policy = Mixed()
+    optimizer = build_optimizer(policy, OptimizerConfig(weight_decay=0.1, betas=(0.8, 0.9), eps=1e-7))
+    decayed, plain = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert {id(p) for p in decayed["params"]} == {id(policy.patch.weight), id(policy.linear.weight)}
+    assert {id(p) for p in plain["params"]} == {
+        id(p) for p in (policy.patch.bias, policy.linear.bias, policy.norm.weight, policy.norm.bias)
+    }
+    assert (decayed["betas"], plain["eps"]) == ((0.8, 0.9), 1e-7)
+
+
+def test_first_update_by_hand():
+    # AdamW's first step moves a weight by lr * sign(grad) (moments cancel), after decaying it by lr * weight_decay.
+    policy = nn.Linear(1, 1)
+    with torch.no_grad():
+        policy.weight.fill_(2.0)
+        policy.bias.fill_(2.0)
+    optimizer = build_optimizer(policy, OptimizerConfig(learning_rate=0.5, weight_decay=0.1))
+    policy.weight.grad = torch.full((1, 1), -3.0)
+    policy.bias.grad = torch.full((1,), 3.0)
+    optimizer.step()
+    assert policy.weight.item() == pytest.approx(2.0 * (1 - 0.05) + 0.5, abs=1e-6)
+    assert policy.bias.item() == pytest.approx(1.5, abs=1e-6)
+    assert all(state["exp_avg"].dtype == torch.float32 for state in optimizer.state.values())
+
+
+def test_weights_that_are_not_float32_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"weight is torch.bfloat16, wanted float32"):
+        build_optimizer(nn.Linear(2, 2).bfloat16(), OptimizerConfig())
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(ConfigError, match="no parameter is trainable"):
+        build_optimizer(nn.Linear(2, 2).requires_grad_(False), OptimizerConfig())
+
+
+def test_a_model_of_vectors_only_makes_one_group():
+    assert len(build_optimizer(nn.LayerNorm(3), OptimizerConfig()).param_groups) == 1
+
+
+def test_schedules_by_hand():
+    assert rates(4, 6, schedule="constant") == pytest.approx([2.0] * 6)
+    assert rates(6, 6, schedule="constant", warmup_steps=4) == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
+    # N = 6, W = 2: after the warm-up (6 - k + 1) / 4 for k = 3..6, then 0
+    assert rates(6, 8, schedule="linear", warmup_steps=2) == pytest.approx([1.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0, 0.0])
+    half = math.sqrt(0.5)
+    assert rates(4, 5, schedule="cosine") == pytest.approx([2.0, 1.0 + half, 1.0, 1.0 - half, 0.0], abs=1e-6)
+
+
+def test_a_warmup_longer_than_the_run_and_a_run_of_no_updates():
+    assert rates(2, 2, schedule="linear", warmup_steps=4) == pytest.approx([0.5, 1.0])
+    assert rates(0, 1, schedule="cosine") == pytest.approx([2.0])
+
+
+@pytest.mark.parametrize(("max_norm", "scale"), [(1.0, 1.0 / 13.0), (100.0, 1.0)])
+def test_clip_grad_norm(max_norm: float, scale: float):
+    policy = nn.Linear(2, 1)
+    policy.weight.grad = torch.tensor([[3.0, 4.0]])
+    policy.bias.grad = torch.tensor([12.0])  # norm: sqrt(9 + 16 + 144) = 13
+    assert clip_grad_norm(policy, max_norm) == pytest.approx(13.0)
+    torch.testing.assert_close(policy.weight.grad, torch.tensor([[3.0, 4.0]]) * scale, rtol=1e-5, atol=0)
+    torch.testing.assert_close(policy.bias.grad, torch.tensor([12.0]) * scale, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_norm_that_is_not_finite_is_reported_and_leaves_the_gradients_alone(bad: float):
+    policy = nn.Linear(2, 1)
+    policy.weight.grad = torch.tensor([[3.0, 4.0]])
+    policy.bias.grad = torch.tensor([bad])
+    assert not math.isfinite(clip_grad_norm(policy, 1.0))
+    assert policy.weight.grad.tolist() == [[3.0, 4.0]]
+
+
+def test_no_gradient_has_norm_zero():
+    assert clip_grad_norm(nn.Linear(2, 1), 1.0) == 0.0

@@ -1,0 +1,191 @@
+"""One update: how micro-batches, mini-batches and ranks are split never changes the gradient."""
+
+import copy
+import dataclasses
+import math
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from vcr1_fast.config import AlgorithmConfig, Config, ModelConfig, OptimizerConfig, TrainConfig
+from vcr1_fast.learner.sharding import World
+from vcr1_fast.learner.step import Learner
+
+LENGTHS = [(5, 3, 8), (1, 9, 2), (4, 4, 4), (7, 2, 6)]
+
+
+def make_config(path: Path, tokens_per_microbatch: int = 100_000, **algorithm) -> Config:
+    return Config(
+        model=ModelConfig(path=str(path), compute_dtype="float32", device="cpu"),
+        algorithm=AlgorithmConfig(**algorithm),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        train=TrainConfig(tokens_per_microbatch=tokens_per_microbatch, prompts_per_step=4),
+    )
+
+
+@pytest.fixture
+def model_path(make_model, tmp_path) -> Path:
+    make_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def groups(make_group):
+    return [make_group(seed, lengths) for seed, lengths in enumerate(LENGTHS)]
+
+
+def update_and_capture(learner: Learner, groups) -> tuple[list, dict[str, torch.Tensor]]:
+    """The reports of one rollout's updates and the gradients the first of them clipped."""
+    captured: dict[str, torch.Tensor] = {}
+    real_step = learner.optimizer.step
+
+    def step():
+        if not captured:
+            named = learner.policy.hf.named_parameters()
+            captured.update({n: p.grad.detach().clone() for n, p in named if p.grad is not None})
+        real_step()
+
+    learner.optimizer.step = step
+    return learner.update_grpo(groups), captured
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
+def test_micro_batches_never_change_the_gradient(model_path, groups, loss):
+    # 100,000 tokens: all groups in one row; 110: two rows of two; 1: every group alone
+    results = []
+    for tokens in (100_000, 110, 1):
+        learner = Learner(make_config(model_path, tokens, loss=loss), World(), 10)
+        results.append(update_and_capture(learner, groups))
+    [whole], want = results[0]
+    for [report], got in results[1:]:
+        assert report.sums["loss"] == pytest.approx(whole.sums["loss"], rel=1e-5, abs=1e-7)
+        assert report.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
+        for name in want:
+            assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-9, name
+
+
+def test_zero_advantage_groups_count_in_the_mean_but_are_not_run(model_path, groups):
+    dead = dataclasses.replace(groups[1], advantages=(0.0, 0.0, 0.0))
+    learner = Learner(make_config(model_path), World(), 10)
+    [report] = learner.update_grpo([groups[0], dead])
+    assert report.sums["tokens_executed"] == 34 + 4 + 2 + 7
+    alone = Learner(make_config(model_path), World(), 10)
+    [half] = alone.update_grpo([groups[0]])
+    assert report.grad_norm == pytest.approx(half.grad_norm / 2, rel=1e-5)  # 6 sequences instead of 3
+
+
+def test_nothing_to_train_leaves_the_weights(model_path, groups):
+    learner = Learner(make_config(model_path), World(), 10)
+    before = copy.deepcopy(learner.policy.state_dict())
+    dead = dataclasses.replace(groups[0], advantages=(0.0, 0.0, 0.0))
+    [report] = learner.update_grpo([dead])
+    assert report.grad_norm == 0.0
+    assert all(torch.equal(before[name], value) for name, value in learner.policy.state_dict().items())
+
+
+def test_non_finite_gradient_skips_the_update(model_path, groups):
+    learner = Learner(make_config(model_path), World(), 10)
+    before = copy.deepcopy(learner.policy.state_dict())
+    broken = dataclasses.replace(groups[0], advantages=(math.nan, 1.0, -1.0))
+    [report] = learner.update_grpo([broken])
+    assert report.skipped
+    assert all(torch.equal(before[name], value) for name, value in learner.policy.state_dict().items())
+
+
+def test_minibatches_split_the_rollout_and_use_engine_logprobs(model_path, groups):
+    learner = Learner(make_config(model_path, minibatches_per_rollout=2), World(), 10)
+    reports = learner.update_grpo(groups)
+    assert [r.sums["tokens"] for r in reports] == [sum(map(sum, LENGTHS[:2])), sum(map(sum, LENGTHS[2:]))]
+    assert all(r.sums["clipped_low"] + r.sums["clipped_high"] > 0 for r in reports)  # engine log-probs here are random
+
+
+def test_kl_is_zero_at_the_start_and_grows(model_path, groups):
+    learner = Learner(make_config(model_path, beta=0.1), World(), 10)
+    [first] = learner.update_grpo(groups)
+    [second] = learner.update_grpo(groups)
+    assert first.sums["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert second.sums["kl"] > 1e-4
+
+
+def test_truncated_completions_can_be_left_out(model_path, groups):
+    truncated = dataclasses.replace(
+        groups[0],
+        completions=(groups[0].completions[0], *(dataclasses.replace(c, finish_reason="length") for c in groups[0].completions[1:])),
+    )  # fmt: skip
+    learner = Learner(make_config(model_path, mask_truncated=True), World(), 10)
+    weights = learner._weights([truncated], "grpo", mask_truncated=True)
+    assert weights == [[pytest.approx(1 / (5 * 3)), 0.0, 0.0]]
+
+
+def test_update_raises_the_probability_of_rewarded_answers(model_path, groups):
+    learner = Learner(make_config(model_path), World(), 100)
+    group = dataclasses.replace(groups[0], advantages=(1.0, -0.5, -0.5))
+    from vcr1_fast.learner.packing import pack
+
+    def sequence_logprob() -> float:
+        with torch.no_grad():
+            return learner.policy(pack([group], [[1.0] * 3]), 1.0)[0][:5].sum().item()
+
+    before = sequence_logprob()
+    for _ in range(5):
+        learner.update_grpo([group])
+    assert sequence_logprob() > before + 1.0
+
+
+RANK_SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from conftest import random_group
+from test_step import LENGTHS, make_config
+from pathlib import Path
+from vcr1_fast.learner.sharding import all_reduce_sum, init_distributed, shutdown, whole_tensor
+from vcr1_fast.learner.step import Learner
+
+world = init_distributed("cpu")
+groups = [random_group(seed, lengths) for seed, lengths in enumerate(LENGTHS)]
+share = {shares}[world.rank] if world.world_size > 1 else range(4)
+learner = Learner(make_config(Path({path!r}), 1, beta={beta}), world, 10)
+captured = {{}}
+def capture():
+    captured.update({{n: whole_tensor(p.grad) for n, p in learner.policy.hf.named_parameters() if p.grad is not None}})
+learner.optimizer.step = capture
+[report] = learner.update_grpo([groups[i] for i in share])
+if world.rank == 0:
+    torch.save({{"grads": captured, "loss": report.sums["loss"], "norm": report.grad_norm}}, {out!r})
+shutdown(world)
+"""
+
+
+@pytest.mark.parametrize(
+    ("shares", "beta"),
+    [
+        ([[0, 1], [2, 3]], 0.0),
+        ([[0, 1, 2, 3], []], 0.0),  # a rank without work keeps the collectives aligned
+        ([[0, 1, 2], [3]], 0.04),
+    ],
+    ids=["even", "one_rank_idle", "uneven_with_kl"],
+)
+def test_two_fsdp_processes_equal_one(model_path, tmp_path, shares, beta):
+    results = []
+    for ranks in (1, 2):
+        out = tmp_path / f"ranks{ranks}.pt"
+        script = tmp_path / f"ranks{ranks}.py"
+        script.write_text(
+            textwrap.dedent(RANK_SCRIPT).format(
+                tests=str(Path(__file__).parent), shares=shares, path=str(model_path), beta=beta, out=str(out)
+            )
+        )
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", str(script)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(torch.load(out, weights_only=True))
+    one, two = results
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=1e-7)
+    assert two["norm"] == pytest.approx(one["norm"], rel=1e-5)
+    assert one["grads"].keys() == two["grads"].keys()
+    for name, want in one["grads"].items():
+        assert (two["grads"][name] - want).norm() <= 1e-5 * want.norm() + 1e-9, name

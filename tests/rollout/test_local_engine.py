@@ -1,0 +1,358 @@
+"""The local engine against stock forwards of the Hugging Face model at the same ids with explicit positions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+
+from vcr1_fast.prompts.positions import mrope_positions
+from vcr1_fast.rollout.grouped_cache import GroupedCache
+from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.types import Completion, Prompt, SamplingParams
+
+Model = Qwen2_5_VLForConditionalGeneration
+ModelFactory = Callable[..., Model]
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+@pytest.fixture
+def prompts(make_prompt: Callable[..., Prompt]) -> list[Prompt]:
+    """Three lengths, three video sizes, three frame rates."""
+    return [
+        make_prompt((4, 4, 6), "what?", 1.0, 1),
+        make_prompt((2, 8, 8), "when does the person open the door?", 0.7, 2),
+        make_prompt((7, 4, 4), "who is it, and where", 2.5, 3),
+    ]
+
+
+@pytest.fixture
+def engine(tiny_model: Model, tiny_tokenizer: PreTrainedTokenizerFast) -> LocalEngine:
+    return LocalEngine(tiny_model, tiny_tokenizer)
+
+
+@torch.no_grad()
+def full_logits(model: Model, prompt: Prompt, completion_ids_R: Tensor) -> Tensor:
+    """[R, V] float32: a stock forward of the one row [prompt | completion], positions by the rule on that whole row."""
+    ids_L = torch.cat([prompt.token_ids_L, completion_ids_R])
+    patches = prompt.patches
+    positions_3L = mrope_positions(
+        ids_L, [patches.grid_thw], [patches.second_per_grid_s], model.config.video_token_id, 2
+    )
+    logits_LV = model(
+        input_ids=ids_L[None].to(model.device),
+        position_ids=positions_3L[:, None].to(model.device),
+        pixel_values_videos=patches.values_PC.to(model.device, model.dtype),
+        video_grid_thw=torch.tensor([patches.grid_thw]).to(model.device),
+    ).logits[0]
+    return logits_LV[prompt.token_ids_L.numel() - 1 : -1].float().cpu()
+
+
+def logprob_error(model: Model, prompt: Prompt, completion: Completion, temperature: float = 1.0) -> float:
+    """Largest difference between the reported log-probs and those of the stock forward."""
+    ids_R = completion.token_ids_R
+    logprob_RV = (full_logits(model, prompt, ids_R) / temperature).log_softmax(-1)
+    return float((completion.logprobs_R - logprob_RV.gather(1, ids_R[:, None])[:, 0]).abs().max())
+
+
+def ids(groups: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
+    return [[c.token_ids_R.tolist() for c in group] for group in groups]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("tied", [False, True])
+def test_log_probs_are_those_of_separate_rows(
+    make_tiny_model: ModelFactory,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    prompts: list[Prompt],
+    temperature: float,
+    tied: bool,
+) -> None:
+    engine = LocalEngine(make_tiny_model(tied=tied), tiny_tokenizer)
+    stock = make_tiny_model(tied=tied)
+    groups = engine.generate(prompts, SamplingParams(4, 12, temperature, seed=5))
+    assert [len(group) for group in groups] == [4, 4, 4]
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert len({tuple(c.token_ids_R.tolist()) for c in group}) > 1
+        for completion in group:
+            assert completion.logprobs_R.dtype == torch.float32 and completion.token_ids_R.dtype == torch.int64
+            assert logprob_error(stock, prompt, completion, temperature) < 1e-4
+
+
+def test_the_log_prob_check_sees_a_wrong_position(
+    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    moved_3L = prompts[0].position_ids_3L.clone()
+    moved_3L[0, -1] += 1  # one axis of one token
+    engine = LocalEngine(make_tiny_model(), tiny_tokenizer)
+    [[completion]] = engine.generate(
+        [dataclasses.replace(prompts[0], position_ids_3L=moved_3L)], SamplingParams(1, 4, seed=5)
+    )
+    assert logprob_error(make_tiny_model(), prompts[0], completion) > 1e-2
+
+
+@pytest.mark.parametrize(("num_copies", "group_size"), [(1, 8), (6, 1)])  # rows are dropped; whole prompts are dropped
+def test_rows_that_end_early_leave_the_others_right(
+    make_tiny_model: ModelFactory,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    prompts: list[Prompt],
+    monkeypatch: pytest.MonkeyPatch,
+    num_copies: int,
+    group_size: int,
+) -> None:
+    # Near-uniform over 288 ids, two of which end a row: half of the rows are done after about 100 tokens. 160 tokens
+    # also make the buffers of new tokens grow once.
+    kept: list[tuple[int, int]] = []
+    original = GroupedCache.keep
+
+    def spy(cache: GroupedCache, prompts_P: Tensor, rows_B: Tensor) -> None:
+        kept.append((prompts_P.numel(), rows_B.numel()))
+        original(cache, prompts_P, rows_B)
+
+    monkeypatch.setattr(GroupedCache, "keep", spy)
+    engine = LocalEngine(make_tiny_model(head_scale=0.05), tiny_tokenizer)
+    stock = make_tiny_model(head_scale=0.05)
+    asked = prompts * num_copies
+    groups = engine.generate(asked, SamplingParams(group_size, 160, seed=1))
+    num_prompts, num_rows = kept[-1]
+    assert num_rows < len(asked) * group_size and (group_size > 1 or num_prompts < len(asked))
+    lengths = [c.num_tokens for group in groups for c in group]
+    assert min(lengths) < 100 and max(lengths) > 130
+    for prompt, group in zip(asked, groups, strict=True):
+        assert max(logprob_error(stock, prompt, completion) for completion in group) < 1e-4
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(
+    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    engine, stock = LocalEngine(make_tiny_model(), tiny_tokenizer), make_tiny_model()
+    banned = [tiny_tokenizer.get_vocab()[name] for name in VISION_TOKENS]
+    groups = engine.generate(prompts, SamplingParams(2, 10, temperature=0.0))
+    for prompt, (first, second) in zip(prompts, groups, strict=True):
+        logits_RV = full_logits(stock, prompt, first.token_ids_R)
+        logits_RV[:, banned] = -torch.inf
+        assert torch.equal(first.token_ids_R, logits_RV.argmax(-1))
+        assert torch.equal(first.token_ids_R, second.token_ids_R)
+        assert logprob_error(stock, prompt, first) < 1e-4
+
+
+def test_tokens_follow_the_seed_and_not_the_chunks(
+    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    model = make_tiny_model(head_scale=0.3)
+    sampling = SamplingParams(4, 30, seed=7)
+    whole = LocalEngine(model, tiny_tokenizer).generate(prompts, sampling)
+    assert ids(LocalEngine(model, tiny_tokenizer).generate(prompts, sampling)) == ids(whole)
+    for max_batch_rows in (1, 4, 8, 11):  # one prompt at a time, one, two, two
+        engine = LocalEngine(model, tiny_tokenizer, max_batch_rows=max_batch_rows)
+        assert ids(engine.generate(prompts, sampling)) == ids(whole)
+    other = LocalEngine(model, tiny_tokenizer).generate(prompts, dataclasses.replace(sampling, seed=8))
+    assert ids(other) != ids(whole)
+
+
+def test_the_same_prompt_twice_gives_different_answers(engine: LocalEngine, prompts: list[Prompt]) -> None:
+    first, second = engine.generate([prompts[0], prompts[0]], SamplingParams(3, 10))
+    assert ids([first]) != ids([second])
+
+
+def test_vision_ids_are_never_drawn_but_count_in_the_log_prob(
+    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    banned = [tiny_tokenizer.get_vocab()[name] for name in VISION_TOKENS]
+    model, stock = make_tiny_model(), make_tiny_model()
+    for either in (model, stock):  # what the head likes best are now exactly the banned ids
+        with torch.no_grad():
+            either.lm_head.weight[banned] *= 4
+    groups = LocalEngine(model, tiny_tokenizer).generate(prompts, SamplingParams(8, 12, seed=2))
+    drawn = {token for group in ids(groups) for row in group for token in row}
+    assert not drawn & set(banned)
+    banned_mass = full_logits(stock, prompts[0], groups[0][0].token_ids_R).softmax(-1)[:, banned].sum(-1)
+    assert banned_mass.max() > 0.5  # otherwise this test would say nothing
+    assert logprob_error(stock, prompts[0], groups[0][0]) < 1e-4
+
+
+@pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
+def test_a_stop_id_ends_the_row_and_is_its_last_id(
+    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt], stop: str
+) -> None:
+    model, stop_id = make_tiny_model(), tiny_tokenizer.get_vocab()[stop]
+    prompt = prompts[0]
+    free = LocalEngine(model, tiny_tokenizer).generate([prompt], SamplingParams(1, 8, temperature=0.0))[0][0]
+    assert free.finish_reason == "length" and free.num_tokens == 8
+    third = int(free.token_ids_R[2])
+    assert third not in free.token_ids_R[:2].tolist()
+    with torch.no_grad():  # the head now says the stop id, a hair louder, where it said that token
+        model.lm_head.weight[stop_id] = model.lm_head.weight[third] * 1.001
+    ended = LocalEngine(model, tiny_tokenizer).generate([prompt], SamplingParams(1, 8, temperature=0.0))[0][0]
+    assert ended.finish_reason == "stop"
+    assert ended.token_ids_R.tolist() == [*free.token_ids_R[:2].tolist(), stop_id]
+    assert ended.num_tokens == ended.logprobs_R.numel() == 3
+    assert ended.text == tiny_tokenizer.decode(free.token_ids_R[:2].tolist()) and stop not in ended.text
+
+
+def test_top_p_restricts_the_support(
+    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    model, stock = make_tiny_model(head_scale=0.3), make_tiny_model(head_scale=0.3)
+    banned = [tiny_tokenizer.get_vocab()[name] for name in VISION_TOKENS]
+
+    def mass_above(top_p: float) -> float:
+        """Largest mass of the tokens that are likelier than a drawn one; below top_p for every kept token."""
+        [group] = LocalEngine(model, tiny_tokenizer).generate(prompts[:1], SamplingParams(8, 20, 1.0, top_p, 4))
+        result = 0.0
+        for completion in group:
+            logits_RV = full_logits(stock, prompts[0], completion.token_ids_R)
+            logits_RV[:, banned] = -torch.inf
+            prob_RV = logits_RV.softmax(-1)
+            drawn_R1 = prob_RV.gather(1, completion.token_ids_R[:, None])
+            result = max(result, float(prob_RV.where(prob_RV > drawn_R1, 0).sum(-1).max()))
+        return result
+
+    assert mass_above(0.3) < 0.3 + 1e-5
+    assert mass_above(1.0) > 0.8
+
+
+def test_tower_and_prefill_run_once_for_a_prompt(engine: LocalEngine, prompts: list[Prompt]) -> None:
+    tower_rows: list[int] = []
+    decoder_shapes: list[tuple[int, int]] = []
+
+    def on_tower(_module: object, arguments: tuple[Tensor, ...], _output: object) -> None:
+        tower_rows.append(arguments[0].shape[0])
+
+    def on_decoder(_module: object, _arguments: object, output: Tensor) -> None:
+        decoder_shapes.append((output.shape[0], output.shape[1]))
+
+    engine.model.model.visual.register_forward_hook(on_tower)
+    engine.model.model.language_model.norm.register_forward_hook(on_decoder)
+    engine.generate(prompts, SamplingParams(4, 6, temperature=1.0))
+    assert tower_rows == [sum(p.patches.values_PC.shape[0] for p in prompts)]
+    longest = max(p.token_ids_L.numel() for p in prompts)
+    assert decoder_shapes[0] == (3, longest) and decoder_shapes[1:] == [(12, 1)] * 5
+
+
+def test_completions_can_be_trained_on(engine: LocalEngine, prompts: list[Prompt]) -> None:
+    [[completion]] = engine.generate(prompts[:1], SamplingParams(1, 3))
+    weight = torch.randn(288, 4, requires_grad=True)
+    embedded = torch.nn.functional.embedding(completion.token_ids_R, weight)
+    (embedded.sum(-1) * completion.logprobs_R).sum().backward()  # inference tensors would raise here
+    assert weight.grad is not None
+
+
+def test_no_prompts_no_completions(engine: LocalEngine) -> None:
+    assert engine.generate([], SamplingParams(2, 3)) == []
+
+
+def test_a_prompt_that_does_not_fit_its_video_is_an_error(engine: LocalEngine, prompts: list[Prompt]) -> None:
+    swapped = dataclasses.replace(prompts[0], patches=prompts[1].patches)
+    with pytest.raises(
+        ValueError, match=r"'what\?:1' has 24 video placeholders, but its grid \(2, 8, 8\) stands for 32"
+    ):
+        engine.generate([swapped], SamplingParams(1, 2))
+
+
+def test_broken_weights_are_reported(engine: LocalEngine, prompts: list[Prompt]) -> None:
+    with torch.no_grad():
+        engine.model.model.language_model.norm.weight.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="not finite"):
+        engine.generate(prompts, SamplingParams(2, 3))
+
+
+def test_settings_and_models_that_do_not_fit_are_errors(
+    tiny_model: Model, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    with pytest.raises(ValueError, match="max_batch_rows is 0"):
+        LocalEngine(tiny_model, tiny_tokenizer, max_batch_rows=0)
+    with pytest.raises(ValueError, match=r"sampling\.top_p is 0"):
+        LocalEngine(tiny_model, tiny_tokenizer).generate(prompts, SamplingParams(1, 1, top_p=0.0))
+    tiny_model.config.video_token_id = 5
+    with pytest.raises(ValueError, match=r"<\|video_pad\|> is 263, but the model's video_token_id is 5"):
+        LocalEngine(tiny_model, tiny_tokenizer)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loaded_weights_answer_as_their_own_model(
+    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt], tied: bool
+) -> None:
+    engine, source = LocalEngine(make_tiny_model(tied=tied), tiny_tokenizer), make_tiny_model(seed=1, tied=tied)
+    sampling = SamplingParams(2, 8, seed=3)
+    before = engine.generate(prompts, sampling)
+    assert engine.policy_version == 0
+    engine.load_weights(
+        source.named_parameters(), policy_version=4
+    )  # a tied head comes once, under the embedding's name
+    assert engine.policy_version == 4
+    after = engine.generate(prompts, sampling)
+    assert ids(after) != ids(before)
+    assert ids(after) == ids(
+        LocalEngine(make_tiny_model(seed=1, tied=tied), tiny_tokenizer).generate(prompts, sampling)
+    )
+    assert logprob_error(source, prompts[0], after[0][0]) < 1e-4
+    if tied:
+        weights = {n: w for n, w in source.state_dict().items() if n != "model.language_model.embed_tokens.weight"}
+        engine.load_weights(weights.items(), policy_version=5)  # the head's name stands for both
+
+
+def test_bad_loads_are_errors_that_name_the_weight(engine: LocalEngine, make_tiny_model: ModelFactory) -> None:
+    good = dict(make_tiny_model(seed=1).named_parameters())
+    norm = "model.language_model.norm.weight"
+    with pytest.raises(ValueError, match="weight 'norm' is not a weight of the engine's model"):
+        engine.load_weights({"norm": good[norm]}.items(), 1)
+    with pytest.raises(ValueError, match=rf"weight '{norm}' has shape \(63,\), wanted \(64,\)"):
+        engine.load_weights({norm: good[norm][:63]}.items(), 1)
+    with pytest.raises(ValueError, match=f"weight '{norm}' was given twice"):
+        engine.load_weights([(norm, good[norm])] * 2, 1)
+    with pytest.raises(ValueError, match=r"1 weights are missing, the first is 'lm_head\.weight'"):
+        engine.load_weights([(n, w) for n, w in good.items() if n != "lm_head.weight"], 1)
+    assert engine.policy_version == 0
+
+
+def test_only_a_load_after_a_whole_one_may_be_partial(engine: LocalEngine, make_tiny_model: ModelFactory) -> None:
+    good = dict(make_tiny_model(seed=1).named_parameters())
+    unfrozen = {name: weight for name, weight in good.items() if "visual" not in name}
+    with pytest.raises(ValueError, match=r"weights are missing, the first is 'model\.visual"):
+        engine.load_weights(unfrozen.items(), 1)
+    engine.load_weights(good.items(), 1)
+    engine.load_weights(unfrozen.items(), 2)
+    with pytest.raises(ValueError, match="no load may be empty"):
+        engine.load_weights([], 3)
+    assert engine.policy_version == 2
+    with pytest.raises(ValueError, match="weights are missing"):  # after an error it must be whole again
+        engine.load_weights(unfrozen.items(), 3)
+
+
+def test_a_closed_engine_says_so(engine: LocalEngine, prompts: list[Prompt]) -> None:
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.generate(prompts, SamplingParams(1, 1))
+
+
+def test_bfloat16_is_as_close_as_the_stock_forward_in_bfloat16(
+    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    engine = LocalEngine(make_tiny_model(head_scale=0.3).bfloat16(), tiny_tokenizer)
+    exact, stock = make_tiny_model(head_scale=0.3).bfloat16().float(), make_tiny_model(head_scale=0.3).bfloat16()
+    groups = engine.generate(prompts, SamplingParams(4, 16, seed=5))
+    ours: list[float] = []
+    theirs: list[float] = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            ids_R1 = completion.token_ids_R[:, None]
+            truth_R = full_logits(exact, prompt, completion.token_ids_R).log_softmax(-1).gather(1, ids_R1)[:, 0]
+            stock_R = full_logits(stock, prompt, completion.token_ids_R).log_softmax(-1).gather(1, ids_R1)[:, 0]
+            ours.append(float((completion.logprobs_R - truth_R).square().mean()))
+            theirs.append(float((stock_R - truth_R).square().mean()))
+    assert sum(ours) ** 0.5 < 1.5 * sum(theirs) ** 0.5
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_log_probs_are_those_of_separate_rows(
+    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    engine, stock = LocalEngine(make_tiny_model().cuda(), tiny_tokenizer), make_tiny_model()
+    groups = engine.generate(prompts, SamplingParams(4, 12, seed=5))
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert max(logprob_error(stock, prompt, completion) for completion in group) < 1e-3

@@ -1,0 +1,91 @@
+"""Drawing a token: the distribution, what is left out, and the log-prob that is reported."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, uniforms
+from vcr1_fast.types import SamplingParams
+
+NONE = torch.tensor([], dtype=torch.long)
+PROBABILITIES = torch.tensor([0.1, 0.4, 0.2, 0.3])
+
+
+def draw(uniform: list[float], temperature: float = 1.0, top_p: float = 1.0, suppressed: Tensor = NONE) -> list[int]:
+    logits_BV = PROBABILITIES.log().expand(len(uniform), -1)
+    uniform_B = torch.tensor(uniform, dtype=torch.float64)
+    return sample_tokens(logits_BV, uniform_B, temperature, top_p, suppressed)[0].tolist()
+
+
+def test_a_token_is_where_the_running_sum_first_exceeds_the_number() -> None:
+    assert draw([0.0, 0.09, 0.11, 0.49, 0.51, 0.69, 0.71, 1 - 2**-53]) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_temperature_sharpens() -> None:
+    # Squared and renormalised: 1, 16, 4, 9 of 30, running sums 0.033, 0.567, 0.7, 1.
+    assert draw([0.03, 0.04, 0.56, 0.57, 0.69, 0.71], temperature=0.5) == [0, 1, 1, 2, 2, 3]
+
+
+def test_suppressed_ids_are_never_drawn_and_the_rest_is_renormalised() -> None:
+    # Without token 1: 1, 2, 3 of 6.
+    assert draw([0.0, 0.16, 0.17, 0.49, 0.51, 1 - 2**-53], suppressed=torch.tensor([1])) == [0, 0, 2, 2, 3, 3]
+    assert draw([0.0, 1 - 2**-53], suppressed=torch.tensor([0, 3])) == [1, 2]
+    assert draw([0.5], temperature=0.0, suppressed=torch.tensor([1])) == [3]
+    assert draw([0.5], temperature=0.001, suppressed=torch.tensor([1])) == [3]  # e^-288 of the suppressed one's mass
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    # In falling order 1 (0.4), 3 (0.3), 2 (0.2), 0 (0.1). 0.65 needs two of them: 4 and 3 of 7.
+    assert draw([0.0, 0.57, 0.572, 1 - 2**-53], top_p=0.65) == [1, 1, 3, 3]
+    assert draw([0.0, 1 - 2**-53], top_p=0.01) == [1, 1]
+    assert set(draw(torch.linspace(0, 1 - 2**-53, 50).tolist(), top_p=0.95)) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("temperature", "scored_at"), [(1.0, 1.0), (0.7, 0.7), (2.0, 2.0), (0.0, 1.0)])
+def test_the_log_prob_is_over_the_whole_vocabulary(temperature: float, scored_at: float) -> None:
+    logits_BV = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * 3
+    uniform_B = torch.linspace(0, 0.99, 6, dtype=torch.float64)
+    token_B, logprob_B = sample_tokens(logits_BV, uniform_B, temperature, 0.5, torch.arange(10))
+    expected_BV = (logits_BV.double() / scored_at).log_softmax(-1)
+    torch.testing.assert_close(logprob_B.double(), expected_BV.gather(1, token_B[:, None])[:, 0], atol=2e-6, rtol=0)
+    assert logprob_B.dtype == torch.float32
+
+
+def test_frequencies_are_the_probabilities() -> None:
+    uniform_B = uniforms(5, 0, 200, 100).flatten()
+    token_B, _ = sample_tokens(PROBABILITIES.log().expand(20_000, -1), uniform_B, 1.0, 1.0, NONE)
+    frequency_V = torch.bincount(token_B, minlength=4) / 20_000
+    assert (frequency_V - PROBABILITIES).abs().max() < 5 * (0.24 / 20_000) ** 0.5  # five standard deviations of 0.4
+
+
+def test_a_large_vocabulary_does_not_bias_its_tail() -> None:
+    # 152,064 equal logits: a float32 running sum would put up to 1e-3 of the mass in the wrong place.
+    uniform_B = torch.tensor([0.25, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
+    token_B, _ = sample_tokens(torch.zeros(4, 152_064), uniform_B, 1.0, 1.0, NONE)
+    assert (token_B - torch.tensor([38_016, 76_032, 114_048, 152_063])).abs().max() <= 1
+
+
+def test_uniforms_depend_on_seed_prompt_and_nothing_else() -> None:
+    first = uniforms(1, 0, 5, 4)
+    assert first.shape == (5, 4) and first.dtype == torch.float64
+    assert torch.equal(uniforms(1, 0, 9, 4)[:5], first)  # a longer limit does not change the beginning
+    assert not torch.equal(uniforms(2, 0, 5, 4), first) and not torch.equal(uniforms(1, 1, 5, 4), first)
+    assert not torch.equal(uniforms(-1, 0, 5, 4), first)
+    assert first.min() >= 0 and first.max() < 1
+    assert uniforms(0, 0, 1, 2).tolist() == [
+        [0.014067035665647709, 0.2577672456246177]
+    ]  # frozen: numpy's raw words do not change
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_completions", 0), ("max_new_tokens", 0), ("temperature", -0.1), ("top_p", 0.0), ("top_p", 1.1)],
+)
+def test_settings_out_of_range_are_named(name: str, value: float) -> None:
+    check_sampling(SamplingParams(1, 1))
+    with pytest.raises(ValueError, match=f"sampling.{name} is {value}, wanted"):
+        check_sampling(dataclasses.replace(SamplingParams(1, 1), **{name: value}))

@@ -1,0 +1,29 @@
+"""Tasks by name."""
+
+import pytest
+
+from vcr1_fast.config import ConfigError, TaskConfig
+from vcr1_fast.tasks import TASKS, make_tasks, task_class
+from vcr1_fast.tasks.object_tracking import ObjectTracking
+
+
+def test_every_task_is_made_under_its_own_name():
+    tasks = make_tasks(TaskConfig())
+    assert list(tasks) == list(TASKS) == ["temporal_grounding", "object_tracking"]
+    for name, task in tasks.items():
+        assert task.name == name
+        assert set(task.part_names) == {"format", "iou"}
+    assert list(make_tasks(TaskConfig(), ["object_tracking"])) == ["object_tracking"]
+    assert task_class("object_tracking") is ObjectTracking
+
+
+def test_an_unknown_task_names_the_nearest():
+    with pytest.raises(ValueError, match="no task 'temporal_ground', did you mean 'temporal_grounding'"):
+        make_tasks(TaskConfig(), ["temporal_ground"])
+    with pytest.raises(ValueError, match="no task 'zzz'; the tasks are temporal_grounding, object_tracking"):
+        task_class("zzz")
+
+
+def test_a_weight_for_a_part_that_no_task_has_is_refused():
+    with pytest.raises(ConfigError, match=r"task.reward_weights.fromat: .* did you mean 'format'"):
+        make_tasks(TaskConfig(reward_weights={"fromat": 1.0}))

@@ -1,0 +1,224 @@
+"""YAML files and command-line overrides to a typed config, and back.
+
+In: a YAML path (or `tiny`) and tokens such as `--rollout.group_size=8`. Out: a frozen dataclass of config.py.
+Every key is checked before jsonargparse sees it, so that a wrong one is answered with the nearest right one.
+Called by cli.py and by train.py (which saves the resolved file). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from vcr1_fast.config import Config, ConfigError
+
+T = TypeVar("T")
+
+PACKAGED_FOLDERS = {"tiny": Path(__file__).parent / "tiny"}  # of train.yaml and synth.yaml
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string under a field is its help
+
+
+class UsageError(ConfigError):
+    """The file or the command line cannot be read as settings: unknown key, wrong type, no such file."""
+
+
+def load_config(path: str | None, overrides: list[str]) -> Config:
+    """The settings of `path` (None: the defaults; `tiny`: the packaged file) with `--a.b=c` tokens on top.
+
+    Raises UsageError for an unknown key, a value of the wrong type or an unreadable file; ConfigError for a
+    value out of range.
+    """
+    return load_settings(Config, path, overrides)
+
+
+def load_settings(config_class: type[T], path: str | None, overrides: list[str]) -> T:
+    """`load_config` for any dataclass of settings."""
+    pairs = read_overrides(overrides)
+    known = setting_types(config_class)
+    values = read_yaml(config_file(path, config_class), path) if path else {}
+    for key in _dotted_keys(values, known):
+        _check_known(key, known, f" in {path}")
+    for key, _ in pairs:
+        _check_known(key, known, " on the command line")
+    parser = settings_parser(config_class, prog="vcr1-fast")
+    where = f" in {path}"
+    try:
+        settings = parser.parse_object(_listed(values, known))
+        where = " on the command line"
+        settings = parser.parse_args([_argument(key, value, known) for key, value in pairs], namespace=settings)
+    except argparse.ArgumentError as error:
+        raise UsageError(_explain(str(error), known, where)) from None
+    return config_class(**vars(parser.instantiate(settings)))
+
+
+def config_to_yaml(config: object) -> str:
+    """Every setting of a config dataclass, None as null; `load_config` reads it back to an equal value."""
+    assert is_dataclass(config) and not isinstance(config, type)
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+
+
+def settings_parser(config_class: type, prog: str) -> ArgumentParser:
+    """A parser with one `--section.field` per setting, documented by the string under the field."""
+    parser = ArgumentParser(prog=prog, usage="%(prog)s [CONFIG] [--section.field=value ...]", exit_on_error=False)
+    parser.add_class_arguments(config_class)
+    sections = {name for name, kind in get_type_hints(config_class).items() if is_dataclass(kind)}
+    for action in parser._actions:
+        if action.dest in sections:  # `--rollout FILE` would be a second way to give a file: not shown, not accepted
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+def setting_types(config_class: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> type, for every setting."""
+    hints = get_type_hints(config_class)
+    types: dict[str, Any] = {}
+    for field in fields(config_class):
+        kind = hints[field.name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            types |= setting_types(kind, f"{prefix}{field.name}.")
+        else:
+            types[prefix + field.name] = kind
+    return types
+
+
+def read_overrides(tokens: list[str]) -> list[tuple[str, str]]:
+    """`--a.b=c` or `--a.b c` tokens as (key, value) pairs. Raises UsageError for anything else."""
+    pairs = []
+    remaining = iter(tokens)
+    for token in remaining:
+        if not token.startswith("--"):
+            raise UsageError(f"unexpected argument {token!r}, wanted --section.field=value")
+        key, equals, value = token[2:].partition("=")
+        if not equals:
+            next_token = next(remaining, None)
+            if next_token is None or next_token.startswith("--"):
+                raise UsageError(f"--{key} has no value, wanted --{key}=VALUE")
+            value = next_token
+        pairs.append((key, value))
+    return pairs
+
+
+def split_config_path(tokens: list[str]) -> tuple[str | None, list[str]]:
+    """The one bare word among the tokens is the config file; the rest are overrides. Raises UsageError for two."""
+    paths: list[str] = []
+    overrides: list[str] = []
+    takes_value = False  # the token before was `--a.b` without `=`
+    for token in tokens:
+        is_option = token.startswith("--")
+        (overrides if is_option or takes_value else paths).append(token)
+        takes_value = is_option and "=" not in token
+    if len(paths) > 1:
+        raise UsageError(f"got the config files {' and '.join(paths)}, wanted one; settings start with --")
+    return (paths[0] if paths else None), overrides
+
+
+def config_file(path: str, config_class: type) -> Path:
+    """The file that `path` means: `tiny` is synth.yaml of the package for SynthConfig, train.yaml for Config."""
+    if path not in PACKAGED_FOLDERS:
+        return Path(path)
+    return PACKAGED_FOLDERS[path] / f"{config_class.__name__.removesuffix('Config').lower() or 'train'}.yaml"
+
+
+def read_yaml(file: Path, path: str) -> dict[str, Any]:
+    """The mapping a YAML file holds; `path` is how the user named it.
+
+    Raises UsageError when there is no such file or it holds something else.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        wanted = f"wanted a YAML file or {' or '.join(PACKAGED_FOLDERS)}"
+        raise UsageError(f"cannot read the config {path}: {error.strerror}; {wanted}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}, wanted sections of key: value")
+    return content
+
+
+def _dotted_keys(values: Mapping[Any, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    sections = {key.partition(".")[0] for key in known if "." in key}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and key not in known:
+            yield from _dotted_keys(value, known, f"{key}.")
+        elif key not in sections:
+            yield key
+        elif value:
+            raise UsageError(f"{key} is {value!r}, wanted a section of key: value")
+
+
+def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
+    if key in known or any(get_origin(kind) is dict and key.startswith(f"{name}.") for name, kind in known.items()):
+        return
+    raise UsageError(f"unknown setting {key}{where}: did you mean {nearest(key, known)}?")
+
+
+def nearest(key: str, known: Mapping[str, Any]) -> str:
+    """The known key most like this one, the last part counted twice: a right field in a wrong section is found."""
+
+    def likeness(candidate: str) -> float:
+        whole = SequenceMatcher(None, key, candidate).ratio()
+        return whole + SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+
+    return max(known, key=likeness)
+
+
+def _argument(key: str, value: str, known: Mapping[str, Any]) -> str:
+    is_bare = get_origin(known.get(key)) is tuple and not value.startswith("[")
+    return f"--{key}=[{value}]" if is_bare else f"--{key}={value}"
+
+
+def _listed(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Without empty sections, and with a lone string where a list is wanted made a list of one."""
+    listed: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key in known:
+            listed[name] = [value] if get_origin(known[key]) is tuple and isinstance(value, str) else value
+        elif value:
+            listed[name] = _listed(value, known, f"{key}.")
+    return listed
+
+
+def _explain(message: str, known: Mapping[str, Any], where: str) -> str:
+    """jsonargparse names the key and the value over several lines; this says it in one, with what is wanted."""
+    key = re.search(r'[Kk]ey "([^"]+)"', message)
+    if not key or key[1] not in known:
+        return " ".join(message.split()) + where
+    value = re.search(r"Got value: (.*)", message)
+    got = f" is {value[1]!r}" if value else " cannot be read"
+    return f"{key[1]}{got}{where}, wanted {type_name(known[key[1]])}"
+
+
+def type_name(kind: Any) -> str:
+    """A type as a person would say it."""
+    if kind is type(None):
+        return "null"
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "a list of " + type_name(get_args(kind)[0])
+    if get_origin(kind) is dict:
+        return "a mapping of " + " to ".join(map(type_name, get_args(kind)))
+    if get_args(kind):
+        return " or ".join(map(type_name, get_args(kind)))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: YAML's safe dialect has no tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

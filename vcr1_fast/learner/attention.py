@@ -1,0 +1,54 @@
+"""Teaches the stock Hugging Face text model to attend over packed rows: `[prompt | c_1 | ... | c_G]`, group after group.
+
+The function is registered under one name with transformers' AttentionInterface; the layout of the row reaches it as the
+keyword argument `prefix_layout` of the text model's forward. No model code is forked.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from vcr1_kernels.prefix_attention import PrefixLayout, prefix_attention
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+PREFIX_ATTENTION = "vcr1_prefix"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    prefix_layout: PrefixLayout,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one packed row in the calling convention of transformers.
+
+    Args:
+        query: [1, H, T, C]; key, value: [1, K, T, C].
+        attention_mask: must be None, the layout says what sees what.
+
+    Returns: ([1, T, H, C], None).
+    """
+    if attention_mask is not None or query.shape[0] != 1:
+        raise ValueError(
+            f"packed attention got batch size {query.shape[0]} and a mask of type {type(attention_mask).__name__}, "
+            "wanted one row and no mask"
+        )
+    out_THC = prefix_attention(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), prefix_layout, scaling
+    )
+    return out_THC.unsqueeze(0), None
+
+
+def use_packed_attention(hf: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Switch the decoder of `hf` to packed rows; the vision tower keeps its own attention."""
+    AttentionInterface.register(PREFIX_ATTENTION, packed_attention)
+    hf.model.language_model.config._attn_implementation = PREFIX_ATTENTION

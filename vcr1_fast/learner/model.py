@@ -1,0 +1,125 @@
+"""The policy: a Hugging Face Qwen2.5-VL whose forward takes one PackedBatch and gives per-token log-probs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+from vcr1_kernels import reference
+
+from vcr1_fast.config import ConfigError, ModelConfig
+from vcr1_fast.learner.attention import use_packed_attention
+from vcr1_fast.types import PackedBatch
+
+if TYPE_CHECKING:
+    from vcr1_fast.types import Patches
+
+
+def model_folder(path: str) -> Path:
+    """The checkpoint folder that `model.path` names; `tiny` is the model inside the package.
+
+    Raises ConfigError when there is no config.json in it.
+    """
+    if path == "tiny":
+        with as_file(files("vcr1_fast.tiny")) as folder:
+            return Path(folder)
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model.path is {path!r}, but {folder / 'config.json'} does not exist: give the folder of a Hugging Face "
+            "Qwen2.5-VL checkpoint, or `tiny`"
+        )
+    return folder
+
+
+def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+    if config.compute_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.compute_dtype == "bfloat16" else torch.float32
+
+
+transformers_logging.disable_progress_bar()  # it would tear our own lines apart
+
+
+def load_hugging_face(path: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+    """A checkpoint's model on the CPU, all weights in `dtype`. Nothing is downloaded."""
+    folder = model_folder(path)
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return hf  # pyright: ignore[reportReturnType]
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model_folder(path), local_files_only=True)
+
+
+def stack_patches(patches: tuple[Patches, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All videos' patches one after the other [P, 1176], and their grids [videos, 3] on the CPU.
+
+    The grids stay on the CPU: the tower derives Python-side window indices from them, and reading them back from a GPU
+    would stall it once per call.
+    """
+    values_PC = torch.cat([p.values_PC for p in patches]).to(device=device, dtype=dtype, non_blocking=True)
+    return values_PC, torch.tensor([p.grid_thw for p in patches], dtype=torch.long)
+
+
+class PolicyModel(nn.Module):
+    """forward(PackedBatch) -> (logprob_N, entropy_N): vision tower once per prompt, decoder once per row, head on scored rows.
+
+    Everything happens inside one forward so that FSDP's hooks on the root see every use of a weight.
+    """
+
+    def __init__(
+        self, hf: Qwen2_5_VLForConditionalGeneration, config: ModelConfig, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.hf = hf
+        self.compute_dtype = compute_dtype
+        use_packed_attention(hf)
+        if config.freeze_vision:
+            hf.model.visual.requires_grad_(False)
+        if config.gradient_checkpointing:
+            hf.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each scored token, [N] each, at the sampling temperature."""
+        with self._autocast():
+            hidden_TD = self._decode(batch)
+            scored_ND = hidden_TD[batch.scored_row_N.to(hidden_TD.device)]
+            weight_VD = self.hf.lm_head.weight
+            target_N = batch.target_N.to(hidden_TD.device)
+            return reference.linear_logprob(scored_ND, weight_VD.to(scored_ND.dtype), target_N, temperature)
+
+    def _decode(self, batch: PackedBatch) -> Tensor:
+        """Final hidden states [T, D] of the packed row."""
+        device = self.hf.device
+        token_ids_1T = batch.token_ids_T.to(device).unsqueeze(0)
+        embeds_1TD = self.hf.get_input_embeddings()(token_ids_1T)
+        is_video_1T = token_ids_1T == self.hf.config.video_token_id
+        patches, grids = stack_patches(batch.patches, device, self.compute_dtype)
+        video_MD = self.hf.model.visual(patches, grid_thw=grids).pooler_output
+        if int(is_video_1T.sum()) != video_MD.shape[0]:
+            raise ValueError(
+                f"the row has {int(is_video_1T.sum())} video placeholders, but the tower gave {video_MD.shape[0]} embeddings"
+            )
+        embeds_1TD = embeds_1TD.masked_scatter(is_video_1T.unsqueeze(-1), video_MD.to(embeds_1TD.dtype))
+        output = self.hf.model.language_model(
+            inputs_embeds=embeds_1TD,
+            position_ids=batch.position_ids_3T.to(device).unsqueeze(1),
+            attention_mask={"full_attention": None},  # as a dict it is taken as ready: no [T, T] mask is built
+            use_cache=False,
+            prefix_layout=batch.layout,
+        )
+        return output.last_hidden_state[0]
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        """bfloat16 matrix products on float32 master weights."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.hf.device.type, dtype=self.compute_dtype)

@@ -1,0 +1,96 @@
+"""AdamW, the learning-rate schedule, and gradient clipping.
+
+In: a policy with float32 weights (plain or sharded) and `OptimizerConfig`. Out: a stock torch optimizer and scheduler.
+Called once by the training loop and the supervised cold start; `clip_grad_norm` once per update.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from vcr1_fast.config import ConfigError, OptimizerConfig
+
+
+def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> AdamW:
+    """AdamW over the trainable parameters, in two groups: matrices (decayed) and the rest (biases, norms: not).
+
+    A matrix is any parameter of two or more dimensions, so embeddings and the patch convolution decay too.
+    States take the parameters' float32. Call it after sharding: FSDP2 replaces the parameters.
+    Raises TypeError for a trainable parameter that is not float32, ConfigError when nothing is trainable.
+    """
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in policy.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.dtype != torch.float32:
+            raise TypeError(
+                f"{name} is {parameter.dtype}, wanted float32: at a learning rate of {config.learning_rate:g} most "
+                "updates would round to nothing; load the model in float32 and set model.compute_dtype instead"
+            )
+        (matrices if parameter.ndim >= 2 else vectors).append(parameter)
+    if not matrices and not vectors:
+        raise ConfigError("no parameter is trainable: unfreeze a part of the model")
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    # Fused on CUDA: the foreach default keeps a temporary as large as the weights, 28 GB at 7B in float32.
+    is_cuda = all(parameter.device.type == "cuda" for parameter in (*matrices, *vectors))
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True if is_cuda else None,
+    )
+
+
+def learning_rate_factor(update: int, config: OptimizerConfig, num_updates: int) -> float:
+    """What the peak learning rate is multiplied by in update k = 1 .. N, with W = warmup_steps, N = num_updates.
+
+        k <= W:              k / W                                 (update 1 is above 0, update W at the peak)
+        constant:            1
+        linear:              (N - k + 1) / (N - W)                 (update W + 1 at the peak, 0 after update N)
+        cosine:              (1 + cos(pi (k - W - 1) / (N - W))) / 2
+
+    After update N, linear and cosine give 0.
+    """
+    if update <= config.warmup_steps:
+        return update / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done_frac = min(1.0, (update - config.warmup_steps - 1) / max(1, num_updates - config.warmup_steps))
+    if config.schedule == "linear":
+        return 1.0 - done_frac
+    return (1.0 + math.cos(math.pi * done_frac)) / 2.0
+
+
+def build_schedule(optimizer: Optimizer, config: OptimizerConfig, num_updates: int) -> LambdaLR:
+    """The schedule of `learning_rate_factor` over `num_updates` optimizer updates. Call `.step()` after each update."""
+    # LambdaLR counts the updates done, so the update to come is one more.
+    return LambdaLR(optimizer, lambda num_done: learning_rate_factor(num_done + 1, config, num_updates))
+
+
+def clip_grad_norm(policy: nn.Module, max_norm: float) -> float:
+    """Scale all gradients so that their global 2-norm (over parameters and ranks) is at most max_norm.
+
+    Returns the norm before clipping, the same on every rank; 0.0 without gradients. A norm that is not finite is
+    returned as it is and the gradients are left alone: the caller must skip the update. A collective when sharded.
+    """
+    with_grad = [parameter for parameter in policy.parameters() if parameter.grad is not None]
+    if not with_grad:
+        return 0.0
+    total = nn.utils.get_total_norm([parameter.grad for parameter in with_grad if parameter.grad is not None])
+    if isinstance(total, DTensor):
+        total = total.full_tensor()
+    norm = float(total)
+    if math.isfinite(norm):
+        nn.utils.clip_grads_with_norm_(with_grad, max_norm, total)
+    return norm

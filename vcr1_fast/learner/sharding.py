@@ -1,0 +1,230 @@
+"""One process or many: process groups, FSDP2 sharding of the policy, and the few collectives the trainer needs.
+
+In: torchrun's environment and a policy with float32 weights. Out: a `World`, and the same policy with each block's
+weights split over the ranks (dimension 0). Called by the training loop, the checkpoint code and the weight sync.
+Every function is a no-op on one process, so the loop has no second form.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from vcr1_fast.config import ConfigError
+
+# A rank waits in a collective for the slowest rollout of the step; torch's default of 10 minutes for NCCL would kill a
+# run in which one rank draws long completions.
+COLLECTIVE_TIMEOUT_S = 3600.0
+
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all processes of the run. Example: `World()` is a run of one process on the CPU."""
+
+    rank: int = 0  # 0 .. world_size - 1
+    world_size: int = 1
+    local_rank: int = 0  # rank on this machine, the index of its GPU
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+
+SINGLE_PROCESS = World()
+
+
+def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
+    """Read torchrun's environment and join the process group; without torchrun (or with one process) make no group.
+
+    auto is CUDA when torch sees a GPU. CPU tensors always go over gloo, CUDA tensors over NCCL.
+    Raises ConfigError when CUDA is asked for and absent, when the environment is incomplete, or when there are more
+    ranks than GPUs on this machine.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device is cuda, but torch sees no GPU: set model.device=auto, or check the driver")
+    use_cuda = torch.cuda.is_available() and device != "cpu"
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0")) if world_size > 1 else 0
+    if world_size > 1:
+        missing = [name for name in _TORCHRUN_VARIABLES if name not in os.environ]
+        if missing:
+            raise ConfigError(
+                f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set: start the run with torchrun"
+            )
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank is {local_rank}, but this machine has {torch.cuda.device_count()} GPUs: "
+            "set torchrun --nproc-per-node to at most that number"
+        )
+    torch_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(torch_device)
+    if world_size == 1:
+        return World(device=torch_device)
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if use_cuda else "gloo",
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        device_id=torch_device if use_cuda else None,
+    )
+    return World(dist.get_rank(), world_size, local_rank, torch_device)
+
+
+def block_lists(policy: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of repeated blocks of the Hugging Face model at `policy.hf`, outermost first, with their names.
+
+    Qwen2.5-VL has two: `model.visual.blocks` and `model.language_model.layers`. Lists of anything else than equal
+    blocks, and lists inside a block, are not taken.
+    Raises TypeError when the policy has no `hf`, or `hf` has no such list.
+    """
+    hf = getattr(policy, "hf", None)
+    if not isinstance(hf, nn.Module):
+        raise TypeError(f"cannot shard {type(policy).__name__}: it has no Hugging Face model at .hf")
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in hf.named_modules():
+        is_inside = any(name.startswith(outer + ".") for outer, _ in found)
+        if is_inside or not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        is_repeated = len({type(block) for block in module}) == 1
+        if is_repeated and any(True for _ in module.parameters()):
+            found.append((name, module))
+    if not found:
+        raise TypeError(
+            f"cannot shard {type(hf).__name__}: it has no list of blocks (looked for non-empty ModuleLists such as "
+            "model.visual.blocks and model.language_model.layers); run it on one process"
+        )
+    return found
+
+
+def shard(policy: nn.Module, world: World, compute_dtype: torch.dtype) -> None:
+    """Split the policy's weights over all ranks, in place: FSDP2 on each vision block, each decoder layer, the root.
+
+    Weights must be float32 and stay so; blocks compute in `compute_dtype`, gradients are reduced in float32.
+    Gradients are SUMMED over ranks, not averaged: the token weights of a step are already normalised over all ranks
+    (`PackedBatch.weight_N`), so a mean would divide the learning signal by the number of ranks.
+    Everything that reads weights must run inside `policy.forward`, whose hooks gather them.
+    Raises TypeError for a weight that is not float32 or a model without blocks.
+    """
+    if world.world_size == 1:
+        return
+    for name, parameter in policy.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise TypeError(f"{name} is {parameter.dtype}, wanted float32 masters: load the model with dtype=float32")
+    mesh = init_device_mesh(world.device.type, (world.world_size,))
+    # Inputs are not cast: the vision tower's rotary tables are float32 on purpose, and bfloat16 ones have 8 bits of
+    # position. Hidden states already arrive in compute_dtype, from weights of that type.
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for _, blocks in block_lists(policy):
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # the default scaled sum does not exist in gloo
+
+
+def named_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers under their state-dict names, each tensor once (tied ones: first name).
+
+    The values are the live tensors, DTensors under FSDP2; for parameters, the objects the optimizer holds. Unlike
+    `named_parameters` this is right after a forward without backward too, when FSDP's root still has whole weights:
+    the state-dict hooks reshard first.
+    """
+    seen: set[int] = set()
+    weights: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            weights[name] = tensor
+    return weights
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The full value, detached. A collective for a DTensor (all ranks must call it); a plain tensor is not copied."""
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+@overload
+def all_reduce_sum(values: Tensor, world: World) -> Tensor: ...
+@overload
+def all_reduce_sum(values: Mapping[str, float], world: World) -> dict[str, float]: ...
+def all_reduce_sum(values: Tensor | Mapping[str, float], world: World) -> Tensor | dict[str, float]:
+    """Sum over ranks, of a tensor (same shape everywhere) or of named numbers (same names; summed in float64).
+
+    The argument is left as it is. Raises ValueError when ranks bring different names.
+    """
+    if isinstance(values, Tensor):
+        if world.world_size == 1:
+            return values
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total
+    if world.world_size == 1:
+        return dict(values)
+    names = sorted(values)
+    # The names' checksum must agree before numbers are added up by position.
+    checksum = zlib.crc32("\0".join(names).encode())
+    if all_max_int(checksum, world) != -all_max_int(-checksum, world):
+        raise ValueError(f"ranks bring different names to all_reduce_sum; rank {world.rank} has {names}")
+    total = torch.tensor([values[name] for name in names], dtype=torch.float64)
+    dist.all_reduce(total)
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def all_max_int(value: int, world: World) -> int:
+    """The largest value over ranks, for example the number of micro-batches every rank must run."""
+    if world.world_size == 1:
+        return value
+    largest = torch.tensor(value, dtype=torch.int64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    # A reduction on the CPU, because dist.barrier under NCCL occupies the GPU and guesses its index.
+    all_max_int(0, world)
+
+
+def on_all_ranks(what: str, action: Callable[[], object], world: World) -> None:
+    """Run `action` here and agree on the outcome: if it raises on one rank, every rank raises and none waits for it.
+
+    `action` must hold no collective. The failing rank raises its own error, others OSError naming `what` and a rank.
+    """
+    error: Exception | None = None
+    try:
+        action()
+    except Exception as caught:
+        error = caught
+    failed_rank = all_max_int(-1 if error is None else world.rank, world)
+    if error is not None:
+        raise error
+    if failed_rank >= 0:
+        raise OSError(f"rank {failed_rank} failed while {what}; its own message says why")
+
+
+def on_main_rank(what: str, action: Callable[[], object], world: World) -> None:
+    """Run `action` on rank 0 only, with the outcome agreed on as in `on_all_ranks`."""
+    on_all_ranks(what, action if world.is_main else lambda: None, world)
+
+
+def shutdown(world: World) -> None:
+    """Leave the process group. Call it on every rank at the end, also after an error that all ranks raise."""
+    if world.world_size > 1 and dist.is_initialized():
+        dist.destroy_process_group()

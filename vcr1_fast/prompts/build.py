@@ -1,0 +1,111 @@
+"""Example -> Prompt: asks the task for its question, reads the video, lays out tokens and positions.
+
+Called by the prompt stream of a training run and by evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vcr1_fast.prompts.positions import mrope_positions
+from vcr1_fast.prompts.special_ids import SpecialIds
+from vcr1_fast.tasks.task import Task
+from vcr1_fast.types import Example, Patches, Prompt, SampleError
+
+SYSTEM_MESSAGE = "You are a helpful assistant."  # the default of Qwen's chat template; the original trains with it
+
+
+class PromptBuilder:
+    """Builds prompts of the original's layout: one user turn, text first, then the video, under Qwen's system message.
+
+    Example: `PromptBuilder(tokenizer, tasks, lambda path: read_patches(path, reader, config)).build(example)`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: Mapping[str, Task],
+        read: Callable[[str], Patches],
+        *,
+        tokens_per_second: float = 2.0,
+        merge: int = 2,
+    ) -> None:
+        """`read` gives the patches of a video file and raises SampleError if it cannot. `tokens_per_second` and `merge`
+        are `vision_config.tokens_per_second` and `.spatial_merge_size` of the model, 2 in every published Qwen2.5-VL.
+
+        Raises ValueError when the tokenizer lacks a special token.
+        """
+        self.tokenizer = tokenizer
+        self.tasks = tasks
+        self.special_ids = SpecialIds.of(tokenizer)
+        self._read = read
+        self._tokens_per_second = tokens_per_second
+        self._merge = merge
+        self._newline = self._text_ids("\n")
+
+    def build(self, example: Example) -> Prompt:
+        """The prompt of one example. Raises SampleError when its video or its text cannot be used."""
+        question = self._task(example).question(example)
+        patches = self._read(example.video)
+        num_rows, (t, h, w) = patches.values_PC.shape[0], patches.grid_thw
+        if num_rows != t * h * w:
+            raise SampleError(example.video, f"{num_rows} patches were read, but the grid {(t, h, w)} has {t * h * w}")
+        token_ids_L = torch.tensor(self._layout(question, patches.num_tokens, example), dtype=torch.int64)
+        try:
+            positions_3L = mrope_positions(
+                token_ids_L,
+                [patches.grid_thw],
+                [patches.second_per_grid_s],
+                self.special_ids.video_pad,
+                self._tokens_per_second,
+                self._merge,
+            )
+        except ValueError as error:
+            raise SampleError(example.video, str(error)) from error
+        return Prompt(example, token_ids_L, positions_3L, patches)
+
+    def completion_ids(self, example: Example) -> Tensor:
+        """[R] int64: the answer that supervised training teaches, ended by <|im_end|>. Raises SampleError."""
+        target = self._task(example).target(example)
+        return torch.tensor([*self._safe_ids(target, example), self.special_ids.im_end], dtype=torch.int64)
+
+    def _layout(self, question: str, num_video_tokens: int, example: Example) -> list[int]:
+        special, newline = self.special_ids, self._newline
+        return [
+            special.im_start,
+            *self._text_ids(f"system\n{SYSTEM_MESSAGE}"),
+            special.im_end,
+            *newline,
+            special.im_start,
+            *self._safe_ids(f"user\n{question}", example),
+            special.vision_start,
+            *[special.video_pad] * num_video_tokens,
+            special.vision_end,
+            special.im_end,
+            *newline,
+            special.im_start,
+            *self._text_ids("assistant\n"),
+        ]
+
+    def _task(self, example: Example) -> Task:
+        if example.task not in self.tasks:
+            raise SampleError(example.id, f"task {example.task!r} is not one of {', '.join(self.tasks)}")
+        return self.tasks[example.task]
+
+    def _text_ids(self, text: str) -> list[int]:
+        # The flag is a state of the shared tokenizer object. All our text goes through here with the same value, so
+        # threads that build prompts at the same time cannot switch it under each other.
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]  # pyright: ignore
+
+    def _safe_ids(self, text: str, example: Example) -> list[int]:
+        """Ids of text from an annotation file, in which "<|video_pad|>" is ten letters and not a placeholder."""
+        ids = self._text_ids(text)
+        forged = set(ids) & set(self.special_ids.all)
+        if forged:  # a tokenizer whose added tokens are not flagged special ignores split_special_tokens
+            names = ", ".join(str(self.tokenizer.convert_ids_to_tokens(i)) for i in sorted(forged))
+            raise SampleError(example.id, f"its text would become the control token {names}: remove it from the text")
+        return ids

@@ -1,0 +1,72 @@
+"""The endless stream of training prompts: data order -> example -> prompt, bad samples set aside and counted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from vcr1_fast.config import Config, ConfigError
+from vcr1_fast.learner.sharding import World, all_reduce_sum
+from vcr1_fast.prompts.build import PromptBuilder
+from vcr1_fast.prompts.dataset import DataOrder, shard
+from vcr1_fast.types import Example, Prompt, SampleError
+from vcr1_fast.video.quarantine import Quarantine
+
+MIN_SAMPLES_TO_JUDGE = 20  # a bad fraction of fewer samples says nothing
+
+
+class TooManyBadSamples(SampleError):
+    """More of the data is unusable than train.max_bad_sample_frac allows."""
+
+
+class PromptStream:
+    """Hands each rank its share of the next prompts. Its only state is `position`, the items handed out so far."""
+
+    def __init__(
+        self, examples: Sequence[Example], builder: PromptBuilder, quarantine: Quarantine, config: Config, world: World
+    ) -> None:
+        if not examples:
+            raise ConfigError("data.train has no usable example: see the messages above, or name other files")
+        self.examples, self.builder, self.quarantine = examples, builder, quarantine
+        self.config, self.world = config, world
+        self.order = DataOrder(len(examples), config.train.seed)
+        self.position = 0
+        self.num_read = self.num_bad = 0  # since this process started, over all ranks
+
+    @property
+    def epoch(self) -> float:
+        return self.position / len(self.examples)
+
+    def next(self, count: int) -> list[Prompt]:
+        """This rank's share of the next `count` items over all ranks, without those that cannot be used.
+
+        Raises TooManyBadSamples on every rank alike.
+        """
+        indices = self.order.indices(self.position, count)
+        self.position += count
+        share = [self.examples[i] for i in shard(indices, self.world.rank, self.world.world_size)]
+        prompts = [prompt for example in share if (prompt := self._build(example)) is not None]
+        bad = all_reduce_sum({"bad": float(len(share) - len(prompts))}, self.world)["bad"]
+        self.num_read += count
+        self.num_bad += int(bad)
+        self._check_bad_fraction()
+        return prompts
+
+    def _build(self, example: Example) -> Prompt | None:
+        if example.video in self.quarantine:
+            return None
+        try:
+            return self.builder.build(example)
+        except SampleError as error:
+            self.quarantine.add(error)
+            print(f"bad sample: {error}", file=sys.stderr)
+            return None
+
+    def _check_bad_fraction(self) -> None:
+        limit = self.config.train.max_bad_sample_frac
+        if self.num_read >= MIN_SAMPLES_TO_JUDGE and self.num_bad > limit * self.num_read:
+            raise TooManyBadSamples(
+                "data.train",
+                f"{self.num_bad} of {self.num_read} samples could not be used, more than "
+                f"train.max_bad_sample_frac = {limit}: the reasons are in quarantine.jsonl of the run",
+            )

@@ -1,0 +1,262 @@
+"""Rollouts by the Hugging Face model in this process: the default on any machine, and the plain path of other engines.
+
+Each prompt goes through the vision tower once and through the decoder once; its keys and values are kept once for its
+G completions. All completions of a chunk are then decoded together, one token a step.
+
+Shape letters: P prompts, G completions of one prompt, B rows still decoded, L prompt tokens, M video tokens, D hidden,
+V vocabulary, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+
+from vcr1_fast.prompts.special_ids import SpecialIds
+from vcr1_fast.rollout.grouped_cache import GROUPED_ATTENTION, GroupedCache
+from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, uniforms
+from vcr1_fast.types import Completion, Prompt, SamplingParams
+
+READY_MASK = {"full_attention": None}  # as a dict it is taken as it is: causal in the prefill, no [L, L] mask is built
+
+
+class LocalEngine:
+    """A RolloutEngine around a model that nobody else uses: it is switched to eval mode and to our decode attention.
+
+    Tokens depend on weights, prompt, its index in the call, and the seed; not on `max_batch_rows`, but for rounding.
+    Ids that stand for pictures are never drawn. Log-probs are over the whole vocabulary, see `sampling.sample_tokens`.
+
+    Example: `LocalEngine(model, tokenizer).generate(prompts, SamplingParams(8, 256))[0][0].text`.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_batch_rows: int = 256,
+    ) -> None:
+        """`max_batch_rows`: completions decoded together; a group is never split.
+
+        Raises ValueError when the tokenizer does not fit the model, or the model has sliding-window layers.
+        """
+        if max_batch_rows < 1:
+            raise ValueError(f"max_batch_rows is {max_batch_rows}, wanted >= 1")
+        special = SpecialIds.of(tokenizer)
+        if special.video_pad != model.config.video_token_id:
+            raise ValueError(
+                f"the tokenizer's <|video_pad|> is {special.video_pad}, but the model's video_token_id is "
+                f"{model.config.video_token_id}: load both from one checkpoint"
+            )
+        if set(model.model.language_model.config.layer_types or ()) - {"full_attention"}:
+            raise ValueError("the model has sliding-window layers: set text_config.use_sliding_window to false")
+        self.policy_version = 0
+        self.tokenizer = tokenizer
+        self.max_batch_rows = max_batch_rows
+        self._model: Qwen2_5_VLForConditionalGeneration | None = model.eval().requires_grad_(False)
+        model.model.language_model.set_attn_implementation(GROUPED_ATTENTION)
+        self._stop_ids = torch.tensor(special.stop, device=model.device)
+        self._suppressed_ids = torch.tensor(special.vision, device=model.device)
+        self._is_whole = False  # every weight was loaded without an error
+
+    @property
+    def model(self) -> Qwen2_5_VLForConditionalGeneration:
+        if self._model is None:
+            raise RuntimeError("the engine is closed: open a new one")
+        return self._model
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
+        """G completions of each prompt. Raises ValueError for settings out of range or a prompt that does not fit its
+        video, RuntimeError when the model's logits are not finite."""
+        check_sampling(sampling)
+        per_chunk = max(1, self.max_batch_rows // sampling.num_completions)
+        result: list[list[Completion]] = []
+        for start in range(0, len(prompts), per_chunk):
+            chunk = prompts[start : start + per_chunk]
+            with torch.inference_mode():
+                tokens_BS, logprobs_BS = self._run_chunk(chunk, start, sampling)
+            rows = self._completions(tokens_BS, logprobs_BS)
+            size = sampling.num_completions
+            result += [rows[i : i + size] for i in range(0, len(rows), size)]
+        return result
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Copy weights in place by their name in the model's state dict; a tied weight may come under any of its names.
+
+        The first load must name every weight; later ones may leave out what did not change (frozen weights).
+        Raises ValueError for an unknown, repeated or missing name or a wrong shape. `policy_version` then stays, and
+        since weights copied before the error stay too, the next load must be whole again.
+        """
+        state = self.model.state_dict(keep_vars=True)
+        must_be_whole, self._is_whole = not self._is_whole, False
+        loaded: set[str] = set()
+        with torch.no_grad():
+            for name, value in weights:
+                if name not in state or name in loaded:
+                    problem = "was given twice" if name in loaded else "is not a weight of the engine's model"
+                    raise ValueError(
+                        f"weight {name!r} {problem}: send the names of its state dict, such as {next(iter(state))!r}"
+                    )
+                if state[name].shape != value.shape:
+                    raise ValueError(
+                        f"weight {name!r} has shape {tuple(value.shape)}, wanted {tuple(state[name].shape)}: "
+                        "send whole tensors of the same architecture"
+                    )
+                state[name].copy_(value)
+                loaded.add(name)
+        reached = {state[name].data_ptr() for name in loaded}
+        missing = [name for name, weight in state.items() if weight.data_ptr() not in reached]
+        if not loaded or (must_be_whole and missing):
+            raise ValueError(
+                f"{len(missing)} weights are missing, the first is {missing[0]!r}: the first load after a start or an "
+                "error must name every weight, and no load may be empty"
+            )
+        self._is_whole = True
+        self.policy_version = policy_version
+
+    def close(self) -> None:
+        """Let go of the model; the engine cannot be used any more."""
+        self._model = None
+
+    def _run_chunk(
+        self, prompts: Sequence[Prompt], first_index: int, sampling: SamplingParams
+    ) -> tuple[Tensor, Tensor]:
+        """Sampled ids and log-probs, [P * G, S] each, on the CPU; what follows a row's stop id is noise."""
+        model, group_size = self.model, sampling.num_completions
+        cache, hidden_PD = self._prefill(prompts)
+        batch = _Batch.of(prompts, group_size, model.device)
+        steps = [
+            uniforms(sampling.seed, first_index + i, sampling.max_new_tokens, group_size) for i in range(len(prompts))
+        ]
+        uniform_SB = torch.cat(steps, dim=1).to(model.device)
+        tokens_BS = torch.zeros(
+            len(prompts) * group_size, sampling.max_new_tokens, dtype=torch.long, device=model.device
+        )
+        logprobs_BS = torch.zeros_like(tokens_BS, dtype=torch.float32)
+        logits_BV = model.lm_head(hidden_PD).repeat_interleave(group_size, dim=0)
+        for step in range(sampling.max_new_tokens):
+            token_B, logprob_B = sample_tokens(
+                logits_BV, uniform_SB[step, batch.rows], sampling.temperature, sampling.top_p, self._suppressed_ids
+            )
+            tokens_BS[batch.rows, step] = token_B
+            logprobs_BS[batch.rows, step] = logprob_B
+            batch.is_done |= (token_B.unsqueeze(1) == self._stop_ids).any(dim=1)
+            num_active = int(batch.rows.numel() - batch.is_done.sum())
+            if num_active == 0 or step + 1 == sampling.max_new_tokens:
+                tokens_BS, logprobs_BS = tokens_BS[:, : step + 1], logprobs_BS[:, : step + 1]
+                break
+            if 2 * num_active <= batch.rows.numel():
+                token_B = token_B[batch.compact(cache)]
+            logits_BV = self._next_logits(token_B, batch.next_position + step, cache)
+        return tokens_BS.cpu(), logprobs_BS.cpu()
+
+    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[GroupedCache, Tensor]:
+        """Cache of the prompts, and the hidden state of each one's last token [P, D].
+
+        Prompts are padded on the right: under a causal mask no real token then sees padding, and no mask is needed.
+        """
+        model = self.model
+        length_P = torch.tensor([p.token_ids_L.numel() for p in prompts])
+        shape = (len(prompts), int(length_P.max()))
+        token_ids_PL = torch.full(shape, int(self._stop_ids[-1]))
+        position_ids_3PL = torch.zeros(3, *shape, dtype=torch.long)
+        for index, prompt in enumerate(prompts):
+            token_ids_PL[index, : length_P[index]] = prompt.token_ids_L
+            position_ids_3PL[:, index, : length_P[index]] = prompt.position_ids_3L
+        cache = GroupedCache(length_P.to(model.device))
+        output = model.model.language_model(
+            inputs_embeds=self._embed(prompts, token_ids_PL.to(model.device)),
+            position_ids=position_ids_3PL.to(model.device),
+            attention_mask=READY_MASK,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.begin_decode()
+        return cache, output.last_hidden_state[torch.arange(len(prompts)), length_P - 1]
+
+    def _embed(self, prompts: Sequence[Prompt], token_ids_PL: Tensor) -> Tensor:
+        """Token embeddings [P, L, D] with the video embeddings in their places; one call of the vision tower."""
+        model = self.model
+        embeds_PLD = model.get_input_embeddings()(token_ids_PL)
+        is_video_PL = token_ids_PL == model.config.video_token_id
+        for prompt, count in zip(prompts, is_video_PL.sum(dim=1).tolist(), strict=True):
+            if count != prompt.patches.num_tokens:
+                raise ValueError(
+                    f"the prompt of example {prompt.example.id!r} has {count} video placeholders, but its grid "
+                    f"{prompt.patches.grid_thw} stands for {prompt.patches.num_tokens} tokens: use PromptBuilder"
+                )
+        values_PC = torch.cat([p.patches.values_PC for p in prompts]).to(model.device, model.dtype)
+        # Grids stay on the CPU: the tower makes Python-side indices of them, and reading them back would stall a GPU.
+        grids = torch.tensor([p.patches.grid_thw for p in prompts])
+        video_MD = model.model.visual(values_PC, grid_thw=grids).pooler_output
+        return embeds_PLD.masked_scatter(is_video_PL.unsqueeze(-1), video_MD.to(embeds_PLD.dtype))
+
+    def _next_logits(self, token_B: Tensor, position_B: Tensor, cache: GroupedCache) -> Tensor:
+        """[B, V] after one more token per row."""
+        model = self.model
+        cache.begin_token()
+        output = model.model.language_model(
+            inputs_embeds=model.get_input_embeddings()(token_B).unsqueeze(1),
+            position_ids=position_B.view(1, -1, 1).expand(3, -1, 1),
+            attention_mask=READY_MASK,
+            past_key_values=cache,
+            use_cache=True,
+            grouped_cache=cache,
+        )
+        return model.lm_head(output.last_hidden_state[:, 0])
+
+    def _completions(self, tokens_BS: Tensor, logprobs_BS: Tensor) -> list[Completion]:
+        """Cut each row after its first stop id. Cloned outside inference mode: autograd refuses inference tensors."""
+        is_stop_BS = torch.isin(tokens_BS, self._stop_ids.cpu())
+        rows: list[tuple[Tensor, Tensor, bool]] = []
+        for token_S, logprob_S, is_stop_S in zip(tokens_BS, logprobs_BS, is_stop_BS, strict=True):
+            has_stop = bool(is_stop_S.any())
+            length = int(is_stop_S.int().argmax()) + 1 if has_stop else token_S.numel()
+            rows.append((token_S[:length].clone(), logprob_S[:length].clone(), has_stop))
+        if not all(bool(logprob_R.isfinite().all()) for _, logprob_R, _ in rows):
+            raise RuntimeError(
+                "the model's logits are not finite: its weights have diverged or are broken, load others"
+            )
+        texts = self.tokenizer.batch_decode([token_R.tolist() for token_R, _, _ in rows], skip_special_tokens=True)
+        return [
+            Completion(token_R, logprob_R, "stop" if has_stop else "length", text)
+            for (token_R, logprob_R, has_stop), text in zip(rows, texts, strict=True)
+        ]
+
+
+@dataclass
+class _Batch:
+    """The rows still decoded: P prompts with the same number of rows each."""
+
+    rows: Tensor  # [B] int64, which of the chunk's completions
+    is_done: Tensor  # [B] bool, its stop id was drawn
+    next_position: Tensor  # [B] int64, rotary position of the first new token
+    num_prompts: int
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], group_size: int, device: torch.device) -> _Batch:
+        next_position_P = torch.tensor([p.next_position for p in prompts], device=device)
+        row_B = torch.arange(len(prompts) * group_size, device=device)
+        is_done_B = torch.zeros_like(row_B, dtype=torch.bool)
+        return cls(row_B, is_done_B, next_position_P.repeat_interleave(group_size), len(prompts))
+
+    def compact(self, cache: GroupedCache) -> Tensor:
+        """Drop finished prompts, and finished rows as far as every prompt keeps the same number of rows.
+
+        Gives the indices [B'] of the rows that stay.
+        """
+        is_done_PG = self.is_done.view(self.num_prompts, -1)
+        num_active_P = (~is_done_PG).sum(dim=1)
+        prompts_P = num_active_P.nonzero().squeeze(1)
+        active_first_PG = is_done_PG[prompts_P].int().argsort(dim=1, stable=True)[:, : int(num_active_P.max())]
+        keep_B = (prompts_P.unsqueeze(1) * is_done_PG.shape[1] + active_first_PG).flatten()
+        if keep_B.numel() < self.rows.numel():
+            cache.keep(prompts_P, keep_B)
+        self.rows, self.is_done = self.rows[keep_B], self.is_done[keep_B]
+        self.next_position = self.next_position[keep_B]
+        self.num_prompts = prompts_P.numel()
+        return keep_B

@@ -1,0 +1,183 @@
+"""Object tracking: where is the object at each instant, given its box at the first one? Answer: a list of boxes.
+
+Row: {"id", "task", "video", "query", "duration_s", "boxes": [[x0, y0, x1, y1], ...], "times_s": [...]}; corners as
+fractions of width and height.
+
+recipe fixed: any number of boxes, the instants are told, box 0 (which the prompt gives away) earns nothing.
+recipe paper: VideoChat-R1 (arXiv 2504.06958) on GOT-10k: 8 boxes at untold instants, box 0 counts, loose validity test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from vcr1_fast.config import TaskConfig
+from vcr1_fast.tasks.annotations import (
+    check_counts,
+    frac_at_least,
+    mean,
+    read_duration_s,
+    read_numbers,
+    read_rows,
+    track_truth,
+)
+from vcr1_fast.tasks.answer_format import (
+    PAPER_REASON,
+    clip,
+    has_paper_format,
+    has_strict_format,
+    read_box_list,
+    tag_blocks,
+)
+from vcr1_fast.tasks.overlap import track_iou_batch
+from vcr1_fast.types import Box, Example, TrackTruth
+
+PAPER_NUM_BOXES = 8
+
+
+class ObjectTracking:
+    """Reward parts: format, and iou, the mean overlap of the predicted boxes with the true ones."""
+
+    name = "object_tracking"
+    part_names: tuple[str, ...] = ("format", "iou")
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.is_paper = config.recipe == "paper"
+        self.think = config.think
+        self.first_box = 0 if self.is_paper else 1
+
+    def parse_truth(self, row: Mapping[str, object]) -> TrackTruth:
+        """Boxes as fractions and their instants in seconds, rising.
+
+        Raises ValueError for missing, malformed or non-finite numbers and when boxes and times_s differ in number.
+        fixed: also for a box outside the picture or without area, and for fewer than 2. paper: also unless there are 8.
+        """
+        boxes: list[Box] = [(x0, y0, x1, y1) for x0, y0, x1, y1 in read_rows(row, "boxes", "box", 4)]
+        times_s = read_numbers(row.get("times_s"), "times_s")
+        if len(times_s) != len(boxes):
+            raise ValueError(f"there are {len(boxes)} boxes but {len(times_s)} times_s, wanted one instant per box")
+        if self.is_paper and len(boxes) != PAPER_NUM_BOXES:
+            raise ValueError(f"there are {len(boxes)} boxes, wanted {PAPER_NUM_BOXES} (task.recipe is paper)")
+        _check_times(times_s, read_duration_s(row))
+        if not self.is_paper:
+            _check_boxes(boxes)
+        return TrackTruth(tuple(boxes), times_s)
+
+    def question(self, example: Example) -> str:
+        """The user's text with the start box; the video itself is not part of it."""
+        truth, query = track_truth(example), " ".join(example.query.split())
+        if self.is_paper:
+            reason = PAPER_REASON if self.think else ""
+            return (
+                f'Follow the object "{query}" through the video. It starts at {list(truth.boxes[0])}: a box '
+                f"[x0, y0, x1, y1], corners as fractions of width and height between 0 and 1. {reason}Give its boxes "
+                f"at regular times as a list of {PAPER_NUM_BOXES} such lists, the first box included, inside "
+                "<answer></answer>."
+            )
+        times = ", ".join(f"{time_s:.2f}" for time_s in truth.times_s)
+        reason = "Think inside <think></think>, then write" if self.think else "Write"
+        return (
+            f"Track this object: {query}. At {truth.times_s[0]:.2f} s its box is {_box_text(truth.boxes[0])}, corners "
+            f"as fractions of width and height. {reason} its boxes at {times} s as a list of {len(truth.boxes)} such "
+            "boxes in <answer></answer>."
+        )
+
+    def target(self, example: Example) -> str:
+        """The completion to learn from: all true boxes, two decimals, no blanks, after the example's reasoning."""
+        return self._answer([_box_text(box) for box in track_truth(example).boxes], example.reasoning)
+
+    def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
+        """Parts "format" and "iou" of N answers, each in [0, 1].
+
+        format is 1 when the tags are right and the answer holds a list of the right number of boxes: fixed, finite
+        numbers only; paper, 8 lists of 4 values of any kind. iou is the mean over boxes 1.. (fixed) or over all 8
+        (paper); an answer without a full list of numbers gets 0.
+        """
+        is_formatted, tracks = self._read_all(examples, answers)
+        return {"format": is_formatted, "iou": _track_iou(tracks, examples, self.first_box)}
+
+    def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
+        """mean_overlap leaves box 0 out, mean_overlap_with_first counts it (the paper's "Overlap").
+
+        The recipe's own one comes first; r@0.5 and r@0.7 are the shares of answers in which it reaches 0.5 and 0.7. In
+        [0, 1]; unreadable answers count as 0. Raises ValueError when there are no examples.
+        """
+        _, tracks = self._read_all(examples, answers)
+        overlap = {first_box: _track_iou(tracks, examples, first_box) for first_box in (0, 1)}
+        names = {0: "mean_overlap_with_first", 1: "mean_overlap"}
+        own, other = self.first_box, 1 - self.first_box
+        return {
+            names[own]: mean(overlap[own]),
+            "r@0.5": frac_at_least(overlap[own], 0.5),
+            "r@0.7": frac_at_least(overlap[own], 0.7),
+            names[other]: mean(overlap[other]),
+        }
+
+    def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
+        """repeat_first_box: the given box at every instant, with four decimals."""
+        answers: list[str] = []
+        for example in examples:
+            boxes = track_truth(example).boxes
+            answers.append(self._answer([_box_text(boxes[0], decimals=4)] * len(boxes)))
+        return {"repeat_first_box": answers}
+
+    def _answer(self, boxes: list[str], reasoning: str = "") -> str:
+        think = f"<think>{reasoning}</think>" if self.think else ""
+        return f"{think}<answer>[{','.join(boxes)}]</answer>"
+
+    def _read_all(self, examples: Sequence[Example], answers: Sequence[str]) -> tuple[list[float], list[list[Box]]]:
+        """Format reward and predicted track of every answer; the track is empty where it cannot be scored."""
+        check_counts(len(examples), len(answers))
+        is_formatted: list[float] = []
+        tracks: list[list[Box]] = []
+        for example, answer in zip(examples, answers, strict=True):
+            text = clip(answer)
+            is_list, track = self._read(text, len(track_truth(example).boxes))
+            has_tags = has_paper_format(text, self.think) if self.is_paper else has_strict_format(text, self.think)
+            is_formatted.append(float(is_list and has_tags))
+            tracks.append(track)
+        return is_formatted, tracks
+
+    def _read(self, text: str, num_boxes: int) -> tuple[bool, list[Box]]:
+        """Whether the answer is a list of boxes as the recipe understands it, and the boxes if they are numbers."""
+        if self.is_paper:
+            text, num_boxes = text.replace("\n", ""), PAPER_NUM_BOXES
+        blocks = tag_blocks(text, "answer")
+        rows = read_box_list(blocks[0 if self.is_paper else -1]) if blocks else None
+        if rows is None or len(rows) != num_boxes:
+            return False, []
+        track: list[Box] = []
+        for x0, y0, x1, y1 in rows:
+            if x0 is None or y0 is None or x1 is None or y1 is None:
+                return self.is_paper, []
+            track.append((x0, y0, x1, y1))
+        if not self.is_paper and not all(math.isfinite(corner) for box in track for corner in box):
+            return False, []
+        return True, track
+
+
+def _track_iou(tracks: list[list[Box]], examples: Sequence[Example], first_box: int) -> list[float]:
+    return track_iou_batch(tracks, [track_truth(ex).boxes for ex in examples], first_box)
+
+
+def _box_text(box: Box, decimals: int = 2) -> str:
+    return "[" + ",".join(f"{corner:.{decimals}f}" for corner in box) + "]"
+
+
+def _check_times(times_s: Sequence[float], duration_s: float | None) -> None:
+    for i, time_s in enumerate(times_s):
+        if time_s < 0 or (i > 0 and time_s <= times_s[i - 1]):
+            raise ValueError(f"times_s[{i}] is {time_s}, wanted 0 or more and after the instant before it")
+        if duration_s is not None and time_s > duration_s:
+            raise ValueError(f"times_s[{i}] is {time_s} s, but the video ends at {duration_s} s")
+
+
+def _check_boxes(boxes: Sequence[Box]) -> None:
+    if len(boxes) < 2:
+        raise ValueError("there is 1 box, wanted at least 2: box 0 is given in the prompt")
+    for i, box in enumerate(boxes):
+        if not all(0.0 <= corner <= 1.0 for corner in box):
+            raise ValueError(f"box {i} is {list(box)}, wanted corners between 0 and 1 (fractions of width and height)")
+        if not (box[0] < box[2] and box[1] < box[3]):
+            raise ValueError(f"box {i} is {list(box)}, wanted x0 < x1 and y0 < y1")

@@ -1,0 +1,173 @@
+"""Temporal grounding: when does an event happen? Answer "X to Y" in seconds.
+
+Row: {"id", "task", "video", "query", "duration_s", "intervals": [[start_s, end_s], ...]}.
+
+recipe fixed: broken ground truths are refused, predictions are clamped to the video, signs and units are read.
+recipe paper: VideoChat-R1 (arXiv 2504.06958, grpo_tg.py) with its parser, its hull IoU and its reversed ground truths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vcr1_fast.config import TaskConfig
+from vcr1_fast.tasks.annotations import (
+    check_counts,
+    frac_at_least,
+    interval_truth,
+    mean,
+    read_duration_s,
+    read_rows,
+)
+from vcr1_fast.tasks.answer_format import (
+    PAPER_REASON,
+    clip,
+    has_paper_format,
+    has_strict_format,
+    read_paper_period,
+    read_period,
+    tag_blocks,
+)
+from vcr1_fast.tasks.overlap import interval_iou_batch
+from vcr1_fast.types import Example, Interval, IntervalTruth
+
+GRID_STEPS = 20  # the best constant answer is sought among starts and ends at multiples of 1/20 of the video
+
+
+class TemporalGrounding:
+    """Reward parts: format, and iou of the predicted period with the true ones."""
+
+    name = "temporal_grounding"
+    part_names: tuple[str, ...] = ("format", "iou")
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.is_paper = config.recipe == "paper"
+        self.think = config.think
+
+    def parse_truth(self, row: Mapping[str, object]) -> IntervalTruth:
+        """Intervals in seconds. fixed: 0 <= start < end <= duration_s, later ends cut off. paper: as they are.
+
+        Raises ValueError for missing, malformed or non-finite numbers, and in recipe fixed for an interval that is
+        reversed, empty, or starts outside the video.
+        """
+        intervals = [(start_s, end_s) for start_s, end_s in read_rows(row, "intervals", "interval", 2)]
+        duration_s = read_duration_s(row)
+        if self.is_paper:
+            return IntervalTruth(tuple(intervals))
+        return IntervalTruth(tuple(_checked(i, interval, duration_s) for i, interval in enumerate(intervals)))
+
+    def question(self, example: Example) -> str:
+        """The user's text; the video itself is not part of it."""
+        query = " ".join(example.query.split()).removesuffix(".")
+        if self.is_paper:
+            reason = PAPER_REASON if self.think else ""
+            return (
+                f'Find the precise period of the event "{query.lower()}" in the video. {reason}Write its start and end '
+                "in seconds with two decimals as X to Y inside <answer></answer>, for example "
+                "<answer>12.54 to 17.83</answer>."
+            )
+        reason = "Think inside <think></think>, then write" if self.think else "Write"
+        return (
+            f"When exactly does this happen in the video: {query}? {reason} start and end in seconds with two decimals "
+            "as <answer>X to Y</answer>."
+        )
+
+    def target(self, example: Example) -> str:
+        """The completion to learn from: the longest true interval, two decimals, after the example's reasoning."""
+        start_s, end_s = max(interval_truth(example).intervals_s, key=lambda interval: interval[1] - interval[0])
+        return self._answer(start_s, end_s, example.reasoning)
+
+    def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
+        """Parts "format" and "iou" of N answers, each in [0, 1].
+
+        format, fixed: one think block (if asked for), one answer block, and a period that can be read in it.
+        format, paper: the tags alone. iou is 0 where no period can be read or it is reversed.
+        """
+        check_counts(len(examples), len(answers))
+        texts = [clip(answer) for answer in answers]
+        periods = [self._read(text) for text in texts]
+        if self.is_paper:
+            is_formatted = [has_paper_format(text, self.think) for text in texts]
+        else:
+            is_formatted = [
+                period is not None and has_strict_format(text, self.think)
+                for text, period in zip(texts, periods, strict=True)
+            ]
+        predicted = [self._scored(period, ex) for period, ex in zip(periods, examples, strict=True)]
+        return {"format": [float(ok) for ok in is_formatted], "iou": self._iou(predicted, examples)}
+
+    def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
+        """Mean IoU and the share of answers whose IoU reaches 0.3, 0.5, 0.7. Unreadable answers count as IoU 0.
+
+        In [0, 1]; read as the reward reads them. Raises ValueError when there are no examples.
+        """
+        iou = self.score(examples, answers)["iou"]
+        recalls = {f"r@{threshold}": frac_at_least(iou, threshold) for threshold in (0.3, 0.5, 0.7)}
+        return {"miou": mean(iou), **recalls}
+
+    def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
+        """whole_video: 0 to the duration. best_constant: the part of the video that scores best on these examples.
+
+        The second one looks at the truths: it is the floor that a model which never watched the video could reach.
+        """
+        start_frac, end_frac = self.best_constant(examples)
+        return {
+            "whole_video": [self._answer(0.0, ex.duration_s) for ex in examples],
+            "best_constant": [self._answer(start_frac * ex.duration_s, end_frac * ex.duration_s) for ex in examples],
+        }
+
+    def best_constant(self, examples: Sequence[Example]) -> Interval:
+        """(start, end) as fractions of the duration, of all on the grid the one with the highest mean IoU.
+
+        210 candidates; 3,720 examples take about 5 s. (0, 1) when there are no examples.
+        """
+        best, best_total = (0.0, 1.0), -1.0
+        for start_step in range(GRID_STEPS):
+            for end_step in range(start_step + 1, GRID_STEPS + 1):
+                start_frac, end_frac = start_step / GRID_STEPS, end_step / GRID_STEPS
+                predicted = [[(start_frac * ex.duration_s, end_frac * ex.duration_s)] for ex in examples]
+                total = sum(self._iou(predicted, examples))
+                if total > best_total:
+                    best, best_total = (start_frac, end_frac), total
+        return best
+
+    def _answer(self, start_s: float, end_s: float, reasoning: str = "") -> str:
+        think = f"<think>{reasoning}</think>" if self.think else ""
+        return f"{think}<answer>{start_s:.2f} to {end_s:.2f}</answer>"
+
+    def _read(self, text: str) -> Interval | None:
+        blocks = tag_blocks(text, "answer")
+        if not blocks:
+            return None
+        return read_paper_period(blocks[-1]) if self.is_paper else read_period(blocks[-1])
+
+    def _scored(self, period: Interval | None, example: Example) -> list[Interval]:
+        """What enters the IoU: nothing for an unreadable or reversed period; fixed: clamped to the video."""
+        if period is None or period[0] > period[1]:
+            return []
+        if self.is_paper:
+            return [period]
+        return [(_clamp(period[0], example.duration_s), _clamp(period[1], example.duration_s))]
+
+    def _iou(self, predicted: list[list[Interval]], examples: Sequence[Example]) -> list[float]:
+        truths = [interval_truth(ex).intervals_s for ex in examples]
+        return interval_iou_batch(predicted, truths, "hull" if self.is_paper else "set")
+
+
+def _clamp(time_s: float, duration_s: float) -> float:
+    return min(max(time_s, 0.0), duration_s)
+
+
+def _checked(index: int, interval: Interval, duration_s: float | None) -> Interval:
+    start_s, end_s = interval
+    if end_s < start_s:
+        raise ValueError(f"interval {index} ends ({end_s} s) before it starts ({start_s} s)")
+    if end_s == start_s:
+        raise ValueError(f"interval {index} is empty: it starts and ends at {start_s} s")
+    if start_s < 0:
+        raise ValueError(f"interval {index} starts at {start_s} s, wanted 0 s or later")
+    if duration_s is None:
+        return interval
+    if start_s >= duration_s:
+        raise ValueError(f"interval {index} starts at {start_s} s, but the video ends at {duration_s} s")
+    return (start_s, min(end_s, duration_s))

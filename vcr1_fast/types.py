@@ -1,0 +1,181 @@
+"""The values that flow through the trainer, one class each, in the order in which they are made.
+
+    video file -> Frames -> Patches -> Prompt -> RolloutGroup -> PackedBatch -> loss
+
+Shape letters: F frames, H W pixels, P patches, L prompt tokens, R completion tokens, G completions of one prompt,
+T packed tokens, N scored tokens, S sequences (completions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from vcr1_kernels.prefix_attention import PrefixLayout
+
+FinishReason = Literal["stop", "length"]
+Interval = tuple[float, float]  # (start_s, end_s), seconds from the start of the video
+Box = tuple[float, float, float, float]  # (x0, y0, x1, y1), corners as fractions of width and height, in [0, 1]
+
+
+class SampleError(Exception):
+    """One item cannot be used (unreadable video, broken annotation). The run goes on without it.
+
+    `source` is the file (or file:row) to blame, `reason` one clear sentence.
+    """
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(f"{source}: {reason}")
+        self.source = source
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:  # crosses process borders intact
+        return type(self), (self.source, self.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class IntervalTruth:
+    """What temporal grounding asks for: when the event happens. Example: `IntervalTruth(((2.0, 4.5),))`."""
+
+    intervals_s: tuple[Interval, ...]  # each start < end, inside [0, duration]
+
+
+@dataclass(frozen=True, slots=True)
+class TrackTruth:
+    """What object tracking asks for: one box per instant; box 0 is given in the prompt."""
+
+    boxes: tuple[Box, ...]  # corners in [0, 1]
+    times_s: tuple[float, ...]  # the instant of each box, seconds; same length as boxes
+
+
+Truth = IntervalTruth | TrackTruth
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question about one video, as an annotation file states it."""
+
+    id: str  # unique in a data set
+    task: str  # name of a module in vcr1_fast.tasks, for example "temporal_grounding"
+    video: str  # absolute path of the video file
+    query: str  # the event or the object, in words
+    duration_s: float  # seconds, > 0
+    truth: Truth
+    reasoning: str = ""  # text of the think block for supervised cold start; never shown to the policy in GRPO
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Decoded frames, already at the size the model will see.
+
+    Example: 8 s at 2 fps and 112 px: rgb_FHW3 [16, 112, 112, 3], times_s 0.0, 0.5, ... 7.5.
+    """
+
+    rgb_FHW3: torch.Tensor  # [F, H, W, 3] uint8; F even, H and W multiples of 28
+    times_s: torch.Tensor  # [F] float64, presentation time of each frame, seconds
+    sampled_fps: float  # frames per second after sampling, > 0
+    duration_s: float  # of the whole video
+    reader: str  # name and version of what decoded it, for example "pyav 18.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """Frames cut into vision-tower input, in the row order of the Hugging Face Qwen2-VL processor."""
+
+    values_PC: torch.Tensor  # [P, 1176] float32, normalised; 1176 = 3 channels x 2 frames x 14 x 14
+    grid_thw: tuple[int, int, int]  # (frame pairs, rows, columns) in patches; P is their product
+    second_per_grid_s: float  # seconds between two temporal grid steps: 2 / sampled_fps
+    num_frames: int
+    duration_s: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Language-model tokens of this video: 2 x 2 patches merge into one."""
+        t, h, w = self.grid_thw
+        return t * h * w // 4
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question as the model sees it: token ids, 3-D rotary positions, and the video's patches."""
+
+    example: Example
+    token_ids_L: torch.Tensor  # [L] int64, video placeholders expanded, ends with the assistant header
+    position_ids_3L: torch.Tensor  # [3, L] int64: time, row, column
+    patches: Patches
+
+    @property
+    def next_position(self) -> int:
+        """Position (same on all three axes) of the first completion token."""
+        return int(self.position_ids_3L.max()) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How completions are drawn."""
+
+    num_completions: int  # G
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 is greedy; then log-probs are taken at temperature 1
+    top_p: float = 1.0
+    seed: int = 0  # the same seed, prompts and weights give the same tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer. The stop token, if one was drawn, is the last id."""
+
+    token_ids_R: torch.Tensor  # [R] int64; R may be 0 only in tests
+    logprobs_R: torch.Tensor  # [R] float32, log-softmax over the whole vocabulary of logits / temperature
+    finish_reason: FinishReason
+    text: str = ""  # decoded without special tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_ids_R.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The G answers to one prompt, with their rewards and advantages once these are known."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]  # G of them
+    policy_version: int  # of the weights that drew them
+    reward_parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # part -> [G], each in [0, 1]
+    rewards: tuple[float, ...] = ()  # [G], weighted sum of the parts
+    advantages: tuple[float, ...] = ()  # [G]
+
+    @property
+    def is_trainable(self) -> bool:
+        """A group whose answers all score alike has no policy gradient."""
+        return any(a != 0.0 for a in self.advantages)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One micro-batch: groups laid out as `[prompt | c_1 | ... | c_G]` one after the other in a single row.
+
+    A completion of R tokens feeds its first R - 1 ids; its R predictions come from the prompt's last row and from
+    those R - 1 rows. `scored_row_N` gathers them, so the prompt's last row appears G times.
+    """
+
+    token_ids_T: torch.Tensor  # [T] int64
+    position_ids_3T: torch.Tensor  # [3, T] int64
+    layout: PrefixLayout  # where each prompt and completion lies; covers 0..T
+    patches: tuple[Patches, ...]  # one per group, in order
+    scored_row_N: torch.Tensor  # [N] int64, row of the hidden states that predicts target_N
+    target_N: torch.Tensor  # [N] int64
+    sequence_N: torch.Tensor  # [N] int64, index of the completion, 0..S-1
+    advantage_N: torch.Tensor  # [N] float32
+    weight_N: torch.Tensor  # [N] float32, share of this token in the step's loss; sums to the step total over batches
+    engine_logprob_N: torch.Tensor  # [N] float32, what the rollout engine reported
+    num_sequences: int  # S
+    num_unshared_tokens: int  # tokens of the S separate rows this batch stands for
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_ids_T.numel())
