@@ -1,0 +1,145 @@
+"""The tree itself: sizes a reader can take in, names that say something, no shadowed package, no dead link."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_PARAMETERS = 8
+PRODUCT = ("vcr1_fast", "kernels", "bench", "csrc", "setup.py")
+TEXT_SUFFIXES = {".py", ".pyi", ".cpp", ".cu", ".cuh", ".h", ".md", ".yaml", ".toml", ".txt", ".cfg", ""}
+
+
+def repository_files() -> list[Path]:
+    """Tracked and new files, as git sees them; every file outside of hidden folders where there is no git."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        files = [ROOT / line for line in listed.stdout.splitlines()]
+    else:
+        files = [path for path in ROOT.rglob("*") if not any(p.startswith(".") for p in path.relative_to(ROOT).parts)]
+    return [path for path in files if path.is_file()]
+
+
+def product_files(*suffixes: str) -> list[Path]:
+    found = [p for p in repository_files() if p.relative_to(ROOT).parts[0] in PRODUCT and p.suffix in suffixes]
+    assert found, f"no product file ends in {suffixes}: the list above is out of date"
+    return found
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def is_device_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def test_files_are_short():
+    sizes = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in product_files(".py", ".cpp", ".cu", ".h")}
+    too_long = [f"{p.relative_to(ROOT)}: {n} lines" for p, n in sizes.items() if n > MAX_FILE_LINES]
+    assert too_long == []
+
+
+def test_functions_are_short_and_take_few_parameters():
+    offenders = []
+    for path in product_files(".py"):
+        for function in functions(path):
+            if is_device_kernel(function):
+                continue
+            num_lines = (function.end_lineno or 0) - function.lineno + 1
+            arguments = function.args
+            num_parameters = sum(
+                argument.arg not in ("self", "cls")
+                for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+            )
+            if num_lines > MAX_FUNCTION_LINES or num_parameters > MAX_PARAMETERS:
+                where = f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
+                offenders.append(f"{where}: {num_lines} lines, {num_parameters} parameters")
+    assert offenders == []
+
+
+def test_no_file_is_named_after_nothing():
+    vague = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
+    assert [path for path in product_files(".py") if path.name in vague] == []
+
+
+def test_every_module_says_what_it_is():
+    silent = []
+    for path in product_files(".py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if tree.body and not ast.get_docstring(tree):
+            silent.append(str(path.relative_to(ROOT)))
+    assert silent == []
+
+
+def test_kernels_is_a_plain_folder():
+    """An __init__.py in kernels/ would shadow Hugging Face's `kernels`, which SGLang and transformers import."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or spec.origin is None or "site-packages" in spec.origin
+
+
+def test_vcr1_kernels_uses_relative_imports_and_only_torch_and_triton():
+    """It is used without vcr1_fast, and these are the rules of a Hugging Face Hub kernel."""
+    allowed = {"torch", "triton", "numpy"}
+    folder = ROOT / "kernels" / "vcr1_kernels"
+    for path in folder.rglob("*.py"):
+        if "integrations" in path.parts:  # these import the trainer they plug into
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            for name in names:
+                top = name.split(".")[0]
+                is_standard = top in sys.stdlib_module_names
+                assert is_standard or top in allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("what", [r"(?<![\w.~-])/(?:work|root|home|opt)/\w", r"\bTODO\b", r"\bFIXME\b", r"\bXXX\b"])
+def test_no_file_names_a_place_on_one_machine_or_unfinished_work(what: str):
+    pattern = re.compile(what)
+    found = []
+    for path in repository_files():
+        if path.suffix not in TEXT_SUFFIXES or path == Path(__file__) or path.name == "LICENSE":
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            if pattern.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
+    assert found == []
+
+
+def test_links_between_documents_lead_somewhere():
+    documents = [path for path in repository_files() if path.suffix == ".md"]
+    assert {ROOT / "README.md", ROOT / "CONTRIBUTING.md"} <= set(documents)
+    links = [
+        (document, target)
+        for document in documents
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8"))
+        if "://" not in target and not target.startswith("mailto:")
+    ]
+    dead = [
+        f"{document.relative_to(ROOT)}: {target}"
+        for document, target in links
+        if not (document.parent / target).exists()
+    ]
+    assert dead == []
+
+
+def test_make_targets_and_commands_in_the_readme_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"\bmake ([a-z]+)\b(?=[`\s]*(?:$|[#A-Z]|`))", readme, flags=re.MULTILINE))
+    assert {"demo", "test", "install"} <= targets
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, flags=re.MULTILINE)] == []

@@ -1,0 +1,105 @@
+"""Run by test_checkpoint on each rank. Argument: a run folder that holds one checkpoint saved by one process.
+
+Loads that checkpoint on two ranks, trains one update, saves, and exports. Rank 0 leaves what it had in
+`want.safetensors`.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import vcr1_fast.checkpoint as checkpoint
+from tests.tiny_policy import TinyPolicy, tiny_tokenizer, tokens
+from vcr1_fast.checkpoint import RunState, export_hugging_face, latest_checkpoint, load_checkpoint, save_checkpoint
+from vcr1_fast.config import ConfigError, OptimizerConfig
+from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
+from vcr1_fast.learner.sharding import World, init_distributed, named_weights, shard, shutdown, whole_tensor
+from vcr1_fast.run_folder import prepare_output_dir
+
+CONFIG = OptimizerConfig(learning_rate=1e-2, schedule="linear")
+
+
+def whole_state(policy: TinyPolicy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, weight in named_weights(policy).items():
+        state[name] = whole_tensor(weight).clone()
+        for moment, value in optimizer.state.get(weight, {}).items():
+            state[f"{moment} {name}"] = whole_tensor(value).clone()
+    return state
+
+
+def check_failure_on_one_rank(run: Path, parts: tuple, world: World) -> None:
+    """Rank 1 cannot write: both ranks raise, and neither waits for the other."""
+    original = checkpoint.rng_state
+    if world.rank == 1:
+
+        def fail() -> dict[str, torch.Tensor]:
+            raise PermissionError("no space for rank 1")
+
+        checkpoint.rng_state = fail
+    try:
+        save_checkpoint(run, *parts, RunState(9, 0, 0, 0, "", ""), world, 2)
+    except OSError as error:
+        assert ("no space for rank 1" if world.rank else "rank 1 failed while saving") in str(error)
+    else:
+        raise AssertionError("the failure of rank 1 was not seen")
+    checkpoint.rng_state = original
+    latest = latest_checkpoint(run)
+    assert latest is not None and latest.name == "step_000002"
+    try:
+        prepare_output_dir("/proc/nothing/run", world)
+    except OSError as error:
+        assert "cannot be written" in str(error) or "rank 0 failed while preparing" in str(error)
+    else:
+        raise AssertionError("a folder in /proc was made")
+
+
+def main() -> None:
+    run, world = Path(sys.argv[1]), init_distributed("cpu")
+    policy = TinyPolicy(seed=5)
+    shard(policy, world, torch.float32)
+    optimizer = build_optimizer(policy, CONFIG)
+    schedule = build_schedule(optimizer, CONFIG, 10)
+    random.seed(100 + world.rank)
+    before_load = random.getstate()
+    parts = (policy, optimizer, schedule)
+    assert load_checkpoint(run / "checkpoints" / "step_000002", *parts, world).step == 2
+    # Saved by one rank: rank 0 continues its random numbers, rank 1 keeps its own.
+    assert (random.getstate() == before_load) == (world.rank == 1)
+    other = TinyPolicy()
+    other.hf.lm_head = torch.nn.Linear(32, 66, bias=False)
+    try:
+        load_checkpoint(run / "checkpoints" / "step_000002", other, None, None, world)
+    except ConfigError:
+        pass
+    else:
+        raise AssertionError("a checkpoint of another shape was loaded")
+    loaded = whole_state(policy, optimizer)
+    policy(tokens(world.rank)).backward()
+    optimizer.step()
+    schedule.step()
+    check_failure_on_one_rank(run, parts, world)
+    save_checkpoint(run, *parts, RunState(3, 30, 300, 4, "pyav 18", "a: 1\n"), world, keep=2)
+    wanted = whole_state(policy, optimizer)
+    draw = random.random()
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.zero_()
+    optimizer.state.clear()
+    load_checkpoint(run / "checkpoints" / "step_000003", *parts, world)
+    again = whole_state(policy, optimizer)
+    assert wanted.keys() == again.keys()
+    assert all(torch.equal(wanted[name], again[name]) for name in wanted)
+    assert random.random() == draw  # each rank continues its own
+    export_hugging_face(policy, tiny_tokenizer(), run / "model", world)
+    if world.is_main:
+        both = {f"loaded {name}": t for name, t in loaded.items()} | {f"saved {name}": t for name, t in wanted.items()}
+        save_file(both, run / "want.safetensors")
+    shutdown(world)
+
+
+if __name__ == "__main__":
+    main()

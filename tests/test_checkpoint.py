@@ -1,0 +1,366 @@
+import json
+import logging
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+import vcr1_fast.checkpoint as checkpoint
+import vcr1_fast.run_folder as run_folder
+from tests.sharded_checkpoint import CONFIG, whole_state
+from tests.tiny_policy import TinyPolicy, run_ranks, tiny_tokenizer, tokens
+from vcr1_fast.checkpoint import (
+    RunState,
+    export_hugging_face,
+    latest_checkpoint,
+    load_checkpoint,
+    prepare_output_dir,
+    resolve_resume,
+    save_checkpoint,
+)
+from vcr1_fast.config import ConfigError
+from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
+from vcr1_fast.learner.sharding import SINGLE_PROCESS
+
+WORKER = Path(__file__).with_name("sharded_checkpoint.py")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of ordinary errors may clean up after it."""
+
+
+def make(seed: int = 0, tied: bool = False) -> tuple[TinyPolicy, AdamW, LambdaLR]:
+    policy = TinyPolicy(tied=tied, seed=seed)
+    optimizer = build_optimizer(policy, CONFIG)
+    return policy, optimizer, build_schedule(optimizer, CONFIG, 10)
+
+
+def train(parts: tuple[TinyPolicy, AdamW, LambdaLR], num_updates: int) -> list[float]:
+    """Updates on random tokens drawn from all three global generators; returns the losses."""
+    policy, optimizer, schedule = parts
+    losses = []
+    for _ in range(num_updates):
+        seed = random.randrange(1 << 20) + int(np.random.randint(1 << 20)) + int(torch.randint(1 << 20, ()))
+        loss = policy(tokens(seed))
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def state(step: int) -> RunState:
+    return RunState(step, 10 * step, 100 * step, step + 1, "pyav 18.1", f"train:\n  num_steps: {step}\n")
+
+
+def save(run: Path, parts: tuple[TinyPolicy, AdamW, LambdaLR], step: int, keep: int = 10) -> Path:
+    return save_checkpoint(run, *parts, state(step), SINGLE_PROCESS, keep)
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return prepare_output_dir(tmp_path / "run")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resumed_run_continues_bit_for_bit(run: Path, tied: bool):
+    parts = make(tied=tied)
+    seed_all(3)
+    random.gauss(0, 1)  # the generators of normal numbers keep a spare one, which must survive too
+    np.random.normal()
+    train(parts, 2)
+    path = save(run, parts, 2)
+    assert path == run / "checkpoints" / "step_000002"
+    saved = whole_state(parts[0], parts[1])
+    losses = train(parts, 2)
+    normals = (random.gauss(0, 1), np.random.normal())
+
+    fresh = make(seed=9, tied=tied)
+    seed_all(99)
+    assert load_checkpoint(path, *fresh, SINGLE_PROCESS) == state(2)
+    loaded = whole_state(fresh[0], fresh[1])
+    assert loaded.keys() == saved.keys()
+    # The decoder, `one`, and the head unless it is tied have moments; the vision tower was not fed.
+    num_decoder = len(list(parts[0].hf.model.language_model.parameters()))
+    assert sum(name.startswith("exp_avg_sq ") for name in saved) == num_decoder + (1 if tied else 2)
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+    assert fresh[2].get_last_lr() == [group["lr"] for group in fresh[1].param_groups] == pytest.approx([0.008, 0.008])
+    assert train(fresh, 2) == losses
+    assert (random.gauss(0, 1), np.random.normal()) == normals
+    for name, tensor in whole_state(parts[0], parts[1]).items():
+        assert torch.equal(whole_state(fresh[0], fresh[1])[name], tensor), name
+
+
+def test_state_file_is_readable_and_says_what_made_it(run: Path):
+    path = save(run, make(), 7)
+    document = json.loads((path / "state.json").read_text())
+    assert (document["step"], document["position"], document["reader"]) == (7, 70, "pyav 18.1")
+    assert document["versions"]["torch"] == torch.__version__
+    assert sorted(document["files"]) == sorted(
+        str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != "state.json"
+    )
+    assert {p.suffix for p in path.rglob("*") if p.is_file()} == {".json", ".safetensors"}  # nothing pickled
+
+
+def test_tensors_are_spread_over_files_of_bounded_size(run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint, "_MAX_FILE_BYTES", 100_000)
+    parts = make()
+    train(parts, 1)
+    path = save(run, parts, 1)
+    sizes = [p.stat().st_size for p in path.glob("*.safetensors")]
+    assert len(sizes) >= 3 and max(sizes) < 150_000  # one header and one tensor over the bound at most
+    fresh = make(seed=1)
+    load_checkpoint(path, *fresh, SINGLE_PROCESS)
+    assert torch.equal(fresh[0].hf.lm_head.weight, parts[0].hf.lm_head.weight)
+
+
+def test_weights_alone_can_be_loaded(run: Path):
+    parts = make()
+    path = save(run, parts, 1)
+    fresh = make(seed=1)
+    draws = random.getstate()
+    load_checkpoint(path, fresh[0], None, None, SINGLE_PROCESS)
+    assert torch.equal(fresh[0].hf.lm_head.weight, parts[0].hf.lm_head.weight)
+    assert random.getstate() == draws
+
+
+def test_loading_moments_into_a_used_optimizer_forgets_its_own(run: Path):
+    path = save(run, make(), 0)  # before the first update: no moments
+    used = make()
+    train(used, 1)
+    load_checkpoint(path, *used, SINGLE_PROCESS)
+    assert not used[1].state
+
+
+@pytest.mark.parametrize("moment", ["save_file", "replace_folder", "rename"])
+def test_a_crash_while_saving_leaves_the_previous_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch, moment: str):
+    parts = make()
+    first = save(run, parts, 1)
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "rename") if moment == "rename" else (checkpoint, moment)), kill)
+        with pytest.raises(Killed):
+            save(run, parts, 2)
+    left = [p.name for p in (run / "checkpoints").iterdir() if p != first]
+    assert left == [f"step_000002.tmp-{os.getpid()}"]
+    assert latest_checkpoint(run) == first
+    prepare_output_dir(run)
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000001"]
+    assert latest_checkpoint(run) == first
+
+
+def test_a_failed_save_gives_its_space_back(run: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        save(run, make(), 2)
+    assert list((run / "checkpoints").iterdir()) == []
+
+
+def test_a_failure_inside_the_tensor_writer_is_an_oserror(run: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", fail)
+    with pytest.raises(OSError, match=r"cannot write checkpoint .*No space left on device"):
+        save(run, make(), 2)
+    assert list((run / "checkpoints").iterdir()) == []
+
+
+def test_the_last_saved_are_kept_even_after_going_back(run: Path):
+    parts = make()
+    for step in (10, 20, 30):
+        save(run, parts, step, keep=2)
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names == ["step_000020", "step_000030"]
+    save(run, parts, 15, keep=1)  # a run that was resumed from step 10 kept elsewhere
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000015"]
+    assert latest_checkpoint(run) == run / "checkpoints" / "step_000015"
+
+
+def test_saving_a_step_again_replaces_it(run: Path):
+    parts = make()
+    save(run, parts, 1)
+    train(parts, 1)
+    path = save(run, parts, 1)
+    fresh = make(seed=1)
+    load_checkpoint(path, *fresh, SINGLE_PROCESS)
+    assert torch.equal(fresh[0].hf.lm_head.weight, parts[0].hf.lm_head.weight)
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000001"]
+
+
+def damage_state(path: Path) -> None:
+    (path / "state.json").write_text("{")
+
+
+def cut_tensors(path: Path) -> None:
+    file = next(path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lose_tensors(path: Path) -> None:
+    next(path.glob("*.safetensors")).unlink()
+
+
+def raise_format(path: Path) -> None:
+    document = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(document | {"format": 2}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_state, "state.json is damaged"),
+        (cut_tensors, r"bytes, wanted \d+"),
+        (lose_tensors, r"no file .*\.safetensors"),
+        (raise_format, "format 2, wanted 1"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_refused(
+    run: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], reason: str
+):
+    parts = make()
+    first, second = save(run, parts, 1), save(run, parts, 2)
+    damage(second)
+    with caplog.at_level(logging.WARNING):
+        assert latest_checkpoint(run) == first
+    assert "passing over checkpoint" in caplog.text and "step_000002" in caplog.text
+    with pytest.raises(ConfigError, match=f"is not a complete checkpoint .*{reason}"):
+        resolve_resume(str(second), run)
+    with pytest.raises(ConfigError, match=f"is not a complete checkpoint .*{reason}"):
+        load_checkpoint(second, *parts, SINGLE_PROCESS)
+
+
+def test_a_checkpoint_of_another_model_is_refused(run: Path):
+    path = save(run, make(), 1)
+    policy = TinyPolicy()
+    policy.hf.lm_head = torch.nn.Linear(32, 66, bias=False)
+    with pytest.raises(ConfigError, match=r"hf.lm_head.weight is \(67, 32\), wanted \(66, 32\): set model.path"):
+        load_checkpoint(path, policy, None, None, SINGLE_PROCESS)
+    policy = TinyPolicy()
+    policy.extra = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ConfigError, match=r"model.extra is absent, wanted \(3,\)"):
+        load_checkpoint(path, policy, None, None, SINGLE_PROCESS)
+
+
+def test_resolve_resume(run: Path, tmp_path: Path):
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    assert resolve_resume("auto", run) is None
+    assert resolve_resume("never", run) is None
+    (run / "checkpoints" / "step_000003.tmp-1").mkdir()
+    assert resolve_resume("never", run) is None
+    first, second = save(run, make(), 1), save(run, make(), 2)
+    assert resolve_resume("auto", run) == second
+    assert resolve_resume(str(first), run) == first
+    with pytest.raises(ConfigError, match=r"holds checkpoints \(latest: step_000002\): choose another"):
+        resolve_resume("never", run)
+    with pytest.raises(ConfigError, match=r"which is not a complete checkpoint \(no file state.json\)"):
+        resolve_resume(str(tmp_path), run)
+
+
+def test_folders_that_cannot_be_written_are_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"output_dir is .*file/run, which cannot be written \(Not a"):
+        prepare_output_dir(tmp_path / "file" / "run")
+    with pytest.raises(OSError, match="which cannot be written"):
+        prepare_output_dir("/proc/run")
+
+
+def test_preparing_deletes_only_what_a_save_left(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for name in ("model.tmp-12", "notes.tmp-old", "model", "checkpoints/step_000001.tmp-old-3"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "a.tmp-1").write_text("a file")
+    with caplog.at_level(logging.WARNING):
+        assert prepare_output_dir(tmp_path) == tmp_path
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tmp-1", "checkpoints", "model", "notes.tmp-old"]
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert caplog.text.count("left by a save that did not finish") == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_export_is_loaded_by_transformers_with_equal_weights(tmp_path: Path, tied: bool):
+    policy = TinyPolicy(tied=tied)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "preprocessor_config.json").write_text("{}")
+    for _ in range(2):  # the second replaces the first
+        folder = export_hugging_face(policy, tiny_tokenizer(), tmp_path / "model", source=source)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "source"]
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert "preprocessor_config.json" in names
+    # The names of the published checkpoints, which other engines expect.
+    assert "model.embed_tokens.weight" in load_file(folder / "model.safetensors")
+    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    wanted = policy.hf.state_dict()
+    assert model.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.encode("does the dog jump") == [2, 3, 4, 5]
+
+
+def test_export_in_bfloat16(tmp_path: Path):
+    policy = TinyPolicy()
+    folder = export_hugging_face(policy, tiny_tokenizer(), tmp_path / "model", dtype=torch.bfloat16)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16 and policy.hf.dtype == torch.float32
+    assert torch.equal(model.lm_head.weight, policy.hf.lm_head.weight.bfloat16())
+
+
+def test_export_does_not_replace_another_folder_and_leaves_nothing_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(FileExistsError, match="exists and is no model folder; choose another path"):
+        export_hugging_face(TinyPolicy(), tiny_tokenizer(), tmp_path / "photos")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder.os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export_hugging_face(TinyPolicy(), tiny_tokenizer(), tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+
+
+def test_checkpoints_move_between_one_process_and_two_ranks(run: Path):
+    parts = make()
+    train(parts, 2)
+    save(run, parts, 2)
+    one = whole_state(parts[0], parts[1])
+    run_ranks(WORKER, str(run))
+    want = load_file(run / "want.safetensors")
+    assert {n.removeprefix("loaded ") for n in want if n.startswith("loaded ")} == one.keys()
+    assert all(torch.equal(want[f"loaded {name}"], tensor) for name, tensor in one.items())
+
+    path = run / "checkpoints" / "step_000003"
+    assert len(list(path.glob("*.safetensors"))) == len(list(path.glob("rng/*"))) == 2  # one file of each rank
+    fresh = make(seed=4)
+    assert load_checkpoint(path, *fresh, SINGLE_PROCESS) == RunState(3, 30, 300, 4, "pyav 18", "a: 1\n")
+    for name, tensor in whole_state(fresh[0], fresh[1]).items():
+        assert torch.equal(tensor, want[f"saved {name}"]), name
+    assert not torch.equal(want["saved hf.lm_head.weight"], one["hf.lm_head.weight"])  # the two ranks did train
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "model")
+    assert all(torch.equal(tensor, fresh[0].hf.state_dict()[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,195 @@
+"""The command line: what a wrong setting is answered with, what is printed, and what is not imported."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vcr1_fast.cli as cli
+from vcr1_fast.config import Config, ConfigError, RolloutConfig
+from vcr1_fast.config_io import UsageError, config_to_yaml, load_config, setting_types, settings_parser
+from vcr1_fast.types import SampleError
+
+
+def run(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(list(tokens))
+    out, err = capsys.readouterr()
+    return exit_info.value.code, out, err  # type: ignore[return-value]
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, command) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command("", command, lambda: Config))
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "meant"),
+    [
+        ("rollout:\n  group_sise: 4\n", "rollout.group_sise", "rollout.group_size"),
+        ("rolout:\n  group_size: 4\n", "rolout.group_size", "rollout.group_size"),
+        ("train:\n  group_size: 4\n", "train.group_size", "rollout.group_size"),  # right field, wrong section
+        ("learning_rate: 1.0\n", "learning_rate", "optimizer.learning_rate"),
+    ],
+)
+def test_unknown_key_in_a_file_names_file_key_and_nearest(in_folder: Path, capsys, content, key, meant):
+    (in_folder / "my.yaml").write_text(content)
+    code, out, err = run(capsys, "config", "my.yaml")
+    assert (code, out) == (2, "")
+    assert err == f"vcr1-fast: error: unknown setting {key} in my.yaml: did you mean {meant}?\n"
+
+
+@pytest.mark.parametrize("tokens", [["--rollout.gruop_size=3"], ["--rollout.gruop_size", "3"]])
+def test_unknown_key_on_the_command_line(capsys, tokens):
+    code, _, err = run(capsys, "train", *tokens)
+    assert code == 2
+    assert "unknown setting rollout.gruop_size on the command line: did you mean rollout.group_size?" in err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "code", "message"),
+    [
+        (["--rollout.group_size=0"], 1, "rollout.group_size is 0, wanted >= 1"),
+        (["--train.prompts_per_step=6", "--algorithm.minibatches_per_rollout=4"], 1, "make the first a multiple"),
+        (["--train.seed=x"], 2, "train.seed is 'x' on the command line, wanted a whole number"),
+        (["--algorithm.loss=foo"], 2, "algorithm.loss is 'foo' on the command line, wanted one of grpo, dr_grpo, dapo"),
+        (["--train.seed"], 2, "--train.seed has no value"),
+        (["a.yaml", "b.yaml"], 2, "got the config files a.yaml and b.yaml, wanted one"),
+        (["nowhere.yaml"], 2, "cannot read the config nowhere.yaml: No such file or directory"),
+        (["-x"], 2, "cannot read the config -x"),
+    ],
+)
+def test_wrong_settings_are_answered_in_one_line(in_folder: Path, capsys, tokens, code, message):
+    got_code, out, err = run(capsys, "config", *tokens)
+    assert (got_code, out, err.count("\n")) == (code, "", 1)
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- 1\n- 2\n", "bad.yaml holds a list, wanted sections"),
+        ("rollout: 3\n", "rollout is 3, wanted a section"),
+        ("a: [\n", "bad.yaml is not YAML"),
+        ("rollout: {group_size: eight}\n", "rollout.group_size is 'eight' in bad.yaml, wanted a whole number"),
+    ],
+)
+def test_files_that_are_no_settings(in_folder: Path, content, message):
+    (in_folder / "bad.yaml").write_text(content)
+    with pytest.raises(UsageError, match=message.replace(".", r"\.")):
+        load_config("bad.yaml", [])
+
+
+def test_file_then_overrides_in_any_order_and_spelling(in_folder: Path, capsys):
+    (in_folder / "my.yaml").write_text(
+        "rollout: {group_size: 4, max_new_tokens: 9}\ntrain:\ndata: {train: a.jsonl}\n"
+        "optimizer: {learning_rate: 1e-5}\ntask: {reward_weights: {iou: 2}}\n"
+    )
+    tokens = ["--rollout.group_size", "6", "my.yaml", "--data.eval=b.jsonl,c.jsonl", "--task.reward_weights.format=3"]
+    code, out, _ = run(capsys, "config", *tokens)
+    assert code == 0
+    (in_folder / "resolved.yaml").write_text(out)
+    config = load_config("resolved.yaml", ["--eval.max_examples=5"])
+    assert config.rollout == RolloutConfig(group_size=6, max_new_tokens=9)
+    assert (config.data.train, config.data.eval) == (("a.jsonl",), ("b.jsonl", "c.jsonl"))
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.task.reward_weights == {"iou": 2.0, "format": 3.0}
+    assert config.eval.max_examples == 5
+
+
+def test_resolved_file_holds_every_setting_and_reads_back_equal(in_folder: Path):
+    config = load_config(None, ["--rollout.temperature=0.7", "--optimizer.betas=[0.8,0.95]", "--data.video_root=v"])
+    text = config_to_yaml(config)
+    for key in setting_types(Config):
+        assert f"{key.rpartition('.')[2]}:" in text
+    (in_folder / "saved.yaml").write_text(text)
+    assert load_config("saved.yaml", []) == config
+    assert config == dataclasses.replace(config) and config.optimizer.betas == (0.8, 0.95)
+
+
+def test_help_explains_every_setting():
+    help_text = " ".join(settings_parser(Config, "vcr1-fast train").format_help().split())
+    for key in setting_types(Config):
+        assert f"--{key}" in help_text
+    assert "log-probs everywhere are taken at this temperature" in help_text  # the string under rollout.temperature
+    assert "Path to a configuration file" not in help_text  # sections are not options
+
+
+def test_a_setting_without_help_is_noticed():
+    actions = settings_parser(Config, "vcr1-fast train")._actions
+    undocumented = [a.dest for a in actions if a.dest in setting_types(Config) and not (a.help or "").strip()]
+    assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConfigError("train.output_dir is x"), "vcr1-fast: error: train.output_dir is x\n"),
+        (SampleError("a.mp4", "no video stream"), "vcr1-fast: error: a.mp4: no video stream\n"),
+        (PermissionError(13, "Permission denied", "/out"), "vcr1-fast: error: /out: Permission denied\n"),
+        (OSError(28, "train.output_dir is full"), "vcr1-fast: error: train.output_dir is full\n"),
+    ],
+)
+def test_a_failed_run_is_one_line_and_exit_1(monkeypatch, capsys, error, line):
+    def fail(config):
+        raise error
+
+    run_with(monkeypatch, fail)
+    assert run(capsys, "train") == (1, "", line)
+    monkeypatch.setenv("VCR1_DEBUG", "1")
+    with pytest.raises(type(error)):
+        cli.main(["train"])
+
+
+def test_other_ranks_say_who_they_are_and_keep_quiet_about_the_command_line(monkeypatch, capsys):
+    def fail(config):
+        raise ConfigError("broken")
+
+    run_with(monkeypatch, fail)
+    monkeypatch.setenv("RANK", "3")
+    assert run(capsys, "train") == (1, "", "vcr1-fast: error (rank 3): broken\n")
+    assert run(capsys, "train", "--nonsense.key=1") == (2, "", "")
+
+
+def test_last_line_is_json_from_rank_0_alone(monkeypatch, capsys):
+    run_with(monkeypatch, lambda config: {"steps": config.train.num_steps, "run": Path("r"), "score": float("nan")})
+    code, out, _ = run(capsys, "train", "--train.num_steps=7")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1]) == {"steps": 7, "run": "r", "score": None}
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, "train") == (0, "", "")
+
+
+def test_interrupt_is_exit_130(monkeypatch, capsys):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    run_with(monkeypatch, interrupt)
+    assert run(capsys, "train") == (130, "", "vcr1-fast: error: interrupted\n")
+
+
+def test_unknown_command_names_the_known_ones(capsys):
+    code, _, err = run(capsys, "trian")
+    assert code == 2 and "'train'" in err and "'doctor'" in err
+
+
+@pytest.mark.parametrize("tokens", [["--help"], ["--version"], ["train", "--help"], ["config"], ["doctor", "--help"]])
+def test_answers_without_importing_torch(tokens: list[str]):
+    program = (
+        "import sys\nfrom vcr1_fast.cli import main\n"
+        f"try:\n    main({tokens!r})\n"
+        "except SystemExit as end:\n"
+        "    heavy = {'torch', 'transformers', 'numpy', 'av'} & set(sys.modules)\n"
+        "    sys.exit(f'imported {heavy}' if heavy else end.code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout

@@ -1,0 +1,126 @@
+"""A random Qwen2.5-VL of 40 thousand weights in a policy shell, and a way to run a function on several ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import tokenizers
+import tokenizers.models
+import tokenizers.pre_tokenizers
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def tiny_hf(*, tied: bool = False, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 67,  # odd: two ranks get shards of unequal length
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+            "tie_word_embeddings": tied,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [1],
+            "window_size": 56,
+        },
+        image_token_id=60,
+        video_token_id=61,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(seed)
+    return Qwen2_5_VLForConditionalGeneration(config).float()
+
+
+class TinyPolicy(nn.Module):
+    """The shape of the real policy: the Hugging Face model as `.hf`, everything inside `forward`."""
+
+    def __init__(self, *, tied: bool = False, seed: int = 0) -> None:
+        super().__init__()
+        self.hf = tiny_hf(tied=tied, seed=seed)
+        self.one = nn.Parameter(torch.ones(1))  # fewer rows than ranks: the second rank's shard is empty
+
+    def forward(self, token_ids_BT: Tensor, patches_PC: Tensor | None = None) -> Tensor:
+        """Mean negative log-likelihood of the shifted tokens, plus the vision tower's mean square if it is fed."""
+        logits_BTV = self.hf(input_ids=token_ids_BT).logits.float() * self.one.float()
+        targets = token_ids_BT[:, 1:].reshape(-1)
+        loss = nn.functional.cross_entropy(logits_BTV[:, :-1].reshape(targets.numel(), -1), targets)
+        if patches_PC is not None:
+            grid_thw = torch.tensor([[1, 4, 4]])
+            features = self.hf.model.visual(patches_PC, grid_thw=grid_thw).pooler_output
+            loss = loss + features.float().square().mean()
+        return loss
+
+
+def tokens(seed: int) -> Tensor:
+    return torch.randint(0, 59, (2, 7), generator=torch.Generator().manual_seed(seed))
+
+
+def patches(seed: int) -> Tensor:
+    return torch.randn(16, 1176, generator=torch.Generator().manual_seed(seed))
+
+
+def run_ranks(worker: Path, *arguments: str, num_ranks: int = 2, timeout_s: float = 120.0) -> None:
+    """Run the script `worker` on `num_ranks` processes of this machine, as torchrun would; fail with their output."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")])
+    processes = []
+    for rank in range(num_ranks):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": path,
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(worker), *arguments],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{output[-4000:]}"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Ten words, split at spaces."""
+    words = {
+        word: index
+        for index, word in enumerate(["<unk>", "when", "does", "the", "dog", "jump", "into", "a", "lake", "?"])
+    }
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")

@@ -1,0 +1,386 @@
+"""The state of a run -> disk and back, and the export of a Hugging Face folder.
+
+    output_dir/checkpoints/step_000010/
+        shard-*.safetensors     weights and AdamW moments (torch.distributed.checkpoint, resharded on load)
+        rng/rank_00000.safetensors
+        state.json              written last: step, data position, schedule, versions, size of every file
+
+Called by the training loop. A checkpoint is written aside as `step_000010.tmp-<pid>`, flushed, and renamed, so a crash
+at any point leaves only complete checkpoints under their final names. Nothing is pickled: all files are safetensors or
+JSON, so a checkpoint from somebody else cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vcr1_fast.config import ConfigError
+from vcr1_fast.learner.sharding import (
+    SINGLE_PROCESS,
+    World,
+    all_max_int,
+    barrier,
+    named_weights,
+    on_all_ranks,
+    on_main_rank,
+    whole_tensor,
+)
+from vcr1_fast.random_state import rng_state, set_rng_state
+from vcr1_fast.run_folder import CHECKPOINTS_FOLDER, prepare_output_dir, replace_folder
+
+__all__ = [
+    "RunState",
+    "export_hugging_face",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "prepare_output_dir",
+    "resolve_resume",
+    "save_checkpoint",
+]
+
+_LOG = logging.getLogger(__name__)
+_FORMAT = 1  # of state.json and the tensor names; raise it with every change that old code cannot read
+_STATE = "state.json"
+_STEP_NAME = re.compile(r"step_\d{6,}")
+_MAX_FILE_BYTES = 2 << 30  # the writer holds one file in memory: a 7B run's 84 GB of state need 2 GiB beside it
+_EXTRA_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json")
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """Where a run stands, beside its tensors."""
+
+    step: int  # steps done
+    position: int  # examples taken from the shuffled data so far, unusable ones included
+    num_tokens: int  # packed tokens trained on so far
+    num_tokens: int  # packed tokens trained on so far, over all ranks
+    policy_version: int  # of the weights
+    reader: str  # video reader and version, for example "pyav 18.1"; another reader may give other pixels
+    config_yaml: str  # the resolved configuration
+
+
+# ---- finding checkpoints -------------------------------------------------------------------------------------------
+
+
+def latest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint that was saved last, or None. Damaged ones are passed over with a warning.
+
+    Last saved, not highest step: after a resume from an older step, the new branch counts.
+    """
+    found = _complete_checkpoints(Path(output_dir))
+    return found[-1] if found else None
+
+
+def resolve_resume(resume: str, output_dir: str | Path) -> Path | None:
+    """What `train.resume` means: the checkpoint to load, or None to start anew.
+
+    auto: the latest in output_dir, if any. never: None. Else the path of one checkpoint.
+    Raises ConfigError for `never` with checkpoints present, and for a path that is not a complete checkpoint.
+    """
+    if resume == "auto":
+        return latest_checkpoint(output_dir)
+    if resume == "never":
+        latest = latest_checkpoint(output_dir)
+        if latest is not None:
+            raise ConfigError(
+                f"train.resume is never, but {latest.parent} holds checkpoints (latest: {latest.name}): "
+                "choose another train.output_dir, delete that folder, or set train.resume=auto"
+            )
+        return None
+    path = Path(resume)
+    problem = _problem(path)
+    if problem is not None:
+        raise ConfigError(
+            f"train.resume is {resume}, which is not a complete checkpoint ({problem}): "
+            f"wanted a folder such as {Path(output_dir) / CHECKPOINTS_FOLDER / 'step_000010'}, auto, or never"
+        )
+    return path
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """Why a folder is not a complete checkpoint, or None."""
+    try:
+        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        if state["format"] != _FORMAT:
+            return f"format {state['format']}, wanted {_FORMAT}"
+        for name, num_bytes in state["files"].items():
+            if (checkpoint / name).stat().st_size != num_bytes:
+                return f"{name} has {(checkpoint / name).stat().st_size} bytes, wanted {num_bytes}"
+    except FileNotFoundError as error:
+        return f"no file {Path(error.filename).name}"
+    except OSError as error:
+        return f"{error.strerror}: {error.filename}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{_STATE} is damaged: {type(error).__name__} {error}"
+    return None
+
+
+def _complete_checkpoints(output_dir: Path) -> list[Path]:
+    """In the order in which they were saved."""
+    found: list[tuple[int, Path]] = []
+    for path in sorted((output_dir / CHECKPOINTS_FOLDER).glob("step_*")):
+        if not _STEP_NAME.fullmatch(path.name):
+            continue
+        problem = _problem(path)
+        if problem is None:
+            found.append((_read_state(path)["save_index"], path))
+        else:
+            _LOG.warning("passing over checkpoint %s: %s", path, problem)
+    return [path for _, path in sorted(found)]
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+
+
+# ---- saving and loading --------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    output_dir: str | Path,
+    policy: nn.Module,
+    optimizer: Optimizer,
+    schedule: LambdaLR,
+    state: RunState,
+    world: World,
+    keep: int,
+) -> Path:
+    """Write `step_<state.step>` and delete all but the `keep` checkpoints saved last. A collective: call on all ranks.
+
+    A checkpoint of the same step is replaced. Returns the new folder. Raises OSError when it cannot be written, on
+    every rank; earlier checkpoints are then untouched.
+    """
+    parent = Path(output_dir).absolute() / CHECKPOINTS_FOLDER
+    final = parent / f"step_{state.step:06d}"
+    pid = all_max_int(os.getpid() if world.is_main else 0, world)
+    aside = parent / f"{final.name}.tmp-{pid}"
+    earlier = _complete_checkpoints(parent.parent) if world.is_main else []
+    document = {
+        "format": _FORMAT,
+        **asdict(state),
+        "save_index": 1 + max((_read_state(path)["save_index"] for path in earlier), default=0),
+        "num_updates": schedule.last_epoch,
+        "world_size": world.world_size,
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("vcr1-fast", "torch", "transformers")},
+    }
+    try:
+        on_main_rank("making the checkpoint folder", lambda: (aside / "rng").mkdir(parents=True), world)
+        _save_tensors(aside, _tensors(policy, optimizer), world)
+        rng_path = aside / "rng" / f"rank_{world.rank:05d}.safetensors"
+        on_all_ranks("saving the random state", lambda: save_file(rng_state(), rng_path), world)
+        on_main_rank("publishing the checkpoint", lambda: _publish(aside, final, document), world)
+    except Exception:
+        if world.is_main:  # a full disk must not stay full
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if world.is_main:
+        _prune(parent.parent, keep)
+    barrier(world)
+    return final
+
+
+def load_checkpoint(
+    checkpoint: str | Path,
+    policy: nn.Module,
+    optimizer: Optimizer | None,
+    schedule: LambdaLR | None,
+    world: World,
+) -> RunState:
+    """Load weights, AdamW moments, schedule and this rank's random state, in place. A collective: call on all ranks.
+
+    The number of ranks may differ from that at saving; ranks beyond the saved ones keep the random state they have.
+    The learning rate follows from the number of updates done and the schedule given here. Without an optimizer only
+    the weights are loaded, and the random state is left alone.
+    Raises ConfigError when the checkpoint is not complete or is of a model with other weights.
+    """
+    checkpoint = Path(checkpoint)
+    problem = _problem(checkpoint)
+    if problem is not None:
+        raise ConfigError(f"{checkpoint} is not a complete checkpoint ({problem}): give another, or train.resume=auto")
+    document = _read_state(checkpoint)
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    entries = reader.read_metadata().state_dict_metadata
+    saved = {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    if optimizer is not None:
+        _make_optimizer_state(policy, optimizer, set(saved))
+    wanted = _tensors(policy, optimizer)
+    for name, tensor in wanted.items():
+        if saved.get(name) != tuple(tensor.shape):
+            raise ConfigError(
+                f"{checkpoint} is of another model: {name} is {saved.get(name, 'absent')}, wanted "
+                f"{tuple(tensor.shape)}: set model.path to the model the run began with"
+            )
+    with _dcp_errors("read", checkpoint):
+        dcp_load(wanted, storage_reader=reader, no_dist=world.world_size == 1)
+    if schedule is not None:
+        _set_num_updates(schedule, document["num_updates"])
+    rng_path = checkpoint / "rng" / f"rank_{world.rank:05d}.safetensors"
+    if optimizer is not None and rng_path.exists():
+        set_rng_state(load_file(rng_path))
+    return RunState(**{name: document[name] for name in RunState.__slots__})
+
+
+def _tensors(policy: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """Live tensors by checkpoint name: `model.<weight>` and `optimizer.<moment>.<weight>`; loading writes into them."""
+    weights = named_weights(policy)
+    tensors = {f"model.{name}": weight.detach() for name, weight in weights.items()}
+    moments = optimizer.state if optimizer is not None else {}
+    for name, weight in weights.items():
+        for moment, value in moments.get(weight, {}).items():
+            # The step count has no dimension, and slices of safetensors need one; the view shares its memory.
+            tensors[f"optimizer.{moment}.{name}"] = value.view(1) if value.ndim == 0 else value
+    return tensors
+
+
+def _make_optimizer_state(policy: nn.Module, optimizer: Optimizer, saved: set[str]) -> None:
+    """Give AdamW empty moments for exactly the parameters that have saved ones, to be loaded into."""
+    names = {id(weight): name for name, weight in named_weights(policy).items()}
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if f"optimizer.step.{names[id(parameter)]}" not in saved:
+                continue
+            step_device = parameter.device if group["fused"] or group["capturable"] else "cpu"  # as AdamW makes it
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=step_device),
+                "exp_avg": torch.zeros_like(parameter.detach()),
+                "exp_avg_sq": torch.zeros_like(parameter.detach()),
+            }
+
+
+def _set_num_updates(schedule: LambdaLR, num_updates: int) -> None:
+    learning_rates = [
+        base * factor(num_updates) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    schedule.load_state_dict(
+        {
+            "last_epoch": num_updates,
+            "_step_count": num_updates + 1,
+            "_last_lr": learning_rates,
+            "lr_lambdas": [None] * len(learning_rates),
+        }
+    )
+    for group, learning_rate in zip(schedule.optimizer.param_groups, learning_rates, strict=True):
+        group["lr"] = learning_rate
+
+
+def _save_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
+    file_index: dict[str, int] = {}
+    index, filled_bytes = 1, 0
+    for name, tensor in tensors.items():
+        num_bytes = tensor.numel() * tensor.element_size() // world.world_size
+        if filled_bytes and filled_bytes + num_bytes > _MAX_FILE_BYTES:
+            index, filled_bytes = index + 1, 0
+        file_index[name] = index
+        filled_bytes += num_bytes
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_index, save_distributed=True)
+    with _dcp_errors("write", folder):
+        dcp_save(tensors, storage_writer=writer, no_dist=world.world_size == 1)
+
+
+@contextmanager
+def _dcp_errors(action: str, folder: Path) -> Iterator[None]:
+    """Make torch's CheckpointException, which is no Exception and is raised on all ranks, an OSError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+            yield
+    except CheckpointException as error:
+        reasons = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items())
+        raise OSError(f"cannot {action} checkpoint {folder}: {reasons}") from error
+
+
+def _publish(aside: Path, final: Path, document: dict[str, Any]) -> None:
+    """Complete the folder `aside` with state.json, flush it, and give it its final name."""
+    files = {str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*.safetensors"))}
+    (aside / _STATE).write_text(json.dumps(document | {"files": files}, indent=2) + "\n", encoding="utf-8")
+    replace_folder(aside, final)
+
+
+def _prune(output_dir: Path, keep: int) -> None:
+    """Delete all but the `keep` >= 1 checkpoints saved last. A folder that cannot be deleted is only warned about."""
+    for path in _complete_checkpoints(output_dir)[: -max(1, keep)]:
+        try:
+            # Renamed first: a deletion that is cut short must not leave a folder that looks like a checkpoint.
+            doomed = path.with_name(f"{path.name}.tmp-old-{os.getpid()}")
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            _LOG.warning("cannot delete old checkpoint %s: %s", path, error)
+
+
+# ---- Hugging Face export -------------------------------------------------------------------------------------------
+
+
+def export_hugging_face(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    world: World = SINGLE_PROCESS,
+    *,
+    dtype: torch.dtype | None = None,
+    source: str | Path | None = None,
+) -> Path:
+    """Write `policy.hf` as a folder that `from_pretrained` loads: safetensors, config, generation config, tokenizer.
+
+    dtype: of the weights on disk; None keeps the float32 masters (bfloat16 halves the folder). source: folder of the
+    starting model, whose image and video processor settings are copied when there are any. A collective: call on all
+    ranks; one weight at a time is gathered, rank 0 holds all of them in host memory. The folder appears whole or not
+    at all; an earlier export there is replaced. Raises OSError when it cannot be written or is something else.
+    """
+    final = Path(folder).absolute()
+    aside = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    hf = policy.get_submodule("hf")
+    assert isinstance(hf, PreTrainedModel), f"policy.hf is {type(hf).__name__}, wanted a Hugging Face model"
+    whole: dict[str, Tensor] = {}
+    for name, weight in named_weights(hf).items():
+        value = whole_tensor(weight)
+        if world.is_main:
+            whole[name] = value.to("cpu", dtype if value.is_floating_point() else None)
+
+    def write() -> None:
+        if final.exists() and not (final / "config.json").is_file():
+            raise FileExistsError(f"cannot export to {final}: it exists and is no model folder; choose another path")
+        aside.mkdir(parents=True)
+        try:
+            hf.save_pretrained(aside, state_dict=whole)
+            if dtype is not None:
+                config = json.loads((aside / "config.json").read_text(encoding="utf-8"))
+                config["dtype"] = str(dtype).removeprefix("torch.")
+                (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            tokenizer.save_pretrained(str(aside))
+            extra = [Path(source) / name for name in _EXTRA_FILES] if source is not None else []
+            for path in extra:
+                if path.is_file():
+                    shutil.copy2(path, aside / path.name)
+            replace_folder(aside, final)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    on_main_rank("exporting the model", write, world)
+    return final

@@ -1,0 +1,214 @@
+"""`vcr1-fast doctor`: every component, usable or not, why not, and what to install.
+
+Each check imports what it reports on, so "usable" means that it loaded here, not that a package is listed. A check
+that raises is a finding, never a crash. The exit code is 1 when a component that the main job needs is not usable.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+TINY_FOLDER = Path(__file__).parent / "tiny"
+TINY_FILES = ("train.yaml", "synth.yaml", "config.json", "model.safetensors", "tokenizer.json")
+
+
+class UnusableError(Exception):
+    """Why a component cannot be used, in one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One row: `check` returns the version and what is known, or raises."""
+
+    name: str
+    check: Callable[[], str]
+    advice: str  # what to install or do when it is not usable
+    is_required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found."""
+
+    component: str
+    usable: bool
+    required: bool
+    detail: str  # version, or why not
+    advice: str  # empty when usable
+
+
+def doctor(as_json: bool = False) -> int:
+    """Prints the findings as a table or as one JSON object. Returns the exit code."""
+    findings = examine(COMPONENTS)
+    is_ready = all(finding.usable for finding in findings if finding.required)
+    if as_json:
+        print(json.dumps({"ready": is_ready, "components": [asdict(finding) for finding in findings]}))
+    else:
+        _print_table(findings)
+        broken = ", ".join(finding.component for finding in findings if finding.required and not finding.usable)
+        print("ready: `vcr1-fast train tiny` can run" if is_ready else f"not ready, because of: {broken}")
+    return 0 if is_ready else 1
+
+
+def examine(components: tuple[Component, ...]) -> list[Finding]:
+    """Runs every check; whatever it raises becomes the reason."""
+    findings = []
+    for component in components:
+        try:
+            usable, detail = True, component.check()
+        except KeyboardInterrupt:
+            raise
+        except UnusableError as error:
+            usable, detail = False, str(error)
+        except BaseException as error:
+            usable, detail = False, f"{type(error).__name__}: {error}"
+        advice = "" if usable else component.advice
+        findings.append(Finding(component.name, usable, component.is_required, " ".join(detail.split()), advice))
+    return findings
+
+
+def _print_table(findings: list[Finding]) -> None:
+    table = Table("component", "usable", "version, or why not", "what to install", show_lines=False)
+    for finding in findings:
+        mark = "[green]yes[/]" if finding.usable else ("[bold red]NO[/]" if finding.required else "[yellow]no[/]")
+        detail, advice = (text.replace("[", r"\[") for text in (finding.detail, finding.advice))
+        table.add_row(finding.component, mark, detail, advice)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a log file has no width of its own; at the default 80 every reason would wrap
+    console.print(table)
+
+
+def _load(module: str, distribution: str) -> str:
+    """Imports a module and gives the version of its distribution."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and module.split(".")[0] == error.name.split(".")[0]:
+            raise UnusableError("not installed") from None
+        raise
+    return metadata.version(distribution)
+
+
+def _python() -> str:
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        raise UnusableError(f"{platform.python_version()}, wanted 3.11, 3.12 or 3.13")
+    return f"{platform.python_version()} on {platform.machine()}"
+
+
+def _torch() -> str:
+    import torch
+
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):  # 2.11.0a0 of a vendor's image counts as 2.11
+        raise UnusableError(f"{torch.__version__}, wanted 2.11 or later")
+    return torch.__version__
+
+
+def _cuda() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        raise UnusableError("this torch is built without CUDA")
+    if not torch.cuda.is_available():
+        raise UnusableError(f"torch is built for CUDA {torch.version.cuda}, but sees no GPU or no driver")
+    names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
+    return f"{torch.cuda.device_count()} x {', '.join(names)}, CUDA {torch.version.cuda}"
+
+
+def _transformers() -> str:
+    from transformers import AttentionInterface, Qwen2_5_VLForConditionalGeneration  # noqa: F401 - what training needs
+
+    return metadata.version("transformers")
+
+
+def _native() -> str:
+    from vcr1_fast import native
+
+    if not native.is_available():
+        raise UnusableError(f"{native.unavailable_reason()}; the pure Python definition is used")
+    return native.status()
+
+
+def _triton() -> str:
+    version = _load("triton", "triton")
+    if not importlib.import_module("triton.runtime").driver.active.is_active():  # the CPU-only machine has no stubs
+        raise UnusableError(f"{version}, but it finds no GPU to compile for")
+    return version
+
+
+def _pyav() -> str:
+    version = _load("av", "av")
+    from av.codec import Codec
+
+    Codec("h264", "r")
+    Codec("libx264", "w")  # the writer of synthetic clips
+    return f"{version}, decodes and encodes H.264"
+
+
+def _tensorboard() -> str:
+    return _load("torch.utils.tensorboard", "tensorboard")
+
+
+def _tiny_model() -> str:
+    missing = [name for name in TINY_FILES if not (TINY_FOLDER / name).is_file()]
+    if missing:
+        raise UnusableError(f"{', '.join(missing)} missing in {TINY_FOLDER}")
+    from safetensors import safe_open
+
+    with safe_open(TINY_FOLDER / "model.safetensors", framework="numpy") as weights:
+        num_tensors = len(list(weights.keys()))
+    size_bytes = sum((TINY_FOLDER / name).stat().st_size for name in TINY_FILES)
+    return f"{num_tensors} tensors, {size_bytes / 1e6:.1f} MB"
+
+
+def _gloo() -> str:
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_gloo_available()):
+        raise UnusableError("this torch is built without gloo")
+    return "CPU processes"
+
+
+def _nccl() -> str:
+    import torch.distributed as dist
+    from torch.cuda import nccl
+
+    if not (dist.is_available() and dist.is_nccl_available()):
+        raise UnusableError("this torch is built without NCCL")
+    return ".".join(map(str, nccl.version()))
+
+
+CUDA_TORCH = "a CUDA build of torch and an NVIDIA driver"
+COMPONENTS = (
+    Component("python", _python, "Python 3.11, 3.12 or 3.13", is_required=True),
+    Component("torch", _torch, "pip install 'torch>=2.11'", is_required=True),
+    Component("CUDA device", _cuda, CUDA_TORCH),
+    Component("transformers", _transformers, "pip install 'transformers>=5.12,<6'", is_required=True),
+    Component("vcr1_fast.native", _native, "a C++17 compiler, then VCR1_NATIVE=cpu pip install -e . to see why"),
+    Component("vcr1_kernels", lambda: _load("vcr1_kernels", "vcr1-fast"), "pip install -e .", is_required=True),
+    Component("triton", _triton, CUDA_TORCH + "; torch brings its triton"),
+    Component("PyAV", _pyav, "pip install 'av>=14'", is_required=True),
+    Component("decord", lambda: _load("decord", "decord"), "pip install decord (x86-64 only)"),
+    Component(
+        "tensorboard",
+        lambda: _load("torch.utils.tensorboard", "tensorboard"),
+        "pip install tensorboard",
+        is_required=True,
+    ),
+    Component("tiny model", _tiny_model, "reinstall the package: its data files are incomplete", is_required=True),
+    Component("torch.distributed gloo", _gloo, "a torch built with gloo; one process works without"),
+    Component("torch.distributed nccl", _nccl, CUDA_TORCH + "; one process works without"),
+    Component("sglang", lambda: _load("sglang", "sglang"), "pip install -e '.[sglang]'"),
+    Component("DALI", lambda: _load("nvidia.dali", "nvidia-dali-cuda130"), "pip install -e '.[dali]'"),
+    Component("flash-attn", lambda: _load("flash_attn", "flash-attn"), "pip install -e '.[flash]' (needs nvcc)"),
+)

@@ -1,0 +1,130 @@
+"""What every run opens before its loop and closes after it: folder, settings, data, prompts, telemetry."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vcr1_fast.checkpoint import RunState, load_checkpoint, prepare_output_dir, resolve_resume, save_checkpoint
+from vcr1_fast.config import Config, ConfigError
+from vcr1_fast.config_io import config_to_yaml
+from vcr1_fast.learner.model import load_hugging_face, load_tokenizer, resolve_dtype
+from vcr1_fast.learner.sharding import World, init_distributed, shutdown
+from vcr1_fast.learner.step import Learner
+from vcr1_fast.prompts.build import PromptBuilder
+from vcr1_fast.prompts.dataset import load_annotations
+from vcr1_fast.prompts.stream import PromptStream
+from vcr1_fast.rollout.engine import RolloutEngine
+from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.tasks import make_tasks
+from vcr1_fast.tasks.task import Task
+from vcr1_fast.telemetry import say
+from vcr1_fast.types import Example, SampleError
+from vcr1_fast.video.patches import to_patches
+from vcr1_fast.video.quarantine import Quarantine
+from vcr1_fast.video.read import open_reader, read_frames
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that training, supervised cold start and evaluation share."""
+
+    config: Config
+    world: World
+    folder: Path
+    tasks: dict[str, Task]
+    builder: PromptBuilder
+    quarantine: Quarantine
+    reader_name: str
+
+    def train_stream(self) -> PromptStream:
+        examples = self._load(self.config.data.train, "data.train")
+        return PromptStream(examples, self.builder, self.quarantine, self.config, self.world)
+
+    def eval_examples(self) -> list[Example]:
+        return self._load(self.config.data.eval, "data.eval") if self.config.data.eval else []
+
+    def open_engine(self) -> RolloutEngine:
+        """The rollout engine with the starting weights; WeightSync keeps it up to date."""
+        dtype = resolve_dtype(self.config.model, self.world.device)
+        hf = load_hugging_face(self.config.model.path, dtype).to(self.world.device)
+        return LocalEngine(hf, self.builder.tokenizer, max_batch_rows=self.config.rollout.max_batch_rows)
+
+    def _load(self, paths: Sequence[str], name: str) -> list[Example]:
+        if not paths:
+            raise ConfigError(f"{name} is empty, wanted at least one annotation file")
+        examples: list[Example] = []
+        errors: list[SampleError] = []
+        for path in paths:
+            good, bad = load_annotations(path, self.tasks, self.config.data.video_root)
+            examples += good
+            errors += bad
+        if errors and self.world.is_main:
+            for error in errors[:10]:
+                print(f"bad annotation: {error}", file=sys.stderr)
+            print(f"{name}: {len(errors)} of {len(errors) + len(examples)} rows left out", file=sys.stderr)
+        if not examples:
+            raise ConfigError(f"{name} has no usable row in {', '.join(paths)}")
+        return examples
+
+
+@contextlib.contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """Join the process group, check and prepare the folder, open the video reader.
+
+    Raises ConfigError or OSError before anything slow when settings, model or folder are unusable.
+    """
+    world = init_distributed(config.model.device)
+    try:
+        config.check_world_size(world.world_size)
+        folder = prepare_output_dir(config.train.output_dir, world)
+        if world.is_main:
+            (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+        torch.manual_seed(config.train.seed)
+        tasks = make_tasks(config.task)
+        with contextlib.closing(open_reader(config.video)) as reader:
+            builder = PromptBuilder(
+                load_tokenizer(config.model.path), tasks, lambda path: to_patches(read_frames(path, config.video, reader))
+            )
+            quarantine = Quarantine(folder / "quarantine.jsonl")
+            yield Run(config, world, folder, tasks, builder, quarantine, reader.name)
+    finally:
+        shutdown(world)
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something done every so many steps is done after this one; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def sampling_seed(config: Config, step: int, world: World) -> int:
+    """A different seed for each step and rank, a pure function of them: a resumed run samples what it would have."""
+    return (config.train.seed * 1_000_003 + step) * 8192 + world.rank  # 8192: more ranks than any run has
+
+
+def load_state(run: Run, learner: Learner) -> RunState:
+    """Load the checkpoint `train.resume` names into the learner, or give the state of a new run."""
+    checkpoint = resolve_resume(run.config.train.resume, run.folder)
+    if checkpoint is None:
+        return RunState(0, 0, 0, 0, run.reader_name, config_to_yaml(run.config))
+    state = load_checkpoint(checkpoint, learner.policy, learner.optimizer, learner.schedule, run.world)
+    if state.reader != run.reader_name:
+        raise ConfigError(
+            f"{checkpoint.name} was made with the video reader {state.reader!r}, this run has {run.reader_name!r}, which "
+            "may give other pixels: install the same version, or start anew with train.resume=never"
+        )
+    say(f"resumed from {checkpoint} (step {state.step})")
+    return state
+
+
+def save_state(run: Run, learner: Learner, step: int, position: int, num_tokens: int, policy_version: int) -> None:
+    """Write a checkpoint of everything the run needs to go on bit for bit."""
+    state = RunState(step, position, num_tokens, policy_version, run.reader_name, config_to_yaml(run.config))
+    args = (learner.policy, learner.optimizer, learner.schedule)
+    folder = save_checkpoint(run.folder, *args, state, run.world, run.config.checkpoint.keep)
+    say(f"checkpoint: {folder}")

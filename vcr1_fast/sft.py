@@ -1,0 +1,77 @@
+"""Supervised cold start: the policy learns the form of an answer, and to read a clip, before GRPO takes over.
+
+The same packing, model and optimizer as in GRPO; a group holds the one completion to teach, and the prompt has no
+scored rows, so it is masked by construction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vcr1_fast.checkpoint import export_hugging_face
+from vcr1_fast.config import Config
+from vcr1_fast.evaluate import evaluate, flat_scores, scores_as_dict
+from vcr1_fast.learner.model import model_folder
+from vcr1_fast.learner.step import Learner
+from vcr1_fast.metrics import update_metrics
+from vcr1_fast.run import Run, due, load_state, open_run, save_state
+from vcr1_fast.telemetry import Telemetry, say
+from vcr1_fast.types import Completion, Prompt, RolloutGroup
+from vcr1_fast.weight_sync import WeightSync
+
+
+def sft(config: Config) -> dict[str, Any]:
+    """Teach `model.path` the targets of `data.train` for `sft.num_steps` updates, then export and score it.
+
+    Returns what the command prints last. Raises ConfigError, OSError or TooManyBadSamples, on every rank alike.
+    """
+    with open_run(config) as run:
+        return _sft(run)
+
+
+def _sft(run: Run) -> dict[str, Any]:
+    config = run.config
+    prompts = run.train_stream()
+    learner = Learner(config, run.world, config.sft.num_steps)
+    state = load_state(run, learner)
+    prompts.position, num_tokens = state.position, state.num_tokens
+    telemetry = Telemetry(run.folder, run.world.rank, resume_step=state.step)
+    for step in range(state.step + 1, config.sft.num_steps + 1):
+        with telemetry.span("prompts"):
+            groups = [taught_group(prompt, run) for prompt in prompts.next(config.sft.examples_per_step)]
+        with telemetry.span("update"):
+            metrics = update_metrics([learner.update_sft(groups)])
+        num_tokens += int(metrics["step_tokens/executed"])
+        metrics |= {"epoch": prompts.epoch, "num_tokens": num_tokens, "bad_samples": prompts.num_bad}
+        telemetry.log_step(step, metrics, config.sft.num_steps)
+        if due(config.checkpoint.every, step) or step == config.sft.num_steps:
+            with telemetry.span("checkpoint"):
+                save_state(run, learner, step, prompts.position, num_tokens, 0)
+    folder = export_hugging_face(
+        learner.policy, run.builder.tokenizer, run.folder / "model", run.world, source=model_folder(config.model.path)
+    )
+    say(f"Hugging Face model: {folder}")
+    scores = _score(run, learner, telemetry)
+    telemetry.close()
+    return {"run": str(run.folder), "steps": config.sft.num_steps, "scores": scores}
+
+
+def _score(run: Run, learner: Learner, telemetry: Telemetry) -> dict[str, Any]:
+    examples = run.eval_examples()
+    if not examples:
+        return {}
+    engine = run.open_engine()
+    WeightSync(learner.policy, engine).push()
+    scores = evaluate(engine, examples, run.builder, run.tasks, run.config, run.world)
+    telemetry.log_eval(run.config.sft.num_steps, flat_scores(scores))
+    engine.close()
+    return scores_as_dict(scores)
+
+
+def taught_group(prompt: Prompt, run: Run) -> RolloutGroup:
+    """The annotated completion as a group of one."""
+    ids_R = run.builder.completion_ids(prompt.example)
+    completion = Completion(ids_R, torch.zeros(ids_R.numel()), "stop")
+    return RolloutGroup(prompt, (completion,), policy_version=0)

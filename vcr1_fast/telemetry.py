@@ -1,0 +1,237 @@
+"""What a run tells: one line a step for people, metrics.jsonl and TensorBoard for programs, progress bars.
+
+In: a dict of floats per step, and the wall time of named phases. Metric names are those of TRL where TRL has one.
+Only rank 0 writes or prints. Importing this loads neither torch nor TensorBoard.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_PROGRESS_LINES = 10.0  # where stdout is a file: a log of a night stays readable
+BETWEEN_STEPS = ("eval", "checkpoint")  # spans that no step's own time or tokens/s should pay for
+
+console = Console()  # one for bars and lines, so that a line printed during a bar does not tear it
+_bar_is_live = False
+
+
+def is_main_rank() -> bool:
+    """True without torchrun and on its first process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str) -> None:
+    """One plain line on stdout, from rank 0 alone, never wrapped."""
+    if is_main_rank():
+        console.print(message, soft_wrap=True, highlight=False, markup=False)
+        sys.stdout.flush()
+
+
+def to_json(value: object) -> str:
+    """One line of strict JSON: NaN and infinities, which JSON lacks, become null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return _finite(asdict(value))
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Telemetry:
+    """The record of one run.
+
+        telemetry = Telemetry("runs/a", rank=0)
+        with telemetry.span("rollout"):
+            ...
+        telemetry.log_step(1, {"reward": 0.5}, num_steps=100)
+        telemetry.close()
+
+    `resume_step` is the last step of the checkpoint that the run goes on from (0: a new run). What an earlier process
+    wrote about later steps is dropped, so a killed run has no step twice. Raises OSError when `output_dir` cannot be
+    written.
+    """
+
+    def __init__(self, output_dir: str | Path, rank: int = 0, resume_step: int = 0) -> None:
+        self.is_writing = rank == 0
+        self._span_s: dict[str, float] = defaultdict(float)
+        self._step_began = time.perf_counter()
+        if not self.is_writing:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # 3 s, so not at import
+
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        keep_steps_up_to(path, resume_step)
+        self._jsonl = path.open("a", encoding="utf-8")
+        # purge_step hides events of that step and later; a new run may log step 0 (the score before training) anew
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Adds the wall time of the block to `time/{name}_s` of the step. Waits for the GPU at both ends."""
+        _wait_for_gpu()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            _wait_for_gpu()
+            self._span_s[name] += time.perf_counter() - began
+
+    def log_step(self, step: int, metrics: Mapping[str, float], num_steps: int) -> None:
+        """Writes one step. Adds step_time, time/*, and tokens_per_s/x for each `step_tokens/x` given.
+
+        step_time runs from the previous log_step to this one, less the spans in BETWEEN_STEPS.
+        """
+        now = time.perf_counter()
+        between_s = sum(self._span_s.get(name, 0.0) for name in BETWEEN_STEPS)
+        record = {**metrics, "step_time": now - self._step_began - between_s}
+        for name, tokens in metrics.items():
+            kind, slash, which = name.partition("/")
+            if kind == "step_tokens" and slash:
+                record[f"tokens_per_s/{which}"] = tokens / record["step_time"]
+        record |= {f"time/{name}_s": seconds for name, seconds in self._span_s.items()}
+        self._span_s.clear()
+        self._step_began = now
+        self._write(step, record)
+        if self.is_writing:
+            say(step_line(step, num_steps, record))
+
+    def log_eval(self, step: int, scores: Mapping[str, float]) -> None:
+        """Writes held-out scores, each under `eval/`, as a line of its own."""
+        self._write(step, {f"eval/{name}": score for name, score in scores.items()})
+        if self.is_writing:
+            say(f"held-out after step {step}: " + ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
+
+    def _write(self, step: int, record: Mapping[str, float]) -> None:
+        if not self.is_writing:
+            return
+        self._jsonl.write(to_json({"step": step, **record}) + "\n")
+        self._jsonl.flush()  # a killed process loses no finished step
+        for name, value in record.items():
+            if math.isfinite(value):
+                self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self.is_writing:
+            self._jsonl.close()
+            self._tensorboard.close()
+
+
+def keep_steps_up_to(path: Path, step: int) -> None:
+    """Drops later steps, and a line torn by a kill, from a metrics file. Step 0 keeps nothing: a new run.
+
+    The file is replaced in one go: killed in the middle of this, it is the old file or the new one.
+    """
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step] if step else []
+    aside = path.with_suffix(".jsonl.new")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
+
+
+def _wait_for_gpu() -> None:
+    """Kernels run asynchronously: without this a span would time their launch. Does not load torch by itself."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def step_line(step: int, num_steps: int, record: Mapping[str, float]) -> str:
+    """One step as a person reads it; what was not measured is left out."""
+
+    def shown(*wanted: tuple[str, str, str]) -> str:
+        return ", ".join(f"{label} {format(record[key], spec)}" for label, key, spec in wanted if key in record)
+
+    parts = [
+        f"{key[8:-5]} {value:.3f}"
+        for key, value in record.items()
+        if key.startswith("rewards/") and key.endswith("/mean")
+    ]
+    reward = shown(("reward", "reward", ".3f")) + (f" ({', '.join(parts)})" if parts else "")
+    sampled = shown(
+        ("length", "completions/mean_length", ".0f"),
+        ("truncated", "completions/clipped_ratio", ".0%"),
+        ("zero-variance", "frac_reward_zero_std", ".0%"),
+        ("bad samples", "bad_samples", ".0f"),
+    )
+    learned = shown(
+        ("loss", "loss", ".4f"),
+        ("kl", "kl", ".2g"),
+        ("entropy", "entropy", ".2f"),
+        ("clipped", "clip_ratio/region_mean", ".1%"),
+        ("grad", "grad_norm", ".3g"),
+    )
+    speed = shown(("tokens/s", "tokens_per_s/executed", ",.0f"), ("unshared", "tokens_per_s/unshared", ",.0f"))
+    phases = " ".join(f"{key[5:-2]} {value:.2f}" for key, value in record.items() if key.startswith("time/"))
+    clock = f"{record['step_time']:.2f} s" if "step_time" in record else ""
+    clock += f": {phases}" if phases else ""
+    width = len(str(num_steps))
+    return " | ".join(filter(None, [f"step {step:{width}d}/{num_steps}", reward, sampled, learned, speed, clock]))
+
+
+def progress(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """The items of `iterable`, with a bar on a terminal, else with a line every 10 s; silent on other ranks.
+
+    A bar inside another bar is not drawn: two would overwrite each other.
+    """
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)  # type: ignore[arg-type]
+    if not is_main_rank() or _bar_is_live:
+        yield from iterable
+    elif console.is_terminal:
+        yield from _with_bar(iterable, description, total)
+    else:
+        yield from _with_lines(iterable, description, total)
+
+
+def _with_bar(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    global _bar_is_live
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    clocks = (TimeElapsedColumn(), TimeRemainingColumn())
+    _bar_is_live = True
+    try:
+        with Progress(*columns, *clocks, console=console, transient=True) as bar:
+            yield from bar.track(iterable, total=total, description=description)
+    finally:
+        _bar_is_live = False
+
+
+def _with_lines(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    last_line = time.monotonic()
+    for number, item in enumerate(iterable, start=1):
+        yield item
+        if time.monotonic() - last_line >= SECONDS_BETWEEN_PROGRESS_LINES:
+            last_line = time.monotonic()
+            say(f"{description}: {number}" + (f" of {total}" if total is not None else ""))

@@ -1,0 +1,81 @@
+"""The loop: GRPO training of a video language model. Each line of it is one arrow of the README's table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vcr1_fast.checkpoint import export_hugging_face
+from vcr1_fast.config import Config
+from vcr1_fast.evaluate import Scores, evaluate, flat_scores, scores_as_dict
+from vcr1_fast.learner.advantages import with_advantages
+from vcr1_fast.learner.model import model_folder
+from vcr1_fast.learner.step import Learner
+from vcr1_fast.metrics import rollout_metrics, update_metrics
+from vcr1_fast.rollout.collect import collect
+from vcr1_fast.run import Run, due, load_state, open_run, sampling_seed, save_state
+from vcr1_fast.telemetry import Telemetry, say
+from vcr1_fast.weight_sync import WeightSync
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train `model.path` on `data.train` with GRPO; resume, evaluate, checkpoint and export as the settings say.
+
+    Returns what the command prints last: the run's folder, its steps, held-out scores before and after.
+    Raises ConfigError, OSError or TooManyBadSamples, on every rank alike.
+    """
+    with open_run(config) as run:
+        return _train(run)
+
+
+def _train(run: Run) -> dict[str, Any]:
+    config, world = run.config, run.world
+    prompts, held_out = run.train_stream(), run.eval_examples()
+    learner = Learner(config, world, config.train.num_steps * config.algorithm.minibatches_per_rollout)
+    state = load_state(run, learner)  # step 0, or where a checkpoint stands
+    prompts.position = state.position
+    engine = run.open_engine()
+    sync = WeightSync(learner.policy, engine, policy_version=state.policy_version)
+    telemetry = Telemetry(run.folder, world.rank, resume_step=state.step)
+
+    def score(step: int) -> Scores:
+        with telemetry.span("eval"):
+            scores = evaluate(engine, held_out, run.builder, run.tasks, config, world)
+        telemetry.log_eval(step, flat_scores(scores))
+        return scores
+
+    sync.push()  # before the first step: a broken path fails now
+    before = score(0) if held_out and state.step == 0 else {}
+    num_tokens = state.num_tokens
+    for step in range(state.step + 1, config.train.num_steps + 1):
+        with telemetry.span("prompts"):
+            batch = prompts.next(config.train.prompts_per_step)
+        with telemetry.span("rollout"):
+            sampling = config.rollout.sampling(sampling_seed(config, step, world))
+            groups = collect(engine, batch, sampling, run.tasks, config.task, run.quarantine.add)
+        with telemetry.span("update"):
+            reports = learner.update_grpo(with_advantages(groups, config.algorithm.scale_advantages))
+        with telemetry.span("weight_sync"):
+            sync.push()
+        metrics = rollout_metrics(groups, run.tasks, world) | update_metrics(reports)
+        num_tokens += int(metrics["step_tokens/executed"])
+        metrics |= {"epoch": prompts.epoch, "num_tokens": num_tokens, "bad_samples": prompts.num_bad}
+        telemetry.log_step(step, metrics, config.train.num_steps)
+        if due(config.eval.every, step) and step < config.train.num_steps and held_out:
+            score(step)
+        if due(config.checkpoint.every, step) or step == config.train.num_steps:
+            with telemetry.span("checkpoint"):
+                save_state(run, learner, step, prompts.position, num_tokens, sync.policy_version)
+
+    after = score(config.train.num_steps) if held_out else {}
+    telemetry.close()
+    engine.close()
+    if config.checkpoint.export:
+        tokenizer, source = run.builder.tokenizer, model_folder(config.model.path)
+        export_hugging_face(learner.policy, tokenizer, run.folder / "model", world, source=source)
+        say(f"Hugging Face model: {run.folder / 'model'}")
+    return {
+        "run": str(run.folder),
+        "steps": config.train.num_steps,
+        "before": scores_as_dict(before),
+        "after": scores_as_dict(after),
+    }
