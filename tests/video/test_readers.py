@@ -1,0 +1,265 @@
+"""Both readers on real files: which frames, which way up, and one clear reason for each kind of broken file."""
+
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from tests.video import clips
+from vcr1_fast.config import VideoConfig
+from vcr1_fast.types import SampleError
+from vcr1_fast.video.pyav_reader import PyavReader
+from vcr1_fast.video.read import open_reader, read_frames
+from vcr1_fast.video.reader import Reader
+
+CONFIG = VideoConfig()
+
+
+@pytest.fixture(scope="module", params=["pyav", "decord"])
+def reader(request: pytest.FixtureRequest) -> Iterator[Reader]:
+    opened = open_reader(VideoConfig(reader=request.param))
+    yield opened
+    opened.close()
+
+
+def shown_indices(reader: Reader, path: Path) -> list[int]:
+    """Read every frame and tell from its grey which one it is."""
+    probe = reader.probe(str(path))
+    return [clips.index_of(rgb) for rgb in reader.read(probe, range(len(probe.times_s)))]
+
+
+def test_frames_of_a_plain_clip(tmp_path: Path, reader: Reader) -> None:
+    path = clips.write_clip(tmp_path / "a b:c.mp4", num_frames=90, fps=30)
+    frames = read_frames(str(path), CONFIG, reader)
+    # 3 s at 2 fps: 6 frames, 89 / 5 = 17.8 apart; 64 x 96 px grows to 4 x 5 blocks
+    assert frames.rgb_FHW3.shape == (6, 112, 140, 3) and frames.rgb_FHW3.dtype == torch.uint8
+    assert frames.times_s.tolist() == pytest.approx([0, 18 / 30, 36 / 30, 53 / 30, 71 / 30, 89 / 30])
+    assert frames.times_s.dtype == torch.float64
+    assert [clips.index_of(rgb) for rgb in frames.rgb_FHW3.numpy()] == [0, 18, 36, 53, 71, 89]
+    assert frames.sampled_fps == 2.0 and frames.duration_s == pytest.approx(3.0)
+    assert frames.reader == reader.name and reader.name.split()[0] in ("pyav", "decord")
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("bframes", [0, 3])
+def test_every_frame_in_presentation_order(tmp_path: Path, reader: Reader, suffix: str, bframes: int) -> None:
+    path = clips.write_clip(tmp_path / f"clip.{suffix}", num_frames=72, fps=24, bframes=bframes)
+    assert shown_indices(reader, path) == list(range(72))
+    assert read_frames(str(path), CONFIG, reader).sampled_fps == 2.0  # Matroska's milliseconds notwithstanding
+
+
+def test_repeated_frames(tmp_path: Path, reader: Reader) -> None:
+    path = clips.write_clip(tmp_path / "one.mp4", num_frames=1)
+    frames = read_frames(str(path), CONFIG, reader)
+    assert frames.rgb_FHW3.shape[0] == 2 and torch.equal(frames.rgb_FHW3[0], frames.rgb_FHW3[1])
+    assert frames.sampled_fps == pytest.approx(60.0)  # 2 frames in 1/30 s
+
+
+def test_variable_rate_is_sampled_in_time(tmp_path: Path, reader: Reader) -> None:
+    # One frame a second for 4 s, then 41 frames 25 ms apart, up to 5 s
+    times_ms = [0, 1000, 2000, 3000, *range(4000, 5001, 25)]
+    path = clips.write_clip(tmp_path / "vfr.mp4", times_ms=times_ms)
+    frames = read_frames(str(path), VideoConfig(fps=1.0, min_frames=2), reader)
+    # 45 frames, D = 5 * 45 / 44 = 5.11 s, 4 frames when even: 0, 1.667, 3.333, 5 s
+    assert frames.times_s.tolist() == pytest.approx([0.0, 2.0, 3.0, 5.0])
+    assert [clips.index_of(rgb) for rgb in frames.rgb_FHW3.numpy()] == [0, 2, 3, 44]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turn"),
+    [
+        ((0, 1, -1, 0), lambda rgb: np.rot90(rgb, -1)),  # a phone held upright: clockwise
+        ((-1, 0, 0, -1), lambda rgb: np.rot90(rgb, 2)),
+        ((0, -1, 1, 0), lambda rgb: np.rot90(rgb, 1)),
+    ],
+)
+def test_rotation(
+    tmp_path: Path, reader: Reader, matrix: tuple[int, int, int, int], turn: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    picture = np.zeros((4, 64, 96, 3), np.uint8)
+    picture[:, :32, :48, 0] = 250  # red only in the upper left quarter
+    plain = clips.write_clip(tmp_path / "plain.mp4", num_frames=4, rgb_FHW3=picture)
+    turned = clips.patch_matrix(plain, tmp_path / "turned.mp4", *matrix)
+    [upright] = reader.read(reader.probe(str(plain)), [0])
+    probe = reader.probe(str(turned))
+    [got] = reader.read(probe, [0])
+    assert upright[:24, :40, 0].min() > 200 and upright[40:, 56:, 0].max() < 50
+    assert np.array_equal(got, turn(upright))
+    assert (probe.height_px, probe.width_px) == got.shape[:2]
+
+
+def test_mirrored_matrix(tmp_path: Path) -> None:
+    ramp = np.broadcast_to(np.arange(96, dtype=np.uint8)[:, None] * 2, (2, 64, 96, 3)).copy()
+    plain = clips.write_clip(tmp_path / "plain.mp4", num_frames=2, rgb_FHW3=ramp)
+    mirrored = clips.patch_matrix(plain, tmp_path / "mirrored.mp4", -1, 0, 0, 1)
+    reader = PyavReader()
+    [straight], [got] = (list(reader.read(reader.probe(str(p)), [0])) for p in (plain, mirrored))
+    assert np.array_equal(got, straight[:, ::-1])
+
+
+def test_edit_list_at_the_start(tmp_path: Path, reader: Reader) -> None:
+    plain = clips.write_clip(tmp_path / "plain.mp4", num_frames=90, fps=30)
+    # Cut at 1.5 s: packets start at the keyframe of 1 s, frames 30..44 are there and hidden
+    cut = clips.copy_packets(plain, tmp_path / "cut.mp4", shift_s=-1.5)
+    assert b"elst" in cut.read_bytes()
+    with av.open(str(cut)) as container:
+        assert container.streams.video[0].frames == 60
+    if reader.name.startswith("decord"):
+        with pytest.raises(SampleError, match=r"sees 60 frames .* where 45 .* are shown"):
+            reader.probe(str(cut))
+        return
+    assert shown_indices(reader, cut) == list(range(45, 90))
+    probe = reader.probe(str(cut))
+    assert probe.times_s.tolist() == pytest.approx([k / 30 for k in range(45)])
+    assert probe.duration_s == pytest.approx(1.5)
+
+
+def test_edit_list_at_the_end(tmp_path: Path, reader: Reader) -> None:
+    plain = clips.write_clip(tmp_path / "plain.mp4", num_frames=90, fps=30)
+    cut = clips.patch_edit_duration(plain, tmp_path / "cut.mp4", 1500)
+    if reader.name.startswith("decord"):
+        with pytest.raises(SampleError, match=r"set video\.reader to pyav"):
+            reader.probe(str(cut))
+        return
+    assert shown_indices(reader, cut) == list(range(45))
+
+
+@pytest.mark.parametrize("suffix", ["avi", "ts"])
+def test_containers_decord_gets_wrong(tmp_path: Path, reader: Reader, suffix: str) -> None:
+    path = clips.write_clip(tmp_path / f"clip.{suffix}", num_frames=72, fps=24)
+    if reader.name.startswith("decord"):
+        with pytest.raises(SampleError, match=r"set video\.reader to pyav"):
+            reader.probe(str(path))
+        return
+    assert shown_indices(reader, path) == list(range(72))
+    assert read_frames(str(path), CONFIG, reader).sampled_fps == 2.0
+
+
+def test_a_late_start_counts_from_the_first_frame(tmp_path: Path, reader: Reader) -> None:
+    plain = clips.write_clip(tmp_path / "plain.mp4", num_frames=60)
+    for suffix in ("mp4", "mkv"):
+        late = clips.copy_packets(plain, tmp_path / f"late.{suffix}", shift_s=2.0)
+        assert shown_indices(reader, late) == list(range(60))
+        probe = reader.probe(str(late))
+        assert probe.times_s[0] == 0.0 and probe.duration_s == pytest.approx(2.0, abs=2e-3)
+
+
+def test_both_readers_give_the_same_bits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (40, 120, 160, 3)).astype(np.uint8)
+    path = str(clips.write_clip(tmp_path / "noise.mp4", size_px=(120, 160), num_frames=40, rgb_FHW3=noise))
+    results = []
+    for name in ("pyav", "decord"):
+        opened = open_reader(VideoConfig(reader=name))
+        probe = opened.probe(path)
+        results.append((np.stack(list(opened.read(probe, range(40)))), read_frames(path, CONFIG, opened)))
+        opened.close()
+    (rgb, frames), (decord_rgb, decord_frames) = results
+    assert rgb.std() > 20 and np.array_equal(rgb, decord_rgb)
+    assert torch.equal(frames.rgb_FHW3, decord_frames.rgb_FHW3)
+    assert torch.equal(frames.times_s, decord_frames.times_s)
+
+
+def write_audio(path: Path) -> Path:
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.time_base, frame.pts = 16000, Fraction(1, 16000), 0
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def write_without_frames(path: Path) -> Path:
+    """A Matroska file whose header promises a video track, and nothing after the header."""
+    whole = clips.write_clip(path, num_frames=30).read_bytes()
+    path.write_bytes(whole[: whole.find(b"\x1f\x43\xb6\x75")])  # the id of the first cluster
+    return path
+
+
+def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    plain = clips.write_clip(folder / "plain.mp4", num_frames=90)
+    fast = clips.copy_packets(plain, folder / "fast.mp4", options={"movflags": "+faststart"})
+    matroska = clips.write_clip(folder / "plain.mkv", num_frames=90)
+    for name, content in {
+        "text.mp4": b"not a video\n" * 50,
+        "empty.mp4": b"",
+        "list.mp4": b"ffconcat version 1.0\n",
+    }.items():
+        (folder / name).write_bytes(content)
+    (folder / "headless.mp4").write_bytes(plain.read_bytes()[: plain.stat().st_size // 2])
+    (folder / "short.mkv").write_bytes(matroska.read_bytes()[: matroska.stat().st_size // 2])
+    damaged = bytearray(fast.read_bytes())
+    middle = (damaged.find(b"mdat") + len(damaged)) // 2
+    damaged[middle : middle + 200] = bytes(range(7, 207))
+    (folder / "damaged.mp4").write_bytes(damaged)
+    (folder / "folder.mp4").mkdir()
+    return {
+        "missing": (folder / "nowhere.mp4", "no such file"),
+        "nul": (folder / "a\0b.mp4", "cannot be opened|no such file"),
+        "empty": (folder / "empty.mp4", "empty"),
+        "directory": (folder / "folder.mp4", "is a directory"),
+        "text": (folder / "text.mp4", "not a video file"),
+        "playlist": (folder / "list.mp4", "not a video file|no video track|not an MP4|cannot be decoded"),
+        "audio": (write_audio(folder / "audio.mp4"), "no video track"),
+        "no frames": (write_without_frames(folder / "none.mkv"), "not one frame|not a video file|cannot be decoded"),
+        "header lost": (folder / "headless.mp4", "not a video file"),
+        "cut mp4": (clips.cut_in_half(fast, folder / "cut.mp4"), "missing or damaged|damaged or cut short"),
+        "cut mkv": (folder / "short.mkv", r"cut short: its header says 3.00 s"),
+        "damaged": (folder / "damaged.mp4", "damaged or cut short|decord cannot decode"),
+    }
+
+
+def test_each_kind_of_broken_file_gives_one_clear_reason(tmp_path: Path, reader: Reader) -> None:
+    for kind, (path, reason) in broken_files(tmp_path).items():
+        with pytest.raises(SampleError, match=reason) as caught:
+            read_frames(str(path), CONFIG, reader)
+        assert caught.value.source == str(path), kind
+        assert "\n" not in caught.value.reason and len(caught.value.reason) < 300, kind
+    good = clips.write_clip(tmp_path / "good.mp4", num_frames=30)
+    assert len(read_frames(str(good), CONFIG, reader).times_s) == 4  # and the reader goes on
+
+
+def test_frames_built_on_a_damaged_one_are_refused(tmp_path: Path) -> None:
+    """FFmpeg flags frame 40 only; 41 to 59 refer to it, and 60 is the next keyframe."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (90, 64, 96, 3)).astype(np.uint8)
+    path = clips.write_clip(tmp_path / "a.mp4", num_frames=90, bframes=0, rgb_FHW3=noise)
+    reader = PyavReader()
+    whole = list(reader.read(reader.probe(str(path)), range(90)))
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size > 0][40]
+        assert packet.pos is not None and packet.size > 2000
+        data = bytearray(path.read_bytes())
+        middle, end = packet.pos + packet.size // 2, packet.pos + packet.size
+    data[middle:end] = bytes(end - middle)
+    path.write_bytes(data)
+    probe = reader.probe(str(path))
+    for index in (39, 60, 89):
+        [got] = reader.read(probe, [index])
+        assert np.array_equal(got, whole[index])
+    for index in (40, 41, 59):
+        with pytest.raises(SampleError, match="is damaged"):
+            list(reader.read(probe, [index]))
+
+
+def test_frames_too_thin_for_the_model_are_a_sample_error(tmp_path: Path, reader: Reader) -> None:
+    path = clips.write_clip(tmp_path / "thin.mp4", num_frames=4, size_px=(2, 402))
+    with pytest.raises(SampleError, match="factor of 200"):
+        read_frames(str(path), CONFIG, reader)
+
+
+def test_an_unreadable_last_frame_is_never_replaced(tmp_path: Path) -> None:
+    """A reader that gives too few frames must not leave uninitialised memory in the result."""
+
+    class Short(PyavReader):
+        def read(self, probe, frame_indices):  # type: ignore[no-untyped-def]
+            yield from list(super().read(probe, frame_indices))[:-1]
+
+    path = clips.write_clip(tmp_path / "a.mp4", num_frames=60)
+    with pytest.raises(SampleError, match="gave 3 frames, wanted 4"):
+        read_frames(str(path), CONFIG, Short())

@@ -1,0 +1,98 @@
+"""Which frames: numbers by hand, and the index rule of the original for constant rates."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from vcr1_fast.config import VideoConfig
+from vcr1_fast.video.sampling import choose_frames, even_indices, native_rate
+
+
+def constant(num_frames: int, fps: Fraction | int) -> np.ndarray:
+    return np.arange(num_frames) / float(fps)
+
+
+def test_eight_seconds_at_30_fps_give_16_frames_at_exactly_2_fps() -> None:
+    choice = choose_frames(constant(240, 30), 8.0, VideoConfig())
+    # 239 / 15 = 15.9333: 0, 15.93, 31.87, 47.8, 63.7, 79.7, 95.6, 111.5, 127.5, 143.4, 159.3, ...
+    assert choice.indices == (0, 16, 32, 48, 64, 80, 96, 112, 127, 143, 159, 175, 191, 207, 223, 239)
+    assert choice.sampled_fps == 2.0
+
+
+def test_ntsc_rate_is_recovered_exactly() -> None:
+    fps = Fraction(30000, 1001)
+    choice = choose_frames(constant(300, fps), 10.01, VideoConfig())
+    # 300 frames last 10.01 s, 20.02 frames at 2 fps, hence 20 of 300
+    assert len(choice.indices) == 20
+    assert choice.sampled_fps == float(Fraction(20, 300) * fps)
+
+
+def test_milliseconds_of_matroska_do_not_change_the_choice() -> None:
+    exact = constant(192, 24)
+    # 191 / 24 = 7.9583 is stored as 7.958; taken literally that is 7.99966 s, 15.9993 frames, hence 14 instead of 16
+    assert choose_frames(np.round(exact, 3), 8.0, VideoConfig()) == choose_frames(exact, 8.0, VideoConfig())
+    assert choose_frames(np.round(exact, 3), 8.0, VideoConfig()).sampled_fps == 2.0
+
+
+@pytest.mark.parametrize(
+    ("num_native", "num_wanted"),
+    [(2, 2), (3, 2), (4, 4), (5, 4), (29, 4), (60, 4), (90, 6), (119, 6), (120, 8), (23040, 768)],
+)
+def test_frame_count_is_even_and_held_between_limits(num_native: int, num_wanted: int) -> None:
+    choice = choose_frames(constant(num_native, 30), num_native / 30, VideoConfig())
+    assert len(choice.indices) == num_wanted
+    assert choice.sampled_fps == pytest.approx(num_wanted / num_native * 30, rel=1e-12)
+    assert choice.indices[0] == 0 and choice.indices[-1] == num_native - 1
+
+
+def test_fps_means_the_decimal_number() -> None:
+    # 20 s at 0.3 fps are 6 frames; the binary number next to 0.3 is 1e-17 less, which would round down to 4
+    assert len(choose_frames(constant(600, 30), 20.0, VideoConfig(fps=0.3)).indices) == 6
+
+
+def test_one_frame_is_shown_twice() -> None:
+    choice = choose_frames(np.zeros(1), 0.04, VideoConfig())
+    assert choice.indices == (0, 0)
+    assert choice.sampled_fps == pytest.approx(50.0)  # 2 frames for 0.04 s
+    assert choose_frames(np.zeros(1), 0.0, VideoConfig(fps=3.0)).sampled_fps == 3.0
+
+
+def test_indices_equal_the_original_rule() -> None:
+    for num_native in (7, 90, 241, 1000):
+        for num_frames in range(2, min(num_native, 64) + 1, 2):
+            exact = np.linspace(0, num_native - 1, num_frames)
+            no_tie = np.abs(exact % 1 - 0.5) > 1e-9
+            got = np.array(even_indices(num_native, num_frames))
+            assert (got == np.rint(exact))[no_tie].all()
+            assert (got[~no_tie] % 2 == 0).all()
+
+
+def test_variable_rate_is_sampled_in_time() -> None:
+    # 10 s at 1 fps, then 100 frames within 1 s: the index rule would take nearly all frames from the last second
+    times_s = np.concatenate([np.arange(10.0), 10.0 + np.arange(101) / 100])
+    choice = choose_frames(times_s, 11.01, VideoConfig(fps=1.0))
+    shown = times_s[list(choice.indices)]
+    # D = 11 * 111 / 110 = 11.1 s, 11.1 frames, 10 when even; 11 / 9 = 1.2222 s apart
+    assert len(choice.indices) == 10
+    # nearest of 0, 1.22, 2.44, 3.67, 4.89, 6.11, 7.33, 8.56, 9.78, 11 s
+    assert shown.tolist() == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]
+    assert choice.indices[-1] == 110
+    assert choice.sampled_fps == pytest.approx(10 / 11.1, rel=1e-7)
+
+
+def test_rate_of_variable_file_is_its_mean() -> None:
+    rate, is_constant = native_rate(np.array([0.0, 0.1, 1.0, 2.0]))
+    assert (rate, is_constant) == (Fraction(3, 2), False)
+
+
+def test_a_dropped_frame_makes_the_rate_variable() -> None:
+    times_s = np.delete(constant(60, 30), 20)
+    assert not native_rate(times_s)[1]
+
+
+def test_useless_times_are_refused() -> None:
+    with pytest.raises(ValueError, match="same presentation time"):
+        choose_frames(np.zeros(5), 1.0, VideoConfig())
+    with pytest.raises(ValueError, match="no frame"):
+        choose_frames(np.zeros(0), 1.0, VideoConfig())

@@ -1,0 +1,238 @@
+"""The default reader: FFmpeg through PyAV, in this process, from the first frame to the last wanted one.
+
+Everything goes by presentation timestamp (pts). The number of frames in the header is wrong for files with an edit
+list (455 listed, 302 shown), and seeking to each frame is 4 to 9 times slower than decoding through the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from vcr1_fast.types import SampleError
+from vcr1_fast.video.reader import Probe, require_video_file
+
+# A stream may end this much before the length in its header (rounding, a dropped last frame); more is a cut file.
+MISSING_END_S = 1.0
+MISSING_END_FRAC = 0.05
+
+NO_FRAME = "has a video track, but not one frame can be decoded from it"
+
+Span = tuple[int | None, int]  # (pts, duration) of a frame in ticks; pts None where the file does not say
+
+
+class PyavReader:
+    """Stateless, so any number of threads may share one."""
+
+    name = f"pyav {av.__version__}"
+
+    def probe(self, path: str) -> Probe:
+        """Times of the shown frames from the packets alone: the file is read through once, one frame is decoded.
+
+        Decodes the whole file where packets do not say which frames will be shown when: AVI (it stores no pts),
+        packets without pts, interlaced video (it may have a packet per field).
+        """
+        with _open(path) as (container, stream):
+            first, spans = _first_frame_and_spans(container, stream, path)
+            is_transposed = _orientation(first)[0]
+            distinct = {pts for pts, _ in spans if pts is not None}
+            is_by_order = container.format.name == "avi" or first.interlaced_frame or len(distinct) < len(spans)
+            time_base, rate = stream.time_base, stream.average_rate
+            declared_s = _declared_duration_s(stream, first)
+        if is_by_order:
+            with _open(path) as (container, stream):
+                spans = [(frame.pts, frame.duration) for frame in _decode(container, stream, path)]
+        if not spans:
+            raise SampleError(path, NO_FRAME)
+        times_s, ticks, duration_s = _times(spans, time_base, rate, path)
+        if declared_s - duration_s > max(MISSING_END_S, MISSING_END_FRAC * declared_s):
+            raise SampleError(
+                path,
+                f"the file is cut short: its header says {declared_s:.2f} s of video, "
+                f"the frames end after {duration_s:.2f} s; fetch it again",
+            )
+        width_px, height_px = (first.height, first.width) if is_transposed else (first.width, first.height)
+        return Probe(path, times_s, width_px, height_px, duration_s, None if is_by_order else ticks)
+
+    def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """See `Reader.read`. Frames no one asked for are decoded, because later ones refer to them, not converted."""
+        names = range(len(probe.times_s)) if probe.ticks is None else probe.ticks.tolist()
+        wanted = [names[i] for i in frame_indices]
+        missing, ready, next_wanted, is_damaged = set(wanted), dict[int, np.ndarray](), 0, False
+        with _open(probe.path) as (container, stream):
+            for order, frame in enumerate(_decode(container, stream, probe.path)):
+                # Frames up to the next keyframe are built on the damaged one, though FFmpeg flags only that one.
+                is_damaged = frame.is_corrupt or (is_damaged and not frame.key_frame)
+                name = order if probe.ticks is None else frame.pts
+                if name is None or name not in missing:
+                    continue
+                if is_damaged:
+                    raise SampleError(
+                        probe.path, f"the frame at {frame.time or 0:.2f} s is damaged; fetch the file again"
+                    )
+                missing.discard(name)
+                ready[name] = _to_rgb(frame, probe)
+                while next_wanted < len(wanted) and wanted[next_wanted] in ready:
+                    name = wanted[next_wanted]
+                    next_wanted += 1
+                    is_last_use = next_wanted == len(wanted) or wanted[next_wanted] != name
+                    yield ready.pop(name) if is_last_use else ready[name]
+                if next_wanted == len(wanted):
+                    return
+        raise SampleError(
+            probe.path,
+            f"{len(missing)} of {len(set(wanted))} wanted frames cannot be decoded, the first of them at "
+            f"{probe.times_s[frame_indices[next_wanted]]:.2f} s; the file is damaged",
+        )
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
+
+@contextmanager
+def _open(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The file and its video track; whatever FFmpeg raises meanwhile becomes a SampleError.
+
+    Playlists (HLS, ffconcat) posing as videos must not make FFmpeg open network addresses: local files only.
+    """
+    require_video_file(path)
+    doing = "is not a video file FFmpeg can open"
+    try:
+        # file: keeps FFmpeg from reading a colon in the name as a protocol. Broken tags are no reason to refuse a file.
+        options = {"protocol_whitelist": "file"}
+        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+            doing = "cannot be decoded, it is damaged or cut short"
+            stream = _video_stream(container, path)
+            stream.thread_type = "AUTO"
+            yield container, stream
+    except (FFmpegError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise SampleError(path, f"{doing} (FFmpeg says: {cause})") from error
+
+
+def _video_stream(container: InputContainer, path: str) -> VideoStream:
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:  # the cover picture of a music file
+            return stream
+    kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+    raise SampleError(path, f"has no video track (it holds: {kinds})")
+
+
+def _packets(container: InputContainer, stream: VideoStream, path: str) -> Iterator[Packet]:
+    """Packets from the first keyframe on, with the empty one at the end that makes the decoder give its last frames.
+
+    What comes before the first keyframe (a recording that starts anywhere) cannot be decoded by anything.
+    """
+    has_begun = False
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise SampleError(path, "a part of its video track is missing or damaged; fetch the file again")
+        has_begun = has_begun or packet.is_keyframe
+        if has_begun:
+            yield packet
+
+
+def _first_frame_and_spans(container: InputContainer, stream: VideoStream, path: str) -> tuple[VideoFrame, list[Span]]:
+    first: VideoFrame | None = None
+    spans: list[Span] = []
+    key_pts: int | None = None
+    for packet in _packets(container, stream, path):
+        if first is None:
+            first = next((frame for frame in packet.decode() if isinstance(frame, VideoFrame)), None)
+        if key_pts is None:
+            key_pts = packet.pts
+        # A picture shown before the first keyframe refers to frames that were cut away; the decoder drops it.
+        is_leading = packet.pts is not None and key_pts is not None and packet.pts < key_pts
+        if packet.size > 0 and not packet.is_discard and not is_leading:
+            spans.append((packet.pts, packet.duration or 0))
+    if first is None or not spans:
+        raise SampleError(path, NO_FRAME)
+    return first, spans
+
+
+def _times(
+    spans: list[Span], time_base: Fraction | None, rate: Fraction | None, path: str
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(times_s [N] from 0, ticks [N] ascending, duration_s) of shown frames in any order.
+
+    Where any frame has no time of its own (raw streams), all are spaced evenly at the rate in the header.
+    """
+    duration_of = {pts: duration for pts, duration in spans if pts is not None}
+    if len(duration_of) == len(spans) and time_base is not None:
+        ticks, seconds_per_tick = np.array(sorted(duration_of), dtype=np.int64), float(time_base)
+    elif rate:
+        ticks, seconds_per_tick = np.arange(len(spans)), float(1 / rate)
+    else:
+        raise SampleError(path, "its frames carry no times and the file states no frame rate; convert it to MP4")
+    times_s = (ticks - ticks[0]) * seconds_per_tick
+    last_s = duration_of.get(int(ticks[-1]), 0) * seconds_per_tick
+    if last_s <= 0:  # Matroska does not say how long the last frame stays
+        last_s = float(times_s[-1]) / (len(ticks) - 1) if len(ticks) > 1 else float(1 / rate) if rate else 0.0
+    return times_s, ticks, float(times_s[-1]) + last_s
+
+
+def _decode(container: InputContainer, stream: VideoStream, path: str) -> Iterator[VideoFrame]:
+    """Shown frames in presentation order. Frames that an edit list hides are decoded and dropped by FFmpeg."""
+    for packet in _packets(container, stream, path):
+        for frame in packet.decode():
+            if isinstance(frame, VideoFrame):
+                yield frame
+
+
+def _declared_duration_s(stream: VideoStream, first: VideoFrame) -> float:
+    """Length of the video track as the header states it, seconds; 0 where it does not.
+
+    Matroska states, in a tag h:m:s, the time at which the track ends.
+    """
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    parts = stream.metadata.get("DURATION", "").split(":")
+    try:
+        end_s = sum(float(Fraction(part)) * 60.0**power for power, part in enumerate(reversed(parts)))
+    except ValueError:
+        return 0.0
+    return end_s - (first.time or 0.0)
+
+
+def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
+    """(transpose, mirror left-right, flip top-bottom), in that order, to show the frame as its display matrix asks.
+
+    The matrix (ISO 14496-12, 8.5.2: a b u c d v x y w, native-endian 16.16) sends the pixel at column p, row q to
+    column a p + c q, row b p + d q. Phones write quarter turns; anything between is taken to the nearest one.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), dtype=np.int32).tolist()
+    is_transposed = abs(b) > abs(a)
+    return (True, c < 0, b < 0) if is_transposed else (False, a < 0, d < 0)
+
+
+def _to_rgb(frame: VideoFrame, probe: Probe) -> np.ndarray:
+    """[H, W, 3] uint8, upright."""
+    rgb_HW3 = frame.to_ndarray(format="rgb24")
+    is_transposed, is_mirrored, is_flipped = _orientation(frame)
+    if is_transposed:
+        rgb_HW3 = rgb_HW3.transpose(1, 0, 2)
+    if is_mirrored:
+        rgb_HW3 = rgb_HW3[:, ::-1]
+    if is_flipped:
+        rgb_HW3 = rgb_HW3[::-1]
+    height_px, width_px = rgb_HW3.shape[:2]
+    if (width_px, height_px) != (probe.width_px, probe.height_px):
+        raise SampleError(
+            probe.path,
+            f"the frame size changes from {probe.width_px} x {probe.height_px} to {width_px} x {height_px} px "
+            "in the middle; convert it to one size",
+        )
+    return np.ascontiguousarray(rgb_HW3)

@@ -1,0 +1,72 @@
+"""At what size the model sees a frame: multiples of 28 pixels under a budget for the whole video.
+
+All comparisons are on integers: floor(height / sqrt(height * width / budget) / 28) is
+isqrt(height * budget / (width * 28^2)), which has no rounding error to push an exact multiple one step down.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from vcr1_fast.config import VideoConfig
+
+FACTOR_PX = 28  # a patch is 14 pixels wide, and 2 x 2 patches make one token
+MAX_ASPECT_RATIO = 200
+
+
+def max_pixels_per_frame(num_frames: int, config: VideoConfig) -> Fraction:
+    """Pixels one of `num_frames` frames may have: max(min(max_frame_pixels, 2 * total / n), 1.05 * min_frame_pixels).
+
+    The 2 is there because two frames share one row of tokens (Qwen2.5-VL's video budget).
+    """
+    share = min(Fraction(config.max_frame_pixels), Fraction(2 * config.total_pixels, num_frames))
+    return max(share, Fraction(config.min_frame_pixels * 105 // 100))
+
+
+def frame_size_px(height_px: int, width_px: int, num_frames: int, config: VideoConfig) -> tuple[int, int]:
+    """(height, width) in pixels of what the model sees: multiples of 28, aspect ratio kept as far as that allows.
+
+    Qwen2-VL's `smart_resize` with the budget of `max_pixels_per_frame`; the first rounding is held at 28 or more, so
+    a strip thinner than 14 px is not rounded to nothing.
+
+    Raises ValueError when one side is more than 200 times the other.
+    """
+    if min(height_px, width_px) < 1 or max(height_px, width_px) > MAX_ASPECT_RATIO * min(height_px, width_px):
+        raise ValueError(
+            f"frames of {width_px} x {height_px} px (width x height); "
+            f"wanted sides that differ by a factor of {MAX_ASPECT_RATIO} at most"
+        )
+    highest, lowest = max_pixels_per_frame(num_frames, config), config.min_frame_pixels
+    height = max(FACTOR_PX, round(height_px / FACTOR_PX) * FACTOR_PX)
+    width = max(FACTOR_PX, round(width_px / FACTOR_PX) * FACTOR_PX)
+    if height * width > highest:
+        height = max(1, _floor_sqrt(highest * height_px / width_px / FACTOR_PX**2)) * FACTOR_PX
+        width = max(1, _floor_sqrt(highest * width_px / height_px / FACTOR_PX**2)) * FACTOR_PX
+    elif height * width < lowest:
+        height = _ceil_sqrt(Fraction(lowest * height_px, width_px * FACTOR_PX**2)) * FACTOR_PX
+        width = _ceil_sqrt(Fraction(lowest * width_px, height_px * FACTOR_PX**2)) * FACTOR_PX
+    return height, width
+
+
+def resize_frame(rgb_HW3: torch.Tensor, height_px: int, width_px: int) -> torch.Tensor:
+    """[H, W, 3] uint8 -> [height_px, width_px, 3] uint8: bicubic with antialias in float32, rounded, clamped to 0..255.
+
+    A frame that has the size already is returned as it is.
+    """
+    if tuple(rgb_HW3.shape[:2]) == (height_px, width_px):
+        return rgb_HW3
+    rgb_13HW = rgb_HW3.permute(2, 0, 1)[None].float()
+    resized_13HW = F.interpolate(rgb_13HW, size=(height_px, width_px), mode="bicubic", antialias=True)
+    return resized_13HW[0].round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
+
+
+def _floor_sqrt(value: Fraction) -> int:
+    return math.isqrt(math.floor(value))
+
+
+def _ceil_sqrt(value: Fraction) -> int:
+    return math.isqrt(math.ceil(value) - 1) + 1
