@@ -1,0 +1,84 @@
+"""Settings of a synthetic data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vcr1_fast.config import ConfigError
+
+COLOURS: dict[str, tuple[int, int, int]] = {  # RGB; far apart, so that chroma subsampling keeps them apart
+    "red": (225, 35, 40),
+    "green": (40, 190, 70),
+    "blue": (45, 80, 235),
+    "yellow": (245, 215, 40),
+    "purple": (150, 40, 200),
+    "white": (250, 250, 250),
+}
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross", "diamond")
+NUM_INSTANTS = 8  # boxes of a tracking answer, as in GOT-10k of VideoChat-R1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthConfig:
+    """A synthetic data set for two tasks: grounding clips and tracking clips, one question each."""
+
+    output_dir: str = "runs/synth"
+    """Folder to write: videos/, train_*.jsonl, eval_*.jsonl."""
+    num_train: int = 256
+    """Clips to train on, of each task."""
+    num_eval: int = 64
+    """Held-out clips of each task."""
+    width_px: int = 84
+    """Width of the videos, even."""
+    height_px: int = 84
+    """Height of the videos, even."""
+    duration_s: float = 8.0
+    """Length of every clip."""
+    fps: float = 8.0
+    """Frames per second of the files."""
+    seed: int = 0
+    """The same settings and seed give the same pixels and the same annotations."""
+    num_events: int = 3
+    """Most objects that take turns in a grounding clip, at least 2; their colours differ."""
+    num_distractors: int = 1
+    """Small objects that pass through a tracking clip; their colours differ from the tracked one's."""
+    time_step_s: float = 1.0
+    """Events begin and end at multiples of this."""
+    noise: float = 4.0
+    """Standard deviation of the sensor noise, in grey levels of 255."""
+    camera_jitter_px: float = 1.0
+    """How far the camera sways from its rest position."""
+    label_jitter_s: float = 0.0
+    """Coarse labels: event bounds of the training annotations are off by up to this. Held-out labels stay exact."""
+    label_jitter_frac: float = 0.0
+    """Coarse labels: box sides of the training annotations are off by up to this fraction of the frame."""
+
+    def __post_init__(self) -> None:
+        for name in ("width_px", "height_px"):
+            value = getattr(self, name)
+            _require(name, value, value >= 32 and value % 2 == 0, "an even number >= 32 (yuv420p halves both sides)")
+        for name in ("num_train", "num_eval", "num_distractors", "noise", "camera_jitter_px"):
+            value = getattr(self, name)
+            _require(name, value, value >= 0, "a number >= 0")
+        for name in ("label_jitter_s", "label_jitter_frac"):
+            value = getattr(self, name)
+            _require(name, value, value >= 0, "a number >= 0")
+        _require("fps", self.fps, self.fps > 0, "a positive number of frames per second")
+        _require("time_step_s", self.time_step_s, self.time_step_s > 0, "a positive number of seconds")
+        shortest_s = max(2.0, 3 * self.time_step_s)  # two events with a pause between them
+        _require("duration_s", self.duration_s, self.duration_s >= shortest_s, f"at least {shortest_s:g} seconds")
+        num_turns = (round(self.duration_s / self.time_step_s) + 1) // 2
+        most = min(len(COLOURS), num_turns)
+        _require("num_events", self.num_events, 2 <= self.num_events <= most, f"2 to {most} (colours, time)")
+        most = len(COLOURS) - 1
+        _require("num_distractors", self.num_distractors, self.num_distractors <= most, f"at most {most}")
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of every file."""
+        return max(2, round(self.duration_s * self.fps))
+
+
+def _require(name: str, value: object, ok: bool, wanted: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} is {value}, wanted {wanted}")

@@ -1,0 +1,72 @@
+"""`python -m vcr1_fast.tiny.build FOLDER`: an untrained tiny model with its tokenizer, as a Hugging Face folder.
+
+The weights in the package are this model after supervised cold start (`vcr1-fast sft`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from vcr1_fast.config import TaskConfig
+from vcr1_fast.synth.config import COLOURS, SHAPES, SynthConfig
+from vcr1_fast.synth.dataset import make_clip
+from vcr1_fast.tasks.object_tracking import ObjectTracking
+from vcr1_fast.tasks.temporal_grounding import TemporalGrounding
+from vcr1_fast.tiny.architecture import tiny_config, untrained_model
+from vcr1_fast.tiny.tokenizer import build_tokenizer
+from vcr1_fast.types import Example, IntervalTruth, TrackTruth
+
+_NUM_SAMPLE_CLIPS = 16  # enough that every word of the think texts occurs
+
+
+def build_tiny(folder: Path, seed: int = 0) -> None:
+    """Write config, tokenizer and random float32 weights into `folder`. Raises OSError when it cannot be written."""
+    tokenizer = build_tiny_tokenizer()
+    model = untrained_model(tiny_config(tokenizer), seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer over the questions and answers of both tasks, in both recipes. Always the same."""
+    return build_tokenizer(_corpus())
+
+
+def _corpus() -> Iterator[str]:
+    """Everything the tiny model reads or writes besides numbers."""
+    yield "system\nYou are a helpful assistant."
+    yield "user\n"
+    yield "assistant\n"
+    box = (0.0, 0.0, 1.0, 1.0)
+    for config in (TaskConfig(), TaskConfig(think=False), TaskConfig(recipe="paper")):
+        grounding, tracking = TemporalGrounding(config), ObjectTracking(config)
+        for colour in COLOURS:
+            for shape in SHAPES:
+                query = f"{colour} {shape}"
+                event = Example("", grounding.name, "", f"a {query} appears", 8.0, IntervalTruth(((0.0, 1.0),)))
+                yield grounding.question(event)
+                yield grounding.target(event)
+                track = Example("", tracking.name, "", query, 8.0, TrackTruth((box, box), (0.0, 1.0)))
+                yield tracking.question(track)
+    for index in range(_NUM_SAMPLE_CLIPS):
+        for kind in ("grounding", "tracking"):
+            _, row = make_clip(SynthConfig(), "train", kind, index)
+            yield f"<think>{row['reasoning']}</think>"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    arguments = parser.parse_args()
+    build_tiny(arguments.folder, arguments.seed)
+    print(f"wrote an untrained tiny model to {arguments.folder}")
+
+
+if __name__ == "__main__":
+    main()
