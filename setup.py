@@ -68,7 +68,9 @@ class build_ext(pybind11_build_ext):  # noqa: N801 - setuptools looks the comman
 native = Pybind11Extension(
     "vcr1_fast._native",
     sources=sorted(map(str, Path("csrc").glob("*.cpp"))),
-    depends=sorted(str(p) for pattern in ("*.h", "*.cu", "*.cuh") for p in Path("csrc").glob(pattern)),  # into the sdist
+    depends=sorted(
+        str(p) for pattern in ("*.h", "*.cu", "*.cuh") for p in Path("csrc").glob(pattern)
+    ),  # into the sdist
     include_dirs=["csrc"],
     cxx_std=17,
     optional=MODE == "auto",

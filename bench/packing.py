@@ -51,14 +51,15 @@ def run(repeats: int) -> list[dict[str, Any]]:
 
 def measure(point: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
     group = make_group(*point)
-    stock = load_hugging_face("tiny", torch.float32)
+    stock = load_hugging_face("tiny", torch.float32, torch.device("cpu"))
     policy = PolicyModel(copy.deepcopy(stock), ModelConfig(), torch.float32)
     num_completions = len(group.completions)
     weights = [[1.0 / (num_completions * c.num_tokens) for c in group.completions]]
     batch = pack([group], weights)
 
     def packed() -> Tensor:
-        return grpo_objective(*policy(batch, 1.0), batch, None, AlgorithmConfig())[0]
+        logprob_N, entropy_N = policy(batch, 1.0)
+        return grpo_objective(logprob_N, entropy_N, batch, None, AlgorithmConfig())[0]
 
     separate_loss, packed_loss = separate_rows(stock, group).item(), packed().item()
     times_s = interleaved_times_s([lambda: separate_rows(stock, group), packed], repeats)

@@ -1,3 +1,3 @@
-"""vcr1-fast: GRPO training of video language models. See README.md for the map; importing this imports nothing heavy."""
+"""vcr1-fast: GRPO training of video language models. The map is in README.md."""
 
 __version__ = "0.1.0"

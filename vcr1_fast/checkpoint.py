@@ -21,7 +21,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,11 @@ class RunState:
 
     step: int  # steps done
     position: int  # examples taken from the shuffled data so far, unusable ones included
-    num_tokens: int  # packed tokens trained on so far
     num_tokens: int  # packed tokens trained on so far, over all ranks
     policy_version: int  # of the weights
     reader: str  # video reader and version, for example "pyav 18.1"; another reader may give other pixels
     config_yaml: str  # the resolved configuration
+    program: str = "train"  # the command that made it, train or sft
 
 
 # ---- finding checkpoints -------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def load_checkpoint(
     rng_path = checkpoint / "rng" / f"rank_{world.rank:05d}.safetensors"
     if optimizer is not None and rng_path.exists():
         set_rng_state(load_file(rng_path))
-    return RunState(**{name: document[name] for name in RunState.__slots__})
+    return RunState(**{field.name: document[field.name] for field in fields(RunState)})
 
 
 def _tensors(policy: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:

@@ -296,5 +296,5 @@ class Config:
         per_step = self.sft.examples_per_step
         _require(
             per_step % world_size == 0,
-            f"sft.examples_per_step is {per_step}, but there are {world_size} ranks: make it a multiple of {world_size}",
+            f"sft.examples_per_step is {per_step}, but there are {world_size} ranks: make it a multiple of that",
         )

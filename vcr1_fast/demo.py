@@ -1,4 +1,4 @@
-"""`make demo`: the whole job on any machine. Writes clips, trains the tiny model with GRPO, prints scores before and after.
+"""`make demo`: the whole job on any machine. Writes clips, trains the tiny model with GRPO, prints before and after.
 
 The same loop, packing and objective as a 7B run; only the model and the clips are small.
 """

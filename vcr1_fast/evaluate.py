@@ -143,7 +143,7 @@ def print_scores(before: Scores | None, after: Scores) -> None:
 
 def evaluate_command(config: Config) -> dict[str, Any]:
     """`vcr1-fast eval`: score `model.path` on `data.eval`, print a table, return the scores."""
-    with open_run(config) as run:
+    with open_run(config, writes=False) as run:
         examples = run.eval_examples()
         if not examples:
             raise ConfigError("data.eval is empty, wanted at least one annotation file")

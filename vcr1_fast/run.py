@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from vcr1_fast.checkpoint import RunState, load_checkpoint, prepare_output_dir, resolve_resume, save_checkpoint
+from vcr1_fast import __version__, native
+from vcr1_fast.checkpoint import RunState, load_checkpoint, resolve_resume, save_checkpoint
 from vcr1_fast.config import Config, ConfigError
 from vcr1_fast.config_io import config_to_yaml
 from vcr1_fast.learner.model import load_hugging_face, load_tokenizer, resolve_dtype
@@ -21,6 +22,7 @@ from vcr1_fast.prompts.dataset import load_annotations
 from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.run_folder import prepare_output_dir
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.telemetry import say
@@ -52,8 +54,24 @@ class Run:
     def open_engine(self) -> RolloutEngine:
         """The rollout engine with the starting weights; WeightSync keeps it up to date."""
         dtype = resolve_dtype(self.config.model, self.world.device)
-        hf = load_hugging_face(self.config.model.path, dtype).to(self.world.device)
+        hf = load_hugging_face(self.config.model.path, dtype, self.world.device)
         return LocalEngine(hf, self.builder.tokenizer, max_batch_rows=self.config.rollout.max_batch_rows)
+
+    def describe(self) -> str:
+        """One line on what this run uses, chosen now and not changed later."""
+        config, world = self.config, self.world
+        dtype = str(resolve_dtype(config.model, world.device)).removeprefix("torch.")
+        sharding = f"FSDP2 over {world.world_size} ranks" if world.world_size > 1 else "one process"
+        return (
+            f"vcr1-fast {__version__}: model {config.model.path} in {dtype} on {world.device.type}, {sharding}; "
+            f"attention: packed rows, plain torch; engine: {config.rollout.engine}; video: {self.reader_name}; "
+            f"overlaps: {'C++' if native.is_available() else native.status()}; recipe: {config.task.recipe}"
+        )
+
+    def state(self, step: int, position: int, num_tokens: int, policy_version: int, program: str) -> RunState:
+        """What a checkpoint made now says about the run."""
+        config_yaml = config_to_yaml(self.config)
+        return RunState(step, position, num_tokens, policy_version, self.reader_name, config_yaml, program)
 
     def _load(self, paths: Sequence[str], name: str) -> list[Example]:
         if not paths:
@@ -74,25 +92,30 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config: Config) -> Iterator[Run]:
-    """Join the process group, check and prepare the folder, open the video reader.
+def open_run(config: Config, writes: bool = True) -> Iterator[Run]:
+    """Join the process group, check and prepare the folder, open the video reader, say what is used.
 
+    `writes`: False leaves the run's folder alone (evaluation).
     Raises ConfigError or OSError before anything slow when settings, model or folder are unusable.
     """
     world = init_distributed(config.model.device)
     try:
         config.check_world_size(world.world_size)
-        folder = prepare_output_dir(config.train.output_dir, world)
-        if world.is_main:
-            (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+        folder = prepare_output_dir(config.train.output_dir, world) if writes else Path(config.train.output_dir)
         torch.manual_seed(config.train.seed)
         tasks = make_tasks(config.task)
         with contextlib.closing(open_reader(config.video)) as reader:
             builder = PromptBuilder(
-                load_tokenizer(config.model.path), tasks, lambda path: to_patches(read_frames(path, config.video, reader))
+                load_tokenizer(config.model.path),
+                tasks,
+                lambda path: to_patches(read_frames(path, config.video, reader)),
             )
-            quarantine = Quarantine(folder / "quarantine.jsonl")
-            yield Run(config, world, folder, tasks, builder, quarantine, reader.name)
+            if writes and world.is_main:
+                (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+            quarantine = Quarantine(folder / "quarantine.jsonl" if writes else None)
+            run = Run(config, world, folder, tasks, builder, quarantine, reader.name)
+            say(run.describe())
+            yield run
     finally:
         shutdown(world)
 
@@ -107,24 +130,31 @@ def sampling_seed(config: Config, step: int, world: World) -> int:
     return (config.train.seed * 1_000_003 + step) * 8192 + world.rank  # 8192: more ranks than any run has
 
 
-def load_state(run: Run, learner: Learner) -> RunState:
-    """Load the checkpoint `train.resume` names into the learner, or give the state of a new run."""
+def load_state(run: Run, learner: Learner, program: str) -> RunState:
+    """Load the checkpoint `train.resume` names into the learner, or give the state of a new run.
+
+    Raises ConfigError when it is of another program (`train` or `sft`) or was read by another video reader.
+    """
     checkpoint = resolve_resume(run.config.train.resume, run.folder)
     if checkpoint is None:
-        return RunState(0, 0, 0, 0, run.reader_name, config_to_yaml(run.config))
+        return run.state(step=0, position=0, num_tokens=0, policy_version=0, program=program)
     state = load_checkpoint(checkpoint, learner.policy, learner.optimizer, learner.schedule, run.world)
+    if state.program != program:
+        raise ConfigError(
+            f"{checkpoint} was made by `vcr1-fast {state.program}`, this is `vcr1-fast {program}`: "
+            "give each its own train.output_dir"
+        )
     if state.reader != run.reader_name:
         raise ConfigError(
-            f"{checkpoint.name} was made with the video reader {state.reader!r}, this run has {run.reader_name!r}, which "
-            "may give other pixels: install the same version, or start anew with train.resume=never"
+            f"{checkpoint.name} was made with the video reader {state.reader!r}, this run has {run.reader_name!r}, "
+            "which may give other pixels: install the same version, or start anew with train.resume=never"
         )
     say(f"resumed from {checkpoint} (step {state.step})")
     return state
 
 
-def save_state(run: Run, learner: Learner, step: int, position: int, num_tokens: int, policy_version: int) -> None:
+def save_state(run: Run, learner: Learner, state: RunState) -> None:
     """Write a checkpoint of everything the run needs to go on bit for bit."""
-    state = RunState(step, position, num_tokens, policy_version, run.reader_name, config_to_yaml(run.config))
-    args = (learner.policy, learner.optimizer, learner.schedule)
-    folder = save_checkpoint(run.folder, *args, state, run.world, run.config.checkpoint.keep)
+    parts = (learner.policy, learner.optimizer, learner.schedule)
+    folder = save_checkpoint(run.folder, *parts, state, run.world, run.config.checkpoint.keep)
     say(f"checkpoint: {folder}")

@@ -25,7 +25,7 @@ from vcr1_fast.weight_sync import WeightSync
 def sft(config: Config) -> dict[str, Any]:
     """Teach `model.path` the targets of `data.train` for `sft.num_steps` updates, then export and score it.
 
-    Returns what the command prints last. Raises ConfigError, OSError or TooManyBadSamples, on every rank alike.
+    Returns what the command prints last. Raises ConfigError, OSError or TooManyBadSamplesError, on every rank alike.
     """
     with open_run(config) as run:
         return _sft(run)
@@ -35,7 +35,7 @@ def _sft(run: Run) -> dict[str, Any]:
     config = run.config
     prompts = run.train_stream()
     learner = Learner(config, run.world, config.sft.num_steps)
-    state = load_state(run, learner)
+    state = load_state(run, learner, "sft")
     prompts.position, num_tokens = state.position, state.num_tokens
     telemetry = Telemetry(run.folder, run.world.rank, resume_step=state.step)
     for step in range(state.step + 1, config.sft.num_steps + 1):
@@ -48,7 +48,7 @@ def _sft(run: Run) -> dict[str, Any]:
         telemetry.log_step(step, metrics, config.sft.num_steps)
         if due(config.checkpoint.every, step) or step == config.sft.num_steps:
             with telemetry.span("checkpoint"):
-                save_state(run, learner, step, prompts.position, num_tokens, 0)
+                save_state(run, learner, run.state(step, prompts.position, num_tokens, 0, "sft"))
     folder = export_hugging_face(
         learner.policy, run.builder.tokenizer, run.folder / "model", run.world, source=model_folder(config.model.path)
     )

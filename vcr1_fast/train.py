@@ -21,7 +21,7 @@ def train(config: Config) -> dict[str, Any]:
     """Train `model.path` on `data.train` with GRPO; resume, evaluate, checkpoint and export as the settings say.
 
     Returns what the command prints last: the run's folder, its steps, held-out scores before and after.
-    Raises ConfigError, OSError or TooManyBadSamples, on every rank alike.
+    Raises ConfigError, OSError or TooManyBadSamplesError, on every rank alike.
     """
     with open_run(config) as run:
         return _train(run)
@@ -31,10 +31,10 @@ def _train(run: Run) -> dict[str, Any]:
     config, world = run.config, run.world
     prompts, held_out = run.train_stream(), run.eval_examples()
     learner = Learner(config, world, config.train.num_steps * config.algorithm.minibatches_per_rollout)
-    state = load_state(run, learner)  # step 0, or where a checkpoint stands
+    state = load_state(run, learner, "train")  # step 0, or where a checkpoint stands
     prompts.position = state.position
     engine = run.open_engine()
-    sync = WeightSync(learner.policy, engine, policy_version=state.policy_version)
+    sync = WeightSync(learner.policy, engine, policy_version=max(state.policy_version - 1, 0))
     telemetry = Telemetry(run.folder, world.rank, resume_step=state.step)
 
     def score(step: int) -> Scores:
@@ -43,7 +43,7 @@ def _train(run: Run) -> dict[str, Any]:
         telemetry.log_eval(step, flat_scores(scores))
         return scores
 
-    sync.push()  # before the first step: a broken path fails now
+    sync.push()  # before the first step: a broken path fails now; after a resume it restores the version, too
     before = score(0) if held_out and state.step == 0 else {}
     num_tokens = state.num_tokens
     for step in range(state.step + 1, config.train.num_steps + 1):
@@ -64,7 +64,8 @@ def _train(run: Run) -> dict[str, Any]:
             score(step)
         if due(config.checkpoint.every, step) or step == config.train.num_steps:
             with telemetry.span("checkpoint"):
-                save_state(run, learner, step, prompts.position, num_tokens, sync.policy_version)
+                now = run.state(step, prompts.position, num_tokens, sync.policy_version, "train")
+                save_state(run, learner, now)
 
     after = score(config.train.num_steps) if held_out else {}
     telemetry.close()

@@ -21,6 +21,7 @@ Shape letters: T packed tokens, H query heads, K key/value heads (H a multiple o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,16 +115,12 @@ def _group_forward(
     """out [L, H, C] of one group; the prompt's lse [K, r, P] and the completions' merged lse [K, r, G, R]."""
     repeats = query.shape[1] // key.shape[1]
     prompt = slice(group.start, group.prompt_end)
-    query_p, key_p, value_p = (
-        _heads_first(x[prompt], n) for x, n in ((query, repeats), (key, 1), (value, 1))
-    )
+    query_p, key_p, value_p = (_heads_first(x[prompt], n) for x, n in ((query, repeats), (key, 1), (value, 1)))
     out_p, lse_p = _attend(query_p, key_p, value_p, scale, causal=True)
     if group.end == group.prompt_end:
         return _tokens_first(out_p), lse_p, None
 
-    query_c, key_c, value_c = (
-        _gather_completions(x, group, n) for x, n in ((query, repeats), (key, 1), (value, 1))
-    )
+    query_c, key_c, value_c = (_gather_completions(x, group, n) for x, n in ((query, repeats), (key, 1), (value, 1)))
     out_a, lse_a = _attend(query_c, key_c, value_c, scale, causal=True)
     out_b, lse_b = _attend(query_c.flatten(2, 3), key_p, value_p, scale, causal=False)
     out_b, lse_b = out_b.view_as(out_a), lse_b.view_as(lse_a)
@@ -181,7 +178,7 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         query, key, value, out, *lses = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for index, group in enumerate(ctx.layout):
@@ -198,7 +195,9 @@ class _PrefixAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def prefix_attention(query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
+def prefix_attention(
+    query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, layout: PrefixLayout, scale: float
+) -> Tensor:
     """Shared-prefix attention of one packed row, forward and backward, in two dense parts and an LSE merge.
 
     Args:
@@ -207,7 +206,7 @@ def prefix_attention(query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, layo
         scale: factor of the scores, usually C ** -0.5.
 
     Returns: [T, H, C]. Equal to `reference.prefix_attention`, which is one masked softmax over [T, T].
-    FLOPs forward, per group and query head: 4 C (P^2 / 2 + G R P + G R^2 / 2); the same over G separate rows has G P^2 / 2.
+    FLOPs forward, per group and query head: 4 C (P^2 / 2 + G R P + G R^2 / 2); over G separate rows it is G P^2 / 2.
 
     Raises: ValueError when the layout does not cover the row, or H is not a multiple of K.
     """

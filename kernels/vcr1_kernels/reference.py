@@ -15,7 +15,7 @@ from .prefix_attention import PrefixLayout
 def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under softmax(hidden @ weight.T / temperature), and the entropy of that softmax.
 
-    logprob_i = z_iy - logsumexp_v z_iv        entropy_i = logsumexp_v z_iv - sum_v p_iv z_iv        z = h W^T / temperature
+    z = h W^T / temperature,  logprob_i = z_iy - logsumexp_v z_iv,  entropy_i = logsumexp_v z_iv - sum_v p_iv z_iv
 
     Args:
         hidden_ND: [N, D]; weight_VD: [V, D]; target_N: [N] int64 in 0..V-1; temperature: > 0.
@@ -34,7 +34,9 @@ def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, tempe
     return logprob_N, entropy_N
 
 
-def prefix_attention(query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
+def prefix_attention(
+    query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, layout: PrefixLayout, scale: float
+) -> Tensor:
     """The definition of `vcr1_kernels.prefix_attention`: one softmax over [T, T] under the tree mask, by autograd.
 
     Token i sees token j <= i when both are of one group and j is in the prompt or in i's own completion.

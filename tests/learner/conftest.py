@@ -12,7 +12,8 @@ VOCABULARY, VIDEO_PAD, VISION_START, VISION_END = 64, 60, 61, 62
 def random_model(seed: int = 0, tied: bool = False) -> Qwen2_5_VLForConditionalGeneration:
     text = {
         "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": tied,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "tie_word_embeddings": tied,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]},
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
     }  # fmt: skip
@@ -35,7 +36,9 @@ def random_model(seed: int = 0, tied: bool = False) -> Qwen2_5_VLForConditionalG
     return model
 
 
-def random_prompt(generator: torch.Generator, grid: tuple[int, int, int], second_per_grid_s: float, text: int) -> Prompt:
+def random_prompt(
+    generator: torch.Generator, grid: tuple[int, int, int], second_per_grid_s: float, text: int
+) -> Prompt:
     """Text, one video, text. Positions by the rule of the original model, written out here a second time."""
     t, h, w = grid
     num_video = t * h * w // 4
@@ -46,8 +49,8 @@ def random_prompt(generator: torch.Generator, grid: tuple[int, int, int], second
     positions = [[i, i, i] for i in range(start)]
     for frame in range(t):
         for row in range(h // 2):
-            for column in range(w // 2):
-                positions.append([start + int(frame * second_per_grid_s * 2), start + row, start + column])
+            time = start + int(frame * second_per_grid_s * 2)
+            positions.extend([time, start + row, start + column] for column in range(w // 2))
     after = max(max(p) for p in positions) + 1
     positions += [[after + i] * 3 for i in range(1 + 3)]
     patches = torch.randn(t * h * w, 1176, generator=generator)

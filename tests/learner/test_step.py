@@ -112,9 +112,10 @@ def test_kl_is_zero_at_the_start_and_grows(model_path, groups):
 
 
 def test_truncated_completions_can_be_left_out(model_path, groups):
+    first, *rest = groups[0].completions
     truncated = dataclasses.replace(
         groups[0],
-        completions=(groups[0].completions[0], *(dataclasses.replace(c, finish_reason="length") for c in groups[0].completions[1:])),
+        completions=(first, *(dataclasses.replace(c, finish_reason="length") for c in rest)),
     )  # fmt: skip
     learner = Learner(make_config(model_path, mask_truncated=True), World(), 10)
     weights = learner._weights([truncated], "grpo", mask_truncated=True)
@@ -179,7 +180,15 @@ def test_two_fsdp_processes_equal_one(model_path, tmp_path, shares, beta):
                 tests=str(Path(__file__).parent), shares=shares, path=str(model_path), beta=beta, out=str(out)
             )
         )
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", str(script)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(ranks),
+            "--standalone",
+            str(script),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(torch.load(out, weights_only=True))

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from vcr1_fast.config import Config, ConfigError, TaskConfig, TrainConfig
-from vcr1_fast.learner.sharding import World
+from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.prompts.build import PromptBuilder
-from vcr1_fast.prompts.stream import PromptStream, TooManyBadSamples
+from vcr1_fast.prompts.stream import PromptStream, TooManyBadSamplesError
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Example, IntervalTruth, Patches, SampleError
 from vcr1_fast.video.quarantine import Quarantine
@@ -18,7 +18,7 @@ def read(path: str) -> Patches:
     return Patches(torch.zeros(16, 1176), (1, 4, 4), 1.0, 2, 1.0)
 
 
-def make_stream(tiny_tokenizer, tmp_path, videos, world=World(), **train) -> PromptStream:
+def make_stream(tiny_tokenizer, tmp_path, videos, world=SINGLE_PROCESS, **train) -> PromptStream:
     examples = [
         Example(f"e{i}", "temporal_grounding", video, "a dog barks", 8.0, IntervalTruth(((1.0, 2.0),)))
         for i, video in enumerate(videos)
@@ -62,7 +62,7 @@ def test_too_many_bad_samples_stop_the_run_with_a_reason(tiny_tokenizer, tmp_pat
     stream = make_stream(tiny_tokenizer, tmp_path, ["bad1.mp4", "bad2.mp4", "a.mp4"], max_bad_sample_frac=0.5)
     for _ in range(4):
         stream.next(4)
-    with pytest.raises(TooManyBadSamples, match=r"13 of 20 samples could not be used, more than .* 0\.5"):
+    with pytest.raises(TooManyBadSamplesError, match=r"13 of 20 samples could not be used, more than .* 0\.5"):
         stream.next(4)
 
 

@@ -53,7 +53,9 @@ def test_a_reward_that_raises_loses_its_group_only(tiny_tokenizer, make_prompt, 
         engine, prompts_of(make_prompt, *"abc"), SamplingParams(2, 200), tasks, TaskConfig(), failures.append
     )
     assert [g.prompt.example.id for g in groups] == ["a", "c"]
-    assert [str(f) for f in failures] == ["b: the reward of task temporal_grounding raised ZeroDivisionError: no such length"]
+    assert [str(f) for f in failures] == [
+        "b: the reward of task temporal_grounding raised ZeroDivisionError: no such length"
+    ]
     assert "reward failure: b" in capsys.readouterr().err
 
 

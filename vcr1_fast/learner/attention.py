@@ -1,4 +1,4 @@
-"""Teaches the stock Hugging Face text model to attend over packed rows: `[prompt | c_1 | ... | c_G]`, group after group.
+"""Lets the stock Hugging Face text model attend over packed rows `[prompt | c_1 | ... | c_G]`, group after group.
 
 The function is registered under one name with transformers' AttentionInterface; the layout of the row reaches it as the
 keyword argument `prefix_layout` of the text model's forward. No model code is forked.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +48,11 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 transformers_logging.disable_progress_bar()  # it would tear our own lines apart
 
 
-def load_hugging_face(path: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
-    """A checkpoint's model on the CPU, all weights in `dtype`. Nothing is downloaded."""
+def load_hugging_face(path: str, dtype: torch.dtype, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
+    """A checkpoint's model on `device`, all weights in `dtype`. Nothing is downloaded."""
     folder = model_folder(path)
-    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return hf  # pyright: ignore[reportReturnType]
+    hf: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return hf.to(device)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -70,14 +70,14 @@ def stack_patches(patches: tuple[Patches, ...], device: torch.device, dtype: tor
 
 
 class PolicyModel(nn.Module):
-    """forward(PackedBatch) -> (logprob_N, entropy_N): vision tower once per prompt, decoder once per row, head on scored rows.
+    """forward(PackedBatch) -> (logprob_N, entropy_N).
+
+    The vision tower runs once per prompt, the decoder once per row, the head on scored rows only.
 
     Everything happens inside one forward so that FSDP's hooks on the root see every use of a weight.
     """
 
-    def __init__(
-        self, hf: Qwen2_5_VLForConditionalGeneration, config: ModelConfig, compute_dtype: torch.dtype
-    ) -> None:
+    def __init__(self, hf: Qwen2_5_VLForConditionalGeneration, config: ModelConfig, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.hf = hf
         self.compute_dtype = compute_dtype
@@ -106,7 +106,7 @@ class PolicyModel(nn.Module):
         video_MD = self.hf.model.visual(patches, grid_thw=grids).pooler_output
         if int(is_video_1T.sum()) != video_MD.shape[0]:
             raise ValueError(
-                f"the row has {int(is_video_1T.sum())} video placeholders, but the tower gave {video_MD.shape[0]} embeddings"
+                f"the row has {int(is_video_1T.sum())} video placeholders, but the tower gave {video_MD.shape[0]} rows"
             )
         embeds_1TD = embeds_1TD.masked_scatter(is_video_1T.unsqueeze(-1), video_MD.to(embeds_1TD.dtype))
         output = self.hf.model.language_model(

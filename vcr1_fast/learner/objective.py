@@ -27,8 +27,8 @@ def grpo_objective(
 ) -> tuple[Tensor, Sums]:
     """The GRPO loss of one micro-batch.
 
-    With one update per rollout the sampled tokens are exactly on-policy, so the old log-prob is the current one with its
-    gradient stopped: ratio 1, and no extra forward. With more updates it is what the engine reported.
+    With one update per rollout the sampled tokens are exactly on-policy, so the old log-prob is the current one with
+    its gradient stopped: ratio 1, and no extra forward. With more updates it is what the engine reported.
 
     Returns the loss (a scalar with gradient) and sums: tokens, entropy, kl, clipped_low, clipped_high, engine_gap.
     """
@@ -51,7 +51,7 @@ def grpo_objective(
 
 
 def sft_objective(logprob_N: Tensor, entropy_N: Tensor, batch: PackedBatch) -> tuple[Tensor, Sums]:
-    """Negative log-likelihood of the taught completions; the prompt has no scored rows, so it is masked by construction."""
+    """Negative log-likelihood of the taught completions; the prompt has no scored rows, so it is masked already."""
     loss = -(batch.weight_N.to(logprob_N.device) * logprob_N).sum()
     sums = {
         "tokens": torch.tensor(float(logprob_N.numel()), device=logprob_N.device),

@@ -49,7 +49,7 @@ class Learner:
         self._placeholder = placeholder(self.policy.hf.config.video_token_id)
 
     def _load(self, dtype: torch.dtype) -> PolicyModel:
-        hf = load_hugging_face(self.config.model.path, torch.float32).to(self.world.device)
+        hf = load_hugging_face(self.config.model.path, torch.float32, self.world.device)
         policy = PolicyModel(hf, self.config.model, dtype)
         shard(policy, self.world, dtype)
         return policy.train()
@@ -114,7 +114,8 @@ class Learner:
         for index in range(num_rows):
             is_real = index < len(rows)
             batch = rows[index] if is_real else self._placeholder
-            loss, sums = objective(*self.policy(batch, temperature), batch)
+            logprob_N, entropy_N = self.policy(batch, temperature)
+            loss, sums = objective(logprob_N, entropy_N, batch)
             loss.backward()  # gradients add up over rows, and over ranks (sharding.shard sums them)
             counts = sums | {
                 "loss": loss.detach(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from vcr1_fast.config import Config, ConfigError
 from vcr1_fast.learner.sharding import World, all_reduce_sum
@@ -12,10 +13,11 @@ from vcr1_fast.prompts.dataset import DataOrder, shard
 from vcr1_fast.types import Example, Prompt, SampleError
 from vcr1_fast.video.quarantine import Quarantine
 
+NUM_READERS = 4  # clips read at once; decoding releases the interpreter lock
 MIN_SAMPLES_TO_JUDGE = 20  # a bad fraction of fewer samples says nothing
 
 
-class TooManyBadSamples(SampleError):
+class TooManyBadSamplesError(SampleError):
     """More of the data is unusable than train.max_bad_sample_frac allows."""
 
 
@@ -31,6 +33,7 @@ class PromptStream:
         self.config, self.world = config, world
         self.order = DataOrder(len(examples), config.train.seed)
         self.position = 0
+        self._pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read-video")
         self.num_read = self.num_bad = 0  # since this process started, over all ranks
 
     @property
@@ -40,32 +43,34 @@ class PromptStream:
     def next(self, count: int) -> list[Prompt]:
         """This rank's share of the next `count` items over all ranks, without those that cannot be used.
 
-        Raises TooManyBadSamples on every rank alike.
+        Raises TooManyBadSamplesError on every rank alike.
         """
         indices = self.order.indices(self.position, count)
         self.position += count
         share = [self.examples[i] for i in shard(indices, self.world.rank, self.world.world_size)]
-        prompts = [prompt for example in share if (prompt := self._build(example)) is not None]
+        wanted = [example for example in share if example.video not in self.quarantine]
+        built = list(self._pool.map(self._build, wanted))
+        prompts = [result for result in built if isinstance(result, Prompt)]
+        for result in built:
+            if isinstance(result, SampleError):
+                self.quarantine.add(result)
+                print(f"bad sample: {result}", file=sys.stderr)
         bad = all_reduce_sum({"bad": float(len(share) - len(prompts))}, self.world)["bad"]
         self.num_read += count
         self.num_bad += int(bad)
         self._check_bad_fraction()
         return prompts
 
-    def _build(self, example: Example) -> Prompt | None:
-        if example.video in self.quarantine:
-            return None
+    def _build(self, example: Example) -> Prompt | SampleError:
         try:
             return self.builder.build(example)
         except SampleError as error:
-            self.quarantine.add(error)
-            print(f"bad sample: {error}", file=sys.stderr)
-            return None
+            return error
 
     def _check_bad_fraction(self) -> None:
         limit = self.config.train.max_bad_sample_frac
         if self.num_read >= MIN_SAMPLES_TO_JUDGE and self.num_bad > limit * self.num_read:
-            raise TooManyBadSamples(
+            raise TooManyBadSamplesError(
                 "data.train",
                 f"{self.num_bad} of {self.num_read} samples could not be used, more than "
                 f"train.max_bad_sample_frac = {limit}: the reasons are in quarantine.jsonl of the run",

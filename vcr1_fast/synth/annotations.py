@@ -14,14 +14,14 @@ _NUM_CELLS = 4  # the frame is read as 4 x 4 cells, a..d from left to right, 1..
 
 
 def grounding_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rng: np.random.Generator) -> Row:
-    """Temporal grounding: when is the event visible? Label jitter moves the bounds, never the reasoning."""
+    """Temporal grounding: when is the event visible? Slack widens the interval, never the reasoning."""
     return {
         "id": clip_id,
         "task": "temporal_grounding",
         "video": video,
         "query": f"a {scene.target.name} appears",
         "duration_s": scene.duration_s,
-        "intervals": [list(_jittered_interval(config, scene.target.visible_s, rng))],
+        "intervals": [list(_loose_interval(config, scene.target.visible_s, rng))],
         "reasoning": _read_colours(scene),
     }
 
@@ -30,7 +30,7 @@ def tracking_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rn
     """Object tracking: where is the object at 8 instants? Box 0 stays exact, it is shown in the prompt."""
     times_s = [round(i * scene.duration_s / NUM_INSTANTS, 3) for i in range(NUM_INSTANTS)]
     boxes = [scene.box(scene.target, t_s) for t_s in times_s]
-    boxes = [boxes[0], *(_jittered_box(config, box, rng) for box in boxes[1:])]
+    boxes = [boxes[0], *(_loose_box(config, box, rng) for box in boxes[1:])]
     return {
         "id": clip_id,
         "task": "object_tracking",
@@ -64,20 +64,14 @@ def _cell(scene: Scene, t_s: float) -> str:
     return f"{'abcdefghijklmnopqrstuvwxyz'[column]}{row + 1}"
 
 
-def _jittered_interval(config: SynthConfig, interval: Interval, rng: np.random.Generator) -> Interval:
-    """Both bounds off by up to label_jitter_s, at least one time step apart, rounded to 0.1 s; exact without jitter."""
-    if config.label_jitter_s == 0:
-        return interval
-    start, end = (bound + rng.uniform(-1, 1) * config.label_jitter_s for bound in interval)
-    start = round(float(np.clip(start, 0, config.duration_s - config.time_step_s)), 1)
-    end = round(float(np.clip(end, start + config.time_step_s, config.duration_s)), 1)
-    return start, end
+def _loose_interval(config: SynthConfig, interval: Interval, rng: np.random.Generator) -> Interval:
+    """Begins and ends up to label_slack_s too early and too late, inside the clip; rounded to 0.1 s; exact without."""
+    early_s, late_s = (rng.uniform(0, 1, 2) * config.label_slack_s).tolist()
+    start_s, end_s = interval
+    return max(0.0, round(start_s - early_s, 1)), min(config.duration_s, round(end_s + late_s, 1))
 
 
-def _jittered_box(config: SynthConfig, box: Box, rng: np.random.Generator) -> Box:
-    """Every side off by up to label_jitter_frac; sides never cross."""
-    if config.label_jitter_frac == 0:
-        return box
-    x0, y0, x1, y1 = (np.array(box) + rng.uniform(-1, 1, 4) * config.label_jitter_frac).tolist()
-    middle_x, middle_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    return min(x0, middle_x - 0.01), min(y0, middle_y - 0.01), max(x1, middle_x + 0.01), max(y1, middle_y + 0.01)
+def _loose_box(config: SynthConfig, box: Box, rng: np.random.Generator) -> Box:
+    """Every side up to label_slack_frac too far out; what leaves the frame is cut by the caller."""
+    left, top, right, bottom = (rng.uniform(0, 1, 4) * config.label_slack_frac).tolist()
+    return box[0] - left, box[1] - top, box[2] + right, box[3] + bottom

@@ -48,10 +48,10 @@ class SynthConfig:
     """Standard deviation of the sensor noise, in grey levels of 255."""
     camera_jitter_px: float = 1.0
     """How far the camera sways from its rest position."""
-    label_jitter_s: float = 0.0
-    """Coarse labels: event bounds of the training annotations are off by up to this. Held-out labels stay exact."""
-    label_jitter_frac: float = 0.0
-    """Coarse labels: box sides of the training annotations are off by up to this fraction of the frame."""
+    label_slack_s: float = 0.0
+    """Loose labels: events of the training annotations begin and end up to this much too early and too late."""
+    label_slack_frac: float = 0.0
+    """Loose labels: boxes of the training annotations are up to this fraction of the frame too large on each side."""
 
     def __post_init__(self) -> None:
         for name in ("width_px", "height_px"):
@@ -60,7 +60,7 @@ class SynthConfig:
         for name in ("num_train", "num_eval", "num_distractors", "noise", "camera_jitter_px"):
             value = getattr(self, name)
             _require(name, value, value >= 0, "a number >= 0")
-        for name in ("label_jitter_s", "label_jitter_frac"):
+        for name in ("label_slack_s", "label_slack_frac"):
             value = getattr(self, name)
             _require(name, value, value >= 0, "a number >= 0")
         _require("fps", self.fps, self.fps > 0, "a positive number of frames per second")
