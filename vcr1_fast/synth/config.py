@@ -38,18 +38,16 @@ class SynthConfig:
     """Frames per second of the files."""
     seed: int = 0
     """The same settings and seed give the same pixels and the same annotations."""
-    num_events: int = 3
-    """Most objects that take turns in a grounding clip, at least 2; their colours differ."""
     num_distractors: int = 1
-    """Small objects that pass through a tracking clip; their colours differ from the tracked one's."""
+    """Small objects that pass through a clip; their colours differ from the colour of the object asked about."""
     time_step_s: float = 1.0
     """Events begin and end at multiples of this."""
     noise: float = 4.0
     """Standard deviation of the sensor noise, in grey levels of 255."""
     camera_jitter_px: float = 1.0
     """How far the camera sways from its rest position."""
-    label_slack_s: float = 0.0
-    """Loose labels: events of the training annotations begin and end up to this much too early and too late."""
+    label_lag_s: float = 0.0
+    """Late labels: events of the training annotations begin and end up to this much too late, as a hand that reacts."""
     label_slack_frac: float = 0.0
     """Loose labels: boxes of the training annotations are up to this fraction of the frame too large on each side."""
 
@@ -60,16 +58,13 @@ class SynthConfig:
         for name in ("num_train", "num_eval", "num_distractors", "noise", "camera_jitter_px"):
             value = getattr(self, name)
             _require(name, value, value >= 0, "a number >= 0")
-        for name in ("label_slack_s", "label_slack_frac"):
+        for name in ("label_lag_s", "label_slack_frac"):
             value = getattr(self, name)
             _require(name, value, value >= 0, "a number >= 0")
         _require("fps", self.fps, self.fps > 0, "a positive number of frames per second")
         _require("time_step_s", self.time_step_s, self.time_step_s > 0, "a positive number of seconds")
-        shortest_s = max(2.0, 3 * self.time_step_s)  # two events with a pause between them
+        shortest_s = max(2.0, 2 * self.time_step_s)  # an event of one step has a place to begin
         _require("duration_s", self.duration_s, self.duration_s >= shortest_s, f"at least {shortest_s:g} seconds")
-        num_turns = (round(self.duration_s / self.time_step_s) + 1) // 2
-        most = min(len(COLOURS), num_turns)
-        _require("num_events", self.num_events, 2 <= self.num_events <= most, f"2 to {most} (colours, time)")
         most = len(COLOURS) - 1
         _require("num_distractors", self.num_distractors, self.num_distractors <= most, f"at most {most}")
 

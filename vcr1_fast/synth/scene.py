@@ -78,42 +78,37 @@ class Scene:
 
 
 def sample_grounding_scene(config: SynthConfig, rng: np.random.Generator) -> Scene:
-    """Two to `num_events` objects of different colours that take turns; one of them is asked for."""
-    num_actors = int(rng.integers(2, config.num_events + 1))
-    num_steps = round(config.duration_s / config.time_step_s)
-    cuts = np.sort(rng.permutation(num_steps + 1)[: 2 * num_actors]) * config.time_step_s
-    colours = rng.permutation(list(COLOURS))
-    actors = []
-    for i in range(num_actors):
-        radius = float(rng.uniform(0.20, 0.28)) * min(config.width_px, config.height_px)
-        start = _place(config, radius, rng)
-        drift = rng.uniform(-0.08, 0.08, 2) * (config.width_px, config.height_px)
-        end = (start[0] + float(drift[0]), start[1] + float(drift[1]))
-        visible_s = (float(cuts[2 * i]), float(cuts[2 * i + 1]))
-        actors.append(Actor(str(colours[i]), str(rng.choice(SHAPES)), visible_s, start, end, 0.0, radius, 0.0))
-    target = actors.pop(int(rng.integers(num_actors)))
-    return _scene(config, target, actors, rng)
+    """A large object that appears for a while, nearly at rest, among small passers-by."""
+    colours = rng.permutation(list(COLOURS)).tolist()
+    radius = float(rng.uniform(0.20, 0.28)) * min(config.width_px, config.height_px)
+    start = _place(config, radius, rng)
+    drift = rng.uniform(-0.08, 0.08, 2) * (config.width_px, config.height_px)
+    end = (start[0] + float(drift[0]), start[1] + float(drift[1]))
+    target = Actor(colours[0], str(rng.choice(SHAPES)), _interval(config, rng), start, end, 0.0, radius, 0.0)
+    return _scene(config, target, colours[1:], rng)
 
 
 def sample_tracking_scene(config: SynthConfig, rng: np.random.Generator) -> Scene:
-    """One object that is visible all the time and crosses at least 0.4 of the frame, before small passers-by."""
+    """One object that is visible all the time and crosses at least 0.4 of the frame, among small passers-by."""
     side = min(config.width_px, config.height_px)
-    colours = rng.permutation(list(COLOURS))
+    colours = rng.permutation(list(COLOURS)).tolist()
     radius = float(rng.uniform(0.16, 0.24)) * side
     start, end = _place(config, radius, rng), _place(config, radius, rng)
     while np.hypot((end[0] - start[0]) / config.width_px, (end[1] - start[1]) / config.height_px) < 0.4:
         start, end = _place(config, radius, rng), _place(config, radius, rng)
     sway, growth = float(rng.uniform(-0.12, 0.12)) * side, float(rng.uniform(-0.2, 0.2))
-    target = Actor(str(colours[0]), str(rng.choice(SHAPES)), (0.0, config.duration_s), start, end, sway, radius, growth)
+    always = (0.0, config.duration_s)
+    target = Actor(colours[0], str(rng.choice(SHAPES)), always, start, end, sway, radius, growth)
+    return _scene(config, target, colours[1:], rng)
+
+
+def _scene(config: SynthConfig, target: Actor, colours: list[str], rng: np.random.Generator) -> Scene:
+    """The target, small objects at rest that take the first of `colours`, and a camera."""
     others = []
-    for i in range(config.num_distractors):
-        small = float(rng.uniform(0.06, 0.09)) * side
-        shape, place = str(rng.choice(SHAPES)), _place(config, small, rng)
-        others.append(Actor(str(colours[1 + i]), shape, _interval(config, rng), place, place, 0.0, small, 0.0))
-    return _scene(config, target, others, rng)
-
-
-def _scene(config: SynthConfig, target: Actor, others: list[Actor], rng: np.random.Generator) -> Scene:
+    for colour in colours[: config.num_distractors]:
+        radius = float(rng.uniform(0.06, 0.09)) * min(config.width_px, config.height_px)
+        shape, place = str(rng.choice(SHAPES)), _place(config, radius, rng)
+        others.append(Actor(colour, shape, _interval(config, rng), place, place, 0.0, radius, 0.0))
     return Scene(
         width_px=config.width_px,
         height_px=config.height_px,
