@@ -6,6 +6,7 @@ The same loop, packing and objective as a 7B run; only the model and the clips a
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +17,20 @@ from vcr1_fast.config_io import load_settings
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.telemetry import say, to_json
 
+SHORT_STEPS = 40
+
 
 def demo(folder: Path, seed: int, short: bool) -> dict[str, Any]:
     """Run it; returns the summary whose JSON is the last line.
 
     Args:
-        folder: receives data/ and run/; an earlier run in it is resumed.
+        folder: receives data/ and run/; what an earlier demo left there is replaced.
         seed: of the data order and the sampling.
-        short: 12 steps on few clips, to see that everything works; scores then mean nothing.
+        short: fewer steps on fewer clips, to see that everything works; the gain is then smaller.
     """
     began = time.perf_counter()
     synth, config = settings(folder, seed, short)
+    shutil.rmtree(folder / "run", ignore_errors=True)
     from vcr1_fast.synth.dataset import write_dataset
 
     write_dataset(synth)
@@ -49,8 +53,8 @@ def settings(folder: Path, seed: int, short: bool) -> tuple[SynthConfig, Config]
     synth = load_settings(SynthConfig, "tiny", [])
     config = load_settings(Config, "tiny", [])
     if short:
-        synth = replace(synth, num_train=16, num_eval=8)
-        config = replace(config, train=replace(config.train, num_steps=12))
+        synth = replace(synth, num_train=48, num_eval=16)
+        config = replace(config, train=replace(config.train, num_steps=SHORT_STEPS))
     data = folder / "data"
     train = replace(config.train, output_dir=str(folder / "run"), seed=seed)
     files = replace(config.data, train=_moved(config.data.train, data), eval=_moved(config.data.eval, data))
@@ -79,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make demo", description="Train the tiny model on synthetic clips.")
     parser.add_argument("--folder", type=Path, default=None, help="where data and run go (default: runs/demo)")
     parser.add_argument("--seed", type=int, default=0, help="of data order and sampling")
-    parser.add_argument("--short", action="store_true", help="12 steps, only to see that everything works")
+    parser.add_argument("--short", action="store_true", help=f"{SHORT_STEPS} steps on few clips")
     arguments = parser.parse_args()
     folder = arguments.folder or Path("runs", "demo-short" if arguments.short else "demo")
     print(to_json(demo(folder, arguments.seed, arguments.short)), flush=True)

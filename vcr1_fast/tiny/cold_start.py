@@ -21,7 +21,14 @@ from vcr1_fast.synth.dataset import write_dataset
 from vcr1_fast.tiny.build import build_tiny
 
 PACKAGE = Path(__file__).parent
-MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 POOR_CLIPS = SynthConfig(num_train=1200, num_eval=64, label_lag_s=0.9, label_slack_frac=0.10, seed=1)
 
 
@@ -44,6 +51,7 @@ def rebuild(folder: Path, destination: Path) -> None:
     sft(config)
     for name in MODEL_FILES:
         shutil.copyfile(folder / "sft" / "model" / name, destination / name)
+        (destination / name).chmod(0o644)  # safetensors writes for its owner alone
 
 
 def main() -> None:
