@@ -34,7 +34,9 @@ struct Batch {
     same_device("truth_offsets", truth_starts.device_id());
   }
   int64_t num_lists() const { return out.dim(0); }
-  Ragged predicted() const { return {predicted_rows.data(), predicted_starts.data(), predicted_rows.dim(0), row_width}; }
+  Ragged predicted() const {
+    return {predicted_rows.data(), predicted_starts.data(), predicted_rows.dim(0), row_width};
+  }
   Ragged truth() const { return {truth_rows.data(), truth_starts.data(), truth_rows.dim(0), row_width}; }
 
   TensorView<double> out;
@@ -72,14 +74,18 @@ void track_iou(const py::object& predicted, const py::object& predicted_offsets,
 
 constexpr const char* kIntervalDoc =
     "IoU of N answers with their ground truths, intervals in seconds, written to out.\n\n"
-    "predicted [P, 2] and truth [Q, 2] float64 rows (start_s, end_s); answer n owns rows offsets[n] to offsets[n + 1] of\n"
+    "predicted [P, 2] and truth [Q, 2] float64 rows (start_s, end_s); answer n owns rows offsets[n] to offsets[n + 1] "
+    "of\n"
     "each; offsets [N + 1] int64; each list sorted by start; out [N] float64. Contiguous CPU arrays with __dlpack__.\n"
-    "hull False: |A and B| / |A or B| as sets of instants. hull True: shared length over the smallest interval that holds\n"
+    "hull False: |A and B| / |A or B| as sets of instants. hull True: shared length over the smallest interval that "
+    "holds\n"
     "both (VideoChat-R1's reward). Runs without the GIL. Raises ValueError \"name: what got G, wanted W\".";
 constexpr const char* kTrackDoc =
     "Mean box IoU of N predicted tracks with the true ones over boxes first_box.., written to out.\n\n"
-    "predicted [P, 4] and truth [Q, 4] float64 rows (x0, y0, x1, y1); track n owns rows offsets[n] to offsets[n + 1] of\n"
-    "each; offsets [N + 1] int64; out [N] float64. Contiguous CPU arrays with __dlpack__. A track with another number of\n"
+    "predicted [P, 4] and truth [Q, 4] float64 rows (x0, y0, x1, y1); track n owns rows offsets[n] to offsets[n + 1] "
+    "of\n"
+    "each; offsets [N + 1] int64; out [N] float64. Contiguous CPU arrays with __dlpack__. A track with another number "
+    "of\n"
     "boxes than the truth gets 0. Runs without the GIL. Raises ValueError \"name: what got G, wanted W\".";
 
 #ifdef VCR1_WITH_CUDA
@@ -106,9 +112,11 @@ void track_iou_on_cuda(const py::object& predicted, const py::object& predicted_
 }
 
 constexpr const char* kCudaDoc =
-    "The same with CUDA tensors (anything with __dlpack__ on a CUDA device; no requires_grad), in one kernel launch.\n\n"
+    "The same with CUDA tensors (anything with __dlpack__ on a CUDA device; no requires_grad), in one kernel "
+    "launch.\n\n"
     "stream: the raw handle, torch.cuda.current_stream().cuda_stream. Returns before the result is there. Offsets are\n"
-    "read on the device, so a broken answer (offsets out of bounds, intervals not sorted) gets NaN instead of an error.";
+    "read on the device, so a broken answer (offsets out of bounds, intervals not sorted) gets NaN instead of an "
+    "error.";
 
 #endif
 

@@ -1,7 +1,7 @@
 // Launchers of the CUDA half. No CUDA header, so that module.cpp compiles with the host compiler alone.
 // Every pointer inside is a device pointer. One launch a call, on `stream` (a cudaStream_t as an integer) of device
-// `device_id`; returns at once, nothing is synchronised. Offsets lie on the device, so they are checked by the kernel: an
-// answer whose offsets are out of bounds, or whose intervals are not sorted by start, gets NaN.
+// `device_id`; returns at once, nothing is synchronised. Offsets lie on the device, so they are checked by the kernel:
+// an answer whose offsets are out of bounds, or whose intervals are not sorted by start, gets NaN.
 #pragma once
 
 #include <cstdint>

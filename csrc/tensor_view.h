@@ -70,7 +70,8 @@ inline std::string dtype_name(DLDataType dtype) {
   return kind + std::to_string(dtype.bits);
 }
 
-// Owns the exported tensor until it goes out of scope. Make and destroy it with the GIL held; data() may be used without.
+// Owns the exported tensor until it goes out of scope. Make and destroy it with the GIL held; data() may be used
+// without.
 template <typename T>
 class TensorView {
  public:
