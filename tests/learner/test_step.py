@@ -198,3 +198,12 @@ def test_two_fsdp_processes_equal_one(model_path, tmp_path, shares, beta):
     assert one["grads"].keys() == two["grads"].keys()
     for name, want in one["grads"].items():
         assert (two["grads"][name] - want).norm() <= 1e-5 * want.norm() + 1e-9, name
+
+
+def test_frozen_vision_tower_stays_as_it_is(model_path, groups):
+    config = dataclasses.replace(make_config(model_path), model=ModelConfig(path=str(model_path), freeze_vision=True))
+    learner = Learner(config, World(), 10)
+    before = copy.deepcopy(learner.policy.hf.state_dict())
+    learner.update_grpo(groups)
+    changed = {name for name, value in learner.policy.hf.state_dict().items() if not torch.equal(before[name], value)}
+    assert changed and not any("visual" in name for name in changed)
