@@ -128,16 +128,17 @@ def scores_as_dict(scores: Scores) -> dict[str, Any]:
     return {task: asdict(score) for task, score in scores.items()}
 
 
-def print_scores(before: Scores | None, after: Scores) -> None:
+def print_scores(before: Scores, after: Scores) -> None:
     """A table with one row per task and metric: before, after, and the best answer that needs no model."""
     table = Table(title="held-out score")
-    for column in ("task", "metric", "before", "after", "without a model"):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for column in ("task", "metric", "before", "after", "best without a model"):
+        is_text = column in ("task", "metric", "best without a model")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
     for task, score in after.items():
         for name, value in score.metrics.items():
-            earlier = f"{before[task].metrics[name]:.3f}" if before and task in before else ""
-            baseline = ", ".join(f"{metrics[name]:.3f} {label}" for label, metrics in score.trivial.items())
-            table.add_row(task, name, earlier, f"{value:.3f}", baseline)
+            earlier = f"{before[task].metrics[name]:.3f}" if task in before else ""
+            baseline, best = max(((label, m[name]) for label, m in score.trivial.items()), key=lambda pair: pair[1])
+            table.add_row(task, name, earlier, f"{value:.3f}", f"{best:.3f} {baseline}")
     console.print(table)
 
 
@@ -151,5 +152,5 @@ def evaluate_command(config: Config) -> dict[str, Any]:
         scores = evaluate(engine, examples, run.builder, run.tasks, config, run.world)
         engine.close()
         if run.world.is_main:
-            print_scores(None, scores)
+            print_scores({}, scores)
         return {"model": config.model.path, "scores": scores_as_dict(scores)}

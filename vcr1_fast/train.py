@@ -6,7 +6,7 @@ from typing import Any
 
 from vcr1_fast.checkpoint import export_hugging_face
 from vcr1_fast.config import Config
-from vcr1_fast.evaluate import Scores, evaluate, flat_scores, scores_as_dict
+from vcr1_fast.evaluate import Scores, evaluate, flat_scores, print_scores, scores_as_dict
 from vcr1_fast.learner.advantages import with_advantages
 from vcr1_fast.learner.model import model_folder
 from vcr1_fast.learner.step import Learner
@@ -68,6 +68,8 @@ def _train(run: Run) -> dict[str, Any]:
                 save_state(run, learner, now)
 
     after = score(config.train.num_steps) if held_out else {}
+    if after and world.is_main:
+        print_scores(before, after)
     telemetry.close()
     engine.close()
     if config.checkpoint.export:
