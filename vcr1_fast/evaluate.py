@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
+from rich import box
 from rich.table import Table
 
 from vcr1_fast.config import Config, ConfigError
@@ -129,16 +130,17 @@ def scores_as_dict(scores: Scores) -> dict[str, Any]:
 
 
 def print_scores(before: Scores, after: Scores) -> None:
-    """A table with one row per task and metric: before, after, and the best answer that needs no model."""
-    table = Table(title="held-out score")
-    for column in ("task", "metric", "before", "after", "best without a model"):
-        is_text = column in ("task", "metric", "best without a model")
-        table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
+    """A table with one row per metric, task after task: before, after, and the best answer that needs no model."""
+    table = Table("held-out score", box=box.SIMPLE)
+    for column in ("before", "after"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=6)
+    table.add_column("best without a model", no_wrap=True)
     for task, score in after.items():
+        table.add_row(f"[bold]{task}[/]")
         for name, value in score.metrics.items():
             earlier = f"{before[task].metrics[name]:.3f}" if task in before else ""
             baseline, best = max(((label, m[name]) for label, m in score.trivial.items()), key=lambda pair: pair[1])
-            table.add_row(task, name, earlier, f"{value:.3f}", f"{best:.3f} {baseline}")
+            table.add_row(f"  {name}", earlier, f"{value:.3f}", f"{best:.3f} {baseline}")
     console.print(table)
 
 
