@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from vcr1_kernels.losses import token_weights
+from vcr1_kernels.losses import Aggregation, token_weights
 
 from vcr1_fast.config import Config
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, resolve_dtype
@@ -80,7 +80,9 @@ class Learner:
         weights = self._weights(groups, "dapo", mask_truncated=False)
         return self._update(self._pack_rows(groups, weights), sft_objective, temperature=1.0)
 
-    def _weights(self, groups: Sequence[RolloutGroup], aggregation: str, mask_truncated: bool) -> list[list[float]]:
+    def _weights(
+        self, groups: Sequence[RolloutGroup], aggregation: Aggregation, mask_truncated: bool
+    ) -> list[list[float]]:
         """Loss weight of one token of each completion, with the denominators of all ranks."""
         lengths = [
             [0 if mask_truncated and c.finish_reason == "length" else c.num_tokens for c in g.completions]
@@ -90,7 +92,7 @@ class Learner:
         totals = all_reduce_sum({"sequences": float(flat.numel()), "tokens": float(flat.sum())}, self.world)
         weight_S = token_weights(
             flat,
-            aggregation,  # pyright: ignore[reportArgumentType]
+            aggregation,
             int(totals["sequences"]),
             int(totals["tokens"]),
             self.config.rollout.max_new_tokens,
