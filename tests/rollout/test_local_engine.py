@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.rollout.grouped_cache import GroupedCache
-from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.rollout.local_engine import LocalEngine, _Batch
 from vcr1_fast.types import Completion, Prompt, SamplingParams
 
 Model = Qwen2_5_VLForConditionalGeneration
@@ -61,6 +62,36 @@ def logprob_error(model: Model, prompt: Prompt, completion: Completion, temperat
 
 def ids(groups: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
     return [[c.token_ids_R.tolist() for c in group] for group in groups]
+
+
+class CacheOrder:
+    """Stands for the cache: the rows it holds, in its order."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.rows = torch.arange(num_rows)
+
+    def keep(self, prompts_P: Tensor, rows_B: Tensor) -> None:
+        self.rows = self.rows[rows_B]
+
+
+@pytest.mark.parametrize(
+    ("active", "want"),
+    [
+        # one prompt still needs all 4 rows and every prompt needs one: nothing can be dropped, nothing may move
+        ([[1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1]], list(range(12))),
+        ([[0, 0, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0]], [5, 6, 8, 9]),  # a prompt goes; 8 stays with a finished row
+        ([[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], [4, 5, 6, 7]),
+    ],
+)
+def test_dropping_rows_keeps_batch_and_cache_in_one_order(active: list[list[int]], want: list[int]) -> None:
+    num_rows = len(active) * 4
+    is_done_B = torch.tensor(active).flatten() == 0
+    batch = _Batch(torch.arange(num_rows), is_done_B, 100 + torch.arange(num_rows), len(active))
+    cache = CacheOrder(num_rows)
+    kept_B = batch.compact(cast(GroupedCache, cache))
+    assert kept_B.tolist() == batch.rows.tolist() == cache.rows.tolist() == want
+    assert batch.next_position.tolist() == [100 + row for row in want]
+    assert batch.is_done.tolist() == is_done_B[torch.tensor(want)].tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -254,8 +254,9 @@ class _Batch:
         prompts_P = num_active_P.nonzero().squeeze(1)
         active_first_PG = is_done_PG[prompts_P].int().argsort(dim=1, stable=True)[:, : int(num_active_P.max())]
         keep_B = (prompts_P.unsqueeze(1) * is_done_PG.shape[1] + active_first_PG).flatten()
-        if keep_B.numel() < self.rows.numel():
-            cache.keep(prompts_P, keep_B)
+        if keep_B.numel() == self.rows.numel():  # nothing to drop: rows must then stay in the order of the cache
+            return torch.arange(keep_B.numel(), device=keep_B.device)
+        cache.keep(prompts_P, keep_B)
         self.rows, self.is_done = self.rows[keep_B], self.is_done[keep_B]
         self.next_position = self.next_position[keep_B]
         self.num_prompts = prompts_P.numel()
