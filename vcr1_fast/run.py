@@ -75,7 +75,10 @@ class Run:
 
     def _load(self, paths: Sequence[str], name: str) -> list[Example]:
         if not paths:
-            raise ConfigError(f"{name} is empty, wanted at least one annotation file")
+            raise ConfigError(
+                f"{name} is empty, wanted at least one annotation file; for a first try: vcr1-fast synth tiny, then "
+                "vcr1-fast train tiny"
+            )
         examples: list[Example] = []
         errors: list[SampleError] = []
         for path in paths:
