@@ -191,6 +191,7 @@ def step_line(step: int, num_steps: int, record: Mapping[str, float]) -> str:
         ("kl", "kl", ".2g"),
         ("entropy", "entropy", ".2f"),
         ("clipped", "clip_ratio/region_mean", ".1%"),
+        ("engine gap", "sampling/sampling_logp_difference/mean", ".0e"),  # above rounding, the engine is wrong
         ("grad", "grad_norm", ".3g"),
     )
     speed = shown(("tokens/s", "tokens_per_s/executed", ",.0f"), ("unshared", "tokens_per_s/unshared", ",.0f"))
