@@ -16,7 +16,7 @@ from tests.tiny_policy import TinyPolicy, tiny_tokenizer, tokens
 from vcr1_fast.checkpoint import RunState, export_hugging_face, latest_checkpoint, load_checkpoint, save_checkpoint
 from vcr1_fast.config import ConfigError, OptimizerConfig
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
-from vcr1_fast.learner.sharding import World, init_distributed, named_weights, shard, shutdown, whole_tensor
+from vcr1_fast.learner.sharding import World, exit_rank, init_distributed, named_weights, shard, shutdown, whole_tensor
 from vcr1_fast.run_folder import prepare_output_dir
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, schedule="linear")
@@ -99,6 +99,7 @@ def main() -> None:
         both = {f"loaded {name}": t for name, t in loaded.items()} | {f"saved {name}": t for name, t in wanted.items()}
         save_file(both, run / "want.safetensors")
     shutdown(world)
+    exit_rank(0)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.recording_engine import RecordingEngine
 from tests.tiny_policy import TinyPolicy, tokens
-from vcr1_fast.learner.sharding import init_distributed, shard, shutdown
+from vcr1_fast.learner.sharding import exit_rank, init_distributed, shard, shutdown
 from vcr1_fast.weight_sync import WeightSync
 
 
@@ -43,6 +43,7 @@ def main() -> None:
     WeightSync(policy, half, dtype=torch.bfloat16).push()
     assert all(torch.equal(half.loaded[name], weight.bfloat16()) for name, weight in wanted.items())
     shutdown(world)
+    exit_rank(0)
 
 
 main()

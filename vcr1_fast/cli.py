@@ -85,7 +85,7 @@ HELP_EPILOG = "\n".join(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the `vcr1-fast` script. Always exits through SystemExit."""
+    """Entry point of the `vcr1-fast` script. Exits through SystemExit; a rank of several at once."""
     parser = argparse.ArgumentParser(
         prog="vcr1-fast",
         usage="vcr1-fast COMMAND [CONFIG] [--section.field=value ...]",
@@ -99,7 +99,12 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     if parsed.command == "doctor":
         raise SystemExit(_run_doctor(parsed.rest))
-    raise SystemExit(_run(parsed.command, parsed.rest))
+    code = _run(parsed.command, parsed.rest)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
+        from vcr1_fast.learner.sharding import exit_rank
+
+        exit_rank(code)
+    raise SystemExit(code)
 
 
 def _run(name: str, tokens: list[str]) -> int:

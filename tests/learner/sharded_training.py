@@ -16,6 +16,7 @@ from vcr1_fast.learner.sharding import (
     all_max_int,
     all_reduce_sum,
     barrier,
+    exit_rank,
     init_distributed,
     named_weights,
     on_main_rank,
@@ -78,6 +79,7 @@ def main() -> None:
         tensors = {f"grad.{n}": g for n, g in gradients.items()} | {f"weight.{n}": w for n, w in weights.items()}
         save_file({**tensors, "norm": torch.tensor([norm], dtype=torch.float64)}, output)
     shutdown(world)
+    exit_rank(0)
 
 
 main()

@@ -143,7 +143,7 @@ sys.path.insert(0, {tests!r})
 from conftest import random_group
 from test_step import LENGTHS, make_config
 from pathlib import Path
-from vcr1_fast.learner.sharding import all_reduce_sum, init_distributed, shutdown, whole_tensor
+from vcr1_fast.learner.sharding import exit_rank, init_distributed, shutdown, whole_tensor
 from vcr1_fast.learner.step import Learner
 
 world = init_distributed("cpu")
@@ -158,6 +158,7 @@ learner.optimizer.step = capture
 if world.rank == 0:
     torch.save({{"grads": captured, "loss": report.sums["loss"], "norm": report.grad_norm}}, {out!r})
 shutdown(world)
+exit_rank(0)
 """
 
 

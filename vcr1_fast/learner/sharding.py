@@ -8,11 +8,12 @@ Every function is a no-op on one process, so the loop has no second form.
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal, overload
+from typing import Literal, NoReturn, overload
 
 import torch
 import torch.distributed as dist
@@ -228,3 +229,15 @@ def shutdown(world: World) -> None:
     """Leave the process group. Call it on every rank at the end, also after an error that all ranks raise."""
     if world.world_size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def exit_rank(code: int) -> NoReturn:
+    """End this process at once, after flushing what it printed. The last call of a rank, after `shutdown`.
+
+    A normal exit of a process that had sharded a model over gloo aborts now and then in torch's destructors
+    ("terminate called without an active exception": 3 of 35 launches of two ranks with torch 2.13), and torchrun then
+    reports a finished run as failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
