@@ -89,7 +89,7 @@ def write_mp4(path: Path, frames: Iterable[Pixels], width_px: int, height_px: in
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width_px, height_px, "yuv420p"
-        # x264 with AVX2 or AVX-512 gives other bytes for the same pixels in one run of three; with SSE2 it does not.
+        # x264 with AVX2 or AVX-512 gives other bytes for the same pixels in some runs; with SSE2 it did not in 60.
         stream.options = {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "asm=sse2"}
         for pixels in frames:
             if pixels.shape != (height_px, width_px, 3):
