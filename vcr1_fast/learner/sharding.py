@@ -235,8 +235,8 @@ def exit_rank(code: int) -> NoReturn:
     """End this process at once, after flushing what it printed. The last call of a rank, after `shutdown`.
 
     A normal exit of a process that had sharded a model over gloo aborts now and then in torch's destructors
-    ("terminate called without an active exception": 3 times in two loops of at most 40 launches, torch 2.13), and torchrun then
-    reports a finished run as failed.
+    ("terminate called without an active exception": 3 times in two loops of at most 40 launches, torch 2.13), and
+    torchrun then reports a finished run as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -22,7 +22,7 @@ SYSTEM_MESSAGE = "You are a helpful assistant."  # the default of Qwen's chat te
 class PromptBuilder:
     """Builds prompts of the original's layout: one user turn, text first, then the video, under Qwen's system message.
 
-    Example: `PromptBuilder(tokenizer, tasks, lambda path: to_patches(read_frames(path, config, reader))).build(example)`.
+    Example: `PromptBuilder(tokenizer, tasks, read).build(example)`.
     """
 
     def __init__(
