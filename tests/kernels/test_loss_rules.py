@@ -1,0 +1,199 @@
+"""Rules that every variant in every dialect keeps: derivative, tie at ratio 1, additivity, rows without gradient."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from vcr1_kernels.losses import PolicyLoss, TokenVectors
+
+COMBINATIONS = [
+    (variant, dialect)
+    for variant in ("grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo", "sapo")
+    for dialect in ("paper", "trl", "verl", "openrlhf")
+    if not (dialect == "openrlhf" and variant in ("cispo", "sapo"))
+]
+every_combination = pytest.mark.parametrize(("variant", "dialect"), COMBINATIONS)
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random_inputs(lens: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, TokenVectors]:
+    """(logprob, entropy, tokens) in float64: advantages of sequences, weights and old log-probs of tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = sum(lens)
+
+    def normal(size: int = num_tokens) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    logprob = -normal().abs() - 0.1
+    old = logprob + 0.4 * normal()
+    tokens = TokenVectors(
+        advantage_N=normal(len(lens)).repeat_interleave(torch.tensor(lens, dtype=torch.long)),
+        weight_N=normal().abs() + 0.1,
+        old_logprob_N=old,
+        ref_logprob_N=logprob + 0.5 * normal(),
+        sampling_logprob_N=old + 0.3 * normal(),
+        sequence_lens=lens,
+        kl_weight_N=normal().abs() + 0.1,
+        entropy_weight_N=normal().abs() + 0.1,
+    )
+    return logprob, normal().abs(), tokens
+
+
+def value_and_gradients(loss: PolicyLoss, logprob: Tensor, entropy: Tensor, tokens: TokenVectors):
+    leaves = (logprob.clone().requires_grad_(), entropy.clone().requires_grad_())
+    value, sums = loss(*leaves, tokens)
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    assert not any(total.requires_grad for total in sums.values())
+    return value.detach(), gradients[0], gradients[1], sums
+
+
+@every_combination
+def test_gradient_is_the_derivative(variant, dialect):
+    """By finite differences, everything switched on. Where a ratio is a constant by definition (cispo, verl's gspo)
+    the derivative is that of the same loss with the ratio at its value."""
+    logprob, entropy, tokens = random_inputs((3, 1, 4), seed=2)
+    loss = PolicyLoss(
+        variant,
+        dialect,
+        dual_clip=None if variant in ("gspo", "cispo", "sapo") else 2.0,
+        beta=0.3,
+        entropy_coef=0.2,
+        sampling_correction="none" if (variant, dialect) == ("gspo", "openrlhf") else "token_truncate",
+        sampling_cap=None if (variant, dialect) == ("gspo", "openrlhf") else 1.2,
+    )
+    value, gradient, entropy_gradient, _ = value_and_gradients(loss, logprob, entropy, tokens)
+    assert value.dtype == torch.float64
+    assert tokens.entropy_weight_N is not None
+    torch.testing.assert_close(entropy_gradient, -0.2 * tokens.entropy_weight_N)
+    if variant != "cispo" and (variant, dialect) != ("gspo", "verl"):
+        leaves = (logprob.clone().requires_grad_(), entropy.clone().requires_grad_())
+        assert torch.autograd.gradcheck(
+            lambda logprob, entropy: loss(logprob, entropy, tokens)[0], leaves, eps=1e-7, atol=1e-6
+        )
+        return
+    without_kl = replace(loss, beta=0.0, sampling_correction="none", sampling_cap=None)
+    _, gradient, _, _ = value_and_gradients(without_kl, logprob, entropy, tokens)
+    assert tokens.old_logprob_N is not None
+    if variant == "cispo":
+        ratio = torch.exp(logprob - tokens.old_logprob_N)
+        bounded = ratio.clamp(max=0.2) if dialect == "trl" else ratio.clamp(0.8, 1.2)
+        torch.testing.assert_close(gradient, -bounded * tokens.advantage_N * tokens.weight_N)
+    else:
+        assert tokens.sequence_lens is not None
+        log_ratios = (logprob - tokens.old_logprob_N).split(tokens.sequence_lens)
+        ratio = torch.cat([part.mean().exp().expand(len(part)) for part in log_ratios])
+        is_clipped = ((ratio > 1.2) & (tokens.advantage_N > 0)) | ((ratio < 0.8) & (tokens.advantage_N < 0))
+        want = -ratio * tokens.advantage_N * tokens.weight_N * ~is_clipped
+        torch.testing.assert_close(gradient, want)
+
+
+@every_combination
+def test_at_ratio_one_the_gradient_is_minus_the_advantage(variant, dialect):
+    """The tie of min and of clamp; exactly, but for the roundings of sapo's gate and of gspo's mean."""
+    logprob = tensor(-1.0, -2.0, -0.5, -0.1)
+    advantage = tensor(0.7, 0.7, -1.3, 0.0)
+    clip_high = 5.0 if (variant, dialect) == ("cispo", "trl") else 0.2
+    loss = PolicyLoss(variant, dialect, clip_high=clip_high)
+    for old in (None, logprob):
+        tokens = TokenVectors(advantage, torch.ones_like(logprob), old, sequence_lens=(2, 1, 1))
+        _, gradient, _, _ = value_and_gradients(loss, logprob, logprob, tokens)
+        if variant in ("gspo", "sapo"):
+            torch.testing.assert_close(gradient, -advantage, rtol=1e-15, atol=0)
+        else:
+            assert gradient.tolist() == (-advantage).tolist()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    combination=st.sampled_from(COMBINATIONS),
+    lens=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(lambda lens: sum(lens) > 0),
+    cuts=st.sets(st.integers(1, 5)),
+    seed=st.integers(0, 1000),
+)
+def test_loss_and_sums_add_up_over_chunks_of_whole_sequences(combination, lens, cuts, seed):
+    variant, dialect = combination
+    logprob, entropy, tokens = random_inputs(tuple(lens), seed)
+    corrects = (variant, dialect) != ("gspo", "openrlhf")
+    loss = PolicyLoss(
+        variant,
+        dialect,
+        beta=0.3,
+        entropy_coef=0.1,
+        sampling_correction="sequence_mask" if corrects else "none",
+        sampling_cap=1.5 if corrects else None,
+        sampling_floor=0.5 if corrects else None,
+    )
+    value, gradient, _, sums = value_and_gradients(loss, logprob, entropy, tokens)
+    places = [0, *sorted({sum(lens[:cut]) for cut in cuts}), sum(lens)]
+    parts = []
+    for start, stop in pairwise(places):
+        chunk = slice(start, stop)
+        parts.append(value_and_gradients(loss, logprob[chunk], entropy[chunk], tokens.rows(start, stop)))
+    torch.testing.assert_close(sum(part[0] for part in parts), value, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), gradient, rtol=1e-13, atol=1e-15)
+    for name, total in sums.items():
+        added = torch.stack([part[3][name].double() for part in parts]).sum()
+        torch.testing.assert_close(added, total.double(), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@every_combination
+def test_zero_rows_have_no_gradient_and_can_be_left_out(variant, dialect, beta, entropy_coef):
+    logprob, entropy, tokens = random_inputs((3, 1, 4, 2, 5), seed=5)
+    advantage, weight = tokens.advantage_N.clone(), tokens.weight_N.clone()
+    assert tokens.kl_weight_N is not None and tokens.entropy_weight_N is not None
+    kl_weight, entropy_weight = tokens.kl_weight_N.clone(), tokens.entropy_weight_N.clone()
+    advantage[0:3] = 0.0  # sequence 0: no advantage
+    weight[8:10] = 0.0  # sequence 3: no weight; one token of sequence 4 too
+    weight[12] = 0.0
+    for term_weight in (kl_weight, entropy_weight):
+        term_weight[0:2] = 0.0
+        term_weight[8:10] = 0.0
+        term_weight[12] = 0.0
+    tokens = replace(
+        tokens, advantage_N=advantage, weight_N=weight, kl_weight_N=kl_weight, entropy_weight_N=entropy_weight
+    )
+    loss = PolicyLoss(variant, dialect, beta=beta, entropy_coef=entropy_coef)
+    zero = loss.zero_rows(tokens)
+    reached = beta > 0 or entropy_coef > 0  # token 2 has KL and entropy weight
+    if variant == "gspo":
+        want = [*([] if reached else [0, 1, 2]), 8, 9]
+    else:
+        want = [0, 1, *([] if reached else [2]), 8, 9, 12]
+    assert zero.nonzero().flatten().tolist() == want
+    value, gradient, entropy_gradient, _ = value_and_gradients(loss, logprob, entropy, tokens)
+    assert gradient[zero].abs().max() == 0 and entropy_gradient[zero].abs().max() == 0
+    kept = value_and_gradients(loss, logprob[~zero], entropy[~zero], tokens.select(~zero))
+    torch.testing.assert_close(kept[0], value, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(kept[1], gradient[~zero], rtol=1e-14, atol=1e-16)
+
+
+@every_combination
+def test_float32_in_float32_out_and_twice_the_same_bits(variant, dialect):
+    logprob, entropy, tokens = random_inputs((300, 1, 200), seed=6)
+    vectors: dict[str, Any] = {
+        name: value.float() if isinstance(value, Tensor) else value for name, value in vars(tokens).items()
+    }
+    loss = PolicyLoss(variant, dialect, beta=0.1, entropy_coef=0.1)
+    runs = [value_and_gradients(loss, logprob.float(), entropy.float(), TokenVectors(**vectors)) for _ in range(2)]
+    assert runs[0][0].dtype == runs[0][1].dtype == torch.float32
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+    exact = value_and_gradients(loss, logprob, entropy, tokens)
+    torch.testing.assert_close(runs[0][1].double(), exact[1], rtol=1e-4, atol=1e-5)
+
+
+def test_no_tokens_give_a_loss_of_zero():
+    empty = tensor()
+    for loss in (PolicyLoss("grpo", beta=0.1), PolicyLoss("gspo", beta=0.1)):
+        tokens = TokenVectors(empty, empty, empty, empty, sequence_lens=())
+        value, gradient, _, sums = value_and_gradients(loss, empty, empty, tokens)
+        assert (float(value), gradient.shape, float(sums["tokens"])) == (0.0, (0,), 0.0)
