@@ -19,6 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo "$$p" && break; done)
 
 BIN := $(VENV)/bin
+PEERS := tests/kernels/integrations/peers.txt
 SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*)
 
 help:
@@ -54,8 +55,11 @@ $(VENV)/.installed: $(SOURCES)
 	rm -f $(VENV)/.installed-dev
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed $(PEERS)
 	@$(BIN)/python -m pip install -qq -c $(VENV)/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -qq --no-deps -r $(PEERS)
+	# the wheels of verl and openrlhf bring top-level packages `tests` and `scripts`, which would hide our tests/
+	rm -rf "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/{tests,scripts}
 	touch $@
 
 test: $(VENV)/.installed-dev

@@ -1,10 +1,28 @@
-"""Building blocks of GRPO training of language models: torch only, usable without vcr1_fast.
+"""Building blocks of GRPO training of language models: Triton and torch only, usable without vcr1_fast.
 
-`losses` holds the policy-loss formulas, `reference` every op in plain torch, `prefix_attention` the attention of a row
-`[prompt | c_1 | ... | c_G]` whose completions share one prompt.
+Every op takes CUDA tensors (its Triton kernel runs) and CPU tensors (its torch twin runs). `reference` holds each op in
+plain torch, `losses` the policy-loss formulas. `unavailable_reason()` says why kernels cannot run on a GPU here.
 """
 
 from . import losses, reference
+from .backend import unavailable_reason
+from .linear_logprob import fused_linear_logprob
+from .linear_policy_loss import fused_linear_policy_loss
+from .losses import PolicyLoss, TokenVectors
+from .policy_loss import logprob_of_logits, policy_loss
 from .prefix_attention import PrefixGroup, PrefixLayout, prefix_attention
 
-__all__ = ["PrefixGroup", "PrefixLayout", "losses", "prefix_attention", "reference"]
+__all__ = [
+    "PolicyLoss",
+    "PrefixGroup",
+    "PrefixLayout",
+    "TokenVectors",
+    "fused_linear_logprob",
+    "fused_linear_policy_loss",
+    "logprob_of_logits",
+    "losses",
+    "policy_loss",
+    "prefix_attention",
+    "reference",
+    "unavailable_reason",
+]

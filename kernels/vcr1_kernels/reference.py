@@ -9,29 +9,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .losses import LossFunction, TokenVectors
 from .prefix_attention import PrefixLayout
 
 
-def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target under softmax(hidden @ weight.T / temperature), and the entropy of that softmax.
+def logprob_of_logits(logits_NV: Tensor, target_N: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target under softmax(logits / temperature), and the entropy of that softmax.
 
-    z = h W^T / temperature,  logprob_i = z_iy - logsumexp_v z_iv,  entropy_i = logsumexp_v z_iv - sum_v p_iv z_iv
+    z = logits / temperature,  logprob_i = z_iy - logsumexp_v z_iv,  entropy_i = logsumexp_v z_iv - sum_v p_iv z_iv
 
     Args:
-        hidden_ND: [N, D]; weight_VD: [V, D]; target_N: [N] int64 in 0..V-1; temperature: > 0.
+        logits_NV: [N, V]; -inf is a probability of 0.
+        target_N: [N] int in 0..V-1; -100 gives log-prob 0, entropy 0 and no gradient.
+        temperature: > 0, or [N].
 
     Returns: two tensors [N], float32 for half-precision inputs, else of the dtype of the inputs. Both carry gradients.
-    Holds [N, V] logits: 2 x 4 bytes x N x V in float32.
     """
-    logits_NV = hidden_ND @ weight_VD.T
     if logits_NV.dtype in (torch.bfloat16, torch.float16):
         logits_NV = logits_NV.float()
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(logits_NV.dtype)[:, None]
     all_logprobs_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
-    logprob_N = all_logprobs_NV.gather(1, target_N.unsqueeze(1)).squeeze(1)
+    logprob_N = all_logprobs_NV.gather(1, target_N.clamp(min=0).long().unsqueeze(1)).squeeze(1)
     probs_NV = all_logprobs_NV.exp()
     # 0 * -inf (a logit masked out) must count as 0
     entropy_N = -torch.where(probs_NV > 0, probs_NV * all_logprobs_NV, torch.zeros_like(probs_NV)).sum(-1)
-    return logprob_N, entropy_N
+    counted_N = target_N >= 0
+    return torch.where(counted_N, logprob_N, 0.0), torch.where(counted_N, entropy_N, 0.0)
+
+
+def linear_logprob(
+    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, temperature: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The definition of `fused_linear_logprob`: `logprob_of_logits(hidden @ weight.T, target, temperature)`.
+
+    Holds [N, V] logits several times over: 4 bytes x N x V for each in float32.
+    """
+    return logprob_of_logits(hidden_ND @ weight_VD.T, target_N, temperature)
+
+
+def linear_policy_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    loss: LossFunction,
+    tokens: TokenVectors,
+    temperature: float | Tensor = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The definition of `fused_linear_policy_loss`: the loss of the log-probs of `linear_logprob`, by autograd."""
+    return loss(*linear_logprob(hidden_ND, weight_VD, target_N, temperature), tokens)
+
+
+def policy_loss(
+    logits_NV: Tensor, target_N: Tensor, loss: LossFunction, tokens: TokenVectors, temperature: float | Tensor = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The definition of `policy_loss`: the loss of the log-probs of `logprob_of_logits`, by autograd."""
+    return loss(*logprob_of_logits(logits_NV, target_N, temperature), tokens)
 
 
 def prefix_attention(

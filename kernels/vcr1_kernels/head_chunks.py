@@ -1,0 +1,172 @@
+"""What the fused heads share: input checks, row chunks, and matrix products that accumulate in float32.
+
+Shape letters: N scored tokens, C rows of one chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .backend import runs_triton
+from .head_rows import stats_dtype
+
+NUM_SMS = 132  # H100 SXM and H200
+TILE_ROWS, TILE_COLS = 128, 256  # cuBLAS's usual bfloat16 tile on Hopper
+CHUNK_BYTES = 4 << 30  # logits and their gradient of one chunk: 4,096 rows at V = 152k with float32 logits
+HEAD_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def wave_efficiency(num_rows: int, hidden_size: int) -> float:
+    """Share of the multiprocessors at work, on average, in the [C, V] x [V, D] product of backward.
+
+    tiles = ceil(C / 128) ceil(D / 256);  efficiency = (C D / tile) / (132 ceil(tiles / 132))
+    """
+    tiles = math.ceil(num_rows / TILE_ROWS) * math.ceil(hidden_size / TILE_COLS)
+    useful = num_rows * hidden_size / (TILE_ROWS * TILE_COLS)
+    return useful / (NUM_SMS * math.ceil(tiles / NUM_SMS))
+
+
+def auto_chunk_rows(hidden_size: int, vocab_size: int, bytes_per_logit: int) -> int:
+    """Rows of a chunk: the most efficient multiple of 128 in the upper half of what CHUNK_BYTES allows.
+
+    Every chunk reads and writes the float32 gradient of the weight once (1 ms on an H200 for a 7B head), so chunks are
+    large; but 2,304 rows of a 2,048-wide head would leave half of the last wave idle where 2,048 rows fill 0.97.
+    """
+    most = max(CHUNK_BYTES // (vocab_size * bytes_per_logit) // TILE_ROWS * TILE_ROWS, TILE_ROWS)
+    candidates = range(most, max(most // 2, TILE_ROWS) - 1, -TILE_ROWS)
+    return max(candidates, key=lambda rows: (round(wave_efficiency(rows, hidden_size), 2), rows))
+
+
+def row_chunks(num_rows: int, chunk_rows: int, sequence_lens: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """[start, stop) of each chunk, in order.
+
+    Without `sequence_lens` all chunks but the last have `chunk_rows` rows. With it a chunk holds whole sequences, as
+    many as fit, and a sequence longer than a chunk makes a chunk of its own.
+    """
+    if sequence_lens is None:
+        return [(start, min(start + chunk_rows, num_rows)) for start in range(0, num_rows, chunk_rows)]
+    chunks: list[tuple[int, int]] = []
+    start = stop = 0
+    for length in sequence_lens:
+        if stop > start and stop + length - start > chunk_rows:
+            chunks.append((start, stop))
+            start = stop
+        stop += length
+    return [*chunks, (start, stop)] if stop > start else chunks
+
+
+def matmul(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """a @ b rounded once, to `out_dtype`. bfloat16 operands are multiplied exactly and summed in float32."""
+    if a.dtype == out_dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out_dtype)
+    return a.to(out_dtype) @ b.to(out_dtype)
+
+
+def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b. With float32 `total` and bfloat16 operands no product is rounded to bfloat16 before it is added.
+
+    Rounding every chunk's share would drift: bfloat16 sums of positive terms are biased, and entropy sinks with them.
+    """
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def temperature_to_scale(temperature: float | Tensor, num_rows: int, like: Tensor) -> Tensor:
+    """[N] of 1 / temperature in the dtype of the statistics. ValueError for a temperature <= 0 or a wrong shape."""
+    dtype = stats_dtype(like.dtype)
+    if isinstance(temperature, Tensor):
+        if temperature.shape != (num_rows,):
+            raise ValueError(f"temperature has shape {tuple(temperature.shape)}, wanted a number or [{num_rows}]")
+        return temperature.detach().to(device=like.device, dtype=dtype).reciprocal()
+    if not temperature > 0 or math.isinf(temperature):
+        raise ValueError(f"temperature is {temperature}, wanted a finite number > 0")
+    return torch.full((num_rows,), 1.0 / temperature, dtype=dtype, device=like.device)
+
+
+def check_head_inputs(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, logits_dtype: torch.dtype) -> None:
+    """Raises ValueError or TypeError naming what is wrong with the inputs of a fused head."""
+    if isinstance(weight_VD, DTensor) or isinstance(hidden_ND, DTensor):
+        raise TypeError(
+            "the fused head got a DTensor: call it inside the forward of the module that FSDP wraps, where weights are "
+            "plain tensors, or pass weight.full_tensor()"
+        )
+    shapes = f"hidden {tuple(hidden_ND.shape)}, weight {tuple(weight_VD.shape)}, target {tuple(target_N.shape)}"
+    if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
+        raise ValueError(f"the fused head got {shapes}, wanted [N, D], [V, D], [N]")
+    if target_N.shape != hidden_ND.shape[:1]:
+        raise ValueError(f"the fused head got {shapes}: wanted one target per row of hidden")
+    if target_N.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"target is {target_N.dtype}, wanted int32 or int64")
+    if hidden_ND.dtype not in HEAD_DTYPES or hidden_ND.dtype != weight_VD.dtype:
+        raise TypeError(
+            f"the fused head got hidden {hidden_ND.dtype} and weight {weight_VD.dtype}, wanted bfloat16, "
+            "float32 or float64 for both (float16 cannot hold the unnormalised probabilities): cast them first"
+        )
+    if logits_dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"logits_dtype is {logits_dtype}, wanted torch.float32 or torch.bfloat16")
+    if not hidden_ND.device == weight_VD.device == target_N.device:
+        raise ValueError(f"hidden, weight and target lie on {hidden_ND.device}, {weight_VD.device}, {target_N.device}")
+
+
+def effective_logits_dtype(hidden_dtype: torch.dtype, logits_dtype: torch.dtype) -> torch.dtype:
+    """`logits_dtype` chooses for bfloat16 inputs; wider inputs keep their own dtype."""
+    return logits_dtype if hidden_dtype == torch.bfloat16 else hidden_dtype
+
+
+class HeadGradients:
+    """d(loss)/d(hidden) and d(loss)/d(weight), collected chunk by chunk; what is not needed is empty.
+
+    The weight's gradient is float32 for bfloat16 inputs: its rows are sums over thousands of tokens.
+    """
+
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, need_hidden: bool, need_weight: bool) -> None:
+        self._hidden_in_ND, self._weight_in_VD = hidden_ND, weight_VD
+        self._need_hidden, self._need_weight = need_hidden, need_weight
+        self._total_dtype = stats_dtype(hidden_ND.dtype)
+        self.hidden_ND = torch.zeros_like(hidden_ND) if need_hidden else hidden_ND.new_empty(0)
+        shape = weight_VD.shape if need_weight else (0,)
+        self.weight_VD = weight_VD.new_zeros(shape, dtype=self._total_dtype)
+
+    def add_rows(self, rows: slice | Tensor, grad_CV: Tensor) -> None:
+        """`grad_CV` is d(loss)/d(logits) of these rows."""
+        if self._need_hidden:
+            self.hidden_ND[rows] = grad_CV @ self._weight_in_VD
+        if self._need_weight:
+            add_matmul_(self.weight_VD, grad_CV.T, self._hidden_in_ND[rows])
+
+    def add_scaled_rows(self, rows: slice | Tensor, exp_CV: Tensor, coefficient_C: Tensor) -> None:
+        """d(loss)/d(logits) of these rows is coefficient * exp_CV: the factor goes into the small operands.
+
+        So the [C, V] matrix that `exp_rows` wrote is multiplied as it is, with no second pass over it.
+        """
+        if self._need_hidden:
+            unscaled_CD = matmul(exp_CV, self._weight_in_VD, self._total_dtype)
+            self.hidden_ND[rows] = (unscaled_CD * coefficient_C[:, None]).to(self.hidden_ND.dtype)
+        if self._need_weight:
+            hidden_CD = self._hidden_in_ND[rows]
+            add_matmul_(self.weight_VD, exp_CV.T, (hidden_CD * coefficient_C[:, None]).to(hidden_CD.dtype))
+
+
+def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, a scalar tensor.
+
+    On CUDA a factor of 1, as `loss.backward()` gives, costs a launch and no pass over x (4.4 GB of traffic for the
+    gradient of a 7B head), and the host does not wait to read it.
+    """
+    if x.is_cuda and runs_triton("auto", x) and x.is_contiguous():
+        from . import head_rows_launch
+
+        head_rows_launch.scale_unless_one_(x, factor)
+    elif x.is_cuda or float(factor) != 1.0:
+        x.mul_(factor)

@@ -1,0 +1,219 @@
+"""Fused language-model head: hidden states -> log-prob of each target and entropy, without [N, V] logits in memory.
+
+    z = h W^T / temperature;  logprob = z_y - logsumexp(z);  dz = g (onehot_y - p);  dh = dz W / T;  dW = dz^T h / T
+
+The logits exist for one chunk of rows at a time. With 1 GEMM unit = 2 N D V FLOPs:
+
+    keep="none"    4 units: logits are made again in backward; nothing of size V is kept
+    keep="probs"   3 units: exp(z - z_y) is kept in the dtype of hidden, 2 N V bytes in bfloat16
+    frozen head    2 units: forward keeps u = d(logprob)/d(hidden) in float32 [N, D], backward is g u
+
+Shape letters: N tokens, C rows of one chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ._ops import add_op_namespace_prefix
+from .backend import Backend, runs_triton
+from .head_chunks import (
+    HeadGradients,
+    auto_chunk_rows,
+    check_head_inputs,
+    effective_logits_dtype,
+    matmul,
+    row_chunks,
+    temperature_to_scale,
+)
+from .head_rows import RowStats, exp_rows, gradient_rows, stats_dtype
+
+Keep = Literal["none", "probs"]
+
+
+@torch.library.custom_op(add_op_namespace_prefix("linear_logprob_forward"), mutates_args=())
+def _forward(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    scale_N: Tensor,
+    keep: str,
+    with_entropy: bool,
+    logits_dtype: torch.dtype,
+    chunk_rows: int,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
+    """(stats [5, N], kept); kept is [N, V] for `probs`, [N, D] for `direction`, else empty."""
+    num_rows, vocab_size = hidden_ND.shape[0], weight_VD.shape[0]
+    stats_5N = hidden_ND.new_empty(5, num_rows, dtype=stats_dtype(hidden_ND.dtype))
+    kept = _empty_kept(hidden_ND, vocab_size, keep)
+    for start, stop in row_chunks(num_rows, chunk_rows):
+        rows = slice(start, stop)
+        logits_CV = matmul(hidden_ND[rows], weight_VD.T, logits_dtype)
+        exp_CV = None
+        if keep == "probs":
+            exp_CV = kept[rows]
+        elif keep == "direction":
+            exp_CV = hidden_ND.new_empty(stop - start, vocab_size)
+        stats = exp_rows(logits_CV, target_N[rows], scale_N[rows], exp_CV, with_entropy, triton)
+        torch.stack(tuple(stats), out=stats_5N[:, rows])
+        if keep == "direction":
+            assert exp_CV is not None
+            unit_CD = matmul(exp_CV, weight_VD, kept.dtype)
+            torch.mul(unit_CD, (-scale_N[rows] * stats.inv_total)[:, None], out=kept[rows])
+    return stats_5N, kept
+
+
+def _empty_kept(hidden_ND: Tensor, vocab_size: int, keep: str) -> Tensor:
+    num_rows, hidden_size = hidden_ND.shape
+    if keep == "probs":
+        return hidden_ND.new_empty(num_rows, vocab_size)
+    if keep == "direction":
+        return hidden_ND.new_empty(num_rows, hidden_size, dtype=stats_dtype(hidden_ND.dtype))
+    return hidden_ND.new_empty(0)
+
+
+@_forward.register_fake
+def _(hidden_ND, weight_VD, target_N, scale_N, keep, with_entropy, logits_dtype, chunk_rows, triton):
+    stats_5N = hidden_ND.new_empty(5, hidden_ND.shape[0], dtype=stats_dtype(hidden_ND.dtype))
+    return stats_5N, _empty_kept(hidden_ND, weight_VD.shape[0], keep)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("linear_logprob_backward"), mutates_args=())
+def _backward(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    scale_N: Tensor,
+    stats_5N: Tensor,
+    kept: Tensor,
+    logprob_grad_N: Tensor,
+    entropy_grad_N: Tensor | None,
+    keep: str,
+    need_hidden: bool,
+    need_weight: bool,
+    logits_dtype: torch.dtype,
+    chunk_rows: int,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
+    """(d hidden, d weight), empty where not needed."""
+    grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
+    for start, stop in row_chunks(hidden_ND.shape[0], chunk_rows):
+        rows = slice(start, stop)
+        stats = RowStats(*stats_5N[:, rows].unbind())
+        if keep == "probs":
+            grads.add_scaled_rows(rows, kept[rows], -logprob_grad_N[rows] * scale_N[rows] * stats.inv_total)
+            continue
+        logits_CV = matmul(hidden_ND[rows], weight_VD.T, logits_dtype)
+        # the gradient overwrites the logits where both have the dtype of the GEMMs
+        grad_CV = logits_CV if logits_dtype == hidden_ND.dtype else hidden_ND.new_empty(logits_CV.shape)
+        entropy_grad_C = None if entropy_grad_N is None else entropy_grad_N[rows]
+        gradient_rows(
+            logits_CV, target_N[rows], scale_N[rows], stats, logprob_grad_N[rows], entropy_grad_C, grad_CV, triton
+        )
+        grads.add_rows(rows, grad_CV)
+    return grads.hidden_ND, grads.weight_VD
+
+
+@_backward.register_fake
+def _(
+    hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept, logprob_grad_N, entropy_grad_N,
+    keep, need_hidden, need_weight, logits_dtype, chunk_rows, triton,
+):  # fmt: skip
+    grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
+    return grads.hidden_ND, grads.weight_VD
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, scale_N: Tensor,
+        keep: str, logits_dtype: torch.dtype, chunk_rows: int, triton: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        stats_5N, kept = _forward(hidden_ND, weight_VD, target_N, scale_N, keep, True, logits_dtype, chunk_rows, triton)
+        ctx.save_for_backward(hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept)
+        ctx.options = (keep, logits_dtype, chunk_rows, triton)
+        ctx.set_materialize_grads(False)
+        return stats_5N[0].clone(), stats_5N[1].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, logprob_grad_N: Tensor | None, entropy_grad_N: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept = ctx.saved_tensors
+        keep, logits_dtype, chunk_rows, triton = ctx.options
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        nothing = (None,) * 8
+        if logprob_grad_N is None and entropy_grad_N is None:
+            return nothing
+        if logprob_grad_N is None:
+            logprob_grad_N = torch.zeros_like(stats_5N[0])
+        if keep == "direction":
+            return (kept * logprob_grad_N[:, None]).to(hidden_ND.dtype), *nothing[1:]
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            hidden_grad, weight_grad = _backward(
+                hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept, logprob_grad_N, entropy_grad_N,
+                keep, need_hidden, need_weight, logits_dtype, chunk_rows, triton,
+            )  # fmt: skip
+        return hidden_grad if need_hidden else None, weight_grad if need_weight else None, *nothing[2:]
+
+
+def fused_linear_logprob(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    keep: Keep = "none",
+    entropy_grad: bool = False,
+    logits_dtype: torch.dtype = torch.float32,
+    chunk_rows: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target under softmax(hidden @ weight.T / temperature), and the entropy of that softmax.
+
+    Equal to `reference.linear_logprob`, with memory for one chunk of logits. Differentiable in hidden and weight.
+
+    Args:
+        hidden_ND: [N, D] and weight_VD: [V, D], both bfloat16, float32 or float64. No bias.
+        target_N: [N] int32 or int64 in 0..V-1; -100 leaves a row out: log-prob 0, entropy 0, no gradient. Its row
+            still goes through the matrix products, so drop rows beforehand where there are many.
+        temperature: > 0, or [N] with one per row.
+        keep: `none` makes the logits again in backward (4 GEMM units); `probs` keeps [N, V] numbers in the dtype of
+            hidden (3 units). With a weight that needs no gradient [N, D] numbers are kept instead (2 units).
+        entropy_grad: let gradients flow through the entropy (needs keep="none"); otherwise it comes detached.
+        logits_dtype: of the logits for bfloat16 inputs. float32 keeps log-probs within 1e-4; bfloat16 saves a third of
+            the chunk's memory and puts 0.02 to 0.13 nats of noise on each log-prob.
+        chunk_rows: rows whose logits exist at a time; None chooses by the sizes (`head_chunks.auto_chunk_rows`).
+
+    Returns: (logprob [N], entropy [N]) float32, or float64 for float64 inputs. Entropy in nats.
+
+    FLOPs: 2, 3 or 4 times 2 N D V. Extra memory: a chunk's logits and their gradient, and the float32 gradient of the
+    weight. A row with a target >= V has log-prob NaN on CUDA and raises on the CPU.
+
+    Raises: ValueError or TypeError for inputs of wrong shape, dtype or device, and for keep="probs" with entropy_grad.
+    """
+    check_head_inputs(hidden_ND, weight_VD, target_N, logits_dtype)
+    if keep not in ("none", "probs"):
+        raise ValueError(f"keep is {keep!r}, wanted 'none' or 'probs'")
+    if keep == "probs" and entropy_grad:
+        raise ValueError("keep='probs' has no gradient of the entropy: use keep='none' with entropy_grad=True")
+    dtype = effective_logits_dtype(hidden_ND.dtype, logits_dtype)
+    scale_N = temperature_to_scale(temperature, hidden_ND.shape[0], hidden_ND)
+    if chunk_rows is None:
+        chunk_rows = auto_chunk_rows(hidden_ND.shape[1], weight_VD.shape[0], dtype.itemsize + hidden_ND.dtype.itemsize)
+    wants_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    if not wants_grad:
+        resolved_keep = "none"
+    elif not weight_VD.requires_grad and not entropy_grad:
+        resolved_keep = "direction"
+    else:
+        resolved_keep = keep
+    triton = runs_triton(backend, hidden_ND)
+    with torch.autocast(hidden_ND.device.type, enabled=False):  # it would round float32 operands to bfloat16
+        logprob_N, entropy_N = _LinearLogprob.apply(  # pyright: ignore[reportGeneralTypeIssues]
+            hidden_ND, weight_VD, target_N, scale_N, resolved_keep, dtype, chunk_rows, triton
+        )
+    return logprob_N, entropy_N if entropy_grad else entropy_N.detach()

@@ -1,0 +1,270 @@
+"""fused_linear_logprob against the dense definition in float64: values, gradients, keeps, edge cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from vcr1_kernels import fused_linear_logprob, reference
+from vcr1_kernels.head_chunks import auto_chunk_rows, row_chunks, wave_efficiency
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["torch", "triton"]
+HIDDEN, VOCAB = 24, 203
+
+
+def make(num_rows: int, dtype: torch.dtype = torch.float32, vocab: int = VOCAB, hidden: int = HIDDEN):
+    generator = torch.Generator().manual_seed(num_rows)
+    hidden_ND = torch.randn(num_rows, hidden, generator=generator).to(DEVICE, dtype).requires_grad_()
+    weight_VD = (torch.randn(vocab, hidden, generator=generator) * 0.5).to(DEVICE, dtype).requires_grad_()
+    target_N = torch.randint(0, vocab, (num_rows,), generator=generator).to(DEVICE)
+    return hidden_ND, weight_VD, target_N
+
+
+def outputs_and_gradients(function, hidden: Tensor, weight: Tensor, target: Tensor, **options):
+    """(logprob, entropy, d hidden, d weight) of sum(cos(i) logprob_i) + 0.3 sum(sin(i) entropy_i) where that flows."""
+    hidden, weight = (x.detach().requires_grad_(x.requires_grad) for x in (hidden, weight))
+    logprob, entropy = function(hidden, weight, target, **options)
+    index = torch.arange(len(target), device=DEVICE).to(logprob.dtype)
+    value = (index.cos() * logprob).sum()
+    if entropy.requires_grad and options.get("entropy_grad", True):
+        value = value + 0.3 * (index.sin() * entropy).sum()
+    value.backward()
+    return logprob.detach(), entropy.detach(), hidden.grad, weight.grad
+
+
+def reference64(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, entropy_grad: bool, temperature: float | Tensor = 1.0
+):
+    def definition(hidden: Tensor, weight: Tensor, target: Tensor):
+        logprob, entropy = reference.linear_logprob(hidden, weight, target, temperature)
+        return logprob, entropy if entropy_grad else entropy.detach()
+
+    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in (hidden, weight)]
+    return outputs_and_gradients(definition, *wide, target)
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+def assert_same(got: tuple, wanted: tuple, bound: float) -> None:
+    for name, a, b in zip(("logprob", "entropy", "d hidden", "d weight"), got, wanted, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None and b is not None and a.numel():
+            assert relative_error(a, b) < bound, (name, relative_error(a, b))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_rows", [1, 2, 127, 128, 129])
+@pytest.mark.parametrize("keep,entropy_grad", [("none", False), ("none", True), ("probs", False)])
+def test_equals_the_definition(keep: str, entropy_grad: bool, num_rows: int, backend: str):
+    inputs = make(num_rows)
+    wanted = reference64(*inputs, entropy_grad=entropy_grad, temperature=0.7)
+    options = {"temperature": 0.7, "keep": keep, "entropy_grad": entropy_grad, "backend": backend}
+    for chunk_rows in (50, None):
+        got = outputs_and_gradients(fused_linear_logprob, *inputs, chunk_rows=chunk_rows, **options)
+        assert_same(got, wanted, 2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("entropy_grad", [False, True])
+@pytest.mark.parametrize("frozen", ["weight", "hidden"])
+def test_frozen_sides(frozen: str, entropy_grad: bool, backend: str):
+    hidden, weight, target = make(40)
+    (weight if frozen == "weight" else hidden).requires_grad_(False)
+    wanted = reference64(hidden, weight, target, entropy_grad=entropy_grad)
+    got = outputs_and_gradients(
+        fused_linear_logprob, hidden, weight, target, entropy_grad=entropy_grad, chunk_rows=16, backend=backend
+    )
+    assert_same(got, wanted, 2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keep", ["none", "probs"])
+def test_ignored_rows_and_per_row_temperature(keep: str, backend: str):
+    hidden, weight, target = make(60)
+    target[::3] = -100
+    temperature = torch.rand(60, device=DEVICE) + 0.5
+    wanted = reference64(hidden, weight, target, entropy_grad=False, temperature=temperature)
+    got = outputs_and_gradients(
+        fused_linear_logprob, hidden, weight, target, temperature=temperature, keep=keep, backend=backend, chunk_rows=25
+    )
+    assert_same(got, wanted, 2e-6)
+    assert bool((got[2][::3] == 0).all()) and bool((got[0][::3] == 0).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_rows", [0, 5])
+def test_no_rows_and_nothing_but_ignored_rows(num_rows: int, backend: str):
+    hidden, weight, target = make(num_rows)
+    target.fill_(-100)
+    _, _, hidden_grad, weight_grad = outputs_and_gradients(
+        fused_linear_logprob, hidden, weight, target, backend=backend
+    )
+    assert hidden_grad.shape == hidden.shape and not hidden_grad.any() and not weight_grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keep", ["none", "probs"])
+def test_bfloat16_is_as_close_as_torch(keep: str, backend: str):
+    """Error against float64 of the same rounded inputs: at most 1.5 times that of dense bfloat16 torch with float32
+    log-probs, and within the stated bounds. Triton's interpreter truncates to bfloat16: twice the rounding there."""
+    inputs = make(256, torch.bfloat16, vocab=2000, hidden=128)
+    wanted = reference64(*inputs, entropy_grad=False)
+    dense = outputs_and_gradients(
+        lambda h, w, t: (lambda a, b: (a, b.detach()))(*reference.linear_logprob(h, w, t)), *inputs
+    )
+    got = outputs_and_gradients(fused_linear_logprob, *inputs, keep=keep, backend=backend)
+    assert float((got[0].double() - wanted[0]).abs().max()) < 1e-4
+    assert got[2].dtype == got[3].dtype == torch.bfloat16
+    slack = 2.0 if backend == "triton" and DEVICE == "cpu" else 1.0
+    for a, b, c in zip(got[2:], dense[2:], wanted[2:], strict=True):
+        error = relative_error(a, c)
+        assert error < 4e-3 * slack, error
+        assert error < 1.5 * slack * relative_error(b, c)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_logits_are_the_cheaper_choice(backend: str):
+    inputs = make(64, torch.bfloat16, vocab=500, hidden=64)
+    wanted = reference64(*inputs, entropy_grad=False)
+    got = outputs_and_gradients(fused_linear_logprob, *inputs, logits_dtype=torch.bfloat16, backend=backend)
+    largest_logit = float((inputs[0].double() @ inputs[1].double().T).detach().abs().max())
+    assert float((got[0].double() - wanted[0]).abs().max()) < 2.0**-8 * largest_logit
+    for a, b in zip(got[2:], wanted[2:], strict=True):
+        assert relative_error(a, b) < 2.0**-6
+
+
+@pytest.mark.parametrize("keep", ["none", "probs", "frozen"])
+def test_gradcheck(keep: str):
+    hidden, weight, target = make(7, torch.float64, vocab=11, hidden=5)
+    target[2] = -100
+    weight.requires_grad_(keep != "frozen")
+
+    def function(hidden: Tensor, weight: Tensor):
+        return fused_linear_logprob(
+            hidden,
+            weight,
+            target,
+            0.8,
+            keep="none" if keep == "frozen" else keep,
+            entropy_grad=keep == "none",
+            chunk_rows=3,
+        )
+
+    assert torch.autograd.gradcheck(function, (hidden, weight), check_undefined_grad=keep == "none")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_probs_depend_on_neither_chunks_nor_grad_mode(backend: str):
+    """A scoring pass without gradients equals the training pass to the bit: the on-policy ratio is exactly 1."""
+    hidden, weight, target = make(130)
+    whole, _ = fused_linear_logprob(hidden, weight, target, backend=backend)
+    with torch.no_grad():
+        scored, _ = fused_linear_logprob(hidden, weight, target, backend=backend)
+    probs, _ = fused_linear_logprob(hidden, weight, target, keep="probs", backend=backend)
+    assert torch.equal(whole, scored) and torch.equal(whole, probs)
+    again = outputs_and_gradients(fused_linear_logprob, hidden, weight, target, backend=backend)
+    twice = outputs_and_gradients(fused_linear_logprob, hidden, weight, target, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(again, twice, strict=True))
+
+
+def test_a_second_backward_gives_the_same_gradients():
+    hidden, weight, target = make(20)
+    logprob, _ = fused_linear_logprob(hidden, weight, target)
+    first = torch.autograd.grad(logprob.sum(), (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(logprob.sum(), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_entropy_is_detached_unless_asked_for():
+    hidden, weight, target = make(4)
+    assert not fused_linear_logprob(hidden, weight, target)[1].requires_grad
+    assert fused_linear_logprob(hidden, weight, target, entropy_grad=True)[1].requires_grad
+    with pytest.raises(ValueError, match="keep='probs' has no gradient of the entropy"):
+        fused_linear_logprob(hidden, weight, target, keep="probs", entropy_grad=True)
+
+
+def test_strided_inputs():
+    hidden, weight, target = make(20)
+    wide = torch.cat([hidden.detach()] * 2, 1)[:, 3 : 3 + HIDDEN].requires_grad_()
+    turned = weight.detach().T.contiguous().T.requires_grad_()
+    wanted = reference64(wide, turned, target, entropy_grad=False)
+    assert_same(outputs_and_gradients(fused_linear_logprob, wide, turned, target), wanted, 2e-6)
+
+
+def test_autocast_does_not_round_float32_inputs():
+    hidden, weight, target = make(10)
+    plain, _ = fused_linear_logprob(hidden, weight, target)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        inside, _ = fused_linear_logprob(hidden, weight, target)
+    assert torch.equal(plain, inside)
+
+
+@pytest.mark.parametrize(
+    "changes,error,message",
+    [
+        ({"hidden_ND": torch.zeros(4, 9)}, ValueError, r"hidden \(4, 9\), weight \(203, 24\)"),
+        ({"target_N": torch.zeros(3, dtype=torch.long)}, ValueError, "one target per row"),
+        ({"target_N": torch.zeros(4)}, TypeError, "wanted int32 or int64"),
+        ({"hidden_ND": torch.zeros(4, 24, dtype=torch.float16)}, TypeError, "float16 cannot hold"),
+        ({"temperature": 0.0}, ValueError, "temperature is 0.0"),
+        ({"temperature": torch.ones(3)}, ValueError, r"temperature has shape \(3,\)"),
+        ({"keep": "logits"}, ValueError, "keep is 'logits'"),
+        ({"backend": "cuda"}, ValueError, "wanted auto, torch or triton"),
+        ({"logits_dtype": torch.float16}, TypeError, "logits_dtype is torch.float16"),
+    ],
+)
+def test_bad_inputs_are_named(changes: dict, error: type[Exception], message: str):
+    arguments = {
+        "hidden_ND": torch.zeros(4, HIDDEN),
+        "weight_VD": torch.zeros(VOCAB, HIDDEN),
+        "target_N": torch.zeros(4, dtype=torch.long),
+    }
+    with pytest.raises(error, match=message):
+        fused_linear_logprob(**(arguments | changes))
+
+
+def test_ops_are_registered_right():
+    hidden, weight, target = make(6)
+    scale = torch.ones(6, device=DEVICE)
+    op = torch.ops.vcr1_kernels.linear_logprob_forward
+    for keep in ("none", "probs", "direction"):
+        arguments = (hidden.detach(), weight.detach(), target, scale, keep, True, torch.float32, 4, False)
+        torch.library.opcheck(op, arguments)
+        stats, kept = op(*arguments)
+        if keep != "direction":
+            backward = (*arguments[:4], stats, kept, scale, None, keep, True, True, torch.float32, 4, False)
+            torch.library.opcheck(torch.ops.vcr1_kernels.linear_logprob_backward, backward)
+
+
+def test_chunks():
+    assert row_chunks(0, 4) == []
+    assert row_chunks(9, 4) == [(0, 4), (4, 8), (8, 9)]
+    assert row_chunks(9, 4, (2, 3, 1, 3)) == [(0, 2), (2, 6), (6, 9)]
+    assert row_chunks(9, 4, (0, 6, 0, 2, 1)) == [(0, 6), (6, 9)]  # longer than a chunk: one of its own
+    # kernels at the sizes of the 3B and 7B heads: 128 x 256 tiles over 132 multiprocessors
+    assert wave_efficiency(2048, 2048) == pytest.approx(128 / 132)
+    assert wave_efficiency(2304, 2048) == pytest.approx(144 / 264)
+    assert wave_efficiency(3584, 3584) == pytest.approx(392 / 396)
+    assert auto_chunk_rows(2048, 151_936, 6) == 4224  # 264 tiles: two full waves
+    assert auto_chunk_rows(3584, 152_064, 6) == 3584
+    assert auto_chunk_rows(64, 1000, 8) % 128 == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden,vocab", [(2048, 151_936), (3584, 152_064)])
+@pytest.mark.parametrize("keep", ["none", "probs"])
+def test_real_heads_in_bfloat16(keep: str, hidden: int, vocab: int):
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    hidden_ND = torch.randn(512, hidden, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight_VD = torch.randn(vocab, hidden, generator=generator, device="cuda", dtype=torch.bfloat16).mul_(hidden**-0.5)
+    weight_VD.requires_grad_()
+    target_N = torch.randint(0, vocab, (512,), generator=generator, device="cuda")
+    wanted = reference64(hidden_ND, weight_VD, target_N, entropy_grad=False)
+    got = outputs_and_gradients(fused_linear_logprob, hidden_ND, weight_VD, target_N, keep=keep, chunk_rows=256)
+    assert float((got[0].double() - wanted[0]).abs().max()) < 1e-4
+    assert float((got[1].double() - wanted[1]).abs().max()) < 1e-3
+    for a, b in zip(got[2:], wanted[2:], strict=True):
+        assert relative_error(a, b) < 4e-3
