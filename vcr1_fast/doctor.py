@@ -139,6 +139,14 @@ def _native() -> str:
     return native.status()
 
 
+def _kernels() -> str:
+    version = _load("vcr1_kernels", "vcr1-fast")
+    from vcr1_kernels import unavailable_reason
+
+    reason = unavailable_reason()
+    return f"{version}, Triton" if reason is None else f"{version}, torch versions only: {reason}"
+
+
 def _triton() -> str:
     version = _load("triton", "triton")
     if not importlib.import_module("triton.runtime").driver.active.is_active():  # the CPU-only machine has no stubs
@@ -195,7 +203,7 @@ COMPONENTS = (
     Component("CUDA device", _cuda, CUDA_TORCH),
     Component("transformers", _transformers, "pip install 'transformers>=5.12,<6'", is_required=True),
     Component("vcr1_fast.native", _native, "a C++17 compiler, then VCR1_NATIVE=cpu pip install -e . to see why"),
-    Component("vcr1_kernels", lambda: _load("vcr1_kernels", "vcr1-fast"), "pip install -e .", is_required=True),
+    Component("vcr1_kernels", _kernels, "pip install -e .", is_required=True),
     Component("triton", _triton, CUDA_TORCH + "; torch brings its triton"),
     Component("PyAV", _pyav, "pip install 'av>=14'", is_required=True),
     Component("decord", lambda: _load("decord", "decord"), "pip install decord (x86-64 only)"),

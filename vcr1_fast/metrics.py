@@ -96,7 +96,7 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:
         "kl": "kl",
         "clipped_low": "clip_ratio/low_mean",
         "clipped_high": "clip_ratio/high_mean",
-        "engine_gap": "sampling/sampling_logp_difference/mean",
+        "sampling_gap": "sampling/sampling_logp_difference/mean",
         "nll": "nll",
     }
     metrics |= {names[name]: value / tokens for name, value in total.items() if name in names}

@@ -14,7 +14,7 @@ from vcr1_fast import __version__, native
 from vcr1_fast.checkpoint import RunState, load_checkpoint, resolve_resume, save_checkpoint
 from vcr1_fast.config import Config, ConfigError
 from vcr1_fast.config_io import config_to_yaml
-from vcr1_fast.learner.model import load_hugging_face, load_tokenizer, resolve_dtype
+from vcr1_fast.learner.model import describe_kernels, load_hugging_face, load_tokenizer, resolve_dtype
 from vcr1_fast.learner.sharding import World, init_distributed, shutdown
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.prompts.build import PromptBuilder
@@ -64,7 +64,8 @@ class Run:
         sharding = f"FSDP2 over {world.world_size} ranks" if world.world_size > 1 else "one process"
         return (
             f"vcr1-fast {__version__}: model {config.model.path} in {dtype} on {world.device.type}, {sharding}; "
-            f"attention: packed rows, plain torch; engine: {config.rollout.engine}; video: {self.reader_name}; "
+            f"{describe_kernels(config.model, world.device)}; "
+            f"engine: {config.rollout.engine}; video: {self.reader_name}; "
             f"overlaps: {'C++' if native.is_available() else native.status()}; recipe: {config.task.recipe}"
         )
 

@@ -9,18 +9,22 @@ from .backend import unavailable_reason
 from .linear_logprob import fused_linear_logprob
 from .linear_policy_loss import fused_linear_policy_loss
 from .losses import PolicyLoss, TokenVectors
+from .patchify import patchify
 from .policy_loss import logprob_of_logits, policy_loss
-from .prefix_attention import PrefixGroup, PrefixLayout, prefix_attention
+from .prefix_attention import AttentionChoice, PrefixGroup, PrefixLayout, attention_backend, prefix_attention
 
 __all__ = [
+    "AttentionChoice",
     "PolicyLoss",
     "PrefixGroup",
     "PrefixLayout",
     "TokenVectors",
+    "attention_backend",
     "fused_linear_logprob",
     "fused_linear_policy_loss",
     "logprob_of_logits",
     "losses",
+    "patchify",
     "policy_loss",
     "prefix_attention",
     "reference",

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -241,7 +241,3 @@ def fused_linear_policy_loss(
             runs_triton(backend, hidden_ND), torch.is_grad_enabled(), names,
         )  # fmt: skip
     return value, dict(zip(names, sums, strict=True))
-
-
-if not TYPE_CHECKING:  # a loss function is no argument of a torch op: a compiled caller breaks its graph here
-    fused_linear_policy_loss = torch.compiler.disable(fused_linear_policy_loss)

@@ -1,10 +1,5 @@
 """Attention over rows of `[prompt | c_1 | ... | c_G]`: every completion sees the prompt and itself, nothing else.
 
-    row:       prompt     c_1      c_2
-    prompt     causal
-    c_1        all        causal
-    c_2        all                 causal
-
 The prompt's keys and values are used by G completions but exist once. Two dense problems and one merge:
 
     (A) causal attention inside each segment                          -> out_a, lse_a
@@ -15,210 +10,257 @@ Backward runs the two problems again with the *merged* out and lse, because soft
 lse are the true ones: P = exp(S - lse), dS = P (dP - sum_c dout out). The prompt's dK and dV are the sums over both.
 Letting autograd go through the merge instead needs the gradient of each lse, which flash attention backwards drop.
 
+Three back ends do this, each an object with `forward` and `backward`: `torch` (prefix_attention_dense), `flash`
+(prefix_attention_flash) and `triton` (prefix_attention_triton).
+
 Shape letters: T packed tokens, H query heads, K key/value heads (H a multiple of K), C head dimension.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
+from .backend import runs_triton, unavailable_reason
+from .prefix_attention_dense import DenseAttention
+from .prefix_attention_flash import HALF_TYPES, FlashAttention, flash_ops
+from .prefix_attention_triton import MAX_HEAD_DIM, TritonAttention
+from .prefix_layout import PrefixGroup, PrefixLayout, check_layout, layout_from_ints, layout_to_ints
 
-@dataclass(frozen=True)
-class PrefixGroup:
-    """One prompt and its completions in a packed row. Example: `PrefixGroup(0, 4, (2, 3))` covers tokens 0..8."""
+__all__ = [
+    "AttentionBackend",
+    "AttentionChoice",
+    "PrefixGroup",
+    "PrefixLayout",
+    "attention_backend",
+    "check_layout",
+    "prefix_attention",
+]
 
-    start: int  # first token of the prompt
-    prompt_len: int  # >= 1
-    completion_lens: tuple[int, ...]  # tokens fed for each completion, in order; 0 is allowed
-
-    @property
-    def prompt_end(self) -> int:
-        return self.start + self.prompt_len
-
-    @property
-    def end(self) -> int:
-        return self.prompt_end + sum(self.completion_lens)
+AttentionBackend = Literal["auto", "torch", "flash", "triton"]
+_FLASH_MAX_HEAD_DIM = 256
 
 
-PrefixLayout = tuple[PrefixGroup, ...]
+class AttentionImplementation(Protocol):
+    """A back end. Tensors as in `prefix_attention`, of the type the back end computes in; lse is [H, T]."""
+
+    def forward(
+        self, query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, layout: PrefixLayout, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """(out [T, H, C] contiguous, merged lse [H, T])"""
+        ...
+
+    def backward(
+        self,
+        grad_THC: Tensor,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        layout: PrefixLayout,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dQ, dK, dV from (query, key, value, out, lse)."""
+        ...
 
 
-def check_layout(layout: PrefixLayout, num_tokens: int) -> None:
-    """Groups must follow one another and cover 0..num_tokens. Raises ValueError otherwise."""
-    position = 0
-    for index, group in enumerate(layout):
-        if group.start != position or group.prompt_len < 1 or min(group.completion_lens, default=0) < 0:
+class AttentionChoice(NamedTuple):
+    """The back end that `auto` takes and why; for the lines a run prints at its start."""
+
+    name: Literal["torch", "flash", "triton"]
+    reason: str
+
+
+@functools.lru_cache(maxsize=64)
+def _choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionChoice:
+    if device.type != "cuda":
+        return AttentionChoice("torch", f"plain torch on {device.type}")
+    if dtype == torch.float64:
+        return AttentionChoice("torch", "float64 has no kernel")
+    flash_reason = f"flash attention has no {dtype} with {head_dim} dimensions a head"
+    if dtype in HALF_TYPES and head_dim % 8 == 0 and head_dim <= _FLASH_MAX_HEAD_DIM:
+        found, flash_reason = flash_ops(device)
+        if found is not None:
+            return AttentionChoice("flash", f"{found.name} ({flash_reason})")
+    triton_reason = unavailable_reason()
+    if triton_reason is None and head_dim > MAX_HEAD_DIM:
+        triton_reason = f"the Triton kernels take heads of up to {MAX_HEAD_DIM} dimensions"
+    if triton_reason is None:
+        return AttentionChoice("triton", flash_reason)
+    return AttentionChoice("torch", f"{flash_reason}; {triton_reason}")
+
+
+def attention_backend(
+    device: torch.device | str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
+) -> AttentionChoice:
+    """Which back end `backend="auto"` runs. A function of its arguments and of what is installed, never of a trial.
+
+    CPU, or float64       torch: dense scores
+    CUDA, half precision  flash: flash-attn 3 or 2 where installed, else torch's own
+    CUDA, float32         triton: flash kernels have no float32, and dense scores of a long row do not fit (17 GB for
+                          16 heads at 16k tokens); its products are full float32, not tf32, and use no tensor cores
+    CUDA, anything else   triton where the head has at most 128 dimensions, else torch
+
+    Args:
+        dtype: of the values; queries and keys are cast to it.
+    """
+    return _choice(torch.device(device), dtype, head_dim)
+
+
+# torch.compile must not trace into the search for packages. This is what torch.compiler.assume_constant_result sets;
+# the decorator itself would import torch._dynamo, which takes a second or two and imports Triton.
+attention_backend._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+# By name. `flash` is made for each device, because the GPU decides which package runs; one put here by hand goes first.
+IMPLEMENTATIONS: dict[str, AttentionImplementation] = {"torch": DenseAttention(), "triton": TritonAttention()}
+
+
+def _implementation(name: str, device: torch.device) -> AttentionImplementation:
+    if name in IMPLEMENTATIONS:
+        return IMPLEMENTATIONS[name]
+    found, reason = flash_ops(device)
+    if found is None:
+        raise RuntimeError(f"prefix_attention: no flash attention: {reason}; use backend='triton' or 'torch'")
+    return FlashAttention(found)
+
+
+@contextlib.contextmanager
+def _as_given(query: Tensor) -> Iterator[None]:
+    """Not under autocast, which would bring dense float32 products down to bfloat16; kernels on the query's GPU."""
+    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
+        yield
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("prefix_attention_forward"),
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, SymInt[] layout, float scale, str backend) -> (Tensor, Tensor)",
+)
+def _forward_op(
+    query: Tensor, key: Tensor, value: Tensor, layout: Sequence[int], scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    if query.shape[0] == 0:
+        return _forward_fake(query, key, value, layout, scale, backend)
+    with _as_given(query):
+        implementation = _implementation(backend, query.device)
+        return implementation.forward(query, key, value, layout_from_ints(layout), scale)
+
+
+@_forward_op.register_fake
+def _forward_fake(query, key, value, layout, scale, backend):
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[1], query.shape[0], dtype=lse_dtype)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("prefix_attention_backward"),
+    mutates_args=(),
+    schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, SymInt[] layout, float scale,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _backward_op(grad, query, key, value, out, lse, layout, scale, backend):
+    if query.shape[0] == 0:
+        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    with _as_given(query):
+        implementation = _implementation(backend, query.device)
+        return implementation.backward(grad, (query, key, value, out, lse), layout_from_ints(layout), scale)
+
+
+@_backward_op.register_fake
+def _backward_fake(grad, query, key, value, out, lse, layout, scale, backend):
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ctx.layout, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(query, key, value, *output)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    # the gradient of lse is dropped: it leaves this module only as a saved tensor
+    grads = ops.prefix_attention_backward(grad_out, *ctx.saved_tensors, ctx.layout, ctx.scale, ctx.backend)
+    return (*grads, None, None, None)
+
+
+_forward_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _check_shapes(query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor) -> None:
+    num_tokens, num_heads, head_dim = query_THC.shape
+    if key_TKC.shape != value_TKC.shape or key_TKC.shape[::2] != (num_tokens, head_dim):
+        raise ValueError(
+            f"prefix_attention got query {tuple(query_THC.shape)}, key {tuple(key_TKC.shape)}, "
+            f"value {tuple(value_TKC.shape)}: wanted [T, H, C] and twice [T, K, C]"
+        )
+    if num_heads % key_TKC.shape[1]:
+        raise ValueError(f"prefix_attention: {num_heads} query heads, {key_TKC.shape[1]} key heads: wanted a multiple")
+
+
+def _choose(backend: AttentionBackend, query_THC: Tensor, value_TKC: Tensor) -> tuple[str, torch.dtype]:
+    """The back end and the type it computes in."""
+    head_dim, dtype = query_THC.shape[2], value_TKC.dtype
+    if backend not in ("auto", "torch", "flash", "triton"):
+        raise ValueError(f"backend is {backend!r}, wanted auto, torch, flash or triton")
+    name = attention_backend(value_TKC.device, dtype, head_dim).name if backend == "auto" else backend
+    if name == "torch":
+        return name, torch.promote_types(torch.promote_types(query_THC.dtype, dtype), torch.float32)
+    if name == "flash":
+        if not value_TKC.is_cuda and "flash" not in IMPLEMENTATIONS:  # one put there by hand runs where it can
+            raise RuntimeError("prefix_attention: flash attention runs on CUDA tensors; backend='torch' runs on any")
+        if dtype not in HALF_TYPES or head_dim % 8 or head_dim > _FLASH_MAX_HEAD_DIM:
             raise ValueError(
-                f"layout: group {index} is {group}, wanted start {position}, prompt_len >= 1, completion_lens >= 0"
+                f"prefix_attention: flash attention got {dtype} and {head_dim} dimensions a head, wanted float16 or "
+                f"bfloat16 and a multiple of 8 up to {_FLASH_MAX_HEAD_DIM}; use backend='triton' or 'torch'"
             )
-        position = group.end
-    if position != num_tokens:
-        raise ValueError(f"layout covers {position} tokens, but the row has {num_tokens}")
-
-
-def _scores(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
-    """[..., Lq, C] x [..., Lk, C] -> [..., Lq, Lk]; causal masks key j > query i (equal lengths)."""
-    scores = (query @ key.transpose(-1, -2)) * scale
-    if causal:
-        length = scores.shape[-1]
-        future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
-    return scores
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention output [..., Lq, C] and log-sum-exp [..., Lq] of one dense problem."""
-    scores = _scores(query, key, scale, causal)
-    lse = torch.logsumexp(scores, dim=-1)
-    return torch.exp(scores - lse.unsqueeze(-1)) @ value, lse
-
-
-def _attend_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, scale: float, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of one problem, given the merged lse and delta = sum_c grad_out * out, both [..., Lq]."""
-    probs = torch.exp(_scores(query, key, scale, causal) - lse.unsqueeze(-1))
-    grad_scores = probs * (grad_out @ value.transpose(-1, -2) - delta.unsqueeze(-1)) * scale
-    return grad_scores @ key, grad_scores.transpose(-1, -2) @ query, probs.transpose(-1, -2) @ grad_out
-
-
-def _gather_completions(x_THC: Tensor, group: PrefixGroup, num_repeats: int) -> Tensor:
-    """Completion tokens padded to the longest: [T, H, C] -> [K, repeats, G, R, C] (keys have repeats 1)."""
-    rows = x_THC[group.prompt_end : group.end].split(group.completion_lens)
-    padded_GRHC = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-    return padded_GRHC.unflatten(2, (-1, num_repeats)).permute(2, 3, 0, 1, 4)
-
-
-def _scatter_completions(x_KrGRC: Tensor, group: PrefixGroup) -> Tensor:
-    """Inverse of _gather_completions, padding dropped: -> [sum R, H, C]."""
-    padded_GRHC = x_KrGRC.permute(2, 3, 0, 1, 4).flatten(2, 3)
-    return torch.cat([padded_GRHC[i, :n] for i, n in enumerate(group.completion_lens)])
-
-
-def _heads_first(x_LHC: Tensor, num_repeats: int) -> Tensor:
-    """[L, H, C] -> [K, repeats, L, C]"""
-    return x_LHC.unflatten(1, (-1, num_repeats)).permute(1, 2, 0, 3)
-
-
-def _tokens_first(x_KrLC: Tensor) -> Tensor:
-    """[K, repeats, L, C] -> [L, H, C]"""
-    return x_KrLC.permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def _group_forward(
-    query: Tensor, key: Tensor, value: Tensor, group: PrefixGroup, scale: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """out [L, H, C] of one group; the prompt's lse [K, r, P] and the completions' merged lse [K, r, G, R]."""
-    repeats = query.shape[1] // key.shape[1]
-    prompt = slice(group.start, group.prompt_end)
-    query_p, key_p, value_p = (_heads_first(x[prompt], n) for x, n in ((query, repeats), (key, 1), (value, 1)))
-    out_p, lse_p = _attend(query_p, key_p, value_p, scale, causal=True)
-    if group.end == group.prompt_end:
-        return _tokens_first(out_p), lse_p, None
-
-    query_c, key_c, value_c = (_gather_completions(x, group, n) for x, n in ((query, repeats), (key, 1), (value, 1)))
-    out_a, lse_a = _attend(query_c, key_c, value_c, scale, causal=True)
-    out_b, lse_b = _attend(query_c.flatten(2, 3), key_p, value_p, scale, causal=False)
-    out_b, lse_b = out_b.view_as(out_a), lse_b.view_as(lse_a)
-    lse_c = torch.logaddexp(lse_a, lse_b)
-    out_c = out_a * torch.exp(lse_a - lse_c).unsqueeze(-1) + out_b * torch.exp(lse_b - lse_c).unsqueeze(-1)
-    return torch.cat([_tokens_first(out_p), _scatter_completions(out_c, group)]), lse_p, lse_c
-
-
-def _group_backward(
-    grad_out: Tensor,
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    lse_p: Tensor,
-    lse_c: Tensor | None,
-    group: PrefixGroup,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of one group, each [L, heads, C]. `tensors` is (query, key, value, merged out)."""
-    query, key, value, out = tensors
-    repeats = query.shape[1] // key.shape[1]
-    prompt = slice(group.start, group.prompt_end)
-    query_p, out_p, grad_p = (_heads_first(x[prompt], repeats) for x in (query, out, grad_out))
-    key_p, value_p = (_heads_first(x[prompt], 1) for x in (key, value))
-    delta_p = (grad_p * out_p).sum(-1)
-    dq_p, dk_p, dv_p = _attend_backward(grad_p, query_p, key_p, value_p, lse_p, delta_p, scale, causal=True)
-    dk_p, dv_p = dk_p.sum(1, keepdim=True), dv_p.sum(1, keepdim=True)  # query heads that share a key head
-    if lse_c is None:
-        return _tokens_first(dq_p), _tokens_first(dk_p), _tokens_first(dv_p)
-
-    query_c, out_c, grad_c = (_gather_completions(x, group, repeats) for x in (query, out, grad_out))
-    key_c, value_c = (_gather_completions(x, group, 1) for x in (key, value))
-    delta_c = (grad_c * out_c).sum(-1)
-    dq_a, dk_c, dv_c = _attend_backward(grad_c, query_c, key_c, value_c, lse_c, delta_c, scale, causal=True)
-    flat = [x.flatten(2, 3) for x in (grad_c, query_c, lse_c, delta_c)]
-    dq_b, dk_b, dv_b = _attend_backward(flat[0], flat[1], key_p, value_p, flat[2], flat[3], scale, causal=False)
-    dk_p, dv_p = dk_p + dk_b.sum(1, keepdim=True), dv_p + dv_b.sum(1, keepdim=True)
-    dk_c, dv_c = dk_c.sum(1, keepdim=True), dv_c.sum(1, keepdim=True)
-    return (
-        torch.cat([_tokens_first(dq_p), _scatter_completions(dq_a + dq_b.view_as(dq_a), group)]),
-        torch.cat([_tokens_first(dk_p), _scatter_completions(dk_c, group)]),
-        torch.cat([_tokens_first(dv_p), _scatter_completions(dv_c, group)]),
-    )
-
-
-class _PrefixAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
-        out = torch.empty_like(query)
-        lses: list[Tensor] = []
-        for group in layout:
-            out[group.start : group.end], lse_p, lse_c = _group_forward(query, key, value, group, scale)
-            lses += [lse_p, lse_p.new_empty(0) if lse_c is None else lse_c]
-        ctx.save_for_backward(query, key, value, out, *lses)
-        ctx.layout, ctx.scale = layout, scale
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        query, key, value, out, *lses = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        for index, group in enumerate(ctx.layout):
-            span = slice(group.start, group.end)
-            lse_p, lse_c = lses[2 * index], lses[2 * index + 1]
-            dq[span], dk[span], dv[span] = _group_backward(
-                grad_outputs[0],
-                (query, key, value, out),
-                lse_p,
-                lse_c if lse_c.numel() else None,
-                group,
-                ctx.scale,
+    elif backend == "triton":
+        runs_triton("triton", value_TKC)
+        if dtype == torch.float64 or head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"prefix_attention: the Triton kernels got {dtype} and {head_dim} dimensions a head, wanted float16, "
+                f"bfloat16 or float32 and up to {MAX_HEAD_DIM}; use backend='torch'"
             )
-        return dq, dk, dv, None, None
+    return name, dtype
 
 
 def prefix_attention(
-    query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, layout: PrefixLayout, scale: float
+    query_THC: Tensor,
+    key_TKC: Tensor,
+    value_TKC: Tensor,
+    layout: PrefixLayout,
+    scale: float,
+    backend: AttentionBackend = "auto",
 ) -> Tensor:
-    """Shared-prefix attention of one packed row, forward and backward, in two dense parts and an LSE merge.
+    """Shared-prefix attention of one packed row, forward and backward, the prompt's keys and values read in place.
 
     Args:
         query_THC: [T, H, C]; key_TKC, value_TKC: [T, K, C], H a multiple of K; rotary embedding already applied.
         layout: the groups of the row, covering 0..T.
         scale: factor of the scores, usually C ** -0.5.
+        backend: `auto` is `attention_backend(device, value dtype, C)`.
 
-    Returns: [T, H, C]. Equal to `reference.prefix_attention`, which is one masked softmax over [T, T].
+    Returns: [T, H, C] of the type of the values. Equal to `reference.prefix_attention`, which is one masked softmax
+    over [T, T]. Differentiable once. Rotary embedding under autocast hands over float32 queries and keys beside
+    bfloat16 values: `torch` then computes in float32, while `flash` and `triton` take queries and keys in the type of
+    the values, as a bfloat16 model without autocast would (one rounding, 2^-9 of each element; float32 operands would
+    need three times the bytes and have no tensor cores).
+
     FLOPs forward, per group and query head: 4 C (P^2 / 2 + G R P + G R^2 / 2); over G separate rows it is G P^2 / 2.
+    Bytes that must move in bfloat16: 4 T C (H + K) forward (q, out and k, v), twice that backward.
 
-    Raises: ValueError when the layout does not cover the row, or H is not a multiple of K.
+    Source: merging partial softmaxes by log-sum-exp, and dS from the final out and lse: FlashAttention 2 (Dao 2023,
+    arXiv:2307.08691), algorithms 1 and 2.
+
+    Raises: ValueError when the layout does not cover the row, shapes do not fit, or the back end asked for has no such
+    type or head size; RuntimeError when that back end cannot run on this device.
     """
     check_layout(layout, query_THC.shape[0])
-    if query_THC.shape[1] % key_TKC.shape[1]:
-        raise ValueError(
-            f"prefix_attention: {query_THC.shape[1]} query heads, {key_TKC.shape[1]} key heads: wanted a multiple"
-        )
-    compute_dtype = torch.promote_types(torch.promote_types(query_THC.dtype, value_TKC.dtype), torch.float32)
-    # Not under autocast, and float32 at least: a softmax in bfloat16 keeps 2 decimal digits. Rotary embedding hands
-    # over float32 queries beside bfloat16 values, so the types may differ.
-    with torch.autocast(query_THC.device.type, enabled=False):
-        wide = [x.to(compute_dtype) for x in (query_THC, key_TKC, value_TKC)]
-        out_THC: Tensor = _PrefixAttention.apply(*wide, layout, scale)  # pyright: ignore[reportAssignmentType]
+    _check_shapes(query_THC, key_TKC, value_TKC)
+    name, dtype = _choose(backend, query_THC, value_TKC)
+    out_THC, _lse_HT = ops.prefix_attention_forward(
+        *(x.to(dtype) for x in (query_THC, key_TKC, value_TKC)), layout_to_ints(layout), scale, name
+    )
     return out_THC.to(value_TKC.dtype)

@@ -1,6 +1,7 @@
 """The packed row is exact: loss and every gradient equal those of G separate rows through the stock model."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -43,8 +44,7 @@ def separate_rows_loss(hf, groups, weights, algorithm, temperature=TEMPERATURE):
 def packed_loss(hf, groups, weights, algorithm):
     policy = PolicyModel(hf, ModelConfig(), torch.float32)
     batch = pack(groups, weights)
-    logprob_N, entropy_N = policy(batch, TEMPERATURE)
-    return grpo_objective(logprob_N, entropy_N, batch, None, algorithm)[0]
+    return policy(batch, TEMPERATURE, grpo_objective(batch, None, algorithm))[0]
 
 
 def gradients(hf, loss):
@@ -127,7 +127,7 @@ def test_gradient_checkpointing_changes_nothing(make_model, make_group):
     want = gradients(plain, packed_loss(plain, [group], [[0.1, 0.2]], AlgorithmConfig()))
     policy = PolicyModel(recomputed, ModelConfig(gradient_checkpointing=True), torch.float32).train()
     batch = pack([group], [[0.1, 0.2]])
-    loss, _ = grpo_objective(*policy(batch, TEMPERATURE), batch, None, AlgorithmConfig())
+    loss, _ = policy(batch, TEMPERATURE, grpo_objective(batch, None, AlgorithmConfig()))
     got = gradients(recomputed, loss)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-9)
@@ -144,9 +144,31 @@ def test_bfloat16_error_is_that_of_the_stock_path(make_model, make_group):
     want = gradients(stock, stock_loss)
     policy = PolicyModel(ours, ModelConfig(), torch.bfloat16)
     batch = pack([group], [[0.1] * 3])
-    got = gradients(ours, grpo_objective(*policy(batch, TEMPERATURE), batch, None, AlgorithmConfig())[0])
+    got = gradients(ours, policy(batch, TEMPERATURE, grpo_objective(batch, None, AlgorithmConfig()))[0])
 
     def error(of):
         return sum(((of[n].double() - truth[n]) ** 2).sum() for n in truth) ** 0.5
 
     assert error(got) <= 2 * error(want)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"])
+def test_fused_head_and_plain_head_give_the_same_update(make_model, make_group, loss):
+    """Every variant, off-policy, with a KL and an entropy term; one group whose advantages are 0 among others."""
+    groups = [make_group(seed=20, lengths=(4, 9, 1)), make_group(seed=21, lengths=(3, 2), advantages=(0.0, 0.0))]
+    weights = [[0.1, 0.2, 0.3], [0.2, 0.1]]
+    batch = pack(groups, weights)
+    ref_logprob_N = batch.engine_logprob_N - 0.1
+    results = []
+    for kernels, beta, entropy_coef in itertools.product(("auto", "off"), (0.0, 0.2), (0.0, 0.01)):
+        hf = make_model()
+        policy = PolicyModel(hf, ModelConfig(kernels=kernels), torch.float32)
+        algorithm = AlgorithmConfig(loss=loss, minibatches_per_rollout=2, beta=beta, entropy_coef=entropy_coef)
+        value, sums = policy(batch, TEMPERATURE, grpo_objective(batch, ref_logprob_N if beta else None, algorithm))
+        results.append((value.detach(), {k: float(v) for k, v in sums.items()}, gradients(hf, value)))
+    for fused, plain in zip(results[:4], results[4:], strict=True):
+        torch.testing.assert_close(fused[0], plain[0], rtol=1e-5, atol=1e-6)
+        assert fused[1] == pytest.approx(plain[1], rel=1e-4, abs=1e-4)
+        for name, grad in plain[2].items():
+            difference = (fused[2][name] - grad).norm()
+            assert float(difference) <= 1e-5 * float(grad.norm()) + 1e-9, name

@@ -68,7 +68,7 @@ def test_placeholder_runs_and_weighs_nothing(make_model):
     hf = make_model()
     batch = placeholder(hf.config.video_token_id)
     policy = PolicyModel(hf, ModelConfig(), torch.float32)
-    loss, _ = grpo_objective(*policy(batch, 1.0), batch, None, AlgorithmConfig())
+    loss, _ = policy(batch, 1.0, grpo_objective(batch, None, AlgorithmConfig()))
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is not None and p.grad.abs().max() == 0 for p in hf.parameters())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from vcr1_kernels.prefix_attention import PrefixLayout, prefix_attention
+from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout, prefix_attention
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -27,6 +27,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float,
     prefix_layout: PrefixLayout,
+    prefix_backend: AttentionBackend = "auto",
     **_unused: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one packed row in the calling convention of transformers.
@@ -42,9 +43,8 @@ def packed_attention(
             f"packed attention got batch size {query.shape[0]} and a mask of type {type(attention_mask).__name__}, "
             "wanted one row and no mask"
         )
-    out_THC = prefix_attention(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), prefix_layout, scaling
-    )
+    query_THC, key_TKC, value_TKC = (x[0].transpose(0, 1) for x in (query, key, value))
+    out_THC = prefix_attention(query_THC, key_TKC, value_TKC, prefix_layout, scaling, prefix_backend)
     return out_THC.unsqueeze(0), None
 
 

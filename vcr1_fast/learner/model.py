@@ -1,20 +1,22 @@
-"""The policy: a Hugging Face Qwen2.5-VL whose forward takes one PackedBatch and gives per-token log-probs."""
+"""The policy: a Hugging Face Qwen2.5-VL whose forward takes one PackedBatch and gives log-probs or the loss."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
-from vcr1_kernels import reference
+from vcr1_kernels import fused_linear_logprob, fused_linear_policy_loss, reference, unavailable_reason
+from vcr1_kernels.prefix_attention import AttentionBackend, attention_backend
 
 from vcr1_fast.config import ConfigError, ModelConfig
 from vcr1_fast.learner.attention import use_packed_attention
+from vcr1_fast.learner.objective import Objective, Sums
 from vcr1_fast.types import PackedBatch
 
 if TYPE_CHECKING:
@@ -45,6 +47,22 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.compute_dtype == "bfloat16" else torch.float32
 
 
+def describe_kernels(config: ModelConfig, device: torch.device) -> str:
+    """What head and attention of the learner run on, for the line a run prints at its start.
+
+    Raises ConfigError on CUDA when the Triton kernels cannot run and `model.kernels` is not off.
+    """
+    if config.kernels == "off":
+        return "head: plain torch, attention: plain torch (model.kernels is off)"
+    if device.type != "cuda":
+        return "head: fused, in torch; attention: packed rows, in torch"
+    reason = unavailable_reason()
+    if reason is not None:
+        raise ConfigError(f"model.kernels is auto, but the Triton kernels cannot run: {reason}; or set it to off")
+    attention = attention_backend(device, resolve_dtype(config, device))
+    return f"head: fused, 3 GEMMs, Triton rows; attention: packed rows, {attention.name}, {attention.reason}"
+
+
 transformers_logging.disable_progress_bar()  # it would tear our own lines apart
 
 
@@ -70,7 +88,7 @@ def stack_patches(patches: tuple[Patches, ...], device: torch.device, dtype: tor
 
 
 class PolicyModel(nn.Module):
-    """forward(PackedBatch) -> (logprob_N, entropy_N).
+    """forward(PackedBatch) -> (logprob_N, entropy_N), or with an objective -> (loss, sums).
 
     The vision tower runs once per prompt, the decoder once per row, the head on scored rows only.
 
@@ -81,20 +99,37 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.hf = hf
         self.compute_dtype = compute_dtype
+        self.uses_kernels = config.kernels == "auto"
+        self.prefix_backend: AttentionBackend = "auto" if self.uses_kernels else "torch"
         use_packed_attention(hf)
         if config.freeze_vision:
             hf.model.visual.requires_grad_(False)
         if config.gradient_checkpointing:
             hf.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each scored token, [N] each, at the sampling temperature."""
+    @overload
+    def forward(self, batch: PackedBatch, temperature: float, objective: None = None) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, batch: PackedBatch, temperature: float, objective: Objective) -> tuple[Tensor, Sums]: ...
+    def forward(
+        self, batch: PackedBatch, temperature: float, objective: Objective | None = None
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Sums]:
+        """Log-probability and entropy of each scored token, [N] each, at the sampling temperature.
+
+        With an objective its loss and sums instead: the head then makes its gradients in forward, in 3 GEMMs.
+        """
         with self._autocast():
             hidden_TD = self._decode(batch)
-            scored_ND = hidden_TD[batch.scored_row_N.to(hidden_TD.device)]
-            weight_VD = self.hf.lm_head.weight
-            target_N = batch.target_N.to(hidden_TD.device)
-            return reference.linear_logprob(scored_ND, weight_VD.to(scored_ND.dtype), target_N, temperature)
+        device = hidden_TD.device
+        # Under autocast the last hidden states and the weight are float32; the head multiplies what the decoder would.
+        scored_ND = hidden_TD[batch.scored_row_N.to(device)].to(self.compute_dtype)
+        head = (scored_ND, self.hf.lm_head.weight.to(self.compute_dtype), batch.target_N.to(device))
+        if objective is None:
+            linear_logprob = fused_linear_logprob if self.uses_kernels else reference.linear_logprob
+            return linear_logprob(*head, temperature)
+        loss, tokens = objective
+        linear_policy_loss = fused_linear_policy_loss if self.uses_kernels else reference.linear_policy_loss
+        return linear_policy_loss(*head, loss, tokens, temperature)
 
     def _decode(self, batch: PackedBatch) -> Tensor:
         """Final hidden states [T, D] of the packed row."""
@@ -115,6 +150,7 @@ class PolicyModel(nn.Module):
             attention_mask={"full_attention": None},  # as a dict it is taken as ready: no [T, T] mask is built
             use_cache=False,
             prefix_layout=batch.layout,
+            prefix_backend=self.prefix_backend,
         )
         return output.last_hidden_state[0]
 

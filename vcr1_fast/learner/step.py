@@ -12,13 +12,11 @@ from vcr1_kernels.losses import Aggregation, token_weights
 
 from vcr1_fast.config import Config
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, resolve_dtype
-from vcr1_fast.learner.objective import Sums, grpo_objective, sft_objective
+from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
 from vcr1_fast.learner.packing import assign_rows, num_packed_tokens, pack, placeholder
 from vcr1_fast.learner.sharding import World, all_max_int, all_reduce_sum, shard
 from vcr1_fast.types import PackedBatch, RolloutGroup
-
-Objective = Callable[[Tensor, Tensor, PackedBatch], tuple[Tensor, Sums]]
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,8 @@ class Learner:
         weights = self._weights(groups, algorithm.loss, mask_truncated=algorithm.mask_truncated)
         needed = [i for i, g in enumerate(groups) if g.is_trainable or algorithm.beta > 0]
 
-        def objective(logprob_N: Tensor, entropy_N: Tensor, batch: PackedBatch) -> tuple[Tensor, Sums]:
-            return grpo_objective(logprob_N, entropy_N, batch, self._reference_logprobs(batch), algorithm)
+        def objective(batch: PackedBatch) -> Objective:
+            return grpo_objective(batch, self._reference_logprobs(batch), algorithm)
 
         rows = self._pack_rows([groups[i] for i in needed], [weights[i] for i in needed])
         return self._update(rows, objective, self.config.rollout.temperature)
@@ -110,14 +108,15 @@ class Learner:
             return None
         return self.reference(batch, self.config.rollout.temperature)[0]
 
-    def _update(self, rows: list[PackedBatch], objective: Objective, temperature: float) -> UpdateReport:
+    def _update(
+        self, rows: list[PackedBatch], objective: Callable[[PackedBatch], Objective], temperature: float
+    ) -> UpdateReport:
         totals: dict[str, float] = {"loss": 0.0}
         num_rows = all_max_int(len(rows), self.world)
         for index in range(num_rows):
             is_real = index < len(rows)
             batch = rows[index] if is_real else self._placeholder
-            logprob_N, entropy_N = self.policy(batch, temperature)
-            loss, sums = objective(logprob_N, entropy_N, batch)
+            loss, sums = self.policy(batch, temperature, objective(batch))
             loss.backward()  # gradients add up over rows, and over ranks (sharding.shard sums them)
             counts = sums | {
                 "loss": loss.detach(),

@@ -1,0 +1,148 @@
+"""Shared-prefix attention in plain torch: dense scores of each group, no kernel. What a CPU runs, in any float type.
+
+The two problems and the merge are those of `prefix_attention`. Completions are padded to the longest of their group,
+so that all of them are one batched product.
+
+Shape letters: T packed tokens, L tokens of a part, H query heads, K key/value heads, r = H / K, C head dimension,
+P prompt tokens, G completions, R tokens of the longest completion.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .prefix_layout import PrefixGroup, PrefixLayout
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
+    """[..., Lq, C] x [..., Lk, C] -> [..., Lq, Lk]; causal masks key j > query i (equal lengths)."""
+    scores = (query @ key.transpose(-1, -2)) * scale
+    if causal:
+        length = scores.shape[-1]
+        future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    return scores
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention output [..., Lq, C] and log-sum-exp [..., Lq] of one dense problem."""
+    scores = _scores(query, key, scale, causal)
+    lse = torch.logsumexp(scores, dim=-1)
+    return torch.exp(scores - lse.unsqueeze(-1)) @ value, lse
+
+
+def _attend_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV of one problem, given the merged lse and delta = sum_c grad_out * out, both [..., Lq]."""
+    probs = torch.exp(_scores(query, key, scale, causal) - lse.unsqueeze(-1))
+    grad_scores = probs * (grad_out @ value.transpose(-1, -2) - delta.unsqueeze(-1)) * scale
+    return grad_scores @ key, grad_scores.transpose(-1, -2) @ query, probs.transpose(-1, -2) @ grad_out
+
+
+def _gather_completions(x_THC: Tensor, group: PrefixGroup, num_repeats: int) -> Tensor:
+    """Completion tokens padded to the longest: [T, H, C] -> [K, repeats, G, R, C] (keys have repeats 1)."""
+    rows = x_THC[group.prompt_end : group.end].split(group.completion_lens)
+    padded_GRHC = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return padded_GRHC.unflatten(2, (-1, num_repeats)).permute(2, 3, 0, 1, 4)
+
+
+def _scatter_completions(x_KrGRC: Tensor, group: PrefixGroup) -> Tensor:
+    """Inverse of _gather_completions, padding dropped: -> [sum R, H, C]."""
+    padded_GRHC = x_KrGRC.permute(2, 3, 0, 1, 4).flatten(2, 3)
+    return torch.cat([padded_GRHC[i, :n] for i, n in enumerate(group.completion_lens)])
+
+
+def _heads_first(x_LHC: Tensor, num_repeats: int) -> Tensor:
+    """[L, H, C] -> [K, repeats, L, C]"""
+    return x_LHC.unflatten(1, (-1, num_repeats)).permute(1, 2, 0, 3)
+
+
+def _tokens_first(x_KrLC: Tensor) -> Tensor:
+    """[K, repeats, L, C] -> [L, H, C]"""
+    return x_KrLC.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _group_forward(
+    query: Tensor, key: Tensor, value: Tensor, group: PrefixGroup, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [L, H, C] and merged lse [L, H] of one group."""
+    repeats = query.shape[1] // key.shape[1]
+    prompt = slice(group.start, group.prompt_end)
+    query_p, key_p, value_p = (_heads_first(x[prompt], n) for x, n in ((query, repeats), (key, 1), (value, 1)))
+    out_p, lse_p = _attend(query_p, key_p, value_p, scale, causal=True)
+    out_p, lse_p = _tokens_first(out_p), _tokens_first(lse_p.unsqueeze(-1)).squeeze(-1)
+    if group.end == group.prompt_end:
+        return out_p, lse_p
+
+    query_c, key_c, value_c = (_gather_completions(x, group, n) for x, n in ((query, repeats), (key, 1), (value, 1)))
+    out_a, lse_a = _attend(query_c, key_c, value_c, scale, causal=True)
+    out_b, lse_b = _attend(query_c.flatten(2, 3), key_p, value_p, scale, causal=False)
+    out_b, lse_b = out_b.view_as(out_a), lse_b.view_as(lse_a)
+    lse_c = torch.logaddexp(lse_a, lse_b)
+    out_c = out_a * torch.exp(lse_a - lse_c).unsqueeze(-1) + out_b * torch.exp(lse_b - lse_c).unsqueeze(-1)
+    lse_c = _scatter_completions(lse_c.unsqueeze(-1), group).squeeze(-1)
+    return torch.cat([out_p, _scatter_completions(out_c, group)]), torch.cat([lse_p, lse_c])
+
+
+def _group_backward(
+    grad_out: Tensor, tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], group: PrefixGroup, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV of one group, each [L, heads, C]. `tensors` is (query, key, value, out, lse [T, H, 1]), merged."""
+    query, key, value, out, lse = tensors
+    repeats = query.shape[1] // key.shape[1]
+    prompt = slice(group.start, group.prompt_end)
+    query_p, out_p, grad_p, lse_p = (_heads_first(x[prompt], repeats) for x in (query, out, grad_out, lse))
+    key_p, value_p = (_heads_first(x[prompt], 1) for x in (key, value))
+    delta_p = (grad_p * out_p).sum(-1)
+    dq_p, dk_p, dv_p = _attend_backward(grad_p, query_p, key_p, value_p, lse_p.squeeze(-1), delta_p, scale, causal=True)
+    dk_p, dv_p = dk_p.sum(1, keepdim=True), dv_p.sum(1, keepdim=True)  # query heads that share a key head
+    if group.end == group.prompt_end:
+        return _tokens_first(dq_p), _tokens_first(dk_p), _tokens_first(dv_p)
+
+    query_c, out_c, grad_c, lse_c = (_gather_completions(x, group, repeats) for x in (query, out, grad_out, lse))
+    key_c, value_c = (_gather_completions(x, group, 1) for x in (key, value))
+    lse_c, delta_c = lse_c.squeeze(-1), (grad_c * out_c).sum(-1)
+    dq_a, dk_c, dv_c = _attend_backward(grad_c, query_c, key_c, value_c, lse_c, delta_c, scale, causal=True)
+    flat = [x.flatten(2, 3) for x in (grad_c, query_c, lse_c, delta_c)]
+    dq_b, dk_b, dv_b = _attend_backward(flat[0], flat[1], key_p, value_p, flat[2], flat[3], scale, causal=False)
+    dk_p, dv_p = dk_p + dk_b.sum(1, keepdim=True), dv_p + dv_b.sum(1, keepdim=True)
+    dk_c, dv_c = dk_c.sum(1, keepdim=True), dv_c.sum(1, keepdim=True)
+    return (
+        torch.cat([_tokens_first(dq_p), _scatter_completions(dq_a + dq_b.view_as(dq_a), group)]),
+        torch.cat([_tokens_first(dk_p), _scatter_completions(dk_c, group)]),
+        torch.cat([_tokens_first(dv_p), _scatter_completions(dv_c, group)]),
+    )
+
+
+class DenseAttention:
+    """Back end `torch`. Holds the scores of one group at a time: H (P^2 + sum R P + G R^2) numbers."""
+
+    def forward(
+        self, query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, layout: PrefixLayout, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """out [T, H, C] and the natural-log lse [H, T], in the type of the inputs."""
+        out_THC = torch.empty(query_THC.shape, dtype=query_THC.dtype, device=query_THC.device)
+        lse_HT = out_THC.new_empty(query_THC.shape[1], query_THC.shape[0])
+        for group in layout:
+            span = slice(group.start, group.end)
+            out_THC[span], lse_LH = _group_forward(query_THC, key_TKC, value_TKC, group, scale)
+            lse_HT[:, span] = lse_LH.T
+        return out_THC, lse_HT
+
+    def backward(
+        self,
+        grad_THC: Tensor,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        layout: PrefixLayout,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dQ, dK, dV; `tensors` is (query, key, value, out, lse_HT) as `forward` took and gave them."""
+        query, key, value, out, lse_HT = tensors
+        dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+        with_lse_TH1 = (query, key, value, out, lse_HT.T.unsqueeze(-1))
+        for group in layout:
+            span = slice(group.start, group.end)
+            dq[span], dk[span], dv[span] = _group_backward(grad_THC, with_lse_TH1, group, scale)
+        return dq, dk, dv

@@ -1,0 +1,64 @@
+"""What a packed row `[prompt | c_1 | ... | c_G]`, group after group, consists of. Host integers only, no tensors.
+
+Every completion sees the prompt of its group and itself, nothing else:
+
+    row:       prompt     c_1      c_2
+    prompt     causal
+    c_1        all        causal
+    c_2        all                 causal
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PrefixGroup:
+    """One prompt and its completions in a packed row. Example: `PrefixGroup(0, 4, (2, 3))` covers tokens 0..8."""
+
+    start: int  # first token of the prompt
+    prompt_len: int  # >= 1
+    completion_lens: tuple[int, ...]  # tokens fed for each completion, in order; 0 is allowed
+
+    @property
+    def prompt_end(self) -> int:
+        return self.start + self.prompt_len
+
+    @property
+    def end(self) -> int:
+        return self.prompt_end + sum(self.completion_lens)
+
+
+PrefixLayout = tuple[PrefixGroup, ...]
+
+
+def check_layout(layout: PrefixLayout, num_tokens: int) -> None:
+    """Groups must follow one another and cover 0..num_tokens. Raises ValueError otherwise."""
+    position = 0
+    for index, group in enumerate(layout):
+        if group.start != position or group.prompt_len < 1 or min(group.completion_lens, default=0) < 0:
+            raise ValueError(
+                f"layout: group {index} is {group}, wanted start {position}, prompt_len >= 1, completion_lens >= 0"
+            )
+        position = group.end
+    if position != num_tokens:
+        raise ValueError(f"layout covers {position} tokens, but the row has {num_tokens}")
+
+
+def layout_to_ints(layout: PrefixLayout) -> list[int]:
+    """The layout as an `int[]`, the form in which a registered op takes it: P, G, R_1 .. R_G of each group."""
+    return [n for group in layout for n in (group.prompt_len, len(group.completion_lens), *group.completion_lens)]
+
+
+def layout_from_ints(numbers: Sequence[int]) -> PrefixLayout:
+    """Inverse of `layout_to_ints`. Example: `[4, 2, 2, 3]` is `(PrefixGroup(0, 4, (2, 3)),)`."""
+    groups: list[PrefixGroup] = []
+    start = index = 0
+    while index < len(numbers):
+        prompt_len, num_completions = numbers[index : index + 2]
+        index += 2 + num_completions
+        groups.append(PrefixGroup(start, prompt_len, tuple(numbers[index - num_completions : index])))
+        start = groups[-1].end
+    return tuple(groups)

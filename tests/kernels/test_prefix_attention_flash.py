@@ -1,0 +1,304 @@
+"""The two flash calls and their merge, with a dense stand-in for the flash ops: same arguments, same lse layout."""
+
+import inspect
+import itertools
+import sys
+import types
+
+import pytest
+import torch
+from vcr1_kernels import prefix_attention_flash as flash
+from vcr1_kernels import reference
+from vcr1_kernels.prefix_attention import IMPLEMENTATIONS, prefix_attention
+from vcr1_kernels.prefix_layout import PrefixGroup
+
+LAYOUTS = {
+    "single": (PrefixGroup(0, 5, (3,)),),
+    "unequal": (PrefixGroup(0, 7, (1, 6, 3, 2)),),
+    "empty_completion": (PrefixGroup(0, 4, (3, 0, 2)),),
+    "no_completions": (PrefixGroup(0, 4, ()), PrefixGroup(4, 3, (0, 0))),
+    "two_groups": (PrefixGroup(0, 6, (2, 5)), PrefixGroup(13, 1, (4, 1, 0))),
+    "one_of_three_has_completions": (PrefixGroup(0, 3, (0,)), PrefixGroup(3, 4, (2, 2)), PrefixGroup(11, 2, ())),
+}
+
+
+def segment_slices(cu_q, cu_k, max_q, max_k):
+    """Checks what the CUDA ops want of the tables, then yields (query rows, key rows) of each segment."""
+    for cu in (cu_q, cu_k):
+        assert cu.dtype == torch.int32 and cu.is_contiguous() and cu[0] == 0
+    q, k = cu_q.tolist(), cu_k.tolist()
+    assert len(q) == len(k)
+    lengths_q, lengths_k = ([b - a for a, b in itertools.pairwise(x)] for x in (q, k))
+    assert min(lengths_q) > 0 and min(lengths_k) > 0, "an empty segment: what the ops do there differs by version"
+    assert (max(lengths_q), max(lengths_k)) == (max_q, max_k)
+    return [(slice(q[i], q[i + 1]), slice(k[i], k[i + 1])) for i in range(len(q) - 1)]
+
+
+def segment_scores(query, key, rows, keys, is_causal, scale):
+    """[H, Lq, Lk] in float64."""
+    repeats = query.shape[1] // key.shape[1]
+    scores = torch.einsum("qhc,khc->hqk", query[rows].double(), key[keys].double().repeat_interleave(repeats, 1))
+    scores = scores * scale
+    return scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf")) if is_causal else scores
+
+
+def dense_forward(
+    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None
+):
+    """aten::_flash_attention_forward, dense."""
+    assert (dropout_p, return_debug_mask) == (0.0, False)
+    out = torch.empty_like(query)
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    lse = torch.empty(query.shape[1], query.shape[0], dtype=lse_dtype)
+    covered = 0
+    for rows, keys in segment_slices(cum_seq_q, cum_seq_k, max_q, max_k):
+        scores = segment_scores(query, key, rows, keys, is_causal, scale)
+        values = value[keys].double().repeat_interleave(query.shape[1] // key.shape[1], 1)
+        out[rows] = torch.einsum("hqk,khc->qhc", scores.softmax(-1), values).to(out.dtype)
+        lse[:, rows] = scores.logsumexp(-1).to(lse_dtype)
+        covered += rows.stop - rows.start
+    assert covered == len(query)
+    return out, lse, torch.zeros(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
+
+
+def dense_backward(
+    grad_out,
+    query,
+    key,
+    value,
+    out,
+    logsumexp,
+    cum_seq_q,
+    cum_seq_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    rng_state,
+    unused,
+    *,
+    scale=None,
+):
+    """aten::_flash_attention_backward, dense: probabilities and delta come from the lse and out that are given."""
+    assert dropout_p == 0.0 and rng_state.dtype == torch.uint64
+    assert logsumexp.shape == (query.shape[1], query.shape[0]) and logsumexp.is_contiguous()
+    assert grad_out.is_contiguous() and out.is_contiguous()  # the CUDA op would copy them
+    repeats = query.shape[1] // key.shape[1]
+    dq, dk, dv = (torch.zeros_like(x, dtype=torch.float64) for x in (query, key, value))
+    for rows, keys in segment_slices(cum_seq_q, cum_seq_k, max_q, max_k):
+        scores = segment_scores(query, key, rows, keys, is_causal, scale)
+        probs = torch.exp(scores - logsumexp[:, rows, None].double())
+        grad = grad_out[rows].double()
+        delta = (grad * out[rows].double()).sum(-1).T.unsqueeze(-1)
+        values, many_keys = (x[keys].double().repeat_interleave(repeats, 1) for x in (value, key))
+        grad_scores = probs * (torch.einsum("qhc,khc->hqk", grad, values) - delta) * scale
+        dq[rows] = torch.einsum("hqk,khc->qhc", grad_scores, many_keys)
+        dk[keys] += torch.einsum("hqk,qhc->khc", grad_scores, query[rows].double()).unflatten(1, (-1, repeats)).sum(2)
+        dv[keys] += torch.einsum("hqk,qhc->khc", probs, grad).unflatten(1, (-1, repeats)).sum(2)
+    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+
+
+@pytest.fixture
+def dense_aten(monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", dense_forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", dense_backward)
+    return flash.FlashAttention(flash.AtenOps())
+
+
+def make_inputs(layout, heads, kv_heads, dtype=torch.float64, head_dim=8):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(layout[-1].end, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def expected_of(query, key, value, grad, layout):
+    leaves = [x.double().requires_grad_() for x in (query, key, value)]
+    out = reference.prefix_attention(*leaves, layout, 0.3)
+    out.backward(grad.double())
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "name"),
+    [(dense_forward, "_flash_attention_forward"), (dense_backward, "_flash_attention_backward")],
+)
+def test_stand_ins_have_the_arguments_of_the_real_ops(stand_in, name):
+    real = [a.name for a in getattr(torch.ops.aten, name).default._schema.arguments]
+    ours = list(inspect.signature(stand_in).parameters)
+    positional = [n for n in ours if n != "scale"]
+    assert real[: len(positional)] == positional
+    assert "scale" in real[len(positional) :]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2)])
+def test_two_calls_and_the_merge_equal_one_softmax(dense_aten, layout, heads, kv_heads):
+    query, key, value, grad = make_inputs(layout, heads, kv_heads)
+    out, lse = dense_aten.forward(query, key, value, layout, 0.3)
+    grads = dense_aten.backward(grad, (query, key, value, out, lse), layout, 0.3)
+    for got, want in zip((out, *grads), expected_of(query, key, value, grad, layout), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+class RecordingOps(flash.AtenOps):
+    def __init__(self):
+        self.calls = []
+
+    def forward(self, query_THC, key_TKC, value_TKC, segments, scale):
+        self.calls.append((query_THC, key_TKC, value_TKC))
+        return super().forward(query_THC, key_TKC, value_TKC, segments, scale)
+
+
+def test_one_group_is_read_in_place(dense_aten):
+    layout = (PrefixGroup(0, 9, (3, 2, 4)),)
+    query, key, value, _grad = make_inputs(layout, 4, 2)
+    ops = RecordingOps()
+    flash.FlashAttention(ops).forward(query, key, value, layout, 0.3)
+    (_q, key_a, value_a), (query_b, key_b, value_b) = ops.calls
+    assert key_a is key and value_a is value
+    assert key_b.data_ptr() == key.data_ptr() and value_b.data_ptr() == value.data_ptr()
+    assert query_b.data_ptr() == query[9:].data_ptr()
+    assert len(key_b) == 9  # the prompt once, not once for each completion
+
+
+def test_another_shape_of_lse_is_refused():
+    """Older flash attention pads it to [B, H, longest]."""
+
+    class PaddedLse:
+        name = "old flash"
+
+        def forward(self, query_THC, *_rest):
+            return query_THC, torch.zeros(2, 1, 3)
+
+    layout = (PrefixGroup(0, 3, (2,)),)
+    query, key, value, _grad = make_inputs(layout, 1, 1)
+    with pytest.raises(RuntimeError, match=r"old flash gave .* \(2, 1, 3\), wanted \[H, T\] = \(1, 5\)"):
+        flash.FlashAttention(PaddedLse()).forward(query, key, value, layout, 0.3)
+
+
+def test_several_groups_copy_each_prompt_once(dense_aten):
+    layout = (PrefixGroup(0, 9, (3, 2, 4)), PrefixGroup(18, 5, (2, 2)), PrefixGroup(27, 6, ()))
+    query, key, value, _grad = make_inputs(layout, 4, 2)
+    ops = RecordingOps()
+    flash.FlashAttention(ops).forward(query, key, value, layout, 0.3)
+    assert len(ops.calls) == 2
+    assert [len(x) for x in ops.calls[1]] == [13, 14, 14]  # queries; prompts that have completions
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [LAYOUTS["unequal"], LAYOUTS["two_groups"]], ids=["one_group", "two_groups"])
+def test_public_function_on_flash_with_float32_queries(dense_aten, monkeypatch, dtype, layout):
+    """As rotary embedding under autocast hands them over; the bound is a few roundings of the type."""
+    monkeypatch.setitem(IMPLEMENTATIONS, "flash", dense_aten)
+    query, key, value, grad = make_inputs(layout, 4, 2, dtype)
+    leaves = [query.float().requires_grad_(), key.float().requires_grad_(), value.clone().requires_grad_()]
+    out = prefix_attention(*leaves, layout, 0.3, backend="flash")
+    assert out.dtype == dtype
+    out.backward(grad)
+    assert [x.grad.dtype for x in leaves] == [torch.float32, torch.float32, dtype]
+    bound = 3 * torch.finfo(dtype).eps
+    for got, want in zip((out, *(x.grad for x in leaves)), expected_of(query, key, value, grad, layout), strict=True):
+        assert (got.double() - want).norm() <= bound * want.norm()
+
+
+def test_backward_with_an_unmerged_lse_would_be_wrong(dense_aten):
+    """What flash through autograd does: each part normalised by itself. Shows that the tests above can fail."""
+    layout = LAYOUTS["unequal"]
+    query, key, value, grad = make_inputs(layout, 4, 2)
+    out, lse = dense_aten.forward(query, key, value, layout, 0.3)
+    _, lse_a, *_ = dense_forward(
+        query, key, value, *flash.make_plan(layout, out.device).causal[:4], 0.0, True, False, scale=0.3
+    )
+    dq = dense_aten.backward(grad, (query, key, value, out, lse_a), layout, 0.3)[0]
+    want = expected_of(query, key, value, grad, layout)[1]
+    assert (dq - want).norm() > 0.1 * want.norm()
+    assert not torch.equal(lse_a, lse)
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS["unequal"], LAYOUTS["two_groups"]], ids=["one_group", "two_groups"])
+@pytest.mark.parametrize("head_dim", [16, 24])
+def test_merge_kernel_equals_its_torch_twin(layout, head_dim):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(0)
+    plan = flash.make_plan(layout, device)
+    num_rows, num_tokens = len(plan.completion_rows), layout[-1].end
+    shapes = [(num_tokens, 3, head_dim), (3, num_tokens), (num_rows, 3, head_dim), (3, num_rows)]
+    # log-sum-exps far apart too: one side must then win without an overflow
+    scales = [1.0, 60.0, 1.0, 60.0]
+    tensors = [torch.randn(s, generator=generator).mul(f).to(device) for s, f in zip(shapes, scales, strict=True)]
+    want = [x.double() for x in tensors]
+    flash.merge_in_torch(*want, plan)
+    flash.merge_in_triton(*tensors, plan)
+    for got, expected in zip(tensors[:2], want[:2], strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def fake_package(monkeypatch, drop=()):
+    """A module with the functions of flash-attn 2 that computes by the dense stand-ins."""
+
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal
+    ):
+        tables = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return dense_forward(q, k, v, *tables, dropout_p, causal, False, scale=softmax_scale)[:2]
+
+    def _flash_attn_varlen_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes,
+        deterministic,
+    ):
+        assert (window_size_left, window_size_right, softcap, alibi_slopes) == (-1, -1, 0.0, None)
+        tables = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        state = (torch.zeros(2, dtype=torch.uint64), torch.empty(0))
+        tensors = (q, k, v, out, softmax_lse)
+        grads = dense_backward(dout, *tensors, *tables, dropout_p, causal, *state, scale=softmax_scale)
+        for target, grad in zip((dq, dk, dv), grads, strict=True):
+            target.copy_(grad)
+
+    module = types.ModuleType("fake_flash")
+    for function in (_flash_attn_varlen_forward, _flash_attn_varlen_backward):
+        if function.__name__ not in drop:
+            setattr(module, function.__name__, function)
+    monkeypatch.setitem(sys.modules, "fake_flash", module)
+    return "fake_flash", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward", False
+
+
+def test_installed_package_is_called_with_its_own_argument_names(monkeypatch):
+    ops = flash._package_ops(*fake_package(monkeypatch))
+    assert isinstance(ops, flash.PackageOps)
+    layout = LAYOUTS["two_groups"]
+    query, key, value, grad = make_inputs(layout, 4, 2)
+    attention = flash.FlashAttention(ops)
+    out, lse = attention.forward(query, key, value, layout, 0.3)
+    grads = attention.backward(grad, (query, key, value, out, lse), layout, 0.3)
+    for got, want in zip((out, *grads), expected_of(query, key, value, grad, layout), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+def test_a_package_that_does_not_fit_is_passed_over_with_a_reason(monkeypatch):
+    assert "cannot be imported" in str(flash._package_ops("no_such_flash", "a", "b", True))
+    arguments = fake_package(monkeypatch, drop=("_flash_attn_varlen_backward",))
+    assert "has no _flash_attn_varlen_forward and" in str(flash._package_ops(*arguments))
+    arguments = fake_package(monkeypatch)
+    sys.modules["fake_flash"]._flash_attn_varlen_forward = lambda q, k, v, causal: None
+    assert "missing cu_seqlens_k, cu_seqlens_q, max_seqlen_k, max_seqlen_q, softmax_scale" in str(
+        flash._package_ops(*arguments)
+    )
