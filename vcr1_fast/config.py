@@ -30,6 +30,9 @@ class ModelConfig:
     """Precision of forward and backward; master weights stay float32. auto: bfloat16 on CUDA, float32 on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs. auto: CUDA when torch sees a GPU."""
+    kernels: Literal["auto", "off"] = "auto"
+    """auto: the fused head and shared-prefix attention of vcr1_kernels, on CUDA as Triton and flash attention. off: the
+    plain torch definitions, for comparison."""
     gradient_checkpointing: bool = False
     """Recompute decoder layers in the backward pass: less memory, about one third more time."""
     freeze_vision: bool = False
@@ -139,16 +142,24 @@ class RolloutConfig:
 class AlgorithmConfig:
     """The GRPO objective (formulas in vcr1_kernels.losses)."""
 
-    loss: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    """How token losses are averaged: per sequence then over sequences; over a constant length; over all tokens."""
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = "grpo"
+    """grpo, dr_grpo, dapo: clipped per token, averaged per sequence then over sequences, over a constant length, over
+    all tokens. gspo: the ratio of the whole sequence is clipped. cispo: clipped weights on log-probs. sapo: a smooth
+    gate instead of a clip."""
     scale_advantages: Literal["group", "batch", "none"] = "group"
     """Divide (reward - group mean) by the group's standard deviation, the step's, or nothing."""
     clip_low: float = 0.2
     """Ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
     """Ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bound of ratio x |advantage| where the advantage is negative, such as 3.0; none: no bound."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy, which is raised by it."""
     beta: float = 0.0
-    """Weight of the k3 KL to the starting weights; 0 loads no reference model."""
+    """Weight of the KL to the starting weights; 0 loads no reference model."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL from sampled tokens."""
     minibatches_per_rollout: int = 1
     """Optimizer updates per rollout. At 1 the ratio is exactly 1 and engine log-probs are not needed."""
     mask_truncated: bool = False
@@ -161,6 +172,12 @@ class AlgorithmConfig:
         _require(
             self.minibatches_per_rollout >= 1,
             f"algorithm.minibatches_per_rollout is {self.minibatches_per_rollout}, wanted >= 1",
+        )
+        has_clip = self.loss not in ("cispo", "sapo")
+        _require(
+            self.dual_clip is None or (self.dual_clip > 1 and has_clip),
+            f"algorithm.dual_clip is {self.dual_clip} with loss {self.loss}, wanted > 1 (a ratio of 1 must not be cut) "
+            "and a loss that clips: grpo, dr_grpo, dapo or gspo",
         )
 
 

@@ -55,8 +55,8 @@ class Learner:
     def update_grpo(self, groups: Sequence[RolloutGroup]) -> list[UpdateReport]:
         """All updates of one rollout: this rank's groups, split into `minibatches_per_rollout` equal parts.
 
-        Groups whose advantages are all 0 still count in the denominators but go through the model only when a KL term
-        needs them.
+        Groups whose advantages are all 0 still count in the denominators but go through the model only when a KL or
+        entropy term needs them.
         """
         num_minibatches = self.config.algorithm.minibatches_per_rollout
         share = math.ceil(len(groups) / num_minibatches)
@@ -65,7 +65,8 @@ class Learner:
     def _update_grpo_once(self, groups: Sequence[RolloutGroup]) -> UpdateReport:
         algorithm = self.config.algorithm
         weights = self._weights(groups, algorithm.loss, mask_truncated=algorithm.mask_truncated)
-        needed = [i for i, g in enumerate(groups) if g.is_trainable or algorithm.beta > 0]
+        has_other_terms = algorithm.beta > 0 or algorithm.entropy_coef != 0
+        needed = [i for i, g in enumerate(groups) if g.is_trainable or has_other_terms]
 
         def objective(batch: PackedBatch) -> Objective:
             return grpo_objective(batch, self._reference_logprobs(batch), algorithm)
