@@ -27,11 +27,12 @@ def exp_rows(
     stats = RowStats(*torch.empty(5, num_rows, dtype=torch.float32, device=logits_CV.device).unbind())
     if num_rows == 0:
         return stats
-    exp_rows_kernel[(num_rows,)](
-        logits_CV, out_CV, target_C.contiguous(), scale_C.contiguous(), *stats,
-        logits_CV.stride(0), out_CV.stride(0), num_cols,
-        WITH_ENTROPY=with_entropy, WITH_EXP=exp_CV is not None, **LAUNCH,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits_CV):  # Triton launches on the current device, wherever the tensors are
+        exp_rows_kernel[(num_rows,)](
+            logits_CV, out_CV, target_C.contiguous(), scale_C.contiguous(), *stats,
+            logits_CV.stride(0), out_CV.stride(0), num_cols,
+            WITH_ENTROPY=with_entropy, WITH_EXP=exp_CV is not None, **LAUNCH,
+        )  # fmt: skip
     return stats if with_entropy else stats._replace(entropy=torch.zeros_like(stats.logprob))
 
 
@@ -52,16 +53,18 @@ def gradient_rows(
     # An expanded gradient (stride 0, from `.sum()`) would be read out of bounds: the kernel takes it as contiguous.
     logprob_grad_C = logprob_grad_C.float().contiguous()
     entropy_or_any_C = logprob_grad_C if entropy_grad_C is None else entropy_grad_C.float().contiguous()
-    gradient_rows_kernel[(num_rows,)](
-        logits_CV, grad_CV, target_C.contiguous(), scale_C.contiguous(), logprob_grad_C, entropy_or_any_C,
-        stats.entropy, stats.offset, stats.inv_total, stats.others,
-        logits_CV.stride(0), grad_CV.stride(0), num_cols,
-        WITH_ENTROPY=entropy_grad_C is not None, **LAUNCH,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits_CV):
+        gradient_rows_kernel[(num_rows,)](
+            logits_CV, grad_CV, target_C.contiguous(), scale_C.contiguous(), logprob_grad_C, entropy_or_any_C,
+            stats.entropy, stats.offset, stats.inv_total, stats.others,
+            logits_CV.stride(0), grad_CV.stride(0), num_cols,
+            WITH_ENTROPY=entropy_grad_C is not None, **LAUNCH,
+        )  # fmt: skip
 
 
 def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
     num_values = x.numel()
     if num_values:
         grid = (min((num_values + LAUNCH["BLOCK"] - 1) // LAUNCH["BLOCK"], SCALE_PROGRAMS),)
-        scale_unless_one_kernel[grid](x, factor.detach().float(), num_values, **LAUNCH)
+        with torch.cuda.device_of(x):
+            scale_unless_one_kernel[grid](x, factor.detach().float(), num_values, **LAUNCH)
