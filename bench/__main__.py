@@ -1,31 +1,53 @@
-"""`python -m bench packing [--output FOLDER]`"""
+"""`python -m bench NAME [--output FOLDER]`: packing, kernels, step. Each ends in one JSON line."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import signal
+import sys
 from pathlib import Path
+from typing import NoReturn
 
-from bench import packing
 from bench.machine import machine_card
 
-BENCHMARKS = {"packing": packing.run}
+BENCHMARKS = {
+    "packing": "forward and backward of a packed row against separate rows (tiny model, CPU)",
+    "kernels": "each kernel against its floor and against other projects' kernels",
+    "step": "one policy update, the original's way and ours, on the same groups",
+}
+
+
+def stop(*_: object) -> NoReturn:
+    """What `timeout` sends: the benchmarks catch it and report what they have."""
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("name", choices=sorted(BENCHMARKS), help="what to measure")
-    parser.add_argument("--output", type=Path, default=None, help="folder for NAME_DEVICE.json (default: not stored)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each point; the median counts")
+    commands = parser.add_subparsers(dest="name", required=True)
+    # only the chosen benchmark is imported: one with a missing package must not take the others along
+    chosen = next((word for word in sys.argv[1:] if word in BENCHMARKS), None)
+    for name, purpose in BENCHMARKS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument("--output", type=Path, default=None, help="folder for NAME_DEVICE.json (default: none)")
+        if name == chosen:
+            importlib.import_module(f"bench.{name}").add_arguments(command)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, stop)
+    benchmark = importlib.import_module(f"bench.{arguments.name}")
     card = machine_card()
     print(" · ".join(f"{name} {value}" for name, value in card.items()), flush=True)
-    result = {"benchmark": arguments.name, "machine": card, "rows": BENCHMARKS[arguments.name](arguments.repeats)}
+    result = {"benchmark": arguments.name, "machine": card, **benchmark.run(arguments)}
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         path = arguments.output / f"{arguments.name}_{card['device']}.json"
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+    failure = benchmark.failed(result) if hasattr(benchmark, "failed") else None
+    if failure:
+        sys.exit(f"bench {arguments.name}: {failure}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,10 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Short hash, or `unknown` outside a checkout."""
+    """Short hash, or `unknown` outside a checkout and without git."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return "unknown"
     return done.stdout.strip() or "unknown"

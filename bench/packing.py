@@ -7,6 +7,7 @@ loss before they are timed.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 import time
@@ -19,13 +20,13 @@ from rich.table import Table
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from bench.groups import random_group
 from vcr1_fast.config import AlgorithmConfig, ModelConfig
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer
 from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
-from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.prompts.special_ids import SpecialIds
-from vcr1_fast.types import Completion, Example, IntervalTruth, Patches, Prompt, RolloutGroup
+from vcr1_fast.types import RolloutGroup
 
 # (frame pairs, patches down and across, completion tokens, completions). 112 x 112 pixels are 8 x 8 patches: 16 tokens.
 # From the demo's own shape to prompts much longer than answers, where sharing pays most, and back to G = 2.
@@ -33,9 +34,13 @@ POINTS = [(8, 8, 60, 8), (32, 8, 60, 8), (64, 8, 60, 8), (64, 8, 240, 8), (32, 8
 NUM_TEXT_TOKENS = 60
 
 
-def run(repeats: int) -> list[dict[str, Any]]:
-    """Measure every point with the packaged tiny model; returns one row per point."""
-    rows = [measure(point, repeats) for point in POINTS]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each point; the median counts")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure every point with the packaged tiny model; `rows` holds one entry per point."""
+    rows = [measure(point, arguments.repeats) for point in POINTS]
     table = Table(title="forward + backward of one group: packed against G separate rows (tiny model)")
     for column in ("P", "R", "G", "tokens ratio", "time ratio", "separate ms", "packed ms", "loss difference"):
         table.add_column(column, justify="right")
@@ -46,7 +51,7 @@ def run(repeats: int) -> list[dict[str, Any]]:
             f"{row['separate_ms']:.0f}", f"{row['packed_ms']:.0f}", f"{row['loss_difference']:.1e}",
         )  # fmt: skip
     Console().print(table)
-    return rows
+    return {"rows": rows}
 
 
 def measure(point: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
@@ -56,10 +61,10 @@ def measure(point: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
     num_completions = len(group.completions)
     weights = [[1.0 / (num_completions * c.num_tokens) for c in group.completions]]
     batch = pack([group], weights)
+    objective = grpo_objective(batch, None, AlgorithmConfig())
 
     def packed() -> Tensor:
-        logprob_N, entropy_N = policy(batch, 1.0)
-        return grpo_objective(logprob_N, entropy_N, batch, None, AlgorithmConfig())[0]
+        return policy(batch, 1.0, objective)[0]
 
     separate_loss, packed_loss = separate_rows(stock, group).item(), packed().item()
     times_s = interleaved_times_s([lambda: separate_rows(stock, group), packed], repeats)
@@ -112,18 +117,6 @@ def separate_rows(hf: Qwen2_5_VLForConditionalGeneration, group: RolloutGroup) -
 
 def make_group(num_pairs: int, side_patches: int, num_tokens: int, num_completions: int) -> RolloutGroup:
     """A random group of the given size for the tiny model."""
-    generator = torch.Generator().manual_seed(0)
     special = SpecialIds.of(load_tokenizer("tiny"))
     grid = (num_pairs, side_patches, side_patches)
-    num_video = num_pairs * side_patches**2 // 4
-    words = torch.randint(20, 200, (NUM_TEXT_TOKENS,), generator=generator)
-    ids = torch.cat([words[:-10], torch.full((num_video,), special.video_pad), words[-10:]])
-    positions = mrope_positions(ids, [grid], [1.0], special.video_pad, tokens_per_second=2)
-    patches = Patches(torch.randn(num_video * 4, 1176, generator=generator), grid, 1.0, 2 * num_pairs, float(num_pairs))
-    example = Example("bench", "temporal_grounding", "none", "none", 1.0, IntervalTruth(((0.0, 1.0),)))
-    completions = tuple(
-        Completion(torch.randint(20, 200, (num_tokens,), generator=generator), torch.zeros(num_tokens), "stop")
-        for _ in range(num_completions)
-    )
-    advantages = tuple(torch.randn(num_completions, generator=generator).tolist())
-    return RolloutGroup(Prompt(example, ids, positions, patches), completions, 1, advantages=advantages)
+    return random_group(grid, NUM_TEXT_TOKENS, (num_tokens,) * num_completions, special.video_pad)

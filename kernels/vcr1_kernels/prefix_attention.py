@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .backend import runs_triton, unavailable_reason
-from .prefix_attention_dense import DenseAttention
+from .prefix_attention_dense import DENSE, FLASH_CPU, BatchedAttention
 from .prefix_attention_flash import HALF_TYPES, FlashAttention, flash_ops
 from .prefix_attention_triton import MAX_HEAD_DIM, TritonAttention
 from .prefix_layout import PrefixGroup, PrefixLayout, check_layout, layout_from_ints, layout_to_ints
@@ -76,10 +76,12 @@ class AttentionChoice(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionChoice:
-    if device.type != "cuda":
-        return AttentionChoice("torch", f"plain torch on {device.type}")
     if dtype == torch.float64:
         return AttentionChoice("torch", "float64 has no kernel")
+    if device.type == "cpu":
+        return AttentionChoice("flash", "torch's flash attention for CPUs")
+    if device.type != "cuda":
+        return AttentionChoice("torch", f"plain torch on {device.type}")
     flash_reason = f"flash attention has no {dtype} with {head_dim} dimensions a head"
     if dtype in HALF_TYPES and head_dim % 8 == 0 and head_dim <= _FLASH_MAX_HEAD_DIM:
         found, flash_reason = flash_ops(device)
@@ -98,7 +100,8 @@ def attention_backend(
 ) -> AttentionChoice:
     """Which back end `backend="auto"` runs. A function of its arguments and of what is installed, never of a trial.
 
-    CPU, or float64       torch: dense scores
+    float64               torch: dense scores
+    CPU                   flash: torch's blocked kernel for CPUs, in float32
     CUDA, half precision  flash: flash-attn 3 or 2 where installed, else torch's own
     CUDA, float32         triton: flash kernels have no float32, and dense scores of a long row do not fit (17 GB for
                           16 heads at 16k tokens); its products are full float32, not tf32, and use no tensor cores
@@ -116,12 +119,14 @@ attention_backend._dynamo_marked_constant = True  # pyright: ignore[reportFuncti
 
 
 # By name. `flash` is made for each device, because the GPU decides which package runs; one put here by hand goes first.
-IMPLEMENTATIONS: dict[str, AttentionImplementation] = {"torch": DenseAttention(), "triton": TritonAttention()}
+IMPLEMENTATIONS: dict[str, AttentionImplementation] = {"torch": BatchedAttention(DENSE), "triton": TritonAttention()}
 
 
 def _implementation(name: str, device: torch.device) -> AttentionImplementation:
     if name in IMPLEMENTATIONS:
         return IMPLEMENTATIONS[name]
+    if device.type == "cpu":
+        return BatchedAttention(FLASH_CPU)
     found, reason = flash_ops(device)
     if found is None:
         raise RuntimeError(f"prefix_attention: no flash attention: {reason}; use backend='triton' or 'torch'")
@@ -206,11 +211,12 @@ def _choose(backend: AttentionBackend, query_THC: Tensor, value_TKC: Tensor) -> 
     if backend not in ("auto", "torch", "flash", "triton"):
         raise ValueError(f"backend is {backend!r}, wanted auto, torch, flash or triton")
     name = attention_backend(value_TKC.device, dtype, head_dim).name if backend == "auto" else backend
-    if name == "torch":
+    runs_on_cpu = value_TKC.device.type == "cpu" and "flash" not in IMPLEMENTATIONS
+    if name == "torch" or (name == "flash" and runs_on_cpu):
         return name, torch.promote_types(torch.promote_types(query_THC.dtype, dtype), torch.float32)
     if name == "flash":
         if not value_TKC.is_cuda and "flash" not in IMPLEMENTATIONS:  # one put there by hand runs where it can
-            raise RuntimeError("prefix_attention: flash attention runs on CUDA tensors; backend='torch' runs on any")
+            raise RuntimeError("prefix_attention: flash attention runs on CUDA and CPU tensors; use backend='torch'")
         if dtype not in HALF_TYPES or head_dim % 8 or head_dim > _FLASH_MAX_HEAD_DIM:
             raise ValueError(
                 f"prefix_attention: flash attention got {dtype} and {head_dim} dimensions a head, wanted float16 or "

@@ -1,13 +1,17 @@
-"""Shared-prefix attention in plain torch: dense scores of each group, no kernel. What a CPU runs, in any float type.
+"""Shared-prefix attention by batched problems of one length: in plain torch, or by torch's flash attention for CPUs.
 
 The two problems and the merge are those of `prefix_attention`. Completions are padded to the longest of their group,
-so that all of them are one batched product.
+so that all of them are one batch. What one batch of problems computes is given as a `Problem`: dense scores (any float
+type, any device; the definition), or torch's blocked CPU kernel, which never holds the scores.
 
 Shape letters: T packed tokens, L tokens of a part, H query heads, K key/value heads, r = H / K, C head dimension,
 P prompt tokens, G completions, R tokens of the longest completion.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,12 +37,51 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: boo
 
 
 def _attend_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, scale: float, causal: bool
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of one problem, given the merged lse and delta = sum_c grad_out * out, both [..., Lq]."""
+    """dQ, dK, dV of one problem, given the merged out [..., Lq, C] and lse [..., Lq]."""
     probs = torch.exp(_scores(query, key, scale, causal) - lse.unsqueeze(-1))
-    grad_scores = probs * (grad_out @ value.transpose(-1, -2) - delta.unsqueeze(-1)) * scale
+    delta = (grad_out * out).sum(-1, keepdim=True)
+    grad_scores = probs * (grad_out @ value.transpose(-1, -2) - delta) * scale
     return grad_scores @ key, grad_scores.transpose(-1, -2) @ query, probs.transpose(-1, -2) @ grad_out
+
+
+def _as_heads(x: Tensor, leading: torch.Size) -> Tensor:
+    """[..., L, C] broadcast to the leading dimensions -> [1, heads, L, C] contiguous."""
+    return x.expand(*leading, *x.shape[-2:]).reshape(1, -1, *x.shape[-2:])
+
+
+def _flash_attend(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """`_attend` by torch's CPU kernel: blocks of scores, never all of them."""
+    leading = query.shape[:-2]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(_as_heads(x, leading) for x in (query, key, value)), 0.0, causal, scale=scale
+    )
+    return out.reshape(query.shape), lse.reshape(query.shape[:-1])
+
+
+def _flash_attend_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_attend_backward` by torch's CPU kernel; probabilities are exp(S - lse) for the lse that is given."""
+    leading = query.shape[:-2]
+    heads = [_as_heads(x, leading) for x in (grad_out, query, key, value, out)]
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *heads, lse.reshape(1, -1, lse.shape[-1]).contiguous(), 0.0, causal, scale=scale
+    )
+    return tuple(grad.reshape(*leading, *grad.shape[-2:]) for grad in grads)  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A batch of attention problems of one length, forward and backward."""
+
+    attend: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+    attend_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+DENSE = Problem(_attend, _attend_backward)
+FLASH_CPU = Problem(_flash_attend, _flash_attend_backward)
 
 
 def _gather_completions(x_THC: Tensor, group: PrefixGroup, num_repeats: int) -> Tensor:
@@ -65,20 +108,20 @@ def _tokens_first(x_KrLC: Tensor) -> Tensor:
 
 
 def _group_forward(
-    query: Tensor, key: Tensor, value: Tensor, group: PrefixGroup, scale: float
+    query: Tensor, key: Tensor, value: Tensor, group: PrefixGroup, scale: float, problem: Problem
 ) -> tuple[Tensor, Tensor]:
     """out [L, H, C] and merged lse [L, H] of one group."""
     repeats = query.shape[1] // key.shape[1]
     prompt = slice(group.start, group.prompt_end)
     query_p, key_p, value_p = (_heads_first(x[prompt], n) for x, n in ((query, repeats), (key, 1), (value, 1)))
-    out_p, lse_p = _attend(query_p, key_p, value_p, scale, causal=True)
+    out_p, lse_p = problem.attend(query_p, key_p, value_p, scale, True)
     out_p, lse_p = _tokens_first(out_p), _tokens_first(lse_p.unsqueeze(-1)).squeeze(-1)
     if group.end == group.prompt_end:
         return out_p, lse_p
 
     query_c, key_c, value_c = (_gather_completions(x, group, n) for x, n in ((query, repeats), (key, 1), (value, 1)))
-    out_a, lse_a = _attend(query_c, key_c, value_c, scale, causal=True)
-    out_b, lse_b = _attend(query_c.flatten(2, 3), key_p, value_p, scale, causal=False)
+    out_a, lse_a = problem.attend(query_c, key_c, value_c, scale, True)
+    out_b, lse_b = problem.attend(query_c.flatten(2, 3), key_p, value_p, scale, False)
     out_b, lse_b = out_b.view_as(out_a), lse_b.view_as(lse_a)
     lse_c = torch.logaddexp(lse_a, lse_b)
     out_c = out_a * torch.exp(lse_a - lse_c).unsqueeze(-1) + out_b * torch.exp(lse_b - lse_c).unsqueeze(-1)
@@ -87,7 +130,11 @@ def _group_forward(
 
 
 def _group_backward(
-    grad_out: Tensor, tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], group: PrefixGroup, scale: float
+    grad_out: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    group: PrefixGroup,
+    scale: float,
+    problem: Problem,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of one group, each [L, heads, C]. `tensors` is (query, key, value, out, lse [T, H, 1]), merged."""
     query, key, value, out, lse = tensors
@@ -95,18 +142,17 @@ def _group_backward(
     prompt = slice(group.start, group.prompt_end)
     query_p, out_p, grad_p, lse_p = (_heads_first(x[prompt], repeats) for x in (query, out, grad_out, lse))
     key_p, value_p = (_heads_first(x[prompt], 1) for x in (key, value))
-    delta_p = (grad_p * out_p).sum(-1)
-    dq_p, dk_p, dv_p = _attend_backward(grad_p, query_p, key_p, value_p, lse_p.squeeze(-1), delta_p, scale, causal=True)
+    dq_p, dk_p, dv_p = problem.attend_backward(grad_p, query_p, key_p, value_p, out_p, lse_p.squeeze(-1), scale, True)
     dk_p, dv_p = dk_p.sum(1, keepdim=True), dv_p.sum(1, keepdim=True)  # query heads that share a key head
     if group.end == group.prompt_end:
         return _tokens_first(dq_p), _tokens_first(dk_p), _tokens_first(dv_p)
 
     query_c, out_c, grad_c, lse_c = (_gather_completions(x, group, repeats) for x in (query, out, grad_out, lse))
     key_c, value_c = (_gather_completions(x, group, 1) for x in (key, value))
-    lse_c, delta_c = lse_c.squeeze(-1), (grad_c * out_c).sum(-1)
-    dq_a, dk_c, dv_c = _attend_backward(grad_c, query_c, key_c, value_c, lse_c, delta_c, scale, causal=True)
-    flat = [x.flatten(2, 3) for x in (grad_c, query_c, lse_c, delta_c)]
-    dq_b, dk_b, dv_b = _attend_backward(flat[0], flat[1], key_p, value_p, flat[2], flat[3], scale, causal=False)
+    lse_c = lse_c.squeeze(-1)
+    dq_a, dk_c, dv_c = problem.attend_backward(grad_c, query_c, key_c, value_c, out_c, lse_c, scale, True)
+    flat = [x.flatten(2, 3) for x in (grad_c, query_c, out_c, lse_c)]
+    dq_b, dk_b, dv_b = problem.attend_backward(flat[0], flat[1], key_p, value_p, flat[2], flat[3], scale, False)
     dk_p, dv_p = dk_p + dk_b.sum(1, keepdim=True), dv_p + dv_b.sum(1, keepdim=True)
     dk_c, dv_c = dk_c.sum(1, keepdim=True), dv_c.sum(1, keepdim=True)
     return (
@@ -116,8 +162,14 @@ def _group_backward(
     )
 
 
-class DenseAttention:
-    """Back end `torch`. Holds the scores of one group at a time: H (P^2 + sum R P + G R^2) numbers."""
+@dataclass(frozen=True)
+class BatchedAttention:
+    """Back ends `torch` (DENSE) and, on CPUs, `flash` (FLASH_CPU), group after group.
+
+    DENSE holds the scores of one group at a time: H (P^2 + sum R P + G R^2) numbers. FLASH_CPU holds none.
+    """
+
+    problem: Problem
 
     def forward(
         self, query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, layout: PrefixLayout, scale: float
@@ -127,7 +179,7 @@ class DenseAttention:
         lse_HT = out_THC.new_empty(query_THC.shape[1], query_THC.shape[0])
         for group in layout:
             span = slice(group.start, group.end)
-            out_THC[span], lse_LH = _group_forward(query_THC, key_TKC, value_TKC, group, scale)
+            out_THC[span], lse_LH = _group_forward(query_THC, key_TKC, value_TKC, group, scale, self.problem)
             lse_HT[:, span] = lse_LH.T
         return out_THC, lse_HT
 
@@ -144,5 +196,5 @@ class DenseAttention:
         with_lse_TH1 = (query, key, value, out, lse_HT.T.unsqueeze(-1))
         for group in layout:
             span = slice(group.start, group.end)
-            dq[span], dk[span], dv[span] = _group_backward(grad_THC, with_lse_TH1, group, scale)
+            dq[span], dk[span], dv[span] = _group_backward(grad_THC, with_lse_TH1, group, scale, self.problem)
         return dq, dk, dv

@@ -27,9 +27,10 @@ def make_inputs(layout, heads: int, kv_heads: int, dtype: torch.dtype) -> list[t
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-def test_equals_masked_softmax_in_float64(layout, heads, kv_heads):
+@pytest.mark.parametrize("backend", ["torch", "flash"])
+def test_equals_masked_softmax_in_float64(layout, heads, kv_heads, backend):
     fast, plain = (make_inputs(layout, heads, kv_heads, torch.float64) for _ in range(2))
-    out = prefix_attention(*fast, layout, 0.25)
+    out = prefix_attention(*fast, layout, 0.25, backend)
     expected = reference.prefix_attention(*plain, layout, 0.25)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -49,11 +50,12 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-def test_float32_error_is_that_of_the_plain_path():
+@pytest.mark.parametrize("backend", ["torch", "flash"])
+def test_float32_error_is_that_of_the_plain_path(backend):
     layout = LAYOUTS["unequal"]
     truth = reference.prefix_attention(*make_inputs(layout, 4, 2, torch.float64), layout, 0.25)
     inputs = make_inputs(layout, 4, 2, torch.float32)
-    fast = relative_error(prefix_attention(*inputs, layout, 0.25), truth)
+    fast = relative_error(prefix_attention(*inputs, layout, 0.25, backend), truth)
     plain = relative_error(reference.prefix_attention(*inputs, layout, 0.25), truth)
     assert fast <= 3 * plain + 1e-8
 
@@ -65,6 +67,18 @@ def test_bfloat16_keeps_its_dtype_and_computes_in_float32():
     truth = reference.prefix_attention(*(x.double() for x in inputs), layout, 0.25)
     assert out.dtype == torch.bfloat16
     assert relative_error(out, truth) < 2**-8  # one rounding of the result; a bfloat16 softmax is at 2e-2
+
+
+def test_long_rows_by_blocks_equal_dense_scores():
+    """Prompts and completions longer than the CPU kernel's blocks, unequal lengths, forward and backward."""
+    layout = (PrefixGroup(0, 700, (300, 1, 170)), PrefixGroup(1171, 90, (600,)))
+    dense, blocked = (make_inputs(layout, 4, 2, torch.float32) for _ in range(2))
+    direction = torch.randn(layout[-1].end, 4, 16, generator=torch.Generator().manual_seed(1))
+    for inputs, backend in ((dense, "torch"), (blocked, "flash")):
+        prefix_attention(*inputs, layout, 0.25, backend).backward(direction)
+    for got, want in zip(blocked, dense, strict=True):
+        assert got.grad is not None and want.grad is not None
+        assert relative_error(got.grad, want.grad.double()) < 2e-6
 
 
 def test_siblings_do_not_see_each_other():

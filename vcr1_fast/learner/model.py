@@ -17,6 +17,7 @@ from vcr1_kernels.prefix_attention import AttentionBackend, attention_backend
 from vcr1_fast.config import ConfigError, ModelConfig
 from vcr1_fast.learner.attention import use_packed_attention
 from vcr1_fast.learner.objective import Objective, Sums
+from vcr1_fast.learner.tower_attention import use_varlen_tower
 from vcr1_fast.types import PackedBatch
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def describe_kernels(config: ModelConfig, device: torch.device) -> str:
     if config.kernels == "off":
         return "head: plain torch, attention: plain torch (model.kernels is off)"
     if device.type != "cuda":
-        return "head: fused, in torch; attention: packed rows, in torch"
+        return "head: fused, in torch; attention: packed rows, torch's flash attention for CPUs"
     reason = unavailable_reason()
     if reason is not None:
         raise ConfigError(f"model.kernels is auto, but the Triton kernels cannot run: {reason}; or set it to off")
@@ -102,6 +103,8 @@ class PolicyModel(nn.Module):
         self.uses_kernels = config.kernels == "auto"
         self.prefix_backend: AttentionBackend = "auto" if self.uses_kernels else "torch"
         use_packed_attention(hf)
+        if self.uses_kernels and hf.device.type == "cuda" and compute_dtype == torch.bfloat16:
+            use_varlen_tower(hf)
         if config.freeze_vision:
             hf.model.visual.requires_grad_(False)
         if config.gradient_checkpointing:

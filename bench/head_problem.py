@@ -1,0 +1,224 @@
+"""The head with its loss: hidden states and weight to loss and gradients, ours and the peers', on the same inputs.
+
+One GRPO loss, on-policy, over 8 sequences of equal length: loss = -sum_i w_i A_i exp(logp_i - stop(logp_i)).
+
+Shape letters: T tokens, D hidden size, V vocabulary, G sequences, R tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import peers
+from bench.harness import Absent, Outputs, Way
+
+NUM_SEQUENCES = 8
+REFERENCE_ROWS = 1024  # rows at a time, so that the reference never holds [T, V] either
+
+
+@dataclass(frozen=True)
+class HeadSize:
+    name: str
+    hidden: int
+    vocab: int
+
+
+HEADS = {
+    "3B": HeadSize("3B", 2048, 151936),  # Qwen2.5-VL-3B
+    "7B": HeadSize("7B", 3584, 152064),  # Qwen2.5-VL-7B
+    "small": HeadSize("small", 64, 1187),  # CPU: an odd vocabulary, so that the last tile is ragged
+}
+
+
+@dataclass(frozen=True)
+class HeadProblem:
+    head: HeadSize
+    hidden_TD: Tensor
+    weight_VD: Tensor
+    target_T: Tensor
+    advantage_T: Tensor  # the same within a sequence
+    weight_T: Tensor  # 1 / (R G)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden_TD.shape[0]
+
+    @property
+    def sequence_lens(self) -> tuple[int, ...]:
+        return (self.num_tokens // NUM_SEQUENCES,) * NUM_SEQUENCES
+
+    def loss(self, logprob_T: Tensor) -> Tensor:
+        ratio_T = torch.exp(logprob_T - logprob_T.detach())
+        return -(self.weight_T * self.advantage_T * ratio_T).sum()
+
+
+def make_head_problem(head: HeadSize, num_tokens: int, dtype: torch.dtype, device: torch.device) -> HeadProblem:
+    """Random data with logits of standard deviation 2. Raises ValueError when T is not a multiple of 8."""
+    if num_tokens % NUM_SEQUENCES:
+        raise ValueError(f"the head benchmark got {num_tokens} tokens, wanted a multiple of {NUM_SEQUENCES}")
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    length = num_tokens // NUM_SEQUENCES
+    return HeadProblem(
+        head,
+        hidden_TD=normal(num_tokens, head.hidden).to(dtype),
+        weight_VD=(normal(head.vocab, head.hidden) * (2.0 / head.hidden**0.5)).to(dtype),
+        target_T=torch.randint(0, head.vocab, (num_tokens,), generator=generator, device=device),
+        advantage_T=normal(NUM_SEQUENCES).repeat_interleave(length),
+        weight_T=torch.full((num_tokens,), 1.0 / num_tokens, device=device),
+    )
+
+
+def head_reference(problem: HeadProblem) -> Outputs:
+    """Loss, log-probs and gradients by the definition: float64 on a CPU, float32 without TF32 on a GPU (where float64
+    would take longer than the whole benchmark; its own error is near 1e-6)."""
+    dtype = torch.float32 if problem.hidden_TD.is_cuda else torch.float64
+    weight_VD = problem.weight_VD.to(dtype)
+    grad_weight_VD = torch.zeros_like(weight_VD)
+    logprobs, grads = [], []
+    for start in range(0, problem.num_tokens, REFERENCE_ROWS):
+        rows = slice(start, start + REFERENCE_ROWS)
+        hidden_CD, target_C1 = problem.hidden_TD[rows].to(dtype), problem.target_T[rows, None]
+        logprob_CV = torch.log_softmax(hidden_CD @ weight_VD.T, -1)
+        logprobs.append(logprob_CV.gather(1, target_C1)[:, 0])
+        coefficient_C1 = -(problem.weight_T * problem.advantage_T)[rows, None].to(dtype)  # d(loss) / d(logprob)
+        grad_CV = logprob_CV.exp_().mul_(-coefficient_C1)
+        grad_CV.scatter_add_(1, target_C1, coefficient_C1)
+        grads.append(grad_CV @ weight_VD)
+        grad_weight_VD += grad_CV.T @ hidden_CD
+    logprob_T = torch.cat(logprobs)
+    loss = problem.loss(logprob_T)
+    return {"loss": loss, "logprob": logprob_T, "grad_hidden": torch.cat(grads), "grad_weight": grad_weight_VD}
+
+
+def _train(problem: HeadProblem, logprob: peers.LogprobFunction) -> Outputs:
+    """Loss and both gradients through a function that gives per-token log-probs."""
+    hidden_TD, weight_VD = _leaves(problem)
+    logprob_T = logprob(hidden_TD, weight_VD, problem.target_T)
+    loss = problem.loss(logprob_T)
+    grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden_TD, weight_VD))
+    return {"loss": loss, "logprob": logprob_T, "grad_hidden": grad_hidden, "grad_weight": grad_weight}
+
+
+def _train_hidden(problem: HeadProblem, logprob: peers.LogprobFunction) -> Outputs:
+    """The same with a frozen weight."""
+    hidden_TD = problem.hidden_TD.detach().requires_grad_()
+    logprob_T = logprob(hidden_TD, problem.weight_VD, problem.target_T)
+    loss = problem.loss(logprob_T)
+    return {"loss": loss, "logprob": logprob_T, "grad_hidden": torch.autograd.grad(loss, hidden_TD)[0]}
+
+
+def _leaves(problem: HeadProblem) -> tuple[Tensor, Tensor]:
+    return problem.hidden_TD.detach().requires_grad_(), problem.weight_VD.detach().requires_grad_()
+
+
+def our_logprob(keep: str) -> Callable[[], peers.LogprobFunction]:
+    def loader() -> peers.LogprobFunction:
+        from vcr1_kernels.linear_logprob import fused_linear_logprob
+
+        function: Any = fused_linear_logprob
+        return lambda hidden_TD, weight_VD, target_T: function(hidden_TD, weight_VD, target_T, keep=keep)[0]
+
+    return loader
+
+
+def our_policy_loss() -> Callable[[HeadProblem], Outputs]:
+    from vcr1_kernels.linear_policy_loss import fused_linear_policy_loss
+    from vcr1_kernels.losses import PolicyLoss, TokenVectors
+
+    function: Any = fused_linear_policy_loss
+    loss_function = PolicyLoss(variant="grpo")
+
+    def run(problem: HeadProblem) -> Outputs:
+        hidden_TD, weight_VD = _leaves(problem)
+        # on the host, as a learner has them: choosing rows then needs no wait for the device
+        vectors = (problem.advantage_T.cpu(), problem.weight_T.cpu())
+        tokens = TokenVectors(*vectors, sequence_lens=problem.sequence_lens)
+        loss, _ = function(hidden_TD, weight_VD, problem.target_T, loss_function, tokens)
+        grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden_TD, weight_VD))
+        return {"loss": loss, "grad_hidden": grad_hidden, "grad_weight": grad_weight}
+
+    return run
+
+
+def _liger_grpo(autocast: bool) -> Callable[[], Callable[[HeadProblem], Outputs]]:
+    def loader() -> Callable[[HeadProblem], Outputs]:
+        loss_function = peers.liger_grpo_loss()
+
+        def run(problem: HeadProblem) -> Outputs:
+            hidden_TD, weight_VD = _leaves(problem)
+            target_GR = problem.target_T.view(NUM_SEQUENCES, -1)
+            advantage_G = problem.advantage_T.view(NUM_SEQUENCES, -1)[:, 0].contiguous()
+            device_type = hidden_TD.device.type
+            with torch.autocast(device_type, dtype=torch.bfloat16, enabled=autocast):
+                hidden_GRD = hidden_TD.view(NUM_SEQUENCES, -1, hidden_TD.shape[1])
+                loss = loss_function(hidden_GRD, weight_VD, target_GR, advantage_G)
+            grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden_TD, weight_VD))
+            return {"loss": loss, "grad_hidden": grad_hidden, "grad_weight": grad_weight}
+
+        return run
+
+    return loader
+
+
+def _through_logprob(loader: Callable[[], peers.LogprobFunction]) -> Callable[[], Callable[[HeadProblem], Outputs]]:
+    def load() -> Callable[[HeadProblem], Outputs]:
+        logprob = loader()
+        return lambda problem: _train(problem, logprob)
+
+    return load
+
+
+def _frozen(loader: Callable[[], peers.LogprobFunction]) -> Callable[[], Callable[[HeadProblem], Outputs]]:
+    def load() -> Callable[[HeadProblem], Outputs]:
+        logprob = loader()
+        return lambda problem: _train_hidden(problem, logprob)
+
+    return load
+
+
+Runner = Callable[[HeadProblem], Outputs]
+TRAINED: dict[str, Callable[[], Runner]] = {
+    "vcr1 policy loss": our_policy_loss,
+    "vcr1 logprob, recompute": _through_logprob(our_logprob("none")),
+    "vcr1 logprob, keep probs": _through_logprob(our_logprob("probs")),
+    "torch eager": _through_logprob(lambda: peers.torch_logprob),
+    "TRL chunked logprob": _through_logprob(peers.trl_chunked_logprob),
+    "Liger GRPO": _liger_grpo(autocast=False),
+    "Liger GRPO, autocast": _liger_grpo(autocast=True),
+    "Liger scaled CE": _through_logprob(peers.liger_scaled_cross_entropy),
+    "Liger scaled CE, torch": _through_logprob(peers.liger_scaled_cross_entropy_fallback),
+    "verl Triton head": _through_logprob(peers.verl_linear_cross_entropy),
+    "CCE, exact": _through_logprob(peers.cce(None)),
+    "CCE, filtered": _through_logprob(peers.cce("high")),
+}
+FROZEN: dict[str, Callable[[], Runner]] = {
+    "vcr1 logprob": _frozen(our_logprob("none")),
+    "torch eager": _frozen(lambda: peers.torch_logprob),
+    "TRL chunked logprob": _frozen(peers.trl_chunked_logprob),
+    "Liger scaled CE, torch": _frozen(peers.liger_scaled_cross_entropy_fallback),
+}
+
+
+def load_runners(table: dict[str, Callable[[], Runner]]) -> tuple[dict[str, Runner], list[Absent]]:
+    """Those that can be loaded here, and the others with their reasons."""
+    runners, absent = {}, []
+    for name, loader in table.items():
+        runner, reason = peers.load(loader)
+        if runner is None:
+            absent.append(Absent(name, reason or "unknown"))
+        else:
+            runners[name] = runner
+    return runners, absent
+
+
+def head_ways(problem: HeadProblem, runners: dict[str, Runner]) -> list[Way]:
+    return [Way(name, lambda run=run: run(problem)) for name, run in runners.items()]

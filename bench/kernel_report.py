@@ -1,0 +1,66 @@
+"""The tables of `python -m bench kernels`."""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_report(result: dict[str, Any]) -> None:
+    console = Console(width=150)
+    limits = result["limits"]
+    console.print(
+        f"measured limits: copy {limits['copy_gb_s']:.0f} GB/s, {limits['dtype']} product of {limits['gemm_size']} "
+        f"{limits['gemm_tflop_s']:.3g} TFLOP/s"
+    )
+    for op, rows in groupby(sorted(result["rows"], key=lambda row: row["op"]), key=lambda row: row["op"]):
+        console.print(op_table(op, list(rows)))
+    if result["absent"]:
+        table = Table(title="could not run")
+        for column in ("op", "size", "way", "reason"):
+            table.add_column(column, overflow="fold")
+        for row in result["absent"]:
+            table.add_row(row["op"], row["size"], row["name"], row["reason"])
+        console.print(table)
+    for line in result["left_out"]:
+        console.print(f"left out: {line}")
+    if result["warning"]:
+        console.print(result["warning"])
+    counts = (len(result["rows"]), len(result["absent"]), len(result["left_out"]))
+    console.print("kernels: {} rows, {} that could not run, {} points left out".format(*counts))
+
+
+def op_table(op: str, rows: list[dict[str, Any]]) -> Table:
+    """Rows of one op, sizes in the order measured, ways from fast to slow."""
+    table = Table(title=f"{op} (floor: {rows[0]['floor']})")
+    for column in ("size", "way", "ms", "quartiles", "floor ms", "% of floor", "extra MiB", "largest error"):
+        table.add_column(column, justify="left" if column in ("size", "way", "largest error") else "right")
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    for row in sorted(rows, key=lambda row: (sizes.index(row["size"]), row["median_ms"])):
+        peak = row["peak_extra_bytes"]
+        table.add_row(
+            row["size"],
+            row["way"],
+            f"{row['median_ms']:.3g}",
+            f"{row['low_ms']:.3g} - {row['high_ms']:.3g}",
+            f"{row['floor_ms']:.3g}" if row["floor_ms"] else "",
+            f"{row['percent_of_floor']:.0f}" if row["percent_of_floor"] else "",
+            "" if peak is None else f"{peak / 2**20:.0f}",
+            largest_error(row["errors"]),
+        )
+    return table
+
+
+def largest_error(errors: dict[str, float]) -> str:
+    """The worst relative error and the worst absolute one; NaN counts as worst."""
+    parts = []
+    for suffix in ("_relative", "_max_abs"):
+        chosen = {name: value for name, value in errors.items() if name.endswith(suffix)}
+        if chosen:
+            worst = max(chosen, key=lambda name: math.inf if math.isnan(chosen[name]) else chosen[name])
+            parts.append(f"{worst.removesuffix(suffix)} {chosen[worst]:.1e}{' abs' if suffix == '_max_abs' else ''}")
+    return ", ".join(parts) or "not compared"

@@ -1,0 +1,64 @@
+"""Other projects' code is entered below its top, and what cannot be loaded has a reason."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import peers
+from bench.head_problem import HEADS, head_reference, load_runners, make_head_problem
+
+
+def write_package(folder: Path) -> None:
+    """`heavy` cannot be imported; `heavy.inner.kernel` needs a sibling of its own package."""
+    (folder / "heavy" / "inner").mkdir(parents=True)
+    (folder / "heavy" / "__init__.py").write_text("import a_package_that_does_not_exist\n")
+    (folder / "heavy" / "inner" / "__init__.py").write_text("raise RuntimeError('not this one either')\n")
+    (folder / "heavy" / "numbers.py").write_text("ANSWER = 42\n")
+    (folder / "heavy" / "inner" / "kernel.py").write_text("from ..numbers import ANSWER\n")
+
+
+def test_a_module_is_imported_without_its_parents(tmp_path):
+    write_package(tmp_path)
+    code = (
+        "from bench.peers import import_below, load\n"
+        "assert import_below('heavy.inner.kernel').ANSWER == 42\n"
+        "import importlib.util; assert importlib.util.find_spec('heavy') is not None\n"
+        "function, reason = load(lambda: import_below('absent_package.kernel'))\n"
+        "assert function is None and reason == 'ModuleNotFoundError: absent_package is not installed', reason\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": ":".join([str(tmp_path), *sys.path]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_reference_of_the_head_is_plain_autograd():
+    problem = make_head_problem(HEADS["small"], 16, torch.float64, torch.device("cpu"))
+    hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden_TD, problem.weight_VD))
+    logprob = torch.log_softmax(hidden @ weight.T, -1).gather(1, problem.target_T[:, None])[:, 0]
+    grads = torch.autograd.grad(problem.loss(logprob), (hidden, weight))
+    expected = head_reference(problem)
+    torch.testing.assert_close(expected["logprob"], logprob)
+    torch.testing.assert_close(expected["grad_hidden"], grads[0])
+    torch.testing.assert_close(expected["grad_weight"], grads[1])
+
+
+def test_a_loader_that_raises_becomes_an_absent_way():
+    def loader():
+        raise ImportError("needs a library")
+
+    runners, absent = load_runners({"there": lambda: lambda problem: {}, "away": loader})
+    assert list(runners) == ["there"]
+    assert [(a.name, a.reason) for a in absent] == [("away", "ImportError: needs a library")]
+
+
+def test_torch_eager_head_agrees_with_log_softmax():
+    hidden, weight, target = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, 2])
+    got = peers.torch_logprob(hidden, weight, target)
+    assert got == pytest.approx(torch.log_softmax(hidden @ weight.T, -1)[range(3), target])

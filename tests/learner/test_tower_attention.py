@@ -1,0 +1,57 @@
+"""The tower's attention in one call per layer."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from vcr1_fast.learner import tower_attention
+from vcr1_fast.learner.model import load_hugging_face
+
+
+def two_videos() -> tuple[torch.Tensor, torch.Tensor]:
+    """Grids and patches of 2 videos of 4 frame pairs of 8 x 8 patches."""
+    values = torch.randn(2 * 4 * 64, 1176, generator=torch.Generator().manual_seed(0))
+    return torch.tensor([(4, 8, 8)] * 2), values
+
+
+def test_the_tower_in_one_call_is_the_tower_window_by_window(monkeypatch):
+    """transformers must hand segments to an implementation with "flash" in its name; the kernel itself needs a GPU, so
+    dense attention under a mask of segments stands for it here."""
+    calls = []
+
+    def dense(query, key, value, ends, max_length, scale):
+        segment = torch.searchsorted(ends.long(), torch.arange(query.shape[0]), right=True)
+        calls.append((int(segment.max()), max_length))
+        heads_first = [x.transpose(0, 1)[None] for x in (query, key, value)]
+        out = scaled_dot_product_attention(*heads_first, attn_mask=segment[:, None] == segment[None], scale=scale)
+        return out[0].transpose(0, 1)
+
+    monkeypatch.setattr(tower_attention, "flash_varlen", dense)
+    hf = load_hugging_face("tiny", torch.float32, torch.device("cpu"))
+    grids, values = two_videos()
+    expected = hf.model.visual(values, grid_thw=grids).pooler_output
+    tower_attention.use_varlen_tower(hf)
+    got = hf.model.visual(values, grid_thw=grids).pooler_output
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    # 2 videos of 4 frame pairs of 8 x 8 patches: windows of 4 x 4, or whole frames
+    assert sorted(set(calls)) == [(8, 64), (32, 16)] and len(calls) == 4
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_the_stock_tower_within_bfloat16():
+    """Outputs and the gradient of every tower weight; the bound is the stock bfloat16 tower's own error in float32."""
+    grids, values = two_videos()
+    values = values.cuda()
+
+    def run(dtype: torch.dtype, one_call: bool) -> list[torch.Tensor]:
+        hf = load_hugging_face("tiny", dtype, torch.device("cuda"))
+        if one_call:
+            tower_attention.use_varlen_tower(hf)
+        out = hf.model.visual(values.to(dtype), grid_thw=grids).pooler_output
+        out.float().square().sum().backward()
+        grads = [p.grad.double() for p in hf.model.visual.parameters() if p.grad is not None]
+        return [out.double(), *grads]
+
+    truth, stock, ours = run(torch.float32, False), run(torch.bfloat16, False), run(torch.bfloat16, True)
+    for exact, plain, got in zip(truth, stock, ours, strict=True):
+        assert float((got - exact).norm()) <= 1.5 * float((plain - exact).norm()) + 1e-3 * float(exact.norm())
