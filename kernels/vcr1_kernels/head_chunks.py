@@ -135,15 +135,28 @@ class HeadGradients:
         self._need_hidden, self._need_weight = need_hidden, need_weight
         self._total_dtype = stats_dtype(hidden_ND.dtype)
         self.hidden_ND = torch.zeros_like(hidden_ND) if need_hidden else hidden_ND.new_empty(0)
-        shape = weight_VD.shape if need_weight else (0,)
-        self.weight_VD = weight_VD.new_zeros(shape, dtype=self._total_dtype)
+        self._weight_grad_VD: Tensor | None = None  # the first chunk makes it: no pass that only writes zeros
+
+    @property
+    def weight_VD(self) -> Tensor:
+        """What was added so far, zeros when nothing was."""
+        if self._weight_grad_VD is None:
+            shape = self._weight_in_VD.shape if self._need_weight else (0,)
+            self._weight_grad_VD = self._weight_in_VD.new_zeros(shape, dtype=self._total_dtype)
+        return self._weight_grad_VD
+
+    def _add_to_weight(self, a_VC: Tensor, b_CD: Tensor) -> None:
+        if self._weight_grad_VD is None:
+            self._weight_grad_VD = matmul(a_VC, b_CD, self._total_dtype)
+        else:
+            add_matmul_(self._weight_grad_VD, a_VC, b_CD)
 
     def add_rows(self, rows: slice | Tensor, grad_CV: Tensor) -> None:
         """`grad_CV` is d(loss)/d(logits) of these rows."""
         if self._need_hidden:
             self.hidden_ND[rows] = grad_CV @ self._weight_in_VD
         if self._need_weight:
-            add_matmul_(self.weight_VD, grad_CV.T, self._hidden_in_ND[rows])
+            self._add_to_weight(grad_CV.T, self._hidden_in_ND[rows])
 
     def add_scaled_rows(self, rows: slice | Tensor, exp_CV: Tensor, coefficient_C: Tensor) -> None:
         """d(loss)/d(logits) of these rows is coefficient * exp_CV: the factor goes into the small operands.
@@ -155,7 +168,7 @@ class HeadGradients:
             self.hidden_ND[rows] = (unscaled_CD * coefficient_C[:, None]).to(self.hidden_ND.dtype)
         if self._need_weight:
             hidden_CD = self._hidden_in_ND[rows]
-            add_matmul_(self.weight_VD, exp_CV.T, (hidden_CD * coefficient_C[:, None]).to(hidden_CD.dtype))
+            self._add_to_weight(exp_CV.T, (hidden_CD * coefficient_C[:, None]).to(hidden_CD.dtype))
 
 
 def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
