@@ -75,6 +75,7 @@ native = Pybind11Extension(
     cxx_std=17,
     optional=MODE == "auto",
     # fused multiply-add would round differently from the Python definition, which the C++ must equal bit for bit
-    extra_compile_args=["-O3", "-ffp-contract=off"],
+    extra_compile_args=["-O3", "-ffp-contract=off", "-pthread"],
+    extra_link_args=["-pthread"],  # before glibc 2.34 threads are a library of their own
 )
 setup(ext_modules=[] if MODE == "off" else [native], cmdclass={"build_ext": build_ext})

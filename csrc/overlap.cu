@@ -5,15 +5,17 @@
 #include <string>
 
 #include "overlap.cuh"
-#include "overlap_math.h"
 
 namespace vcr1 {
 
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kGroupThreads = 32;   // one block a group of 8 or 16 answers
+constexpr int kBatchThreads = 256;  // the only block, where all rewards share one standard deviation
+constexpr int kMaxBlocks = 65535;
 
-void check(cudaError_t status, const char* what) {
+void check_status(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
@@ -21,10 +23,12 @@ void check(cudaError_t status, const char* what) {
 class DeviceGuard {
  public:
   explicit DeviceGuard(int32_t device_id) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    check(cudaSetDevice(device_id), "cudaSetDevice");
+    check_status(cudaGetDevice(&previous_), "cudaGetDevice");
+    check_status(cudaSetDevice(device_id), "cudaSetDevice");
   }
   ~DeviceGuard() { (void)cudaSetDevice(previous_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int previous_ = 0;
@@ -35,9 +39,8 @@ __device__ bool in_bounds(const Ragged& batch, int64_t n) {
   return 0 <= begin && begin <= end && end <= batch.num_rows;
 }
 
-__device__ bool list_of(const Ragged& batch, int64_t n, Intervals& list) {
-  if (!in_bounds(batch, n)) return false;
-  list = {batch.rows + 2 * batch.offsets[n], batch.offsets[n + 1] - batch.offsets[n]};
+__device__ bool is_sorted(const Ragged& batch, int64_t n) {
+  const Intervals list = IntervalOverlap::list_of(batch, n);
   for (int64_t i = 1; i < list.count; ++i) {
     if (!(list.start(i - 1) <= list.start(i))) return false;
   }
@@ -46,49 +49,128 @@ __device__ bool list_of(const Ragged& batch, int64_t n, Intervals& list) {
 
 __device__ double not_a_number() { return __longlong_as_double(0x7ff8000000000000LL); }
 
-__global__ void interval_iou_kernel(Ragged predicted, Ragged truth, bool hull, int64_t num_lists, double* out) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (n >= num_lists) return;
-  Intervals p{nullptr, 0}, t{nullptr, 0};
-  if (!list_of(predicted, n, p) || !list_of(truth, n, t)) {
-    out[n] = not_a_number();
-    return;
-  }
-  out[n] = hull ? hull_iou(p, t) : set_iou(p, t);
+__device__ bool is_sound(const IntervalOverlap& overlap, int64_t n) {
+  return in_bounds(overlap.predicted, n) && in_bounds(overlap.truth, n) && is_sorted(overlap.predicted, n) &&
+         is_sorted(overlap.truth, n);
+}
+__device__ bool is_sound(const TrackOverlap& overlap, int64_t n) {
+  return in_bounds(overlap.predicted, n) && in_bounds(overlap.truth, n);
 }
 
-__global__ void track_iou_kernel(Ragged predicted, Ragged truth, int64_t first_box, int64_t num_lists, double* out) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (n >= num_lists) return;
-  if (!in_bounds(predicted, n) || !in_bounds(truth, n)) {
-    out[n] = not_a_number();
-    return;
-  }
-  const int64_t p = predicted.offsets[n], t = truth.offsets[n];
-  out[n] = mean_track_iou(predicted.rows + 4 * p, predicted.offsets[n + 1] - p, truth.rows + 4 * t,
-                          truth.offsets[n + 1] - t, first_box);
+template <class Overlap>
+__device__ double checked(const Overlap& overlap, int64_t n) {
+  return is_sound(overlap, n) ? overlap(n) : not_a_number();
 }
 
-unsigned int num_blocks(int64_t num_lists) { return static_cast<unsigned int>((num_lists + kThreads - 1) / kThreads); }
+template <class Overlap>
+__global__ void overlap_kernel(Overlap overlap, int64_t num_lists, double* out) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (n < num_lists) out[n] = checked(overlap, n);
+}
+
+// Stands for an overlap where there is none.
+struct NoOverlap {};
+
+__device__ double reward_of(const NoOverlap&, const RewardGroups& groups, const double*, double*, int64_t s) {
+  return groups.reward(s);
+}
+template <class Overlap>
+__device__ double reward_of(const Overlap& overlap, const RewardGroups& groups, const double* weight, double* overlaps,
+                            int64_t s) {
+  const double value = checked(overlap, s);
+  overlaps[s] = value;
+  return groups.reward(s) + product(*weight, value);
+}
+
+__device__ bool group_bounds(const RewardGroups& groups, int64_t g, int64_t& begin, int64_t& end) {
+  begin = groups.group_offsets[g];
+  end = groups.group_offsets[g + 1];
+  return 0 <= begin && begin <= end && end <= groups.num_answers;
+}
+
+// One block a group: every thread computes rewards, one adds them up in the CPU's order, every thread writes.
+template <class Overlap>
+__global__ void group_kernel(Overlap overlap, RewardGroups groups, double* overlaps) {
+  __shared__ Moments group;
+  for (int64_t g = blockIdx.x; g < groups.num_groups; g += gridDim.x) {
+    int64_t begin, end;
+    if (!group_bounds(groups, g, begin, end)) continue;  // the same for the whole block
+    for (int64_t s = begin + threadIdx.x; s < end; s += blockDim.x) {
+      groups.rewards[s] = reward_of(overlap, groups, groups.weights + groups.num_parts, overlaps, s);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) group = moments(groups.rewards + begin, end - begin);
+    __syncthreads();
+    const double divisor = divisor_of(groups, group, 0.0);
+    for (int64_t s = begin + threadIdx.x; s < end; s += blockDim.x) {
+      groups.advantages[s] = advantage(groups.rewards[s], group, divisor);
+    }
+    __syncthreads();  // `group` is free again
+  }
+}
+
+// One block for everything, since all answers share one standard deviation; a thread per answer, then one per group.
+template <class Overlap>
+__global__ void batch_kernel(Overlap overlap, RewardGroups groups, double* overlaps) {
+  __shared__ double batch_std;
+  for (int64_t s = threadIdx.x; s < groups.num_answers; s += blockDim.x) {
+    groups.rewards[s] = reward_of(overlap, groups, groups.weights + groups.num_parts, overlaps, s);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) batch_std = moments(groups.rewards, groups.num_answers).std;
+  __syncthreads();
+  for (int64_t g = threadIdx.x; g < groups.num_groups; g += blockDim.x) {
+    int64_t begin, end;
+    if (!group_bounds(groups, g, begin, end)) continue;
+    const Moments group = moments(groups.rewards + begin, end - begin);
+    const double divisor = divisor_of(groups, group, batch_std);
+    for (int64_t s = begin; s < end; ++s) groups.advantages[s] = advantage(groups.rewards[s], group, divisor);
+  }
+}
+
+template <class Overlap>
+void launch_overlap(const Overlap& overlap, int64_t num_lists, double* out, Launch launch) {
+  if (num_lists == 0) return;  // a grid of 0 blocks is a launch error
+  const DeviceGuard guard(launch.device_id);
+  const auto num_blocks = static_cast<unsigned int>((num_lists + kThreads - 1) / kThreads);
+  overlap_kernel<<<num_blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(launch.stream)>>>(overlap, num_lists, out);
+  check_status(cudaGetLastError(), "overlap_cuda");
+}
+
+template <class Overlap>
+void launch_advantages(const Overlap& overlap, const RewardGroups& groups, double* overlaps, Launch launch) {
+  if (groups.num_answers == 0 || groups.num_groups == 0) return;
+  const DeviceGuard guard(launch.device_id);
+  const auto stream = reinterpret_cast<cudaStream_t>(launch.stream);
+  if (groups.scale == AdvantageScale::kBatch) {
+    batch_kernel<<<1, kBatchThreads, 0, stream>>>(overlap, groups, overlaps);
+  } else {
+    const auto num_blocks = static_cast<unsigned int>(groups.num_groups < kMaxBlocks ? groups.num_groups : kMaxBlocks);
+    group_kernel<<<num_blocks, kGroupThreads, 0, stream>>>(overlap, groups, overlaps);
+  }
+  check_status(cudaGetLastError(), "advantages_cuda");
+}
 
 }  // namespace
 
-void interval_iou_cuda(const Ragged& predicted, const Ragged& truth, bool hull, int64_t num_lists, double* out,
-                       int32_t device_id, int64_t stream) {
-  if (num_lists == 0) return;  // a grid of 0 blocks is a launch error
-  const DeviceGuard guard(device_id);
-  interval_iou_kernel<<<num_blocks(num_lists), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-      predicted, truth, hull, num_lists, out);
-  check(cudaGetLastError(), "interval_iou_cuda");
+void overlap_cuda(const IntervalOverlap& overlap, int64_t num_lists, double* out, Launch launch) {
+  launch_overlap(overlap, num_lists, out, launch);
 }
 
-void track_iou_cuda(const Ragged& predicted, const Ragged& truth, int64_t first_box, int64_t num_lists, double* out,
-                    int32_t device_id, int64_t stream) {
-  if (num_lists == 0) return;
-  const DeviceGuard guard(device_id);
-  track_iou_kernel<<<num_blocks(num_lists), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-      predicted, truth, first_box, num_lists, out);
-  check(cudaGetLastError(), "track_iou_cuda");
+void overlap_cuda(const TrackOverlap& overlap, int64_t num_lists, double* out, Launch launch) {
+  launch_overlap(overlap, num_lists, out, launch);
+}
+
+void advantages_cuda(const IntervalOverlap& overlap, const RewardGroups& groups, double* overlaps, Launch launch) {
+  launch_advantages(overlap, groups, overlaps, launch);
+}
+
+void advantages_cuda(const TrackOverlap& overlap, const RewardGroups& groups, double* overlaps, Launch launch) {
+  launch_advantages(overlap, groups, overlaps, launch);
+}
+
+void advantages_cuda(const RewardGroups& groups, Launch launch) {
+  launch_advantages(NoOverlap{}, groups, nullptr, launch);
 }
 
 }  // namespace vcr1

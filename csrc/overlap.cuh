@@ -1,18 +1,30 @@
-// Launchers of the CUDA half. No CUDA header, so that module.cpp compiles with the host compiler alone.
+// Launchers of the CUDA half. No CUDA header, so that the bindings compile with the host compiler alone.
 // Every pointer inside is a device pointer. One launch a call, on `stream` (a cudaStream_t as an integer) of device
 // `device_id`; returns at once, nothing is synchronised. Offsets lie on the device, so they are checked by the kernel:
-// an answer whose offsets are out of bounds, or whose intervals are not sorted by start, gets NaN.
+// an answer whose offsets are out of bounds, or whose intervals are not sorted by start, gets NaN. A group whose
+// offsets are out of bounds is not written.
 #pragma once
 
 #include <cstdint>
 
 #include "overlap.h"
+#include "reward_groups.h"
 
 namespace vcr1 {
 
-void interval_iou_cuda(const Ragged& predicted, const Ragged& truth, bool hull, int64_t num_lists, double* out,
-                       int32_t device_id, int64_t stream);
-void track_iou_cuda(const Ragged& predicted, const Ragged& truth, int64_t first_box, int64_t num_lists, double* out,
-                    int32_t device_id, int64_t stream);
+// Where and in which order the launch runs.
+struct Launch {
+  int32_t device_id;
+  int64_t stream;
+};
+
+void overlap_cuda(const IntervalOverlap& overlap, int64_t num_lists, double* out, Launch launch);
+void overlap_cuda(const TrackOverlap& overlap, int64_t num_lists, double* out, Launch launch);
+
+// Overlap, reward and advantage of every answer, fused. overlaps [S] is written too.
+void advantages_cuda(const IntervalOverlap& overlap, const RewardGroups& groups, double* overlaps, Launch launch);
+void advantages_cuda(const TrackOverlap& overlap, const RewardGroups& groups, double* overlaps, Launch launch);
+// The same from parts alone.
+void advantages_cuda(const RewardGroups& groups, Launch launch);
 
 }  // namespace vcr1

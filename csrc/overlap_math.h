@@ -4,26 +4,13 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define VCR1_HD __host__ __device__ __forceinline__
-#else
-#define VCR1_HD inline
-#endif
+#include "host_device.h"
 
 namespace vcr1 {
 
-// Written out instead of std::min and std::max: Python's min and max choose the same way for NaN and for -0.0.
-VCR1_HD double lesser(double a, double b) { return b < a ? b : a; }
-VCR1_HD double greater(double a, double b) { return b > a ? b : a; }
-
-// A product that nvcc may not fuse with a following sum (a fused multiply-add rounds once where Python rounds twice).
-VCR1_HD double product(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
+// What is computed of two sets of intervals, and of two boxes; the names in Python are beside the values.
+enum class IntervalKind : int32_t { kSetIou, kHullIou, kSetIop };  // "set", "hull", "iop"
+enum class BoxKind : int32_t { kIou, kGiou };                      // "iou", "giou"
 
 // count intervals (start, end), row after row; see the Python definition for what the results mean.
 struct Intervals {
@@ -64,21 +51,52 @@ struct UnionWalk {
     }
     return true;
   }
+  // The length of all pieces together; ends the walk.
+  VCR1_HD double total_s() {
+    double total = 0.0;
+    while (next()) total += hi - lo;
+    return total;
+  }
 };
 
-// |A and B| / |A or B| of two sets of instants; 0 when either is empty.
-VCR1_HD double set_iou(Intervals predicted, Intervals truth) {
-  UnionWalk p(predicted, {nullptr, 0}), t(truth, {nullptr, 0}), both(predicted, truth);
-  double shared_s = 0.0, union_s = 0.0;
+// The length of what two sets of instants share.
+VCR1_HD double shared_length_s(Intervals predicted, Intervals truth) {
+  UnionWalk p(predicted, {nullptr, 0}), t(truth, {nullptr, 0});
+  double shared_s = 0.0;
   bool more = p.next() && t.next();
   while (more) {
     const double overlap_s = lesser(p.hi, t.hi) - greater(p.lo, t.lo);
     if (overlap_s > 0.0) shared_s += overlap_s;
     more = p.hi < t.hi ? p.next() : t.next();
   }
+  return shared_s;
+}
+
+// |A and B| / |A or B| of two sets of instants; 0 when either is empty.
+VCR1_HD double set_iou(Intervals predicted, Intervals truth) {
+  const double shared_s = shared_length_s(predicted, truth);
   if (!(shared_s > 0.0)) return 0.0;
-  while (both.next()) union_s += both.hi - both.lo;
-  return lesser(1.0, shared_s / union_s);
+  return lesser(1.0, shared_s / UnionWalk(predicted, truth).total_s());
+}
+
+// |A and B| / |A|, A the predicted set; of a set without length, the share of its instants that lie in B.
+VCR1_HD double set_iop(Intervals predicted, Intervals truth) {
+  UnionWalk pieces(predicted, {nullptr, 0});
+  const double predicted_s = pieces.total_s();
+  if (predicted_s > 0.0) {
+    const double shared_s = shared_length_s(predicted, truth);
+    return shared_s > 0.0 ? lesser(1.0, shared_s / predicted_s) : 0.0;
+  }
+  int64_t num_covered = 0;
+  for (int64_t i = 0; i < predicted.count; ++i) {
+    const double instant = predicted.start(i);
+    bool is_covered = false;
+    for (int64_t j = 0; j < truth.count && !is_covered; ++j) {
+      is_covered = truth.start(j) <= instant && instant <= truth.end(j);
+    }
+    num_covered += is_covered ? 1 : 0;
+  }
+  return predicted.count > 0 ? static_cast<double>(num_covered) / static_cast<double>(predicted.count) : 0.0;
 }
 
 // The paper's: shared length / length of the smallest interval that holds both lists; 1 when that length is <= 0.
@@ -99,6 +117,11 @@ VCR1_HD double hull_iou(Intervals predicted, Intervals truth) {
   return shared_s > 0.0 ? shared_s / hull_s : 0.0;
 }
 
+VCR1_HD double interval_overlap(Intervals predicted, Intervals truth, IntervalKind kind) {
+  if (kind == IntervalKind::kHullIou) return hull_iou(predicted, truth);
+  return kind == IntervalKind::kSetIop ? set_iop(predicted, truth) : set_iou(predicted, truth);
+}
+
 // Boxes are (x0, y0, x1, y1). 0 when the boxes do not meet, or one is reversed, or the union is not positive.
 VCR1_HD double box_iou(const double* a, const double* b) {
   const double width = lesser(a[2], b[2]) - greater(a[0], b[0]);
@@ -111,12 +134,28 @@ VCR1_HD double box_iou(const double* a, const double* b) {
   return iou >= 0.0 ? lesser(1.0, iou) : 0.0;  // infinity / infinity is NaN and counts 0
 }
 
-// Mean box IoU over boxes first_box.. of two tracks; 0 when the counts differ or no box is left.
-VCR1_HD double mean_track_iou(const double* predicted, int64_t num_predicted, const double* truth, int64_t num_truth,
-                              int64_t first_box) {
+// (1 + GIoU) / 2 = (IoU + union / enclosing box) / 2; 0 when one box is reversed or both have no area.
+VCR1_HD double box_giou(const double* a, const double* b) {
+  if (!(a[0] <= a[2] && a[1] <= a[3] && b[0] <= b[2] && b[1] <= b[3])) return 0.0;
+  const double width = lesser(a[2], b[2]) - greater(a[0], b[0]);
+  const double height = lesser(a[3], b[3]) - greater(a[1], b[1]);
+  const double shared = width > 0.0 && height > 0.0 ? product(width, height) : 0.0;
+  const double union_area = product(a[2] - a[0], a[3] - a[1]) + product(b[2] - b[0], b[3] - b[1]) - shared;
+  if (!(union_area > 0.0)) return 0.0;
+  const double enclosing = product(greater(a[2], b[2]) - lesser(a[0], b[0]), greater(a[3], b[3]) - lesser(a[1], b[1]));
+  const double mapped = product(shared / union_area + union_area / enclosing, 0.5);
+  return mapped >= 0.0 ? lesser(1.0, mapped) : 0.0;
+}
+
+// Mean box overlap over boxes first_box.. of two tracks; 0 when the counts differ or no box is left.
+VCR1_HD double track_overlap(const double* predicted, int64_t num_predicted, const double* truth, int64_t num_truth,
+                             int64_t first_box, BoxKind kind) {
   if (num_predicted != num_truth || num_truth <= first_box) return 0.0;
   double total = 0.0;
-  for (int64_t i = first_box; i < num_truth; ++i) total += box_iou(predicted + 4 * i, truth + 4 * i);
+  for (int64_t i = first_box; i < num_truth; ++i) {
+    const double *p = predicted + 4 * i, *t = truth + 4 * i;
+    total += kind == BoxKind::kGiou ? box_giou(p, t) : box_iou(p, t);
+  }
   return total / static_cast<double>(num_truth - first_box);
 }
 

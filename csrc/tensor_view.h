@@ -113,13 +113,15 @@ class TensorView {
     }
     const auto rank = static_cast<int32_t>(dims.size());
     if (tensor.ndim != rank) fail(name_, "rank", std::to_string(tensor.ndim), std::to_string(rank));
+    bool is_empty = false;
+    for (int axis = 0; axis < rank; ++axis) is_empty = is_empty || tensor.shape[axis] == 0;
     int64_t stride = 1;
     for (int axis = rank - 1; axis >= 0; --axis) {
       const int64_t got = tensor.shape[axis], wanted = dims.begin()[axis];
       const std::string where = " " + std::to_string(axis);
       if (wanted != kAnyDim && got != wanted) fail(name_, "dim" + where, std::to_string(got), std::to_string(wanted));
-      // a dim of length 0 or 1 is never stepped over, so producers may report any stride for it
-      if (tensor.strides != nullptr && got > 1 && tensor.strides[axis] != stride) {
+      // a dim that is never stepped over may be reported with any stride
+      if (tensor.strides != nullptr && !is_empty && got > 1 && tensor.strides[axis] != stride) {
         fail(name_, "stride" + where, std::to_string(tensor.strides[axis]), std::to_string(stride) + " (contiguous)");
       }
       stride *= got;

@@ -43,7 +43,7 @@ def tracks(draw):
 
 @needs_native
 @settings(max_examples=400, deadline=None)
-@given(st.lists(st.tuples(interval_lists, interval_lists), max_size=8), st.sampled_from(["set", "hull"]))
+@given(st.lists(st.tuples(interval_lists, interval_lists), max_size=8), st.sampled_from(["set", "hull", "iop"]))
 def test_interval_batches_are_bitwise_equal(pairs, kind):
     predicted, truth = [p for p, _ in pairs], [t for _, t in pairs]
     plain = overlap.interval_iou_batch_plain(predicted, truth, kind)
@@ -51,12 +51,12 @@ def test_interval_batches_are_bitwise_equal(pairs, kind):
 
 
 @needs_native
-@settings(max_examples=400, deadline=None)
-@given(st.lists(tracks(), max_size=8), st.integers(0, 2))
-def test_track_batches_are_bitwise_equal(pairs, first_box):
+@settings(max_examples=150, deadline=None)
+@given(st.lists(tracks(), max_size=8), st.integers(0, 2), st.sampled_from(["iou", "giou"]))
+def test_track_batches_are_bitwise_equal(pairs, first_box, kind):
     predicted, truth = [p for p, _ in pairs], [t for _, t in pairs]
-    plain = overlap.track_iou_batch_plain(predicted, truth, first_box)
-    assert bits(overlap.track_iou_batch_native(predicted, truth, first_box)) == bits(plain)
+    plain = overlap.track_iou_batch_plain(predicted, truth, first_box, kind)
+    assert bits(overlap.track_iou_batch_native(predicted, truth, first_box, kind)) == bits(plain)
     assert all(0.0 <= value <= 1.0 for value in plain)
 
 
@@ -83,7 +83,7 @@ def interval_arguments(**changes):
         "predicted_offsets": np.array([0, 1, 2]),
         "truth": np.ones((3, 2)),
         "truth_offsets": np.array([0, 2, 3]),
-        "hull": False,
+        "kind": "set",
         "out": np.empty(2),
     }
     return {**arguments, **changes}
@@ -114,13 +114,14 @@ def interval_arguments(**changes):
         ),
         ({"truth": np.full((3, 2), np.nan)}, ValueError, "truth: row 1 got a start before"),
         ({"out": np.empty((2, 1))}, ValueError, "out: rank got 2, wanted 1"),
+        ({"kind": "giou"}, ValueError, "kind: value got 'giou', wanted 'set', 'hull' or 'iop'"),
     ],
 )
 def test_bad_arrays_are_refused(changes, error, message):
     from vcr1_fast import _native
 
     with pytest.raises(error, match=message):
-        _native.interval_iou(**interval_arguments(**changes))
+        _native.interval_overlap(**interval_arguments(**changes))
 
 
 @needs_native
@@ -128,13 +129,15 @@ def test_first_box_must_not_be_negative_and_no_array_leaks():
     from vcr1_fast import _native
 
     boxes, offsets, out = np.zeros((2, 4)), np.array([0, 2]), np.empty(1)
+    with pytest.raises(ValueError, match="kind: value got 'set', wanted 'iou' or 'giou'"):
+        _native.track_overlap(boxes, offsets, boxes, offsets, 0, "set", out)
     with pytest.raises(ValueError, match="first_box: value got -1, wanted 0 or more"):
-        _native.track_iou(boxes, offsets, boxes, offsets, -1, out)
+        _native.track_overlap(boxes, offsets, boxes, offsets, -1, "iou", out)
     count = sys.getrefcount(boxes)
     for _ in range(1000):
-        _native.track_iou(boxes, offsets, boxes, offsets, 0, out)
+        _native.track_overlap(boxes, offsets, boxes, offsets, 0, "iou", out)
         with pytest.raises(ValueError):
-            _native.track_iou(boxes, offsets, boxes[:, :3], offsets, 0, out)
+            _native.track_overlap(boxes, offsets, boxes[:, :3], offsets, 0, "iou", out)
     assert sys.getrefcount(boxes) == count
 
 
@@ -145,7 +148,7 @@ def test_torch_tensors_are_read_too():
 
     rows, offsets = torch.tensor([[0.0, 2.0]], dtype=torch.float64), torch.tensor([0, 1])
     truth, out = torch.tensor([[1.0, 3.0]], dtype=torch.float64), torch.empty(1, dtype=torch.float64)
-    _native.interval_iou(rows, offsets, truth, offsets, False, out)
+    _native.interval_overlap(rows, offsets, truth, offsets, "set", out)
     assert out.item() == 1 / 3
 
 
@@ -159,7 +162,7 @@ def test_the_interpreter_runs_on_while_a_batch_is_computed():
     offsets, out, finished = np.array([0, len(rows)]), np.empty(1), []
 
     def compute():
-        _native.interval_iou(rows, offsets, rows, offsets, False, out)
+        _native.interval_overlap(rows, offsets, rows, offsets, "set", out)
         finished.append(True)
 
     thread = threading.Thread(target=compute)
@@ -175,33 +178,65 @@ def test_the_interpreter_runs_on_while_a_batch_is_computed():
     assert out[0] == 1.0
 
 
+def random_batch(seed, num_answers):
+    """Arrays of a batch: sorted intervals and tracks of 4 boxes, a few of them broken off."""
+    rng = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 4, num_answers))])
+    starts = np.concatenate([np.sort(rng.random(n)) for n in np.diff(offsets)])
+    intervals = np.stack([starts, starts + rng.random(len(starts)) - 0.1], axis=1)
+    truth, truth_offsets = np.tile([[0.3, 0.8]], (num_answers, 1)), np.arange(num_answers + 1)
+    boxes = np.sort(rng.random((4 * num_answers, 2, 2)), axis=1).reshape(-1, 4)
+    box_offsets = 4 * np.arange(num_answers + 1)
+    true_boxes = np.roll(boxes, 1, axis=0) * 0.5 + boxes * 0.5
+    return (intervals, offsets, truth, truth_offsets), (boxes, box_offsets, true_boxes, box_offsets)
+
+
+@needs_native
+def test_the_number_of_threads_does_not_change_a_bit():
+    from vcr1_fast import _native
+
+    intervals, tracks_ = random_batch(1, 60_000)  # enough rows for 4 threads
+    limit, results = _native.thread_limit(), []
+    try:
+        for threads in (1, 4):
+            _native.set_thread_limit(threads)
+            assert _native.thread_limit() == threads
+            out, out_track = np.empty(60_000), np.empty(60_000)
+            _native.interval_overlap(*intervals, "set", out)
+            _native.track_overlap(*tracks_, 1, "giou", out_track)
+            results.append(out.tobytes() + out_track.tobytes())
+    finally:
+        _native.set_thread_limit(limit)
+    assert results[0] == results[1]
+    for wrong in (0, 65):
+        with pytest.raises(ValueError, match=f"count: value got {wrong}, wanted 1 to 64"):
+            _native.set_thread_limit(wrong)
+
+
 @needs_cuda
 @pytest.mark.gpu
-@pytest.mark.parametrize("hull", [False, True])
-def test_cuda_equals_cpu_bit_for_bit(hull):
+@pytest.mark.parametrize("kind", ["set", "hull", "iop"])
+@pytest.mark.parametrize("box_kind", ["iou", "giou"])
+def test_cuda_equals_cpu_bit_for_bit(kind, box_kind):
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     from vcr1_fast import _native
 
-    rng = np.random.default_rng(0)
-    offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 4, 1000))])
-    starts = np.concatenate([np.sort(rng.random(n)) for n in np.diff(offsets)])
-    intervals = np.stack([starts, starts + rng.random(len(starts)) - 0.1], axis=1)
-    truth, truth_offsets = np.tile([[0.3, 0.8]], (1000, 1)), np.arange(1001)
-    boxes = np.sort(rng.random((4000, 2, 2)), axis=1).reshape(4000, 4)
-    box_offsets = np.arange(0, 4001, 4)
-    true_boxes = np.roll(boxes, 1, axis=0) * 0.5 + boxes * 0.5
+    intervals, tracks_ = random_batch(0, 1000)
     cpu_iou, cpu_track = np.empty(1000), np.empty(1000)
-    _native.interval_iou(intervals, offsets, truth, truth_offsets, hull, cpu_iou)
-    _native.track_iou(boxes, box_offsets, true_boxes, box_offsets, 1, cpu_track)
+    _native.interval_overlap(*intervals, kind, cpu_iou)
+    _native.track_overlap(*tracks_, 1, box_kind, cpu_track)
 
-    gpu = [torch.as_tensor(a, device="cuda") for a in (intervals, offsets, truth, truth_offsets)]
-    gpu_boxes = [torch.as_tensor(a, device="cuda") for a in (boxes, box_offsets, true_boxes, box_offsets)]
     out_iou, out_track = torch.empty(2, 1000, dtype=torch.float64, device="cuda").unbind()
-    stream = torch.cuda.current_stream().cuda_stream
-    _native.interval_iou_cuda(*gpu, hull, out_iou, stream)
-    _native.track_iou_cuda(*gpu_boxes, 1, out_track, stream)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # the caller's stream, not the default one
+        gpu = [torch.as_tensor(a, device="cuda") for a in intervals]
+        gpu_boxes = [torch.as_tensor(a, device="cuda") for a in tracks_]
+        _native.interval_overlap_cuda(*gpu, kind, out_iou, side.cuda_stream)
+        _native.track_overlap_cuda(*gpu_boxes, 1, box_kind, out_track, side.cuda_stream)
+    side.synchronize()
     assert out_iou.cpu().numpy().tobytes() == cpu_iou.tobytes()
     assert out_track.cpu().numpy().tobytes() == cpu_track.tobytes()
 
@@ -211,4 +246,4 @@ def test_cuda_functions_refuse_cpu_arrays():
     from vcr1_fast import _native
 
     with pytest.raises(ValueError, match="out: device got cpu, wanted cuda"):
-        _native.interval_iou_cuda(**interval_arguments(), stream=0)
+        _native.interval_overlap_cuda(**interval_arguments(), stream=0)

@@ -3,11 +3,14 @@
 import pytest
 
 from vcr1_fast.tasks.overlap import (
+    box_giou,
     box_iou,
     connected_pieces,
     hull_iou,
+    interval_iop_batch,
     interval_iou_batch,
     mean_track_iou,
+    set_iop,
     set_iou,
     track_iou_batch,
 )
@@ -61,6 +64,54 @@ def test_connected_pieces_merges_what_touches_and_drops_what_is_empty():
 def test_box_iou(a, b, iou):
     assert box_iou(a, b) == iou
     assert box_iou(b, a) == iou
+
+
+@pytest.mark.parametrize(
+    ("predicted", "truth", "iop"),
+    [
+        ([(2.0, 6.0)], [(4.0, 10.0)], 2 / 4),  # over the prediction's own length
+        ([(4.0, 10.0)], [(2.0, 6.0)], 2 / 6),
+        ([(3.0, 4.0)], [(0.0, 10.0)], 1.0),
+        ([(0.0, 2.0), (8.0, 10.0)], [(1.0, 9.0)], 2 / 4),
+        ([(0.0, 3.0), (2.0, 4.0)], [(0.0, 2.0), (3.0, 9.0)], 3 / 4),  # overlapping predictions count once
+        ([(0.0, 2.0)], [(2.0, 4.0)], 0.0),
+        ([(3.0, 3.0)], [(2.0, 4.0)], 1.0),  # an instant inside
+        ([(4.0, 4.0), (5.0, 5.0)], [(2.0, 4.0)], 1 / 2),  # one on the border, one outside
+        ([(3.0, 3.0), (4.0, 6.0)], [(2.0, 4.0)], 0.0),  # beside an interval an instant has no weight
+        ([], [(2.0, 4.0)], 0.0),
+        ([(1.0, 2.0)], [], 0.0),
+    ],
+)
+def test_interval_iop(predicted, truth, iop):
+    assert set_iop(predicted, truth) == iop
+    assert interval_iop_batch([predicted], [truth]) == [iop]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "giou"),
+    [
+        (UNIT, UNIT, 1.0),
+        (UNIT, LEFT_HALF, 0.75),  # IoU 1/2, nothing wasted: GIoU 1/2
+        (UNIT, (2.0, 0.0, 3.0, 1.0), 2 / 3 / 2),  # IoU 0, union 2 of 3: GIoU -1/3
+        (UNIT, (1.0, 0.0, 2.0, 1.0), 0.5),  # touching along a side: GIoU 0
+        (UNIT, (1.0, 1.0, 2.0, 2.0), 0.25),  # touching in a corner, union 2 of 4: GIoU -1/2
+        (UNIT, (3.0, 0.0, 3.0, 0.0), 1 / 3 / 2),  # a box without area: union 1 of 3
+        ((0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5), 0.0),  # neither has an area
+        (UNIT, (1.0, 1.0, 0.0, 0.0), 0.0),  # reversed
+        (UNIT, (0.0, 0.0, float("inf"), 1.0), 0.0),
+        (UNIT, (float("nan"), 0.0, 1.0, 1.0), 0.0),
+    ],
+)
+def test_box_giou(a, b, giou):
+    assert box_giou(a, b) == giou
+    assert box_giou(b, a) == giou
+
+
+def test_track_giou():
+    truth = [UNIT, UNIT]
+    assert mean_track_iou([UNIT, (2.0, 0.0, 3.0, 1.0)], truth, 0, "giou") == (1.0 + 2 / 3 / 2) / 2
+    assert track_iou_batch([[UNIT, LEFT_HALF]], [truth], 1, "giou") == [0.75]
+    assert track_iou_batch([[UNIT]], [truth], 0, "giou") == [0.0]
 
 
 def test_track_iou_with_and_without_the_given_box():

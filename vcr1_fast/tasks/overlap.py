@@ -16,6 +16,8 @@ from vcr1_fast import native
 from vcr1_fast.types import Box, Interval
 
 IntervalIoU = Literal["set", "hull"]
+IntervalOverlap = Literal["set", "hull", "iop"]
+BoxOverlap = Literal["iou", "giou"]
 
 
 def hull_iou(predicted: Sequence[Interval], truth: Sequence[Interval]) -> float:
@@ -48,7 +50,29 @@ def connected_pieces(intervals: Sequence[Interval]) -> list[Interval]:
 
 def set_iou(predicted: Sequence[Interval], truth: Sequence[Interval]) -> float:
     """|A and B| / |A or B|, both lists read as sets of instants; 0 when they share none. In [0, 1]."""
-    p_pieces, t_pieces = connected_pieces(predicted), connected_pieces(truth)
+    shared_s = _shared_s(connected_pieces(predicted), connected_pieces(truth))
+    if not shared_s > 0.0:
+        return 0.0
+    return min(1.0, shared_s / _total_s(connected_pieces([*predicted, *truth])))
+
+
+def set_iop(predicted: Sequence[Interval], truth: Sequence[Interval]) -> float:
+    """|A and B| / |A|, the share of the prediction A that lies in the truth B; in [0, 1].
+
+    IoP of NExT-GQA (arXiv 2309.01327), both lists read as sets of instants. A prediction without length counts as its
+    instants: the share of them that the truth covers, ends included, as in NExT-GQA's script. 0 for an empty one.
+    """
+    pieces = connected_pieces(predicted)
+    if not pieces:
+        num_covered = 0
+        for instant, _ in predicted:
+            num_covered += any(start <= instant <= end for start, end in truth)
+        return num_covered / len(predicted) if predicted else 0.0
+    shared_s = _shared_s(pieces, connected_pieces(truth))
+    return min(1.0, shared_s / _total_s(pieces)) if shared_s > 0.0 else 0.0
+
+
+def _shared_s(p_pieces: Sequence[Interval], t_pieces: Sequence[Interval]) -> float:
     shared_s, i, j = 0.0, 0, 0
     while i < len(p_pieces) and j < len(t_pieces):
         overlap_s = min(p_pieces[i][1], t_pieces[j][1]) - max(p_pieces[i][0], t_pieces[j][0])
@@ -58,12 +82,14 @@ def set_iou(predicted: Sequence[Interval], truth: Sequence[Interval]) -> float:
             i += 1
         else:
             j += 1
-    if not shared_s > 0.0:
-        return 0.0
-    union_s = 0.0
-    for start, end in connected_pieces([*predicted, *truth]):  # not sum(): from Python 3.12 on it compensates rounding
-        union_s += end - start
-    return min(1.0, shared_s / union_s)
+    return shared_s
+
+
+def _total_s(pieces: Sequence[Interval]) -> float:
+    total_s = 0.0
+    for start, end in pieces:  # not sum(): from Python 3.12 on it compensates rounding
+        total_s += end - start
+    return total_s
 
 
 def box_iou(a: Box, b: Box) -> float:
@@ -83,62 +109,83 @@ def box_iou(a: Box, b: Box) -> float:
     return min(1.0, iou) if iou >= 0.0 else 0.0  # infinity / infinity is NaN and counts 0
 
 
-def mean_track_iou(predicted: Sequence[Box], truth: Sequence[Box], first_box: int) -> float:
-    """Mean box IoU over boxes first_box, first_box + 1, ... of two tracks.
+def box_giou(a: Box, b: Box) -> float:
+    """(1 + GIoU) / 2, so that it lies in [0, 1]: boxes that do not meet earn more the closer they are.
+
+    GIoU = IoU - (C - U) / C with U the area of the union and C that of the smallest box around both (Rezatofighi et
+    al., arXiv 1902.09630); computed as (IoU + U / C) / 2. 1 for equal boxes, 0.5 for two that share a whole side, 1/3
+    for unit squares one side apart. 0 when one box is reversed or neither has an area.
+    """
+    if not (a[0] <= a[2] and a[1] <= a[3] and b[0] <= b[2] and b[1] <= b[3]):
+        return 0.0
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    shared = width * height if width > 0.0 and height > 0.0 else 0.0
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    if not union > 0.0:
+        return 0.0
+    enclosing = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    mapped = (shared / union + union / enclosing) * 0.5
+    return min(1.0, mapped) if mapped >= 0.0 else 0.0  # infinity / infinity is NaN and counts 0
+
+
+def mean_track_iou(predicted: Sequence[Box], truth: Sequence[Box], first_box: int, kind: BoxOverlap = "iou") -> float:
+    """Mean `box_iou` (or `box_giou`) over boxes first_box, first_box + 1, ... of two tracks.
 
     first_box 0 is the paper's "overlap"; 1 leaves out the box that the prompt gives away. 0 when the tracks have
     different numbers of boxes, or none from first_box on.
     """
     if len(predicted) != len(truth) or len(truth) <= first_box:
         return 0.0
+    overlap = box_giou if kind == "giou" else box_iou
     total = 0.0
     for i in range(first_box, len(truth)):
-        total += box_iou(predicted[i], truth[i])
+        total += overlap(predicted[i], truth[i])
     return total / (len(truth) - first_box)
 
 
 def interval_iou_batch_plain(
-    predicted: Sequence[Sequence[Interval]], truth: Sequence[Sequence[Interval]], kind: IntervalIoU
+    predicted: Sequence[Sequence[Interval]], truth: Sequence[Sequence[Interval]], kind: IntervalOverlap
 ) -> list[float]:
-    """`interval_iou_batch` without the compiled module: one answer after the other."""
+    """`interval_iou_batch`, or for kind "iop" `interval_iop_batch`, without the compiled module: one answer by one."""
     _check_lengths(predicted, truth)
-    iou = hull_iou if kind == "hull" else set_iou
-    return [iou(p, t) for p, t in zip(predicted, truth, strict=True)]
+    overlap = _INTERVAL_OVERLAPS[kind]
+    return [overlap(p, t) for p, t in zip(predicted, truth, strict=True)]
 
 
 def interval_iou_batch_native(
-    predicted: Sequence[Sequence[Interval]], truth: Sequence[Sequence[Interval]], kind: IntervalIoU
+    predicted: Sequence[Sequence[Interval]], truth: Sequence[Sequence[Interval]], kind: IntervalOverlap
 ) -> list[float]:
-    """`interval_iou_batch` in one call of the compiled module, which must be there."""
+    """The same as `interval_iou_batch_plain` in one call of the compiled module, which must be there."""
     from vcr1_fast import _native
 
     _check_lengths(predicted, truth)
-    p_rows, p_offsets = _ragged([sorted(intervals) for intervals in predicted], width=2)
-    t_rows, t_offsets = _ragged([sorted(intervals) for intervals in truth], width=2)
+    p_rows, p_offsets = ragged([sorted(intervals) for intervals in predicted], width=2)
+    t_rows, t_offsets = ragged([sorted(intervals) for intervals in truth], width=2)
     out = np.empty(len(predicted), np.float64)
-    _native.interval_iou(p_rows, p_offsets, t_rows, t_offsets, kind == "hull", out)
+    _native.interval_overlap(p_rows, p_offsets, t_rows, t_offsets, kind, out)
     return out.tolist()
 
 
 def track_iou_batch_plain(
-    predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int
+    predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int, kind: BoxOverlap = "iou"
 ) -> list[float]:
     """`track_iou_batch` without the compiled module: one track after the other."""
     _check_lengths(predicted, truth)
-    return [mean_track_iou(p, t, first_box) for p, t in zip(predicted, truth, strict=True)]
+    return [mean_track_iou(p, t, first_box, kind) for p, t in zip(predicted, truth, strict=True)]
 
 
 def track_iou_batch_native(
-    predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int
+    predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int, kind: BoxOverlap = "iou"
 ) -> list[float]:
     """`track_iou_batch` in one call of the compiled module, which must be there."""
     from vcr1_fast import _native
 
     _check_lengths(predicted, truth)
-    p_rows, p_offsets = _ragged(predicted, width=4)
-    t_rows, t_offsets = _ragged(truth, width=4)
+    p_rows, p_offsets = ragged(predicted, width=4)
+    t_rows, t_offsets = ragged(truth, width=4)
     out = np.empty(len(predicted), np.float64)
-    _native.track_iou(p_rows, p_offsets, t_rows, t_offsets, first_box, out)
+    _native.track_overlap(p_rows, p_offsets, t_rows, t_offsets, first_box, kind, out)
     return out.tolist()
 
 
@@ -153,14 +200,22 @@ def interval_iou_batch(
     return _interval_iou_batch(predicted, truth, kind)
 
 
-def track_iou_batch(predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int) -> list[float]:
+def interval_iop_batch(predicted: Sequence[Sequence[Interval]], truth: Sequence[Sequence[Interval]]) -> list[float]:
+    """`set_iop` of N answers with their truths, as `interval_iou_batch`."""
+    return _interval_iou_batch(predicted, truth, "iop")
+
+
+def track_iou_batch(
+    predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int, kind: BoxOverlap = "iou"
+) -> list[float]:
     """`mean_track_iou` of N answers with their truths: N lists of boxes on either side -> N floats.
 
     Raises ValueError when the two sides have different lengths.
     """
-    return _track_iou_batch(predicted, truth, first_box)
+    return _track_iou_batch(predicted, truth, first_box, kind)
 
 
+_INTERVAL_OVERLAPS = {"set": set_iou, "hull": hull_iou, "iop": set_iop}
 # which one is used is decided here, once
 _interval_iou_batch = interval_iou_batch_native if native.is_available() else interval_iou_batch_plain
 _track_iou_batch = track_iou_batch_native if native.is_available() else track_iou_batch_plain
@@ -171,8 +226,8 @@ def _check_lengths(predicted: Sequence[object], truth: Sequence[object]) -> None
         raise ValueError(f"got {len(predicted)} answers and {len(truth)} truths, wanted one truth per answer")
 
 
-def _ragged(lists: Sequence[Sequence[tuple[float, ...]]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """N lists of tuples -> rows [sum of lengths, width] float64 and offsets [N + 1] int64."""
+def ragged(lists: Sequence[Sequence[tuple[float, ...]]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """N lists of tuples of `width` numbers -> rows [sum of lengths, width] float64 and offsets [N + 1] int64."""
     lengths = [len(rows) for rows in lists]
     offsets = np.zeros(len(lists) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])

@@ -1,0 +1,102 @@
+"""Reward parts of a batch of answers -> rewards -> advantages relative to the group of answers to the same prompt.
+
+The plain functions are the definition of correct, in float64, with every sum from left to right; the compiled module
+equals them bit for bit. On CUDA it computes the overlap, the reward and the advantage of a whole batch in one launch
+(`_native.interval_advantages_cuda` and `track_advantages_cuda`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from vcr1_fast import native
+
+AdvantageScale = Literal["group", "batch", "none"]
+STD_FLOOR = 1e-4  # added to the standard deviation, as the original and TRL do
+
+
+def weighted_rewards(parts: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
+    """reward_s = sum over k of weights[k] * parts[k][s]: K parts of S answers -> S rewards."""
+    rewards: list[float] = []
+    for values in zip(*parts, strict=True):
+        total = 0.0
+        for weight, value in zip(weights, values, strict=True):
+            total += weight * value
+        rewards.append(total)
+    return rewards
+
+
+def _moments(rewards: Sequence[float]) -> tuple[float, float, bool]:
+    """Mean, unbiased standard deviation, and whether all are equal (the standard deviation is then 0, exactly)."""
+    if len(rewards) < 2 or all(reward == rewards[0] for reward in rewards):
+        return (rewards[0] if rewards else 0.0), 0.0, True
+    total, squares = 0.0, 0.0
+    for reward in rewards:
+        total += reward
+    mean = total / len(rewards)
+    for reward in rewards:
+        squares += (reward - mean) * (reward - mean)
+    return mean, math.sqrt(squares / (len(rewards) - 1)), False
+
+
+def group_advantages_plain(
+    rewards: Sequence[float], group_offsets: Sequence[int], scale: AdvantageScale, std_floor: float = STD_FLOOR
+) -> list[float]:
+    """A_s = (r_s - mean of its group) / (std + std_floor), std unbiased; S rewards -> S advantages.
+
+    Group g is answers group_offsets[g] to group_offsets[g + 1]. scale "group": std of the group (DeepSeekMath, arXiv
+    2402.03300); "batch": of all S rewards; "none": the divisor is 1 (Dr. GRPO, arXiv 2503.20783). A group whose rewards
+    are all equal gets exactly 0: rounding of the mean would leave 1e-17 / 1e-4 otherwise.
+    """
+    batch_std = _moments(rewards)[1] if scale == "batch" else 0.0
+    advantages = [0.0] * len(rewards)
+    for g in range(len(group_offsets) - 1):
+        begin, end = group_offsets[g], group_offsets[g + 1]
+        mean, std, are_equal = _moments(rewards[begin:end])
+        divisor = 1.0 if scale == "none" else (batch_std if scale == "batch" else std) + std_floor
+        for s in range(begin, end):
+            advantages[s] = 0.0 if are_equal else (rewards[s] - mean) / divisor
+    return advantages
+
+
+def group_advantages_native(
+    rewards: Sequence[float], group_offsets: Sequence[int], scale: AdvantageScale, std_floor: float = STD_FLOOR
+) -> list[float]:
+    """`group_advantages` by the compiled module, which must be there."""
+    from vcr1_fast import _native
+
+    parts = np.array([rewards], np.float64)
+    total, advantages = np.empty(parts.shape[1]), np.empty(parts.shape[1])
+    offsets = np.array(group_offsets, np.int64)
+    _native.group_advantages(parts, np.ones(1), offsets, scale, std_floor, total, advantages)
+    return advantages.tolist()
+
+
+def group_advantages(
+    rewards: Sequence[float], group_offsets: Sequence[int], scale: AdvantageScale, std_floor: float = STD_FLOOR
+) -> list[float]:
+    """`group_advantages_plain`, in one call of the compiled module where there is one.
+
+    Raises ValueError unless group_offsets rise from 0 to the number of rewards, std_floor is more than 0 and the scale
+    is known.
+    """
+    _check(len(rewards), group_offsets, scale, std_floor)
+    return _group_advantages(rewards, group_offsets, scale, std_floor)
+
+
+# which one is used is decided here, once
+_group_advantages = group_advantages_native if native.is_available() else group_advantages_plain
+
+
+def _check(num_rewards: int, group_offsets: Sequence[int], scale: str, std_floor: float) -> None:
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale is {scale!r}, wanted 'group', 'batch' or 'none'")
+    if not std_floor > 0.0:
+        raise ValueError(f"std_floor is {std_floor}, wanted more than 0")
+    is_rising = all(group_offsets[g] <= group_offsets[g + 1] for g in range(len(group_offsets) - 1))
+    if not group_offsets or group_offsets[0] != 0 or group_offsets[-1] != num_rewards or not is_rising:
+        raise ValueError(f"group_offsets are {list(group_offsets)!r:.80}, wanted to rise from 0 to {num_rewards}")
