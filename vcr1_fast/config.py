@@ -5,19 +5,22 @@ The string under a field is its help text on the command line. Nothing here impo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
-from vcr1_fast.types import SamplingParams
+from vcr1_fast.config_error import ConfigError as ConfigError
+from vcr1_fast.config_error import require
+from vcr1_fast.config_learning import AlgorithmConfig, OptimizerConfig, RolloutConfig
 
 
-class ConfigError(ValueError):
-    """A setting is wrong. The message says which, what it is, and what is wanted."""
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
+def _is_http_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
+    except ValueError:  # a port that is no number, brackets that do not close
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,37 @@ class DataConfig:
     """Annotation files."""
 
     train: tuple[str, ...] = ()
-    """Annotation files (JSON or JSONL) to train on; several files are shuffled together."""
+    """Annotation files (JSON, JSONL, CSV or parquet) to train on; several files are shuffled together."""
     eval: tuple[str, ...] = ()
     """Held-out annotation files."""
     video_root: str | None = None
     """Folder that relative video paths start from. Default: the folder of the annotation file."""
+    format: Literal["auto", "rows", "charades", "got10k", "nextgqa", "nextgqa_choice", "vidtab"] = "auto"
+    """Schema of the annotation files. auto: seen from the content of each. rows: our own; charades: ActivityNet too."""
+
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Weight of each task, such as {temporal_grounding: 2, object_tracking: 1}: exact in every 100 prompts, 0 leaves
+    a task out. Empty: every example equally often."""
+    reward_range: tuple[float, float] | None = None
+    """[lowest, highest] mean reward in data.rewards of an example to train on; the others are left out."""
+    rewards: str | None = None
+    """rewards.jsonl of an earlier run, for data.reward_range."""
+
+    def __post_init__(self) -> None:
+        for task, weight in self.mixture.items():
+            require(0 <= weight < math.inf, f"data.mixture.{task} is {weight}, wanted a finite number >= 0")
+        require(
+            not self.mixture or sum(self.mixture.values()) > 0,
+            "data.mixture gives every task weight 0, wanted at least one above 0",
+        )
+        require(
+            (self.reward_range is None) == (self.rewards is None),
+            "data.reward_range and data.rewards go together: set both, or none",
+        )
+        require(
+            self.reward_range is None or self.reward_range[0] <= self.reward_range[1],
+            f"data.reward_range is {self.reward_range}, wanted [lowest, highest]",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +102,15 @@ class VideoConfig:
     """A clip that takes longer to decode in the decord worker is given up and quarantined."""
 
     def __post_init__(self) -> None:
-        _require(self.fps > 0, f"video.fps is {self.fps}, wanted a positive number of frames per second")
+        require(self.fps > 0, f"video.fps is {self.fps}, wanted a positive number of frames per second")
         for name in ("min_frames", "max_frames"):
             value = getattr(self, name)
-            _require(value >= 2 and value % 2 == 0, f"video.{name} is {value}, wanted an even number >= 2")
-        _require(
+            require(value >= 2 and value % 2 == 0, f"video.{name} is {value}, wanted an even number >= 2")
+        require(
             self.min_frames <= self.max_frames,
             f"video.min_frames is {self.min_frames}, more than video.max_frames {self.max_frames}",
         )
-        _require(
+        require(
             28 * 28 <= self.min_frame_pixels <= self.max_frame_pixels,
             f"video.min_frame_pixels is {self.min_frame_pixels}, wanted between 784 and "
             f"video.max_frame_pixels {self.max_frame_pixels}",
@@ -98,112 +127,71 @@ class TaskConfig:
     """Ask for a think block before the answer."""
     reward_weights: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "iou": 1.0})
     """Weight of each reward part; parts not named count 1."""
+    custom: tuple[str, ...] = ()
+    """Tasks of your own, each as module:Class, such as my_task:Counting."""
+    rewards: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Reward parts of your own: task to a list of module:function. The part has the function's name."""
+    iou: Literal["plain", "boundary"] = "plain"
+    """Part `iou` of temporal grounding. boundary: less the further its ends are off (Time-R1); scores stay plain."""
+    shaping: dict[str, Literal["tempsamp_r1"]] = field(default_factory=dict)
+    """Reward part to a function that it goes through on its way into the reward. tempsamp_r1: flat above 0.8, steep
+    below."""
+    temporal_contrast: bool = False
+    """Adds the part `order`: 1 for correct answers if they are not better with the frames shuffled (T-GRPO, there
+    weighted 0.3). Samples half as many answers again."""
+    length_reward: Literal["none", "window", "overlong"] = "none"
+    """Adds the part `length`, by tokens. window: 1 for a correct answer inside length_tokens (Video-R1, there weighted
+    0.2). overlong: 1 up to the first of length_tokens, falling to 0 at the second (DAPO)."""
+    length_tokens: tuple[int, int] = (320, 512)
+    """The two lengths that length_reward needs, in tokens."""
 
     def __post_init__(self) -> None:
         for name, weight in self.reward_weights.items():
-            _require(weight >= 0, f"task.reward_weights.{name} is {weight}, wanted a number >= 0")
+            require(weight >= 0, f"task.reward_weights.{name} is {weight}, wanted a number >= 0")
+        low, high = self.length_tokens
+        require(0 <= low < high, f"task.length_tokens is {self.length_tokens}, wanted 0 <= first < second")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """How completions are drawn for training."""
+class JudgeConfig:
+    """The language model that compares captions, behind any OpenAI-compatible server. Asked only for captioning."""
 
-    engine: Literal["local"] = "local"
-    """local: the Hugging Face model in this process."""
-    group_size: int = 8
-    """G, completions per prompt."""
-    temperature: float = 1.0
-    """Sampling temperature; log-probs everywhere are taken at this temperature."""
-    top_p: float = 1.0
-    """Nucleus sampling. Below 1 the log-probs are still those of the whole vocabulary."""
-    max_new_tokens: int = 1024
-    """Longest completion."""
-    max_batch_rows: int = 256
-    """Completions decoded together; bounds the KV cache."""
-
-    def __post_init__(self) -> None:
-        _require(self.group_size >= 1, f"rollout.group_size is {self.group_size}, wanted >= 1")
-        _require(
-            self.temperature > 0,
-            f"rollout.temperature is {self.temperature}, wanted > 0 (greedy rollouts have no group variance)",
-        )
-        _require(0 < self.top_p <= 1, f"rollout.top_p is {self.top_p}, wanted in (0, 1]")
-        _require(self.max_new_tokens >= 1, f"rollout.max_new_tokens is {self.max_new_tokens}, wanted >= 1")
-        _require(
-            self.max_batch_rows >= self.group_size,
-            f"rollout.max_batch_rows is {self.max_batch_rows}, less than rollout.group_size {self.group_size}",
-        )
-
-    def sampling(self, seed: int) -> SamplingParams:
-        return SamplingParams(self.group_size, self.max_new_tokens, self.temperature, self.top_p, seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlgorithmConfig:
-    """The GRPO objective (formulas in vcr1_kernels.losses)."""
-
-    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = "grpo"
-    """grpo, dr_grpo, dapo: clipped per token, averaged per sequence then over sequences, over a constant length, over
-    all tokens. gspo: the ratio of the whole sequence is clipped. cispo: clipped weights on log-probs. sapo: a smooth
-    gate instead of a clip."""
-    scale_advantages: Literal["group", "batch", "none"] = "group"
-    """Divide (reward - group mean) by the group's standard deviation, the step's, or nothing."""
-    clip_low: float = 0.2
-    """Ratio is clipped below at 1 - clip_low."""
-    clip_high: float = 0.2
-    """Ratio is clipped above at 1 + clip_high."""
-    dual_clip: float | None = None
-    """Bound of ratio x |advantage| where the advantage is negative, such as 3.0; none: no bound."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy, which is raised by it."""
-    beta: float = 0.0
-    """Weight of the KL to the starting weights; 0 loads no reference model."""
-    kl: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of that KL from sampled tokens."""
-    minibatches_per_rollout: int = 1
-    """Optimizer updates per rollout. At 1 the ratio is exactly 1 and engine log-probs are not needed."""
-    mask_truncated: bool = False
-    """Leave completions that hit max_new_tokens out of the loss."""
+    url: str = "http://127.0.0.1:8000/v1"
+    """Address up to and including /v1; /chat/completions is added."""
+    model: str = "Qwen/Qwen2.5-72B-Instruct"
+    """Name under which the server knows the model. Default: the judge of VideoChat-R1."""
+    api_key_env: str = "VCR1_JUDGE_API_KEY"
+    """Environment variable that holds the API key; unset: no key is sent. The key itself is never stored."""
+    timeout_s: float = 60.0
+    """Longest time of one request, from connecting to the last byte."""
+    total_timeout_s: float = 300.0
+    """Longest time for all captions of one call together, retries and pauses included."""
+    max_retries: int = 4
+    """Further attempts after a failed request or an unreadable answer."""
+    backoff_s: float = 0.5
+    """Pause before the first retry; doubles each time up to 30 s, a random half of it is left out."""
+    max_concurrency: int = 16
+    """Requests in flight at once, per process."""
+    cache: str | None = "~/.cache/vcr1-fast/judge.sqlite"
+    """File of answers already given, shared by runs and processes; null: in memory only."""
+    on_failure: Literal["drop", "zero"] = "drop"
+    """Where the judge gives no verdict. drop: that group is left out of the step. zero: its judged parts are 0 for all
+    answers, so only the others teach."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.clip_low < 1, f"algorithm.clip_low is {self.clip_low}, wanted in [0, 1)")
-        _require(self.clip_high >= 0, f"algorithm.clip_high is {self.clip_high}, wanted >= 0")
-        _require(self.beta >= 0, f"algorithm.beta is {self.beta}, wanted >= 0")
-        _require(
-            self.minibatches_per_rollout >= 1,
-            f"algorithm.minibatches_per_rollout is {self.minibatches_per_rollout}, wanted >= 1",
+        require(
+            _is_http_url(self.url),
+            "judge.url is not http:// or https:// with a server, wanted for example http://127.0.0.1:8000/v1",
         )
-        has_clip = self.loss not in ("cispo", "sapo")
-        _require(
-            self.dual_clip is None or (self.dual_clip > 1 and has_clip),
-            f"algorithm.dual_clip is {self.dual_clip} with loss {self.loss}, wanted > 1 (a ratio of 1 must not be cut) "
-            "and a loss that clips: grpo, dr_grpo, dapo or gspo",
+        require(
+            "@" not in urlsplit(self.url).netloc,
+            "judge.url holds a user or password, which would be saved with the settings: put the key into the "
+            "environment variable that judge.api_key_env names",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW on float32 master weights."""
-
-    learning_rate: float = 1e-6
-    """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after warm-up; linear and cosine end at 0."""
-    warmup_steps: int = 0
-    """Linear rise from 0."""
-    weight_decay: float = 0.0
-    """Applied to matrices only."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moment decays."""
-    eps: float = 1e-8
-    """AdamW's denominator floor."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
-
-    def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}, wanted > 0")
-        _require(self.max_grad_norm > 0, f"optimizer.max_grad_norm is {self.max_grad_norm}, wanted > 0")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}, wanted >= 0")
+        for name in ("timeout_s", "total_timeout_s", "max_concurrency"):
+            require(getattr(self, name) > 0, f"judge.{name} is {getattr(self, name)}, wanted more than 0")
+        for name in ("max_retries", "backoff_s"):
+            require(getattr(self, name) >= 0, f"judge.{name} is {getattr(self, name)}, wanted >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +199,7 @@ class TrainConfig:
     """The loop."""
 
     output_dir: str = "runs/default"
-    """Folder of this run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, quarantine.jsonl."""
+    """Folder of this run: config.yaml, metrics.jsonl, rewards.jsonl, tensorboard/, checkpoints/, quarantine.jsonl."""
     num_steps: int = 100
     """Rollouts to do (each followed by algorithm.minibatches_per_rollout updates)."""
     prompts_per_step: int = 8
@@ -227,9 +215,9 @@ class TrainConfig:
     """Stop with a summary when more than this fraction of the samples read so far could not be used."""
 
     def __post_init__(self) -> None:
-        _require(self.num_steps >= 0, f"train.num_steps is {self.num_steps}, wanted >= 0")
-        _require(self.prompts_per_step >= 1, f"train.prompts_per_step is {self.prompts_per_step}, wanted >= 1")
-        _require(
+        require(self.num_steps >= 0, f"train.num_steps is {self.num_steps}, wanted >= 0")
+        require(self.prompts_per_step >= 1, f"train.prompts_per_step is {self.prompts_per_step}, wanted >= 1")
+        require(
             self.tokens_per_microbatch >= 1,
             f"train.tokens_per_microbatch is {self.tokens_per_microbatch}, wanted >= 1",
         )
@@ -247,8 +235,8 @@ class CheckpointConfig:
     """Write a Hugging Face folder (safetensors, tokenizer, config) at the end."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, f"checkpoint.every is {self.every}, wanted >= 0")
-        _require(self.keep >= 1, f"checkpoint.keep is {self.keep}, wanted >= 1")
+        require(self.every >= 0, f"checkpoint.every is {self.every}, wanted >= 0")
+        require(self.keep >= 1, f"checkpoint.keep is {self.keep}, wanted >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +251,17 @@ class EvalConfig:
     """Longest answer. Default: rollout.max_new_tokens."""
     max_examples: int | None = None
     """Evaluate only the first so many examples of each task."""
+    output_dir: str | None = None
+    """Folder of samples.jsonl, scores.json and the answers so far, from which an interrupted `vcr1-fast eval` goes on.
+    Default: below eval/ in train.output_dir, named after the model and a digest of what the answers depend on."""
+    restart: bool = False
+    """Drop the answers that the folder holds, such as those of other settings, instead of going on from them."""
+    perceptions: int = 1
+    """Rounds of `vcr1-fast eval` for questions with options: each but the last asks where the evidence is, and the next
+    one looks closer there (VideoChat-R1.5). 1: asked once."""
+
+    def __post_init__(self) -> None:
+        require(self.perceptions >= 1, f"eval.perceptions is {self.perceptions}, wanted >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +282,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -293,7 +293,7 @@ class Config:
 
     def __post_init__(self) -> None:
         prompts, minibatches = self.train.prompts_per_step, self.algorithm.minibatches_per_rollout
-        _require(
+        require(
             prompts % minibatches == 0,
             f"train.prompts_per_step is {prompts}, but algorithm.minibatches_per_rollout is {minibatches}: "
             "make the first a multiple of the second",
@@ -305,13 +305,13 @@ class Config:
         Raises ConfigError when prompts_per_step does not divide by ranks x mini-batches.
         """
         prompts, minibatches = self.train.prompts_per_step, self.algorithm.minibatches_per_rollout
-        _require(
+        require(
             prompts % (world_size * minibatches) == 0,
             f"train.prompts_per_step is {prompts}, but there are {world_size} ranks and "
             f"algorithm.minibatches_per_rollout is {minibatches}: make it a multiple of {world_size * minibatches}",
         )
         per_step = self.sft.examples_per_step
-        _require(
+        require(
             per_step % world_size == 0,
             f"sft.examples_per_step is {per_step}, but there are {world_size} ranks: make it a multiple of that",
         )

@@ -51,7 +51,38 @@ class TrackTruth:
     times_s: tuple[float, ...]  # the instant of each box, seconds; same length as boxes
 
 
-Truth = IntervalTruth | TrackTruth
+@dataclass(frozen=True, slots=True)
+class CaptionTruth:
+    """What captioning asks for: the events of the video in words. At least one of the two is not empty."""
+
+    events: tuple[str, ...]  # one short sentence each; empty: the judge splits the caption
+    caption: str = ""  # the whole reference; empty: the events are the reference
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceTruth:
+    """What a multiple-choice question asks for: the letter. Example: `ChoiceTruth("B", ("a cat", "a dog"))`."""
+
+    letter: str  # "A" for options[0], "B" for options[1], ...
+    options: tuple[str, ...]  # 2 to 26 texts, without their letters
+
+
+@dataclass(frozen=True, slots=True)
+class GroundedChoiceTruth(ChoiceTruth):
+    """A letter and the evidence for it. Example: `GroundedChoiceTruth("A", ("a cat", "a dog"), ((2.0, 4.5),))`."""
+
+    intervals_s: tuple[Interval, ...]  # when the video shows it; each start < end, inside [0, duration]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelTruth:
+    """What classification asks for: one label. Example: `LabelTruth("low", ("low", "high"))`."""
+
+    label: str
+    labels: tuple[str, ...] = ()  # all there are to choose from; empty where only the question says
+
+
+Truth = IntervalTruth | TrackTruth | ChoiceTruth | GroundedChoiceTruth | LabelTruth | CaptionTruth
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +93,7 @@ class Example:
     task: str  # name of a module in vcr1_fast.tasks, for example "temporal_grounding"
     video: str  # absolute path of the video file
     query: str  # the event or the object, in words
-    duration_s: float  # seconds, > 0
+    duration_s: float  # seconds, > 0; infinity where the annotation does not say and the task does not need it
     truth: Truth
     reasoning: str = ""  # text of the think block for supervised cold start; never shown to the policy in GRPO
 
@@ -129,13 +160,18 @@ class Completion:
     """One sampled answer. The stop token, if one was drawn, is the last id."""
 
     token_ids_R: torch.Tensor  # [R] int64; R may be 0 only in tests
-    logprobs_R: torch.Tensor  # [R] float32, log-softmax over the whole vocabulary of logits / temperature
+    logprobs_R: torch.Tensor  # [R] float32, log-softmax over the vocabulary of logits / temperature; NaN: not drawn
     finish_reason: FinishReason
     text: str = ""  # decoded without special tokens
 
     @property
     def num_tokens(self) -> int:
         return int(self.token_ids_R.numel())
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether an engine drew it. A ground truth mixed into a group has no engine log-probs: they are NaN."""
+        return not bool(self.logprobs_R.isnan().any())
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +182,7 @@ class RolloutGroup:
     completions: tuple[Completion, ...]  # G of them
     policy_version: int  # of the weights that drew them
     reward_parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # part -> [G], each in [0, 1]
-    rewards: tuple[float, ...] = ()  # [G], weighted sum of the parts
+    rewards: tuple[float, ...] = ()  # [G], weighted sum of the parts, each shaped as task.shaping says
     advantages: tuple[float, ...] = ()  # [G]
 
     @property
@@ -172,7 +208,7 @@ class PackedBatch:
     sequence_N: torch.Tensor  # [N] int64, index of the completion, 0..S-1
     advantage_N: torch.Tensor  # [N] float32
     weight_N: torch.Tensor  # [N] float32, share of this token in the step's loss; sums to the step total over batches
-    engine_logprob_N: torch.Tensor  # [N] float32, what the rollout engine reported
+    engine_logprob_N: torch.Tensor  # [N] float32, what the rollout engine reported; NaN where it drew nothing
     num_sequences: int  # S
     num_unshared_tokens: int  # tokens of the S separate rows this batch stands for
 

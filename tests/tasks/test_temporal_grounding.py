@@ -1,12 +1,17 @@
 """Temporal grounding: truths, prompts, rewards and metrics of both recipes, with numbers computed by hand."""
 
 import dataclasses
+import itertools
+import math
+import random
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vcr1_fast.config import TaskConfig
+from vcr1_fast.tasks.overlap import interval_iou_batch_plain
 from vcr1_fast.tasks.temporal_grounding import TemporalGrounding
 from vcr1_fast.types import Example, IntervalTruth, TrackTruth
 
@@ -184,3 +189,29 @@ def test_trivial_answers():
     assert FIXED.metrics(examples, answers["best_constant"])["miou"] == 1.0
     assert FIXED.metrics(examples, answers["whole_video"])["miou"] == 0.5
     assert FIXED_DIRECT.trivial_answers(examples)["whole_video"][0] == "<answer>0.00 to 10.00</answer>"
+
+
+def test_the_best_constant_is_that_of_the_definition():
+    rng = random.Random(0)
+    examples = []
+    for _ in range(60):
+        duration_s = rng.uniform(5, 60)
+        starts = sorted(rng.uniform(0, 0.6 * duration_s) for _ in range(rng.randint(1, 3)))
+        truth = [(start_s, start_s + rng.uniform(0, 0.5 * duration_s)) for start_s in starts]
+        examples.append(example(*truth, duration_s=duration_s))
+    examples.append(example((20.9, 12.0), duration_s=30.0))
+    truths = [ex.truth.intervals_s for ex in examples]
+    for task, kind in ((FIXED, "set"), (PAPER, "hull")):
+        totals = {}
+        for start, end in itertools.combinations(range(21), 2):
+            predicted = [[(start / 20 * ex.duration_s, end / 20 * ex.duration_s)] for ex in examples]
+            totals[start / 20, end / 20] = math.fsum(interval_iou_batch_plain(predicted, truths, kind))
+        assert len(totals) == 210
+        assert task.best_constant(examples) == max(totals, key=lambda interval: totals[interval])
+
+
+def test_the_best_constant_of_a_public_test_set_takes_less_than_half_a_second():
+    examples = [example((i % 7, i % 7 + 5.0), duration_s=10.0 + i % 23) for i in range(3720)]
+    began = time.perf_counter()
+    FIXED.best_constant(examples)
+    assert time.perf_counter() - began < 0.5

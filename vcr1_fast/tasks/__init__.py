@@ -3,39 +3,71 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
-from vcr1_fast.config import ConfigError, TaskConfig
+from vcr1_fast.config import ConfigError, JudgeConfig, TaskConfig
+from vcr1_fast.tasks.captioning import Captioning
+from vcr1_fast.tasks.custom import check_tasks, load_rewards, load_tasks, make_custom
+from vcr1_fast.tasks.grounded_qa import GroundedQA
+from vcr1_fast.tasks.multiple_choice import MultipleChoice
 from vcr1_fast.tasks.object_tracking import ObjectTracking
+from vcr1_fast.tasks.shaping import added_parts
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.tasks.temporal_grounding import TemporalGrounding
+from vcr1_fast.tasks.video_quality import VideoQuality
 
 TASKS: dict[str, type[Task]] = {
     TemporalGrounding.name: TemporalGrounding,
     ObjectTracking.name: ObjectTracking,
+    GroundedQA.name: GroundedQA,
+    MultipleChoice.name: MultipleChoice,
+    VideoQuality.name: VideoQuality,
+    Captioning.name: Captioning,
 }
 
 
-def task_class(name: str) -> type[Task]:
+def task_class(name: str, classes: Mapping[str, type[Task]] = TASKS) -> type[Task]:
     """The class of a task. Raises ValueError that names the nearest task there is."""
-    if name not in TASKS:
-        raise ValueError(f"there is no task {name!r}{_nearest(name, TASKS)}; the tasks are {', '.join(TASKS)}")
-    return TASKS[name]
+    if name not in classes:
+        raise ValueError(f"there is no task {name!r}{_nearest(name, classes)}; the tasks are {', '.join(classes)}")
+    return classes[name]
 
 
-def make_tasks(config: TaskConfig, names: Iterable[str] = tuple(TASKS)) -> dict[str, Task]:
-    """Name -> task for the named tasks (all of them by default).
+def make_tasks(
+    config: TaskConfig, names: Iterable[str] | None = None, judge: JudgeConfig | None = None
+) -> dict[str, Task]:
+    """Name -> task for the named tasks (all of them by default), the user's own and further rewards included.
 
-    Raises ValueError for an unknown task, ConfigError when reward_weights names a part that no task has.
+    Raises ValueError for an unknown task, ConfigError when reward_weights or shaping names a part that no task has or
+    something of the user's cannot be loaded.
     """
-    parts = sorted({part for task in TASKS.values() for part in task.part_names})
-    for part in config.reward_weights:
-        if part not in parts:
-            raise ConfigError(
-                f"task.reward_weights.{part}: no task has this part{_nearest(part, parts)}; "
-                f"the parts are {', '.join(parts)}"
-            )
-    return {name: task_class(name)(config) for name in names}
+    custom = load_tasks(config.custom, taken=TASKS)
+    classes = TASKS | custom
+    rewards = load_rewards(config.rewards, classes)
+    parts = {part for task in classes.values() for part in task.part_names}
+    _check_part_names(config, parts | {part for own in rewards.values() for part in own})
+    tasks: dict[str, Task] = {}
+    for name in classes if names is None else names:
+        found = task_class(name, classes)
+        if name in custom:
+            tasks[name] = make_custom(name, found, config)
+        else:
+            tasks[name] = Captioning(config, judge) if found is Captioning else found(config)
+    return check_tasks(tasks, rewards, custom)
+
+
+def _check_part_names(config: TaskConfig, known: Collection[str]) -> None:
+    added = added_parts(config)
+    if taken := sorted(added & set(known)):
+        raise ConfigError(f"a task has a part {taken[0]!r} already, which the settings of task add: rename the task's")
+    parts = sorted({*known} | added)
+    for setting, named in (("reward_weights", config.reward_weights), ("shaping", config.shaping)):
+        for part in named:
+            if part not in parts:
+                raise ConfigError(
+                    f"task.{setting}.{part}: no task has this part{_nearest(part, parts)}; "
+                    f"the parts are {', '.join(parts)}"
+                )
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -1,11 +1,21 @@
-"""Checks on the numbers of an annotation row. Called by the tasks; raises ValueError with one reason."""
+"""Checks on the fields of an annotation row. Called by the tasks; raises ValueError with one reason."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from string import ascii_uppercase
 
-from vcr1_fast.types import Example, IntervalTruth, TrackTruth
+from vcr1_fast.types import (
+    ChoiceTruth,
+    Example,
+    GroundedChoiceTruth,
+    Interval,
+    IntervalTruth,
+    LabelTruth,
+    TrackTruth,
+)
 
 
 def read_number(value: object, name: str) -> float:
@@ -48,6 +58,70 @@ def read_duration_s(row: Mapping[str, object]) -> float | None:
     return duration_s
 
 
+def read_text(row: Mapping[str, object], key: str) -> str:
+    """The text under `key`, without blanks around it; not empty."""
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        got = f"{value!r:.60}" if key in row else "missing"
+        raise ValueError(f"{key} is {got}, wanted text that is not empty")
+    return value.strip()
+
+
+_LETTER_MARK = re.compile(r"\(?([A-Z])[).:]\s*+")  # "(A) ", "A. ", "A) ", "A: "
+
+
+def read_options(row: Mapping[str, object]) -> tuple[str, ...]:
+    """The 2 to 26 answers to choose from, under "options".
+
+    Letters in front of them ("(A) a cat", "B. a dog") are taken off when every option carries its own.
+    """
+    value = row.get("options")
+    if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= len(ascii_uppercase):
+        got = f"{value!r:.60}" if "options" in row else "missing"
+        raise ValueError(f"options is {got}, wanted a list of 2 to {len(ascii_uppercase)} texts")
+    for i, item in enumerate(value):
+        if not isinstance(item, str) or not item.strip():
+            raise ValueError(f"options[{i}] is {item!r:.60}, wanted text that is not empty")
+    options = tuple(item.strip() for item in value)
+    marks = [_LETTER_MARK.match(option) for option in options]
+    if [mark and mark[1] for mark in marks] != list(ascii_uppercase[: len(options)]):
+        return options
+    return tuple(option[mark.end() :] if mark else option for option, mark in zip(options, marks, strict=True))
+
+
+def read_letter(row: Mapping[str, object], num_options: int) -> str:
+    """The capital letter of the right option under "answer", written "C" or "(C)"."""
+    letter = read_text(row, "answer").removeprefix("(").removesuffix(")").strip()
+    letters = ascii_uppercase[:num_options]
+    if len(letter) != 1 or letter not in letters:
+        raise ValueError(f"answer is {row['answer']!r:.60}, wanted one letter from A to {letters[-1]}")
+    return letter
+
+
+def read_intervals(row: Mapping[str, object]) -> tuple[Interval, ...]:
+    """The intervals under "intervals" as they are written, seconds, at least one; see `checked_interval`."""
+    return tuple((start_s, end_s) for start_s, end_s in read_rows(row, "intervals", "interval", 2))
+
+
+def checked_interval(index: int, interval: Interval, duration_s: float | None) -> Interval:
+    """The interval with an end after the video's cut off; `index` names it in messages.
+
+    Raises ValueError when it is reversed, empty, or starts outside the video.
+    """
+    start_s, end_s = interval
+    if end_s < start_s:
+        raise ValueError(f"interval {index} ends ({end_s} s) before it starts ({start_s} s)")
+    if end_s == start_s:
+        raise ValueError(f"interval {index} is empty: it starts and ends at {start_s} s")
+    if start_s < 0:
+        raise ValueError(f"interval {index} starts at {start_s} s, wanted 0 s or later")
+    if duration_s is None:
+        return interval
+    if start_s >= duration_s:
+        raise ValueError(f"interval {index} starts at {start_s} s, but the video ends at {duration_s} s")
+    return (start_s, min(end_s, duration_s))
+
+
 def interval_truth(example: Example) -> IntervalTruth:
     """The truth of a temporal example. Raises TypeError when the example belongs to another task."""
     if not isinstance(example.truth, IntervalTruth):
@@ -62,6 +136,33 @@ def track_truth(example: Example) -> TrackTruth:
     if not isinstance(example.truth, TrackTruth):
         raise TypeError(
             f"example {example.id} of task {example.task} holds {type(example.truth).__name__}, not a track"
+        )
+    return example.truth
+
+
+def choice_truth(example: Example) -> ChoiceTruth:
+    """The truth of a multiple-choice example. Raises TypeError when the example belongs to another task."""
+    if not isinstance(example.truth, ChoiceTruth):
+        raise TypeError(
+            f"example {example.id} of task {example.task} holds {type(example.truth).__name__}, not a choice"
+        )
+    return example.truth
+
+
+def grounded_choice_truth(example: Example) -> GroundedChoiceTruth:
+    """The truth of a grounded question. Raises TypeError when the example belongs to another task."""
+    if not isinstance(example.truth, GroundedChoiceTruth):
+        raise TypeError(
+            f"example {example.id} of task {example.task} holds {type(example.truth).__name__}, not a grounded choice"
+        )
+    return example.truth
+
+
+def label_truth(example: Example) -> LabelTruth:
+    """The truth of a classification example. Raises TypeError when the example belongs to another task."""
+    if not isinstance(example.truth, LabelTruth):
+        raise TypeError(
+            f"example {example.id} of task {example.task} holds {type(example.truth).__name__}, not a label"
         )
     return example.truth
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 
 from vcr1_fast.types import Interval
 
@@ -43,42 +44,45 @@ def tag_blocks(text: str, tag: str) -> list[str]:
     return blocks
 
 
-def has_strict_format(text: str, think: bool) -> bool:
-    """Whether the text is one think block, then one answer block, with nothing but blanks around them.
+def has_strict_format(text: str, think: bool, blocks: tuple[str, ...] = ("answer",)) -> bool:
+    """Whether the text is one think block, then the named blocks, with nothing but blanks around them.
 
-    think=False wants the answer block alone. Each tag must occur exactly once (the paper's test lets them repeat).
+    think=False wants no think block. Each tag must occur exactly once (the paper's test lets them repeat), and the
+    answer block is never left out of the count.
     """
     text = text.strip()
-    wanted = ["<think>", "</think>", "<answer>", "</answer>"] if think else ["<answer>", "</answer>"]
-    tags = ("<think>", "</think>", "<answer>", "</answer>")
-    if any(text.count(tag) != (tag in wanted) for tag in tags):
-        return False
-    places = [text.index(tag) for tag in wanted]
-    if places != sorted(places) or not text.startswith(wanted[0]) or not text.endswith("</answer>"):
-        return False
-    return not think or not text[places[1] + len("</think>") : places[2]].strip()
+    names = ("think", *blocks) if think else blocks
+    for name in {"think", "answer", *blocks}:
+        if text.count(f"<{name}>") != (name in names) or text.count(f"</{name}>") != (name in names):
+            return False
+    position = 0
+    for name in names:
+        opening, closing = f"<{name}>", f"</{name}>"
+        start, end = text.index(opening), text.index(closing)
+        if start < position or end < start + len(opening) or text[position:start].strip():
+            return False
+        position = end + len(closing)
+    return position == len(text)
 
 
-def has_paper_format(text: str, think: bool) -> bool:
-    """The original's test: the stripped text is fully matched by think block, blanks, answer block.
+def has_paper_format(text: str, think: bool, blocks: tuple[str, ...] = ("answer",)) -> bool:
+    """The original's test: the stripped text is fully matched by think block, blanks, the named blocks with blanks.
 
-    A dot in its pattern matches any text, tags included, so repeated inner tags pass.
+    A dot in its pattern matches any text, tags included, so repeated inner tags pass. Taking the first place where one
+    block ends and the next begins leaves the most text to the rest, so no other place has to be tried: linear time.
     """
     text = text.strip()
-    if not think:
-        return len(text) >= len("<answer></answer>") and text.startswith("<answer>") and text.endswith("</answer>")
-    if not text.startswith("<think>") or not text.endswith("</answer>"):
+    names = ("think", *blocks) if think else blocks
+    if not text.startswith(f"<{names[0]}>"):
         return False
-    last_answer_start = len(text) - len("<answer></answer>")
-    position = text.find("</think>", len("<think>"))
-    while position >= 0:
-        position += len("</think>")
-        while position < len(text) and text[position].isspace():
-            position += 1
-        if text.startswith("<answer>", position):
-            return position <= last_answer_start
-        position = text.find("</think>", position)
-    return False
+    position = len(f"<{names[0]}>")
+    for name, following in pairwise(names):
+        border = re.compile(rf"</{name}>\s*+<{following}>").search(text, position)
+        if border is None:
+            return False
+        position = border.end()
+    closing = f"</{names[-1]}>"
+    return text.endswith(closing) and len(text) - len(closing) >= position
 
 
 # The two sides are guarded, so that nothing is read out of the middle of "1e3", "0:12", "3-4" or "5x". Quantifiers are

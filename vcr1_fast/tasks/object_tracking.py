@@ -22,14 +22,8 @@ from vcr1_fast.tasks.annotations import (
     read_rows,
     track_truth,
 )
-from vcr1_fast.tasks.answer_format import (
-    PAPER_REASON,
-    clip,
-    has_paper_format,
-    has_strict_format,
-    read_box_list,
-    tag_blocks,
-)
+from vcr1_fast.tasks.answer_format import PAPER_REASON, BoxList
+from vcr1_fast.tasks.answers_batch import Rule, have_format, read_box_lists
 from vcr1_fast.tasks.overlap import track_iou_batch
 from vcr1_fast.types import Box, Example, TrackTruth
 
@@ -43,6 +37,7 @@ class ObjectTracking:
     part_names: tuple[str, ...] = ("format", "iou")
 
     def __init__(self, config: TaskConfig) -> None:
+        self.rule: Rule = config.recipe
         self.is_paper = config.recipe == "paper"
         self.think = config.think
         self.first_box = 0 if self.is_paper else 1
@@ -98,21 +93,18 @@ class ObjectTracking:
         return {"format": is_formatted, "iou": _track_iou(tracks, examples, self.first_box)}
 
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-        """mean_overlap leaves box 0 out, mean_overlap_with_first counts it (the paper's "Overlap").
+        """mean_overlap and r@0.5, r@0.7, the shares of answers in which the overlap reaches 0.5 and 0.7.
 
-        The recipe's own one comes first; r@0.5 and r@0.7 are the shares of answers in which it reaches 0.5 and 0.7. In
-        [0, 1]; unreadable answers count as 0. Raises ValueError when there are no examples.
+        These leave box 0 out; `..._with_first` count it (the paper's "Overlap"). Those that the recipe rewards come
+        first. In [0, 1]; unreadable answers count as 0. Raises ValueError when there are no examples.
         """
         _, tracks = self._read_all(examples, answers)
-        overlap = {first_box: _track_iou(tracks, examples, first_box) for first_box in (0, 1)}
-        names = {0: "mean_overlap_with_first", 1: "mean_overlap"}
-        own, other = self.first_box, 1 - self.first_box
-        return {
-            names[own]: mean(overlap[own]),
-            "r@0.5": frac_at_least(overlap[own], 0.5),
-            "r@0.7": frac_at_least(overlap[own], 0.7),
-            names[other]: mean(overlap[other]),
-        }
+        metrics: dict[str, float] = {}
+        for first_box in (self.first_box, 1 - self.first_box):
+            overlap, suffix = _track_iou(tracks, examples, first_box), "" if first_box else "_with_first"
+            metrics[f"mean_overlap{suffix}"] = mean(overlap)
+            metrics |= {f"r@{threshold}{suffix}": frac_at_least(overlap, threshold) for threshold in (0.5, 0.7)}
+        return metrics
 
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
         """repeat_first_box: the given box at every instant, with four decimals."""
@@ -129,23 +121,19 @@ class ObjectTracking:
     def _read_all(self, examples: Sequence[Example], answers: Sequence[str]) -> tuple[list[float], list[list[Box]]]:
         """Format reward and predicted track of every answer; the track is empty where it cannot be scored."""
         check_counts(len(examples), len(answers))
+        box_lists = read_box_lists(answers, self.rule, pick="first" if self.is_paper else "last")
+        has_tags = have_format(answers, self.rule, self.think)
         is_formatted: list[float] = []
         tracks: list[list[Box]] = []
-        for example, answer in zip(examples, answers, strict=True):
-            text = clip(answer)
-            is_list, track = self._read(text, len(track_truth(example).boxes))
-            has_tags = has_paper_format(text, self.think) if self.is_paper else has_strict_format(text, self.think)
-            is_formatted.append(float(is_list and has_tags))
+        for example, rows, has_format in zip(examples, box_lists, has_tags, strict=True):
+            is_list, track = self._track(rows, len(track_truth(example).boxes))
+            is_formatted.append(float(is_list and has_format))
             tracks.append(track)
         return is_formatted, tracks
 
-    def _read(self, text: str, num_boxes: int) -> tuple[bool, list[Box]]:
-        """Whether the answer is a list of boxes as the recipe understands it, and the boxes if they are numbers."""
-        if self.is_paper:
-            text, num_boxes = text.replace("\n", ""), PAPER_NUM_BOXES
-        blocks = tag_blocks(text, "answer")
-        rows = read_box_list(blocks[0 if self.is_paper else -1]) if blocks else None
-        if rows is None or len(rows) != num_boxes:
+    def _track(self, rows: BoxList | None, num_boxes: int) -> tuple[bool, list[Box]]:
+        """Whether this is a list of boxes as the recipe understands it, and the boxes if they are numbers."""
+        if rows is None or len(rows) != (PAPER_NUM_BOXES if self.is_paper else num_boxes):
             return False, []
         track: list[Box] = []
         for x0, y0, x1, y1 in rows:

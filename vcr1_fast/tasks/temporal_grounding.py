@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from vcr1_fast.config import TaskConfig
 from vcr1_fast.tasks.annotations import (
     check_counts,
+    checked_interval,
     frac_at_least,
     interval_truth,
     mean,
@@ -21,17 +22,12 @@ from vcr1_fast.tasks.annotations import (
 )
 from vcr1_fast.tasks.answer_format import (
     PAPER_REASON,
-    clip,
-    has_paper_format,
-    has_strict_format,
-    read_paper_period,
-    read_period,
-    tag_blocks,
 )
+from vcr1_fast.tasks.answers_batch import Rule, have_format, read_periods
+from vcr1_fast.tasks.constant_interval import best_constant_interval
 from vcr1_fast.tasks.overlap import interval_iou_batch
+from vcr1_fast.tasks.shaping import boundary_factor
 from vcr1_fast.types import Example, Interval, IntervalTruth
-
-GRID_STEPS = 20  # the best constant answer is sought among starts and ends at multiples of 1/20 of the video
 
 
 class TemporalGrounding:
@@ -41,8 +37,10 @@ class TemporalGrounding:
     part_names: tuple[str, ...] = ("format", "iou")
 
     def __init__(self, config: TaskConfig) -> None:
+        self.rule: Rule = config.recipe
         self.is_paper = config.recipe == "paper"
         self.think = config.think
+        self.is_boundary = config.iou == "boundary"
 
     def parse_truth(self, row: Mapping[str, object]) -> IntervalTruth:
         """Intervals in seconds. fixed: 0 <= start < end <= duration_s, later ends cut off. paper: as they are.
@@ -54,7 +52,7 @@ class TemporalGrounding:
         duration_s = read_duration_s(row)
         if self.is_paper:
             return IntervalTruth(tuple(intervals))
-        return IntervalTruth(tuple(_checked(i, interval, duration_s) for i, interval in enumerate(intervals)))
+        return IntervalTruth(tuple(checked_interval(i, interval, duration_s) for i, interval in enumerate(intervals)))
 
     def question(self, example: Example) -> str:
         """The user's text; the video itself is not part of it."""
@@ -81,27 +79,34 @@ class TemporalGrounding:
         """Parts "format" and "iou" of N answers, each in [0, 1].
 
         format, fixed: one think block (if asked for), one answer block, and a period that can be read in it.
-        format, paper: the tags alone. iou is 0 where no period can be read or it is reversed.
+        format, paper: the tags alone. iou is 0 where no period can be read or it is reversed; task.iou boundary: times
+        `boundary_factor`.
         """
         check_counts(len(examples), len(answers))
-        texts = [clip(answer) for answer in answers]
-        periods = [self._read(text) for text in texts]
-        if self.is_paper:
-            is_formatted = [has_paper_format(text, self.think) for text in texts]
-        else:
-            is_formatted = [
-                period is not None and has_strict_format(text, self.think)
-                for text, period in zip(texts, periods, strict=True)
-            ]
+        periods = read_periods(answers, self.rule)
+        is_formatted = have_format(answers, self.rule, self.think)
+        if not self.is_paper:
+            is_formatted = [ok and period is not None for ok, period in zip(is_formatted, periods, strict=True)]
         predicted = [self._scored(period, ex) for period, ex in zip(periods, examples, strict=True)]
-        return {"format": [float(ok) for ok in is_formatted], "iou": self._iou(predicted, examples)}
+        iou = self._iou(predicted, examples)
+        if self.is_boundary:
+            iou = [
+                value * boundary_factor(intervals[0], interval_truth(ex).intervals_s, ex.duration_s)
+                if intervals
+                else 0.0
+                for value, intervals, ex in zip(iou, predicted, examples, strict=True)
+            ]
+        return {"format": [float(ok) for ok in is_formatted], "iou": iou}
 
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
         """Mean IoU and the share of answers whose IoU reaches 0.3, 0.5, 0.7. Unreadable answers count as IoU 0.
 
-        In [0, 1]; read as the reward reads them. Raises ValueError when there are no examples.
+        In [0, 1]; read as the reward reads them, never with the boundary factor. Raises ValueError without examples.
         """
-        iou = self.score(examples, answers)["iou"]
+        check_counts(len(examples), len(answers))
+        periods = read_periods(answers, self.rule)
+        predicted = [self._scored(period, ex) for period, ex in zip(periods, examples, strict=True)]
+        iou = self._iou(predicted, examples)
         recalls = {f"r@{threshold}": frac_at_least(iou, threshold) for threshold in (0.3, 0.5, 0.7)}
         return {"miou": mean(iou), **recalls}
 
@@ -117,29 +122,13 @@ class TemporalGrounding:
         }
 
     def best_constant(self, examples: Sequence[Example]) -> Interval:
-        """(start, end) as fractions of the duration, of all on the grid the one with the highest mean IoU.
-
-        210 candidates; 3,720 examples take about 5 s. (0, 1) when there are no examples.
-        """
-        best, best_total = (0.0, 1.0), -1.0
-        for start_step in range(GRID_STEPS):
-            for end_step in range(start_step + 1, GRID_STEPS + 1):
-                start_frac, end_frac = start_step / GRID_STEPS, end_step / GRID_STEPS
-                predicted = [[(start_frac * ex.duration_s, end_frac * ex.duration_s)] for ex in examples]
-                total = sum(self._iou(predicted, examples))
-                if total > best_total:
-                    best, best_total = (start_frac, end_frac), total
-        return best
+        """(start, end) as fractions of the duration: of all on a grid the one with the highest mean IoU."""
+        truths = [interval_truth(ex).intervals_s for ex in examples]
+        return best_constant_interval(truths, [ex.duration_s for ex in examples], "hull" if self.is_paper else "set")
 
     def _answer(self, start_s: float, end_s: float, reasoning: str = "") -> str:
         think = f"<think>{reasoning}</think>" if self.think else ""
         return f"{think}<answer>{start_s:.2f} to {end_s:.2f}</answer>"
-
-    def _read(self, text: str) -> Interval | None:
-        blocks = tag_blocks(text, "answer")
-        if not blocks:
-            return None
-        return read_paper_period(blocks[-1]) if self.is_paper else read_period(blocks[-1])
 
     def _scored(self, period: Interval | None, example: Example) -> list[Interval]:
         """What enters the IoU: nothing for an unreadable or reversed period; fixed: clamped to the video."""
@@ -156,18 +145,3 @@ class TemporalGrounding:
 
 def _clamp(time_s: float, duration_s: float) -> float:
     return min(max(time_s, 0.0), duration_s)
-
-
-def _checked(index: int, interval: Interval, duration_s: float | None) -> Interval:
-    start_s, end_s = interval
-    if end_s < start_s:
-        raise ValueError(f"interval {index} ends ({end_s} s) before it starts ({start_s} s)")
-    if end_s == start_s:
-        raise ValueError(f"interval {index} is empty: it starts and ends at {start_s} s")
-    if start_s < 0:
-        raise ValueError(f"interval {index} starts at {start_s} s, wanted 0 s or later")
-    if duration_s is None:
-        return interval
-    if start_s >= duration_s:
-        raise ValueError(f"interval {index} starts at {start_s} s, but the video ends at {duration_s} s")
-    return (start_s, min(end_s, duration_s))

@@ -1,0 +1,114 @@
+"""Reads the evidence of an answer: lists of intervals such as "[(5.2, 10.4), (30, 31.5)]" from a glue block.
+
+Called by the tasks that ask for evidence. Nothing here raises on any string, and time is linear in it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from vcr1_fast.tasks.answer_format import has_paper_format, tag_blocks
+from vcr1_fast.types import Interval
+
+MAX_INTERVALS = 64  # NExT-GQA has at most 16 in one answer
+MAX_INTEGER_DIGITS = 4300  # Python refuses to evaluate a longer whole number
+
+
+def glue_text(intervals: Sequence[Interval]) -> str:
+    """Intervals as both recipes ask for them: "[(5.20, 10.40), (30.00, 31.50)]"."""
+    return "[" + ", ".join(f"({start_s:.2f}, {end_s:.2f})" for start_s, end_s in intervals) + "]"
+
+
+_NUMBER = r"([+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))(?: ?(?:seconds|second|secs|sec|s)(?!\w))?"
+_PAIR = re.compile(rf"(?:\( ?{_NUMBER} ?, ?{_NUMBER} ?\)|\[ ?{_NUMBER} ?, ?{_NUMBER} ?\]) ?", re.IGNORECASE)
+
+
+def read_glue(text: str) -> list[Interval] | None:
+    """One to MAX_INTERVALS intervals in seconds, signs kept; None for anything else, or if one is reversed or infinite.
+
+    "[(1, 2.5), (3, 4)]", with any blanks, units ("1.5 s") and a comma at the end; pairs may stand in square brackets,
+    and without the outer ones ("(1, 2.5)").
+    """
+    text = " ".join(text.replace("\N{MINUS SIGN}", "-").split())  # runs of blanks would cost their length squared
+    position, end = 0, len(text)
+    if text.startswith("[") and text.endswith("]") and not _PAIR.match(text):
+        position, end = 1 + text.startswith(" ", 1), end - 1
+    intervals: list[Interval] = []
+    while position < end:
+        pair = _PAIR.match(text, position, end)
+        if pair is None or len(intervals) == MAX_INTERVALS:
+            return None
+        start_s, end_s = (float(number) for number in pair.groups() if number is not None)
+        if not (math.isfinite(start_s) and math.isfinite(end_s)) or start_s > end_s:
+            return None
+        intervals.append((start_s, end_s))
+        position = pair.end()
+        if position < end and text[position] != ",":
+            return None
+        position += 1 + text.startswith(" ", position + 1)
+    return intervals or None
+
+
+# After a comma the original's pattern takes any blank, but Python then evaluates only these.
+_PAPER_PAIR = re.compile(r"\(([0-9]++(?:\.[0-9]++)?),[ \t\n\r\f]*+([0-9]++(?:\.[0-9]++)?)\)")
+_PAPER_COMMA = re.compile(r",[ \t\n\r\f]*+(?=\()")
+
+
+def read_paper_glue(text: str) -> list[Interval] | None:
+    """The original's validity test, and the intervals as floats if it passes; None if it does not.
+
+    The whole text is "[" pairs "]": unsigned decimals without exponent ("5", "5.2", not "5." or ".5"), blanks only
+    after commas, one comma allowed right before "]", one newline allowed after it. A whole number with a leading zero
+    or of more than MAX_INTEGER_DIGITS digits fails, as Python does not evaluate it ("05.2" is fine), and so does a pair
+    that ends before it starts. The empty list passes.
+    """
+    text = text.removesuffix("\n")
+    if text == "[]":
+        return []
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    position, end = 1, len(text) - 1
+    intervals: list[Interval] = []
+    while True:
+        pair = _PAPER_PAIR.match(text, position, end)
+        if pair is None:
+            return None
+        start, stop = _evaluated(pair[1]), _evaluated(pair[2])
+        if start is None or stop is None or start > stop:
+            return None
+        intervals.append((_as_float(start), _as_float(stop)))
+        position = pair.end()
+        if position == end or (position == end - 1 and text[position] == ","):
+            return intervals
+        comma = _PAPER_COMMA.match(text, position, end)
+        if comma is None:
+            return None
+        position = comma.end()
+
+
+def has_paper_glue_format(text: str, think: bool) -> bool:
+    """The original's format test of grounded questions: the tags in order, and a first glue block that is valid.
+
+    The first glue block of the whole text counts, wherever it stands, for example inside the think block.
+    """
+    if not has_paper_format(text, think, ("answer", "glue")):
+        return False
+    return read_paper_glue(tag_blocks(text, "glue")[0]) is not None
+
+
+def _evaluated(digits: str) -> float | int | None:
+    """The number as Python evaluates it; whole numbers stay exact, so that large ones compare as the original does."""
+    if "." in digits:
+        return float(digits)
+    if not digits.strip("0"):
+        return 0
+    return None if digits.startswith("0") or len(digits) > MAX_INTEGER_DIGITS else int(digits)
+
+
+def _as_float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # a whole number of more than 308 digits
+        return math.inf

@@ -1,0 +1,112 @@
+"""Multiple choice: which of the given answers to a question is right? Answer: its letter.
+
+Row: {"id", "task", "video", "query", "duration_s", "options": ["a cat", ...], "answer": "C"}.
+
+recipe fixed: the letter is read with care, so that a word such as "Because" is not taken for B.
+recipe paper: VideoChat-R1 (arXiv 2504.06958, grpo_qa.py) with its parser and its defect: the format test is the one of
+grounded questions and demands a glue block that the prompt never asks for, so it is practically always 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vcr1_fast.config import TaskConfig
+from vcr1_fast.tasks.annotations import check_counts, choice_truth, mean, read_letter, read_options
+from vcr1_fast.tasks.answer_format import PAPER_REASON, clip
+from vcr1_fast.tasks.answers_batch import have_format, read_choices, read_paper_choices
+from vcr1_fast.tasks.choice_format import (
+    PAPER_NUM_LETTERS,
+    marked_options,
+    most_common,
+)
+from vcr1_fast.tasks.glue_format import has_paper_glue_format
+from vcr1_fast.types import ChoiceTruth, Example
+
+
+class MultipleChoice:
+    """Reward parts: format, and accuracy: 1 for the right letter."""
+
+    name = "multiple_choice"
+    part_names: tuple[str, ...] = ("format", "accuracy")
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.is_paper = config.recipe == "paper"
+        self.think = config.think
+
+    def parse_truth(self, row: Mapping[str, object]) -> ChoiceTruth:
+        """Letter and options, see `read_choice_row`."""
+        return read_choice_row(row, self.is_paper)
+
+    def question(self, example: Example) -> str:
+        """The user's text; the video itself is not part of it."""
+        asked = choice_question(example, self.is_paper)
+        if self.is_paper:
+            reason = PAPER_REASON if self.think else ""
+            return f"{asked} {reason}Write the letter of the option inside <answer></answer>."
+        reason = "Think inside <think></think>, then write" if self.think else "Write"
+        return f"{asked} {reason} the letter as <answer>A</answer>."
+
+    def target(self, example: Example) -> str:
+        """The completion to learn from: the letter, after the example's reasoning."""
+        return self._answer(choice_truth(example).letter, example.reasoning)
+
+    def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
+        """Parts "format" and "accuracy" of N answers, each 0 or 1.
+
+        format, fixed: one think block (if asked for), one answer block, and one of the letters in it. format, paper:
+        the tags and the valid glue block of a grounded answer. accuracy, fixed: the last answer block; paper:
+        the first.
+        """
+        check_counts(len(examples), len(answers))
+        letters = read_letters(examples, answers, self.is_paper)
+        if self.is_paper:
+            is_formatted = [has_paper_glue_format(clip(answer), self.think) for answer in answers]
+        else:
+            have_tags = have_format(answers, "fixed", self.think)
+            is_formatted = [ok and letter is not None for ok, letter in zip(have_tags, letters, strict=True)]
+        is_right = [letter == choice_truth(ex).letter for letter, ex in zip(letters, examples, strict=True)]
+        return {"format": [float(ok) for ok in is_formatted], "accuracy": [float(ok) for ok in is_right]}
+
+    def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
+        """acc: the share of right letters, in [0, 1]; an unreadable answer is wrong. ValueError without examples."""
+        return {"acc": mean(self.score(examples, answers)["accuracy"])}
+
+    def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
+        """majority_letter: the letter that is most often right in these examples."""
+        letter = most_common(choice_truth(ex).letter for ex in examples)
+        return {"majority_letter": [self._answer(letter)] * len(examples)}
+
+    def _answer(self, letter: str, reasoning: str = "") -> str:
+        think = f"<think>{reasoning}</think>" if self.think else ""
+        return f"{think}<answer>{letter}</answer>"
+
+
+def read_choice_row(row: Mapping[str, object], is_paper: bool) -> ChoiceTruth:
+    """Options and right letter of an annotation row; letters in front of the options ("(A) a cat") are taken off.
+
+    Raises ValueError for missing or malformed options and for a letter beyond them; paper: for more than 7 options.
+    """
+    options = read_options(row)
+    if is_paper and len(options) > PAPER_NUM_LETTERS:
+        raise ValueError(
+            f"there are {len(options)} options, wanted at most {PAPER_NUM_LETTERS}: "
+            "task.recipe paper reads no letter after G"
+        )
+    return ChoiceTruth(read_letter(row, len(options)), options)
+
+
+def choice_question(example: Example, is_paper: bool) -> str:
+    """The question and its options, without a word on how to answer."""
+    options, query = marked_options(choice_truth(example).options), example.query.strip()
+    if is_paper:
+        return f'Watch the video and answer the question "{query}". Choose one of the options {options}.'
+    mark = "" if query.endswith((".", "?", "!", ":")) else "?"
+    return f"{' '.join(query.split())}{mark} Options: {' '.join(options)}."
+
+
+def read_letters(examples: Sequence[Example], answers: Sequence[str], is_paper: bool) -> list[str | None]:
+    """The letter each answer names, None where it cannot be read. paper: in the first answer block, fixed: the last."""
+    if is_paper:
+        return read_paper_choices(answers)
+    return read_choices(answers, [choice_truth(example).options for example in examples])
