@@ -181,7 +181,10 @@ def test_unknown_command_names_the_known_ones(capsys):
     assert code == 2 and "'train'" in err and "'doctor'" in err
 
 
-@pytest.mark.parametrize("tokens", [["--help"], ["--version"], ["train", "--help"], ["config"], ["doctor", "--help"]])
+@pytest.mark.parametrize(
+    "tokens",
+    [["--help"], ["--version"], ["train", "--help"], ["config"], ["doctor", "--help"], ["baselines", "--help"]],
+)
 def test_answers_without_importing_torch(tokens: list[str]):
     program = (
         "import sys\nfrom vcr1_fast.cli import main\n"

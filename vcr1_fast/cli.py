@@ -27,12 +27,19 @@ class Command:
     help: str
     run: Callable[[Any], object]  # takes the settings; what it returns is printed as JSON, None prints nothing
     settings: Callable[[], type]  # the dataclass of its settings
+    plan: Callable[[Any, int | None], object] | None = None  # what --dry-run[=GPUS] does instead
 
 
 def _train(config: Config) -> object:
     from vcr1_fast.train import train
 
     return train(config)
+
+
+def _plan(config: Config, num_gpus: int | None) -> object:
+    from vcr1_fast.plan import plan_command
+
+    return plan_command(config, num_gpus)
 
 
 def _sft(config: Config) -> object:
@@ -64,7 +71,7 @@ def _print_config(config: Config) -> None:
 
 
 COMMANDS = {
-    "train": Command("train a model with GRPO", _train, lambda: Config),
+    "train": Command("train a model with GRPO", _train, lambda: Config, _plan),
     "sft": Command("supervised cold start", _sft, lambda: Config),
     "eval": Command("score a model on the held-out annotation files", _evaluate, lambda: Config),
     "synth": Command("write synthetic videos with exact annotations", _synth, _synth_settings),
@@ -75,8 +82,12 @@ HELP_EPILOG = "\n".join(
         "commands:",
         *(f"  {name:8s}{command.help}" for name, command in COMMANDS.items()),
         "  doctor  say what is installed, what works and why the rest does not",
+        "  baselines TASK FILE  score answers that need no model on an annotation file",
+        "  suite NAME FILE...  read Video-MME, MVBench or Perception Test as published, write a JSONL for data.eval",
+        "  compare A B  whether two samples.jsonl of eval differ, with intervals and p-values",
         "",
         "  vcr1-fast train CONFIG.yaml --train.num_steps=3 --rollout.group_size=8",
+        "  vcr1-fast train CONFIG.yaml --dry-run=8    tokens and memory of a run on 8 GPUs, without loading anything",
         "  vcr1-fast train --help        every setting, explained",
         "",
         "CONFIG is a YAML file or `tiny`, the example in the package. VCR1_DEBUG=1 shows the traceback of an error.",
@@ -94,11 +105,12 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vcr1-fast {__version__}")
-    parser.add_argument("command", choices=[*COMMANDS, "doctor"], metavar="COMMAND", help="one of those below")
+    choices = [*COMMANDS, *PLAIN_COMMANDS]
+    parser.add_argument("command", choices=choices, metavar="COMMAND", help="one of those below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
     parsed = parser.parse_args(arguments)
-    if parsed.command == "doctor":
-        raise SystemExit(_run_doctor(parsed.rest))
+    if parsed.command in PLAIN_COMMANDS:
+        raise SystemExit(PLAIN_COMMANDS[parsed.command](parsed.rest))
     code = _run(parsed.command, parsed.rest)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
         from vcr1_fast.learner.sharding import exit_rank
@@ -117,8 +129,10 @@ def _run(name: str, tokens: list[str]) -> int:
         parser.print_help()
         return 0
     try:
+        is_dry_run, num_gpus, tokens = _take_dry_run(name, tokens)
         path, overrides = split_config_path(tokens)
-        result = command.run(load_settings(settings_class, path, overrides))
+        settings = load_settings(settings_class, path, overrides)
+        result = command.plan(settings, num_gpus) if is_dry_run and command.plan else command.run(settings)
     except (ConfigError, SampleError, OSError) as error:
         if os.environ.get("VCR1_DEBUG") == "1":
             raise
@@ -132,6 +146,19 @@ def _run(name: str, tokens: list[str]) -> int:
     return 0
 
 
+def _take_dry_run(name: str, tokens: list[str]) -> tuple[bool, int | None, list[str]]:
+    """Whether --dry-run[=GPUS] is among the tokens, its number of GPUs, and the other tokens. Raises UsageError."""
+    flags = [token for token in tokens if token.partition("=")[0] == "--dry-run"]
+    if not flags:
+        return False, None, tokens
+    _, equals, value = flags[-1].partition("=")
+    if COMMANDS[name].plan is None:
+        raise UsageError(f"vcr1-fast {name} has no --dry-run, only train has")
+    if equals and (not value.isdecimal() or int(value) < 1):
+        raise UsageError(f"--dry-run is {value!r}, wanted a number of GPUs >= 1, or --dry-run alone")
+    return True, int(value) if equals else None, [token for token in tokens if token not in flags]
+
+
 def _run_doctor(tokens: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="vcr1-fast doctor", description="Says which components are usable.")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -139,6 +166,91 @@ def _run_doctor(tokens: list[str]) -> int:
     from vcr1_fast.doctor import doctor
 
     return doctor(as_json=as_json)
+
+
+def _run_baselines(tokens: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vcr1-fast baselines",
+        description="Scores answers that need no model (whole video, first box, most frequent answer, ...).",
+    )
+    parser.add_argument("task", metavar="TASK", help="such as temporal_grounding or object_tracking")
+    parser.add_argument("annotations", metavar="FILE", help="annotation file of any known schema; videos are not read")
+    parser.add_argument("--json", action="store_true", help="the JSON line alone, without the table")
+    parser.add_argument(
+        "--recipe",
+        choices=("paper", "fixed"),
+        default="paper",
+        help="paper (default): against the ground truth as it is, as benchmarks do. fixed: against the repaired one",
+    )
+    options = parser.parse_args(tokens)
+    from vcr1_fast.baselines import baselines_command
+
+    try:
+        result = baselines_command(options.task, options.annotations, options.recipe, options.json)
+    except ConfigError as error:
+        if os.environ.get("VCR1_DEBUG") == "1":
+            raise
+        _report_error(error)
+        return 2 if isinstance(error, UsageError) else 1
+    print(to_json(result), flush=True)
+    return 0
+
+
+def _run_compare(tokens: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vcr1-fast compare",
+        description="Says whether run B scores the same examples differently from run A: paired bootstrap interval of "
+        "the difference and sign-flip permutation test, both by video.",
+    )
+    parser.add_argument("a", metavar="A", help="samples.jsonl that vcr1-fast eval wrote")
+    parser.add_argument("b", metavar="B", help="another one, of the same annotation files")
+    options = parser.parse_args(tokens)
+    from vcr1_fast.evaluation.compare import compare_command, comparison_as_dict
+
+    try:
+        result = comparison_as_dict(compare_command(options.a, options.b))
+    except ConfigError as error:
+        if os.environ.get("VCR1_DEBUG") == "1":
+            raise
+        _report_error(error)
+        return 1
+    print(to_json(result), flush=True)
+    return 0
+
+
+def _run_suite(tokens: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vcr1-fast suite",
+        description="Reads a multiple-choice benchmark as it is published and writes one JSONL for data.eval.",
+    )
+    parser.add_argument("suite", choices=("videomme", "mvbench", "perception_test"))
+    parser.add_argument("files", metavar="FILE", nargs="+", help="annotation files; for mvbench one for each task")
+    parser.add_argument("--output", required=True, metavar="OUT.jsonl", help="file to write")
+    parser.add_argument("--videos", metavar="FOLDER", help="folder of the videos; default: that of the first FILE")
+    parser.add_argument("--only", metavar="AXIS=VALUE", action="append", default=[], help="such as duration=short")
+    options = parser.parse_args(tokens)
+    if any("=" not in wanted for wanted in options.only):
+        parser.error("--only wants AXIS=VALUE, such as duration=short")
+    from vcr1_fast.evaluation.suites import suite_command
+
+    only = dict(wanted.split("=", 1) for wanted in options.only)
+    try:
+        result = suite_command(options.suite, options.files, options.output, options.videos, only)
+    except (ConfigError, OSError) as error:
+        if os.environ.get("VCR1_DEBUG") == "1":
+            raise
+        _report_error(error)
+        return 1
+    print(to_json(result), flush=True)
+    return 0
+
+
+PLAIN_COMMANDS = {  # those without settings
+    "doctor": _run_doctor,
+    "baselines": _run_baselines,
+    "compare": _run_compare,
+    "suite": _run_suite,
+}
 
 
 def _report_error(error: BaseException) -> None:

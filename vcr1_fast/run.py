@@ -18,7 +18,7 @@ from vcr1_fast.learner.model import describe_kernels, load_hugging_face, load_to
 from vcr1_fast.learner.sharding import World, init_distributed, shutdown
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.prompts.build import PromptBuilder
-from vcr1_fast.prompts.dataset import load_annotations
+from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
@@ -26,7 +26,7 @@ from vcr1_fast.run_folder import prepare_output_dir
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.telemetry import say
-from vcr1_fast.types import Example, SampleError
+from vcr1_fast.types import Example
 from vcr1_fast.video.patches import to_patches
 from vcr1_fast.video.quarantine import Quarantine
 from vcr1_fast.video.read import open_reader, read_frames
@@ -80,12 +80,13 @@ class Run:
                 f"{name} is empty, wanted at least one annotation file; for a first try: vcr1-fast synth tiny, then "
                 "vcr1-fast train tiny"
             )
-        examples: list[Example] = []
-        errors: list[SampleError] = []
-        for path in paths:
-            good, bad = load_annotations(path, self.tasks, self.config.data.video_root)
-            examples += good
-            errors += bad
+        data = self.config.data
+        sources = [AnnotationSource(path, data.video_root, data.format) for path in paths]
+        files = read_annotation_files(sources, self.tasks, self.config.task.recipe)
+        examples = [example for file in files for example in file.examples]
+        errors = [error for file in files for error in file.errors]
+        for file in files:
+            say(f"{name}: {file.summary}")
         if errors and self.world.is_main:
             for error in errors[:10]:
                 print(f"bad annotation: {error}", file=sys.stderr)
@@ -107,7 +108,7 @@ def open_run(config: Config, writes: bool = True) -> Iterator[Run]:
         config.check_world_size(world.world_size)
         folder = prepare_output_dir(config.train.output_dir, world) if writes else Path(config.train.output_dir)
         torch.manual_seed(config.train.seed)
-        tasks = make_tasks(config.task)
+        tasks = make_tasks(config.task, judge=config.judge)
         with contextlib.closing(open_reader(config.video)) as reader:
             builder = PromptBuilder(
                 load_tokenizer(config.model.path),

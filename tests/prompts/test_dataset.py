@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from vcr1_fast.config import ConfigError
-from vcr1_fast.prompts.dataset import DataOrder, load_annotations, shard
-from vcr1_fast.types import IntervalTruth
+from vcr1_fast.config import ConfigError, TaskConfig
+from vcr1_fast.prompts.dataset import AnnotationSource, DataOrder, read_annotation_files, shard
+from vcr1_fast.prompts.interval_defects import find_interval_defects
+from vcr1_fast.tasks import make_tasks
+from vcr1_fast.types import Example, IntervalTruth, LabelTruth, SampleError
 
 GOOD = {"task": "grounding", "video": "a.mp4", "query": "a dog runs", "duration_s": 8, "interval_s": [1.0, 2.5]}
 
@@ -31,6 +33,11 @@ def write(folder: Path, text: str, name: str = "train.json") -> Path:
     file = folder / name
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def load_annotations(path: Path, tasks: Any, video_root: str | None = None) -> tuple[list[Example], list[SampleError]]:
+    (content,) = read_annotation_files([AnnotationSource(path, video_root)], tasks)
+    return content.examples, content.errors
 
 
 def test_a_row_becomes_an_example(tmp_path: Path) -> None:
@@ -69,6 +76,7 @@ def test_jsonl_counts_lines_and_skips_blank_ones(tmp_path: Path) -> None:
         ({**GOOD, "interval_s": [2, 1]}, "interval_s is [2, 1], wanted start < end"),
         ({**GOOD, "id": ["x"]}, "id is ['x'], wanted text"),
         ({**GOOD, "id": "x"}, "id 'x' is already taken by row 1"),
+        ({k: v for k, v in GOOD.items() if k != "duration_s"}, "key 'duration_s' is missing, wanted the seconds"),
         ({**GOOD, "reasoning": None}, "reasoning is None, wanted text"),
         ("a row", "the row is a str, wanted an object"),
     ],
@@ -87,7 +95,7 @@ def test_a_bad_row_is_one_error_and_the_others_stay(tmp_path: Path, row: object,
         ("", "holds no row"),
         ("[]", "holds no row"),
         ("[{", "starts like a JSON list but is not valid JSON"),
-        ("hello\nworld", "neither a JSON list nor JSONL; line 1"),
+        ("hello\nworld", "neither JSON nor JSONL; line 1"),
     ],
 )
 def test_a_file_of_no_use_is_one_error(tmp_path: Path, text: str, message: str) -> None:
@@ -100,6 +108,89 @@ def test_a_missing_file_is_one_error(tmp_path: Path) -> None:
         load_annotations(tmp_path / "none.json", TASKS)
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         load_annotations(tmp_path, TASKS)
+
+
+def read(*files: Path, recipe: Any = "fixed") -> Any:
+    return read_annotation_files([AnnotationSource(f) for f in files], make_tasks(TaskConfig(recipe=recipe)), recipe)
+
+
+def grounding(*intervals: list[Any], **extra: object) -> dict[str, object]:
+    return {"task": "temporal_grounding", "video": "a", "query": "q", "duration_s": 10, "intervals": intervals, **extra}
+
+
+def test_ids_differ_over_all_files(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    first = write(tmp_path, json.dumps([grounding([1, 2], id="x"), grounding([1, 2])]))
+    second = write(tmp_path / "more", json.dumps([grounding([1, 2]), grounding([3, 4], id="x"), grounding([1, 2])]))
+    one, two = read(first, second)
+    # two files with one stem: their rows without an id get the whole path
+    assert [e.id for e in one.examples] == ["x", f"{first}:2"]
+    assert [e.id for e in two.examples] == [f"{second}:1", f"{second}:3"]
+    assert [(e.source, e.reason) for e in two.errors] == [
+        (f"{second}:2", f"id 'x' is already taken by {first}:1: ids must differ")
+    ]
+    assert two.summary.refused == {"with the id of another": 1}
+    with pytest.raises(ConfigError, match=r"train\.json is named 2 times: name it once"):
+        read(first, first.parent / "more" / ".." / first.name)
+
+
+def test_a_summary_counts_what_was_found_repaired_kept_and_refused(tmp_path: Path) -> None:
+    rows = [
+        grounding([1, 2]),
+        grounding([1, 12], [3, 4], [5, 11]),  # two ends after the 10 s
+        grounding([12, 11]),  # reversed, and both its start and its end are late
+        grounding([3, 3]),
+        grounding([12, 13], [2, 1]),
+        grounding([-1, 1]),
+        grounding([1, "x"], [2, 14]),
+        "nothing",
+    ]
+    file = write(tmp_path, json.dumps(rows))
+    (fixed,), (paper,) = read(file), read(file, recipe="paper")
+    rest = {"reversed": 2, "starting after the video": 2, "of no length": 1, "starting before 0 s": 1}
+    assert fixed.summary.found == paper.summary.found == {"ending after the video": 5, **rest}
+    assert fixed.summary.repaired == {"ending after the video": 2}
+    assert fixed.summary.refused == {"reversed": 2, "of no length": 1, "starting before 0 s": 1, "invalid": 2}
+    assert (fixed.summary.num_rows, fixed.summary.num_examples, len(fixed.errors)) == (8, 2, 6)
+    assert fixed.examples[1].truth == IntervalTruth(((1.0, 10.0), (3.0, 4.0), (5.0, 10.0)))
+    assert str(fixed.summary) == (
+        "train.json (schema rows): 8 rows, 2 examples; repaired: 2 ending after the video; "
+        "refused: 2 reversed, 1 of no length, 1 starting before 0 s, 2 invalid"
+    )
+    assert (fixed.summary.kept, paper.summary.repaired) == ({}, {})
+    assert paper.summary.kept == {"ending after the video": 4, **rest}
+    assert str(paper.summary) == (
+        "train.json (schema rows): 8 rows, 6 examples; kept as they are: 4 ending after the video, 2 reversed, "
+        "2 starting after the video, 1 of no length, 1 starting before 0 s; refused: 2 invalid"
+    )
+
+
+def test_a_file_without_defects_has_a_short_summary(tmp_path: Path) -> None:
+    (content,) = read(write(tmp_path, json.dumps([grounding([1, 2])])))
+    assert str(content.summary) == "train.json (schema rows): 1 rows, 1 examples"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"intervals": "x"},
+        {"intervals": [[1], [1, 2, 3], 5, ["2", 1], [True, 0], [float("nan"), 1]]},  # the task names these
+        {"intervals": [[1, 20]]},  # no duration to be late for
+        {"intervals": [[1, 20]], "duration_s": "10"},
+        {"intervals": [[1, 20]], "duration_s": -5},
+        {"intervals": [[0, 10]], "duration_s": 10},
+    ],
+)
+def test_rows_without_a_known_defect(row: dict[str, object]) -> None:
+    assert not find_interval_defects(row)
+
+
+def test_a_row_without_intervals_needs_no_duration(tmp_path: Path) -> None:
+    row = {"task": "video_quality", "video": "a.mp4", "query": "good or bad?", "answer": "good"}
+    (content,) = read(write(tmp_path, json.dumps([row])))
+    assert isinstance(content.examples[0].truth, LabelTruth)
+    assert content.examples[0].duration_s == float("inf")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

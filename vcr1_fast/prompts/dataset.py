@@ -1,16 +1,18 @@
 """Annotation files -> examples, and the order in which a run goes through them.
 
-A file is a JSON list or JSONL of objects: "task", "video", "query", "duration_s", the fields of that task, and
-optionally "id" (default: file stem and row) and "reasoning".
+A file is of one of the schemas in `schemas`. What it says becomes rows of our own schema: objects with "task", "video",
+"query", the fields of the task, and optionally "id" (default: file stem and row), "duration_s" and "reasoning". The
+task checks and, in recipe fixed, repairs them; nothing is left out without a line and a count.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -18,125 +20,196 @@ from typing import TypeVar
 import numpy as np
 
 from vcr1_fast.config import ConfigError
+from vcr1_fast.prompts.annotation_files import read_entries
+from vcr1_fast.prompts.interval_defects import REFUSING, find_interval_defects
+from vcr1_fast.prompts.schemas import find_schema
+from vcr1_fast.prompts.schemas.schema import Recipe, Row, Schema, read_text
+from vcr1_fast.prompts.video_files import VideoFolder
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, SampleError
 
 Item = TypeVar("Item")
 
 
-def load_annotations(
-    path: str | Path, tasks: Mapping[str, Task], video_root: str | None = None
-) -> tuple[list[Example], list[SampleError]]:
-    """Examples of one file, and one error per row that cannot be used. Rows count from 1 (JSONL: lines).
+@dataclass(frozen=True, slots=True)
+class AnnotationSource:
+    """One annotation file and how to read it."""
 
-    Relative video paths start from `video_root`, or from the file's own folder. Video files are not opened here.
+    path: str | Path
+    video_root: str | None = None  # folder that relative video paths start from; None: the folder of the file
+    schema: str = "auto"  # a name in `schemas.SCHEMAS`, or "auto" to see it from the content
+    task: str | None = None  # which task a file is read for that could serve several (NExT-GQA)
 
-    Raises ConfigError when the file is missing, is not JSON or JSONL, or holds no row.
+
+@dataclass(frozen=True, slots=True)
+class FileSummary:
+    """What became of one annotation file. As text: one line for people."""
+
+    file: str
+    schema: str
+    num_rows: int  # of our own schema, the unusable ones included
+    num_examples: int
+    found: dict[str, int]  # kind of defect -> intervals that have it, in all rows
+    repaired: dict[str, int]  # recipe fixed: of those, the ones in rows that became examples
+    kept: dict[str, int]  # recipe paper: the same
+    refused: dict[str, int]  # kind -> rows left out; they are the errors, one for one
+
+    def __str__(self) -> str:
+        parts = [f"{self.file} (schema {self.schema}): {self.num_rows:,} rows, {self.num_examples:,} examples"]
+        named = {"repaired": self.repaired, "kept as they are": self.kept, "refused": self.refused}
+        for what, counts in named.items():
+            if counts:
+                parts.append(f"{what}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotationFile:
+    """The content of one annotation file."""
+
+    examples: list[Example]
+    errors: list[SampleError]  # one per row left out; the source is file:row, file:line or file:key
+    summary: FileSummary
+
+
+def read_annotation_files(
+    sources: Sequence[AnnotationSource], tasks: Mapping[str, Task], recipe: Recipe = "fixed"
+) -> list[AnnotationFile]:
+    """Examples, errors and summary of each file. Video files are not opened. Ids are unique over all files.
+
+    tasks: by name, made for the same recipe.
+    Raises ConfigError when a file is missing, named twice, broken as a whole, of no known schema, or without a row.
     """
-    file = Path(path).expanduser()
-    root = Path(video_root).expanduser() if video_root else file.parent
-    examples: list[Example] = []
-    errors: list[SampleError] = []
-    row_of_id: dict[str, int] = {}
-    for row_number, row in _rows(file):
+    files = [Path(os.path.abspath(os.path.expanduser(source.path))) for source in sources]
+    uses = Counter((file, source.schema, source.task) for file, source in zip(files, sources, strict=True))
+    for (file, _, _), count in uses.items():
+        if count > 1:
+            raise ConfigError(f"annotation file {file} is named {count} times: name it once")
+    num_of_stem = Counter(file.stem for file in set(files))
+    source_of_id: dict[str, str] = {}
+    result: list[AnnotationFile] = []
+    for source in sources:
+        file = Path(os.path.expanduser(source.path))
+        entries = read_entries(file)
+        if not entries.items:
+            raise ConfigError(f"annotation file {file} holds no row: name another file")
+        schema = find_schema(file, entries, source.schema, source.task)
+        label = file.stem if num_of_stem[file.stem] == 1 else os.path.abspath(file)
+        loader = _Loader(file, label, tasks, VideoFolder(source.video_root or file.parent), source_of_id)
+        for where, entry in entries.items:
+            loader.add_entry(where, entry, schema, recipe)
+        result.append(loader.finish(schema, recipe))
+    return result
+
+
+class _Loader:
+    """Gathers the examples of one file and counts what is left out."""
+
+    def __init__(
+        self, file: Path, label: str, tasks: Mapping[str, Task], videos: VideoFolder, source_of_id: dict[str, str]
+    ) -> None:
+        self.file, self.label, self.tasks, self.videos = file, label, tasks, videos
+        self.source_of_id = source_of_id  # of all files so far
+        self.examples: list[Example] = []
+        self.errors: list[SampleError] = []
+        self.found: Counter[str] = Counter()
+        self.in_examples: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+
+    def add_entry(self, where: str, entry: object, schema: Schema, recipe: Recipe) -> None:
         try:
-            example = _example(row, f"{file.stem}:{row_number}", tasks, root)
-            if example.id in row_of_id:
-                raise ValueError(f"id {example.id!r} is already taken by row {row_of_id[example.id]}: ids must differ")
+            if isinstance(entry, ValueError):
+                raise entry
+            if not isinstance(entry, Mapping):
+                raise ValueError(
+                    f"the row is a {type(entry).__name__}, wanted an object with the keys {', '.join(schema.keys)}"
+                )
+            rows = list(schema.to_rows(where, entry, recipe))
         except ValueError as error:
-            errors.append(SampleError(f"{file}:{row_number}", str(error)))
+            self._refuse(where, "invalid", error)
+            return
+        for row_where, row in rows:
+            self._add_row(row_where, row, recipe)
+
+    def _add_row(self, where: str, row: Row, recipe: Recipe) -> None:
+        defects = find_interval_defects(row)
+        self.found += defects
+        source = f"{self.file}:{where}"
+        refusing = (name for name in REFUSING if defects[name] and recipe == "fixed")
+        kind = next(refusing, "invalid")
+        try:
+            example = _example(row, f"{self.label}:{where}", self.tasks, self.videos)
+            taken_by = self.source_of_id.get(example.id)
+            if taken_by is not None:
+                kind = "with the id of another"
+                same_file = taken_by.removeprefix(f"{self.file}:")
+                taken_by = taken_by if same_file == taken_by else f"row {same_file}"
+                raise ValueError(f"id {example.id!r} is already taken by {taken_by}: ids must differ")
+        except ValueError as error:
+            self._refuse(where, kind, error)
         else:
-            row_of_id[example.id] = row_number
-            examples.append(example)
-    if not examples and not errors:
-        raise ConfigError(f"annotation file {file} holds no row: name another file")
-    return examples, errors
+            self.source_of_id[example.id] = source
+            self.examples.append(example)
+            self.in_examples += defects
 
+    def _refuse(self, where: str, kind: str, error: ValueError) -> None:
+        self.errors.append(SampleError(f"{self.file}:{where}", str(error)))
+        self.refused[kind] += 1
 
-def _rows(file: Path) -> Iterator[tuple[int, object]]:
-    """(row number, parsed row); a line of JSONL that does not parse comes as the ValueError itself."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"annotation file {file} cannot be read: {reason}: check the path") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"annotation file {file} is not UTF-8 text: {error}") from error
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(
-                f"annotation file {file} starts like a JSON list but is not valid JSON: {error}"
-            ) from error
-        yield from enumerate(rows, start=1)
-        return
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    parsed = [(number, _parse_line(line)) for number, line in lines]
-    if parsed and all(isinstance(row, ValueError) for _, row in parsed):
-        number, error = parsed[0]
-        raise ConfigError(f"annotation file {file} is neither a JSON list nor JSONL; line {number}: {error}")
-    yield from parsed
-
-
-def _parse_line(line: str) -> object:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        return ValueError(f"not valid JSON: {error}")
-
-
-def _example(row: object, default_id: str, tasks: Mapping[str, Task], root: Path) -> Example:
-    """One row as an Example. Raises ValueError with one reason."""
-    if isinstance(row, ValueError):
-        raise row
-    if not isinstance(row, dict):
-        raise ValueError(
-            f"the row is a {type(row).__name__}, wanted an object with keys task, video, query, duration_s"
+    def finish(self, schema: Schema, recipe: Recipe) -> AnnotationFile:
+        kept_or_repaired = dict(self.in_examples)
+        summary = FileSummary(
+            file=self.file.name,
+            schema=schema.name,
+            num_rows=len(self.examples) + len(self.errors),
+            num_examples=len(self.examples),
+            found=dict(self.found),
+            repaired=kept_or_repaired if recipe == "fixed" else {},
+            kept=kept_or_repaired if recipe == "paper" else {},
+            refused=dict(self.refused),
         )
-    task = _text(row, "task")
+        return AnnotationFile(self.examples, self.errors, summary)
+
+
+def _example(row: Row, default_id: str, tasks: Mapping[str, Task], videos: VideoFolder) -> Example:
+    """One row as an Example. Raises ValueError with one reason."""
+    task = read_text(row, "task")
     if task not in tasks:
         near = difflib.get_close_matches(task, tasks, n=1, cutoff=0.0)
-        raise ValueError(f"task is {task!r}, wanted one of {', '.join(tasks)}; did you mean {near[0]!r}?")
-    video, query, duration_s = _text(row, "video"), _text(row, "query"), _duration_s(row)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"task is {task!r}, wanted one of {', '.join(tasks)}{meant}")
+    needs_query = "query" in row or getattr(tasks[task], "needs_query", True)  # captioning asks the same of every clip
+    video, query = read_text(row, "video"), read_text(row, "query") if needs_query else ""
+    duration_s = _duration_s(row)
     reasoning = row.get("reasoning", "")
     if not isinstance(reasoning, str):
-        raise ValueError(f"reasoning is {reasoning!r}, wanted text")
+        raise ValueError(f"reasoning is {reasoning!r:.60}, wanted text")
     truth = tasks[task].parse_truth(row)
-    absolute = os.path.abspath(root / Path(video).expanduser())
-    return Example(_id(row, default_id), task, absolute, query, duration_s, truth, reasoning)
+    if math.isinf(duration_s) and hasattr(truth, "intervals_s"):
+        raise ValueError("key 'duration_s' is missing, wanted the seconds of the video that the intervals lie in")
+    return Example(_id(row, default_id), task, videos.find(video), query, duration_s, truth, reasoning)
 
 
-def _value(row: Mapping[str, object], key: str) -> object:
-    if key not in row:
-        raise ValueError(f"key {key!r} is missing; the row has {', '.join(map(str, row)) or 'none'}")
-    return row[key]
-
-
-def _text(row: Mapping[str, object], key: str) -> str:
-    value = _value(row, key)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key} is {value!r}, wanted text that is not empty")
-    return value
-
-
-def _id(row: Mapping[str, object], default: str) -> str:
+def _id(row: Row, default: str) -> str:
     value = row.get("id", default)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise ValueError(f"id is {value!r}, wanted text or a whole number")
+        raise ValueError(f"id is {value!r:.60}, wanted text or a whole number")
     return str(value)
 
 
-def _duration_s(row: Mapping[str, object]) -> float:
-    value = _value(row, "duration_s")
+def _duration_s(row: Row) -> float:
+    """Seconds; infinity when the row does not say."""
+    value = row.get("duration_s")
+    if value is None:
+        return math.inf
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"duration_s is {value!r}, wanted a number of seconds")
+        raise ValueError(f"duration_s is {value!r:.60}, wanted a number of seconds")
     try:
         duration_s = float(value)
     except OverflowError:  # JSON allows whole numbers of any length
         duration_s = math.inf
     if not math.isfinite(duration_s) or duration_s <= 0:
-        raise ValueError(f"duration_s is {value!r}, wanted a finite number of seconds > 0")
+        raise ValueError(f"duration_s is {value!r:.60}, wanted a finite number of seconds > 0")
     return duration_s
 
 

@@ -11,7 +11,9 @@ import torch
 from vcr1_fast.config import Config, ConfigError
 from vcr1_fast.learner.sharding import World, all_reduce_sum
 from vcr1_fast.prompts.build import PromptBuilder
-from vcr1_fast.prompts.dataset import DataOrder, shard
+from vcr1_fast.prompts.dataset import shard
+from vcr1_fast.prompts.difficulty import read_rewards, select_by_reward
+from vcr1_fast.prompts.mixture import make_order
 from vcr1_fast.types import Example, Prompt, SampleError
 from vcr1_fast.video.quarantine import Quarantine
 
@@ -29,11 +31,17 @@ class PromptStream:
     def __init__(
         self, examples: Sequence[Example], builder: PromptBuilder, quarantine: Quarantine, config: Config, world: World
     ) -> None:
+        """Raises ConfigError when there are no examples, also after data.reward_range, and for a wrong data.mixture."""
         if not examples:
             raise ConfigError("data.train has no usable example: see the messages above, or name other files")
+        if config.data.rewards is not None and config.data.reward_range is not None:
+            selection = select_by_reward(examples, read_rewards(config.data.rewards), config.data.reward_range)
+            examples = selection.examples
+            if world.is_main:
+                print(selection, file=sys.stderr)
         self.examples, self.builder, self.quarantine = examples, builder, quarantine
         self.config, self.world = config, world
-        self.order = DataOrder(len(examples), config.train.seed)
+        self.order = make_order(examples, config.data.mixture, config.train.seed)
         self.position = 0
         # One torch thread each: an OpenMP team per reader would put libgomp above the number of cores, where it stops
         # spinning between operations and made the update of the tiny model twice as slow (0.35 s -> 0.8 s on 2 cores).
@@ -42,7 +50,13 @@ class PromptStream:
 
     @property
     def epoch(self) -> float:
+        """Items handed out, in passes through all examples; with `data.mixture` tasks may be ahead of or behind it."""
         return self.position / len(self.examples)
+
+    def metrics(self) -> dict[str, float]:
+        """epoch, `epoch/{task}` (passes through the examples of each task) and bad_samples."""
+        by_task = {f"epoch/{task}": epoch for task, epoch in self.order.epochs(self.position).items()}
+        return {"epoch": self.epoch, **by_task, "bad_samples": float(self.num_bad)}
 
     def next(self, count: int) -> list[Prompt]:
         """This rank's share of the next `count` items over all ranks, without those that cannot be used.

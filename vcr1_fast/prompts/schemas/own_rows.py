@@ -1,0 +1,14 @@
+"""Our own schema: every row is an object with "task", "video", "query" and the fields of its task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vcr1_fast.prompts.schemas.schema import Entry, Recipe, Row, Schema
+
+
+def _to_rows(where: str, entry: Entry, recipe: Recipe) -> Iterator[tuple[str, Row]]:
+    yield where, dict(entry)
+
+
+SCHEMA = Schema(name="rows", task=None, keys=("task", "video", "query"), is_mapping=False, to_rows=_to_rows)
