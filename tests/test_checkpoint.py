@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import os
@@ -343,6 +344,18 @@ def test_export_does_not_replace_another_folder_and_leaves_nothing_after_a_failu
     with pytest.raises(OSError, match="No space left"):
         export_hugging_face(TinyPolicy(), tiny_tokenizer(), tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+
+
+def test_a_checkpoint_from_before_the_task_scale_still_loads(run: Path):
+    parts = make()
+    train(parts, 1)
+    scaled = dataclasses.replace(state(1), task_scale={"video_quality": [0.5, 0.25]})
+    path = save_checkpoint(run, *parts, scaled, SINGLE_PROCESS, keep=2)
+    assert load_checkpoint(path, *parts, SINGLE_PROCESS) == scaled
+    document = json.loads((path / "state.json").read_text())
+    del document["task_scale"]
+    (path / "state.json").write_text(json.dumps(document))
+    assert load_checkpoint(path, *parts, SINGLE_PROCESS) == state(1)
 
 
 def test_checkpoints_move_between_one_process_and_two_ranks(run: Path):

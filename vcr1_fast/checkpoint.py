@@ -19,9 +19,9 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class RunState:
     reader: str  # video reader and version, for example "pyav 18.1"; another reader may give other pixels
     config_yaml: str  # the resolved configuration
     program: str = "train"  # the command that made it, train or sft
+    task_scale: Mapping[str, Sequence[float]] = field(default_factory=dict)  # advantages.TaskScale.moments
 
 
 # ---- finding checkpoints -------------------------------------------------------------------------------------------
@@ -242,7 +243,8 @@ def load_checkpoint(
     rng_path = checkpoint / "rng" / f"rank_{world.rank:05d}.safetensors"
     if optimizer is not None and rng_path.exists():
         set_rng_state(load_file(rng_path))
-    return RunState(**{field.name: document[field.name] for field in fields(RunState)})
+    known = {f.name for f in fields(RunState)} & set(document)  # an older checkpoint may lack a field
+    return RunState(**{name: document[name] for name in known})
 
 
 def _tensors(policy: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:

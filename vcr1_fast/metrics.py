@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from vcr1_fast.learner.sharding import World, all_max_int, all_reduce_sum
 from vcr1_fast.learner.step import UpdateReport
+from vcr1_fast.tasks.shaping import ADDED_PARTS
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Completion, RolloutGroup
 
@@ -14,9 +15,11 @@ from vcr1_fast.types import Completion, RolloutGroup
 def rollout_metrics(groups: Sequence[RolloutGroup], tasks: Mapping[str, Task], world: World) -> dict[str, float]:
     """Rewards and lengths of one step. A collective. A quantity nothing was measured for is left out.
 
-    reward_std is the mean over groups of the standard deviation inside the group, as in TRL.
+    reward_std is the mean over groups of the standard deviation inside the group, as in TRL; it and
+    frac_reward_zero_std are of all the rewards that advantages are made of. Everything else is of sampled answers: a
+    ground truth mixed into a group says nothing about the policy.
     """
-    completions = [c for group in groups for c in group.completions]
+    completions = [c for group in groups for c in group.completions if c.is_sampled]
     ended = [c for c in completions if c.finish_reason == "stop"]
     sums = {
         "completions": len(completions),
@@ -24,7 +27,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], tasks: Mapping[str, Task], w
         "ended": len(ended),
         "tokens": _num_tokens(completions),
         "ended_tokens": _num_tokens(ended),
-        "reward": sum(sum(group.rewards) for group in groups),
+        "reward": sum(sum(sampled(group, group.rewards)) for group in groups),
         "group_std": sum(_std(group.rewards) for group in groups),
         "zero_std_groups": sum(len(set(group.rewards)) == 1 for group in groups),
     }
@@ -49,12 +52,21 @@ def rollout_metrics(groups: Sequence[RolloutGroup], tasks: Mapping[str, Task], w
     return metrics | _part_means(total, tasks)
 
 
+def sampled(group: RolloutGroup, values: Sequence[float]) -> list[float]:
+    """The values of those completions that the policy drew; empty where the group has no values."""
+    return [value for value, c in zip(values, group.completions, strict=False) if c.is_sampled]
+
+
+def _part_names(task: Task) -> tuple[str, ...]:
+    return (*task.part_names, *ADDED_PARTS)  # these only in runs whose settings add them
+
+
 def _part_sums(groups: Sequence[RolloutGroup], tasks: Mapping[str, Task]) -> dict[str, float]:
     """Sum, sum of squares and count of each reward part of each task; the same names on every rank."""
     sums: dict[str, float] = {}
     for task in tasks.values():
-        for part in task.part_names:
-            mine = [g.reward_parts[part] for g in groups if g.prompt.example.task == task.name]
+        for part in _part_names(task):
+            mine = [sampled(g, g.reward_parts.get(part, ())) for g in groups if g.prompt.example.task == task.name]
             values = [value for group_values in mine for value in group_values]
             sums[f"{task.name}/{part}/sum"] = sum(values)
             sums[f"{task.name}/{part}/squares"] = sum(value * value for value in values)
@@ -66,7 +78,7 @@ def _part_means(total: Mapping[str, float], tasks: Mapping[str, Task]) -> dict[s
     """`rewards/{task}/{part}/mean` and `/std` (over completions) of each part that was given in this step."""
     metrics: dict[str, float] = {}
     for task in tasks.values():
-        for part in task.part_names:
+        for part in _part_names(task):
             name = f"{task.name}/{part}"
             count = total[f"{name}/count"]
             if count:

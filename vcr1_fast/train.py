@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from vcr1_fast.checkpoint import export_hugging_face
 from vcr1_fast.config import Config
 from vcr1_fast.evaluate import Scores, evaluate, flat_scores, print_scores, scores_as_dict
-from vcr1_fast.learner.advantages import with_advantages
+from vcr1_fast.learner.advantages import TaskScale, with_advantages
 from vcr1_fast.learner.model import model_folder
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.metrics import rollout_metrics, update_metrics
-from vcr1_fast.rollout.collect import collect
+from vcr1_fast.prompts.difficulty import log_rewards
+from vcr1_fast.rollout.collect import Collector
 from vcr1_fast.run import Run, due, load_state, open_run, sampling_seed, save_state
 from vcr1_fast.telemetry import Telemetry, say
 from vcr1_fast.weight_sync import WeightSync
@@ -34,6 +36,8 @@ def _train(run: Run) -> dict[str, Any]:
     state = load_state(run, learner, "train")  # step 0, or where a checkpoint stands
     prompts.position = state.position
     engine = run.open_engine()
+    collector = Collector(engine, run.tasks, config, world, run.builder.completion_ids, run.quarantine.add)
+    task_scale = TaskScale(config.algorithm.scale_decay, state.task_scale)
     sync = WeightSync(learner.policy, engine, policy_version=max(state.policy_version - 1, 0))
     telemetry = Telemetry(run.folder, world.rank, resume_step=state.step)
 
@@ -51,21 +55,23 @@ def _train(run: Run) -> dict[str, Any]:
             batch = prompts.next(config.train.prompts_per_step)
         with telemetry.span("rollout"):
             sampling = config.rollout.sampling(sampling_seed(config, step, world))
-            groups = collect(engine, batch, sampling, run.tasks, config.task, run.quarantine.add)
+            groups = collector.collect(batch, sampling, prompts.next)
+            task_scale.update(groups, run.tasks, world)
         with telemetry.span("update"):
-            reports = learner.update_grpo(with_advantages(groups, config.algorithm.scale_advantages))
+            reports = learner.update_grpo(with_advantages(groups, config.algorithm.scale_advantages, task_scale))
         with telemetry.span("weight_sync"):
             sync.push()
         metrics = rollout_metrics(groups, run.tasks, world) | update_metrics(reports)
         num_tokens += int(metrics["step_tokens/executed"])
-        metrics |= {"epoch": prompts.epoch, "num_tokens": num_tokens, "bad_samples": prompts.num_bad}
+        metrics |= {"num_tokens": num_tokens} | prompts.metrics() | collector.metrics() | task_scale.metrics()
+        log_rewards(run.folder / "rewards.jsonl", step, groups, world)
         telemetry.log_step(step, metrics, config.train.num_steps)
         if due(config.eval.every, step) and step < config.train.num_steps and held_out:
             score(step)
         if due(config.checkpoint.every, step) or step == config.train.num_steps:
             with telemetry.span("checkpoint"):
                 now = run.state(step, prompts.position, num_tokens, sync.policy_version, "train")
-                save_state(run, learner, now)
+                save_state(run, learner, replace(now, task_scale=task_scale.moments))
 
     after = score(config.train.num_steps) if held_out else {}
     if after and world.is_main:

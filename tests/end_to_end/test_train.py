@@ -146,3 +146,33 @@ def test_batch_that_does_not_divide_by_the_ranks_is_refused(train_command, run_c
     done = run_command([*torchrun, *train_command(tmp_path / "run", "--train.prompts_per_step=3")[1:]])
     assert done.returncode != 0
     assert "train.prompts_per_step is 3, but there are 2 ranks" in done.stderr
+
+
+@pytest.mark.slow
+def test_co_training_options_on_two_ranks_resume_to_the_same_bits(train_command, run_command, tmp_path):
+    """Task weights, per-task scale, ground truths and dynamic sampling together: the checkpoint is all their state."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = (
+        "--data.mixture.temporal_grounding=3", "--data.mixture.object_tracking=1", "--data.eval=[]",
+        "--algorithm.scale_advantages=task", "--algorithm.scale_decay=0.9", "--algorithm.minibatches_per_rollout=2",
+        "--rollout.num_ground_truth=1", "--rollout.max_resample_rounds=1", "--task.shaping.iou=tempsamp_r1",
+        "--task.length_reward=overlong", "--task.length_tokens=[40,96]", "--optimizer.schedule=constant",
+        "--task.temporal_contrast=true", "--task.reward_weights.order=0.3", "--task.iou=boundary",
+    )  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for run, num_steps in ((whole, 3), (parts, 2), (parts, 3)):
+        done = run_command([*torchrun, *train_command(run, *options, f"--train.num_steps={num_steps}")[1:]])
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed from" in done.stdout
+    want, got = steps_of(whole), steps_of(parts)
+    assert list(got) == list(want) == [1, 2, 3]
+    names = [name for name in want[3] if name.startswith(("epoch/", "advantage_scale/", "sampling/", "rewards/"))]
+    assert {"epoch/temporal_grounding", "advantage_scale/temporal_grounding", "sampling/ground_truths"} <= set(names)
+    for step in want:
+        assert {k: got[step].get(k) for k in (*SAME_ON_EVERY_RUN, *names)} == {
+            k: want[step].get(k) for k in (*SAME_ON_EVERY_RUN, *names)
+        }
+    assert bytes_of_weights(parts) == bytes_of_weights(whole)
+    rows = [json.loads(line) for line in (whole / "rewards.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == {1, 2, 3}
+    assert sum(row["step"] == 3 for row in rows) >= 4

@@ -1,10 +1,15 @@
 """Advantages against numbers worked out by hand."""
 
+import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 
-from vcr1_fast.learner.advantages import group_advantages, with_advantages
+from tests.tiny_policy import run_ranks
+from vcr1_fast.learner.advantages import TaskScale, group_advantages, with_advantages
+from vcr1_fast.learner.sharding import SINGLE_PROCESS
 
 
 def test_group_scale_by_hand():
@@ -30,10 +35,63 @@ def test_equal_rewards_and_single_completions_have_exactly_zero_advantage():
 
 
 def test_groups_carry_their_advantages(make_group):
-    import dataclasses
-
     group = dataclasses.replace(make_group(0, (3, 4)), rewards=(0.0, 1.0), advantages=())
     [scored] = with_advantages([group], "none")
     assert scored.advantages == (-0.5, 0.5)
     assert scored.is_trainable
     assert not dataclasses.replace(scored, advantages=(0.0, 0.0)).is_trainable
+
+
+def rewarded(make_group, task: str, rewards: tuple[float, ...]):
+    group = make_group(0, (2,) * len(rewards))
+    example = dataclasses.replace(group.prompt.example, task=task)
+    prompt = dataclasses.replace(group.prompt, example=example)
+    return dataclasses.replace(group, prompt=prompt, rewards=rewards, advantages=())
+
+
+def test_task_scale_by_hand(make_group):
+    scale = TaskScale(decay=0.75)
+    first = [rewarded(make_group, "a", (0.0, 1.0)), rewarded(make_group, "b", (0.2, 0.4))]
+    scale.update(first, ("a", "b", "c"), SINGLE_PROCESS)
+    # a: mean 0.5, mean square 0.5, variance 0.25; b: 0.3, (0.04 + 0.16) / 2 = 0.1, variance 0.01; c had no answer
+    assert scale.moments == {"a": (0.5, 0.5), "b": pytest.approx((0.3, 0.1))}
+    assert (scale.std("a"), scale.std("b")) == pytest.approx((0.5, 0.1))
+    one, two = with_advantages(first, "task", scale)
+    assert one.advantages == pytest.approx((-0.5 / 0.5001, 0.5 / 0.5001))
+    assert two.advantages == pytest.approx((-0.1 / 0.1001, 0.1 / 0.1001))
+
+    scale.update([rewarded(make_group, "a", (1.0, 1.0))], ("a", "b", "c"), SINGLE_PROCESS)
+    # a: 0.75 x 0.5 + 0.25 x 1 = 0.625 twice, variance 0.625 - 0.390625 = 0.234375; b as before
+    assert scale.moments["a"] == (0.625, 0.625)
+    assert scale.std("a") == pytest.approx(math.sqrt(0.234375))
+    assert scale.metrics() == {"advantage_scale/a": scale.std("a"), "advantage_scale/b": pytest.approx(0.1)}
+    resumed = TaskScale(0.75, {task: list(pair) for task, pair in scale.moments.items()})
+    assert resumed.moments == scale.moments
+
+
+def test_task_scale_falls_back_to_the_group_where_it_would_blow_up():
+    # 0.5 / (0.05 + 1e-4) = 9.98 > 5; the group's own unbiased std is sqrt(0.5); 0.2 / 0.0501 = 3.99 stays
+    own = math.sqrt(0.5) + 1e-4
+    assert group_advantages([[0.0, 1.0], [0.0, 0.4], [0.3, 0.3]], "task", [0.05, 0.05, 0.05]) == [
+        pytest.approx([-0.5 / own, 0.5 / own]),
+        pytest.approx([-0.2 / 0.0501, 0.2 / 0.0501]),
+        [0.0, 0.0],
+    ]
+
+
+def test_two_ranks_with_one_task_each_agree_on_scale_and_metrics(tmp_path):
+    run_ranks(Path(__file__).with_name("task_scale_ranks.py"), str(tmp_path / "out"))
+    zero, one = (json.loads((tmp_path / f"out.{rank}").read_text()) for rank in (0, 1))
+    assert zero["moments"] == one["moments"]
+    assert zero["metrics"] == one["metrics"]
+    # grounding, twice the same: mean 0.5, mean square (0 + 1 + 0.25 + 0.25) / 4 = 0.375, std sqrt(0.125)
+    assert zero["moments"]["temporal_grounding"] == [0.5, 0.375]
+    # tracking: 0.3 and 0.1 from its only step
+    assert zero["moments"]["object_tracking"] == pytest.approx([0.3, 0.1])
+    assert "video_quality" not in zero["moments"]
+    std = math.sqrt(0.125) + 1e-4
+    assert zero["advantages"] == [pytest.approx([-0.5 / std, 0.5 / std]), [0.0, 0.0]]
+    assert one["advantages"] == [pytest.approx([-0.1 / 0.1001, 0.1 / 0.1001])]
+    assert zero["metrics"]["rewards/temporal_grounding/iou/mean"] == 0.5
+    assert zero["metrics"]["rewards/object_tracking/iou/mean"] == pytest.approx(0.3)
+    assert zero["metrics"]["completions/count"] == 6

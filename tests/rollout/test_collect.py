@@ -1,12 +1,21 @@
 """Scoring of a step's answers, and what happens when a reward breaks."""
 
-import pytest
+import dataclasses
+import json
+import math
+from pathlib import Path
 
-from vcr1_fast.config import TaskConfig
-from vcr1_fast.rollout.collect import collect, weighted_sum
+import pytest
+import torch
+
+from tests.tiny_policy import run_ranks
+from vcr1_fast.config import Config, ConfigError, RolloutConfig, TaskConfig
+from vcr1_fast.learner.sharding import SINGLE_PROCESS
+from vcr1_fast.metrics import rollout_metrics
+from vcr1_fast.rollout.collect import Collector, collect, weighted_sum
 from vcr1_fast.rollout.scripted_engine import ScriptedEngine
 from vcr1_fast.tasks import make_tasks
-from vcr1_fast.types import Example, IntervalTruth, SampleError, SamplingParams
+from vcr1_fast.types import Example, IntervalTruth, Prompt, SampleError, SamplingParams
 
 GOOD, HALF, BAD = (f"<think>x</think><answer>{answer}</answer>" for answer in ("2.00 to 4.00", "2.00 to 3.00", "none"))
 
@@ -15,9 +24,11 @@ def make_example(name: str) -> Example:
     return Example(name, "temporal_grounding", f"{name}.mp4", "a red circle appears", 8.0, IntervalTruth(((2.0, 4.0),)))
 
 
-def prompts_of(make_prompt, *names):
-    import dataclasses
+def unexpected(error: SampleError) -> None:
+    raise AssertionError(error)
 
+
+def prompts_of(make_prompt, *names):
     return [dataclasses.replace(make_prompt((1, 4, 4), "text"), example=make_example(name)) for name in names]
 
 
@@ -29,7 +40,7 @@ def test_each_group_gets_the_scores_of_its_own_answers(tiny_tokenizer, make_prom
         SamplingParams(2, 200),
         make_tasks(TaskConfig()),
         TaskConfig(reward_weights={"iou": 2.0}),
-        pytest.fail,
+        unexpected,
     )
     assert [g.prompt.example.id for g in groups] == ["a", "b"]
     assert [g.reward_parts["iou"] for g in groups] == [(1.0, 0.0), (0.5, 1.0)]
@@ -61,8 +72,138 @@ def test_a_reward_that_raises_loses_its_group_only(tiny_tokenizer, make_prompt, 
 
 def test_no_prompts_no_groups(tiny_tokenizer):
     engine = ScriptedEngine(tiny_tokenizer, {})
-    assert collect(engine, [], SamplingParams(2, 8), {}, TaskConfig(), pytest.fail) == []
+    assert collect(engine, [], SamplingParams(2, 8), {}, TaskConfig(), unexpected) == []
 
 
 def test_weighted_sum_by_hand():
     assert weighted_sum({"format": (1.0, 0.0), "iou": (0.5, 0.25)}, {"iou": 4.0}) == (3.0, 1.0)
+
+
+def no_more(count: int) -> list[Prompt]:
+    raise AssertionError(f"{count} further prompts were asked for")
+
+
+def make_collector(tiny_tokenizer, scripts, tasks=None, on_failure=unexpected, **rollout) -> Collector:
+    engine = ScriptedEngine(tiny_tokenizer, scripts)
+    config = Config(rollout=RolloutConfig(group_size=2, **rollout))
+    tasks = tasks or make_tasks(TaskConfig())
+
+    def target_ids(example):
+        if example.id == "forged":
+            raise SampleError("forged", "its text would become a control token")
+        return torch.tensor(tiny_tokenizer(tasks[example.task].target(example))["input_ids"])
+
+    return Collector(engine, tasks, config, SINGLE_PROCESS, target_ids, on_failure)
+
+
+def test_shaping_changes_the_reward_and_not_the_logged_parts(tiny_tokenizer, make_prompt):
+    engine = ScriptedEngine(tiny_tokenizer, {"a": [GOOD, HALF]})
+    config = TaskConfig(shaping={"iou": "tempsamp_r1"}, length_reward="overlong", length_tokens=(0, 1000))
+    [group] = collect(
+        engine, prompts_of(make_prompt, "a"), SamplingParams(2, 200), make_tasks(config), config, unexpected
+    )
+    assert group.reward_parts["iou"] == (1.0, 0.5)
+    lengths = [completion.num_tokens for completion in group.completions]
+    assert group.reward_parts["length"] == tuple((1000 - n) / 1000 for n in lengths)
+    # format 1, then f(1) = 0.8 + 0.01 ln 1.2 and f(0.5) = 0.8 - (e^0.3 - 1) / (e - 1), then the length
+    want = (0.8 + 0.01 * math.log(1.2), 0.8 - math.expm1(0.3) / math.expm1(1))
+    assert group.rewards == pytest.approx(
+        [1 + w + part for w, part in zip(want, group.reward_parts["length"], strict=True)]
+    )
+
+
+def test_the_ground_truth_replaces_one_answer_and_is_scored_like_the_others(tiny_tokenizer, make_prompt):
+    collector = make_collector(tiny_tokenizer, {"a": [BAD]}, num_ground_truth=1)  # one script: G - 1 are drawn
+    [group] = collector.collect(prompts_of(make_prompt, "a"), SamplingParams(2, 200), no_more)
+    drawn, truth = group.completions
+    assert (drawn.is_sampled, truth.is_sampled) == (True, False)
+    assert truth.text == "<think></think><answer>2.00 to 4.00</answer>"
+    assert tiny_tokenizer.decode(truth.token_ids_R) == truth.text
+    assert group.reward_parts["iou"] == (0.0, 1.0)
+    assert group.rewards == (0.0, 2.0)
+    assert collector.metrics() == {"reward_failures": 0.0, "sampling/ground_truths": 1.0}
+    metrics = rollout_metrics([group], collector.tasks, SINGLE_PROCESS)
+    # means are of the one drawn answer; the spread is of both, as advantages see it
+    assert (metrics["reward"], metrics["completions/count"]) == (0.0, 1.0)
+    assert metrics["rewards/temporal_grounding/iou/mean"] == 0.0
+    assert metrics["reward_std"] == pytest.approx(math.sqrt(2.0))
+
+
+def test_a_ground_truth_that_cannot_be_used_is_left_out(tiny_tokenizer, make_prompt, capsys):
+    collector = make_collector(tiny_tokenizer, {"a": [BAD], "forged": [BAD]}, num_ground_truth=1)
+    groups = collector.collect(prompts_of(make_prompt, "a", "forged"), SamplingParams(2, 10), no_more)
+    assert [len(group.completions) for group in groups] == [1, 1]  # 10 tokens are too few for the target of "a"
+    assert "no ground truth in the group: forged" in capsys.readouterr().err
+    assert collector.metrics()["sampling/ground_truths"] == 0.0
+
+
+def test_groups_without_a_signal_are_replaced_by_further_prompts(tiny_tokenizer, make_prompt):
+    flat, rich = [GOOD, GOOD], [GOOD, BAD]
+    collector = make_collector(
+        tiny_tokenizer, {"a": rich, "b": flat, "c": flat, "d": flat, "e": rich, "f": flat}, max_resample_rounds=2
+    )
+    asked: list[int] = []
+    upcoming = iter(prompts_of(make_prompt, *"def"))
+
+    def next_prompts(count):
+        asked.append(count)
+        return [next(upcoming) for _ in range(count)]
+
+    groups = collector.collect(prompts_of(make_prompt, *"abc"), SamplingParams(2, 200), next_prompts)
+    # b and c give way to d and e, d to f; the rounds are over, f stays
+    assert asked == [2, 1]
+    assert [group.prompt.example.id for group in groups] == ["a", "e", "f"]
+    assert collector.metrics() == {"reward_failures": 0.0, "sampling/resampled_groups": 3.0}
+
+
+def test_rounds_draw_with_different_seeds_and_the_same_ones_again(tiny_tokenizer, make_prompt):
+    def seeds() -> list[int]:
+        collector = make_collector(tiny_tokenizer, {"a": [BAD, BAD]}, max_resample_rounds=2)
+        generate, seen = collector.engine.generate, []
+
+        def spy(prompts, sampling):
+            seen.append(sampling.seed)
+            return generate(prompts, sampling)
+
+        collector.engine.generate = spy
+        collector.collect(
+            prompts_of(make_prompt, "a"), SamplingParams(2, 200, seed=7), lambda _: prompts_of(make_prompt, "a")
+        )
+        return seen
+
+    assert len(set(seeds())) == 3
+    assert seeds() == seeds()
+    assert seeds()[0] == 7
+
+
+def test_reward_failures_are_counted(tiny_tokenizer, make_prompt):
+    tasks = make_tasks(TaskConfig())
+
+    def broken(examples, answers):
+        raise ZeroDivisionError("no such length")
+
+    tasks["temporal_grounding"].score = broken
+    failures: list[SampleError] = []
+    collector = make_collector(tiny_tokenizer, {"a": [GOOD, BAD], "b": [GOOD, BAD]}, tasks, failures.append)
+    prompts = prompts_of(make_prompt, "a", "b")
+    for _ in range(2):  # counts are of one step
+        assert collector.collect(prompts, SamplingParams(2, 200), no_more) == []
+        assert collector.metrics() == {"reward_failures": 2.0}
+    assert len(failures) == 4
+
+
+def test_two_ranks_resample_in_step(tmp_path):
+    run_ranks(Path(__file__).with_name("resampling_ranks.py"), str(tmp_path / "out"))
+    zero, one = (json.loads((tmp_path / f"out.{rank}").read_text()) for rank in (0, 1))
+    # Rank 0 begins with 3 groups without a signal, rank 1 with none: 4 further prompts, 2 each. Of these rank 0 gets
+    # one without and rank 1 two: 3, so 4 further prompts again, all good.
+    assert zero["asked"] == one["asked"] == [4, 4]
+    assert zero["kept"] == ["good-0", "round1-0", "round2-0", "round2-1"]
+    assert one["kept"] == ["good-0", "good-1", "good-2", "good-3", "round2-0", "round2-1"]
+    assert zero["metrics"] == one["metrics"] == {"reward_failures": 0.0, "sampling/resampled_groups": 6.0}
+
+
+@pytest.mark.parametrize("settings", [{"num_ground_truth": 2}, {"num_ground_truth": 1, "group_size": 1}])
+def test_a_group_needs_a_sampled_answer(settings):
+    with pytest.raises(ConfigError, match=r"rollout\.num_ground_truth is"):
+        RolloutConfig(**settings)

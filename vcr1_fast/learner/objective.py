@@ -8,6 +8,7 @@ w_t are constants of the whole optimizer step (vcr1_kernels.losses.token_weights
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -27,9 +28,26 @@ class Objective(NamedTuple):
     tokens: TokenVectors
 
 
+class MixedPolicyLoss(PolicyLoss):
+    """PolicyLoss for rows that may hold tokens which no engine drew, those of a ground truth mixed into the group.
+
+    Where a given log-prob is NaN, the current one with its gradient stopped stands in for it. Such a token has ratio 1
+    and adds nothing to sampling_gap; its gradient is weight x advantage x grad log-prob, never clipped.
+    """
+
+    def __call__(self, logprob_N: Tensor, entropy_N: Tensor, tokens: TokenVectors) -> tuple[Tensor, Sums]:
+        def known(given_N: Tensor | None) -> Tensor | None:
+            return None if given_N is None else torch.where(given_N.isnan(), logprob_N.detach(), given_N)
+
+        old_N, sampling_N = known(tokens.old_logprob_N), known(tokens.sampling_logprob_N)
+        return super().__call__(
+            logprob_N, entropy_N, replace(tokens, old_logprob_N=old_N, sampling_logprob_N=sampling_N)
+        )
+
+
 def policy_loss(config: AlgorithmConfig) -> PolicyLoss:
     """The settings as the loss function they describe."""
-    return PolicyLoss(
+    return MixedPolicyLoss(
         config.loss,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
@@ -44,7 +62,8 @@ def grpo_objective(batch: PackedBatch, ref_logprob_N: Tensor | None, config: Alg
     """The policy loss of one micro-batch.
 
     With one update per rollout the sampled tokens are exactly on-policy, so the old log-prob is the current one with
-    its gradient stopped: ratio 1, and no extra forward. With more updates it is what the engine reported.
+    its gradient stopped: ratio 1, and no extra forward. With more updates it is what the engine reported, or, for a
+    ground truth mixed into the group, still the current one.
 
     Sums: those of `PolicyLoss`, among them tokens, entropy, kl, clipped_low, clipped_high and sampling_gap, the sum of
     |log-prob - the engine's|.

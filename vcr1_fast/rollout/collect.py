@@ -1,17 +1,114 @@
-"""Prompts -> scored RolloutGroups: the engine answers, the tasks score all answers of a step in one call each."""
+"""Prompts -> scored RolloutGroups: the engine answers, the tasks score all answers of a step in one call each.
+
+`Collector` is what the training loop holds: it also draws further prompts for groups without a signal, mixes the ground
+truth in, and counts what went wrong. `collect` is one round of it.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from vcr1_fast.config import TaskConfig
+import torch
+from torch import Tensor
+
+from vcr1_fast.config import Config, TaskConfig
+from vcr1_fast.learner.sharding import World, all_reduce_sum
 from vcr1_fast.rollout.engine import RolloutEngine
+from vcr1_fast.rollout.temporal_contrast import SHUFFLED_SEED, order_part, shuffled_prompt
+from vcr1_fast.tasks.shaping import ORDER_PART, shaped, with_length_part
 from vcr1_fast.tasks.task import Task
-from vcr1_fast.types import Prompt, RolloutGroup, SampleError, SamplingParams
+from vcr1_fast.types import Completion, Example, Prompt, RolloutGroup, SampleError, SamplingParams
 
 RewardParts = dict[str, tuple[float, ...]]
+TargetIds = Callable[[Example], Tensor]
+
+ROUND_SEED = 1 << 56  # far from the seeds of all steps and ranks, so that no round draws what another one drew
+
+
+class Collector:
+    """One step's groups from one step's prompts, on all ranks alike."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        tasks: Mapping[str, Task],
+        config: Config,
+        world: World,
+        target_ids: TargetIds,
+        on_failure: Callable[[SampleError], None],
+    ) -> None:
+        """`target_ids` gives the tokens of an example's ground truth (PromptBuilder.completion_ids); `on_failure` takes
+        the groups whose reward raised."""
+        self.engine, self.tasks, self.config, self.world = engine, tasks, config, world
+        self.target_ids = target_ids
+        self._on_failure = on_failure
+        self._counts: Counter[str] = Counter()  # of the last step, this rank's
+
+    def collect(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, next_prompts: Callable[[int], list[Prompt]]
+    ) -> list[RolloutGroup]:
+        """This rank's groups of one step. A collective when `rollout.max_resample_rounds` > 0.
+
+        Dynamic sampling (DAPO, 2503.14476): groups whose rewards are all equal have advantage 0 and teach nothing. They
+        are dropped for answers to as many further prompts, taken from the stream by `next_prompts(count)` as any other
+        prompts are, so that its position accounts for them. After max_resample_rounds rounds what came is kept. The
+        number of further prompts is that of all ranks together, rounded up to a multiple of the ranks: every rank
+        answers equally many, and a step may hold up to ranks - 1 groups more than train.prompts_per_step.
+        """
+        self._counts = Counter()
+        groups = self._round(prompts, sampling)
+        for round_index in range(self.config.rollout.max_resample_rounds):
+            kept = [group for group in groups if len(set(group.rewards)) > 1]
+            num_flat = int(all_reduce_sum({"flat": float(len(groups) - len(kept))}, self.world)["flat"])
+            if num_flat == 0:
+                break
+            self._counts["sampling/resampled_groups"] += len(groups) - len(kept)
+            num_ranks = self.world.world_size
+            further = next_prompts(-(-num_flat // num_ranks) * num_ranks)
+            seed = sampling.seed + (round_index + 1) * ROUND_SEED
+            groups = kept + self._round(further, replace(sampling, seed=seed))
+        return groups
+
+    def metrics(self) -> dict[str, float]:
+        """What the last `collect` counted, over all ranks. A collective."""
+        names = ["reward_failures"]
+        names += ["sampling/resampled_groups"] * (self.config.rollout.max_resample_rounds > 0)
+        names += ["sampling/ground_truths"] * (self.config.rollout.num_ground_truth > 0)
+        return all_reduce_sum({name: float(self._counts[name]) for name in names}, self.world)
+
+    def _round(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[RolloutGroup]:
+        target_ids = self.target_ids if self.config.rollout.num_ground_truth else None
+        groups = collect(
+            self.engine, prompts, sampling, self.tasks, self.config.task, self._count_failure, target_ids=target_ids
+        )
+        if self.config.task.temporal_contrast:
+            groups = self._contrasted(groups, sampling)
+        self._counts["sampling/ground_truths"] += sum(not c.is_sampled for g in groups for c in g.completions)
+        return groups
+
+    def _contrasted(self, groups: list[RolloutGroup], sampling: SamplingParams) -> list[RolloutGroup]:
+        """The groups with the part "order" (rollout/temporal_contrast.py), G // 2 answers to each shuffled clip."""
+        shuffled = [shuffled_prompt(group.prompt, sampling.seed) for group in groups]
+        half = replace(
+            sampling, num_completions=max(1, sampling.num_completions // 2), seed=sampling.seed + SHUFFLED_SEED
+        )
+        answered = collect(self.engine, shuffled, half, self.tasks, self.config.task, self._count_failure)
+        parts_of = {id(group.prompt): group.reward_parts for group in answered}
+        return [
+            rewarded(
+                group,
+                {**group.reward_parts, ORDER_PART: order_part(group, parts_of.get(id(prompt)))},
+                self.config.task,
+            )
+            for group, prompt in zip(groups, shuffled, strict=True)
+        ]
+
+    def _count_failure(self, error: SampleError) -> None:
+        self._counts["reward_failures"] += 1
+        self._on_failure(error)
 
 
 def collect(
@@ -21,24 +118,63 @@ def collect(
     tasks: Mapping[str, Task],
     config: TaskConfig,
     on_failure: Callable[[SampleError], None],
+    *,
+    target_ids: TargetIds | None = None,
 ) -> list[RolloutGroup]:
-    """G answers to each prompt, scored. A group whose reward raises is reported through `on_failure` and left out."""
+    """G answers to each prompt, scored. A group whose reward raises is reported through `on_failure` and left out.
+
+    `target_ids`: then G - 1 answers are drawn and the last one is the ground truth (`with_ground_truth`).
+    """
     if not prompts:
         return []
+    if target_ids is not None:
+        sampling = replace(sampling, num_completions=sampling.num_completions - 1)
     answers = engine.generate(prompts, sampling)
     groups = [
         RolloutGroup(prompt, tuple(completions), engine.policy_version)
         for prompt, completions in zip(prompts, answers, strict=True)
     ]
+    if target_ids is not None:
+        groups = [with_ground_truth(g, tasks[g.prompt.example.task], target_ids, sampling) for g in groups]
     scored: dict[int, RolloutGroup] = {}
     for name in sorted({p.example.task for p in prompts}):
         members = [i for i, p in enumerate(prompts) if p.example.task == name]
         parts = score_groups(tasks[name], [groups[i] for i in members], on_failure)
         for index, group_parts in zip(members, parts, strict=True):
             if group_parts is not None:
-                rewards = weighted_sum(group_parts, config.reward_weights)
-                scored[index] = replace(groups[index], reward_parts=group_parts, rewards=rewards)
+                scored[index] = rewarded(groups[index], group_parts, config)
     return [scored[i] for i in sorted(scored)]
+
+
+def with_ground_truth(group: RolloutGroup, task: Task, target_ids: TargetIds, sampling: SamplingParams) -> RolloutGroup:
+    """The group with the task's target as one more completion (TempSamp-R1, 2509.18056).
+
+    It is scored like the others and counts in the group's mean and standard deviation like them, so that a group in
+    which no drawn answer is good still has a direction. It was not drawn from the policy: its log-probs are NaN, and
+    the learner takes the current policy's own log-prob as the old one (ratio 1, gradient advantage x grad log-prob; no
+    importance weight corrects for it). A target that cannot be tokenised or is longer than max_new_tokens is left out.
+    """
+    example = group.prompt.example
+    try:
+        ids_R = target_ids(example)
+    except SampleError as error:
+        print(f"no ground truth in the group: {error}", file=sys.stderr)
+        return group
+    if ids_R.numel() > sampling.max_new_tokens:
+        return group
+    truth = Completion(ids_R, torch.full((ids_R.numel(),), torch.nan), "stop", task.target(example))
+    return replace(group, completions=(*group.completions, truth))
+
+
+def rewarded(group: RolloutGroup, parts: RewardParts, config: TaskConfig) -> RolloutGroup:
+    """The group with its reward parts as the task gave them, the part for its length, and the reward of all of them."""
+    parts = {
+        name: tuple(values)
+        for name, values in with_length_part(parts, [c.num_tokens for c in group.completions], config).items()
+    }
+    return replace(
+        group, reward_parts=parts, rewards=weighted_sum(shaped(parts, config.shaping), config.reward_weights)
+    )
 
 
 def weighted_sum(parts: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> tuple[float, ...]:

@@ -1,0 +1,64 @@
+"""The loss of rows that hold a ground truth, for which there are no engine log-probs."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from vcr1_kernels.losses import TokenVectors
+
+from vcr1_fast.config import AlgorithmConfig, ModelConfig
+from vcr1_fast.learner.model import PolicyModel
+from vcr1_fast.learner.objective import grpo_objective, policy_loss
+from vcr1_fast.learner.packing import pack
+
+NAN = float("nan")
+
+
+def test_a_missing_log_prob_is_the_current_one():
+    logprob_N = torch.tensor([-1.0, -2.0], requires_grad=True)
+    given_N = torch.tensor([NAN, -2.5])
+    tokens = TokenVectors(
+        advantage_N=torch.tensor([2.0, 1.0]),
+        weight_N=torch.tensor([0.5, 0.5]),
+        old_logprob_N=given_N,
+        sampling_logprob_N=given_N,
+    )
+    loss, sums = policy_loss(AlgorithmConfig(minibatches_per_rollout=2))(logprob_N, torch.zeros(2), tokens)
+    loss.backward()
+    # ratios 1 and e^0.5 = 1.65, the second clipped at 1.2: -(0.5 x 2 x 1 + 0.5 x 1 x 1.2)
+    assert loss.item() == pytest.approx(-1.6)
+    assert logprob_N.grad is not None
+    assert logprob_N.grad.tolist() == pytest.approx([-1.0, 0.0])
+    assert sums["sampling_gap"].item() == pytest.approx(0.5)
+    assert sums["clipped_high"].item() == 1.0
+
+
+@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_row_with_a_ground_truth_learns_as_if_its_old_log_probs_were_the_current_ones(
+    make_model, make_group, loss, kernels, minibatches
+):
+    group = make_group(3, (4, 6, 5), (-0.5, -0.5, 1.0))
+    truth = dataclasses.replace(group.completions[2], logprobs_R=torch.full((5,), NAN))
+    mixed = dataclasses.replace(group, completions=(*group.completions[:2], truth))
+    algorithm = AlgorithmConfig(loss=loss, minibatches_per_rollout=minibatches)
+    results = []
+    for members in (mixed, group):
+        hf = make_model()
+        policy = PolicyModel(hf, ModelConfig(kernels=kernels), torch.float32)
+        batch = pack([members], [[0.2, 0.1, 0.3]])
+        if members is group:  # the same by hand: what the policy gives its third completion now
+            current_N = policy(batch, 1.0)[0].detach()
+            engine_N = torch.where(batch.sequence_N == 2, current_N, batch.engine_logprob_N)
+            batch = dataclasses.replace(batch, engine_logprob_N=engine_N)
+        value, sums = policy(batch, 1.0, grpo_objective(batch, None, algorithm))
+        value.backward()
+        gradient = hf.model.language_model.layers[0].self_attn.q_proj.weight.grad
+        results.append((value.item(), float(sums["sampling_gap"]), gradient))
+    (got, got_gap, got_gradient), (want, want_gap, want_gradient) = results
+    assert math.isfinite(got) and got == pytest.approx(want, rel=1e-5)
+    assert got_gap == pytest.approx(want_gap, rel=1e-4)
+    assert (got_gradient - want_gradient).norm() <= 1e-5 * want_gradient.norm()
+    assert want_gradient.norm() > 0

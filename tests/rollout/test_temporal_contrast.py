@@ -1,0 +1,90 @@
+"""T-GRPO: what is shuffled, and who earns the part for order."""
+
+import dataclasses
+
+import torch
+
+from vcr1_fast.config import Config, RolloutConfig, TaskConfig
+from vcr1_fast.learner.sharding import SINGLE_PROCESS
+from vcr1_fast.metrics import rollout_metrics
+from vcr1_fast.rollout.collect import Collector
+from vcr1_fast.rollout.temporal_contrast import order_part, shuffled_prompt
+from vcr1_fast.tasks import make_tasks
+from vcr1_fast.types import Completion, Example, IntervalTruth, RolloutGroup, SamplingParams
+
+RIGHT, HALF, WRONG = (
+    f"<think>x</think><answer>{answer}</answer>" for answer in ("2.00 to 4.00", "2.00 to 3.00", "none")
+)
+
+
+def test_pairs_of_frames_are_shuffled_whole(make_prompt):
+    prompt = make_prompt((5, 4, 4), "text")
+    shuffled = shuffled_prompt(prompt, seed=3)
+    before = [pair.sum().item() for pair in prompt.patches.values_PC.reshape(5, 16, 1176)]
+    after = [pair.sum().item() for pair in shuffled.patches.values_PC.reshape(5, 16, 1176)]
+    assert sorted(after) == sorted(before) and after != before
+    assert torch.equal(shuffled.token_ids_L, prompt.token_ids_L)
+    assert torch.equal(shuffled.position_ids_3L, prompt.position_ids_3L)
+    again = shuffled_prompt(prompt, seed=3)
+    assert torch.equal(again.patches.values_PC, shuffled.patches.values_PC)
+
+
+def test_the_order_always_changes_where_it_can(make_prompt):
+    for seed in range(20):  # half of the permutations of two pairs are no change
+        prompt = make_prompt((2, 4, 4), "text", seed=seed)
+        first, second = prompt.patches.values_PC.chunk(2)
+        assert torch.equal(shuffled_prompt(prompt, seed).patches.values_PC, torch.cat([second, first]))
+    single = make_prompt((1, 4, 4), "text")
+    assert torch.equal(shuffled_prompt(single, 0).patches.values_PC, single.patches.values_PC)
+
+
+def test_order_part_by_hand(make_prompt):
+    answer = Completion(torch.zeros(2, dtype=torch.long), torch.zeros(2), "stop")
+    truth = dataclasses.replace(answer, logprobs_R=torch.full((2,), torch.nan))
+    parts = {"format": (1.0, 1.0, 0.0), "iou": (0.8, 0.0, 0.2), "length": (0.0, 1.0, 1.0)}
+    group = RolloutGroup(make_prompt((2, 4, 4), "text"), (answer,) * 3, 1, parts)
+    # in order (0.8 + 0 + 0.2) / 3 = 1/3; shuffled 0.41: 0.8 x 0.41 = 0.328 is less, 0.8 x 0.42 = 0.336 is more
+    assert order_part(group, {"iou": (0.41,)}) == (1.0, 0.0, 1.0)
+    assert order_part(group, {"iou": (0.42,)}) == (0.0, 0.0, 0.0)
+    assert order_part(group, None) == (0.0, 0.0, 0.0)
+    # a ground truth says nothing about the policy: without the 0.8 the mean is 0.1, 0.8 x 0.2 = 0.16 is more
+    mixed = dataclasses.replace(group, completions=(truth, answer, answer))
+    assert order_part(mixed, {"iou": (0.2,)}) == (0.0, 0.0, 0.0)
+    assert order_part(mixed, {"iou": (0.12,)}) == (1.0, 0.0, 1.0)
+
+
+class ByOrder:
+    """An engine that answers one way to the clip as it is and another way to any other."""
+
+    policy_version = 0
+
+    def __init__(self, clips, in_order, shuffled) -> None:
+        self.clips, self.in_order, self.shuffled = clips, in_order, shuffled
+        self.asked: list[tuple[int, int]] = []
+
+    def generate(self, prompts, sampling):
+        self.asked.append((len(prompts), sampling.num_completions))
+        is_in_order = [any(prompt.patches is clip for clip in self.clips) for prompt in prompts]
+        texts = [self.in_order if ok else self.shuffled for ok in is_in_order]
+        return [
+            [Completion(torch.zeros(3, dtype=torch.long), torch.zeros(3), "stop", text) for text in group]
+            for group in ([t[i % len(t)] for i in range(sampling.num_completions)] for t in texts)
+        ]
+
+
+def test_correct_answers_earn_the_part_only_where_order_helps(make_prompt):
+    example = Example("a", "temporal_grounding", "a.mp4", "a door opens", 8.0, IntervalTruth(((2.0, 4.0),)))
+    prompt = dataclasses.replace(make_prompt((3, 4, 4), "text"), example=example)
+    config = TaskConfig(temporal_contrast=True, reward_weights={"order": 0.3})
+    tasks = make_tasks(config)
+    for shuffled, part in ((WRONG, (1.0, 0.0, 1.0, 0.0)), (RIGHT, (0.0, 0.0, 0.0, 0.0))):
+        engine = ByOrder([prompt.patches], [HALF, WRONG], [shuffled])
+        whole = Config(rollout=RolloutConfig(group_size=4), task=config)
+        collector = Collector(engine, tasks, whole, SINGLE_PROCESS, lambda _: torch.zeros(0), lambda _: None)  # type: ignore[arg-type]
+        [group] = collector.collect([prompt], SamplingParams(4, 9), lambda _: [])
+        assert engine.asked == [(1, 4), (1, 2)]
+        assert len(group.completions) == 4
+        assert group.reward_parts["order"] == part  # 0.25 in order against 0, or against 0.8 x 1
+        assert group.rewards == tuple(b + 0.3 * p for b, p in zip((1.5, 0.0, 1.5, 0.0), part, strict=True))
+        metrics = rollout_metrics([group], tasks, SINGLE_PROCESS)
+        assert metrics["rewards/temporal_grounding/order/mean"] == sum(part) / 4

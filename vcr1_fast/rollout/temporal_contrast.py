@@ -1,0 +1,51 @@
+"""Does the order of the frames matter? Answers to the same clip with its frames shuffled, beside those in order.
+
+T-GRPO (Video-R1, 2503.21776): G answers to the clip, and G / 2 to the shuffled clip, which are only compared with and
+never trained on. p and q are the mean scores of the two. Where p >= 0.8 q every correct answer in order earns the part
+"order" (there worth 0.3: set task.reward_weights.order); where the shuffled clip does better, nobody does. 0.8 and the
+test for correct (above 0.1) are those of the released code. The unit that is shuffled is what the vision tower sees as
+one time step, a pair of frames.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from vcr1_fast.tasks.shaping import Parts, is_correct, scores
+from vcr1_fast.types import Prompt, RolloutGroup
+
+MIN_RATIO = 0.8  # of the mean score in order to that of the shuffled clip
+SHUFFLED_SEED = 1 << 55  # added to the seed of the step: the shuffled clip is not answered with the same random numbers
+
+
+def shuffled_prompt(prompt: Prompt, seed: int) -> Prompt:
+    """The prompt with its pairs of frames in another order; tokens and positions stay. Of one pair: as it is.
+
+    A pure function of the example's id and the seed.
+    """
+    num_pairs = prompt.patches.grid_thw[0]
+    stream = np.random.Philox(np.random.SeedSequence([seed % 2**128, zlib.crc32(prompt.example.id.encode())]))
+    order = torch.from_numpy(np.argsort(stream.random_raw(num_pairs), kind="stable"))
+    if bool((order == torch.arange(num_pairs)).all()):
+        order = order.flip(0)
+    values_PC = prompt.patches.values_PC
+    pairs = values_PC.reshape(num_pairs, -1, values_PC.shape[1])[order]
+    return replace(prompt, patches=replace(prompt.patches, values_PC=pairs.reshape(values_PC.shape)))
+
+
+def order_part(group: RolloutGroup, shuffled: Parts | None) -> tuple[float, ...]:
+    """1 for the correct answers of a group that does well enough in order, else 0.
+
+    Args:
+        shuffled: reward parts of the answers to the shuffled clip; None where they could not be scored: then all 0.
+    """
+    if shuffled is None:
+        return (0.0,) * len(group.completions)
+    drawn = [s for s, c in zip(scores(group.reward_parts), group.completions, strict=True) if c.is_sampled]
+    other = scores(shuffled)
+    needs_order = sum(drawn) / len(drawn) >= MIN_RATIO * sum(other) / len(other)
+    return tuple(float(ok and needs_order) for ok in is_correct(group.reward_parts))
