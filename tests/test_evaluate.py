@@ -1,15 +1,34 @@
-"""Held-out scores: failures stay in the denominator, baselines stand beside them."""
+"""Held-out scores: failures stay in the denominator, baselines stand beside them, interrupted ones go on."""
+
+import contextlib
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from vcr1_fast.config import Config, EvalConfig, TaskConfig
-from vcr1_fast.evaluate import evaluate, flat_scores
+from vcr1_fast.config import Config, ConfigError, EvalConfig, RolloutConfig, TaskConfig
+from vcr1_fast.config_io import load_config
+from vcr1_fast.evaluate import answer_all, evaluate, evaluate_command, flat_scores, print_scores
+from vcr1_fast.evaluation.answer_store import AnswerStore, checkpoint_identity, question_key
+from vcr1_fast.evaluation.samples import Answer, Sample, per_sample_metrics, read_samples
+from vcr1_fast.evaluation.score_tables import category_means, print_categories
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.scripted_engine import ScriptedEngine
+from vcr1_fast.synth.config import SynthConfig
+from vcr1_fast.synth.dataset import write_dataset
 from vcr1_fast.tasks import make_tasks
-from vcr1_fast.types import Example, IntervalTruth, Patches, SampleError, TrackTruth
+from vcr1_fast.types import (
+    ChoiceTruth,
+    Example,
+    GroundedChoiceTruth,
+    IntervalTruth,
+    LabelTruth,
+    Patches,
+    SampleError,
+    TrackTruth,
+)
 
 BOX = (0.2, 0.2, 0.4, 0.4)
 
@@ -22,6 +41,15 @@ def read(path: str) -> Patches:
 
 def grounding(name: str, video: str = "a.mp4") -> Example:
     return Example(name, "temporal_grounding", video, "a dog barks", 8.0, IntervalTruth(((2.0, 4.0),)))
+
+
+ALL_TASKS = [
+    grounding("g"),
+    Example("t", "object_tracking", "a.mp4", "dog", 8.0, TrackTruth((BOX,) * 8, tuple(map(float, range(8))))),
+    Example("q", "grounded_qa", "a.mp4", "why?", 8.0, GroundedChoiceTruth("A", ("a", "b"), ((2.0, 4.0),))),
+    Example("c", "multiple_choice", "a.mp4", "why?", 8.0, ChoiceTruth("A", ("a", "b"))),
+    Example("l", "video_quality", "a.mp4", "how good?", 8.0, LabelTruth("low quality")),
+]
 
 
 def score(tiny_tokenizer, examples, answers, **options):
@@ -58,3 +86,182 @@ def test_max_examples_takes_the_first_of_each_task(tiny_tokenizer):
     examples = [grounding(name) for name in "abc"]
     scores = score(tiny_tokenizer, examples, {name: ["x"] for name in "ab"}, max_examples=2)
     assert scores["temporal_grounding"].num_examples == 2
+
+
+def test_the_interval_is_of_the_mean_and_stands_beside_the_score(tiny_tokenizer, capsys):
+    """IoU 1 for 20 examples and 0 for 20: standard error 0.5 / sqrt(40) = 0.079, 95 % +- 0.155. All videos differ."""
+    right = "<think>x</think><answer>2.00 to 4.00</answer>"
+    examples = [grounding(str(i), f"{i}.mp4") for i in range(40)]
+    scores = score(tiny_tokenizer, examples, {str(i): [right if i % 2 else "no"] for i in range(40)})
+    low, high = scores["temporal_grounding"].intervals["miou"]
+    assert (low, high) == pytest.approx((0.5 - 0.155, 0.5 + 0.155), abs=0.02)
+    print_scores({}, scores)
+    assert f"0.500 ±{(high - low) / 2:.3f}" in capsys.readouterr().out
+    one_video = [grounding(str(i)) for i in range(40)]
+    assert score(tiny_tokenizer, one_video, {str(i): [right] for i in range(40)})["temporal_grounding"].intervals == {}
+
+
+@pytest.mark.parametrize("recipe", ["fixed", "paper"])
+@pytest.mark.parametrize("task", ALL_TASKS, ids=lambda task: task.task)
+def test_no_answer_scores_0_in_every_metric_of_every_task(task, recipe):
+    judged = make_tasks(TaskConfig(recipe=recipe), [task.task])[task.task]
+    assert set(judged.metrics([task], [""]).values()) == {0.0}
+    assert all(values == [0.0] for values in judged.score([task], [""]).values())
+
+
+def test_only_means_over_examples_get_per_sample_values():
+    class Judged:
+        name = "judged"
+
+        def metrics(self, examples, answers):
+            recall = sum(map(float, answers)) / len(answers)
+            return {"squared": recall**2, "recall": recall, "judged": 1.0}
+
+    examples = [grounding("a"), grounding("b")]
+    metrics = Judged().metrics(examples, ["0.0", "1.0"])
+    values = per_sample_metrics(Judged(), examples, ["0.0", "1.0"], metrics)  # type: ignore[arg-type]
+    assert values == {"recall": [0.0, 1.0], "judged": [1.0, 1.0]}  # 0.5 ** 2 is not the mean of 0 and 1
+    assert per_sample_metrics(Judged(), examples, ["0", "1"], metrics | {"judged": 0.5}) == {}  # type: ignore[arg-type]
+
+
+def test_a_metric_that_one_example_does_not_have_costs_only_its_interval(capsys):
+    class Correlated:
+        name = "correlated"
+
+        def metrics(self, examples, answers):
+            if len(examples) < 2:
+                raise ValueError("wanted two examples")
+            return {"correlation": 0.5}
+
+    examples = [grounding("a"), grounding("b")]
+    assert per_sample_metrics(Correlated(), examples, ["", ""], {"correlation": 0.5}) == {}  # type: ignore[arg-type]
+    assert "no intervals: task correlated, one by one: ValueError: wanted two examples" in capsys.readouterr().err
+
+
+def store(folder, **settings) -> AnswerStore:
+    return AnswerStore(folder, {"weights": "w", "temperature": 0.0} | settings, SINGLE_PROCESS)
+
+
+def test_an_interrupted_evaluation_asks_only_what_is_missing(tmp_path, tiny_tokenizer):
+    tasks = make_tasks(TaskConfig())
+    builder = PromptBuilder(tiny_tokenizer, tasks, read)
+    config = Config(rollout=RolloutConfig(group_size=1, max_batch_rows=1))
+    examples = [grounding("a"), grounding("b", "bad.mp4"), grounding("c", "c.mp4")]
+    first = ScriptedEngine(tiny_tokenizer, {"a": ["one"]})  # fails at c
+    with contextlib.closing(store(tmp_path)) as answers, pytest.raises(ValueError, match="'c' is not scripted"):
+        answer_all(lambda: first, examples, builder, config, SINGLE_PROCESS, answers)
+    with (tmp_path / "answers-0.jsonl").open("a") as stream:
+        stream.write('{"key": "torn')
+    (tmp_path / "answers-7.jsonl").write_text("")  # of another number of ranks
+
+    second = ScriptedEngine(tiny_tokenizer, {"b": ["?"], "c": ["three"]})  # a is not asked again
+    with contextlib.closing(store(tmp_path)) as answers:
+        assert answers.num_found == 1
+        got = answer_all(lambda: second, examples, builder, config, SINGLE_PROCESS, answers)
+    assert [(answer.text, answer.finish_reason) for answer in got] == [("one", "stop"), ("", ""), ("three", "stop")]
+    assert got[1].failure == "bad.mp4: the file is empty"
+
+    def no_engine():
+        raise AssertionError("nothing is left to ask")
+
+    with contextlib.closing(store(tmp_path)) as answers:
+        assert answers.num_found == 2  # the unreadable video is tried again, the torn line harms nothing
+        readable = [examples[0], examples[2]]
+        again = answer_all(no_engine, readable, builder, config, SINGLE_PROCESS, answers)
+    assert again == [got[0], got[2]]
+
+
+def test_an_answer_belongs_to_question_and_video_contents(tmp_path):
+    video = tmp_path / "v.mp4"
+    video.write_bytes(b"1")
+    key = question_key("when?", grounding("a", str(video)))
+    assert key == question_key("when?", grounding("another id", str(video)))
+    assert key != question_key("where?", grounding("a", str(video)))
+    video.write_bytes(b"22")
+    assert key != question_key("when?", grounding("a", str(video)))
+
+
+def test_answers_of_other_settings_are_refused_until_restart(tmp_path):
+    with contextlib.closing(store(tmp_path)) as first:
+        first.put("k", Answer("x", "", "stop", 1))
+    with pytest.raises(ConfigError, match=r"temperature was 0.0, is 1.0.*another eval.output_dir, or set eval.restart"):
+        store(tmp_path, temperature=1.0)
+    with contextlib.closing(store(tmp_path)) as same:
+        assert same.get("k") == Answer("x", "", "stop", 1)
+    settings = {"weights": "w", "temperature": 1.0}
+    with contextlib.closing(AnswerStore(tmp_path, settings, SINGLE_PROCESS, restart=True)) as fresh:
+        assert fresh.num_found == 0 and fresh.get("k") is None
+    (tmp_path / "answers_of.json").unlink()
+    with pytest.raises(ConfigError, match="holds answers without"):
+        store(tmp_path)
+
+
+def test_a_checkpoint_is_known_by_its_contents(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+        (tmp_path / name / "config.json").write_text("{}")
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert checkpoint_identity(a) == checkpoint_identity(b)
+    (b / "model.safetensors").write_bytes(b"Weights")  # same length
+    assert checkpoint_identity(a) != checkpoint_identity(b)
+
+
+def test_categories_by_axis(capsys):
+    def sample(acc: float, **categories: str) -> Sample:
+        return Sample("i", "multiple_choice", "v", "q", "", {}, {"acc": acc}, "", "stop", 1, categories)
+
+    samples = [sample(1.0, duration="short", kind="OCR"), sample(0.0, duration="long", kind="OCR"), sample(1.0)]
+    samples.append(sample(1.0, duration="short"))
+    assert category_means(samples) == {
+        "duration": {"long": (1, {"acc": 0.0}), "short": (2, {"acc": 1.0})},
+        "kind": {"OCR": (2, {"acc": 0.5})},
+    }
+    print_categories(samples)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "multiple_choice by duration" in out and "short 2 1.000" in out and "OCR 2 0.500" in out
+
+
+def test_eval_command_writes_samples_and_goes_on_from_them(tmp_path, monkeypatch, capsys):
+    """The packaged model on two synthetic clips: one unreadable; the second run needs no model."""
+    data = tmp_path / "data"
+    write_dataset(SynthConfig(output_dir=str(data), num_train=1, num_eval=1), show_progress=False)
+    rows = [json.loads(line) for line in (data / "eval_grounding.jsonl").read_text().splitlines()]
+    bad = rows[0] | {"id": "bad", "video": "nowhere.mp4"}
+    (data / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, bad]))
+    overrides = [
+        f"--data.eval={data / 'eval.jsonl'}",
+        f"--train.output_dir={tmp_path / 'run'}",
+        "--rollout.max_new_tokens=8",
+    ]
+    config = load_config("tiny", overrides)
+
+    result = evaluate_command(config)
+    samples = read_samples(Path(result["folder"]) / "samples.jsonl")
+    assert [sample.id for sample in samples] == [rows[0]["id"], "bad"]
+    good, failed = samples
+    assert good.answer and good.failure == "" and good.num_tokens == 8 and good.finish_reason == "length"
+    assert "nowhere.mp4" in failed.failure and failed.metrics["miou"] == 0.0 and failed.parts["format"] == 0.0
+    scores = result["scores"]["temporal_grounding"]
+    assert scores["metrics"]["miou"] == pytest.approx((good.metrics["miou"] + 0.0) / 2)
+    assert (
+        json.loads((Path(result["folder"]) / "scores.json").read_text())["scores"]["temporal_grounding"]["num_bad"] == 1
+    )
+
+    monkeypatch.setattr("vcr1_fast.run.Run.open_engine", lambda run: ScriptedEngine(run.builder.tokenizer, {}))
+    capsys.readouterr()
+    assert evaluate_command(config) == result
+    assert "going on from 1 answers" in capsys.readouterr().out
+
+
+def test_eval_command_refuses_a_folder_with_answers_of_other_settings(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    row = {"task": "temporal_grounding", "video": "no.mp4", "query": "x", "duration_s": 4, "intervals": [[1, 2]]}
+    (data / "eval.jsonl").write_text(json.dumps(row))
+    overrides = [f"--data.eval={data / 'eval.jsonl'}", f"--eval.output_dir={tmp_path / 'mine'}"]
+    evaluate_command(load_config("tiny", overrides))
+    with pytest.raises(ConfigError, match="max_new_tokens was 96, is 9"):
+        evaluate_command(load_config("tiny", [*overrides, "--rollout.max_new_tokens=9"]))
+    result = evaluate_command(load_config("tiny", [*overrides, "--rollout.max_new_tokens=9", "--eval.restart=true"]))
+    assert result["folder"] == str(tmp_path / "mine")

@@ -138,7 +138,7 @@ class HeadGradients:
         self._weight_grad_VD: Tensor | None = None  # the first chunk makes it: no pass that only writes zeros
 
     @property
-    def weight_VD(self) -> Tensor:
+    def weight_VD(self) -> Tensor:  # noqa: N802 - named like the tensor it is
         """What was added so far, zeros when nothing was."""
         if self._weight_grad_VD is None:
             shape = self._weight_in_VD.shape if self._need_weight else (0,)

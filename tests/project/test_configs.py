@@ -6,10 +6,13 @@ import pytest
 
 from vcr1_fast.config import Config
 from vcr1_fast.config_io import load_config, load_settings
+from vcr1_fast.plan import plan_command
 from vcr1_fast.synth.config import SynthConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ON_8_H100 = [path for path in CONFIGS if path.stem.endswith("_8xh100")]
+EXPERIMENTS = ("grounding", "tracking", "grounded_qa", "quality", "captioning", "cotraining")  # of VideoChat-R1
 
 
 def test_there_are_configs():
@@ -33,3 +36,40 @@ def test_packaged_config_loads(config_class: type):
 def test_every_config_is_listed_in_the_readme_of_the_folder():
     text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in CONFIGS if path.name not in text] == []
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("recipe", ["fixed", "paper"])
+def test_every_experiment_of_the_paper_has_both_recipes(experiment: str, recipe: str):
+    suffix = "_paper" if recipe == "paper" else ""
+    config = load_config(str(ROOT / "configs" / f"qwen2_5_vl_7b_{experiment}{suffix}_8xh100.yaml"), [])
+    assert config.task.recipe == recipe
+    assert all(file.startswith("data/") for file in (*config.data.train, *config.data.eval))
+    assert (config.train.prompts_per_step, config.rollout.group_size) == (8, 8)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_papers_settings(experiment: str):
+    """Section 2.1 of the facts on VideoChat-R1: 8 prompts x 8, KL 0.04 by k3, 1e-6 linear to 0, 1,024 tokens at 1.0."""
+    config = load_config(str(ROOT / "configs" / f"qwen2_5_vl_7b_{experiment}_paper_8xh100.yaml"), [])
+    algorithm, rollout, optimizer = config.algorithm, config.rollout, config.optimizer
+    assert (algorithm.loss, algorithm.scale_advantages, algorithm.beta, algorithm.kl) == ("grpo", "group", 0.04, "k3")
+    assert (algorithm.minibatches_per_rollout, algorithm.mask_truncated) == (1, False)
+    assert (rollout.temperature, rollout.top_p, rollout.max_new_tokens) == (1.0, 1.0, 1024)
+    assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup_steps) == (1e-6, "linear", 0)
+    assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.0, 1.0)
+    assert (config.video.fps, config.video.total_pixels) == (2.0, 3584 * 28 * 28)
+    assert not config.model.freeze_vision
+
+
+@pytest.mark.parametrize("path", ON_8_H100, ids=lambda path: path.name)
+def test_dry_run_of_a_config_for_8_h100_fits_into_80_gb(path: Path, capsys):
+    result = plan_command(load_config(str(path), []), 8)
+    assert result["exceeds"]["80 GB (A100, H100)"] == []
+    assert min(result["phases_gb"].values()) > 30 and max(result["phases_gb"].values()) < 72  # a tenth is left
+    assert "rollout, with the above" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p not in ON_8_H100], ids=lambda path: path.name)
+def test_dry_run_of_the_other_configs(path: Path):
+    assert plan_command(load_config(str(path), []))["tokens"]["row"] > 0

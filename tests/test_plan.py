@@ -1,0 +1,235 @@
+"""The dry run: parameters, tokens and bytes by hand, and activations against what autograd really keeps."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from vcr1_kernels import head_chunks
+
+import vcr1_fast.cli as cli
+from vcr1_fast import plan
+from vcr1_fast.config import (
+    AlgorithmConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    RolloutConfig,
+    TrainConfig,
+    VideoConfig,
+)
+from vcr1_fast.learner.model import load_hugging_face
+from vcr1_fast.plan import (
+    clip_tokens,
+    decoder_bytes,
+    max_video_tokens,
+    plan_command,
+    plan_memory,
+    plan_tokens,
+    read_model_size,
+    tower_bytes,
+    video_tokens,
+)
+
+
+def test_parameters_are_counted_exactly():
+    """3B and 7B: what transformers builds from the public configurations. tiny: what its weight file holds."""
+    assert read_model_size("nowhere/Qwen2.5-VL-3B-Instruct").params == 3_754_622_976
+    assert read_model_size("nowhere/Qwen2.5-VL-7B-Instruct").params == 8_292_166_656
+    assert read_model_size("nowhere/Qwen2.5-VL-7B-Instruct").tower_params == 676_550_144
+    weights = safe_open(Path(plan.__file__).parent / "tiny" / "model.safetensors", "pt")
+    counted = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    assert read_model_size("tiny").params == counted == 1_108_544
+
+
+def test_what_is_assumed_is_said():
+    assert "Qwen2.5-VL-3B, assumed because model.path 'x/my-3b' does not exist" in read_model_size("x/my-3b").source
+    assert "Qwen2.5-VL-7B, assumed" in read_model_size("nowhere").source
+    assert read_model_size("tiny").source.endswith("config.json")
+
+
+@pytest.mark.parametrize("content", ["not json", "{}", '{"vision_config": {}, "hidden_size": 8}', "[1]"])
+def test_a_checkpoint_that_is_no_qwen(tmp_path: Path, content: str):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match="does not describe a Qwen"):
+        read_model_size(str(tmp_path))
+
+
+def test_published_and_nested_configurations_read_alike(tmp_path: Path):
+    flat = plan.PUBLIC_SIZES["Qwen2.5-VL-3B"]
+    nested = {"vision_config": flat["vision_config"], "tie_word_embeddings": True, "text_config": flat}
+    for name, content in (("flat", flat), ("nested", nested)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    read = [replace(read_model_size(str(tmp_path / name)), source="") for name in ("flat", "nested")]
+    assert read[0] == read[1]
+
+
+def test_video_tokens_by_hand():
+    """60 frames: 2 * 3584 / 60 = 119.5 tokens a pair, so 119 * 30. 4 frames: at most 768 a pair. 768 frames: 9.3 would
+    be left, but 1.05 * 16 = 16.8 is the floor, so 16 * 384."""
+    config = VideoConfig()
+    assert video_tokens(60, config) == clip_tokens(30.0, config) == 3570
+    assert video_tokens(4, config) == clip_tokens(0.5, config) == 1536
+    assert video_tokens(768, config) == clip_tokens(1000.0, config) == max_video_tokens(config) == 6144
+    assert max_video_tokens(VideoConfig(max_frames=400)) == 3584
+
+
+def config_7b(**model) -> Config:
+    return Config(
+        model=ModelConfig(path="Qwen2.5-VL-7B", compute_dtype="bfloat16", **model),
+        data=DataConfig(eval=("e.jsonl",)),
+        video=VideoConfig(max_frames=400),
+        rollout=RolloutConfig(group_size=8, max_new_tokens=1024, max_batch_rows=8),
+        train=TrainConfig(prompts_per_step=8, tokens_per_microbatch=32768),
+    )
+
+
+def test_tokens_of_a_step_by_hand():
+    """Prompt 3584 + 256 = 3840; group 3840 + 8 * 1023 = 12,024; two fit into 32,768."""
+    on_2 = plan_tokens(config_7b(), 2)
+    assert (on_2.prompt, on_2.group, on_2.groups_per_gpu, on_2.groups_per_row) == (3840, 12024, 4, 2)
+    assert (on_2.row, on_2.scored_rows, on_2.unshared_group) == (24048, 16384, 8 * (3840 + 1023))
+    on_8 = plan_tokens(config_7b(), 8)
+    assert (on_8.groups_per_gpu, on_8.groups_per_row, on_8.row) == (1, 1, 12024)
+    too_large = plan_tokens(replace(config_7b(), train=TrainConfig(tokens_per_microbatch=100)), 2)
+    assert (too_large.groups_per_row, too_large.row) == (1, 12024)
+
+
+def test_memory_of_7b_on_8_gpus_by_hand():
+    config, size = config_7b(gradient_checkpointing=True), read_model_size("Qwen2.5-VL-7B")
+    memory = plan_memory(config, size, plan_tokens(config, 8), 8)
+    params = 8.292166656
+    assert memory.static == pytest.approx(
+        {"weights, float32": params / 2, "AdamW, float32": params, "rollout engine": 2 * params}
+    )
+    # a decoder layer has 233,057,792 parameters; embedding and head 2 * 152,064 * 3,584 and the ends of the tower
+    root = 2 * 152064 * 3584 + 3584 + 676_550_144 - 32 * 19_702_200
+    # 12,024 tokens x (28 x 2 x 3584 + one layer of 20 x 3584 + 4 x 512 + 8 x 18944)
+    decoder = 12024 * (28 * 7168 + 71680 + 2048 + 151552)
+    # 4 x 3584 patches x (pixels 2352 + 32 x 2 x 1280 + one block of 30 x 1280 + 8 x 3420)
+    tower = 14336 * (2352 + 81920 + 38400 + 27360)
+    assert memory.update == pytest.approx(
+        {
+            "gradients, float32": params / 2,
+            "gathered blocks": (2 * (root + 2 * 233_057_792) + 6 * 233_057_792) / 1e9,
+            "decoder activations": decoder / 1e9,
+            "tower activations": tower / 1e9,
+            "head chunk": (2**32 + 4 * 152064 * 3584) / 1e9,
+        }
+    )
+    # 28 layers x 4 bytes x 512 = 57,344 bytes a token; one prompt with 8 completions, then 8 prompts with one each
+    assert memory.rollout["KV cache"] == pytest.approx(57344 * (3840 + 8 * 1024) / 1e9)
+    assert memory.evaluation["KV cache"] == pytest.approx(57344 * 8 * (3840 + 1024) / 1e9)
+    assert memory.rollout["prefill"] == pytest.approx(3840 * (8 * 3584 + 6 * 18944) / 1e9)
+    assert memory.phases()["rollout"] == pytest.approx(3.5 * params + sum(memory.rollout.values()))
+
+
+def test_what_settings_add_and_save():
+    config, size = config_7b(gradient_checkpointing=True), read_model_size("Qwen2.5-VL-7B")
+    tokens = plan_tokens(config, 8)
+    base = plan_memory(config, size, tokens, 8)
+    with_kl = plan_memory(replace(config, algorithm=AlgorithmConfig(beta=0.04)), size, tokens, 8)
+    assert with_kl.static["reference, float32"] == pytest.approx(8.292166656 / 2)
+    assert "reference, float32" not in base.static
+    frozen = plan_memory(replace(config, model=replace(config.model, freeze_vision=True)), size, tokens, 8)
+    assert frozen.update["gradients, float32"] == pytest.approx((8.292166656 - 0.676550144) / 2)
+    assert frozen.update["tower activations"] == pytest.approx(14336 * (38400 + 27360) / 1e9)
+    stored = plan_memory(replace(config, model=replace(config.model, gradient_checkpointing=False)), size, tokens, 8)
+    assert stored.update["decoder activations"] == pytest.approx(12024 * 28 * 225280 / 1e9)
+    alone = plan_memory(config, size, plan_tokens(config, 1), 1)
+    assert alone.static["AdamW, float32"] == pytest.approx(8 * 8.292166656)
+    assert alone.update["gathered blocks"] == pytest.approx(2 * 8.292166656)  # autocast's copies
+    assert plan_memory(replace(config, data=DataConfig()), size, tokens, 8).evaluation == {}
+
+
+def test_the_head_chunk_is_the_kernels_own():
+    assert plan.HEAD_CHUNK_BYTES == head_chunks.CHUNK_BYTES
+
+
+def saved_bytes(parameters: set[int], forward) -> int:
+    """Bytes of all storages that autograd keeps for the backward pass, weights left out."""
+    kept: dict[int, int] = {}
+    tensors = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+            tensors.append(tensor)  # alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+def test_activations_are_what_autograd_keeps():
+    """The formulas leave out the last norm, rotary tables and the merger: 5 % of the tiny decoder, 7 % of its tower."""
+    hf = load_hugging_face("tiny", torch.bfloat16, torch.device("cpu")).train()
+    hf.model.set_attn_implementation("sdpa")
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in hf.parameters()}
+    size, num_tokens = read_model_size("tiny"), 512
+    inputs = torch.randn(1, num_tokens, size.hidden, dtype=torch.bfloat16, requires_grad=True)
+    positions = torch.arange(num_tokens).view(1, 1, -1).expand(3, 1, -1)
+    decoder = saved_bytes(
+        parameters,
+        lambda: (
+            hf.model.language_model(
+                inputs_embeds=inputs, position_ids=positions, attention_mask={"full_attention": None}, use_cache=False
+            ).last_hidden_state
+        ),
+    )
+    assert 1.0 < decoder / decoder_bytes(size, num_tokens, is_checkpointed=False) < 1.1
+
+    config = Config(
+        video=VideoConfig(min_frames=16, max_frames=16, min_frame_pixels=64 * 784, max_frame_pixels=64 * 784)
+    )
+    tokens = replace(plan_tokens(config, 8), groups_per_row=1)
+    assert max_video_tokens(config.video) == 8 * 67  # 1.05 * 64 tokens a pair
+    num_patches = 4 * 8 * 67
+    pixels = torch.randn(8 * 256, 1176, dtype=torch.bfloat16)
+    tower = saved_bytes(parameters, lambda: hf.model.visual(pixels, grid_thw=torch.tensor([[8, 16, 16]])).pooler_output)
+    assert 1.0 < tower / (8 * 256) / (tower_bytes(size, tokens, config) / num_patches) < 1.15
+
+
+def test_dry_run_says_what_does_not_fit(tmp_path: Path, capsys):
+    config = replace(config_7b(gradient_checkpointing=True), rollout=RolloutConfig(max_batch_rows=256))
+    result = plan_command(config, 8)
+    out = capsys.readouterr().out
+    assert result["exceeds"] == {"80 GB (A100, H100)": ["evaluation"], "141 GB (H200)": ["evaluation"]}
+    # 3.5 P = 29.0, KV 57,344 x 256 x 4,864 = 71.4, prefill 256 x 3,840 x 142,336 = 139.9
+    assert "evaluation needs 240 GB, more than 80 GB" in out and "a smaller rollout.max_batch_rows" in out
+    assert "not found: e.jsonl" in out
+    assert plan_command(config_7b(gradient_checkpointing=True), 8)["exceeds"]["80 GB (A100, H100)"] == []
+    with pytest.raises(ConfigError, match="there are 3 ranks"):
+        plan_command(config, 3)
+
+
+@pytest.mark.parametrize("tokens", [["--dry-run", "tiny"], ["tiny", "--dry-run=2", "--rollout.group_size=4"]])
+def test_dry_run_on_the_command_line(capsys, tokens):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", *tokens])
+    assert end.value.code == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["num_gpus"] == (2 if "--dry-run=2" in tokens else 8)
+    assert line["num_params"] == 1_108_544
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["eval", "tiny", "--dry-run"], "vcr1-fast eval has no --dry-run"),
+        (["train", "tiny", "--dry-run=x"], "--dry-run is 'x', wanted a number of GPUs"),
+        (["train", "tiny", "--dry-run=0"], "--dry-run is '0', wanted a number of GPUs"),
+    ],
+)
+def test_dry_runs_that_make_no_sense(capsys, tokens, message):
+    with pytest.raises(SystemExit) as end:
+        cli.main(tokens)
+    assert end.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""Held-out scores as tables: before and after with their uncertainty, and by sub-category."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from vcr1_fast.telemetry import console
+
+if TYPE_CHECKING:
+    from vcr1_fast.evaluate import TaskScore
+    from vcr1_fast.evaluation.samples import Sample
+
+
+def print_scores(before: Mapping[str, TaskScore], after: Mapping[str, TaskScore]) -> None:
+    """A table with one row per metric: before (if there is any), after, and the best answer that needs no model.
+
+    The number after ± is half of the 95 % bootstrap interval; none where a metric is not a mean over examples.
+    """
+    table = Table("held-out score", box=box.SIMPLE)
+    for column in ("before", "after") if before else ("score",):
+        table.add_column(column, justify="right", no_wrap=True, min_width=6)
+    table.add_column("best without a model", no_wrap=True)
+    for task, score in after.items():
+        table.add_row(f"[bold]{task}[/]")
+        for name in score.metrics:
+            earlier = [shown_score(before[task], name) if task in before else ""] if before else []
+            baseline, best = max(((label, m[name]) for label, m in score.trivial.items()), key=lambda pair: pair[1])
+            table.add_row(f"  {name}", *earlier, shown_score(score, name), f"{best:.3f} {baseline}")
+        if score.num_bad:
+            table.add_row(f"  [red]{score.num_bad:,} of {score.num_examples:,} unreadable, counted as 0[/]")
+    console.print(table)
+
+
+def shown_score(score: TaskScore, metric: str) -> str:
+    """`0.512 ±0.031`."""
+    value = f"{score.metrics[metric]:.3f}"
+    if metric not in score.intervals:
+        return value
+    low, high = score.intervals[metric]
+    return f"{value} ±{(high - low) / 2:.3f}"
+
+
+def print_categories(samples: Sequence[Sample]) -> None:
+    """For each task and each axis of its categories: one row per value with its count and the mean of every metric."""
+    for task in dict.fromkeys(sample.task for sample in samples):
+        own = [sample for sample in samples if sample.task == task]
+        for axis, rows in category_means(own).items():
+            metrics = list(own[0].metrics)
+            table = Table(axis, "number", *metrics, title=f"{task} by {axis}", title_justify="left", box=box.SIMPLE)
+            for value, (count, means) in rows.items():
+                table.add_row(value, f"{count:,}", *(f"{means[name]:.3f}" for name in metrics))
+            console.print(table)
+
+
+def category_means(samples: Sequence[Sample]) -> dict[str, dict[str, tuple[int, dict[str, float]]]]:
+    """Axis -> value -> (number, metric -> mean) of one task's samples, values in order.
+
+    A sample without an axis is in none of its rows. Empty when there are no categories or no per-example metrics.
+    """
+    members: dict[str, dict[str, list[Sample]]] = {}
+    for sample in samples:
+        for axis, value in sample.categories.items() if sample.metrics else ():
+            members.setdefault(axis, {}).setdefault(value, []).append(sample)
+    return {
+        axis: {
+            value: (len(own), {name: sum(s.metrics[name] for s in own) / len(own) for name in own[0].metrics})
+            for value, own in sorted(rows.items())
+        }
+        for axis, rows in members.items()
+    }
