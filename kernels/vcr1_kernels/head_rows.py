@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix
+
 IGNORED = -100  # a target that does not count: log-prob 0, entropy 0, no gradient
 GUARD = 60.0  # largest scaled distance from the target's logit to the row's maximum that exp() takes as it is
 
@@ -52,11 +54,7 @@ def exp_rows(
     A row with NaN, +inf or no finite logit has NaN results; other rows are not touched by it.
     Bytes: C V (size of a logit + size of exp_CV's element). One exp per element.
     """
-    if triton:
-        from . import head_rows_launch
-
-        return head_rows_launch.exp_rows(logits_CV, target_C, scale_C, exp_CV, with_entropy)
-    return _exp_rows_torch(logits_CV, target_C, scale_C, exp_CV, with_entropy)
+    return RowStats(*_exp_rows_op(logits_CV, target_C, scale_C, exp_CV, with_entropy, triton).unbind())
 
 
 def gradient_rows(
@@ -76,12 +74,51 @@ def gradient_rows(
     `grad_CV` may be `logits_CV` (in place) or a matrix of another dtype. `stats` are those of `exp_rows` on the same
     logits. Bytes: C V (size of a logit + size of a gradient). One exp per element.
     """
+    _gradient_rows_op(
+        logits_CV, target_C, scale_C, torch.stack(tuple(stats)), logprob_grad_C, entropy_grad_C, grad_CV, triton
+    )
+
+
+@torch.library.custom_op(add_op_namespace_prefix("exp_rows"), mutates_args=("exp_CV",))
+def _exp_rows_op(
+    logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, exp_CV: Tensor | None, with_entropy: bool, triton: bool
+) -> Tensor:
+    """The rows of RowStats as [5, C]."""
+    if triton:
+        from . import head_rows_launch
+
+        return torch.stack(head_rows_launch.exp_rows(logits_CV, target_C, scale_C, exp_CV, with_entropy))
+    return torch.stack(_exp_rows_torch(logits_CV, target_C, scale_C, exp_CV, with_entropy))
+
+
+@_exp_rows_op.register_fake
+def _(logits_CV, target_C, scale_C, exp_CV, with_entropy, triton):
+    return scale_C.new_empty(5, logits_CV.shape[0])
+
+
+@torch.library.custom_op(add_op_namespace_prefix("gradient_rows"), mutates_args=("grad_CV",))
+def _gradient_rows_op(
+    logits_CV: Tensor,
+    target_C: Tensor,
+    scale_C: Tensor,
+    stats_5C: Tensor,
+    logprob_grad_C: Tensor,
+    entropy_grad_C: Tensor | None,
+    grad_CV: Tensor,
+    triton: bool,
+) -> None:
+    stats = RowStats(*stats_5C.unbind())
     if triton:
         from . import head_rows_launch
 
         head_rows_launch.gradient_rows(logits_CV, target_C, scale_C, stats, logprob_grad_C, entropy_grad_C, grad_CV)
     else:
         _gradient_rows_torch(logits_CV, target_C, scale_C, stats, logprob_grad_C, entropy_grad_C, grad_CV)
+
+
+@_gradient_rows_op.register_fake
+def _(logits_CV, target_C, scale_C, stats_5C, logprob_grad_C, entropy_grad_C, grad_CV, triton):
+    return None
 
 
 def _distances(logits_CV: Tensor, offset_C: Tensor, scale_C: Tensor) -> Tensor:

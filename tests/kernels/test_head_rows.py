@@ -51,7 +51,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("triton", BACKENDS)
-@pytest.mark.parametrize("num_cols", [2, 127, 1000, 4096, 4097, 9496])
+@pytest.mark.parametrize("num_cols", [2, 127, 1000, 4096, 4097, 9496, 151_936, 152_064])
 def test_statistics_and_gradient_are_those_of_log_softmax(num_cols: int, triton: bool):
     logits, target, scale = make(5, num_cols)
     logprob, entropy, grad = definition(logits, target, scale)
@@ -288,6 +288,17 @@ def test_scale_unless_one(num_values: int, dtype: torch.dtype):
         scaled = x.clone()
         scale_unless_one_(scaled, torch.tensor(factor, device=DEVICE))
         assert torch.equal(scaled, x * factor)
+
+
+def test_row_functions_are_registered_right():
+    logits, target, scale = make(3, 50)
+    rows = torch.ops.vcr1_kernels
+    for exp in (None, torch.empty_like(logits)):
+        torch.library.opcheck(rows.exp_rows, (logits, target, scale, exp, True, False))
+    stats = rows.exp_rows(logits, target, scale, None, True, False)
+    for entropy_grad in (None, scale):
+        arguments = (logits, target, scale, stats, scale, entropy_grad, torch.empty_like(logits), False)
+        torch.library.opcheck(rows.gradient_rows, arguments)
 
 
 @pytest.mark.gpu

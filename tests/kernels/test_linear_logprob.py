@@ -56,7 +56,7 @@ def assert_same(got: tuple, wanted: tuple, bound: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("num_rows", [1, 2, 127, 128, 129])
+@pytest.mark.parametrize("num_rows", [1, 2, 127, 128, 129, 1000])
 @pytest.mark.parametrize("keep,entropy_grad", [("none", False), ("none", True), ("probs", False)])
 def test_equals_the_definition(keep: str, entropy_grad: bool, num_rows: int, backend: str):
     inputs = make(num_rows)
