@@ -6,8 +6,10 @@ import math
 import re
 from collections.abc import Mapping
 from string import ascii_uppercase
+from typing import TypeVar
 
 from vcr1_fast.types import (
+    CaptionTruth,
     ChoiceTruth,
     Example,
     GroundedChoiceTruth,
@@ -16,6 +18,8 @@ from vcr1_fast.types import (
     LabelTruth,
     TrackTruth,
 )
+
+TruthKind = TypeVar("TruthKind")
 
 
 def read_number(value: object, name: str) -> float:
@@ -122,49 +126,43 @@ def checked_interval(index: int, interval: Interval, duration_s: float | None) -
     return (start_s, min(end_s, duration_s))
 
 
-def interval_truth(example: Example) -> IntervalTruth:
-    """The truth of a temporal example. Raises TypeError when the example belongs to another task."""
-    if not isinstance(example.truth, IntervalTruth):
+def _truth(example: Example, kind: type[TruthKind], wanted: str) -> TruthKind:
+    """The example's truth. Raises TypeError when the example belongs to another task and holds another kind."""
+    if not isinstance(example.truth, kind):
         raise TypeError(
-            f"example {example.id} of task {example.task} holds {type(example.truth).__name__}, not intervals"
+            f"example {example.id} of task {example.task} holds {type(example.truth).__name__}, not {wanted}"
         )
     return example.truth
+
+
+def interval_truth(example: Example) -> IntervalTruth:
+    """The truth of a temporal example; this and its siblings raise TypeError for an example of another task."""
+    return _truth(example, IntervalTruth, "intervals")
 
 
 def track_truth(example: Example) -> TrackTruth:
-    """The truth of a tracking example. Raises TypeError when the example belongs to another task."""
-    if not isinstance(example.truth, TrackTruth):
-        raise TypeError(
-            f"example {example.id} of task {example.task} holds {type(example.truth).__name__}, not a track"
-        )
-    return example.truth
+    """The truth of a tracking example."""
+    return _truth(example, TrackTruth, "a track")
 
 
 def choice_truth(example: Example) -> ChoiceTruth:
-    """The truth of a multiple-choice example. Raises TypeError when the example belongs to another task."""
-    if not isinstance(example.truth, ChoiceTruth):
-        raise TypeError(
-            f"example {example.id} of task {example.task} holds {type(example.truth).__name__}, not a choice"
-        )
-    return example.truth
+    """The truth of a multiple-choice example."""
+    return _truth(example, ChoiceTruth, "a choice")
 
 
 def grounded_choice_truth(example: Example) -> GroundedChoiceTruth:
-    """The truth of a grounded question. Raises TypeError when the example belongs to another task."""
-    if not isinstance(example.truth, GroundedChoiceTruth):
-        raise TypeError(
-            f"example {example.id} of task {example.task} holds {type(example.truth).__name__}, not a grounded choice"
-        )
-    return example.truth
+    """The truth of a grounded question."""
+    return _truth(example, GroundedChoiceTruth, "a grounded choice")
 
 
 def label_truth(example: Example) -> LabelTruth:
-    """The truth of a classification example. Raises TypeError when the example belongs to another task."""
-    if not isinstance(example.truth, LabelTruth):
-        raise TypeError(
-            f"example {example.id} of task {example.task} holds {type(example.truth).__name__}, not a label"
-        )
-    return example.truth
+    """The truth of a classification example."""
+    return _truth(example, LabelTruth, "a label")
+
+
+def caption_truth(example: Example) -> CaptionTruth:
+    """The truth of a captioning example."""
+    return _truth(example, CaptionTruth, "a caption")
 
 
 def check_counts(num_examples: int, num_answers: int) -> None:

@@ -24,7 +24,7 @@ from vcr1_fast.judge.entailment import (
     harmonic_mean,
     split_events,
 )
-from vcr1_fast.tasks.annotations import check_counts, mean
+from vcr1_fast.tasks.annotations import caption_truth, check_counts, mean
 from vcr1_fast.tasks.answer_format import PAPER_REASON, clip, has_paper_format, has_strict_format, tag_blocks
 from vcr1_fast.types import CaptionTruth, Example
 
@@ -72,7 +72,7 @@ class Captioning:
 
     def target(self, example: Example) -> str:
         """The completion to learn from: the caption, or the events one after the other, after the reasoning."""
-        return self._answer(_reference(_caption_truth(example)), example.reasoning)
+        return self._answer(_reference(caption_truth(example)), example.reasoning)
 
     def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
         """Part "format" and part "f1" (fixed) or "recall" (paper) of N answers, each in [0, 1].
@@ -146,7 +146,7 @@ class Captioning:
         self, examples: Sequence[Example], captions: Sequence[str], wanted: Wanted
     ) -> list[Verdict | JudgeUnavailableError]:
         """One verdict per caption; equal captions of one truth are judged once."""
-        pairs: list[Pair] = [(_caption_truth(ex), caption) for ex, caption in zip(examples, captions, strict=True)]
+        pairs: list[Pair] = [(caption_truth(ex), caption) for ex, caption in zip(examples, captions, strict=True)]
         asked = list(dict.fromkeys(pair for pair in pairs if pair[1]))
         deadline = self.judge.new_deadline()
         whole = list(dict.fromkeys(truth for truth, _ in asked if not truth.events))
@@ -175,14 +175,6 @@ class Captioning:
         claimed = split_events(self.judge, caption, deadline)
         precision = count_entailed(self.judge, claimed, reference, deadline) / len(claimed) if claimed else 0.0
         return Verdict(recall, precision)
-
-
-def _caption_truth(example: Example) -> CaptionTruth:
-    if not isinstance(example.truth, CaptionTruth):
-        raise TypeError(
-            f"example {example.id} of task {example.task} holds {type(example.truth).__name__}, not a caption"
-        )
-    return example.truth
 
 
 def _reference(truth: CaptionTruth) -> str:
