@@ -1,4 +1,4 @@
-"""Random rollout groups of a wanted size: what the packing and step benchmarks update on."""
+"""Random rollout groups of a wanted size: what the step benchmark updates on."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ Shape letters: N tokens, C rows of one chunk, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -97,12 +96,12 @@ def _pieces(
 
 def _select(tokens: TokenVectors, piece: Piece, device: torch.device) -> TokenVectors:
     """The vectors of one piece, on the device of the head."""
-    changes: dict[str, Any] = {
-        field.name: value[piece.rows if isinstance(piece.rows, slice) else piece.rows.to(value.device)].to(device)
-        for field in dataclasses.fields(tokens)
-        if isinstance(value := getattr(tokens, field.name), Tensor)
-    }
-    return dataclasses.replace(tokens, **changes, sequence_lens=piece.sequence_lens)
+
+    def rows_of(vector_N: Tensor) -> Tensor:
+        rows = piece.rows if isinstance(piece.rows, slice) else piece.rows.to(vector_N.device)
+        return vector_N[rows].to(device)
+
+    return tokens.map(rows_of, piece.sequence_lens)
 
 
 class Evaluated(NamedTuple):

@@ -49,7 +49,8 @@ class TokenVectors:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "sequence_lens"}
         return {name: value for name, value in values.items() if value is not None}
 
-    def _with(self, change: Callable[[Tensor], Tensor], sequence_lens: tuple[int, ...] | None) -> TokenVectors:
+    def map(self, change: Callable[[Tensor], Tensor], sequence_lens: tuple[int, ...] | None) -> TokenVectors:
+        """The same vectors after `change`, for sequences of the lengths that are then theirs."""
         changed: dict[str, Any] = {name: change(vector_N) for name, vector_N in self._vectors().items()}
         return TokenVectors(**changed, sequence_lens=sequence_lens)
 
@@ -68,7 +69,7 @@ class TokenVectors:
                     )
             begins = zip(ends, self.sequence_lens, strict=False)
             lens = tuple(size for begin, size in begins if size and start <= begin < stop)
-        return self._with(lambda vector_N: vector_N[start:stop], lens)
+        return self.map(lambda vector_N: vector_N[start:stop], lens)
 
     def select(self, keep_N: Tensor) -> TokenVectors:
         """The tokens where keep_N ([N] bool) is true. With sequence_lens one copy from device to host."""
@@ -77,7 +78,7 @@ class TokenVectors:
             kept = keep_N.tolist()
             ends = list(accumulate(self.sequence_lens))
             lens = tuple(sum(kept[end - size : end]) for end, size in zip(ends, self.sequence_lens, strict=True))
-        return self._with(lambda vector_N: vector_N[keep_N], lens)
+        return self.map(lambda vector_N: vector_N[keep_N], lens)
 
 
 LossFunction = Callable[[Tensor, Tensor, TokenVectors], tuple[Tensor, dict[str, Tensor]]]
