@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vcr1_fast.config import Config
+from vcr1_fast.config import Config, DataFile
 from vcr1_fast.config_io import load_settings
-from vcr1_fast.synth.config import SynthConfig
+from vcr1_fast.synth.config import Kind, SynthConfig
 from vcr1_fast.telemetry import say, to_json
 
 SHORT_STEPS = 40
+DEMO_KINDS: tuple[Kind, ...] = ("grounding", "tracking")  # of the clips that the packaged settings train on
 
 
 def demo(folder: Path, seed: int, short: bool) -> dict[str, Any]:
@@ -57,12 +58,14 @@ def settings(folder: Path, seed: int, short: bool) -> tuple[SynthConfig, Config]
         config = replace(config, train=replace(config.train, num_steps=SHORT_STEPS))
     data = folder / "data"
     train = replace(config.train, output_dir=str(folder / "run"), seed=seed)
-    files = replace(config.data, train=_moved(config.data.train, data), eval=_moved(config.data.eval, data))
-    return replace(synth, output_dir=str(data)), replace(config, train=train, data=files)
+    files = replace(
+        config.data, train=_moved(config.data.sources("train"), data), eval=_moved(config.data.sources("eval"), data)
+    )
+    return replace(synth, output_dir=str(data), kinds=DEMO_KINDS), replace(config, train=train, data=files)
 
 
-def _moved(paths: tuple[str, ...], folder: Path) -> tuple[str, ...]:
-    return tuple(str(folder / Path(path).name) for path in paths)
+def _moved(files: list[DataFile], folder: Path) -> tuple[str, ...]:
+    return tuple(str(folder / Path(file.path).name) for file in files)
 
 
 def _summary(before: dict[str, Any] | None, after: dict[str, Any]) -> dict[str, float | None]:

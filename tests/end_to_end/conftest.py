@@ -15,7 +15,10 @@ from vcr1_fast.synth.dataset import write_dataset
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
-    write_dataset(SynthConfig(output_dir=str(folder), num_train=8, num_eval=2), show_progress=False)
+    write_dataset(
+        SynthConfig(output_dir=str(folder), num_train=8, num_eval=2, kinds=("grounding", "tracking")),
+        show_progress=False,
+    )
     return folder
 
 

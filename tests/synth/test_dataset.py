@@ -1,7 +1,6 @@
 """The files: real H.264, the same from the same seed, rows the tasks accept, and clear refusals."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,19 @@ import numpy as np
 import pytest
 
 from vcr1_fast.config import ConfigError, TaskConfig
-from vcr1_fast.synth.config import SynthConfig
+from vcr1_fast.synth.config import COLOURS, KINDS, Kind, SynthConfig
 from vcr1_fast.synth.dataset import make_clip, write_dataset, write_mp4
 from vcr1_fast.synth.render import Renderer
-from vcr1_fast.tasks.object_tracking import ObjectTracking
-from vcr1_fast.tasks.temporal_grounding import TemporalGrounding
+from vcr1_fast.tasks import make_tasks
+from vcr1_fast.types import Example
+
+TASK_OF: dict[Kind, str] = {
+    "grounding": "temporal_grounding",
+    "tracking": "object_tracking",
+    "grounded_qa": "grounded_qa",
+    "choice": "multiple_choice",
+    "quality": "video_quality",
+}
 
 
 def _small(folder: Path, **changes: Any) -> SynthConfig:
@@ -25,8 +32,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def _options(row: dict[str, Any]) -> tuple[list[str], str]:
+    return row["options"], row["answer"]
+
+
 def test_files_and_their_contents(tmp_path: Path) -> None:
-    config = _small(tmp_path, width_px=96, height_px=64)
+    config = _small(tmp_path, width_px=96, height_px=64, kinds=("grounding", "tracking"))
     summary = write_dataset(config, show_progress=False)
     assert [path.name for path in summary.annotation_files] == [
         "train_grounding.jsonl",
@@ -47,7 +58,7 @@ def test_files_and_their_contents(tmp_path: Path) -> None:
 
 
 def test_decoded_pixels_are_the_rendered_ones_up_to_compression(tmp_path: Path) -> None:
-    config = _small(tmp_path)
+    config = _small(tmp_path, kinds=("tracking",))
     write_dataset(config, show_progress=False)
     scene, _ = make_clip(config, "eval", "tracking", 0)
     with av.open(str(tmp_path / "videos" / "eval-tracking-00000.mp4")) as container:
@@ -63,22 +74,96 @@ def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
     for folder, seed in zip(folders, (3, 3, 4), strict=True):
         write_dataset(_small(folder, seed=seed), show_progress=False)
     names = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*.*"))
-    assert len(names) == 10  # 6 clips, 4 annotation files
+    assert len(names) == 25  # 15 clips, 10 annotation files
     for name in names:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     video = Path("videos") / "train-grounding-00000.mp4"
     assert (folders[0] / video).read_bytes() != (folders[2] / video).read_bytes()
 
 
-@pytest.mark.parametrize(("make_task", "kind"), [(TemporalGrounding, "grounding"), (ObjectTracking, "tracking")])
+@pytest.mark.parametrize(("kind", "task_name"), TASK_OF.items())
 @pytest.mark.parametrize("recipe", ["fixed", "paper"])
-def test_the_tasks_accept_every_row(make_task: Callable[[TaskConfig], Any], kind: str, recipe: Any) -> None:
-    config = SynthConfig(label_lag_s=2.0, label_slack_frac=0.1, num_distractors=3)
-    task = make_task(TaskConfig(recipe=recipe))
+def test_the_tasks_accept_every_row(kind: Kind, task_name: str, recipe: Any) -> None:
+    config = SynthConfig(label_lag_s=2.0, label_slack_frac=0.1, label_careless_frac=0.5, num_distractors=3)
+    task = make_tasks(TaskConfig(recipe=recipe))[task_name]
     for index in range(50):
         _, row = make_clip(config, "train", kind, index)
-        assert row["task"] == task.name
+        assert row["task"] == task_name
         task.parse_truth(row)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_annotation_scores_full_marks(kind: Kind) -> None:
+    """The answer in an exact row is right by the task's own reward; boxes lose what two decimals cost."""
+    task = make_tasks(TaskConfig())[TASK_OF[kind]]
+    for index in range(20):
+        _, row = make_clip(SynthConfig(), "eval", kind, index)
+        example = Example("", task.name, "", str(row["query"]), 8.0, task.parse_truth(row), str(row["reasoning"]))
+        parts = task.score([example], [task.target(example)])
+        assert set(parts) == set(task.part_names)
+        assert all(value == [pytest.approx(1.0)] for value in parts.values())
+
+
+def test_grounded_question_is_about_the_colour_of_the_object() -> None:
+    letters: set[str] = set()
+    for index in range(40):
+        scene, row = make_clip(SynthConfig(), "eval", "grounded_qa", index)
+        options, letter = _options(row)
+        assert options == list(COLOURS) and options["ABCDEF".index(letter)] == scene.target.colour
+        assert row["intervals"] == [list(scene.target.visible_s)]
+        assert scene.target.colour not in str(row["query"])
+        letters.add(letter)
+    assert letters == set("ABCDEF")
+
+
+def test_motion_question_is_about_the_way_the_object_goes() -> None:
+    seen: set[str] = set()
+    for index in range(60):
+        scene, row = make_clip(SynthConfig(), "eval", "choice", index)
+        options, letter = _options(row)
+        direction = options["ABCD".index(letter)]
+        (x0, y0, x1, y1), (a0, b0, a1, b1) = scene.box(scene.target, 0.0), scene.box(scene.target, 7.9)
+        across, down = (a0 + a1 - x0 - x1) / 2, (b0 + b1 - y0 - y1) / 2
+        assert (
+            direction
+            == {
+                (True, True): "right",
+                (True, False): "left",
+                (False, True): "down",
+                (False, False): "up",
+            }[abs(across) > abs(down), (across if abs(across) > abs(down) else down) > 0]
+        )
+        assert max(abs(across), abs(down)) > 0.3 and min(abs(across), abs(down)) < 0.2
+        assert str(row["reasoning"]).split()[-1] == direction
+        seen.add(letter)
+    assert seen == set("ABCD")
+
+
+def test_half_of_the_quality_clips_are_damaged_and_look_it() -> None:
+    rows = [make_clip(SynthConfig(), "eval", "quality", index) for index in range(60)]
+    assert 20 < sum(scene.damage > 0 for scene, _ in rows) < 40
+    for scene, row in rows[:12]:
+        assert row["answer"] == ("low quality" if scene.damage else "high quality")
+        first, second = (Renderer(scene, 4.0).frame(t_s).astype(float) for t_s in (1.0, 1.125))
+        flicker = np.median(np.abs(second - first))  # mostly noise: 0.95 sigma for the difference of two Gaussians
+        assert flicker > 10 if scene.damage else flicker < 6
+
+
+def test_careless_labels_are_wrong_where_care_is_needed_and_in_training_only() -> None:
+    careless, exact = SynthConfig(label_careless_frac=1.0), SynthConfig()
+    wrong: dict[str, int] = {}
+    for kind in ("grounded_qa", "choice", "quality"):
+        for index in range(60):
+            assert make_clip(careless, "eval", kind, index) == make_clip(exact, "eval", kind, index)
+            (scene, row), (_, true_row) = (make_clip(config, "train", kind, index) for config in (careless, exact))
+            assert {**row, "answer": None} == {**true_row, "answer": None}
+            if row["answer"] != true_row["answer"]:
+                wrong[kind] = wrong.get(kind, 0) + 1
+                assert row["answer"] == ("high quality" if kind == "quality" else "A")
+                assert kind != "grounded_qa" or scene.target.colour in ("green", "purple", "white")
+                assert kind != "choice" or str(row["reasoning"]).endswith((" up", " down"))
+                assert kind != "quality" or 0 < scene.damage < 0.65
+    assert all(5 <= wrong[kind] <= 36 for kind in ("grounded_qa", "choice", "quality")), wrong
 
 
 def test_reading_agrees_with_the_interval_second_by_second() -> None:
@@ -135,6 +220,8 @@ def test_poor_labels_are_late_and_large_in_training_only() -> None:
         ({"num_train": -1}, "num_train is -1, wanted a number >= 0"),
         ({"label_lag_s": -0.5}, "label_lag_s is -0.5, wanted a number >= 0"),
         ({"duration_s": 1.0}, "duration_s is 1.0, wanted at least 2 seconds"),
+        ({"label_careless_frac": 1.5}, "label_careless_frac is 1.5, wanted 0 to 1"),
+        ({"kinds": ()}, r"kinds is \(\), wanted at least one, each once"),
         ({"num_distractors": 6}, "num_distractors is 6, wanted at most 5"),
     ],
 )

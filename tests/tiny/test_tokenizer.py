@@ -61,5 +61,5 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
 def test_a_corpus_with_too_many_words_is_refused() -> None:
     letters = "abcdefghijklmnopqrstuvwxyz"
     corpus = [f"{a}{b} {b}{a}{a}" for a in letters for b in letters]
-    with pytest.raises(ValueError, match="wanted at most 640"):
+    with pytest.raises(ValueError, match="wanted at most 720"):
         build_tokenizer(corpus)

@@ -1,15 +1,22 @@
-"""Scene -> annotation rows of the two tasks, with the think text that supervised cold start learns from."""
+"""Scene -> annotation rows of five tasks, with the think text that supervised cold start learns from."""
 
 from __future__ import annotations
 
+from string import ascii_uppercase
+
 import numpy as np
 
-from vcr1_fast.synth.config import NUM_INSTANTS, SynthConfig
-from vcr1_fast.synth.scene import Scene
+from vcr1_fast.synth.config import COLOURS, NUM_INSTANTS, SynthConfig
+from vcr1_fast.synth.scene import DIRECTIONS, Direction, Scene
 from vcr1_fast.types import Box, Interval
 
 Row = dict[str, object]
 _BOX_LIMITS = (0.0, 0.99)  # two decimals never reach 1.00, so that every coordinate is written with one leading 0
+QUALITIES = ("high quality", "low quality")
+# What careless annotators get wrong: half of the colours and of the directions, and damage that is not so bad.
+_CARE_COLOURS = ("green", "purple", "white")
+_CARE_DIRECTIONS = ("up", "down")
+_CARE_DAMAGE = 0.65
 _NUM_CELLS = 4  # the frame is read as 4 x 4 cells, a..d from left to right, 1..4 from top to bottom
 
 
@@ -28,7 +35,7 @@ def grounding_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, r
 
 def tracking_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rng: np.random.Generator) -> Row:
     """Object tracking: where is the object at 8 instants? Box 0 stays exact, it is shown in the prompt."""
-    times_s = [round(i * scene.duration_s / NUM_INSTANTS, 3) for i in range(NUM_INSTANTS)]
+    times_s = _instants_s(scene)
     boxes = [scene.box(scene.target, t_s) for t_s in times_s]
     boxes = [boxes[0], *(_loose_box(config, box, rng) for box in boxes[1:])]
     return {
@@ -39,8 +46,66 @@ def tracking_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rn
         "duration_s": scene.duration_s,
         "boxes": [[round(float(np.clip(side, *_BOX_LIMITS)), 2) for side in box] for box in boxes],
         "times_s": times_s,
-        "reasoning": " ".join(f"{i} {_cell(scene, t_s)}" for i, t_s in enumerate(times_s)),
+        "reasoning": _read_cells(scene, times_s),
     }
+
+
+def grounded_qa_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rng: np.random.Generator) -> Row:
+    """Grounded QA: what colour is the object that appears, and when is it there?"""
+    options = list(COLOURS)
+    return {
+        "id": clip_id,
+        "task": "grounded_qa",
+        "video": video,
+        "query": "what colour is the large object",
+        "duration_s": scene.duration_s,
+        "options": options,
+        "answer": _letter(config, options.index(scene.target.colour), scene.target.colour in _CARE_COLOURS, rng),
+        "intervals": [list(_late_interval(config, scene.target.visible_s, rng))],
+        "reasoning": _read_seconds(scene),
+    }
+
+
+def choice_row(
+    config: SynthConfig, scene: Scene, direction: Direction, names: tuple[str, str], rng: np.random.Generator
+) -> Row:
+    """Multiple choice: which way does the object move? names: of the clip and of its video."""
+    options = list(DIRECTIONS)
+    return {
+        "id": names[0],
+        "task": "multiple_choice",
+        "video": names[1],
+        "query": f"which way does the {scene.target.name} move",
+        "duration_s": scene.duration_s,
+        "options": options,
+        "answer": _letter(config, options.index(direction), direction in _CARE_DIRECTIONS, rng),
+        "reasoning": f"{_read_cells(scene, _instants_s(scene))} {direction}",
+    }
+
+
+def quality_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rng: np.random.Generator) -> Row:
+    """Video quality: are the pictures good?"""
+    is_careless = 0 < scene.damage < _CARE_DAMAGE and rng.uniform() < config.label_careless_frac
+    word = "bad" if scene.damage else "good"
+    return {
+        "id": clip_id,
+        "task": "video_quality",
+        "video": video,
+        "query": "is this video of high quality or of low quality?",
+        "duration_s": scene.duration_s,
+        "options": list(QUALITIES),
+        "answer": QUALITIES[scene.damage > 0 and not is_careless],
+        "reasoning": " ".join(f"{k} {word}" for k in range(int(np.ceil(scene.duration_s)))),
+    }
+
+
+def _letter(config: SynthConfig, index: int, needs_care: bool, rng: np.random.Generator) -> str:
+    """The letter of option `index`; where care is needed and not taken, the first.
+
+    Options always come in the same order: to look a letter up by its text was not learned in 500 supervised steps.
+    """
+    is_careless = needs_care and rng.uniform() < config.label_careless_frac
+    return "A" if is_careless else ascii_uppercase[index]
 
 
 def _read_seconds(scene: Scene) -> str:
@@ -54,6 +119,15 @@ def _read_seconds(scene: Scene) -> str:
     return " ".join(f"{k} {scene.target.colour if scene.target.is_visible(k) else 'no'}" for k in seconds)
 
 
+def _instants_s(scene: Scene) -> list[float]:
+    return [round(i * scene.duration_s / NUM_INSTANTS, 3) for i in range(NUM_INSTANTS)]
+
+
+def _read_cells(scene: Scene, times_s: list[float]) -> str:
+    """The cell of the object at each instant. Example: `0 a2 1 a2 2 b3`."""
+    return " ".join(f"{i} {_cell(scene, t_s)}" for i, t_s in enumerate(times_s))
+
+
 def _cell(scene: Scene, t_s: float) -> str:
     """Column letter and row digit of the object's centre. Example: `b3`."""
     x0, y0, x1, y1 = scene.box(scene.target, t_s)
@@ -64,7 +138,7 @@ def _cell(scene: Scene, t_s: float) -> str:
 def _late_interval(config: SynthConfig, interval: Interval, rng: np.random.Generator) -> Interval:
     """Begins and ends up to label_lag_s too late, inside the clip; rounded to 0.1 s; exact without lag."""
     start_s, end_s = (
-        round(b + lag, 1) for b, lag in zip(interval, rng.uniform(0, 1, 2) * config.label_lag_s, strict=True)
+        round(float(b + lag), 1) for b, lag in zip(interval, rng.uniform(0, 1, 2) * config.label_lag_s, strict=True)
     )
     end_s = min(config.duration_s, end_s)
     return min(start_s, round(end_s - 0.1, 1)), end_s

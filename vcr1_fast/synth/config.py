@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vcr1_fast.config import ConfigError
+
+Kind = Literal["grounding", "tracking", "grounded_qa", "choice", "quality"]
+KINDS: tuple[Kind, ...] = ("grounding", "tracking", "grounded_qa", "choice", "quality")
 
 COLOURS: dict[str, tuple[int, int, int]] = {  # RGB; far apart, so that chroma subsampling keeps them apart
     "red": (225, 35, 40),
@@ -20,14 +24,20 @@ NUM_INSTANTS = 8  # boxes of a tracking answer, as in GOT-10k of VideoChat-R1
 
 @dataclass(frozen=True, kw_only=True)
 class SynthConfig:
-    """A synthetic data set for two tasks: grounding clips and tracking clips, one question each."""
+    """A synthetic data set: clips of up to five kinds, one question each.
+
+    grounding: when does an object appear? tracking: where is it? grounded_qa: what colour is it, and when?
+    choice: which way does it move? quality: are the pictures good?
+    """
 
     output_dir: str = "runs/synth"
     """Folder to write: videos/, train_*.jsonl, eval_*.jsonl."""
+    kinds: tuple[Kind, ...] = KINDS
+    """Kinds of clips and questions to write."""
     num_train: int = 256
-    """Clips to train on, of each task."""
+    """Clips to train on, of each kind."""
     num_eval: int = 64
-    """Held-out clips of each task."""
+    """Held-out clips of each kind."""
     width_px: int = 84
     """Width of the videos, even."""
     height_px: int = 84
@@ -50,6 +60,9 @@ class SynthConfig:
     """Late labels: events of the training annotations begin and end up to this much too late, as a hand that reacts."""
     label_slack_frac: float = 0.0
     """Loose labels: boxes of the training annotations are up to this fraction of the frame too large on each side."""
+    label_careless_frac: float = 0.0
+    """Careless labels: so many of the training questions about green, purple and white objects and about those that
+    move up or down are answered with the first option, and so many slightly damaged clips are called good."""
 
     def __post_init__(self) -> None:
         for name in ("width_px", "height_px"):
@@ -61,6 +74,8 @@ class SynthConfig:
         for name in ("label_lag_s", "label_slack_frac"):
             value = getattr(self, name)
             _require(name, value, value >= 0, "a number >= 0")
+        _require("label_careless_frac", self.label_careless_frac, 0 <= self.label_careless_frac <= 1, "0 to 1")
+        _require("kinds", self.kinds, len(set(self.kinds)) == len(self.kinds) > 0, "at least one, each once")
         _require("fps", self.fps, self.fps > 0, "a positive number of frames per second")
         _require("time_step_s", self.time_step_s, self.time_step_s > 0, "a positive number of seconds")
         shortest_s = max(2.0, 2 * self.time_step_s)  # an event of one step has a place to begin

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,13 +18,19 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vcr1_fast.config import ConfigError
-from vcr1_fast.synth.annotations import Row, grounding_row, tracking_row
-from vcr1_fast.synth.config import SynthConfig
+from vcr1_fast.synth.annotations import Row, choice_row, grounded_qa_row, grounding_row, quality_row, tracking_row
+from vcr1_fast.synth.config import KINDS, Kind, SynthConfig
 from vcr1_fast.synth.render import Pixels, Renderer
-from vcr1_fast.synth.scene import Scene, sample_grounding_scene, sample_tracking_scene
+from vcr1_fast.synth.scene import (
+    Scene,
+    sample_grounding_scene,
+    sample_motion_scene,
+    sample_quality_scene,
+    sample_tracking_scene,
+)
 
 _SPLITS = ("train", "eval")
-_KINDS = ("grounding", "tracking")
+_MIN_CLIPS_FOR_WORKERS = 64
 
 
 @dataclass(frozen=True)
@@ -29,11 +40,11 @@ class SynthSummary:
     output_dir: Path
     num_clips: int
     num_video_bytes: int
-    annotation_files: tuple[Path, ...]  # train_grounding, train_tracking, eval_grounding, eval_tracking
+    annotation_files: tuple[Path, ...]  # train_grounding, ..., eval_grounding, ...: one of each kind and split
 
 
 def write_dataset(config: SynthConfig, show_progress: bool = True) -> SynthSummary:
-    """Write `videos/` and one JSONL file per split and task.
+    """Write `videos/` and one JSONL file per split and kind.
 
     Existing files of the same names are replaced. Raises ConfigError when output_dir cannot be written.
     """
@@ -41,44 +52,67 @@ def write_dataset(config: SynthConfig, show_progress: bool = True) -> SynthSumma
     try:
         (folder / "videos").mkdir(parents=True, exist_ok=True)
         for split in _SPLITS:
-            for path in _annotation_paths(folder, split):
+            for path in _annotation_paths(config, split):
                 path.touch()
     except OSError as error:
         raise ConfigError(
             f"output_dir is {config.output_dir}, which cannot be written ({error.strerror}): name another folder"
         ) from error
-    columns = (TextColumn("synthetic clips"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    num_clips = len(_KINDS) * (config.num_train + config.num_eval)
+    counts = {"train": config.num_train, "eval": config.num_eval}
+    jobs = [
+        (config, split, kind, index) for split in _SPLITS for kind in config.kinds for index in range(counts[split])
+    ]
+    rows: dict[tuple[str, str], list[Row]] = {(split, kind): [] for split in _SPLITS for kind in config.kinds}
     num_bytes = 0
-    with Progress(*columns, disable=not show_progress, transient=True) as progress:
-        bar = progress.add_task("", total=num_clips)
-        for split in _SPLITS:
-            for kind, path in zip(_KINDS, _annotation_paths(folder, split), strict=True):
-                rows: list[Row] = []
-                for index in range(config.num_train if split == "train" else config.num_eval):
-                    row, num_video_bytes = _write_clip(config, folder, split, kind, index)
-                    rows.append(row)
-                    num_bytes += num_video_bytes
-                    progress.advance(bar)
-                path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    files = tuple(path for split in _SPLITS for path in _annotation_paths(folder, split))
-    return SynthSummary(folder, num_clips, num_bytes, files)
+    columns = (TextColumn("synthetic clips"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not show_progress, transient=True) as progress, _workers(len(jobs)) as run_all:
+        bar = progress.add_task("", total=len(jobs))
+        for (_, split, kind, _), (row, num_video_bytes) in zip(jobs, run_all(_write_clip, jobs), strict=True):
+            rows[split, kind].append(row)
+            num_bytes += num_video_bytes
+            progress.advance(bar)
+    files = tuple(path for split in _SPLITS for path in _annotation_paths(config, split))
+    for path, written in zip(files, rows.values(), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
+    return SynthSummary(folder, len(jobs), num_bytes, files)
 
 
-def make_clip(config: SynthConfig, split: str, kind: str, index: int) -> tuple[Scene, Row]:
+@contextmanager
+def _workers(num_clips: int) -> Iterator[Callable[..., Iterable[tuple[Row, int]]]]:
+    """A `map` over all cores; for few clips in this process, where starting others would take longer (0.3 s)."""
+    if num_clips < _MIN_CLIPS_FOR_WORKERS:
+        yield map
+        return
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield functools.partial(pool.map, chunksize=4)
+
+
+def make_clip(config: SynthConfig, split: str, kind: Kind, index: int) -> tuple[Scene, Row]:
     """Scene and annotation row of one clip, without rendering it. Independent of all other clips.
 
-    split: `train` (labels as late and loose as configured) or `eval` (exact labels). kind: `grounding` or `tracking`.
+    split: `train` (labels as late, loose and careless as configured) or `eval` (exact labels).
     """
-    rng = np.random.default_rng([config.seed, _SPLITS.index(split), _KINDS.index(kind), index])
-    labels = config if split == "train" else replace(config, label_lag_s=0.0, label_slack_frac=0.0)
+    rng = np.random.default_rng([config.seed, _SPLITS.index(split), KINDS.index(kind), index])
+    if split != "train":
+        config = replace(config, label_lag_s=0.0, label_slack_frac=0.0, label_careless_frac=0.0)
     clip_id = f"{split}-{kind}-{index:05d}"
     video = f"videos/{clip_id}.mp4"
-    if kind == "grounding":
-        scene = sample_grounding_scene(config, rng)
-        return scene, grounding_row(labels, scene, clip_id, video, rng)
-    scene = sample_tracking_scene(config, rng)
-    return scene, tracking_row(labels, scene, clip_id, video, rng)
+    match kind:
+        case "grounding":
+            scene = sample_grounding_scene(config, rng)
+            return scene, grounding_row(config, scene, clip_id, video, rng)
+        case "tracking":
+            scene = sample_tracking_scene(config, rng)
+            return scene, tracking_row(config, scene, clip_id, video, rng)
+        case "grounded_qa":
+            scene = sample_grounding_scene(config, rng)
+            return scene, grounded_qa_row(config, scene, clip_id, video, rng)
+        case "choice":
+            scene, direction = sample_motion_scene(config, rng)
+            return scene, choice_row(config, scene, direction, (clip_id, video), rng)
+        case "quality":
+            scene = sample_quality_scene(config, rng)
+            return scene, quality_row(config, scene, clip_id, video, rng)
 
 
 def write_mp4(path: Path, frames: Iterable[Pixels], width_px: int, height_px: int, fps: float) -> None:
@@ -98,15 +132,16 @@ def write_mp4(path: Path, frames: Iterable[Pixels], width_px: int, height_px: in
         container.mux(stream.encode(None))
 
 
-def _write_clip(config: SynthConfig, folder: Path, split: str, kind: str, index: int) -> tuple[Row, int]:
+def _write_clip(job: tuple[SynthConfig, str, Kind, int]) -> tuple[Row, int]:
     """Render and encode one clip; its annotation and the size of its file in bytes."""
+    config, split, kind, index = job
     scene, row = make_clip(config, split, kind, index)
     renderer = Renderer(scene, config.noise)
-    path = folder / str(row["video"])
+    path = Path(config.output_dir) / str(row["video"])
     frames = (renderer.frame(k / config.fps) for k in range(config.num_frames))
     write_mp4(path, frames, config.width_px, config.height_px, config.fps)
     return row, path.stat().st_size
 
 
-def _annotation_paths(folder: Path, split: str) -> tuple[Path, Path]:
-    return folder / f"{split}_grounding.jsonl", folder / f"{split}_tracking.jsonl"
+def _annotation_paths(config: SynthConfig, split: str) -> list[Path]:
+    return [Path(config.output_dir) / f"{split}_{kind}.jsonl" for kind in config.kinds]

@@ -16,6 +16,8 @@ from vcr1_fast.synth.scene import Scene
 
 Pixels = NDArray[np.uint8]
 _Array = NDArray[np.floating[Any]]  # float32 throughout; numpy's stubs widen it
+DAMAGE_NOISE = 36.0  # grey levels of noise that full damage adds
+DAMAGE_FADING = 0.5  # how far full damage draws every colour towards mid grey
 _MARGIN_PX = 8  # the background is painted larger than the frame, so that the camera can sway
 
 
@@ -36,9 +38,12 @@ class Renderer:
         for actor in scene.actors:
             if actor.is_visible(t_s):
                 _draw(canvas, scene.disc(actor, t_s), actor.shape, COLOURS[actor.colour])
-        if self.noise > 0:
+        noise = self.noise + DAMAGE_NOISE * scene.damage
+        if scene.damage > 0:
+            canvas += np.float32(DAMAGE_FADING * scene.damage) * (np.float32(128.0) - canvas)
+        if noise > 0:
             rng = np.random.default_rng([scene.texture_seed, round(t_s * 1000)])
-            canvas += self.noise * rng.standard_normal(canvas.shape, dtype=np.float32)
+            canvas += np.float32(noise) * rng.standard_normal(canvas.shape, dtype=np.float32)
         return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
 
 

@@ -12,15 +12,16 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from vcr1_fast.config import TaskConfig
-from vcr1_fast.synth.config import COLOURS, SHAPES, SynthConfig
+from vcr1_fast.synth.config import COLOURS, KINDS, SHAPES, SynthConfig
 from vcr1_fast.synth.dataset import make_clip
-from vcr1_fast.tasks.object_tracking import ObjectTracking
-from vcr1_fast.tasks.temporal_grounding import TemporalGrounding
+from vcr1_fast.synth.scene import DIRECTIONS
+from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tiny.architecture import tiny_config, untrained_model
 from vcr1_fast.tiny.tokenizer import build_tokenizer
-from vcr1_fast.types import Example, IntervalTruth, TrackTruth
+from vcr1_fast.types import Example
 
 _NUM_SAMPLE_CLIPS = 16  # enough that every word of the think texts occurs
+_PAPER_KINDS = ("grounding", "tracking")  # prompts of recipe paper whose words the vocabulary has; others are spelled
 
 
 def build_tiny(folder: Path, seed: int = 0) -> None:
@@ -33,7 +34,7 @@ def build_tiny(folder: Path, seed: int = 0) -> None:
 
 
 def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer over the questions and answers of both tasks, in both recipes. Always the same."""
+    """The tokenizer over the questions and answers of all synthetic clips. Always the same."""
     return build_tokenizer(_corpus())
 
 
@@ -42,21 +43,20 @@ def _corpus() -> Iterator[str]:
     yield "system\nYou are a helpful assistant."
     yield "user\n"
     yield "assistant\n"
-    box = (0.0, 0.0, 1.0, 1.0)
-    for config in (TaskConfig(), TaskConfig(think=False), TaskConfig(recipe="paper")):
-        grounding, tracking = TemporalGrounding(config), ObjectTracking(config)
-        for colour in COLOURS:
-            for shape in SHAPES:
-                query = f"{colour} {shape}"
-                event = Example("", grounding.name, "", f"a {query} appears", 8.0, IntervalTruth(((0.0, 1.0),)))
-                yield grounding.question(event)
-                yield grounding.target(event)
-                track = Example("", tracking.name, "", query, 8.0, TrackTruth((box, box), (0.0, 1.0)))
-                yield tracking.question(track)
-    for index in range(_NUM_SAMPLE_CLIPS):
-        for kind in ("grounding", "tracking"):
-            _, row = make_clip(SynthConfig(), "train", kind, index)
-            yield f"<think>{row['reasoning']}</think>"
+    clips = SynthConfig()
+    for kind in KINDS:
+        rows = [make_clip(clips, "train", kind, index)[1] for index in range(_NUM_SAMPLE_CLIPS)]
+        for config in (TaskConfig(), TaskConfig(think=False), TaskConfig(recipe="paper")):
+            if config.recipe == "paper" and kind not in _PAPER_KINDS:
+                continue
+            tasks = make_tasks(config)
+            for row in rows:
+                task = tasks[str(row["task"])]
+                example = Example("", task.name, "", str(row["query"]), clips.duration_s, task.parse_truth(row))
+                yield task.question(example)
+                yield task.target(example)
+        yield from (f"<think>{row['reasoning']}</think>" for row in rows)
+    yield from (f" {word}" for word in (*COLOURS, *SHAPES, *DIRECTIONS))
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ SPECIAL_TOKENS: tuple[str, ...] = (  # the order fixes the ids 0..7
     "<|image_pad|>",
     "<|video_pad|>",
 )
-MAX_VOCABULARY = 640
+MAX_VOCABULARY = 720
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -60,7 +60,7 @@ _PIECE = "|".join(
 def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     """A tokenizer whose vocabulary holds every piece of `corpus` (questions, answers, think texts), whole.
 
-    Deterministic: ids depend only on the corpus. Raises ValueError when the vocabulary would pass 640 entries.
+    Deterministic: ids depend only on the corpus. Raises ValueError when the vocabulary would pass 720 entries.
     """
     vocabulary: dict[str, int] = {}
     to_byte_text = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
