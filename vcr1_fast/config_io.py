@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -45,12 +45,14 @@ def load_settings(config_class: type[T], path: str | None, overrides: list[str])
     pairs = read_overrides(overrides)
     known = setting_types(config_class)
     values = read_yaml(config_file(path, config_class), path) if path else {}
-    for key in _dotted_keys(values, known):
-        _check_known(key, known, f" in {path}")
-    for key, _ in pairs:
-        _check_known(key, known, " on the command line")
-    parser = settings_parser(config_class, prog="vcr1-fast")
     where = f" in {path}"
+    for key, value in _dotted_items(values, known):
+        _check_known(key, known, where)
+        _check_entries(key, value, known, where)
+    for key, value in pairs:
+        _check_known(key, known, " on the command line")
+        _check_entries(key, _parsed(key, value, known), known, " on the command line")
+    parser = settings_parser(config_class, prog="vcr1-fast")
     try:
         settings = parser.parse_object(_listed(values, known))
         where = " on the command line"
@@ -70,9 +72,10 @@ def settings_parser(config_class: type, prog: str) -> ArgumentParser:
     """A parser with one `--section.field` per setting, documented by the string under the field."""
     parser = ArgumentParser(prog=prog, usage="%(prog)s [CONFIG] [--section.field=value ...]", exit_on_error=False)
     parser.add_class_arguments(config_class)
-    sections = {name for name, kind in get_type_hints(config_class).items() if is_dataclass(kind)}
+    sections = {key.rpartition(".")[0] for key in setting_types(config_class)}
     for action in parser._actions:
-        if action.dest in sections:  # `--rollout FILE` would be a second way to give a file: not shown, not accepted
+        # `--rollout FILE` would be a second way to give a file, `--data.train.help` one for help: not shown or accepted
+        if action.dest in sections or action.dest.endswith(".help"):
             action.help = argparse.SUPPRESS
     return parser
 
@@ -147,14 +150,14 @@ def read_yaml(file: Path, path: str) -> dict[str, Any]:
     return content
 
 
-def _dotted_keys(values: Mapping[Any, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _dotted_items(values: Mapping[Any, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     sections = {key.partition(".")[0] for key in known if "." in key}
     for name, value in values.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and value and key not in known:
-            yield from _dotted_keys(value, known, f"{key}.")
+            yield from _dotted_items(value, known, f"{key}.")
         elif key not in sections:
-            yield key
+            yield key, value
         elif value:
             raise UsageError(f"{key} is {value!r}, wanted a section of key: value")
 
@@ -163,6 +166,44 @@ def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
     if key in known or any(get_origin(kind) is dict and key.startswith(f"{name}.") for name, kind in known.items()):
         return
     raise UsageError(f"unknown setting {key}{where}: did you mean {nearest(key, known)}?")
+
+
+def _check_entries(key: str, value: Any, known: Mapping[str, Any], where: str) -> None:
+    """Mappings in a list setting, such as data.train: their keys and values, named like `data.train[0].format`."""
+    entry_class = _entry_class(known.get(key))
+    entries = value if isinstance(value, list | tuple) else [value]
+    for number, entry in enumerate(entries) if entry_class else ():
+        if not isinstance(entry, Mapping):
+            continue
+        assert entry_class is not None
+        types = setting_types(entry_class, f"{key}[{number}].")
+        for name in entry:
+            if f"{key}[{number}].{name}" not in types:
+                _check_known(f"{key}[{number}].{name}", types, where)
+        missing = [f.name for f in fields(entry_class) if f.default is MISSING and f.name not in entry]
+        if missing:
+            raise UsageError(f"{key}[{number}] has no {missing[0]}{where}, wanted {type_name(entry_class)}")
+        try:
+            settings_parser(entry_class, prog="vcr1-fast").parse_object(dict(entry))
+        except argparse.ArgumentError as error:
+            short = setting_types(entry_class)
+            raise UsageError(f"{key}[{number}].{_explain(str(error), short, where)}") from None
+
+
+def _entry_class(kind: Any) -> type | None:
+    """The dataclass that the items of a list setting may be, if any."""
+    items = get_args(get_args(kind)[0]) if get_origin(kind) is tuple else ()
+    return next((item for item in items if isinstance(item, type) and is_dataclass(item)), None)
+
+
+def _parsed(key: str, value: str, known: Mapping[str, Any]) -> Any:
+    """What a value on the command line says, where its entries are to be checked; None where it is not YAML."""
+    if _entry_class(known.get(key)) is None:
+        return None
+    try:
+        return yaml.safe_load(_listed_text(value))
+    except yaml.YAMLError:
+        return None  # jsonargparse will say so
 
 
 def nearest(key: str, known: Mapping[str, Any]) -> str:
@@ -176,17 +217,21 @@ def nearest(key: str, known: Mapping[str, Any]) -> str:
 
 
 def _argument(key: str, value: str, known: Mapping[str, Any]) -> str:
-    is_bare = get_origin(known.get(key)) is tuple and not value.startswith("[")
-    return f"--{key}=[{value}]" if is_bare else f"--{key}={value}"
+    return f"--{key}={_listed_text(value) if get_origin(known.get(key)) is tuple else value}"
+
+
+def _listed_text(value: str) -> str:
+    return value if value.startswith("[") else f"[{value}]"
 
 
 def _listed(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Without empty sections, and with a lone string where a list is wanted made a list of one."""
+    """Without empty sections, and with a lone string or mapping where a list is wanted made a list of one."""
     listed: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
         if key in known:
-            listed[name] = [value] if get_origin(known[key]) is tuple and isinstance(value, str) else value
+            is_lone = get_origin(known[key]) is tuple and isinstance(value, str | Mapping)
+            listed[name] = [value] if is_lone else value
         elif value:
             listed[name] = _listed(value, known, f"{key}.")
     return listed
@@ -212,6 +257,8 @@ def type_name(kind: Any) -> str:
         return "a list of " + type_name(get_args(kind)[0])
     if get_origin(kind) is dict:
         return "a mapping of " + " to ".join(map(type_name, get_args(kind)))
+    if is_dataclass(kind):
+        return "{" + ", ".join(field.name for field in fields(kind)) + "}"
     if get_args(kind):
         return " or ".join(map(type_name, get_args(kind)))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))

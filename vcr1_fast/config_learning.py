@@ -5,7 +5,7 @@ The string under a field is its help text on the command line. Nothing here impo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from vcr1_fast.config_error import require
@@ -13,11 +13,51 @@ from vcr1_fast.types import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
+class SGLangConfig:
+    """SGLang as the rollout engine, in processes of its own."""
+
+    python: str | None = None
+    """Interpreter of the environment that has SGLang, such as .venv-sglang/bin/python. Default: the current one."""
+    num_workers: int = 1
+    """Processes with an engine each."""
+    mem_fraction_static: float = 0.6
+    """Share of the memory that SGLang takes for weights and KV cache."""
+    bucket_mb: int = 512
+    """Weights are handed over in pieces of this size."""
+    max_inflight: int = 64
+    """Prompts that one worker has at once; bounds the pixels it holds."""
+    timeout_s: float = 1800.0
+    """Longest time for all answers to one prompt, waiting in the worker included, and for one bucket of weights."""
+    start_timeout_s: float = 600.0
+    """Longest start of a worker."""
+    max_attempts: int = 3
+    """Times that the answers to one prompt may fail before the run stops."""
+    max_restarts: int = 3
+    """Workers started again in a row, without one answer between, before the run stops."""
+    backoff_s: float = 1.0
+    """Pause before a worker is started again; doubles each time in a row, up to 30 s."""
+    engine_args: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Further arguments of sglang.Engine, such as {attention_backend: triton, max_total_tokens: 65536}."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "bucket_mb", "max_inflight", "max_attempts"):
+            require(getattr(self, name) >= 1, f"rollout.sglang.{name} is {getattr(self, name)}, wanted >= 1")
+        for name in ("max_restarts", "backoff_s"):
+            require(getattr(self, name) >= 0, f"rollout.sglang.{name} is {getattr(self, name)}, wanted >= 0")
+        for name in ("timeout_s", "start_timeout_s"):
+            require(getattr(self, name) > 0, f"rollout.sglang.{name} is {getattr(self, name)}, wanted more than 0")
+        fraction = self.mem_fraction_static
+        require(0 < fraction < 1, f"rollout.sglang.mem_fraction_static is {fraction}, wanted in (0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How completions are drawn for training."""
 
-    engine: Literal["local"] = "local"
-    """local: the Hugging Face model in this process."""
+    engine: Literal["local", "sglang"] = "local"
+    """local: the Hugging Face model in this process. sglang: SGLang in processes of its own, see rollout.sglang."""
+    sglang: SGLangConfig = field(default_factory=SGLangConfig)
+    """Settings of engine sglang."""
     group_size: int = 8
     """G, completions per prompt."""
     temperature: float = 1.0
@@ -27,7 +67,10 @@ class RolloutConfig:
     max_new_tokens: int = 1024
     """Longest completion."""
     max_batch_rows: int = 256
-    """Completions decoded together; bounds the KV cache."""
+    """Most completions decoded together."""
+    max_batch_tokens: int = 65536
+    """Tokens in the KV cache of one batch, prompts (once for each group) and longest completions: bounds its memory. A
+    7B model takes 13 GB for the default: 4 for the cache, 9 to fill it. A single group is always answered."""
     num_ground_truth: int = 0
     """1: the last answer of each group is the annotated one instead of a sampled one (TempSamp-R1)."""
     max_resample_rounds: int = 0
@@ -45,6 +88,7 @@ class RolloutConfig:
             self.max_batch_rows >= self.group_size,
             f"rollout.max_batch_rows is {self.max_batch_rows}, less than rollout.group_size {self.group_size}",
         )
+        require(self.max_batch_tokens >= 1, f"rollout.max_batch_tokens is {self.max_batch_tokens}, wanted >= 1")
         require(
             0 <= self.num_ground_truth <= min(1, self.group_size - 1),
             f"rollout.num_ground_truth is {self.num_ground_truth} and rollout.group_size is {self.group_size}, "

@@ -11,7 +11,9 @@ from vcr1_fast.types import Completion, Prompt, SamplingParams
 
 
 class RolloutEngine(Protocol):
-    """Implementations: local_engine.LocalEngine (this process), scripted_engine.ScriptedEngine (tests)."""
+    """Implementations: local_engine.LocalEngine (this process), sglang_engine.SGLangEngine (processes of their own),
+    scripted_engine.ScriptedEngine (tests).
+    """
 
     policy_version: int  # of the weights now loaded; 0 before the first load_weights
 

@@ -1,0 +1,92 @@
+"""The interpreter that has SGLang, and one engine per model for the whole folder: a start costs 15 to 30 s of CPU.
+
+Set VCR1_SGLANG_PYTHON to the interpreter of an environment made by install.sh, or make it at .venv-sglang.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from vcr1_fast.config import ModelConfig
+from vcr1_fast.config_learning import SGLangConfig
+from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer, model_folder
+from vcr1_fast.prompts.positions import mrope_positions
+from vcr1_fast.prompts.special_ids import SpecialIds
+from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.types import Example, IntervalTruth, Patches, Prompt
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+MakePrompt = Callable[..., Prompt]
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> str:
+    named = os.environ.get("VCR1_SGLANG_PYTHON")
+    path = Path(named) if named else REPOSITORY / ".venv-sglang" / "bin" / "python"
+    if not path.is_file():
+        pytest.skip(
+            f"no interpreter with SGLang at {path}: run tests/rollout/sglang/install.sh .venv-sglang, or set "
+            "VCR1_SGLANG_PYTHON"
+        )
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def settings(sglang_python: str) -> SGLangConfig:
+    """Small buckets, so that several are sent."""
+    return SGLangConfig(python=sglang_python, mem_fraction_static=0.1, bucket_mb=1, timeout_s=300, backoff_s=0.1)
+
+
+@pytest.fixture(scope="session")
+def packaged_engine(settings: SGLangConfig) -> Iterator[SGLangEngine]:
+    """SGLang with the tiny model of the package: tied weights, trained."""
+    engine = SGLangEngine(model_folder("tiny"), load_tokenizer("tiny"), settings)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def random_folder(make_tiny_model, tiny_tokenizer, tmp_path_factory) -> Path:
+    """A random model with a head of its own, written as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("random") / "model"
+    make_tiny_model(seed=11).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_engine(settings: SGLangConfig, random_folder: Path, tiny_tokenizer) -> Iterator[SGLangEngine]:
+    engine = SGLangEngine(random_folder, tiny_tokenizer, settings)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def packaged_policy() -> PolicyModel:
+    hf = load_hugging_face("tiny", torch.float32, torch.device("cpu"))
+    return PolicyModel(hf, ModelConfig(), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def packaged_prompt() -> MakePrompt:
+    """packaged_prompt(grid, text, second_per_grid_s, seed): a prompt of the packaged model with random patches."""
+    tokenizer = load_tokenizer("tiny")
+    special = SpecialIds.of(tokenizer)
+
+    def make(grid: tuple[int, int, int], text: str, second_per_grid_s: float = 1.0, seed: int = 0) -> Prompt:
+        t, h, w = grid
+        values = torch.randn(t * h * w, 1176, generator=torch.Generator().manual_seed(seed))
+        patches = Patches(values, grid, second_per_grid_s, 2 * t, t * second_per_grid_s)
+        before: list[int] = tokenizer(text)["input_ids"]  # pyright: ignore
+        video = [special.vision_start, *[special.video_pad] * patches.num_tokens, special.vision_end]
+        ids = torch.tensor([special.im_start, *before, *video, special.im_end, special.im_start])
+        positions = mrope_positions(ids, [grid], [second_per_grid_s], special.video_pad, 2)
+        example = Example(f"{text}:{seed}", "echo", "/videos/e.mp4", text, 8.0, IntervalTruth(((1.0, 2.0),)))
+        return Prompt(example, ids, positions, patches)
+
+    return make

@@ -1,0 +1,104 @@
+"""A worker that speaks the messages without SGLang and fails as it is told; run by test_supervision.py.
+
+`plan.json` beside the socket's folder says how each start behaves, the last one for all further starts:
+    ok          answers at once: two tokens per completion, the policy version and the process id
+    die N       ends at its N-th request
+    hang        takes requests and says nothing more
+    late        answers nothing but aborts
+    fail        says that a request failed
+    refuse      refuses a request
+    unusable    does not start
+    crash       ends before it connects
+    silent      never connects
+    wrong       holds other weights than it was sent
+    deaf        takes weights and says nothing
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from vcr1_fast.rollout.sglang_messages import KEY_VARIABLE, Channel, Message, connect
+
+LIMITS = {
+    "vocabulary_size": 288,
+    "video_token_id": 263,
+    "hidden_size": 64,
+    "context_length": 4096,
+    "num_cache_tokens": 4096,
+}
+
+
+def behaviour(folder: Path) -> str:
+    """Of this start; starts are counted in a file, by all workers of a test together."""
+    plan = json.loads((folder / "plan.json").read_text())
+    with (folder / "starts").open("a+") as starts:
+        starts.write(".")
+        starts.flush()
+        starts.seek(0)
+        count = len(starts.read())
+    return plan[min(count, len(plan)) - 1]
+
+
+def main(address: str) -> None:
+    how = behaviour(Path(os.environ["SCRIPTED_WORKER_FOLDER"]))
+    if how == "crash":
+        sys.exit("this worker was told to crash")
+    if how == "silent":
+        time.sleep(3600)
+    channel = connect(address, bytes.fromhex(os.environ[KEY_VARIABLE]))
+    channel.receive(60)
+    if how == "unusable":
+        channel.send("unusable", {"reason": "no such model"})
+        return
+    channel.send("ready", {"limits": LIMITS, "version": "scripted", "pid": os.getpid()})
+    version, num_requests = -1, 0
+    while True:
+        try:
+            message = channel.receive()
+        except EOFError:
+            return
+        if message.kind == "close":
+            return
+        if message.kind == "weights":
+            if how == "deaf":
+                continue
+            version = message.fields["policy_version"] if message.fields["is_last"] else -1
+            wrong = ["'w' does not stand where it should"] if how == "wrong" and message.fields["check"] else []
+            channel.send("loaded", {"id": message.fields["id"], "wrong": wrong})
+        elif message.kind == "abort" and how == "late":
+            channel.send("aborted", {"id": message.fields["id"]})
+        elif message.kind == "generate":
+            num_requests += 1
+            if how.startswith("die") and num_requests == int(how.split()[1]):
+                os._exit(1)
+            answer(channel, message, how, version)
+
+
+def answer(channel: Channel, message: Message, how: str, version: int) -> None:
+    number, fields = message.fields["id"], message.fields
+    if how in ("fail", "refuse"):
+        kind = {"fail": "failed", "refuse": "refused"}[how]
+        channel.send(kind, {"id": number, "reason": "it was told to"})
+    if how in ("hang", "late", "fail", "refuse"):
+        return
+    assert fields["policy_version"] == version, "asked before it had these weights"
+    count = fields["num_completions"]
+    tokens = torch.tensor([int(message.tensors["token_ids_L"][0]), fields["stop_ids"][0]] * count)
+    reply = {
+        "id": number,
+        "lengths": [2] * count,
+        "policy_versions": [str(version)] * count,
+        "num_cached_tokens": [0] * count,
+    }
+    channel.send("completions", reply, {"token_ids": tokens, "logprobs": torch.full((2 * count,), -float(os.getpid()))})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

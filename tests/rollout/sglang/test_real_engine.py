@@ -1,0 +1,188 @@
+"""The real SGLang engine against the learner: same tokens, pixels and positions must give the same log-probs."""
+
+import math
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vcr1_fast.config import ModelConfig
+from vcr1_fast.learner.model import PolicyModel
+from vcr1_fast.learner.packing import pack
+from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.types import RolloutGroup, SamplingParams
+from vcr1_fast.weight_sync import WeightSync
+
+BOUND = 1e-4  # measured: 2e-6 to 2e-5, both sides in float32
+GROUP_SIZE = 4
+
+
+def difference(policy, prompts, answers, temperature=1.0):
+    """Largest |engine - learner| over all tokens, and how much the log-probs vary at all."""
+    groups = [RolloutGroup(p, tuple(completions), 1) for p, completions in zip(prompts, answers, strict=True)]
+    batch = pack(groups, [[1.0] * len(answers[0])] * len(prompts))
+    with torch.no_grad():
+        logprob_N, _ = policy(batch, temperature)
+    return float((logprob_N - batch.engine_logprob_N).abs().max()), float(batch.engine_logprob_N.std())
+
+
+def short_and_long(make):
+    """8, 24 and 960 video tokens; 0.7 and 0.4 seconds per grid step move the text's positions."""
+    return [
+        make((2, 4, 4), "when does it move", 1.0, 1),
+        make((3, 8, 4), "where", 0.7, 2),
+        make((40, 12, 8), "what", 0.4, 3),
+    ]
+
+
+def disturb(policy, seed):
+    """Every weight changes, the vision tower's too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+
+
+def test_packaged_model_agrees_before_and_after_three_updates(packaged_engine, packaged_policy, packaged_prompt):
+    prompts = short_and_long(packaged_prompt)
+    sync, answers = WeightSync(packaged_policy, packaged_engine), []
+    for update in range(4):
+        report = sync.push()
+        assert packaged_engine.policy_version == report.policy_version == update + 1
+        answers = packaged_engine.generate(prompts, SamplingParams(GROUP_SIZE, 16))
+        assert [len(group) for group in answers] == [GROUP_SIZE] * len(prompts)
+        worst, spread = difference(packaged_policy, prompts, answers)
+        assert spread > 0.3  # far from uniform, so agreement means something
+        assert worst < BOUND
+        disturb(packaged_policy, update)
+    before, _ = difference(packaged_policy, prompts, answers)
+    assert before > 100 * BOUND  # the last disturbance was not pushed: a stale engine would be seen
+
+
+def test_random_model_agrees_at_temperatures_top_p_and_group_of_one(random_engine, make_tiny_model, make_prompt):
+    policy = PolicyModel(make_tiny_model(seed=5), ModelConfig(), torch.float32)
+    prompts = short_and_long(make_prompt)
+    random_engine.load_weights(policy.hf.state_dict().items(), 7)
+    assert random_engine.policy_version == 7
+    for sampling in (SamplingParams(3, 8, 0.7), SamplingParams(1, 8, 1.3, top_p=0.8)):
+        answers = random_engine.generate(prompts, sampling)
+        worst, spread = difference(policy, prompts, answers, sampling.temperature)
+        assert spread > 0.5
+        assert worst < BOUND
+    vision = {random_engine.tokenizer.get_vocab()[f"<|{name}|>"] for name in ("video_pad", "vision_start", "image_pad")}
+    assert not vision & {int(i) for group in answers for c in group for i in c.token_ids_R}
+
+
+def test_embeddings_of_a_frozen_tower_take_the_place_of_patches(random_engine, make_tiny_model, make_prompt):
+    policy = PolicyModel(make_tiny_model(seed=5), ModelConfig(), torch.float32)
+    random_engine.load_weights(policy.hf.state_dict().items(), 9)
+    prompts = short_and_long(make_prompt)
+    with torch.no_grad():
+        rows = [
+            policy.hf.model.visual(p.patches.values_PC, grid_thw=torch.tensor([p.patches.grid_thw])).pooler_output
+            for p in prompts
+        ]
+    nothing = torch.zeros(0, 1176)
+    embedded = [
+        replace(p, patches=replace(p.patches, values_PC=nothing, embeddings_MD=embeddings))
+        for p, embeddings in zip(prompts, rows, strict=True)
+    ]
+    answers = random_engine.generate(embedded, SamplingParams(2, 8))
+    worst, spread = difference(policy, prompts, answers)
+    assert spread > 0.5
+    assert worst < BOUND
+
+
+def test_greedy_tokens_are_the_local_engines(random_engine, make_tiny_model, make_prompt, tiny_tokenizer):
+    model = make_tiny_model(seed=6)
+    random_engine.load_weights(model.state_dict().items(), 8)
+    prompts = short_and_long(make_prompt)[:2]
+    greedy = SamplingParams(1, 24, temperature=0.0)
+    theirs = random_engine.generate(prompts, greedy)
+    ours = LocalEngine(model, tiny_tokenizer).generate(prompts, greedy)
+    for (sglang,), (local,) in zip(theirs, ours, strict=True):
+        assert sglang.token_ids_R.tolist() == local.token_ids_R.tolist()
+        assert (sglang.finish_reason, sglang.text) == (local.finish_reason, local.text)
+        assert (sglang.logprobs_R - local.logprobs_R).abs().max() < BOUND
+
+
+def test_stop_id_ends_a_completion_and_stays(packaged_engine, packaged_policy, packaged_prompt):
+    """All ids are made equally likely, so that the log-prob of each is known."""
+    tokenizer = packaged_engine.tokenizer
+    stops = {tokenizer.get_vocab()[token] for token in ("<|im_end|>", "<|endoftext|>")}
+    with torch.no_grad():
+        policy = packaged_policy.hf
+        policy.model.language_model.norm.weight.zero_()  # all logits 0
+    packaged_engine.load_weights(policy.state_dict().items(), 20)
+    prompt = packaged_prompt((2, 4, 4), "when")
+    completions = packaged_engine.generate([prompt], SamplingParams(8, 512))[0]
+    stopped = [c for c in completions if c.finish_reason == "stop"]
+    assert stopped  # each is still going after 512 draws with probability (1 - 2 / 629) ** 512 = 0.2, all 8 with 2e-6
+    for completion in completions:
+        ids = completion.token_ids_R.tolist()
+        assert not set(ids[:-1]) & stops
+        assert (ids[-1] in stops) == (completion.finish_reason == "stop") or len(ids) == 512
+        # 1 / vocabulary, although five ids cannot be drawn: they count in the softmax
+        uniform = torch.full((len(ids),), -math.log(policy.config.text_config.vocab_size))
+        torch.testing.assert_close(completion.logprobs_R, uniform, atol=1e-4, rtol=0)
+
+
+def test_a_bad_request_is_refused_and_the_next_one_answered(random_engine, make_prompt):
+    """Sent to SGLang, the first of these ends its processes."""
+    good = make_prompt((2, 4, 4), "when")
+    worker = random_engine._seats[0].worker
+    pid, sampling = worker.pid, SamplingParams(2, 4)
+    outside = good.token_ids_L.clone()
+    outside[0] = 10**6
+    more_pads = good.token_ids_L.clone()
+    more_pads[-1] = random_engine.tokenizer.get_vocab()["<|video_pad|>"]
+    for bad, words in (
+        (replace(good, token_ids_L=outside), r"vocabulary is 0 \.\. 287"),
+        (replace(good, position_ids_3L=good.position_ids_3L[:, 1:]), "positions are"),
+        (replace(good, patches=replace(good.patches, grid_thw=(1, 4, 4))), "patches are"),
+        (replace(good, token_ids_L=more_pads), "9 video placeholders"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            random_engine.generate([bad], sampling)
+    with pytest.raises(ValueError, match="room for"):
+        random_engine.generate([good], SamplingParams(2, 10**6))
+    assert len(random_engine.generate([good], sampling)[0]) == 2
+    assert worker.pid == pid  # the same process all along
+
+
+def test_a_late_request_is_aborted_and_reported(random_engine, make_prompt, monkeypatch):
+    worker = random_engine._seats[0].worker
+    pid = worker.pid
+    monkeypatch.setattr(random_engine, "config", replace(random_engine.config, timeout_s=0.2, max_attempts=1))
+    with pytest.raises(RuntimeError, match=r"took longer than 0\.2 s"):
+        random_engine.generate([make_prompt((2, 4, 4), "when")], SamplingParams(8, 4000))
+    monkeypatch.undo()
+    assert len(random_engine.generate([make_prompt((2, 4, 4), "when")], SamplingParams(2, 4))[0]) == 2
+    assert worker.pid == pid
+
+
+def test_killed_in_the_middle_it_comes_back_with_the_current_weights(random_engine, make_tiny_model, make_prompt):
+    policy = PolicyModel(make_tiny_model(seed=9), ModelConfig(), torch.float32)
+    random_engine.load_weights(policy.hf.state_dict().items(), 30)
+    worker, restarts = random_engine._seats[0].worker, random_engine.num_restarts
+    old_pid = worker.pid
+
+    def kill() -> None:
+        while not random_engine._seats[0].groups:
+            time.sleep(0.01)
+        time.sleep(0.3)  # 600 tokens take seconds
+        os.kill(old_pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    prompts = short_and_long(make_prompt)
+    answers = random_engine.generate(prompts, SamplingParams(GROUP_SIZE, 600))
+    killer.join()
+    assert random_engine.num_restarts == restarts + 1
+    assert worker.pid != old_pid
+    worst, _ = difference(policy, prompts, answers)
+    assert worst < BOUND

@@ -1,0 +1,262 @@
+"""Workers that die, hang, fail or lie: the engine around them, with scripted workers in the place of SGLang."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
+
+import pytest
+import torch
+
+from tests.rollout.sglang import scripted_worker
+from vcr1_fast.config_learning import SGLangConfig
+from vcr1_fast.rollout import sglang_engine, sglang_process
+from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.rollout.sglang_process import WORKER_MODULE
+from vcr1_fast.types import SamplingParams
+
+SAMPLING = SamplingParams(3, 4)
+WEIGHTS = [("model.language_model.w", torch.ones(3)), ("model.visual.w", torch.ones(300, 300))]
+
+
+class Forked:
+    """`subprocess.Popen` as sglang_process uses it, but forked: a worker is there in 20 ms instead of the 2 s of CPU
+    that importing torch takes."""
+
+    def __init__(self, command: list[str], *, env: dict[str, str], stdout: IO[bytes], **_: object) -> None:
+        self._code: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.setsid()
+            os.dup2(stdout.fileno(), 2)
+            os.environ.clear()
+            os.environ.update(env)
+            scripted_worker.main(command[-1])
+            code = 0
+        except BaseException as error:
+            os.write(2, f"{error!r}\n".encode())
+        finally:
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def wait(self, timeout: float = 60.0) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("scripted worker", timeout)
+            time.sleep(0.005)
+        return code
+
+
+@pytest.fixture
+def start(tmp_path, tiny_tokenizer, monkeypatch):
+    """start(plan, **settings): an engine whose workers' starts behave as planned, with weights."""
+    engines = []
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    monkeypatch.setenv("SCRIPTED_WORKER_FOLDER", str(tmp_path))
+    monkeypatch.setattr(sglang_engine, "ABORT_GRACE_S", 0.5)
+    monkeypatch.setattr(sglang_engine, "SEND_LIMIT_S", 2.0)
+    forking = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
+    monkeypatch.setattr(sglang_process, "subprocess", forking)
+    settings = {"backoff_s": 0.01, "timeout_s": 30.0, "start_timeout_s": 60.0}
+
+    def begin(plan: list[str], *, has_weights: bool = True, **changes) -> SGLangEngine:
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        engine = SGLangEngine(checkpoint, tiny_tokenizer, SGLangConfig(**{**settings, **changes}))
+        engines.append(engine)
+        if has_weights:
+            engine.load_weights(WEIGHTS, 1)
+        return engine
+
+    yield begin
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def prompts(make_prompt):
+    return [make_prompt((1, 2, 2), f"{letter} is here") for letter in "abcdef"]
+
+
+def first_ids(answers) -> list[int]:
+    """Each answer begins with its prompt's first id: they are in order and nobody else's."""
+    assert all(len(group) == 3 for group in answers)
+    return [int(group[0].token_ids_R[0]) for group in answers]
+
+
+def pids(answers) -> set[int]:
+    return {int(-group[0].logprobs_R[0]) for group in answers}
+
+
+def wanted(prompts) -> list[int]:
+    return [int(p.token_ids_L[0]) for p in prompts]
+
+
+def test_answers_come_in_the_order_of_the_prompts(start, prompts):
+    engine = start(["ok"], max_inflight=2)
+    answers = engine.generate(prompts, SAMPLING)
+    assert first_ids(answers) == wanted(prompts)
+    assert answers[0][0].finish_reason == "stop"
+    assert engine.generate([], SAMPLING) == []
+    assert engine.num_restarts == 0
+
+
+def test_the_worker_is_a_process_of_the_named_interpreter(start, prompts, tmp_path, monkeypatch):
+    """The one test with a real command: `-m`, the link to our package alone, the key in the environment."""
+    monkeypatch.setattr(sglang_process, "subprocess", subprocess)
+    python = tmp_path / "python"
+    script = Path(scripted_worker.__file__)
+    python.write_text(f'#!/bin/sh\n[ "$1 $2" = "-m {WORKER_MODULE}" ] && exec "{sys.executable}" "{script}" "$3"\n')
+    python.chmod(stat.S_IRWXU)
+    engine = start(["ok"], python=str(python))
+    answers = engine.generate(prompts, SAMPLING)
+    assert pids(answers) == {engine._seats[0].worker.pid}
+
+
+def test_two_workers_share_the_prompts(start, prompts):
+    engine = start(["ok"], num_workers=2)
+    answers = engine.generate(prompts, SAMPLING)
+    assert first_ids(answers) == wanted(prompts)
+    assert pids(answers) == {seat.worker.pid for seat in engine._seats}
+
+
+@pytest.mark.parametrize("plan", [["die 1", "ok"], ["die 3", "ok"], ["die 3", "die 1", "crash", "ok"]])
+def test_a_worker_that_dies_is_replaced_and_its_prompts_answered(start, prompts, plan):
+    engine = start(plan)
+    assert first_ids(engine.generate(prompts, SAMPLING)) == wanted(prompts)
+    assert engine.num_restarts == len(plan) - 1
+    assert engine.policy_version == 1
+    assert first_ids(engine.generate(prompts, SAMPLING)) == wanted(prompts)
+
+
+def test_killed_between_two_calls(start, prompts):
+    engine = start(["ok"])
+    engine.generate(prompts, SAMPLING)
+    os.kill(engine._seats[0].worker.pid, signal.SIGKILL)
+    engine.load_weights([("model.visual.w", torch.zeros(300, 300))], 2)
+    assert first_ids(engine.generate(prompts, SAMPLING)) == wanted(prompts)
+    assert (engine.policy_version, engine.num_restarts) == (2, 1)
+
+
+@pytest.mark.parametrize("how", ["hang", "stopped"])
+def test_a_worker_that_hangs_is_replaced(start, prompts, how):
+    engine = start(["hang" if how == "hang" else "late", "ok"], timeout_s=0.5)
+    if how == "stopped":  # not even its reading thread runs any more
+        os.kill(engine._seats[0].worker.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    assert first_ids(engine.generate(prompts, SAMPLING)) == wanted(prompts)
+    assert engine.num_restarts == 1
+    assert time.monotonic() - began < 30
+
+
+def test_late_requests_are_aborted_and_tried_again_without_a_restart(start, prompts):
+    engine = start(["late"], timeout_s=0.3, max_attempts=2)
+    with pytest.raises(RuntimeError, match=r"failed 2 times .*took longer than 0.3 s"):
+        engine.generate(prompts[:1], SAMPLING)
+    assert engine.num_restarts == 0
+
+
+def test_failures_end_after_max_attempts(start, prompts):
+    engine = start(["fail"], max_attempts=3)
+    with pytest.raises(RuntimeError, match=r"failed 3 times .*it was told to"):
+        engine.generate(prompts[:1], SAMPLING)
+
+
+def test_a_refusal_blames_the_prompt(start, prompts):
+    engine = start(["refuse"])
+    with pytest.raises(ValueError, match="'a is here:0' cannot be answered: it was told to"):
+        engine.generate(prompts[:1], SAMPLING)
+
+
+def test_restarts_end_after_max_restarts(start, prompts):
+    engine = start(["die 1"], max_restarts=2)
+    with pytest.raises(RuntimeError, match="failed 3 times in a row"):
+        engine.generate(prompts, SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("unusable", "no such model"), ("crash", "told to crash"), ("silent", "did not connect within 2 s")],
+)
+def test_a_start_that_fails_says_why(start, how, words):
+    with pytest.raises(RuntimeError, match=words):
+        start([how], start_timeout_s=2.0 if how == "silent" else 60.0)
+
+
+def test_weights_that_did_not_arrive_stop_the_run(start):
+    engine = start(["wrong"], has_weights=False)
+    with pytest.raises(RuntimeError, match="does not hold the weights"):
+        engine.load_weights(WEIGHTS, 5)
+    assert engine.policy_version == 0
+
+
+def test_a_worker_that_takes_no_weights_is_replaced(start, prompts):
+    engine = start(["deaf", "ok"], timeout_s=0.5)
+    assert engine.num_restarts == 1
+    assert first_ids(engine.generate(prompts, SAMPLING)) == wanted(prompts)
+
+
+def test_close_leaves_no_process_and_no_file(start):
+    engine = start(["ok"])
+    pid, folder = engine._seats[0].worker.pid, engine._folder
+    engine.close()
+    assert not folder.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_killed_trainer_takes_its_worker_along(tmp_path):
+    """A thread of the worker watches its parent, so that it ends in the middle of SGLang's start, too."""
+    code = (
+        "import os, signal, sys, threading, time\n"
+        "from vcr1_fast.rollout import sglang_worker\n"
+        "sglang_worker.PARENT_POLL_S = 0.05\n"
+        "parent = os.getpid()\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    threading.Thread(target=sglang_worker._follow, args=(parent,), daemon=True).start()\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "the worker lives on"
+        time.sleep(0.05)
+
+
+def test_two_engines_can_generate_at_the_same_time(start, prompts):
+    """Evaluation and training may hold one each; nothing is global."""
+    engines = [start(["ok"]), start(["ok"])]
+    answers: dict[int, list] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: answers.update({i: engines[i].generate(prompts, SAMPLING)}))
+        for i in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(first_ids(answers[i]) == wanted(prompts) for i in range(2))

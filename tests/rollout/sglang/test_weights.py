@@ -1,0 +1,176 @@
+"""The store of weights, the names they get, and the comparison inside SGLang's process, on modules of its layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from vcr1_fast.rollout import sglang_check
+from vcr1_fast.rollout.sglang_weights import WeightStore, checkpoint_name, checkpoint_weights
+
+
+def test_names_are_those_of_the_checkpoint(make_tiny_model, tmp_path):
+    model = make_tiny_model()
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        on_disk = set(file.keys())
+    assert {checkpoint_name(name) for name in model.state_dict()} == on_disk
+    assert {checkpoint_name(name) for name in on_disk} == on_disk
+
+
+def test_weights_of_a_folder_are_the_models(make_tiny_model, tmp_path):
+    model = make_tiny_model()
+    model.save_pretrained(tmp_path)
+    read = dict(checkpoint_weights(tmp_path))
+    assert all(torch.equal(read[checkpoint_name(name)], value) for name, value in model.state_dict().items())
+    with pytest.raises(FileNotFoundError):
+        list(checkpoint_weights(tmp_path / "none"))
+
+
+def weights(seed: int = 0, **shapes: tuple[int, ...]) -> list[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = shapes or {"a": (30, 10), "b": (500, 1), "c": (7,), "d": (20, 20)}
+    return [(name, torch.randn(shape, generator=generator)) for name, shape in shapes.items()]
+
+
+def held(store: WeightStore) -> dict[str, torch.Tensor]:
+    return {
+        slot.name: bucket.memory.bytes_B[slot.start : slot.stop].view(slot.dtype).reshape(slot.shape)
+        for bucket, slots in store.all()
+        for slot in slots
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bucket_bytes", [1, 1500, 1 << 20])
+def test_store_gives_back_what_came(bucket_bytes, dtype):
+    """One bucket a weight, two or three, one for all."""
+    store, sent = WeightStore(bucket_bytes, dtype), weights()
+    changed = store.update(sent)
+    assert len(changed) == len(store.all())
+    assert all(torch.equal(held(store)[name], value.to(dtype)) for name, value in sent)
+    assert all(slot.start % slot.dtype.itemsize == 0 for _, slots in store.all() for slot in slots)
+
+
+def test_later_updates_name_only_what_changed():
+    store = WeightStore(1500, torch.float32)
+    store.update(weights())
+    changed = store.update([("d", torch.ones(20, 20))])
+    assert [[slot.name for slot in slots] for _, slots in changed] == [["d"]]
+    assert bool((held(store)["d"] == 1).all())
+    assert torch.equal(held(store)["a"], dict(weights())["a"])
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ([("e", torch.ones(1))], "not among the first"),
+        ([("a", torch.ones(10, 30))], "has shape"),
+        ([("c", torch.ones(7)), ("c", torch.ones(7))], "given twice"),
+        ([], "no load may"),
+    ],
+)
+def test_after_a_broken_update_everything_must_come_again(second, words):
+    store = WeightStore(1500, torch.float32)
+    store.update(weights())
+    with pytest.raises(ValueError, match=words):
+        store.update(second)
+    assert not store.is_whole
+    with pytest.raises(RuntimeError, match="no whole set"):
+        store.all()
+    with pytest.raises(ValueError, match="3 weights are missing"):
+        store.update([("a", torch.ones(30, 10))])
+    store.update(weights(1))
+    assert torch.equal(held(store)["b"], dict(weights(1))["b"])
+
+
+class FusedModel(nn.Module):
+    """The kinds of weights that SGLang's Qwen2.5-VL has: fused, renamed, reshaped, padded, tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.ModuleDict({"attn": nn.ModuleDict({"qkv_proj": nn.Linear(4, 12)})})
+        self.visual["patch"] = nn.Linear(8, 5, bias=False)
+        block = {"qkv_proj": nn.Linear(4, 8 + 2 * 2), "gate_up_proj": nn.Linear(4, 12, bias=False)}
+        embedding = nn.Embedding(64, 4)
+        self.model = nn.ModuleDict({"embed_tokens": embedding})
+        self.lm_head = embedding
+        block["down_proj"] = nn.Linear(6, 4, bias=False)
+        self.model["block"] = nn.ModuleDict(block)
+        with torch.no_grad():  # 61 ids made 64, 5 hidden units of the MLP made 6
+            self.lm_head.weight[61:] = 0
+            block["gate_up_proj"].weight[[5, 11]] = 0
+            block["down_proj"].weight[:, 5] = 0
+
+
+def checkpoint_of(model: FusedModel) -> dict[str, torch.Tensor]:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    qkv, bias = state["model.block.qkv_proj.weight"], state["model.block.qkv_proj.bias"]
+    gate_up = state["model.block.gate_up_proj.weight"]
+    return {
+        "visual.attn.qkv.weight": state["visual.attn.qkv_proj.weight"],
+        "visual.attn.qkv.bias": state["visual.attn.qkv_proj.bias"],
+        "visual.patch.weight": state["visual.patch.weight"].view(5, 2, 2, 2),
+        "model.embed_tokens.weight": state["model.embed_tokens.weight"][:61],
+        "model.block.q_proj.weight": qkv[:8],
+        "model.block.k_proj.weight": qkv[8:10],
+        "model.block.v_proj.weight": qkv[10:],
+        "model.block.q_proj.bias": bias[:8],
+        "model.block.k_proj.bias": bias[8:10],
+        "model.block.v_proj.bias": bias[10:],
+        "model.block.gate_proj.weight": gate_up[:5],
+        "model.block.up_proj.weight": gate_up[6:11],
+        "model.block.down_proj.weight": state["model.block.down_proj.weight"][:, :5],
+    }
+
+
+def compare(model: nn.Module, parts: list[dict[str, torch.Tensor]], folder: Path) -> list[str]:
+    wrong: list[str] = []
+    for index, part in enumerate(parts):
+        order = {"path": str(folder / "r.json"), "is_first": index == 0, "is_last": index == len(parts) - 1}
+        note = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
+        sglang_check.compare(model, [*part.items(), ("", note)])
+        wrong += json.loads((folder / "r.json").read_text())
+    return wrong
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_a_model_that_holds_everything_passes(tmp_path, num_parts):
+    model = FusedModel()
+    items = list(checkpoint_of(model).items())
+    parts = [dict(items[i::num_parts]) for i in range(num_parts)]
+    assert compare(model, parts, tmp_path) == []
+
+
+@pytest.mark.parametrize("name", list(checkpoint_of(FusedModel())))
+def test_each_wrong_or_missing_weight_is_named(tmp_path, name):
+    model = FusedModel()
+    sent = checkpoint_of(model)
+    changed = sent | {name: sent[name].clone()}
+    changed[name] = changed[name].contiguous()
+    changed[name].view(-1)[-1] += 1e-3
+    assert any(repr(name) in problem for problem in compare(model, [changed], tmp_path))
+    del sent[name]
+    problems = compare(model, [sent], tmp_path)  # two for the tied one, under both its names
+    assert problems and all("were not sent" in problem for problem in problems)
+
+
+def test_what_sglang_adds_must_be_zero(tmp_path):
+    model = FusedModel()
+    sent = checkpoint_of(model)
+    with torch.no_grad():
+        model.get_submodule("model.block.down_proj").get_parameter("weight")[0, 5] = 1e-3
+    assert any("not zero there" in problem for problem in compare(model, [sent], tmp_path))
+
+
+def test_swapped_and_unknown_names_are_seen(tmp_path):
+    model = FusedModel()
+    sent = checkpoint_of(model)
+    swapped = sent | {"model.block.k_proj.weight": sent["model.block.v_proj.weight"]}
+    assert compare(model, [swapped], tmp_path)
+    assert compare(model, [sent | {"model.new.weight": torch.ones(1)}], tmp_path) == [
+        "'model.new.weight' is not a weight of SGLang's model"
+    ]

@@ -1,0 +1,159 @@
+"""A request as SGLang wants it: the video as finished patches with explicit positions, log-probs as the learner's.
+
+Called by the worker, in SGLang's interpreter: only the standard library and torch. What is fixed here, and why (all
+found with SGLang 0.5.17 to 0.5.23; tests/rollout/sglang runs the real engine against the learner):
+
+- SGLang's vision tower lets its full-attention blocks see all frames of one grid row at once, the model's own tower one
+  frame pair. Sent as t rows [1, h, w], a video gives the same embeddings in both; as one row [t, h, w] it is 1 nat off.
+- Positions are ours (prompts/positions.py); SGLang would read seconds per grid step from elsewhere.
+- SGLang keeps video embeddings by the item's hash and does not drop them when weights change: the policy version is
+  part of the hash. Left out, answers after an update were 2 to 3 nats off.
+- Pictures' ids are kept from being drawn by a bias on their logits, which SGLang leaves in its log-probs:
+  `whole_vocabulary` takes it out again.
+
+Shape letters: L prompt tokens, P patches, R completion tokens, K suppressed ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Nats that a suppressed id loses after division by the temperature: e**-50 is never drawn, and still a float32 number,
+# so that the id's own log-prob can be had back. At 100 nats its probability is below the smallest one.
+SUPPRESSED_NATS = 50.0
+MERGE = 2  # patches along each side of one video token
+ROW_VALUES = 1176
+
+
+def check_request(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], limits: Mapping[str, int]) -> None:
+    """Raises ValueError for a request that SGLang would answer wrongly or die of.
+
+    An id outside of the vocabulary, for example, is an index error in its scheduler, which ends all its processes.
+    `limits`: vocabulary_size, video_token_id, hidden_size, context_length, num_cache_tokens (of the
+    whole engine).
+    """
+    ids_L, positions_3L = tensors["token_ids_L"], tensors["position_ids_3L"]
+    length, vocabulary = ids_L.numel(), limits["vocabulary_size"]
+    if ids_L.ndim != 1 or ids_L.dtype != torch.int64 or length == 0:
+        raise ValueError(f"token_ids_L is {ids_L.dtype} {tuple(ids_L.shape)}, wanted int64 [L], not empty")
+    named = torch.tensor([*fields["stop_ids"], *fields["suppressed_ids"]], dtype=torch.int64)
+    for name, ids in (("the prompt", ids_L), ("stop or suppressed ids", named)):
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ValueError(
+                f"{name} has ids from {int(ids.min())} to {int(ids.max())}, but the vocabulary is 0 .. {vocabulary - 1}"
+            )
+    if positions_3L.dtype != torch.int64 or tuple(positions_3L.shape) != (3, length):
+        raise ValueError(f"positions are {positions_3L.dtype} {tuple(positions_3L.shape)}, wanted int64 [3, {length}]")
+    if int(positions_3L.min()) < 0:
+        raise ValueError(f"a position is {int(positions_3L.min())}, wanted >= 0")
+    _check_sampling(fields, length, limits)
+    _check_video(fields, tensors, limits)
+
+
+def _check_sampling(fields: Mapping[str, Any], length: int, limits: Mapping[str, int]) -> None:
+    num_completions, max_new_tokens = fields["num_completions"], fields["max_new_tokens"]
+    if num_completions < 1 or max_new_tokens < 1:
+        raise ValueError(f"{num_completions} completions of {max_new_tokens} tokens, wanted at least one of each")
+    if not fields["temperature"] >= 0 or not 0 < fields["top_p"] <= 1:
+        raise ValueError(
+            f"temperature is {fields['temperature']} and top_p {fields['top_p']}, wanted >= 0 and in (0, 1]"
+        )
+    room = min(limits["context_length"], limits["num_cache_tokens"])
+    if length + max_new_tokens > room:
+        raise ValueError(
+            f"the prompt has {length} tokens and may get {max_new_tokens} more, but the engine has room for {room}: "
+            "lower rollout.max_new_tokens or the video's tokens, or give the engine more cache"
+        )
+
+
+def _check_video(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], limits: Mapping[str, int]) -> None:
+    (t, h, w), features = fields["grid_thw"], _features(tensors)
+    is_grid = t >= 1 and h >= MERGE and w >= MERGE and h % MERGE == 0 and w % MERGE == 0
+    num_tokens = t * h * w // MERGE**2
+    has_embeddings = "embeddings_MD" in tensors
+    wanted = (num_tokens, limits["hidden_size"]) if has_embeddings else (t * h * w, ROW_VALUES)
+    if not is_grid or tuple(features.shape) != wanted or not features.is_floating_point():
+        raise ValueError(
+            f"{'embeddings' if has_embeddings else 'patches'} are {features.dtype} {tuple(features.shape)} with the "
+            f"grid {(t, h, w)}, wanted floating point {list(wanted)} and h and w positive multiples of {MERGE}"
+        )
+    num_pads = int((tensors["token_ids_L"] == limits["video_token_id"]).sum())
+    if num_pads != num_tokens:
+        raise ValueError(f"the prompt has {num_pads} video placeholders, but its grid stands for {num_tokens} tokens")
+    if not bool(features.isfinite().all()):
+        raise ValueError("the video's values are not all finite")
+
+
+def _features(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Patches, or what a frozen tower made of them."""
+    return tensors["embeddings_MD"] if "embeddings_MD" in tensors else tensors["values_PC"]
+
+
+def video_item(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], policy_version: int) -> dict[str, Any]:
+    """SGLang's `processor_output` form of one video, see the module's docstring."""
+    t, h, w = fields["grid_thw"]
+    positions_3L = tensors["position_ids_3L"]
+    delta = int(positions_3L.max()) + 1 - positions_3L.shape[1]
+    features = _features(tensors)
+    is_embedded = "embeddings_MD" in tensors
+    media: dict[str, Any] = {"pixel_values_videos": features}
+    if is_embedded:
+        media = {"modality": "VIDEO", "precomputed_embeddings": features}
+    return {
+        "format": "processor_output",
+        **media,
+        "video_grid_thw": torch.tensor([[1, h, w]] * t),
+        "second_per_grid_ts": torch.full((t,), float(fields["second_per_grid_s"])),
+        "mrope_positions": positions_3L,
+        "mrope_position_delta": torch.tensor([[delta]]),
+        "hash": item_hash(features, (t, h, w), policy_version),
+    }
+
+
+def item_hash(features: Tensor, grid_thw: tuple[int, int, int], policy_version: int) -> int:
+    """63 bits from patches or embeddings, grid and policy version. 40 MB of pixels take 40 ms."""
+    digest = hashlib.blake2b(repr((grid_thw, policy_version)).encode(), digest_size=8)
+    digest.update(features.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def sampling_params(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """SGLang's sampling parameters. Its temperature 0 is greedy, with log-probs at temperature 1, as ours."""
+    temperature = fields["temperature"]
+    bias = -SUPPRESSED_NATS * (temperature or 1.0)
+    return {
+        "n": fields["num_completions"],
+        "max_new_tokens": fields["max_new_tokens"],
+        "temperature": temperature,
+        "top_p": fields["top_p"],
+        "stop_token_ids": list(fields["stop_ids"]),
+        "logit_bias": {str(i): bias for i in fields["suppressed_ids"]},
+        "skip_special_tokens": False,
+    }
+
+
+def completion_tensors(meta: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(token_ids_R int64, logprobs_R float32) of one completion from the meta_info of SGLang's answer."""
+    entries: Sequence[Sequence[Any]] = meta["output_token_logprobs"]
+    suppressed: Sequence[Sequence[Sequence[Any]]] = meta.get("output_token_ids_logprobs") or []
+    logprob_R = torch.tensor([entry[0] for entry in entries], dtype=torch.float64)
+    token_R = torch.tensor([entry[1] for entry in entries], dtype=torch.int64)
+    if suppressed:
+        logprob_RK = torch.tensor([[entry[0] for entry in row] for row in suppressed], dtype=torch.float64)
+        logprob_R = whole_vocabulary(logprob_R, logprob_RK)
+    return token_R, logprob_R.float()
+
+
+def whole_vocabulary(logprob_R: Tensor, suppressed_RK: Tensor) -> Tensor:
+    """Log-probs over all ids from log-probs with the K suppressed ids' logits lowered, and theirs of the same softmax.
+
+    With b = SUPPRESSED_NATS and s_k the lowered log-probs, the lowered softmax has the normaliser Z' and the whole one
+    Z = Z' (1 + sum_k exp(s_k + b) - exp(s_k)), so that log p = log p' - log(Z / Z').
+    """
+    regained_RK = torch.exp(suppressed_RK + SUPPRESSED_NATS) - torch.exp(suppressed_RK)
+    return logprob_R - torch.log1p(regained_RK.sum(dim=-1))
