@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import vcr1_fast.cli as cli
+from tests.judge.judge_server import judges_by_words, serving
 from vcr1_fast.baselines import measure_baselines
 from vcr1_fast.config import ConfigError
 
@@ -107,6 +108,24 @@ def test_rows_of_other_tasks_are_counted_and_long_lists_of_errors_cut(tmp_path: 
         f"bad annotation: {file}:12: video is 3, wanted text that is not empty",
         "bad annotation: 2 more",
     ]
+
+
+def test_captions_are_compared_by_the_judge_of_the_settings(tmp_path: Path, capsys):
+    """A judge that finds nothing in "A video.": recall 0, and no event of its own to be right about."""
+    file = tmp_path / "captions.jsonl"
+    file.write_text(json.dumps({"task": "captioning", "video": "a", "events": ["A dog runs away."]}))
+    with serving(judges_by_words) as server:
+        tokens = ["--json", f"--judge.url={server.url}", "--judge.cache", "null", "--judge.model=strict"]
+        code, out, err = run(capsys, "captioning", str(file), *tokens)
+        asked = [request["model"] for request in server.requests]
+    assert (code, err) == (0, "")
+    nothing = {"f1": 0.0, "recall": 0.0, "precision": 0.0, "judged": 1.0}
+    assert json.loads(out)["baselines"] == {"empty": nothing, "a_video": nothing}
+    assert asked == ["strict"] * 2  # which events are in it, and which of the true ones
+    code, out, err = run(capsys, "captioning", str(file), "--judge.ulr=x")
+    assert (code, out) == (2, "") and "unknown setting judge.ulr on the command line: did you mean judge.url?" in err
+    code, _, err = run(capsys, "captioning", str(file), "another.json")
+    assert code == 2 and "unexpected argument 'another.json'" in err
 
 
 def test_a_file_without_the_task_is_an_error(tmp_path: Path, capsys):

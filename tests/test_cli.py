@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import vcr1_fast.cli as cli
-from vcr1_fast.config import Config, ConfigError, RolloutConfig
+from vcr1_fast.config import Config, ConfigError, DataFile, RolloutConfig
 from vcr1_fast.config_io import UsageError, config_to_yaml, load_config, setting_types, settings_parser
 from vcr1_fast.types import SampleError
 
@@ -103,6 +103,49 @@ def test_file_then_overrides_in_any_order_and_spelling(in_folder: Path, capsys):
     assert config.optimizer.learning_rate == 1e-5
     assert config.task.reward_weights == {"iou": 2.0, "format": 3.0}
     assert config.eval.max_examples == 5
+
+
+def test_a_data_file_may_have_settings_of_its_own(in_folder: Path, capsys):
+    (in_folder / "my.yaml").write_text(
+        "data:\n  video_root: shared\n  train: {path: a.json, video_root: a}\n"
+        "  eval: [b.json, {path: c.json, format: nextgqa_choice, task: multiple_choice}]\n"
+    )
+    config = load_config("my.yaml", [])
+    assert config.data.train == (DataFile(path="a.json", video_root="a"),)
+    assert config.data.eval[0] == "b.json"
+    assert config.data.sources("eval") == [
+        DataFile(path="b.json", video_root="shared", format="auto"),
+        DataFile(path="c.json", video_root="shared", format="nextgqa_choice", task="multiple_choice"),
+    ]
+    code, out, _ = run(capsys, "config", "my.yaml", "--data.train=[x.json,{path: y.json, format: rows}]")
+    assert code == 0
+    (in_folder / "resolved.yaml").write_text(out)
+    again = load_config("resolved.yaml", [])
+    assert again.data.train == ("x.json", DataFile(path="y.json", format="rows"))
+    assert again.data.eval == config.data.eval
+    assert load_config(None, ["--data.eval={path: z.json}"]).data.eval == (DataFile(path="z.json"),)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            "{path: a, video_rot: b}",
+            "unknown setting data.train[0].video_rot{}: did you mean data.train[0].video_root?",
+        ),
+        ("[a, {path: b, fromat: rows}]", "unknown setting data.train[1].fromat{}: did you mean data.train[1].format?"),
+        ("{format: rows}", "data.train[0] has no path{}, wanted {{path, video_root, format, task}}"),
+        ("{path: a, format: charade}", "data.train[0].format cannot be read{}, wanted one of auto, rows, charades,"),
+        ("{path: 3}", "data.train[0].path is '3'{}, wanted text"),
+        ('[a, ""]', "data.train holds an empty path, wanted the name of a file"),
+    ],
+)
+def test_a_wrong_entry_of_a_list_is_named(in_folder: Path, capsys, entry, message):
+    (in_folder / "my.yaml").write_text(f"data: {{train: {entry}}}\n")
+    for tokens, where in ((["my.yaml"], " in my.yaml"), ([f"--data.train={entry}"], " on the command line")):
+        code, out, err = run(capsys, "config", *tokens)
+        assert code in (1, 2) and (out, err.count("\n")) == ("", 1)
+        assert message.format(where) in err
 
 
 def test_resolved_file_holds_every_setting_and_reads_back_equal(in_folder: Path):

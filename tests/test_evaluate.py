@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.judge.judge_server import judges_by_words, serving
+from tests.tiny_policy import run_ranks
 from vcr1_fast.config import Config, ConfigError, EvalConfig, RolloutConfig, TaskConfig
 from vcr1_fast.config_io import load_config
 from vcr1_fast.evaluate import answer_all, evaluate, evaluate_command, flat_scores, print_scores
 from vcr1_fast.evaluation.answer_store import AnswerStore, checkpoint_identity, question_key
-from vcr1_fast.evaluation.samples import Answer, Sample, per_sample_metrics, read_samples
+from vcr1_fast.evaluation.samples import Answer, Sample, of_all, per_sample_metrics, read_samples, with_refused
 from vcr1_fast.evaluation.score_tables import category_means, print_categories
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.prompts.build import PromptBuilder
@@ -26,9 +28,11 @@ from vcr1_fast.types import (
     IntervalTruth,
     LabelTruth,
     Patches,
+    RefusedTruth,
     SampleError,
     TrackTruth,
 )
+from vcr1_fast.video.patches import PatchSource
 
 BOX = (0.2, 0.2, 0.4, 0.4)
 
@@ -68,6 +72,70 @@ def test_an_unreadable_video_counts_as_wrong(tiny_tokenizer, capsys):
     assert scores.metrics["r@0.7"] == pytest.approx(1 / 3)
     assert (scores.num_examples, scores.num_bad) == (3, 1)
     assert "bad held-out sample, counted as wrong: bad.mp4: the file is empty" in capsys.readouterr().err
+
+
+def refused(name: str, task: str = "temporal_grounding") -> Example:
+    return Example(name, task, "r.mp4", "a cat", float("inf"), RefusedTruth("interval 0 is reversed"))
+
+
+def test_a_refused_annotation_counts_as_wrong_with_and_without_a_model(tiny_tokenizer, capsys):
+    """IoU 1 and 0.5 of two answers beside two refused rows; the whole video has 2 / 8 of each usable one."""
+    right, half = (f"<think>x</think><answer>2.00 to {end}</answer>" for end in ("4.00", "3.00"))
+    examples = [refused("1"), grounding("a"), refused("2"), grounding("c", "c.mp4"), refused("3", "video_quality")]
+    scores = score(tiny_tokenizer, examples, {"a": [right], "c": [half]})
+    assert list(scores) == ["temporal_grounding"]
+    assert "no score of task video_quality: all of its 1 held-out rows are refused" in capsys.readouterr().err
+    found = scores["temporal_grounding"]
+    assert found.metrics["miou"] == pytest.approx((0 + 1.0 + 0 + 0.5) / 4)
+    assert found.metrics["r@0.7"] == pytest.approx(1 / 4)
+    assert found.trivial["whole_video"]["miou"] == pytest.approx((0 + 0.25 + 0 + 0.25) / 4)
+    assert (found.num_examples, found.num_bad, found.num_refused) == (4, 0, 2)
+    low, high = found.intervals["miou"]
+    assert low == 0.0 and 0.375 < high <= 1.0
+    print_scores({}, scores)
+    assert "2 of 4 rows refused, counted as 0" in capsys.readouterr().out
+
+
+def test_a_refused_annotation_says_nothing_about_the_judge():
+    metrics = {"f1": 0.5, "recall": 0.25, "judged": 1.0}
+    assert of_all(metrics, 0.75) == {"f1": 0.375, "recall": 0.1875, "judged": 1.0}
+    assert of_all(metrics | {"judged": 0.5}, 0.75)["judged"] == 0.5 * 0.75 + 0.25
+    examples = [grounding("a"), refused("1"), grounding("c")]
+    assert with_refused([1.0, 0.5], examples, "recall") == [1.0, 0.0, 0.5]
+
+
+def test_files_with_folders_and_tasks_of_their_own_and_refused_rows_in_samples(tmp_path, monkeypatch, capsys):
+    """Two files name the video a.mp4, which lies in two folders; of the second file only the choice is wanted."""
+    row = {"task": "temporal_grounding", "video": "a.mp4", "query": "x", "duration_s": 4, "intervals": [[1, 2]]}
+    choice = {"id": "7", "video": "a.mp4", "question": "why?", "options": ["(A) a", "(B) b"], "answer": "(B)"}
+    choice |= {"glue": [[1, 2]], "duration": 4, "type": "CW"}
+    grounding_rows = [row, row | {"intervals": [[2, 1]], "categories": {"kind": ["late", "odd"]}}, {"task": "nothing"}]
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in grounding_rows))
+    (tmp_path / "two.json").write_text(json.dumps([choice]))
+    overrides = [
+        f"--data.eval=[{{path: {tmp_path}/one.jsonl, video_root: {tmp_path}/first}}, "
+        f"{{path: {tmp_path}/two.json, task: multiple_choice}}]",
+        f"--data.video_root={tmp_path}/second",
+        f"--eval.output_dir={tmp_path}/out",
+    ]
+    right = {
+        "one:1": ["<think></think><answer>1.00 to 2.00</answer>"],
+        "7:choice": ["<think></think><answer>B</answer>"],
+    }
+    monkeypatch.setattr("vcr1_fast.run.Run.open_engine", lambda run: ScriptedEngine(run.builder.tokenizer, right))
+    monkeypatch.setattr(PatchSource, "__call__", lambda source, video: read("a.mp4"))
+    scores = evaluate_command(load_config("tiny", overrides))["scores"]
+    assert scores["temporal_grounding"]["metrics"]["miou"] == pytest.approx(0.5)
+    assert scores["multiple_choice"]["metrics"]["acc"] == 1.0
+    good, bad, letter = read_samples(tmp_path / "out" / "samples.jsonl")
+    assert [sample.id for sample in (good, bad, letter)] == ["one:1", "one:2", "7:choice"]
+    assert [sample.video for sample in (good, letter)] == [f"{tmp_path}/first/a.mp4", f"{tmp_path}/second/a.mp4"]
+    assert bad.failure == "the annotation was refused: interval 0 ends (1.0 s) before it starts (2.0 s)"
+    assert (bad.metrics["miou"], bad.parts, bad.answer) == (0.0, {"format": 0.0, "iou": 0.0}, "")
+    assert (bad.categories, letter.categories) == ({"kind": ["late", "odd"]}, {"type": ["CW"]})
+    out, err = capsys.readouterr()
+    assert "data.eval: 2 of 4 rows left out, of which 1 count as wrong answers" in err
+    assert "temporal_grounding by kind" in out and "multiple_choice by type" in out
 
 
 def test_baselines_and_tasks_are_kept_apart(tiny_tokenizer):
@@ -171,6 +239,20 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(tmp_path, tiny_toke
     assert again == [got[0], got[2]]
 
 
+def test_the_judge_is_asked_by_rank_0_alone(tmp_path):
+    """Of two captions: the events of each (2), recall and precision (4); of the baseline: events (1), recall (2)."""
+    with serving(judges_by_words) as server:
+        run_ranks(Path(__file__).with_name("judged_ranks.py"), server.url, str(tmp_path / "out"))
+        prompts = [request["messages"][0]["content"] for request in server.requests]
+    zero, one = (json.loads((tmp_path / f"out.{rank}").read_text()) for rank in (0, 1))
+    assert zero["scores"] == one["scores"]
+    captioning = zero["scores"]["captioning"]
+    assert captioning["metrics"] == pytest.approx({"f1": 0.75, "recall": 0.75, "precision": 0.75, "judged": 1.0})
+    assert len(prompts) == len(set(prompts)) == 9
+    assert zero["raised"] == "KeyError: 'no such thing'"
+    assert one["raised"] == "OSError: rank 0 failed while scoring the answers; its own message says why"
+
+
 def test_an_answer_belongs_to_question_and_video_contents(tmp_path):
     video = tmp_path / "v.mp4"
     video.write_bytes(b"1")
@@ -209,17 +291,18 @@ def test_a_checkpoint_is_known_by_its_contents(tmp_path):
 
 def test_categories_by_axis(capsys):
     def sample(acc: float, **categories: str) -> Sample:
-        return Sample("i", "multiple_choice", "v", "q", "", {}, {"acc": acc}, "", "stop", 1, categories)
+        lists = {axis: values.split("+") for axis, values in categories.items()}
+        return Sample("i", "multiple_choice", "v", "q", "", {}, {"acc": acc}, "", "stop", 1, lists)
 
     samples = [sample(1.0, duration="short", kind="OCR"), sample(0.0, duration="long", kind="OCR"), sample(1.0)]
-    samples.append(sample(1.0, duration="short"))
+    samples.append(sample(1.0, duration="short", kind="OCR+count"))
     assert category_means(samples) == {
         "duration": {"long": (1, {"acc": 0.0}), "short": (2, {"acc": 1.0})},
-        "kind": {"OCR": (2, {"acc": 0.5})},
+        "kind": {"OCR": (3, {"acc": pytest.approx(2 / 3)}), "count": (1, {"acc": 1.0})},
     }
     print_categories(samples)
     out = " ".join(capsys.readouterr().out.split())
-    assert "multiple_choice by duration" in out and "short 2 1.000" in out and "OCR 2 0.500" in out
+    assert "multiple_choice by duration" in out and "short 2 1.000" in out and "OCR 3 0.667" in out
 
 
 def test_eval_command_writes_samples_and_goes_on_from_them(tmp_path, monkeypatch, capsys):

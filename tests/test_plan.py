@@ -43,7 +43,7 @@ def test_parameters_are_counted_exactly():
     assert read_model_size("nowhere/Qwen2.5-VL-7B-Instruct").tower_params == 676_550_144
     weights = safe_open(Path(plan.__file__).parent / "tiny" / "model.safetensors", "pt")
     counted = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    assert read_model_size("tiny").params == counted == 1_108_544
+    assert read_model_size("tiny").params == counted == 1_112_128
 
 
 def test_what_is_assumed_is_said():
@@ -199,13 +199,17 @@ def test_activations_are_what_autograd_keeps():
 
 
 def test_dry_run_says_what_does_not_fit(tmp_path: Path, capsys):
-    config = replace(config_7b(gradient_checkpointing=True), rollout=RolloutConfig(max_batch_rows=256))
+    config = replace(config_7b(gradient_checkpointing=True), rollout=RolloutConfig(max_batch_tokens=1 << 22))
     result = plan_command(config, 8)
     out = capsys.readouterr().out
     assert result["exceeds"] == {"80 GB (A100, H100)": ["evaluation"], "141 GB (H200)": ["evaluation"]}
     # 3.5 P = 29.0, KV 57,344 x 256 x 4,864 = 71.4, prefill 256 x 3,840 x 142,336 = 139.9
-    assert "evaluation needs 240 GB, more than 80 GB" in out and "a smaller rollout.max_batch_rows" in out
+    assert "evaluation needs 240 GB, more than 80 GB" in out and "a smaller rollout.max_batch_tokens" in out
     assert "not found: e.jsonl" in out
+    # the default budget of 65,536 tokens holds 13 videos of 4,864
+    bounded = replace(config, rollout=RolloutConfig())
+    memory = plan_memory(bounded, read_model_size("Qwen2.5-VL-7B"), plan_tokens(bounded, 8), 8)
+    assert memory.evaluation["KV cache"] == pytest.approx(57344 * 13 * 4864 / 1e9)
     assert plan_command(config_7b(gradient_checkpointing=True), 8)["exceeds"]["80 GB (A100, H100)"] == []
     with pytest.raises(ConfigError, match="there are 3 ranks"):
         plan_command(config, 3)
@@ -218,7 +222,7 @@ def test_dry_run_on_the_command_line(capsys, tokens):
     assert end.value.code == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["num_gpus"] == (2 if "--dry-run=2" in tokens else 8)
-    assert line["num_params"] == 1_108_544
+    assert line["num_params"] == 1_112_128
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,28 @@ Loads no model and no torch. The scores are those that `vcr1-fast eval` prints b
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from vcr1_fast.config import ConfigError, TaskConfig
-from vcr1_fast.config_io import UsageError
+from vcr1_fast.config import ConfigError, JudgeConfig, TaskConfig
+from vcr1_fast.config_io import UsageError, load_settings
 from vcr1_fast.prompts.dataset import AnnotationFile, AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.schemas.schema import Recipe
 from vcr1_fast.tasks import make_tasks, task_class
 from vcr1_fast.telemetry import console
 
 NUM_ERRORS_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselinesConfig:
+    """The settings that baselines have: captions are compared by a judge, and nothing else needs any."""
+
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,14 @@ class Baselines:
     best_constant_frac: tuple[float, float] | None  # start and end of best_constant, fractions of the video
 
 
-def measure_baselines(task: str, annotations: str | Path, recipe: Recipe = "paper") -> tuple[Baselines, AnnotationFile]:
+def measure_baselines(
+    task: str, annotations: str | Path, recipe: Recipe = "paper", judge: JudgeConfig | None = None
+) -> tuple[Baselines, AnnotationFile]:
     """Baselines of a task on a file of any known schema, and the file as it was read.
 
     recipe paper keeps the ground truth as the file has it, which is how the benchmarks and the paper score: 27.0 mIoU
-    for the whole video on Charades-STA. fixed scores against repaired truths: 27.1.
+    for the whole video on Charades-STA. fixed scores against repaired truths: 27.1. Refused rows are left out, where
+    `vcr1-fast eval` counts them as wrong. `judge`: of captioning, by default that of JudgeConfig.
 
     Raises ConfigError when the file cannot be used or has no example of the task, UsageError for an unknown task.
     """
@@ -48,26 +58,29 @@ def measure_baselines(task: str, annotations: str | Path, recipe: Recipe = "pape
         task_class(task)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    tasks = make_tasks(TaskConfig(recipe=recipe))
+    tasks = make_tasks(TaskConfig(recipe=recipe), judge=judge)
     (content,) = read_annotation_files([AnnotationSource(annotations, task=task)], tasks, recipe)
     examples = [example for example in content.examples if example.task == task]
     if not examples:
         reason = f"; first error: {content.errors[0]}" if content.errors else ""
         raise ConfigError(f"annotation file {annotations} has no usable row of the task {task}{reason}")
-    judge = tasks[task]
-    scores = {name: judge.metrics(examples, answers) for name, answers in judge.trivial_answers(examples).items()}
-    find_constant = getattr(judge, "best_constant", None)  # of tasks whose answer is an interval
+    own = tasks[task]
+    scores = {name: own.metrics(examples, answers) for name, answers in own.trivial_answers(examples).items()}
+    find_constant = getattr(own, "best_constant", None)  # of tasks whose answer is an interval
     constant = find_constant(examples) if find_constant else None
     num_other = len(content.examples) - len(examples)
     return Baselines(task, str(annotations), recipe, len(examples), num_other, scores, constant), content
 
 
-def baselines_command(task: str, annotations: str | Path, recipe: Recipe, as_json: bool) -> dict[str, Any]:
+def baselines_command(
+    task: str, annotations: str | Path, recipe: Recipe, as_json: bool, overrides: list[str]
+) -> dict[str, Any]:
     """Prints bad rows and, unless `as_json`, what was read and the table. Returns what the JSON line is to say.
 
-    Raises as `measure_baselines`.
+    `overrides`: tokens such as --judge.url=http://127.0.0.1:8000/v1. Raises as `measure_baselines`.
     """
-    found, content = measure_baselines(task, annotations, recipe)
+    judge = load_settings(BaselinesConfig, None, overrides).judge
+    found, content = measure_baselines(task, annotations, recipe, judge)
     for error in content.errors[:NUM_ERRORS_SHOWN]:
         print(f"bad annotation: {error}", file=sys.stderr)
     if len(content.errors) > NUM_ERRORS_SHOWN:

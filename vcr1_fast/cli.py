@@ -182,11 +182,12 @@ def _run_baselines(tokens: list[str]) -> int:
         default="paper",
         help="paper (default): against the ground truth as it is, as benchmarks do. fixed: against the repaired one",
     )
-    options = parser.parse_args(tokens)
+    parser.epilog = "Captioning asks a judge: --judge.url, --judge.model, ... as in `vcr1-fast eval --help`."
+    options, overrides = parser.parse_known_args(tokens)
     from vcr1_fast.baselines import baselines_command
 
     try:
-        result = baselines_command(options.task, options.annotations, options.recipe, options.json)
+        result = baselines_command(options.task, options.annotations, options.recipe, options.json, overrides)
     except ConfigError as error:
         if os.environ.get("VCR1_DEBUG") == "1":
             raise

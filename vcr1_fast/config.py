@@ -6,13 +6,14 @@ The string under a field is its help text on the command line. Nothing here impo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 from urllib.parse import urlsplit
 
 from vcr1_fast.config_error import ConfigError as ConfigError
 from vcr1_fast.config_error import require
 from vcr1_fast.config_learning import AlgorithmConfig, OptimizerConfig, RolloutConfig
+from vcr1_fast.config_video import VideoConfig as VideoConfig
 
 
 def _is_http_url(url: str) -> bool:
@@ -42,17 +43,36 @@ class ModelConfig:
     """Train the language model only."""
 
 
+AnnotationFormat = Literal["auto", "rows", "charades", "got10k", "nextgqa", "nextgqa_choice", "vidtab"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFile:
+    """An annotation file with settings of its own, where those of the section `data` do not fit it."""
+
+    path: str
+    """The annotation file."""
+    video_root: str | None = None
+    """Folder that its relative video paths start from. Default: data.video_root."""
+    format: AnnotationFormat | None = None
+    """Its schema. Default: data.format."""
+    task: str | None = None
+    """Read it for this task alone: rows of other tasks are left out, and a NExT-GQA file gives plain questions for
+    multiple_choice. Default: the task that the schema or each row says."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Annotation files."""
 
-    train: tuple[str, ...] = ()
-    """Annotation files (JSON, JSONL, CSV or parquet) to train on; several files are shuffled together."""
-    eval: tuple[str, ...] = ()
-    """Held-out annotation files."""
+    train: tuple[str | DataFile, ...] = ()
+    """Annotation files (JSON, JSONL, CSV or parquet) to train on; several files are shuffled together. Each is a path,
+    or {path: ..., video_root: ..., format: ..., task: ...} where it differs from the settings below."""
+    eval: tuple[str | DataFile, ...] = ()
+    """Held-out annotation files, written like data.train."""
     video_root: str | None = None
     """Folder that relative video paths start from. Default: the folder of the annotation file."""
-    format: Literal["auto", "rows", "charades", "got10k", "nextgqa", "nextgqa_choice", "vidtab"] = "auto"
+    format: AnnotationFormat = "auto"
     """Schema of the annotation files. auto: seen from the content of each. rows: our own; charades: ActivityNet too."""
 
     mixture: dict[str, float] = field(default_factory=dict)
@@ -62,8 +82,24 @@ class DataConfig:
     """[lowest, highest] mean reward in data.rewards of an example to train on; the others are left out."""
     rewards: str | None = None
     """rewards.jsonl of an earlier run, for data.reward_range."""
+    quarantine: str | None = None
+    """Further list of files not to read, such as quarantine.jsonl of an earlier run. The run's own list is
+    quarantine.jsonl in train.output_dir."""
+    retry_quarantined: bool = False
+    """Try the files of both lists again; those that are good by now leave the run's own list."""
+
+    def sources(self, name: Literal["train", "eval"]) -> list[DataFile]:
+        """The files of `train` or `eval`, each with what it leaves open taken from this section."""
+        files = [DataFile(path=file) if isinstance(file, str) else file for file in getattr(self, name)]
+        return [
+            replace(file, video_root=file.video_root or self.video_root, format=file.format or self.format)
+            for file in files
+        ]
 
     def __post_init__(self) -> None:
+        for name in ("train", "eval"):
+            is_named = all(file if isinstance(file, str) else file.path for file in getattr(self, name))
+            require(is_named, f"data.{name} holds an empty path, wanted the name of a file")
         for task, weight in self.mixture.items():
             require(0 <= weight < math.inf, f"data.mixture.{task} is {weight}, wanted a finite number >= 0")
         require(
@@ -77,43 +113,6 @@ class DataConfig:
         require(
             self.reward_range is None or self.reward_range[0] <= self.reward_range[1],
             f"data.reward_range is {self.reward_range}, wanted [lowest, highest]",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoConfig:
-    """Which frames the model sees, and at what size (rules of the original Qwen2.5-VL recipe)."""
-
-    reader: Literal["auto", "pyav", "decord"] = "auto"
-    """auto: PyAV. decord runs in a worker process that is killed when it hangs."""
-    fps: float = 2.0
-    """Frames per second to sample."""
-    min_frames: int = 4
-    """At least this many frames (even)."""
-    max_frames: int = 768
-    """At most this many frames (even)."""
-    total_pixels: int = 3584 * 28 * 28
-    """Pixel budget of a whole video."""
-    min_frame_pixels: int = 16 * 28 * 28
-    """A frame is scaled up to at least this many pixels."""
-    max_frame_pixels: int = 768 * 28 * 28
-    """A frame is scaled down to at most this many pixels."""
-    timeout_s: float = 60.0
-    """A clip that takes longer to decode in the decord worker is given up and quarantined."""
-
-    def __post_init__(self) -> None:
-        require(self.fps > 0, f"video.fps is {self.fps}, wanted a positive number of frames per second")
-        for name in ("min_frames", "max_frames"):
-            value = getattr(self, name)
-            require(value >= 2 and value % 2 == 0, f"video.{name} is {value}, wanted an even number >= 2")
-        require(
-            self.min_frames <= self.max_frames,
-            f"video.min_frames is {self.min_frames}, more than video.max_frames {self.max_frames}",
-        )
-        require(
-            28 * 28 <= self.min_frame_pixels <= self.max_frame_pixels,
-            f"video.min_frame_pixels is {self.min_frame_pixels}, wanted between 784 and "
-            f"video.max_frame_pixels {self.max_frame_pixels}",
         )
 
 

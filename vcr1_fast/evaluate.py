@@ -10,7 +10,7 @@ import contextlib
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,26 @@ from vcr1_fast.evaluation.samples import (
     Sample,
     make_samples,
     metric_intervals,
+    of_all,
     per_sample_metrics,
     samples_as_rows,
+    with_refused,
     write_lines,
 )
 from vcr1_fast.evaluation.score_tables import print_categories, print_scores
-from vcr1_fast.evaluation.suites import read_categories
 from vcr1_fast.learner.model import model_folder
 from vcr1_fast.learner.sharding import World, on_main_rank
 from vcr1_fast.prompts.build import PromptBuilder
+from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.run import Run, open_run
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.telemetry import progress, say, to_json
-from vcr1_fast.types import Example, Prompt, SampleError, SamplingParams
-from vcr1_fast.video.read import open_reader
+from vcr1_fast.types import Example, Prompt, RefusedTruth, SampleError, SamplingParams
 
 __all__ = ["Scores", "TaskScore", "evaluate", "evaluate_command", "flat_scores", "print_scores", "scores_as_dict"]
+
+REFUSED = "the annotation was refused"
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,10 @@ class TaskScore:
     """Metrics of one task on one set of examples; every value in [0, 1], headline first."""
 
     metrics: dict[str, float]
-    trivial: dict[str, dict[str, float]]  # baseline -> metrics
-    num_examples: int
-    num_bad: int  # examples that could not be read; they count as wrong
+    trivial: dict[str, dict[str, float]]  # baseline -> metrics, with the same denominator
+    num_examples: int  # all of them, the two kinds of failures included
+    num_bad: int  # examples whose video could not be read; they count as wrong
+    num_refused: int = 0  # examples whose annotation cannot be used; they count as wrong, for the baselines as well
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %, of metrics that are means
 
     @property
@@ -68,6 +72,7 @@ class TaskScore:
 
 
 Scores = dict[str, TaskScore]
+READ_AHEAD = 64  # examples
 
 
 def evaluate(
@@ -78,10 +83,13 @@ def evaluate(
     config: Config,
     world: World,
 ) -> Scores:
-    """Score of every task that has examples. Ranks answer disjoint shares; all ranks return the same scores."""
+    """Score of every task that has usable examples. Ranks answer disjoint shares; all return the same scores.
+
+    Refused examples are not asked and count as wrong. What a task's metrics raise is raised on every rank.
+    """
     examples = first_of_each_task(examples, config.eval.max_examples)
-    answers = answer_all(lambda: engine, examples, builder, config, world)
-    return score_answers(tasks, examples, answers, config.train.seed)[0]
+    answers = _with_refusals(examples, lambda usable: answer_all(lambda: engine, usable, builder, config, world))
+    return score_on_main_rank(tasks, examples, answers, config.train.seed, world)[0]
 
 
 def first_of_each_task(examples: Sequence[Example], limit: int | None) -> list[Example]:
@@ -93,6 +101,15 @@ def first_of_each_task(examples: Sequence[Example], limit: int | None) -> list[E
         if limit is None or taken[example.task] <= limit:
             result.append(example)
     return result
+
+
+def _with_refusals(examples: Sequence[Example], ask: Callable[[list[Example]], list[Answer]]) -> list[Answer]:
+    """One answer per example: what `ask` gives for the usable ones, the reason for the refused ones."""
+    said = iter(ask([example for example in examples if not example.is_refused]))
+    return [
+        Answer("", f"{REFUSED}: {example.truth.reason}") if isinstance(example.truth, RefusedTruth) else next(said)
+        for example in examples
+    ]
 
 
 def answer_all(
@@ -135,10 +152,7 @@ def answer_in_rounds(
     world: World,
     store: AnswerStore | None = None,
 ) -> list[Answer]:
-    """`answer_all` with eval.perceptions rounds for the tasks that have them, see evaluation.perception.
-
-    `builder` must read clips (`perception.read_patches`).
-    """
+    """`answer_all` with eval.perceptions rounds for the tasks that have them, see evaluation.perception."""
     others = [example for example in examples if example.task not in perception.TASKS]
     answers = answer_all(open_engine, others, builder, config, world, store)
     by_id = {example.id: answer for example, answer in zip(others, answers, strict=True)}
@@ -165,18 +179,17 @@ def _ask(
     config: Config,
     keep: Callable[[int, Answer], None],
 ) -> list[Answer]:
-    """One answer per example, in chunks of max_batch_rows; `keep` is called with each one's place as it comes."""
+    """One answer per example, batch by batch; `keep` is called with each one's place as it comes."""
     sampling = SamplingParams(
         num_completions=1,
         max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
         temperature=config.eval.temperature,
         seed=config.train.seed,
     )
-    chunk = config.rollout.max_batch_rows
-    starts = range(0, len(examples), chunk)
+    rollout = config.rollout
+    built = _built(builder, examples)
     answers: list[Answer] = []
-    for start in progress(starts, "evaluate", len(starts)):
-        prompts = [_build(builder, example) for example in examples[start : start + chunk]]
+    for prompts in in_batches(built, sampling, rollout.max_batch_rows, rollout.max_batch_tokens):
         readable = [p for p in prompts if isinstance(p, Prompt)]
         completions = iter(engine.generate(readable, sampling) if readable else [])
         for prompt in prompts:
@@ -190,12 +203,43 @@ def _ask(
     return answers
 
 
-def _build(builder: PromptBuilder, example: Example) -> Prompt | SampleError:
-    try:
-        return builder.build(example)
-    except SampleError as error:
-        print(f"bad held-out sample, counted as wrong: {error}", file=sys.stderr)
-        return error
+def _built(builder: PromptBuilder, examples: Sequence[Example]) -> Iterator[Prompt | SampleError]:
+    """One after the other, the clips of the next READ_AHEAD to 2 x READ_AHEAD read meanwhile."""
+    builder.read_ahead(examples[:READ_AHEAD])
+    for index, example in enumerate(progress(examples, "evaluate", len(examples))):
+        if index % READ_AHEAD == 0:
+            builder.read_ahead(examples[index + READ_AHEAD : index + 2 * READ_AHEAD])
+        try:
+            yield builder.build(example)
+        except SampleError as error:
+            print(f"bad held-out sample, counted as wrong: {error}", file=sys.stderr)
+            yield error
+
+
+def score_on_main_rank(
+    tasks: Mapping[str, Task],
+    examples: Sequence[Example],
+    answers: Sequence[Answer],
+    seed: int,
+    world: World,
+    *,
+    with_samples: bool = False,
+) -> tuple[Scores, list[Sample]]:
+    """`score_answers` by rank 0, as a judge that every rank asks is asked that many times; the samples stay there.
+
+    All ranks return the same scores. What scoring raises is raised on every rank, as OSError on the others.
+    """
+    found: list[Scores] = [{}]
+    samples: list[Sample] = []
+
+    def score() -> None:
+        found[0], scored = score_answers(tasks, examples, answers, seed, with_samples=with_samples)
+        samples.extend(scored)
+
+    on_main_rank("scoring the answers", score, world)
+    if world.world_size > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0], samples
 
 
 def score_answers(
@@ -204,29 +248,37 @@ def score_answers(
     answers: Sequence[Answer],
     seed: int,
     *,
-    categories: Mapping[str, dict[str, str]] | None = None,
+    with_samples: bool = False,
 ) -> tuple[Scores, list[Sample]]:
-    """Scores of every task, and with `categories` (of the ids that have any) one sample per example, task after task.
+    """Scores of every task, and with `with_samples` one sample per example, task after task.
 
-    A failure is scored as the empty answer, which is 0 in every metric, and stays in the denominator.
+    A failure is scored as the empty answer, which is 0 in every metric, and stays in the denominator. A refused example
+    has no truth to score against: its 0 is averaged in. A task without a usable example has no score, and says so.
     """
     scores: Scores = {}
     samples: list[Sample] = []
     for name in dict.fromkeys(example.task for example in examples):
         members = [i for i, example in enumerate(examples) if example.task == name]
-        own, said = [examples[i] for i in members], [answers[i] for i in members]
-        task, texts = tasks[name], [answer.text for answer in said]
-        metrics = task.metrics(own, texts)
-        values = per_sample_metrics(task, own, texts, metrics)
+        usable = [i for i in members if not examples[i].is_refused]
+        if not usable:
+            print(f"no score of task {name}: all of its {len(members)} held-out rows are refused", file=sys.stderr)
+            continue
+        task, own, texts = tasks[name], [examples[i] for i in usable], [answers[i].text for i in usable]
+        metrics, share = task.metrics(own, texts), len(usable) / len(members)
+        columns = per_sample_metrics(task, own, texts, metrics)
+        everyone = [examples[i] for i in members]
+        values = {metric: with_refused(column, everyone, metric) for metric, column in columns.items()}
+        trivial = {label: task.metrics(own, given) for label, given in task.trivial_answers(own).items()}
         scores[name] = TaskScore(
-            metrics=metrics,
-            trivial={label: task.metrics(own, given) for label, given in task.trivial_answers(own).items()},
-            num_examples=len(own),
-            num_bad=sum(bool(answer.failure) for answer in said),
-            intervals=metric_intervals(values, [example.video for example in own], seed),
+            metrics=of_all(metrics, share),
+            trivial={label: of_all(baseline, share) for label, baseline in trivial.items()},
+            num_examples=len(members),
+            num_bad=sum(bool(answers[i].failure) for i in usable),
+            num_refused=len(members) - len(usable),
+            intervals=metric_intervals(values, [example.video for example in everyone], seed),
         )
-        if categories is not None:
-            samples += make_samples(task, own, said, values, categories)
+        if with_samples:
+            samples += make_samples(task, everyone, [answers[i] for i in members], values)
     return scores, samples
 
 
@@ -262,17 +314,19 @@ def evaluate_command(config: Config) -> dict[str, Any]:
 
             if store.num_found:
                 say(f"going on from {store.num_found} answers in {store.folder}")
-            if config.eval.perceptions == 1:
-                answers = answer_all(open_engine, examples, run.builder, config, run.world, store)
-            else:
-                reader = stack.enter_context(contextlib.closing(open_reader(config.video)))
-                builder = PromptBuilder(
-                    run.builder.tokenizer, run.tasks, lambda path: perception.read_patches(path, config.video, reader)
-                )
-                answers = answer_in_rounds(open_engine, examples, builder, config, run.world, store)
-        categories = read_categories(config.data.eval)
-        scores, samples = score_answers(run.tasks, examples, answers, config.train.seed, categories=categories)
-        result = {"model": config.model.path, "scores": scores_as_dict(scores), "folder": str(store.folder)}
+            ask = answer_all if config.eval.perceptions == 1 else answer_in_rounds
+            answers = _with_refusals(
+                examples, lambda usable: ask(open_engine, usable, run.builder, config, run.world, store)
+            )
+        scores, samples = score_on_main_rank(
+            run.tasks, examples, answers, config.train.seed, run.world, with_samples=True
+        )
+        result = {
+            "model": config.model.path,
+            "reader": run.source.name,
+            "scores": scores_as_dict(scores),
+            "folder": str(store.folder),
+        }
 
         def write() -> None:
             write_lines(store.folder / "samples.jsonl", samples_as_rows(samples))
@@ -297,7 +351,7 @@ def _open_store(run: Run) -> AnswerStore:
     on_main_rank("reading the checkpoint", identify, run.world)
     if run.world.world_size > 1:
         dist.broadcast_object_list(weights, src=0)
-    settings = answer_settings(config, weights[0], run.reader_name, run.world.device)
+    settings = answer_settings(config, weights[0], run.source.name, run.world.device)
     if config.eval.output_dir is not None:
         folder = Path(config.eval.output_dir)
     else:

@@ -21,7 +21,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from vcr1_fast.config import Config, ConfigError, VideoConfig
+from vcr1_fast.config import Config, ConfigError, RolloutConfig, VideoConfig
 from vcr1_fast.telemetry import console, is_main_rank, say
 from vcr1_fast.video.resolution import FACTOR_PX, max_pixels_per_frame
 
@@ -229,11 +229,12 @@ def plan_memory(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: in
     if width == 4 and num_gpus == 1:
         gathered = 0  # autocast is off, the masters are used as they are
     head = min(HEAD_CHUNK_BYTES, tokens.scored_rows * size.vocab * (width + 4)) + 4 * size.vocab * size.hidden
-    per_gpu, rows = config.train.prompts_per_step // num_gpus, config.rollout.max_batch_rows
-    prompts = min(per_gpu, max(1, rows // config.rollout.group_size))
+    per_gpu, group = config.train.prompts_per_step // num_gpus, config.rollout.group_size
+    prompts = min(per_gpu, _prompts_at_once(config.rollout, tokens.prompt, group, tokens.completion))
     eval_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    rollout = _generation_bytes(size, tokens.prompt, prompts, config.rollout.group_size, tokens.completion)
-    evaluation = _generation_bytes(size, tokens.prompt, rows, 1, eval_tokens) if config.data.eval else {}
+    videos = _prompts_at_once(config.rollout, tokens.prompt, 1, eval_tokens) if config.data.eval else 0
+    rollout = _generation_bytes(size, tokens.prompt, prompts, group, tokens.completion)
+    evaluation = _generation_bytes(size, tokens.prompt, videos, 1, eval_tokens)
     return MemoryPlan(
         static=_gb(
             {
@@ -289,6 +290,11 @@ def tower_bytes(size: ModelSize, tokens: TokenPlan, config: Config) -> int:
     return num_patches * (2 * PATCH_VALUES + kept)
 
 
+def _prompts_at_once(config: RolloutConfig, prompt: int, group: int, new_tokens: int) -> int:
+    """What `rollout.batches.in_batches` puts together."""
+    return max(1, min(config.max_batch_rows // group, config.max_batch_tokens // (prompt + group * new_tokens)))
+
+
 def _generation_bytes(size: ModelSize, prompt: int, prompts: int, group: int, new_tokens: int) -> dict[str, float]:
     """KV cache: each prompt once, new tokens per completion. Prefill: one layer over all prompts, 8 D + 6 I a token."""
     return {
@@ -303,8 +309,8 @@ def _gb(parts: Mapping[str, float]) -> dict[str, float]:
 
 ADVICE = {
     "update": "model.gradient_checkpointing=true, a smaller train.tokens_per_microbatch, or more GPUs",
-    "rollout": "a smaller rollout.max_batch_rows, or more GPUs",
-    "evaluation": "a smaller rollout.max_batch_rows: as many videos are evaluated at once",
+    "rollout": "a smaller rollout.max_batch_tokens, or more GPUs",
+    "evaluation": "a smaller rollout.max_batch_tokens",
 }
 
 
@@ -329,7 +335,8 @@ def plan_command(config: Config, num_gpus: int | None = None) -> dict[str, Any]:
     size = read_model_size(config.model.path)
     tokens = plan_tokens(config, num_gpus)
     memory = plan_memory(config, size, tokens, num_gpus)
-    missing = [file for file in (*config.data.train, *config.data.eval) if not Path(file).expanduser().is_file()]
+    files = [file.path for file in (*config.data.sources("train"), *config.data.sources("eval"))]
+    missing = [file for file in files if not Path(file).expanduser().is_file()]
     phases = memory.phases()
     too_large = {gpu: [name for name, gb in phases.items() if gb > room] for gpu, room in GPUS_GB.items()}
     if is_main_rank():

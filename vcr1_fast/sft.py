@@ -44,7 +44,7 @@ def _sft(run: Run) -> dict[str, Any]:
         with telemetry.span("update"):
             metrics = update_metrics([learner.update_sft(groups)])
         num_tokens += int(metrics["step_tokens/executed"])
-        metrics |= {"epoch": prompts.epoch, "num_tokens": num_tokens, "bad_samples": prompts.num_bad}
+        metrics |= {**prompts.metrics(), "num_tokens": num_tokens}
         telemetry.log_step(step, metrics, config.sft.num_steps)
         if due(config.checkpoint.every, step) or step == config.sft.num_steps:
             with telemetry.span("checkpoint"):

@@ -82,7 +82,14 @@ class LabelTruth:
     labels: tuple[str, ...] = ()  # all there are to choose from; empty where only the question says
 
 
-Truth = IntervalTruth | TrackTruth | ChoiceTruth | GroundedChoiceTruth | LabelTruth | CaptionTruth
+@dataclass(frozen=True, slots=True)
+class RefusedTruth:
+    """A held-out annotation that cannot be used: nothing is asked, and it counts as a wrong answer."""
+
+    reason: str
+
+
+Truth = IntervalTruth | TrackTruth | ChoiceTruth | GroundedChoiceTruth | LabelTruth | CaptionTruth | RefusedTruth
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,12 @@ class Example:
     duration_s: float  # seconds, > 0; infinity where the annotation does not say and the task does not need it
     truth: Truth
     reasoning: str = ""  # text of the think block for supervised cold start; never shown to the policy in GRPO
+    categories: tuple[tuple[str, str], ...] = ()  # (axis, value) for tables of scores; an axis may come several times
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether its annotation could not be used; only held-out examples may be."""
+        return isinstance(self.truth, RefusedTruth)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +129,12 @@ class Frames:
 class Patches:
     """Frames cut into vision-tower input, in the row order of the Hugging Face Qwen2-VL processor."""
 
-    values_PC: torch.Tensor  # [P, 1176] float32, normalised; 1176 = 3 channels x 2 frames x 14 x 14
+    values_PC: torch.Tensor  # [P, 1176] normalised; 1176 = 3 channels x 2 frames x 14 x 14; [0, 1176] with embeddings
     grid_thw: tuple[int, int, int]  # (frame pairs, rows, columns) in patches; P is their product
     second_per_grid_s: float  # seconds between two temporal grid steps: 2 / sampled_fps
     num_frames: int
     duration_s: float
+    embeddings_MD: torch.Tensor | None = None  # [M, D] what a frozen tower made of them, M = num_tokens
 
     @property
     def num_tokens(self) -> int:

@@ -1,6 +1,5 @@
 """Rounds of looking closer: which part is shown next, in whose seconds answers are, and what is read from the file."""
 
-import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,19 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from vcr1_fast.config import Config, ConfigError, EvalConfig, TaskConfig, VideoConfig
+from vcr1_fast.config import Config, ConfigError, EvalConfig, TaskConfig
 from vcr1_fast.evaluate import answer_in_rounds, evaluate_command
 from vcr1_fast.evaluation.answer_store import question_key
-from vcr1_fast.evaluation.perception import ClippedReader, Focus, read_patches
+from vcr1_fast.evaluation.perception import Focus
 from vcr1_fast.evaluation.samples import Answer
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.scripted_engine import ScriptedEngine
-from vcr1_fast.synth.config import SynthConfig
-from vcr1_fast.synth.dataset import write_dataset
 from vcr1_fast.tasks import make_tasks
-from vcr1_fast.types import ChoiceTruth, Example, GroundedChoiceTruth, IntervalTruth, Patches, SampleError
-from vcr1_fast.video.read import open_reader, read_frames
+from vcr1_fast.types import ChoiceTruth, Example, GroundedChoiceTruth, IntervalTruth, Patches
 
 CHOICE = Example("c", "multiple_choice", "v.mp4", "what is it?", math.inf, ChoiceTruth("A", ("a cat", "a dog")))
 GROUNDED = Example("g", "grounded_qa", "v.mp4", "why?", 60.0, GroundedChoiceTruth("A", ("x", "y"), ((12.0, 14.0),)))
@@ -83,24 +79,6 @@ def test_rounds_ask_where_and_then_what(tiny_tokenizer):
     scored = tasks["grounded_qa"].score([GROUNDED], [answers[2].text])
     assert scored["accuracy"] == [1.0] and scored["iou"] == [pytest.approx(0.2)]  # 2 s of 10
     assert tasks["multiple_choice"].score([CHOICE], [answers[0].text]) == {"format": [1.0], "accuracy": [1.0]}
-
-
-def test_a_clip_is_the_frames_of_that_part(tmp_path: Path):
-    write_dataset(SynthConfig(output_dir=str(tmp_path), num_train=1, num_eval=1), show_progress=False)
-    video = str(sorted((tmp_path / "videos").glob("*.mp4"))[0])
-    config = VideoConfig(fps=1000.0, min_frame_pixels=7056, max_frame_pixels=7056)  # every frame there is
-    with contextlib.closing(open_reader(config)) as reader:
-        whole = read_frames(video, config, reader)
-        clip = read_frames(video, config, ClippedReader(reader, 2.0, 4.0))
-        inside = (whole.times_s >= 2.0) & (whole.times_s < 4.0)
-        assert 2 < len(clip.times_s) == int(inside.sum())
-        assert clip.times_s[0] == 0.0 and clip.duration_s == pytest.approx(2.0, abs=0.2)
-        assert torch.equal(clip.rgb_FHW3, whole.rgb_FHW3[inside])
-        sparse = VideoConfig(fps=1.0, min_frame_pixels=7056, max_frame_pixels=7056)
-        patches = read_patches(f"{video}#t=2.000,6.000&fps=2", sparse, reader)
-        assert patches.num_frames == 8 and patches.duration_s == pytest.approx(4.0, abs=0.2)  # the clip's own rate
-        with pytest.raises(SampleError, match="no frame lies between 900 and 901 s"):
-            read_patches(f"{video}#t=900,901&fps=2", sparse, reader)
 
 
 def test_answers_about_a_clip_are_stored_by_clip_and_file(tmp_path: Path):

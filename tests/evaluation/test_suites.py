@@ -7,7 +7,7 @@ import pytest
 
 import vcr1_fast.cli as cli
 from vcr1_fast.config import ConfigError, TaskConfig
-from vcr1_fast.evaluation.suites import MVBENCH_FOLDERS, read_categories, read_suite
+from vcr1_fast.evaluation.suites import MVBENCH_FOLDERS, read_suite
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import ChoiceTruth
@@ -40,7 +40,7 @@ PERCEPTION = {
     "answer_id": 2,
     "area": "physics",
     "reasoning": "descriptive",
-    "tag": ["motion"],
+    "tag": ["motion", "camera"],
 }
 
 
@@ -72,6 +72,32 @@ def test_videomme(tmp_path: Path):
     assert [row["id"] for row in short.rows] == ["videomme:001-1"]
     with pytest.raises(ConfigError, match="no question has duration=tiny; duration is one of: long, short"):
         read_suite("videomme", [tmp_path / "test.json"], only={"duration": "tiny"})
+
+
+def test_videomme_with_a_list_of_questions_per_video(tmp_path: Path):
+    """The layout of the benchmark's own output template, in which nothing but the number names some videos."""
+    of_question = ("question_id", "task_type", "question", "options", "answer")
+    video = {key: value for key, value in VIDEOMME.items() if key not in of_question}
+    question = {key: VIDEOMME[key] for key in of_question}
+    second = question | {"question_id": "001-2", "answer": "A", "response": "B"}
+    plain = {key: value for key, value in video.items() if key not in ("url", "videoID")} | {"video_id": "002"}
+    by_url = {key: value for key, value in video.items() if key != "videoID"}
+    content = [
+        video | {"questions": [question, second, 7]},
+        plain | {"questions": [question | {"question_id": "002-1"}]},
+        by_url | {"questions": [question | {"question_id": "003-1"}]},
+        by_url | {"questions": []},
+    ]
+    found = read_suite("videomme", [write(tmp_path / "nested.json", content)])
+    assert found.rows[0] == read_suite("videomme", [write(tmp_path / "test.json", [VIDEOMME])]).rows[0]
+    assert [(row["id"], row["answer"]) for row in found.rows] == [
+        ("videomme:001-1", "C"), ("videomme:001-2", "A"), ("videomme:002-1", "C"), ("videomme:003-1", "C"),
+    ]  # fmt: skip
+    assert [Path(str(row["video"])).stem for row in found.rows] == ["fFjv93ACGo8"] * 2 + ["002", "fFjv93ACGo8"]
+    assert [(error.source.rpartition("json:")[2], error.reason) for error in found.errors] == [
+        ("1:3", "the question is a int, wanted an object"),
+        ("4", "questions is [], wanted a list of questions, at least one"),
+    ]
 
 
 def test_videomme_parquet_gives_the_same_rows(tmp_path: Path):
@@ -112,7 +138,7 @@ def test_perception_test(tmp_path: Path):
     (row,) = found.rows
     assert (row["id"], row["answer"]) == ("perception_test:video_8241:34", "C")
     assert row["video"] == str(tmp_path / "video_8241.mp4")
-    assert row["categories"] == {"area": "physics", "reasoning": "descriptive"}
+    assert row["categories"] == {"area": "physics", "reasoning": "descriptive", "tag": ["motion", "camera"]}
     reasons = [str(error).partition(": ")[2] for error in found.errors]
     assert "key 'answer_id' is missing" in reasons[0]
     assert reasons[1] == "answer_id is 3, wanted 0 to 2"
@@ -167,8 +193,7 @@ def test_the_command_writes_rows_that_evaluation_loads(tmp_path: Path, capsys):
     assert content.errors == []
     assert examples[0].truth == ChoiceTruth("C", ("Apples.", "Candles.", "Berries.", "All alike."))
     assert examples[0].video == str(tmp_path / "fFjv93ACGo8.mp4")
-    categories = read_categories([str(tmp_path / "out" / "short.jsonl")])
-    assert categories[examples[0].id]["task_type"] == "Counting Problem"
+    assert ("task_type", "Counting Problem") in examples[0].categories
 
 
 def test_a_suite_without_a_usable_question_fails(tmp_path: Path, capsys):
@@ -180,7 +205,13 @@ def test_a_suite_without_a_usable_question_fails(tmp_path: Path, capsys):
     assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_categories_of_nextgqa_are_its_kinds_of_question(tmp_path: Path):
-    rows = [{"id": "48_1", "type": "CW"}, {"id": "48_2"}, {"type": "CW"}]
-    file = write(tmp_path / "gqa.json", rows)
-    assert read_categories([str(file)]) == {"48_1": {"type": "CW"}, "48_1:choice": {"type": "CW"}}
+def test_questions_are_chosen_by_one_of_several_tags(tmp_path: Path):
+    other = PERCEPTION | {"id": 35, "tag": ["motion"], "area": None}
+    content = {"video_1": {"mc_question": [PERCEPTION, other, PERCEPTION | {"id": 36, "tag": []}]}}
+    file = write(tmp_path / "all_valid.json", content)
+    camera = read_suite("perception_test", [file], only={"tag": "camera"})
+    assert [row["id"] for row in camera.rows] == ["perception_test:video_1:34"]
+    motion = read_suite("perception_test", [file], only={"tag": "motion"})
+    assert [row["categories"] for row in motion.rows[1:]] == [{"reasoning": "descriptive", "tag": ["motion"]}]
+    with pytest.raises(ConfigError, match="no question has tag=x; tag is one of: camera, motion"):
+        read_suite("perception_test", [file], only={"tag": "x"})

@@ -240,6 +240,22 @@ def test_concurrency_is_bounded_and_used():
     assert server.max_active == 3
 
 
+def test_threads_with_one_question_ask_it_once():
+    with serving(waits(0.1, says("7"))) as server:
+        client = client_of(server.url, max_concurrency=8)
+        assert client.map(lambda _: ask(client), range(8)) == [7] * 8
+        assert (len(server.requests), counts(client)["cache_hits"]) == (1, 7)
+
+
+def test_threads_with_one_question_wait_no_longer_than_the_total_time():
+    with serving(waits(1.0, says("7"))) as server:
+        client = client_of(server.url, max_concurrency=2, total_timeout_s=0.3)
+        deadline, started = client.new_deadline(), time.monotonic()
+        results = client.map(lambda _: client.ask("how many?", number, 8, deadline), range(2))
+        assert all(isinstance(result, JudgeUnavailableError) for result in results)
+        assert time.monotonic() - started < 0.9
+
+
 def test_a_retry_of_an_unreadable_answer_draws_another_one():
     with serving(says("seven"), says("7")) as server:
         ask(client_of(server.url))

@@ -44,7 +44,9 @@ def test_every_experiment_of_the_paper_has_both_recipes(experiment: str, recipe:
     suffix = "_paper" if recipe == "paper" else ""
     config = load_config(str(ROOT / "configs" / f"qwen2_5_vl_7b_{experiment}{suffix}_8xh100.yaml"), [])
     assert config.task.recipe == recipe
-    assert all(file.startswith("data/") for file in (*config.data.train, *config.data.eval))
+    files = [*config.data.sources("train"), *config.data.sources("eval")]
+    assert all(file.path.startswith("data/") for file in files)
+    assert len({file.video_root for file in files}) == (4 if experiment == "cotraining" else 1)
     assert (config.train.prompts_per_step, config.rollout.group_size) == (8, 8)
 
 

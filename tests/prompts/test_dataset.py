@@ -13,7 +13,7 @@ from vcr1_fast.config import ConfigError, TaskConfig
 from vcr1_fast.prompts.dataset import AnnotationSource, DataOrder, read_annotation_files, shard
 from vcr1_fast.prompts.interval_defects import find_interval_defects
 from vcr1_fast.tasks import make_tasks
-from vcr1_fast.types import Example, IntervalTruth, LabelTruth, SampleError
+from vcr1_fast.types import Example, IntervalTruth, LabelTruth, RefusedTruth, SampleError
 
 GOOD = {"task": "grounding", "video": "a.mp4", "query": "a dog runs", "duration_s": 8, "interval_s": [1.0, 2.5]}
 
@@ -163,6 +163,65 @@ def test_a_summary_counts_what_was_found_repaired_kept_and_refused(tmp_path: Pat
         "train.json (schema rows): 8 rows, 6 examples; kept as they are: 4 ending after the video, 2 reversed, "
         "2 starting after the video, 1 of no length, 1 starting before 0 s; refused: 2 invalid"
     )
+
+
+def test_refused_rows_keep_their_place_but_not_their_id(tmp_path: Path) -> None:
+    rows = [
+        grounding([2, 1], id="x", query="when?", categories={"kind": "OCR"}),
+        grounding([1, 2], id="x"),  # the id is free: the first row did not become an example
+        {"task": "no such task", "video": "a", "query": "q"},
+        {"task": "temporal_grounding"},
+        grounding([1, 2], id="x"),
+        "nothing",
+    ]
+    (content,) = read(write(tmp_path, json.dumps(rows)))
+    assert [(row.id, row.is_refused) for row in content.rows] == [
+        ("train:1", True), ("x", False), ("train:4", True), ("train:5", True),
+    ]  # fmt: skip
+    first = content.rows[0]
+    assert first.truth == RefusedTruth("interval 0 ends (1.0 s) before it starts (2.0 s)")
+    assert (first.task, first.video, first.query) == ("temporal_grounding", str(tmp_path / "a.mp4"), "when?")
+    assert first.categories == (("kind", "OCR"),)
+    assert content.rows[2].video == "" and "key 'video' is missing" in content.errors[2].reason
+    assert (len(content.errors), content.summary.num_rows, len(content.examples)) == (5, 6, 1)
+
+
+def test_a_refused_entry_of_a_schema_has_the_task_of_the_schema(tmp_path: Path) -> None:
+    good = {"duration": 30.0, "timestamps": [[1, 2.5]], "sentences": ["a dog runs"]}
+    (content,) = read(write(tmp_path, json.dumps({"v_1": good, "v_2": good | {"sentences": []}})))
+    assert [(row.id, row.task) for row in content.rows if row.is_refused] == [("train:v_2", "temporal_grounding")]
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({}, ()),
+        ({"type": "CW"}, (("type", "CW"),)),
+        ({"type": 3}, ()),
+        ({"type": "CW", "categories": {"area": "physics"}}, (("area", "physics"),)),
+        (
+            {"categories": {"tag": ["motion", "camera", "motion"], "level": 2, "none": None, "deep": [{}]}},
+            (("tag", "motion"), ("tag", "camera"), ("level", "2")),
+        ),
+        ({"categories": ["physics"]}, ()),
+    ],
+)
+def test_categories_are_pairs_of_axis_and_value(tmp_path: Path, row: Any, wanted: Any) -> None:
+    (content,) = read(write(tmp_path, json.dumps([grounding([1, 2], **row)])))
+    assert content.examples[0].categories == wanted
+
+
+def test_a_source_for_an_unknown_or_another_task(tmp_path: Path) -> None:
+    file = write(tmp_path, json.dumps([{"video": "a", "instruction": "good?", "answer": "good"}]))
+    tasks = make_tasks(TaskConfig())
+    with pytest.raises(
+        ConfigError, match=r"is for the task 'video_qualty', wanted one of .*did you mean 'video_quality'"
+    ):
+        read_annotation_files([AnnotationSource(file, task="video_qualty")], tasks)
+    with pytest.raises(
+        ConfigError, match="to be read as vidtab, which is for the task video_quality, not for captioning"
+    ):
+        read_annotation_files([AnnotationSource(file, schema="vidtab", task="captioning")], tasks)
 
 
 def test_a_file_without_defects_has_a_short_summary(tmp_path: Path) -> None:

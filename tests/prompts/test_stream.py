@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from vcr1_fast.config import Config, ConfigError, DataConfig, TaskConfig, TrainConfig
-from vcr1_fast.learner.sharding import SINGLE_PROCESS
+from vcr1_fast.config import Config, ConfigError, DataConfig, TaskConfig, TrainConfig, VideoConfig
+from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.stream import PromptStream, TooManyBadSamplesError
 from vcr1_fast.tasks import make_tasks
@@ -20,13 +20,17 @@ def read(path: str) -> Patches:
     return Patches(torch.zeros(16, 1176), (1, 4, 4), 1.0, 2, 1.0)
 
 
-def make_stream(tiny_tokenizer, tmp_path, videos, world=SINGLE_PROCESS, data=None, **train) -> PromptStream:
+def make_stream(
+    tiny_tokenizer, tmp_path, videos, world=SINGLE_PROCESS, data=None, prefetch=lambda videos: None, video=None, **train
+) -> PromptStream:
     examples = [
         Example(f"e{i}", "temporal_grounding", video, "a dog barks", 8.0, IntervalTruth(((1.0, 2.0),)))
         for i, video in enumerate(videos)
     ]
-    builder = PromptBuilder(tiny_tokenizer, make_tasks(TaskConfig()), read)
-    config = Config(train=TrainConfig(prompts_per_step=4, **train), data=data or DataConfig())
+    builder = PromptBuilder(tiny_tokenizer, make_tasks(TaskConfig()), read, prefetch=prefetch)
+    config = Config(
+        train=TrainConfig(prompts_per_step=4, **train), data=data or DataConfig(), video=video or VideoConfig()
+    )
     return PromptStream(examples, builder, Quarantine(tmp_path / "quarantine.jsonl"), config, world)
 
 
@@ -64,8 +68,12 @@ def test_too_many_bad_samples_stop_the_run_with_a_reason(tiny_tokenizer, tmp_pat
     stream = make_stream(tiny_tokenizer, tmp_path, ["bad1.mp4", "bad2.mp4", "a.mp4"], max_bad_sample_frac=0.5)
     for _ in range(4):
         stream.next(4)
-    with pytest.raises(TooManyBadSamplesError, match=r"13 of 20 samples could not be used, more than .* 0\.5"):
+    with pytest.raises(
+        TooManyBadSamplesError, match=r"13 of 20 samples could not be used, more than .* 0\.5"
+    ) as caught:
         stream.next(4)
+    assert "2 files (2 empty):" in caught.value.reason
+    assert "  bad1.mp4: the file is empty" in caught.value.reason
 
 
 def test_no_examples_is_an_error(tiny_tokenizer, tmp_path):
@@ -98,3 +106,112 @@ def test_examples_outside_the_reward_range_are_left_out(tiny_tokenizer, tmp_path
     assert capsys.readouterr().err == (
         "data.reward_range: 3 examples; left out 1 below and 1 above; 1 of those kept have no reward yet\n"
     )
+
+
+def names_of(stream: PromptStream, count: int) -> list[str]:
+    """Videos of the next `count` positions."""
+    return [stream.examples[i].video for i in stream.order.indices(stream.position, count)]
+
+
+def test_clips_of_this_step_and_the_next_ones_are_named_once_and_in_order(tiny_tokenizer, tmp_path):
+    named: list[list[str]] = []
+    videos = [f"v{i}.mp4" for i in range(20)]
+    stream = make_stream(
+        tiny_tokenizer, tmp_path, videos, prefetch=lambda clips: named.append(list(clips)),
+        video=VideoConfig(prefetch_steps=2),
+    )  # fmt: skip
+    coming = names_of(stream, 40)
+    for _ in range(4):
+        stream.next(4)
+    assert named == [coming[:12], coming[12:16], coming[16:20], coming[20:24]]  # from 20 on it is the second epoch
+    stream.next(6)  # another count: what was named already is not named again
+    assert named[4:] == [coming[24:34]]
+
+
+def test_a_resumed_run_names_what_lies_ahead_of_it(tiny_tokenizer, tmp_path):
+    named: list[str] = []
+    stream = make_stream(
+        tiny_tokenizer, tmp_path, [f"v{i}.mp4" for i in range(30)], prefetch=named.extend,
+        video=VideoConfig(prefetch_steps=1),
+    )  # fmt: skip
+    stream.position = 12
+    coming = names_of(stream, 8)
+    assert [prompt.example.video for prompt in stream.next(4)] == coming[:4]
+    assert named == coming
+
+
+def test_known_bad_clips_are_not_named(tiny_tokenizer, tmp_path):
+    named: list[str] = []
+    stream = make_stream(
+        tiny_tokenizer, tmp_path, ["a.mp4", "bad.mp4", "b.mp4", "c.mp4"], prefetch=named.extend,
+        video=VideoConfig(prefetch_steps=0),
+    )  # fmt: skip
+    stream.next(4)
+    stream.next(4)
+    assert sorted(named) == sorted([*["a.mp4", "b.mp4", "c.mp4"] * 2, "bad.mp4"])
+
+
+def test_a_rank_names_its_own_share(tiny_tokenizer, tmp_path):
+    videos = [f"v{i}.mp4" for i in range(16)]
+    shares = []
+    for rank in range(2):
+        named: list[str] = []
+        world = World(rank, 2, rank, torch.device("cpu"))
+        stream = make_stream(
+            tiny_tokenizer, tmp_path, videos, world=world, prefetch=named.extend, video=VideoConfig(prefetch_steps=1)
+        )
+        coming = names_of(stream, 8)
+        stream._name_next_clips(4)
+        shares.append(named)
+    assert shares == [[*coming[0:2], *coming[4:6]], [*coming[2:4], *coming[6:8]]]
+
+
+def test_bad_samples_are_counted_by_reason(tiny_tokenizer, tmp_path, monkeypatch):
+    reasons = {
+        "gone.mp4": "no such file",
+        "zero.mp4": "the file is empty (0 bytes)",
+        "slow.mp4": "did not finish within",
+    }
+
+    def read_or_refuse(path: str) -> Patches:
+        if path in reasons:
+            raise SampleError(path, reasons[path])
+        return read(path)
+
+    stream = make_stream(tiny_tokenizer, tmp_path, [*reasons, "good.mp4"])
+    stream.builder._read = read_or_refuse
+    stream.next(4)
+    stream.next(4)
+    metrics = stream.metrics()
+    assert {name: value for name, value in metrics.items() if name.startswith("bad_samples")} == {
+        "bad_samples": 6.0, "bad_samples/missing": 2.0, "bad_samples/empty": 2.0, "bad_samples/timeout": 2.0
+    }  # fmt: skip
+
+
+def test_a_bad_part_of_a_video_does_not_condemn_the_rest(tiny_tokenizer, tmp_path):
+    def read_parts(video: str) -> Patches:
+        if "#t=900" in video:
+            raise SampleError(video.partition("#")[0], "no frame lies between 900 and 901 s")
+        if video == "folder":
+            raise SampleError("folder/0003.jpg", "is damaged")
+        return read(video)
+
+    stream = make_stream(tiny_tokenizer, tmp_path, ["a.mp4#t=0,2&fps=2", "a.mp4#t=900,901&fps=2", "a.mp4", "folder"])
+    stream.builder._read = read_parts
+    for _ in range(2):
+        assert sorted(ids(stream.next(4))) == ["e0", "e2"]
+    assert stream.quarantine.reasons == {
+        "a.mp4#t=900,901&fps=2": "no frame lies between 900 and 901 s", "folder": "folder/0003.jpg: is damaged"
+    }  # fmt: skip
+
+
+def test_files_that_are_good_by_now_leave_the_list_on_retry(tiny_tokenizer, tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    for name in ("a.mp4", "bad.mp4"):
+        Quarantine(path).add(SampleError(name, "the file is empty"))
+    stream = make_stream(tiny_tokenizer, tmp_path, ["a.mp4", "bad.mp4", "c.mp4", "d.mp4"])
+    assert len(stream.next(4)) == 2  # without the setting both are left out
+    stream = make_stream(tiny_tokenizer, tmp_path, ["a.mp4", "bad.mp4", "c.mp4", "d.mp4"])
+    stream.quarantine = Quarantine(path, retry=True)
+    assert len(stream.next(4)) == 3
+    assert list(Quarantine(path).reasons) == ["bad.mp4"]

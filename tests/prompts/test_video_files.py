@@ -32,6 +32,10 @@ def root(tmp_path: Path) -> Path:
         ("none.MP4", "none.MP4"),
         ("a.mp4", "a.mp4"),  # a name with a suffix is never changed
         ("/cluster/data/GOT_1", "GOT_1"),  # moved here from another machine
+        ("/cluster/data/GOT_1#images=7&fps=2", "GOT_1#images=7&fps=2"),
+        ("GOT_1#images=7&fps=2", "GOT_1#images=7&fps=2"),
+        ("a#t=1.000,2.000&fps=2", "a.mkv#t=1.000,2.000&fps=2"),
+        ("a#t=1", "a#t=1.mp4"),  # no fragment
         ("/cluster/data/d.mkv", "d.mkv"),
         ("/cluster/data/x.mp4", "/cluster/data/x.mp4"),
         ("/cluster/../a", "/a"),

@@ -178,8 +178,9 @@ def test_tokens_follow_the_seed_and_not_the_chunks(
     sampling = SamplingParams(4, 30, seed=7)
     whole = LocalEngine(model, tiny_tokenizer).generate(prompts, sampling)
     assert ids(LocalEngine(model, tiny_tokenizer).generate(prompts, sampling)) == ids(whole)
-    for max_batch_rows in (1, 4, 8, 11):  # one prompt at a time, one, two, two
-        engine = LocalEngine(model, tiny_tokenizer, max_batch_rows=max_batch_rows)
+    bounds = [{"max_batch_rows": rows} for rows in (1, 4, 8, 11)]  # one prompt at a time, one, two, two
+    for bound in (*bounds, {"max_batch_tokens": 1}):
+        engine = LocalEngine(model, tiny_tokenizer, **bound)
         assert ids(engine.generate(prompts, sampling)) == ids(whole)
     other = LocalEngine(model, tiny_tokenizer).generate(prompts, dataclasses.replace(sampling, seed=8))
     assert ids(other) != ids(whole)
@@ -297,6 +298,8 @@ def test_settings_and_models_that_do_not_fit_are_errors(
 ) -> None:
     with pytest.raises(ValueError, match="max_batch_rows is 0"):
         LocalEngine(tiny_model, tiny_tokenizer, max_batch_rows=0)
+    with pytest.raises(ValueError, match="max_batch_tokens is 0"):
+        LocalEngine(tiny_model, tiny_tokenizer, max_batch_tokens=0)
     with pytest.raises(ValueError, match=r"sampling\.top_p is 0"):
         LocalEngine(tiny_model, tiny_tokenizer).generate(prompts, SamplingParams(1, 1, top_p=0.0))
     tiny_model.config.video_token_id = 5

@@ -1,8 +1,9 @@
-"""Rewards and advantages against numbers computed by hand, and against the learner's function."""
+"""Rewards and advantages against numbers computed by hand, and against torch."""
 
 import math
 
 import pytest
+import torch
 
 from vcr1_fast.learner import advantages
 from vcr1_fast.tasks.reward_groups import group_advantages, group_advantages_plain, weighted_rewards
@@ -30,11 +31,20 @@ def test_advantages_by_hand(function):
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_equals_the_learners_function(scale):
-    groups = [[0.3, 0.7, 1.9, 0.7], [1.0, 1.0], [0.1, 1.7, 0.2]]
+def test_equals_torch_and_is_what_the_learner_gets(scale):
+    """Against torch's own mean and std, within a few roundings of float64."""
+    groups = [[0.3, 0.7, 1.9, 0.7], [1.0, 1.0], [], [0.1, 1.7, 0.2]]
     flat = [reward for group in groups for reward in group]
-    wanted = [value for group in advantages.group_advantages(groups, scale) for value in group]
-    assert group_advantages(flat, [0, 4, 6, 9], scale) == pytest.approx(wanted, rel=1e-12)
+    got = advantages.group_advantages(groups, scale)
+    assert [value for group in got for value in group] == group_advantages(flat, [0, 4, 6, 6, 9], scale)
+    everything = torch.tensor(flat, dtype=torch.float64)
+    for group, values in zip(groups, got, strict=True):
+        reward_G = torch.tensor(group, dtype=torch.float64)
+        if len(set(group)) < 2:
+            assert values == [0.0] * len(group)
+            continue
+        divisor = {"group": reward_G.std() + 1e-4, "batch": everything.std() + 1e-4, "none": 1.0}[scale]
+        assert values == pytest.approx(((reward_G - reward_G.mean()) / divisor).tolist(), rel=1e-12)
 
 
 def test_bad_arguments_are_refused():

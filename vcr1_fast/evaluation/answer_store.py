@@ -19,16 +19,19 @@ from typing import Any
 import torch.distributed as dist
 
 from vcr1_fast.config import Config, ConfigError
-from vcr1_fast.evaluation.perception import FRAGMENT
 from vcr1_fast.evaluation.samples import Answer, write_lines
 from vcr1_fast.learner.model import resolve_dtype
 from vcr1_fast.learner.sharding import World, on_main_rank
 from vcr1_fast.telemetry import to_json
 from vcr1_fast.types import Example
+from vcr1_fast.video.source_name import SourceName
 
 MANIFEST = "answers_of.json"
 IDENTITY_FILES = ("*.safetensors", "config.json", "tokenizer.json")
-VIDEO_FIELDS_WITHOUT_EFFECT = ("timeout_s", "reader")  # the reader that is used has its own entry
+VIDEO_FIELDS_WITHOUT_EFFECT = (
+    *("reader", "timeout_s", "num_workers", "prefetch_steps", "clips_per_worker"),  # the reader has its own entry
+    *("cache_dir", "cache_disk_gib", "cache_ram_gib"),
+)
 
 
 def checkpoint_identity(folder: Path) -> str:
@@ -61,7 +64,7 @@ def answer_settings(config: Config, weights: str, reader: str, device: Any) -> d
 def question_key(question: str, example: Example) -> str:
     """Hex name of what is asked: the text, and the video file by path (with the clip), size and time of change."""
     try:
-        stat = os.stat(example.video.rpartition(FRAGMENT)[0] or example.video)
+        stat = os.stat(SourceName.parse(example.video).path)
         video = [example.video, stat.st_size, stat.st_mtime_ns]
     except (OSError, ValueError):  # reading it will say why
         video = [example.video]

@@ -11,10 +11,8 @@ full, so this is its idea and not its recipe.) For questions with options; other
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from vcr1_fast.config import VideoConfig
 from vcr1_fast.evaluation.samples import Answer
@@ -22,16 +20,13 @@ from vcr1_fast.tasks.answer_format import clip as clip_text
 from vcr1_fast.tasks.answer_format import tag_blocks
 from vcr1_fast.tasks.glue_format import glue_text, read_glue
 from vcr1_fast.tasks.grounded_qa import inside_video
-from vcr1_fast.types import Example, Interval, Patches, SampleError
-from vcr1_fast.video.patches import to_patches
-from vcr1_fast.video.read import read_frames
-from vcr1_fast.video.reader import Probe, Reader
+from vcr1_fast.types import Example, Interval
+from vcr1_fast.video.clip import part_name
 
 TASKS = ("multiple_choice", "grounded_qa")
 MARGIN_FRAC = 0.1  # of the clip's length, on either side: predicted borders are about that inexact
 MIN_CLIP_S = 4.0
 DENSER = 2.0  # frame rate from one round to the next
-FRAGMENT = "#t="  # path#t=START,END&fps=RATE, after W3C Media Fragments: names the clip in errors and in stored answers
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class Focus:
         """The example of the next round: the clip in place of the video, unless that is still the whole."""
         if self.start_s == 0.0 and self.end_s == math.inf:
             return replace(self.example, task=task)
-        name = f"{self.example.video}{FRAGMENT}{self.start_s:.3f},{self.end_s:.3f}&fps={fps:g}"
+        name = part_name(self.example.video, self.start_s, self.end_s, fps)
         return replace(self.example, task=task, video=name, duration_s=self.end_s - self.start_s)
 
     def answered(self, answer: Answer) -> Answer:
@@ -73,44 +68,6 @@ class Focus:
         if self.example.task != "grounded_qa" or answer.failure or not self.intervals_s:
             return answer
         return replace(answer, text=f"{answer.text}<glue>{glue_text(self.intervals_s)}</glue>")
-
-
-class ClippedReader:
-    """A Reader that shows only the frames of [start_s, end_s], as a video of its own."""
-
-    def __init__(self, reader: Reader, start_s: float, end_s: float) -> None:
-        self.reader, self.start_s, self.end_s = reader, start_s, end_s
-        self.name = reader.name
-        self._whole: dict[str, tuple[Probe, int]] = {}  # path -> probe and the first frame of the clip
-
-    def probe(self, path: str) -> Probe:
-        """Raises SampleError also when no frame lies in the clip."""
-        whole = self.reader.probe(path)
-        first, last = np.searchsorted(whole.times_s, [self.start_s, self.end_s], side="left")
-        if last - first < 1:
-            raise SampleError(path, f"no frame lies between {self.start_s:g} and {self.end_s:g} s")
-        self._whole[path] = (whole, int(first))
-        times_s = whole.times_s[first:last] - whole.times_s[first]
-        ticks = None if whole.ticks is None else whole.ticks[first:last]
-        duration_s = min(self.end_s, whole.duration_s) - float(whole.times_s[first])
-        return replace(whole, times_s=times_s, ticks=ticks, duration_s=duration_s)
-
-    def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
-        whole, first = self._whole[probe.path]
-        return self.reader.read(whole, [index + first for index in frame_indices])
-
-    def close(self) -> None:
-        """The reader inside is closed by who opened it."""
-
-
-def read_patches(path: str, config: VideoConfig, reader: Reader) -> Patches:
-    """Patches of a video, or of the clip that `Focus.asked` has put into the path. Raises SampleError."""
-    file, is_clip, fragment = path.rpartition(FRAGMENT)
-    if not is_clip:
-        return to_patches(read_frames(path, config, reader))
-    times, _, fps = fragment.partition("&fps=")
-    start_s, end_s = map(float, times.split(","))
-    return to_patches(read_frames(file, replace(config, fps=float(fps)), ClippedReader(reader, start_s, end_s)))
 
 
 def first_round(examples: Sequence[Example]) -> list[Focus]:

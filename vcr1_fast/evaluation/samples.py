@@ -21,6 +21,7 @@ from vcr1_fast.types import Example
 
 MEAN_TOLERANCE = 1e-9  # a mean over examples differs from the task's own by rounding at most
 NO_TEXT = "the model gave no text"
+JUDGED = "judged"  # the metric of a task with a judge that says which share of the answers has a verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Sample:
     failure: str
     finish_reason: str
     num_tokens: int
-    categories: dict[str, str] = field(default_factory=dict)  # axis -> value, for tables
+    categories: dict[str, list[str]] = field(default_factory=dict)  # axis -> values, for tables
 
 
 def per_sample_metrics(
@@ -61,7 +62,7 @@ def per_sample_metrics(
     would wait for it once per example.
     """
     own = getattr(task, "sample_metrics", None)
-    if own is None and metrics.get("judged", 1.0) < 1.0:
+    if own is None and metrics.get(JUDGED, 1.0) < 1.0:
         return {}
     try:
         if own is not None:
@@ -77,6 +78,21 @@ def per_sample_metrics(
         for name, column in values.items()
         if math.isclose(sum(column) / len(column), metrics[name], rel_tol=0.0, abs_tol=MEAN_TOLERANCE)
     }
+
+
+def of_all(metrics: Mapping[str, float], usable_frac: float) -> dict[str, float]:
+    """Metrics of the usable examples -> of all of them: a refused one adds 0 to the mean that a metric is.
+
+    (Captioning's F1 of two means scales with them.) `judged`, which says whether a judge answered, takes nothing off.
+    """
+    missing = 1.0 - usable_frac
+    return {name: value * usable_frac + (missing if name == JUDGED else 0.0) for name, value in metrics.items()}
+
+
+def with_refused(column: Sequence[float], examples: Sequence[Example], metric: str) -> list[float]:
+    """Values of the usable examples -> one of each example, as `of_all` counts them."""
+    values = iter(column)
+    return [float(metric == JUDGED) if example.is_refused else next(values) for example in examples]
 
 
 def metric_intervals(
@@ -96,33 +112,41 @@ def make_samples(
     examples: Sequence[Example],
     answers: Sequence[Answer],
     metrics: Mapping[str, Sequence[float]],
-    categories: Mapping[str, dict[str, str]],
 ) -> list[Sample]:
-    """One sample per example of one task; `metrics` is what `per_sample_metrics` gave, `categories` goes by id.
+    """One sample per example of one task; `metrics` has one value of each.
 
     Reward parts are left out, with a line, when the task's score raises: a judge that is down must not lose the rest.
     """
+    usable = [i for i, example in enumerate(examples) if not example.is_refused]
     try:
-        parts: Mapping[str, Sequence[float]] = task.score(examples, [answer.text for answer in answers])
+        scored = task.score([examples[i] for i in usable], [answers[i].text for i in usable])
     except Exception as error:  # user code, or a judge
         print(f"no reward parts in samples.jsonl: task {task.name}: {type(error).__name__}: {error}", file=sys.stderr)
-        parts = {}
+        scored = {}
+    parts = {name: with_refused(values, examples, name) for name, values in scored.items()}
     return [
         Sample(
             id=example.id,
             task=task.name,
             video=example.video,
-            question=task.question(example),
+            question=example.query if example.is_refused else task.question(example),
             answer=answer.text,
             parts={name: float(values[i]) for name, values in parts.items()},
             metrics={name: float(values[i]) for name, values in metrics.items()},
             failure=answer.failure or ("" if answer.text.strip() else NO_TEXT),
             finish_reason=answer.finish_reason,
             num_tokens=answer.num_tokens,
-            categories=categories.get(example.id, {}),
+            categories=_by_axis(example.categories),
         )
         for i, (example, answer) in enumerate(zip(examples, answers, strict=True))
     ]
+
+
+def _by_axis(categories: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    by_axis: dict[str, list[str]] = {}
+    for axis, value in categories:
+        by_axis.setdefault(axis, []).append(value)
+    return by_axis
 
 
 def write_lines(file: Path, rows: Iterable[object]) -> None:

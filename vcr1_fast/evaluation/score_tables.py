@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def print_scores(before: Mapping[str, TaskScore], after: Mapping[str, TaskScore]) -> None:
     """A table with one row per metric: before (if there is any), after, and the best answer that needs no model.
 
-    The number after ± is half of the 95 % bootstrap interval; none where a metric is not a mean over examples.
+    Refused rows count as 0 without a model as well. The number after ± is half of the 95 % bootstrap interval; none
+    where a metric is not a mean over examples.
     """
     table = Table("held-out score", box=box.SIMPLE)
     for column in ("before", "after") if before else ("score",):
@@ -30,6 +31,8 @@ def print_scores(before: Mapping[str, TaskScore], after: Mapping[str, TaskScore]
             earlier = [shown_score(before[task], name) if task in before else ""] if before else []
             baseline, best = max(((label, m[name]) for label, m in score.trivial.items()), key=lambda pair: pair[1])
             table.add_row(f"  {name}", *earlier, shown_score(score, name), f"{best:.3f} {baseline}")
+        if score.num_refused:
+            table.add_row(f"  [red]{score.num_refused:,} of {score.num_examples:,} rows refused, counted as 0[/]")
         if score.num_bad:
             table.add_row(f"  [red]{score.num_bad:,} of {score.num_examples:,} unreadable, counted as 0[/]")
     console.print(table)
@@ -59,12 +62,14 @@ def print_categories(samples: Sequence[Sample]) -> None:
 def category_means(samples: Sequence[Sample]) -> dict[str, dict[str, tuple[int, dict[str, float]]]]:
     """Axis -> value -> (number, metric -> mean) of one task's samples, values in order.
 
-    A sample without an axis is in none of its rows. Empty when there are no categories or no per-example metrics.
+    A sample without an axis is in none of its rows, one with several values of it in the row of each. Empty when there
+    are no categories or no per-example metrics.
     """
     members: dict[str, dict[str, list[Sample]]] = {}
     for sample in samples:
-        for axis, value in sample.categories.items() if sample.metrics else ():
-            members.setdefault(axis, {}).setdefault(value, []).append(sample)
+        for axis, values in sample.categories.items() if sample.metrics else ():
+            for value in values:
+                members.setdefault(axis, {}).setdefault(value, []).append(sample)
     return {
         axis: {
             value: (len(own), {name: sum(s.metrics[name] for s in own) / len(own) for name in own[0].metrics})

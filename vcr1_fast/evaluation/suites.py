@@ -1,14 +1,15 @@
 """`vcr1-fast suite`: multiple-choice benchmarks in their public formats -> one JSONL file of our own rows.
 
     videomme         parquet or JSON rows of lmms-lab/Video-MME: videoID, question_id, question, options, answer,
-                     duration (short, medium, long), domain, sub_category, task_type
+                     duration (short, medium, long), domain, sub_category, task_type; or the JSON that the benchmark's
+                     own script scores: one object per video, its questions in a list "questions"
     mvbench          one JSON list per task (action_sequence.json, ...) of OpenGVLab/MVBench: video, question,
                      candidates, answer (the text of one candidate)
     perception_test  google-deepmind/perception_test: JSON object video -> mc_question list of id, question, options,
-                     answer_id, area, reasoning; or the parquet of lmms-lab, one row per question
+                     answer_id, area, reasoning, tag; or the parquet of lmms-lab, one row per question
 
-Each row gets "categories", an object of axis -> value, by which `vcr1-fast eval` makes further tables. The rows are of
-the task multiple_choice; bad ones are named and counted.
+Each row gets "categories", an object of axis -> value or list of values (a question has several tags), by which
+`vcr1-fast eval` makes further tables. The rows are of the task multiple_choice; bad ones are named and counted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from vcr1_fast.config import ConfigError
 from vcr1_fast.evaluation.samples import write_lines
@@ -92,20 +94,21 @@ def read_suite(
                 where_of_id[name] = source
                 rows.append(row)
     for axis, value in (only or {}).items():
-        known = sorted({str(_categories(row).get(axis)) for row in rows if axis in _categories(row)})
+        known = sorted({known for row in rows for known in _values(row, axis)})
         if value not in known:
             raise ConfigError(f"no question has {axis}={value}; {axis} is one of: {', '.join(known) or 'nothing'}")
-        rows = [row for row in rows if _categories(row).get(axis) == value]
+        rows = [row for row in rows if value in _values(row, axis)]
     if not rows:
         reason = f"; first error: {errors[0]}" if errors else ""
         raise ConfigError(f"no usable question of {suite} in {', '.join(map(str, files))}{reason}")
     return SuiteRows(rows, errors)
 
 
-def _categories(row: Row) -> dict[str, str]:
-    found = row["categories"]
-    assert isinstance(found, dict)
-    return found
+def _values(row: Row, axis: str) -> list[str]:
+    categories = row["categories"]
+    assert isinstance(categories, dict)
+    found = categories.get(axis, [])
+    return found if isinstance(found, list) else [found]
 
 
 def _checked(where: str, make: Callable[[], Row]) -> tuple[str, Row | ValueError]:
@@ -131,7 +134,11 @@ def _entries(file: Path, is_mapping: bool) -> Iterator[tuple[str, Any]]:
 
 def _row(name: str, video: str, query: str, options: object, answer: object, categories: Mapping[str, object]) -> Row:
     row: Row = {"id": name, "task": "multiple_choice", "video": video, "query": query, "options": options}
-    shown = {axis: str(value) for axis, value in categories.items() if value is not None}
+    shown = {
+        axis: list(map(str, value)) if isinstance(value, list) else str(value)
+        for axis, value in categories.items()
+        if value is not None and value != []
+    }
     return row | {"answer": answer, "categories": shown}
 
 
@@ -159,16 +166,40 @@ def _options(entry: Mapping[str, object], key: str) -> list[object]:
 
 def _videomme(file: Path, root: Path) -> Rows:
     for where, entry in _entries(file, is_mapping=False):
-        yield (
-            (where, entry) if isinstance(entry, ValueError) else _checked(where, lambda e=entry: _videomme_row(e, root))
-        )
+        if isinstance(entry, ValueError):
+            yield where, entry
+        elif "questions" in entry:
+            yield from _videomme_questions(where, entry, root)
+        else:
+            yield _checked(where, lambda e=entry: _videomme_row(e, root))
+
+
+def _videomme_questions(where: str, video: Mapping[str, object], root: Path) -> Rows:
+    """The rows of one video with a list of questions."""
+    questions = video["questions"]
+    if not isinstance(questions, list) or not questions:
+        yield where, ValueError(f"questions is {questions!r:.60}, wanted a list of questions, at least one")
+        return
+    for number, question in enumerate(questions, start=1):
+        if isinstance(question, Mapping):
+            yield _checked(f"{where}:{number}", lambda q=question: _videomme_row({**video, **q}, root))
+        else:
+            yield f"{where}:{number}", ValueError(f"the question is a {type(question).__name__}, wanted an object")
+
+
+def _videomme_name(entry: Mapping[str, object]) -> str:
+    """The YouTube id, after which the video files are named; where only the address says it, the one there."""
+    if "videoID" in entry or "url" not in entry:
+        return read_text(entry, "videoID" if "videoID" in entry else "video_id")
+    url = urlsplit(read_text(entry, "url"))
+    return parse_qs(url.query).get("v", [url.path.rpartition("/")[2]])[0]
 
 
 def _videomme_row(entry: Mapping[str, object], root: Path) -> Row:
     axes = ("duration", "domain", "sub_category", "task_type")
     return _row(
         f"videomme:{read_text(entry, 'question_id')}",
-        _video(root, read_text(entry, "videoID")),
+        _video(root, _videomme_name(entry)),
         read_text(entry, "question"),
         _options(entry, "options"),  # "A. Apples.", ...; the task takes the letters off
         read_field(entry, "answer"),
@@ -230,7 +261,7 @@ def _perception_row(video: str, entry: Mapping[str, object], id_key: str, root: 
         read_text(entry, "question"),
         options,
         _letter(read_field(entry, "answer_id"), len(options)),
-        {axis: entry.get(axis) for axis in ("area", "reasoning")},
+        {axis: entry.get(axis) for axis in ("area", "reasoning", "tag")},
     )
 
 
@@ -257,22 +288,3 @@ def suite_command(
     num_videos = len({str(row["video"]) for row in found.rows})
     counts = {"rows": len(found.rows), "bad": len(found.errors), "videos": num_videos, "missing_videos": len(missing)}
     return {"suite": suite, "output": output, **counts}
-
-
-def read_categories(files: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Example id -> axis -> value, for the rows of annotation files that have an "id" and "categories" or a "type".
-
-    ("type" is NExT-GQA's kind of question, such as CW, causal why.) Rows without either are left out.
-    """
-    categories: dict[str, dict[str, str]] = {}
-    for file in files:
-        for _, entry in read_entries(Path(file).expanduser()).items:
-            if not isinstance(entry, Mapping) or "id" not in entry:
-                continue
-            found, kind = entry.get("categories"), entry.get("type")
-            if isinstance(found, Mapping):
-                categories[str(entry["id"])] = {str(axis): str(value) for axis, value in found.items()}
-            elif isinstance(kind, str):
-                # the second id is that of the same question without its intervals (schemas.nextgqa)
-                categories[str(entry["id"])] = categories[f"{entry['id']}:choice"] = {"type": kind}
-    return categories

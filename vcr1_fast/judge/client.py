@@ -6,13 +6,14 @@ entailment.py. Nothing is contacted, read or written before the first question.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import json
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,6 +71,7 @@ class JudgeClient:
         self._down_reason = ""
         self._last_success = float("-inf")
         self._opened_cache: AnswerCache | None = None
+        self._turns: dict[str, tuple[threading.Lock, int]] = {}  # question -> its lock and how many hold or want it
 
     @property
     def _cache(self) -> AnswerCache:
@@ -107,6 +109,27 @@ class JudgeClient:
         `deadline`: of new_deadline. Raises JudgeUnavailableError.
         """
         key = cache_key(self.config.model, prompt)
+        with self._one_at_a_time(key, deadline):
+            return self._ask(key, prompt, parse, max_tokens, deadline)
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self, key: str, deadline: float) -> Iterator[None]:
+        """Threads with the same question wait for each other, so that the second finds the first one's answer."""
+        with self._lock:
+            turn, count = self._turns.get(key, (threading.Lock(), 0))
+            self._turns[key] = (turn, count + 1)
+        is_mine = turn.acquire(timeout=max(0.0, deadline - time.monotonic()))  # else the request says what is over
+        try:
+            yield
+        finally:
+            if is_mine:
+                turn.release()
+            with self._lock:
+                turn, count = self._turns.pop(key)
+                if count > 1:
+                    self._turns[key] = (turn, count - 1)
+
+    def _ask(self, key: str, prompt: str, parse: Callable[[str], T], max_tokens: int, deadline: float) -> T:
         known = self._cache.get(key)
         if known is not None:
             try:

@@ -1,20 +1,19 @@
-"""Rewards -> advantages, relative to the group of answers to the same prompt."""
+"""Rewards -> advantages of a step's groups; the formula itself is in tasks/reward_groups.py, native and plain."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from vcr1_fast.learner.sharding import World, all_reduce_sum
+from vcr1_fast.tasks import reward_groups
+from vcr1_fast.tasks.reward_groups import STD_FLOOR, AdvantageScale
 from vcr1_fast.types import RolloutGroup
 
 Scale = Literal["group", "batch", "none", "task"]
 
-STD_FLOOR = 1e-4  # added to the standard deviation, as the original and TRL do
 MAX_TASK_SCALED = 5.0  # bound of |advantage| above which a group is divided by its own standard deviation instead
 
 
@@ -64,37 +63,33 @@ class TaskScale:
 def group_advantages(
     rewards: Sequence[Sequence[float]], scale: Scale = "group", task_std: Sequence[float] = ()
 ) -> list[list[float]]:
-    """A_gi = (r_gi - mean_i r_gi) / (std + 1e-4); std unbiased, of the group, of all rewards given, or 1.
+    """`tasks.reward_groups.group_advantages` of each prompt's G rewards (G may differ), and scale "task":
 
-    A group whose rewards are all equal gets exactly 0 everywhere. Group of one: 0. Source: DeepSeekMath (2402.03300);
-    without scaling: Dr. GRPO (2503.20783); by task: OneThinker (2512.03043), where a group in which an advantage would
-    exceed 5 in size is divided by its own std, as in that paper's released code: a task that has only begun to vary has
-    a std near 0.
+        A_gi = (r_gi - mean_i r_gi) / (task_std_g + 1e-4)
+
+    Source: OneThinker (2512.03043), where a group in which an advantage would exceed 5 in size is divided by its own
+    standard deviation, as in that paper's released code: a task that has only begun to vary has a std near 0.
 
     Args:
-        rewards: one sequence of G rewards for each prompt; G may differ between prompts.
         task_std: for scale "task" the TaskScale.std of each prompt's task.
     """
-    tensors = [torch.tensor(list(group), dtype=torch.float64) for group in rewards]
-    everything = torch.cat([torch.zeros(0, dtype=torch.float64), *tensors])
-    batch_std = everything.std().item() if everything.numel() > 1 else 0.0
-    result = []
-    for index, reward_G in enumerate(tensors):
-        if reward_G.numel() < 2 or bool((reward_G == reward_G[0]).all()):
-            result.append([0.0] * reward_G.numel())  # rounding of the mean would leave 1e-17 / 1e-4 otherwise
-            continue
-        centred_G, own_std = reward_G - reward_G.mean(), reward_G.std().item()
-        if scale == "task":
-            result.append(_scaled_by_task(centred_G, task_std[index], own_std).tolist())
-            continue
-        divisor = {"group": own_std + STD_FLOOR, "batch": batch_std + STD_FLOOR, "none": 1.0}[scale]
-        result.append((centred_G / divisor).tolist())
-    return result
+    flat = [reward for group in rewards for reward in group]
+    offsets = list(accumulate((len(group) for group in rewards), initial=0))
 
+    def per_group(kind: AdvantageScale) -> list[list[float]]:
+        advantages = reward_groups.group_advantages(flat, offsets, kind)
+        return [advantages[start:end] for start, end in pairwise(offsets)]
 
-def _scaled_by_task(centred_G: Tensor, task_std: float, own_std: float) -> Tensor:
-    scaled_G = centred_G / (task_std + STD_FLOOR)
-    return scaled_G if float(scaled_G.abs().max()) <= MAX_TASK_SCALED else centred_G / (own_std + STD_FLOOR)
+    if scale != "task":
+        return per_group(scale)
+    centred, own_scaled = per_group("none"), per_group("group")
+    scaled = [
+        [distance / (std + STD_FLOOR) for distance in group] for group, std in zip(centred, task_std, strict=True)
+    ]
+    return [
+        own if max(map(abs, group), default=0.0) > MAX_TASK_SCALED else group
+        for group, own in zip(scaled, own_scaled, strict=True)
+    ]
 
 
 def with_advantages(

@@ -1,8 +1,9 @@
 """Annotation files -> examples, and the order in which a run goes through them.
 
 A file is of one of the schemas in `schemas`. What it says becomes rows of our own schema: objects with "task", "video",
-"query", the fields of the task, and optionally "id" (default: file stem and row), "duration_s" and "reasoning". The
-task checks and, in recipe fixed, repairs them; nothing is left out without a line and a count.
+"query", the fields of the task, and optionally "id" (default: file stem and row), "duration_s", "reasoning" and
+"categories" (axis -> value or values). The task checks and, in recipe fixed, repairs them; nothing is left out without
+a line and a count.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vcr1_fast.prompts.schemas import find_schema
 from vcr1_fast.prompts.schemas.schema import Recipe, Row, Schema, read_text
 from vcr1_fast.prompts.video_files import VideoFolder
 from vcr1_fast.tasks.task import Task
-from vcr1_fast.types import Example, SampleError
+from vcr1_fast.types import Example, RefusedTruth, SampleError
 
 Item = TypeVar("Item")
 
@@ -67,9 +68,14 @@ class FileSummary:
 class AnnotationFile:
     """The content of one annotation file."""
 
-    examples: list[Example]
+    rows: list[Example]  # in the order of the file, refused ones (RefusedTruth) of a known task included
     errors: list[SampleError]  # one per row left out; the source is file:row, file:line or file:key
     summary: FileSummary
+
+    @property
+    def examples(self) -> list[Example]:
+        """The usable rows."""
+        return [row for row in self.rows if not row.is_refused]
 
 
 def read_annotation_files(
@@ -78,8 +84,12 @@ def read_annotation_files(
     """Examples, errors and summary of each file. Video files are not opened. Ids are unique over all files.
 
     tasks: by name, made for the same recipe.
-    Raises ConfigError when a file is missing, named twice, broken as a whole, of no known schema, or without a row.
+    Raises ConfigError when a file is missing, named twice, broken as a whole, of no known schema, for an unknown task,
+    or without a row.
     """
+    for source in sources:
+        if source.task is not None and source.task not in tasks:
+            raise ConfigError(f"annotation file {source.path} is for the task {_unknown_task(source.task, tasks)}")
     files = [Path(os.path.abspath(os.path.expanduser(source.path))) for source in sources]
     uses = Counter((file, source.schema, source.task) for file, source in zip(files, sources, strict=True))
     for (file, _, _), count in uses.items():
@@ -110,7 +120,7 @@ class _Loader:
     ) -> None:
         self.file, self.label, self.tasks, self.videos = file, label, tasks, videos
         self.source_of_id = source_of_id  # of all files so far
-        self.examples: list[Example] = []
+        self.rows: list[Example] = []
         self.errors: list[SampleError] = []
         self.found: Counter[str] = Counter()
         self.in_examples: Counter[str] = Counter()
@@ -126,7 +136,8 @@ class _Loader:
                 )
             rows = list(schema.to_rows(where, entry, recipe))
         except ValueError as error:
-            self._refuse(where, "invalid", error)
+            keys = dict(entry) if isinstance(entry, Mapping) else {}
+            self._refuse(where, keys | {"task": schema.task or keys.get("task")}, "invalid", error)
             return
         for row_where, row in rows:
             self._add_row(row_where, row, recipe)
@@ -146,38 +157,53 @@ class _Loader:
                 taken_by = taken_by if same_file == taken_by else f"row {same_file}"
                 raise ValueError(f"id {example.id!r} is already taken by {taken_by}: ids must differ")
         except ValueError as error:
-            self._refuse(where, kind, error)
+            self._refuse(where, row, kind, error)
         else:
             self.source_of_id[example.id] = source
-            self.examples.append(example)
+            self.rows.append(example)
             self.in_examples += defects
 
-    def _refuse(self, where: str, kind: str, error: ValueError) -> None:
-        self.errors.append(SampleError(f"{self.file}:{where}", str(error)))
+    def _refuse(self, where: str, row: Mapping[str, object], kind: str, error: ValueError) -> None:
+        source = f"{self.file}:{where}"
+        self.errors.append(SampleError(source, str(error)))
         self.refused[kind] += 1
+        task, video = row.get("task"), row.get("video")
+        if not isinstance(task, str) or task not in self.tasks:
+            return  # no score that it could count in
+        path = self.videos.find(video) if isinstance(video, str) and video.strip() else ""
+        query = row.get("query")
+        refused = Example(
+            id=f"{self.label}:{where}",  # not the row's own id, which a usable row may have as well
+            task=task,
+            video=path,
+            query=query if isinstance(query, str) else "",
+            duration_s=math.inf,
+            truth=RefusedTruth(str(error)),
+            categories=_categories(row),
+        )
+        self.rows.append(refused)
 
     def finish(self, schema: Schema, recipe: Recipe) -> AnnotationFile:
         kept_or_repaired = dict(self.in_examples)
+        num_examples = sum(not row.is_refused for row in self.rows)
         summary = FileSummary(
             file=self.file.name,
             schema=schema.name,
-            num_rows=len(self.examples) + len(self.errors),
-            num_examples=len(self.examples),
+            num_rows=num_examples + len(self.errors),
+            num_examples=num_examples,
             found=dict(self.found),
             repaired=kept_or_repaired if recipe == "fixed" else {},
             kept=kept_or_repaired if recipe == "paper" else {},
             refused=dict(self.refused),
         )
-        return AnnotationFile(self.examples, self.errors, summary)
+        return AnnotationFile(self.rows, self.errors, summary)
 
 
 def _example(row: Row, default_id: str, tasks: Mapping[str, Task], videos: VideoFolder) -> Example:
     """One row as an Example. Raises ValueError with one reason."""
     task = read_text(row, "task")
     if task not in tasks:
-        near = difflib.get_close_matches(task, tasks, n=1, cutoff=0.0)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"task is {task!r}, wanted one of {', '.join(tasks)}{meant}")
+        raise ValueError(f"task is {_unknown_task(task, tasks)}")
     needs_query = "query" in row or getattr(tasks[task], "needs_query", True)  # captioning asks the same of every clip
     video, query = read_text(row, "video"), read_text(row, "query") if needs_query else ""
     duration_s = _duration_s(row)
@@ -187,7 +213,29 @@ def _example(row: Row, default_id: str, tasks: Mapping[str, Task], videos: Video
     truth = tasks[task].parse_truth(row)
     if math.isinf(duration_s) and hasattr(truth, "intervals_s"):
         raise ValueError("key 'duration_s' is missing, wanted the seconds of the video that the intervals lie in")
-    return Example(_id(row, default_id), task, videos.find(video), query, duration_s, truth, reasoning)
+    name, path = _id(row, default_id), videos.find(video)
+    return Example(name, task, path, query, duration_s, truth, reasoning, _categories(row))
+
+
+def _categories(row: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    """(axis, value) pairs of "categories"; without it "type" is one, as in NExT-GQA (CW: causal why, ...).
+
+    Anything else than an object of texts, numbers or lists of them says nothing.
+    """
+    found, kind = row.get("categories"), row.get("type")
+    if not isinstance(found, Mapping):
+        return (("type", kind),) if isinstance(kind, str) else ()
+    pairs = ((str(axis), value) for axis, values in found.items() for value in _listed(values))
+    return tuple(dict.fromkeys((axis, str(value)) for axis, value in pairs if isinstance(value, str | int | float)))
+
+
+def _listed(value: object) -> list[object] | tuple[object, ...]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _unknown_task(task: str, tasks: Mapping[str, Task]) -> str:
+    near = difflib.get_close_matches(task, tasks, n=1, cutoff=0.0)
+    return f"{task!r}, wanted one of {', '.join(tasks)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _id(row: Row, default: str) -> str:

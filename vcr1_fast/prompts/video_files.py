@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vcr1_fast.video.source_name import SourceName
+
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")  # in the order in which they are tried for a name without one
 
 
@@ -20,8 +22,13 @@ class VideoFolder:
 
         A relative path starts from the root; if it has no suffix of a video and does not exist as it is, it gets the
         first suffix under which there is a file, .mp4 if there is none. An absolute path that does not exist, as in
-        files from another machine, is replaced by its last part under the root where that exists.
+        files from another machine, is replaced by its last part under the root where that exists. A fragment behind the
+        path ("#images=7&fps=2") stays there.
         """
+        path = SourceName.parse(video).path
+        return self._find(path) + video[len(path) :]
+
+    def _find(self, video: str) -> str:
         path = os.path.expanduser(video)
         if os.path.isabs(path):
             name = os.path.basename(path)

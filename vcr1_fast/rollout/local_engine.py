@@ -17,9 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
 from vcr1_fast.prompts.special_ids import SpecialIds
+from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.grouped_cache import GROUPED_ATTENTION, GroupedCache
 from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, uniforms
 from vcr1_fast.types import Completion, Prompt, SamplingParams
+from vcr1_fast.video.embed import embed_videos
 
 READY_MASK = {"full_attention": None}  # as a dict it is taken as it is: causal in the prefill, no [L, L] mask is built
 
@@ -27,7 +29,7 @@ READY_MASK = {"full_attention": None}  # as a dict it is taken as it is: causal 
 class LocalEngine:
     """A RolloutEngine around a model that nobody else uses: it is switched to eval mode and to our decode attention.
 
-    Tokens depend on weights, prompt, its index in the call, and the seed; not on `max_batch_rows`, but for rounding.
+    Tokens depend on weights, prompt, its index in the call, and the seed; not on the batches, but for rounding.
     Ids that stand for pictures are never drawn. Log-probs are over the whole vocabulary, see `sampling.sample_tokens`.
 
     Example: `LocalEngine(model, tokenizer).generate(prompts, SamplingParams(8, 256))[0][0].text`.
@@ -39,13 +41,17 @@ class LocalEngine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_batch_rows: int = 256,
+        max_batch_tokens: int = 65536,
     ) -> None:
-        """`max_batch_rows`: completions decoded together; a group is never split.
+        """`max_batch_rows`, `max_batch_tokens`: bounds of what is decoded together, see `batches.in_batches`; a group
+        is never split.
 
         Raises ValueError when the tokenizer does not fit the model, or the model has sliding-window layers.
         """
         if max_batch_rows < 1:
             raise ValueError(f"max_batch_rows is {max_batch_rows}, wanted >= 1")
+        if max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens is {max_batch_tokens}, wanted >= 1")
         special = SpecialIds.of(tokenizer)
         if special.video_pad != model.config.video_token_id:
             raise ValueError(
@@ -56,7 +62,7 @@ class LocalEngine:
             raise ValueError("the model has sliding-window layers: set text_config.use_sliding_window to false")
         self.policy_version = 0
         self.tokenizer = tokenizer
-        self.max_batch_rows = max_batch_rows
+        self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
         self._model: Qwen2_5_VLForConditionalGeneration | None = model.eval().requires_grad_(False)
         model.model.language_model.set_attn_implementation(GROUPED_ATTENTION)
         self._stop_ids = torch.tensor(special.stop, device=model.device)
@@ -73,12 +79,10 @@ class LocalEngine:
         """G completions of each prompt. Raises ValueError for settings out of range or a prompt that does not fit its
         video, RuntimeError when the model's logits are not finite."""
         check_sampling(sampling)
-        per_chunk = max(1, self.max_batch_rows // sampling.num_completions)
         result: list[list[Completion]] = []
-        for start in range(0, len(prompts), per_chunk):
-            chunk = prompts[start : start + per_chunk]
+        for chunk in in_batches(prompts, sampling, self.max_batch_rows, self.max_batch_tokens):
             with torch.inference_mode():
-                tokens_BS, logprobs_BS = self._run_chunk(chunk, start, sampling)
+                tokens_BS, logprobs_BS = self._run_chunk(chunk, len(result), sampling)
             rows = self._completions(tokens_BS, logprobs_BS)
             size = sampling.num_completions
             result += [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -189,10 +193,7 @@ class LocalEngine:
                     f"the prompt of example {prompt.example.id!r} has {count} video placeholders, but its grid "
                     f"{prompt.patches.grid_thw} stands for {prompt.patches.num_tokens} tokens: use PromptBuilder"
                 )
-        values_PC = torch.cat([p.patches.values_PC for p in prompts]).to(model.device, model.dtype)
-        # Grids stay on the CPU: the tower makes Python-side indices of them, and reading them back would stall a GPU.
-        grids = torch.tensor([p.patches.grid_thw for p in prompts])
-        video_MD = model.model.visual(values_PC, grid_thw=grids).pooler_output
+        video_MD = embed_videos(model, [p.patches for p in prompts], model.dtype)
         return embeds_PLD.masked_scatter(is_video_PL.unsqueeze(-1), video_MD.to(embeds_PLD.dtype))
 
     def _next_logits(self, token_B: Tensor, position_B: Tensor, cache: GroupedCache) -> Tensor:

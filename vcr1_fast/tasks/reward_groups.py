@@ -1,7 +1,8 @@
 """Reward parts of a batch of answers -> rewards -> advantages relative to the group of answers to the same prompt.
 
-The plain functions are the definition of correct, in float64, with every sum from left to right; the compiled module
-equals them bit for bit. On CUDA it computes the overlap, the reward and the advantage of a whole batch in one launch
+`group_advantages` is what the trainer calls (learner/advantages.py). The plain functions are the definition of correct,
+in float64, with every sum from left to right; the compiled module equals them bit for bit.
+On CUDA it computes the overlap, the reward and the advantage of a whole batch in one launch
 (`_native.interval_advantages_cuda` and `track_advantages_cuda`).
 """
 

@@ -40,6 +40,11 @@ def find_schema(file: Path, entries: Entries, name: str = "auto", task: str | No
             raise ConfigError(
                 f"annotation file {file} holds {_looks(entries, objects)}, but data.format is {schema.describe()}"
             )
+        if task is not None and schema.task not in (None, task):
+            raise ConfigError(
+                f"annotation file {file} is to be read as {name}, which is for the task {schema.task}, not for {task}: "
+                "name another format or task"
+            )
         return schema
     fitting = [
         schema

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vcr1_fast.prompts.schemas.schema import Entry, Recipe, Row, Schema, read_field, read_text
+from vcr1_fast.video.source_name import images_name
 
 IMAGES_PER_S = 2.0  # a list of images is declared to run at this rate, whatever the real one
 NUM_IMAGES = 7
@@ -30,6 +31,7 @@ PAPER_DURATION_S = (NUM_IMAGES + 1) / IMAGES_PER_S
 def _to_rows(where: str, entry: Entry, recipe: Recipe) -> Iterator[tuple[str, Row]]:
     """fixed: 3.5 s with boxes at 0, 0.07, 0.5, 1.0, ... 3.0 s. paper: 4 s with box i at i / 2 s, as in the original.
 
+    Both show the same: NUM_IMAGES of the folder, the last one twice as the vision tower takes frames in pairs.
     A row with another number of boxes is refused by the task, as there are then more or fewer boxes than instants.
     """
     is_paper = recipe == "paper"
@@ -37,7 +39,7 @@ def _to_rows(where: str, entry: Entry, recipe: Recipe) -> Iterator[tuple[str, Ro
         where,
         {
             "task": "object_tracking",
-            "video": read_text(entry, "path"),
+            "video": images_name(read_text(entry, "path"), NUM_IMAGES, IMAGES_PER_S),
             "query": read_text(entry, "object"),
             "duration_s": PAPER_DURATION_S if is_paper else FIXED_DURATION_S,
             "boxes": read_field(entry, "gt"),

@@ -1,4 +1,7 @@
-"""Our own schema: every row is an object with "task", "video", "query" and the fields of its task."""
+"""Our own schema: every row is an object with "task", "video", mostly "query", and the fields of its task.
+
+A captioning row needs no query, as the same is asked of every video.
+"""
 
 from __future__ import annotations
 
@@ -11,4 +14,4 @@ def _to_rows(where: str, entry: Entry, recipe: Recipe) -> Iterator[tuple[str, Ro
     yield where, dict(entry)
 
 
-SCHEMA = Schema(name="rows", task=None, keys=("task", "video", "query"), is_mapping=False, to_rows=_to_rows)
+SCHEMA = Schema(name="rows", task=None, keys=("task", "video"), is_mapping=False, to_rows=_to_rows)
