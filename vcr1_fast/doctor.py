@@ -163,6 +163,29 @@ def _pyav() -> str:
     return f"{version}, decodes and encodes H.264"
 
 
+def _torchcodec() -> str:
+    from vcr1_fast.video.torchcodec_reader import unavailable_reason
+
+    reason = unavailable_reason()
+    if reason is not None:
+        raise UnusableError(reason)
+    return metadata.version("torchcodec")
+
+
+def _dali() -> str:
+    """NVDEC where there is a GPU, the few CPU decoders elsewhere."""
+    import torch
+
+    from vcr1_fast.video.dali_reader import unavailable_reason
+
+    version = _load("nvidia.dali", "nvidia-dali-cuda130")
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    reason = unavailable_reason(device)
+    if reason is not None:
+        raise UnusableError(reason)
+    return f"{version}, {'NVDEC' if device == 'gpu' else 'CPU decoders only (VP8, VP9, MJPEG)'}"
+
+
 def _tensorboard() -> str:
     return _load("torch.utils.tensorboard", "tensorboard")
 
@@ -205,8 +228,9 @@ COMPONENTS = (
     Component("vcr1_fast.native", _native, "a C++17 compiler, then VCR1_NATIVE=cpu pip install -e . to see why"),
     Component("vcr1_kernels", _kernels, "pip install -e .", is_required=True),
     Component("triton", _triton, CUDA_TORCH + "; torch brings its triton"),
-    Component("PyAV", _pyav, "pip install 'av>=14'", is_required=True),
+    Component("PyAV", _pyav, "pip install 'av>=17'", is_required=True),
     Component("decord", lambda: _load("decord", "decord"), "pip install decord (x86-64 only)"),
+    Component("torchcodec", _torchcodec, "pip install -e '.[torchcodec]', and FFmpeg's shared libraries"),
     Component(
         "tensorboard",
         lambda: _load("torch.utils.tensorboard", "tensorboard"),
@@ -217,6 +241,6 @@ COMPONENTS = (
     Component("torch.distributed gloo", _gloo, "a torch built with gloo; one process works without"),
     Component("torch.distributed nccl", _nccl, CUDA_TORCH + "; one process works without"),
     Component("sglang", lambda: _load("sglang", "sglang"), "pip install -e '.[sglang]'"),
-    Component("DALI", lambda: _load("nvidia.dali", "nvidia-dali-cuda130"), "pip install -e '.[dali]'"),
+    Component("DALI", _dali, "pip install -e '.[dali]'"),
     Component("flash-attn", lambda: _load("flash_attn", "flash-attn"), "pip install -e '.[flash]' (needs nvcc)"),
 )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,7 +15,7 @@ from vcr1_fast import __version__, native
 from vcr1_fast.checkpoint import RunState, load_checkpoint, resolve_resume, save_checkpoint
 from vcr1_fast.config import Config, ConfigError
 from vcr1_fast.config_io import config_to_yaml
-from vcr1_fast.learner.model import describe_kernels, load_hugging_face, load_tokenizer, resolve_dtype
+from vcr1_fast.learner.model import describe_kernels, load_hugging_face, load_tokenizer, model_folder, resolve_dtype
 from vcr1_fast.learner.sharding import World, init_distributed, shutdown
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.prompts.build import PromptBuilder
@@ -22,14 +23,18 @@ from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run_folder import prepare_output_dir
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.telemetry import say
 from vcr1_fast.types import Example
-from vcr1_fast.video.patches import to_patches
+from vcr1_fast.video.cache import TensorCache
+from vcr1_fast.video.frozen_tower import load_frozen_tower
+from vcr1_fast.video.loader import FrameLoader
+from vcr1_fast.video.patches import PatchSource
 from vcr1_fast.video.quarantine import Quarantine
-from vcr1_fast.video.read import open_reader, read_frames
+from vcr1_fast.video.read import decodes_on_gpu
 
 
 @dataclass(frozen=True)
@@ -40,22 +45,37 @@ class Run:
     world: World
     folder: Path
     tasks: dict[str, Task]
+    source: PatchSource
     builder: PromptBuilder
     quarantine: Quarantine
-    reader_name: str
 
     def train_stream(self) -> PromptStream:
-        examples = self._load(self.config.data.train, "data.train")
-        return PromptStream(examples, self.builder, self.quarantine, self.config, self.world)
+        return PromptStream(self._load("train"), self.builder, self.quarantine, self.config, self.world)
 
     def eval_examples(self) -> list[Example]:
-        return self._load(self.config.data.eval, "data.eval") if self.config.data.eval else []
+        """Those of data.eval, refused rows included (RefusedTruth); [] without files."""
+        return self._load("eval") if self.config.data.eval else []
 
     def open_engine(self) -> RolloutEngine:
         """The rollout engine with the starting weights; WeightSync keeps it up to date."""
         dtype = resolve_dtype(self.config.model, self.world.device)
+        rollout = self.config.rollout
+        if rollout.engine == "sglang":
+            return SGLangEngine(
+                model_folder(self.config.model.path),
+                self.builder.tokenizer,
+                rollout.sglang,
+                dtype=dtype,
+                device=self.world.device,
+                seed=self.config.train.seed * 8192 + self.world.rank,
+            )
         hf = load_hugging_face(self.config.model.path, dtype, self.world.device)
-        return LocalEngine(hf, self.builder.tokenizer, max_batch_rows=self.config.rollout.max_batch_rows)
+        return LocalEngine(
+            hf,
+            self.builder.tokenizer,
+            max_batch_rows=rollout.max_batch_rows,
+            max_batch_tokens=rollout.max_batch_tokens,
+        )
 
     def describe(self) -> str:
         """One line on what this run uses, chosen now and not changed later."""
@@ -65,35 +85,44 @@ class Run:
         return (
             f"vcr1-fast {__version__}: model {config.model.path} in {dtype} on {world.device.type}, {sharding}; "
             f"{describe_kernels(config.model, world.device)}; "
-            f"engine: {config.rollout.engine}; video: {self.reader_name}; "
+            f"engine: {config.rollout.engine}; video: {self.source.describe()}; "
             f"overlaps: {'C++' if native.is_available() else native.status()}; recipe: {config.task.recipe}"
         )
 
     def state(self, step: int, position: int, num_tokens: int, policy_version: int, program: str) -> RunState:
         """What a checkpoint made now says about the run."""
         config_yaml = config_to_yaml(self.config)
-        return RunState(step, position, num_tokens, policy_version, self.reader_name, config_yaml, program)
+        return RunState(step, position, num_tokens, policy_version, self.source.name, config_yaml, program)
 
-    def _load(self, paths: Sequence[str], name: str) -> list[Example]:
-        if not paths:
+    def _load(self, name: Literal["train", "eval"]) -> list[Example]:
+        """The examples of data.train, or of data.eval with its refused rows, which evaluation counts as wrong."""
+        files = self.config.data.sources(name)
+        if not files:
             raise ConfigError(
-                f"{name} is empty, wanted at least one annotation file; for a first try: vcr1-fast synth tiny, then "
-                "vcr1-fast train tiny"
+                f"data.{name} is empty, wanted at least one annotation file; for a first try: vcr1-fast synth tiny, "
+                "then vcr1-fast train tiny"
             )
-        data = self.config.data
-        sources = [AnnotationSource(path, data.video_root, data.format) for path in paths]
-        files = read_annotation_files(sources, self.tasks, self.config.task.recipe)
-        examples = [example for file in files for example in file.examples]
-        errors = [error for file in files for error in file.errors]
-        for file in files:
-            say(f"{name}: {file.summary}")
+        sources = [AnnotationSource(file.path, file.video_root, file.format or "auto", file.task) for file in files]
+        contents = read_annotation_files(sources, self.tasks, self.config.task.recipe)
+        rows = [
+            row
+            for file, content in zip(files, contents, strict=True)
+            for row in content.rows
+            if file.task in (None, row.task)
+        ]
+        errors = [error for content in contents for error in content.errors]
+        for content in contents:
+            say(f"data.{name}: {content.summary}")
+        num_refused = sum(row.is_refused for row in rows)
         if errors and self.world.is_main:
             for error in errors[:10]:
                 print(f"bad annotation: {error}", file=sys.stderr)
-            print(f"{name}: {len(errors)} of {len(errors) + len(examples)} rows left out", file=sys.stderr)
-        if not examples:
-            raise ConfigError(f"{name} has no usable row in {', '.join(paths)}")
-        return examples
+            counted = f", of which {num_refused} count as wrong answers" if name == "eval" and num_refused else ""
+            num_rows = len(rows) - num_refused + len(errors)
+            print(f"data.{name}: {len(errors)} of {num_rows} rows left out{counted}", file=sys.stderr)
+        if num_refused == len(rows):
+            raise ConfigError(f"data.{name} has no usable row in {', '.join(file.path for file in files)}")
+        return rows if name == "eval" else [row for row in rows if not row.is_refused]
 
 
 @contextlib.contextmanager
@@ -109,20 +138,36 @@ def open_run(config: Config, writes: bool = True) -> Iterator[Run]:
         folder = prepare_output_dir(config.train.output_dir, world) if writes else Path(config.train.output_dir)
         torch.manual_seed(config.train.seed)
         tasks = make_tasks(config.task, judge=config.judge)
-        with contextlib.closing(open_reader(config.video)) as reader:
-            builder = PromptBuilder(
-                load_tokenizer(config.model.path),
-                tasks,
-                lambda path: to_patches(read_frames(path, config.video, reader)),
-            )
+        with contextlib.closing(open_source(config, world.device)) as source:
+            builder = PromptBuilder(load_tokenizer(config.model.path), tasks, source, prefetch=source.prefetch)
             if writes and world.is_main:
                 (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
-            quarantine = Quarantine(folder / "quarantine.jsonl" if writes else None)
-            run = Run(config, world, folder, tasks, builder, quarantine, reader.name)
+            quarantine = open_quarantine(config, folder if writes else None)
+            run = Run(config, world, folder, tasks, source, builder, quarantine)
             say(run.describe())
             yield run
     finally:
         shutdown(world)
+
+
+def open_source(config: Config, device: torch.device) -> PatchSource:
+    """Reader, workers, cache and, where it is frozen, the vision tower. To be closed."""
+    video, dtype = config.video, resolve_dtype(config.model, device)
+    if decodes_on_gpu(video):
+        video = replace(video, num_workers=0)
+    folder = Path(video.cache_dir).expanduser() if video.cache_dir else None
+    cache = TensorCache(folder, int(video.cache_ram_gib * 2**30), int(video.cache_disk_gib * 2**30))
+    loader = FrameLoader(video, cache=cache, pin_memory=device.type == "cuda")
+    loader.start()  # 2 s of importing torch, while the model is loaded
+    tower = load_frozen_tower(model_folder(config.model.path), dtype, device) if config.model.freeze_vision else None
+    return PatchSource(loader, cache, video, device, dtype, tower)
+
+
+def open_quarantine(config: Config, folder: Path | None) -> Quarantine:
+    """The run's own list, and the one that data.quarantine names. `folder` None: kept in memory only."""
+    own = folder / "quarantine.jsonl" if folder else None
+    further = Path(config.data.quarantine).expanduser() if config.data.quarantine else None
+    return Quarantine(own, further=further, retry=config.data.retry_quarantined)
 
 
 def due(every: int, step: int) -> bool:
@@ -149,9 +194,9 @@ def load_state(run: Run, learner: Learner, program: str) -> RunState:
             f"{checkpoint} was made by `vcr1-fast {state.program}`, this is `vcr1-fast {program}`: "
             "give each its own train.output_dir"
         )
-    if state.reader != run.reader_name:
+    if state.reader != run.source.name:
         raise ConfigError(
-            f"{checkpoint.name} was made with the video reader {state.reader!r}, this run has {run.reader_name!r}, "
+            f"{checkpoint.name} was made with the video reader {state.reader!r}, this run has {run.source.name!r}, "
             "which may give other pixels: install the same version, or start anew with train.resume=never"
         )
     say(f"resumed from {checkpoint} (step {state.step})")

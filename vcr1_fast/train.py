@@ -64,6 +64,7 @@ def _train(run: Run) -> dict[str, Any]:
         metrics = rollout_metrics(groups, run.tasks, world) | update_metrics(reports)
         num_tokens += int(metrics["step_tokens/executed"])
         metrics |= {"num_tokens": num_tokens} | prompts.metrics() | collector.metrics() | task_scale.metrics()
+        metrics |= run.source.metrics()
         log_rewards(run.folder / "rewards.jsonl", step, groups, world)
         telemetry.log_step(step, metrics, config.train.num_steps)
         if due(config.eval.every, step) and step < config.train.num_steps and held_out:

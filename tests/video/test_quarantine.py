@@ -3,10 +3,12 @@
 import json
 import logging
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
+from vcr1_fast.config import ConfigError
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.quarantine import Quarantine
 
@@ -60,3 +62,83 @@ def test_several_processes_append_whole_lines(tmp_path: Path) -> None:
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     sources = [json.loads(line)["source"] for line in path.read_text().splitlines()]
     assert sorted(sources) == sorted(f"{k}-{i}.mp4" for k in range(3) for i in range(50))
+
+
+def test_a_further_list_is_honoured_and_left_alone(tmp_path: Path) -> None:
+    own, further = tmp_path / "own.jsonl", tmp_path / "further.jsonl"
+    Quarantine(further).add(SampleError("a.mp4", "is empty"))
+    before = further.read_bytes()
+    quarantine = Quarantine(own, further)
+    assert "a.mp4" in quarantine and not own.exists()
+    quarantine.add(SampleError("a.mp4", "is empty"))
+    quarantine.add(SampleError("b.mp4", "is cut short"))
+    assert further.read_bytes() == before
+    assert list(Quarantine(own).reasons) == ["b.mp4"]
+    with pytest.raises(ConfigError, match=r"data\.quarantine is .*gone\.jsonl, which is not there"):
+        Quarantine(own, tmp_path / "gone.jsonl")
+
+
+def test_on_retry_good_files_leave_the_list_and_bad_ones_stay_as_they_are(tmp_path: Path) -> None:
+    own, further = tmp_path / "own.jsonl", tmp_path / "further.jsonl"
+    Quarantine(further).add(SampleError("c.mp4", "is empty"))
+    first = Quarantine(own)
+    for name in ("a.mp4", "b.mp4", "d.mp4"):
+        first.add(SampleError(name, "is empty"))
+    own.write_bytes(own.read_bytes() + b"not json\n")
+    lines = own.read_bytes().splitlines()
+    os.chmod(own, 0o640)
+
+    retry = Quarantine(own, further, retry=True)
+    assert all(name not in retry for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4"))
+    retry.add(SampleError("a.mp4", "is empty"))  # still bad, for the same reason: its line is there
+    assert "a.mp4" in retry and own.read_bytes().splitlines() == lines
+    retry.forget(["c.mp4", "x.mp4"])  # of the other list, and of none
+    assert own.read_bytes().splitlines() == lines
+    retry.forget(["b.mp4", "a.mp4"])  # a.mp4 failed in this run: two examples of one file, one of them bad
+    assert own.read_bytes().splitlines() == [lines[0], lines[2], lines[3]]
+    retry.add(SampleError("d.mp4", "is cut short"))  # bad in another way: the later line counts
+    assert Quarantine(own).reasons == {"a.mp4": "is empty", "d.mp4": "is cut short"}
+    assert own.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["further.jsonl", "own.jsonl"]
+
+
+def _append_and_forget(path: Path, writer: int) -> None:
+    quarantine = Quarantine(path, retry=True)
+    for i in range(30):
+        quarantine.add(SampleError(f"{writer}-{i}.mp4", "x"))
+        quarantine.forget([f"old-{writer}-{i}.mp4"])
+
+
+def test_no_line_is_lost_when_one_process_rewrites_while_others_append(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    first = Quarantine(path)
+    for writer in range(3):
+        for i in range(31):
+            first.add(SampleError(f"old-{writer}-{i}.mp4", "y"))
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_append_and_forget, args=(path, k)) for k in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    sources = [json.loads(line)["source"] for line in path.read_text().splitlines()]
+    new = [f"{k}-{i}.mp4" for k in range(3) for i in range(30)]
+    assert sorted(sources) == sorted([*new, "old-0-30.mp4", "old-1-30.mp4", "old-2-30.mp4"])
+
+
+def test_the_summary_counts_reasons_and_names_the_first_files_of_all_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    rank_0, rank_1 = Quarantine(path), Quarantine(path)
+    for k in range(4):
+        rank_0.add(SampleError(f"a{k}.mp4", "the file is empty (0 bytes); fetch it again"))
+    for k in range(3):
+        rank_1.add(SampleError(f"b{k}.mp4", "no such file; check data.video_root and the annotation"))
+    assert rank_0.summary() == "\n".join(
+        [
+            "7 files (4 empty, 3 missing):",
+            *(f"  a{k}.mp4: the file is empty (0 bytes); fetch it again" for k in range(4)),
+            "  b0.mp4: no such file; check data.video_root and the annotation",
+            "  and 2 more",
+        ]
+    )

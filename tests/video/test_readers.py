@@ -1,8 +1,9 @@
-"""Both readers on real files: which frames, which way up, and one clear reason for each kind of broken file."""
+"""All readers on real files: which frames, which way up, and one clear reason for each kind of broken file."""
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -12,14 +13,20 @@ import torch
 from tests.video import clips
 from vcr1_fast.config import VideoConfig
 from vcr1_fast.types import SampleError
+from vcr1_fast.video import torchcodec_reader
 from vcr1_fast.video.pyav_reader import PyavReader
-from vcr1_fast.video.read import open_reader, read_frames
+from vcr1_fast.video.read import EitherReader, open_reader, read_frames
 from vcr1_fast.video.reader import Reader
 
 CONFIG = VideoConfig()
 
 
-@pytest.fixture(scope="module", params=["pyav", "decord"])
+READERS: list[Literal["pyav", "decord", "torchcodec"]] = ["pyav", "decord"]
+if torchcodec_reader.unavailable_reason() is None:
+    READERS.append("torchcodec")
+
+
+@pytest.fixture(scope="module", params=READERS)
 def reader(request: pytest.FixtureRequest) -> Iterator[Reader]:
     opened = open_reader(VideoConfig(reader=request.param))
     yield opened
@@ -41,7 +48,7 @@ def test_frames_of_a_plain_clip(tmp_path: Path, reader: Reader) -> None:
     assert frames.times_s.dtype == torch.float64
     assert [clips.index_of(rgb) for rgb in frames.rgb_FHW3.numpy()] == [0, 18, 36, 53, 71, 89]
     assert frames.sampled_fps == 2.0 and frames.duration_s == pytest.approx(3.0)
-    assert frames.reader == reader.name and reader.name.split()[0] in ("pyav", "decord")
+    assert frames.reader == reader.name and reader.name.split()[0] in READERS
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -93,12 +100,18 @@ def test_rotation(
 
 
 def test_mirrored_matrix(tmp_path: Path) -> None:
+    """Upright in PyAV; the others only turn, and refuse it."""
     ramp = np.broadcast_to(np.arange(96, dtype=np.uint8)[:, None] * 2, (2, 64, 96, 3)).copy()
     plain = clips.write_clip(tmp_path / "plain.mp4", num_frames=2, rgb_FHW3=ramp)
     mirrored = clips.patch_matrix(plain, tmp_path / "mirrored.mp4", -1, 0, 0, 1)
     reader = PyavReader()
     [straight], [got] = (list(reader.read(reader.probe(str(p)), [0])) for p in (plain, mirrored))
     assert np.array_equal(got, straight[:, ::-1])
+    for name in READERS[1:]:
+        other = open_reader(VideoConfig(reader=name))
+        with pytest.raises(SampleError, match=r"shown mirrored or slanted, .* set video\.reader to pyav"):
+            other.probe(str(mirrored))
+        other.close()
 
 
 def test_edit_list_at_the_start(tmp_path: Path, reader: Reader) -> None:
@@ -129,11 +142,12 @@ def test_edit_list_at_the_end(tmp_path: Path, reader: Reader) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["avi", "ts"])
-def test_containers_decord_gets_wrong(tmp_path: Path, reader: Reader, suffix: str) -> None:
+def test_containers_others_get_wrong(tmp_path: Path, reader: Reader, suffix: str) -> None:
+    """decord: see DecordReader.probe. torchcodec starts MPEG-TS at its second keyframe and finds no times in AVI."""
     path = clips.write_clip(tmp_path / f"clip.{suffix}", num_frames=72, fps=24)
-    if reader.name.startswith("decord"):
+    if not reader.name.startswith("pyav"):
         with pytest.raises(SampleError, match=r"set video\.reader to pyav"):
-            reader.probe(str(path))
+            shown_indices(reader, path)
         return
     assert shown_indices(reader, path) == list(range(72))
     assert read_frames(str(path), CONFIG, reader).sampled_fps == 2.0
@@ -202,7 +216,7 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "missing": (folder / "nowhere.mp4", "no such file"),
         "nul": (folder / "a\0b.mp4", "cannot be opened|no such file"),
         "empty": (folder / "empty.mp4", "empty"),
-        "directory": (folder / "folder.mp4", "is a directory"),
+        "directory": (folder / "folder.mp4", "holds no image"),
         "text": (folder / "text.mp4", "not a video file"),
         "playlist": (folder / "list.mp4", "not a video file|no video track|not an MP4|cannot be decoded"),
         "audio": (write_audio(folder / "audio.mp4"), "no video track"),
@@ -210,7 +224,7 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "header lost": (folder / "headless.mp4", "not a video file"),
         "cut mp4": (clips.cut_in_half(fast, folder / "cut.mp4"), "missing or damaged|damaged or cut short"),
         "cut mkv": (folder / "short.mkv", r"cut short: its header says 3.00 s"),
-        "damaged": (folder / "damaged.mp4", "damaged or cut short|decord cannot decode"),
+        "damaged": (folder / "damaged.mp4", "damaged or cut short|(decord|torchcodec) cannot decode"),
     }
 
 
@@ -245,6 +259,61 @@ def test_frames_built_on_a_damaged_one_are_refused(tmp_path: Path) -> None:
     for index in (40, 41, 59):
         with pytest.raises(SampleError, match="is damaged"):
             list(reader.read(probe, [index]))
+
+
+@pytest.mark.parametrize("suffix", ["webm", "mp4"])
+def test_odd_sizes(tmp_path: Path, reader: Reader, suffix: str) -> None:
+    """4:2:0 with an odd width and height, which only VP9 stores."""
+    path, height, width = tmp_path / f"odd.{suffix}", 65, 97
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libvpx-vp9", rate=10, options={"cpu-used": "8", "deadline": "realtime", "crf": "4"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for k in range(12):
+            frame = av.VideoFrame.from_ndarray(clips.numbered(k, height, width), format="rgb24")
+            frame.pts, frame.time_base = k, Fraction(1, 10)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    probe = reader.probe(str(path))
+    assert (probe.height_px, probe.width_px) == (height, width) and probe.duration_s == pytest.approx(1.2, abs=1e-3)
+    rgb_FHW3 = np.stack(list(reader.read(probe, range(12))))
+    assert rgb_FHW3.shape == (12, height, width, 3)
+    assert [clips.index_of(rgb) for rgb in rgb_FHW3] == list(range(12))
+
+
+def test_a_raw_stream_runs_at_the_rate_in_it(tmp_path: Path) -> None:
+    """No packet carries a time; FFmpeg's own guess before it looks inside is 25 a second."""
+    path = clips.write_clip(tmp_path / "a.h264", num_frames=60, fps=30)
+    for name in READERS:
+        opened = open_reader(VideoConfig(reader=name))
+        if name != "pyav":
+            with pytest.raises(SampleError, match=r"set video\.reader to pyav"):
+                opened.probe(str(path))
+        else:
+            assert opened.probe(str(path)).duration_s == pytest.approx(2.0)
+            assert shown_indices(opened, path) == list(range(60))
+        opened.close()
+
+
+def test_each_file_has_one_of_two_readers(tmp_path: Path) -> None:
+    class Matroska(PyavReader):
+        name = "matroska only"
+        num_read = 0
+
+        def takes(self, path: str) -> bool:
+            return path.endswith(".mkv")
+
+        def read(self, probe, frame_indices):  # type: ignore[no-untyped-def]
+            self.num_read += 1
+            return super().read(probe, frame_indices)
+
+    first = Matroska()
+    either = EitherReader(first, PyavReader())
+    assert either.name == f"matroska only, others {PyavReader.name}"
+    for suffix, num_read in (("mkv", 1), ("mp4", 1)):
+        path = clips.write_clip(tmp_path / f"a.{suffix}", num_frames=6)
+        frames = read_frames(str(path), CONFIG, either)
+        assert frames.reader == either.name and first.num_read == num_read
+        assert [clips.index_of(rgb) for rgb in frames.rgb_FHW3.numpy()] == [0, 2, 3, 5]
 
 
 def test_frames_too_thin_for_the_model_are_a_sample_error(tmp_path: Path, reader: Reader) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,7 @@ from vcr1_fast.learner.attention import use_packed_attention
 from vcr1_fast.learner.objective import Objective, Sums
 from vcr1_fast.learner.tower_attention import use_varlen_tower
 from vcr1_fast.types import PackedBatch
-
-if TYPE_CHECKING:
-    from vcr1_fast.types import Patches
+from vcr1_fast.video.embed import embed_videos
 
 
 def model_folder(path: str) -> Path:
@@ -78,16 +76,6 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model_folder(path), local_files_only=True)
 
 
-def stack_patches(patches: tuple[Patches, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All videos' patches one after the other [P, 1176], and their grids [videos, 3] on the CPU.
-
-    The grids stay on the CPU: the tower derives Python-side window indices from them, and reading them back from a GPU
-    would stall it once per call.
-    """
-    values_PC = torch.cat([p.values_PC for p in patches]).to(device=device, dtype=dtype, non_blocking=True)
-    return values_PC, torch.tensor([p.grid_thw for p in patches], dtype=torch.long)
-
-
 class PolicyModel(nn.Module):
     """forward(PackedBatch) -> (logprob_N, entropy_N), or with an objective -> (loss, sums).
 
@@ -104,7 +92,7 @@ class PolicyModel(nn.Module):
         self.prefix_backend: AttentionBackend = "auto" if self.uses_kernels else "torch"
         use_packed_attention(hf)
         if self.uses_kernels and hf.device.type == "cuda" and compute_dtype == torch.bfloat16:
-            use_varlen_tower(hf)
+            use_varlen_tower(hf.model.visual)
         if config.freeze_vision:
             hf.model.visual.requires_grad_(False)
         if config.gradient_checkpointing:
@@ -140,8 +128,7 @@ class PolicyModel(nn.Module):
         token_ids_1T = batch.token_ids_T.to(device).unsqueeze(0)
         embeds_1TD = self.hf.get_input_embeddings()(token_ids_1T)
         is_video_1T = token_ids_1T == self.hf.config.video_token_id
-        patches, grids = stack_patches(batch.patches, device, self.compute_dtype)
-        video_MD = self.hf.model.visual(patches, grid_thw=grids).pooler_output
+        video_MD = embed_videos(self.hf, batch.patches, self.compute_dtype)
         if int(is_video_1T.sum()) != video_MD.shape[0]:
             raise ValueError(
                 f"the row has {int(is_video_1T.sum())} video placeholders, but the tower gave {video_MD.shape[0]} rows"

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import PreTrainedModel
 
 TOWER_ATTENTION = "vcr1_flash_varlen"  # transformers hands cu_seqlens to implementations with "flash" in their name
 
@@ -55,7 +55,7 @@ def flash_varlen(
     return flash(query_PHC, key_PHC, value_PHC, ends, ends, *lengths, 0.0, False, False, scale=scale)[0]
 
 
-def use_varlen_tower(hf: Qwen2_5_VLForConditionalGeneration) -> None:
-    """Switch the tower of `hf` to one call a layer. CUDA, bfloat16 or float16."""
+def use_varlen_tower(visual: PreTrainedModel) -> None:
+    """Switch a tower to one call a layer. CUDA, bfloat16 or float16."""
     AttentionInterface.register(TOWER_ATTENTION, tower_attention)
-    hf.model.visual.config._attn_implementation = TOWER_ATTENTION
+    visual.config._attn_implementation = TOWER_ATTENTION

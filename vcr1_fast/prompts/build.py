@@ -5,7 +5,7 @@ Called by the prompt stream of a training run and by evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,28 +31,34 @@ class PromptBuilder:
         tasks: Mapping[str, Task],
         read: Callable[[str], Patches],
         *,
+        prefetch: Callable[[Sequence[str]], None] = lambda videos: None,
         tokens_per_second: float = 2.0,
         merge: int = 2,
     ) -> None:
-        """`read` gives the patches of a video file and raises SampleError if it cannot. `tokens_per_second` and `merge`
-        are `vision_config.tokens_per_second` and `.spatial_merge_size` of the model, 2 in every published Qwen2.5-VL.
+        """`read` gives the patches of an `Example.video` and raises SampleError if it cannot; `prefetch` has such
+        videos read ahead. `tokens_per_second` and `merge` are `vision_config.tokens_per_second` and
+        `.spatial_merge_size` of the model, 2 in every published Qwen2.5-VL.
 
         Raises ValueError when the tokenizer lacks a special token.
         """
         self.tokenizer = tokenizer
         self.tasks = tasks
         self.special_ids = SpecialIds.of(tokenizer)
-        self._read = read
+        self._read, self._prefetch = read, prefetch
         self._tokens_per_second = tokens_per_second
         self._merge = merge
         self._newline = self._text_ids("\n")
+
+    def read_ahead(self, examples: Sequence[Example]) -> None:
+        """A hint that these will be built next, in this order."""
+        self._prefetch([example.video for example in examples])
 
     def build(self, example: Example) -> Prompt:
         """The prompt of one example. Raises SampleError when its video or its text cannot be used."""
         question = self._task(example).question(example)
         patches = self._read(example.video)
         num_rows, (t, h, w) = patches.values_PC.shape[0], patches.grid_thw
-        if num_rows != t * h * w:
+        if num_rows != t * h * w and patches.embeddings_MD is None:
             raise SampleError(example.video, f"{num_rows} patches were read, but the grid {(t, h, w)} has {t * h * w}")
         token_ids_L = torch.tensor(self._layout(question, patches.num_tokens, example), dtype=torch.int64)
         try:

@@ -15,9 +15,9 @@ from vcr1_fast.prompts.dataset import shard
 from vcr1_fast.prompts.difficulty import read_rewards, select_by_reward
 from vcr1_fast.prompts.mixture import make_order
 from vcr1_fast.types import Example, Prompt, SampleError
-from vcr1_fast.video.quarantine import Quarantine
+from vcr1_fast.video.quarantine import REASON_NAMES, Quarantine, reason_class
 
-NUM_READERS = 4  # clips read at once; decoding releases the interpreter lock
+NUM_BUILDERS = 4  # prompts built at once
 MIN_SAMPLES_TO_JUDGE = 20  # a bad fraction of fewer samples says nothing
 
 
@@ -29,7 +29,12 @@ class PromptStream:
     """Hands each rank its share of the next prompts. Its only state is `position`, the items handed out so far."""
 
     def __init__(
-        self, examples: Sequence[Example], builder: PromptBuilder, quarantine: Quarantine, config: Config, world: World
+        self,
+        examples: Sequence[Example],
+        builder: PromptBuilder,
+        quarantine: Quarantine,
+        config: Config,
+        world: World,
     ) -> None:
         """Raises ConfigError when there are no examples, also after data.reward_range, and for a wrong data.mixture."""
         if not examples:
@@ -43,10 +48,13 @@ class PromptStream:
         self.config, self.world = config, world
         self.order = make_order(examples, config.data.mixture, config.train.seed)
         self.position = 0
-        # One torch thread each: an OpenMP team per reader would put libgomp above the number of cores, where it stops
+        # One torch thread each: an OpenMP team per thread would put libgomp above the number of cores, where it stops
         # spinning between operations and made the update of the tiny model twice as slow (0.35 s -> 0.8 s on 2 cores).
-        self._pool = ThreadPoolExecutor(NUM_READERS, "read-video", initializer=torch.set_num_threads, initargs=(1,))
-        self.num_read = self.num_bad = 0  # since this process started, over all ranks
+        self._pool = ThreadPoolExecutor(NUM_BUILDERS, "build-prompt", initializer=torch.set_num_threads, initargs=(1,))
+        self._named: set[int] = set()  # positions not handed out yet whose clips the builder knows of
+        # Since this process started, over all ranks:
+        self.num_read = self.num_bad = 0
+        self.num_bad_by_reason = dict.fromkeys(REASON_NAMES, 0)
 
     @property
     def epoch(self) -> float:
@@ -54,30 +62,68 @@ class PromptStream:
         return self.position / len(self.examples)
 
     def metrics(self) -> dict[str, float]:
-        """epoch, `epoch/{task}` (passes through the examples of each task) and bad_samples."""
+        """epoch, `epoch/{task}` (passes through the examples of a task), bad_samples, `bad_samples/{reason class}`."""
         by_task = {f"epoch/{task}": epoch for task, epoch in self.order.epochs(self.position).items()}
-        return {"epoch": self.epoch, **by_task, "bad_samples": float(self.num_bad)}
+        reasons = {f"bad_samples/{name}": float(n) for name, n in self.num_bad_by_reason.items() if n > 0}
+        return {"epoch": self.epoch, **by_task, "bad_samples": float(self.num_bad), **reasons}
 
     def next(self, count: int) -> list[Prompt]:
         """This rank's share of the next `count` items over all ranks, without those that cannot be used.
 
         Raises TooManyBadSamplesError on every rank alike.
         """
-        indices = self.order.indices(self.position, count)
+        self._name_next_clips(count)
+        share = [self.examples[i] for _, i in self._share(self.position, count)]
         self.position += count
-        share = [self.examples[i] for i in shard(indices, self.world.rank, self.world.world_size)]
-        wanted = [example for example in share if example.video not in self.quarantine]
+        wanted = [example for example in share if self._reason(example) is None]
         built = list(self._pool.map(self._build, wanted))
         prompts = [result for result in built if isinstance(result, Prompt)]
-        for result in built:
+        for example, result in zip(wanted, built, strict=True):
             if isinstance(result, SampleError):
-                self.quarantine.add(result)
-                print(f"bad sample: {result}", file=sys.stderr)
-        bad = all_reduce_sum({"bad": float(len(share) - len(prompts))}, self.world)["bad"]
+                self._set_aside(example, result)
+        self.quarantine.forget(prompt.example.video for prompt in prompts)
+        bad = dict.fromkeys(REASON_NAMES, 0.0)
+        for example in share:
+            reason = self._reason(example)
+            if reason is not None:
+                bad[reason_class(reason)] += 1.0
+        bad = all_reduce_sum(bad, self.world)
+        for name, number in bad.items():
+            self.num_bad_by_reason[name] += int(number)
         self.num_read += count
-        self.num_bad += int(bad)
+        self.num_bad = sum(self.num_bad_by_reason.values())
         self._check_bad_fraction()
         return prompts
+
+    def _share(self, start: int, count: int) -> list[tuple[int, int]]:
+        """(position, index of the example) of this rank's part of the `count` items from `start` on."""
+        positions = list(enumerate(self.order.indices(start, count), start=start))
+        return shard(positions, self.world.rank, self.world.world_size)
+
+    def _name_next_clips(self, count: int) -> None:
+        """Tell the builder of this step and the next ones, if these ask for `count` items too; each position once."""
+        self._named = {position for position in self._named if position >= self.position}
+        coming = []
+        for step in range(self.config.video.prefetch_steps + 1):
+            for position, index in self._share(self.position + step * count, count):
+                if position not in self._named and self._reason(self.examples[index]) is None:
+                    coming.append(self.examples[index])
+                self._named.add(position)
+        self.builder.read_ahead(coming)
+
+    def _reason(self, example: Example) -> str | None:
+        """Why an example is not to be built: its video, its part of a video, or its text."""
+        reasons = self.quarantine.reasons
+        return reasons.get(example.video) or reasons.get(example.id)
+
+    def _set_aside(self, example: Example, error: SampleError) -> None:
+        if error.source not in (example.id, example.video):
+            # A part of a video that failed does not say that the rest is bad; a picture in a folder is named.
+            is_inside = not example.video.startswith(error.source)
+            error = SampleError(example.video, f"{error.source}: {error.reason}" if is_inside else error.reason)
+        if error.source not in self.quarantine:  # two examples may share a video
+            print(f"bad sample: {error}", file=sys.stderr)
+        self.quarantine.add(error)
 
     def _build(self, example: Example) -> Prompt | SampleError:
         try:
@@ -91,5 +137,6 @@ class PromptStream:
             raise TooManyBadSamplesError(
                 "data.train",
                 f"{self.num_bad} of {self.num_read} samples could not be used, more than "
-                f"train.max_bad_sample_frac = {limit}: the reasons are in quarantine.jsonl of the run",
+                f"train.max_bad_sample_frac = {limit}; {self.quarantine.summary()}\n"
+                "repair or remove them (all are in quarantine.jsonl of the run), or raise the limit",
             )

@@ -32,9 +32,18 @@ def shuffled_prompt(prompt: Prompt, seed: int) -> Prompt:
     order = torch.from_numpy(np.argsort(stream.random_raw(num_pairs), kind="stable"))
     if bool((order == torch.arange(num_pairs)).all()):
         order = order.flip(0)
-    values_PC = prompt.patches.values_PC
-    pairs = values_PC.reshape(num_pairs, -1, values_PC.shape[1])[order]
-    return replace(prompt, patches=replace(prompt.patches, values_PC=pairs.reshape(values_PC.shape)))
+    patches, embeddings_MD = prompt.patches, prompt.patches.embeddings_MD
+    if embeddings_MD is not None:  # the tower sees one pair at a time, so its output moves with the pair
+        embeddings_MD = _reordered(embeddings_MD, order)
+    values_PC = _reordered(patches.values_PC, order)
+    return replace(prompt, patches=replace(patches, values_PC=values_PC, embeddings_MD=embeddings_MD))
+
+
+def _reordered(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] of len(order) equal pieces, in another order; nothing stays nothing."""
+    if rows.shape[0] == 0:
+        return rows
+    return rows.reshape(len(order), -1, rows.shape[1])[order.to(rows.device)].reshape(rows.shape)
 
 
 def order_part(group: RolloutGroup, shuffled: Parts | None) -> tuple[float, ...]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from vcr1_fast.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.reader import Probe, require_video_file
@@ -35,7 +36,12 @@ MAGIC_BYTES = ((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (4, b"wide"), (4, b"fre
 class DecordReader:
     """Workers are started when first needed, one per thread that reads at the same time, and kept until `close`."""
 
-    def __init__(self, timeout_s: float, worker_command: Sequence[str] = WORKER_COMMAND) -> None:
+    def __init__(
+        self,
+        timeout_s: float,
+        worker_command: Sequence[str] = WORKER_COMMAND,
+        max_source_pixels: int = VideoConfig.max_source_pixels,
+    ) -> None:
         """`timeout_s`: longest wait for one `probe`, and for the frames of one `read`, in seconds.
 
         Raises ModuleNotFoundError when decord is not installed.
@@ -47,6 +53,7 @@ class DecordReader:
                 "video.reader is decord, but decord is not installed: pip install decord, or set video.reader to pyav"
             ) from error
         self.timeout_s = timeout_s
+        self._pyav = PyavReader(max_source_pixels)
         self._worker_command = tuple(worker_command)
         self._idle: list[_Worker] = []
         self._pid = os.getpid()
@@ -55,10 +62,13 @@ class DecordReader:
         """See `Reader.probe`. Times come from PyAV, and a file of which decord gives wrong frames is refused.
 
         Measured with decord 0.6.0: AVI gives frames up to 30 places off, MPEG-TS starts at its second keyframe, and
-        the frames that an edit list hides are counted, with other frames in their place.
+        the frames that an edit list hides are counted, with other frames in their place. What it cannot tell: a frame
+        that FFmpeg repaired after damage looks to it like any other. PyAV refuses those.
         """
-        probe = replace(PyavReader().probe(path), ticks=None)
+        probe = replace(self._pyav.probe(path), ticks=None)
         _require_mp4_or_matroska(path)
+        if not probe.is_turned_only:
+            raise SampleError(path, "is to be shown mirrored or slanted, decord only turns; set video.reader to pyav")
         [(message, _)] = self._ask(path, None)
         got = (message["num_frames"], message["width_px"], message["height_px"])
         wanted = (len(probe.times_s), probe.width_px, probe.height_px)

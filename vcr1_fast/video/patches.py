@@ -1,27 +1,128 @@
-"""Frames to what the vision tower takes."""
+"""Frames to what the vision tower takes, and the one object that a run asks for it."""
 
 from __future__ import annotations
 
-import torch
-from vcr1_kernels import reference
+import contextlib
+from collections.abc import Sequence
 
-from vcr1_fast.types import Frames, Patches
+import torch
+from vcr1_kernels import patchify
+
+from vcr1_fast.config import VideoConfig
+from vcr1_fast.types import Frames, Patches, SampleError
+from vcr1_fast.video.cache import TensorCache, clip_key, tower_key
+from vcr1_fast.video.clip import ClipRequest
+from vcr1_fast.video.frozen_tower import FrozenTower
+from vcr1_fast.video.loader import FrameLoader
 
 PATCH_PX = 14
 FRAMES_PER_PATCH = 2
 
 
-def to_patches(frames: Frames, dtype: torch.dtype = torch.float32) -> Patches:
-    """`Frames` [F, H, W, 3] -> `Patches` [F/2 * H/14 * W/14, 1176], on the device of the frames.
+class PatchSource:
+    """`Example.video` -> `Patches`: decoded once, moved to the device as bytes, normalised there.
 
-    second_per_grid_s = 2 / sampled_fps, because two frames make one temporal step (Qwen2.5-VL).
+    With a frozen tower the patches go through it at once, and what it gives is kept beside the decoded clips: engine
+    and learner then share it, and a clip seen before is not even decoded.
+    """
+
+    def __init__(
+        self,
+        loader: FrameLoader,
+        cache: TensorCache,
+        config: VideoConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        tower: FrozenTower | None = None,
+    ) -> None:
+        self.loader, self.cache, self.config = loader, cache, config
+        self.device, self.dtype, self.tower = device, dtype, tower
+        self._waited_s = 0.0  # at the last call of metrics
+
+    @property
+    def name(self) -> str:
+        """What decodes, with its version: a run's decoder identity."""
+        return self.loader.name
+
+    def describe(self) -> str:
+        """For the line a run prints at its start."""
+        readers = f"{self.config.num_workers} workers" if self.config.num_workers else "threads"
+        kept = f", kept in {self.config.cache_dir}" if self.config.cache_dir else ""
+        return f"{self.name} in {readers}{kept}{', frozen tower' if self.tower else ''}"
+
+    def __call__(self, video: str) -> Patches:
+        """Raises SampleError when the video cannot be used."""
+        request = ClipRequest.of(video, self.config)
+        if self.tower is None:
+            return to_patches(self.loader.get(request), self.dtype, self.device)
+        key = self._tower_key(request, self.tower)
+        entry = self.cache.get(key)
+        if entry is not None:
+            self.loader.skip(request)  # it may have been named before another prompt of the same clip came by
+            return _unpacked(entry.tensors["embeddings_MD"], entry.tensors["numbers"], self)
+        patches = to_patches(self.loader.get(request), self.tower.dtype, self.tower.device)
+        embeddings_MD = self.tower.embed(patches)
+        numbers = torch.tensor(
+            [*patches.grid_thw, patches.second_per_grid_s, patches.num_frames, patches.duration_s], dtype=torch.float64
+        )
+        self.cache.put(key, {"embeddings_MD": embeddings_MD, "numbers": numbers}, {})
+        return _unpacked(embeddings_MD, numbers, self)
+
+    def prefetch(self, videos: Sequence[str]) -> None:
+        """Have these clips read ahead; a hint, in the order in which they will be asked for.
+
+        Not those of which embeddings are kept. A name that stands for nothing is left for `__call__` to refuse.
+        """
+        requests = []
+        for video in videos:
+            with contextlib.suppress(SampleError):
+                request = ClipRequest.of(video, self.config)
+                if self.tower is None or not self.cache.has(self._tower_key(request, self.tower)):
+                    requests.append(request)
+        self.loader.prefetch(requests)
+
+    def metrics(self) -> dict[str, float]:
+        """Of loader and cache, this rank's, since the start; `time/video_wait_s`, since the last call.
+
+        That one adds up the seconds of all threads that waited for a clip: the trainer waited that long at most.
+        """
+        values = self.loader.metrics() | self.cache.metrics()
+        waited_s, self._waited_s = values["video/wait_s"] - self._waited_s, values["video/wait_s"]
+        return values | {"time/video_wait_s": waited_s}
+
+    def _tower_key(self, request: ClipRequest, tower: FrozenTower) -> str:
+        return tower_key(clip_key(request, self.name), tower.digest, tower.dtype)
+
+    def close(self) -> None:
+        """End the workers; what is on disk stays."""
+        self.loader.close()
+        self.cache.close()
+
+
+def to_patches(frames: Frames, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Patches:
+    """`Frames` [F, H, W, 3] -> `Patches` [F/2 * H/14 * W/14, 1176] in `dtype` on `device` (default: the frames').
+
+    Frames cross to a GPU as bytes, half or a quarter of what patches would take. second_per_grid_s = 2 / sampled_fps,
+    because two frames make one temporal step (Qwen2.5-VL).
     """
     num_frames, height_px, width_px, _ = frames.rgb_FHW3.shape
     num_pairs = -(-num_frames // FRAMES_PER_PATCH)
     return Patches(
-        values_PC=reference.patchify(frames.rgb_FHW3, dtype),
+        values_PC=patchify(frames.rgb_FHW3.to(device, non_blocking=True), dtype),
         grid_thw=(num_pairs, height_px // PATCH_PX, width_px // PATCH_PX),
         second_per_grid_s=FRAMES_PER_PATCH / frames.sampled_fps,
         num_frames=num_frames,
         duration_s=frames.duration_s,
+    )
+
+
+def _unpacked(embeddings_MD: torch.Tensor, numbers: torch.Tensor, source: PatchSource) -> Patches:
+    t, h, w, second_per_grid_s, num_frames, duration_s = numbers.tolist()
+    return Patches(
+        values_PC=torch.empty(0, 3 * FRAMES_PER_PATCH * PATCH_PX**2, dtype=source.dtype, device=source.device),
+        grid_thw=(int(t), int(h), int(w)),
+        second_per_grid_s=second_per_grid_s,
+        num_frames=int(num_frames),
+        duration_s=duration_s,
+        embeddings_MD=embeddings_MD.to(source.device),
     )

@@ -7,7 +7,7 @@ list (455 listed, 302 shown), and seeking to each frame is 4 to 9 times slower t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 
 import av
@@ -19,14 +19,27 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from vcr1_fast.config import VideoConfig
 from vcr1_fast.types import SampleError
-from vcr1_fast.video.reader import Probe, require_video_file
+from vcr1_fast.video.image_header import read_image_header
+from vcr1_fast.video.reader import Probe, decoder_limit, require_pixels, require_video_file, upright
 
 # A stream may end this much before the length in its header (rounding, a dropped last frame); more is a cut file.
 MISSING_END_S = 1.0
 MISSING_END_FRAC = 0.05
 
+MAX_FRAMES = 4_000_000  # 18 h at 60 fps; the times of that many take 0.5 GB of memory while a file is probed
+MAX_WAITING = 32  # frames the decoder gave before their turn; H.264 keeps 16 at most, each may take 200 MB
+
+# Formats that name other files: their frames would not be those of the file, and a live playlist is never at its end.
+PLAYLISTS = frozenset({"applehttp", "concat", "concatf", "dash", "hls", "image2", "imf", "lavfi", "rtsp", "sdp"})
+FORMATS = ",".join(sorted({part for name in av.formats_available for part in name.split(",")} - PLAYLISTS))
+
+NUM_THREADS = 4  # of FFmpeg, per file; its own choice is one per core, for each of the clips that are read at once
 NO_FRAME = "has a video track, but not one frame can be decoded from it"
+
+UPRIGHT = (False, False, False)  # transpose, mirror, flip: see `upright`
+QUARTER_TURNS = {1: (True, False, True), 2: (False, True, True), 3: (True, True, False)}  # counter-clockwise
 
 Span = tuple[int | None, int]  # (pts, duration) of a frame in ticks; pts None where the file does not say
 
@@ -36,21 +49,25 @@ class PyavReader:
 
     name = f"pyav {av.__version__}"
 
+    def __init__(self, max_source_pixels: int = VideoConfig.max_source_pixels) -> None:
+        self.max_source_pixels = max_source_pixels
+
     def probe(self, path: str) -> Probe:
         """Times of the shown frames from the packets alone: the file is read through once, one frame is decoded.
 
         Decodes the whole file where packets do not say which frames will be shown when: AVI (it stores no pts),
         packets without pts, interlaced video (it may have a packet per field).
         """
-        with _open(path) as (container, stream):
+        with self.open(path) as (container, stream):
             first, spans = _first_frame_and_spans(container, stream, path)
-            is_transposed = _orientation(first)[0]
+            (is_transposed, _, _), is_turned_only = orientation(first)
+            codec, stream_index = stream.codec_context.name, stream.index
             distinct = {pts for pts, _ in spans if pts is not None}
             is_by_order = container.format.name == "avi" or first.interlaced_frame or len(distinct) < len(spans)
-            time_base, rate = stream.time_base, stream.average_rate
+            time_base, rate = stream.time_base, stream.guessed_rate  # of raw H.264 the average is FFmpeg's default, 25
             declared_s = _declared_duration_s(stream, first)
         if is_by_order:
-            with _open(path) as (container, stream):
+            with self.open(path) as (container, stream):
                 spans = [(frame.pts, frame.duration) for frame in _decode(container, stream, path)]
         if not spans:
             raise SampleError(path, NO_FRAME)
@@ -62,14 +79,15 @@ class PyavReader:
                 f"the frames end after {duration_s:.2f} s; fetch it again",
             )
         width_px, height_px = (first.height, first.width) if is_transposed else (first.width, first.height)
-        return Probe(path, times_s, width_px, height_px, duration_s, None if is_by_order else ticks)
+        ticks_to_find = None if is_by_order else ticks
+        return Probe(path, times_s, width_px, height_px, duration_s, ticks_to_find, codec, stream_index, is_turned_only)
 
     def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
         """See `Reader.read`. Frames no one asked for are decoded, because later ones refer to them, not converted."""
         names = range(len(probe.times_s)) if probe.ticks is None else probe.ticks.tolist()
         wanted = [names[i] for i in frame_indices]
         missing, ready, next_wanted, is_damaged = set(wanted), dict[int, np.ndarray](), 0, False
-        with _open(probe.path) as (container, stream):
+        with self.open(probe.path) as (container, stream):
             for order, frame in enumerate(_decode(container, stream, probe.path)):
                 # Frames up to the next keyframe are built on the damaged one, though FFmpeg flags only that one.
                 is_damaged = frame.is_corrupt or (is_damaged and not frame.key_frame)
@@ -82,6 +100,8 @@ class PyavReader:
                     )
                 missing.discard(name)
                 ready[name] = _to_rgb(frame, probe)
+                if len(ready) > MAX_WAITING:
+                    raise SampleError(probe.path, "its frames come out of order; convert it to MP4")
                 while next_wanted < len(wanted) and wanted[next_wanted] in ready:
                     name = wanted[next_wanted]
                     next_wanted += 1
@@ -98,31 +118,48 @@ class PyavReader:
     def close(self) -> None:
         """Nothing is held between calls."""
 
+    @contextmanager
+    def open(self, path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+        """The file and its video track; whatever FFmpeg raises meanwhile becomes a SampleError.
 
-@contextmanager
-def _open(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The file and its video track; whatever FFmpeg raises meanwhile becomes a SampleError.
+        Playlists (HLS, ffconcat) posing as videos must not make FFmpeg open other files or network addresses.
+        """
+        require_video_file(path)
+        self._require_image_pixels(path)
+        doing = "is not a video file FFmpeg can open"
+        limit = decoder_limit(self.max_source_pixels)
+        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS, **limit}
+        try:
+            # file: keeps FFmpeg from reading a colon in the name as a protocol. Broken tags are no reason to refuse it.
+            with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+                doing = "cannot be decoded, it is damaged or cut short"
+                stream = _video_stream(container, path)
+                stream.codec_context.thread_count = NUM_THREADS
+                if stream.width and stream.height:
+                    require_pixels(path, stream.width, stream.height, self.max_source_pixels)
+                else:  # FFmpeg looked for it in the first frames, under the same limit
+                    doing = "cannot be decoded, it is damaged or has frames above video.max_source_pixels"
+                stream.codec_context.options = limit
+                stream.thread_type = "AUTO"
+                yield container, stream
+        except (FFmpegError, OSError, ValueError, RuntimeError, MemoryError) as error:
+            cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise SampleError(path, f"{doing} (FFmpeg says: {cause})") from error
 
-    Playlists (HLS, ffconcat) posing as videos must not make FFmpeg open network addresses: local files only.
-    """
-    require_video_file(path)
-    doing = "is not a video file FFmpeg can open"
-    try:
-        # file: keeps FFmpeg from reading a colon in the name as a protocol. Broken tags are no reason to refuse a file.
-        options = {"protocol_whitelist": "file"}
-        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
-            doing = "cannot be decoded, it is damaged or cut short"
-            stream = _video_stream(container, path)
-            stream.thread_type = "AUTO"
-            yield container, stream
-    except (FFmpegError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise SampleError(path, f"{doing} (FFmpeg says: {cause})") from error
+    def _require_image_pixels(self, path: str) -> None:
+        """An image under the name of a video: FFmpeg decodes it to find its size, and 100 KB of PNG can be 2.7 GB."""
+        with open(path, "rb") as file:
+            start = file.read(1 << 16)
+        with suppress(ValueError):
+            header = read_image_header(start)
+            require_pixels(path, header.width_px, header.height_px, self.max_source_pixels)
 
 
 def _video_stream(container: InputContainer, path: str) -> VideoStream:
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:  # the cover picture of a music file
+            if stream.codec_context is None:
+                raise SampleError(path, "its video is in a codec that FFmpeg has no decoder for; convert it to H.264")
             return stream
     kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
     raise SampleError(path, f"has no video track (it holds: {kinds})")
@@ -155,6 +192,8 @@ def _first_frame_and_spans(container: InputContainer, stream: VideoStream, path:
         is_leading = packet.pts is not None and key_pts is not None and packet.pts < key_pts
         if packet.size > 0 and not packet.is_discard and not is_leading:
             spans.append((packet.pts, packet.duration or 0))
+        if len(spans) > MAX_FRAMES:
+            raise SampleError(path, f"has more than {MAX_FRAMES:,} frames; cut it into parts")
     if first is None or not spans:
         raise SampleError(path, NO_FRAME)
     return first, spans
@@ -204,30 +243,30 @@ def _declared_duration_s(stream: VideoStream, first: VideoFrame) -> float:
     return end_s - (first.time or 0.0)
 
 
-def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """(transpose, mirror left-right, flip top-bottom), in that order, to show the frame as its display matrix asks.
+def orientation(frame: VideoFrame) -> tuple[tuple[bool, bool, bool], bool]:
+    """(transpose, mirror, flip) for `upright`, to show the frame as its display matrix asks; is it a turn, and no more?
 
     The matrix (ISO 14496-12, 8.5.2: a b u c d v x y w, native-endian 16.16) sends the pixel at column p, row q to
     column a p + c q, row b p + d q. Phones write quarter turns; anything between is taken to the nearest one.
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV 18 does not know all side data of FFmpeg 8: Exif, of each frame of some MJPEG files
+        return QUARTER_TURNS.get(round(frame.rotation / 90) % 4, UPRIGHT), False
     if matrix is None:
-        return False, False, False
+        return UPRIGHT, True
     a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), dtype=np.int32).tolist()
     is_transposed = abs(b) > abs(a)
-    return (True, c < 0, b < 0) if is_transposed else (False, a < 0, d < 0)
+    is_mirrored, is_flipped = (c < 0, b < 0) if is_transposed else (a < 0, d < 0)
+    is_quarter = (a, d) == (0, 0) if is_transposed else (b, c) == (0, 0)
+    is_reflection = is_transposed ^ is_mirrored ^ is_flipped
+    return (is_transposed, is_mirrored, is_flipped), is_quarter and not is_reflection
 
 
 def _to_rgb(frame: VideoFrame, probe: Probe) -> np.ndarray:
     """[H, W, 3] uint8, upright."""
-    rgb_HW3 = frame.to_ndarray(format="rgb24")
-    is_transposed, is_mirrored, is_flipped = _orientation(frame)
-    if is_transposed:
-        rgb_HW3 = rgb_HW3.transpose(1, 0, 2)
-    if is_mirrored:
-        rgb_HW3 = rgb_HW3[:, ::-1]
-    if is_flipped:
-        rgb_HW3 = rgb_HW3[::-1]
+    turn, _ = orientation(frame)
+    rgb_HW3 = upright(frame.to_ndarray(format="rgb24"), *turn)
     height_px, width_px = rgb_HW3.shape[:2]
     if (width_px, height_px) != (probe.width_px, probe.height_px):
         raise SampleError(
@@ -235,4 +274,4 @@ def _to_rgb(frame: VideoFrame, probe: Probe) -> np.ndarray:
             f"the frame size changes from {probe.width_px} x {probe.height_px} to {width_px} x {height_px} px "
             "in the middle; convert it to one size",
         )
-    return np.ascontiguousarray(rgb_HW3)
+    return rgb_HW3

@@ -1,4 +1,4 @@
-"""What a video reader is, and the check every reader makes before it opens a file."""
+"""What a video reader is, and what every reader does alike: checks before it opens a file, turning frames upright."""
 
 from __future__ import annotations
 
@@ -26,10 +26,15 @@ class Probe:
     height_px: int
     duration_s: float  # first frame's start to last frame's end
     ticks: np.ndarray | None = None  # [N] int64, timestamps to find the frames by; None: find them by their order
+    codec: str = ""  # FFmpeg's name, for example "h264"; empty for a folder of images
+    stream_index: int = 0  # of the video track among all tracks of the file
+    is_turned_only: bool = True  # upright by 0 to 3 quarter turns; False: the file asks for a mirror image, or for more
+    decoded_by: str = ""  # name of the one that reads it, where a reader chooses between two by the file
+    images: tuple[str, ...] = ()  # file names of the N frames, for a folder of images
 
 
 class Reader(Protocol):
-    """Implementations: pyav_reader.PyavReader, decord_reader.DecordReader. Both may be used by several threads."""
+    """Implementations: the modules *_reader of this folder. Each may be used by several threads."""
 
     @property
     def name(self) -> str:
@@ -37,7 +42,10 @@ class Reader(Protocol):
         ...
 
     def probe(self, path: str) -> Probe:
-        """Presentation times and displayed size. Raises SampleError, and nothing else, for a file it cannot use."""
+        """Presentation times and displayed size. Raises SampleError, and nothing else, for a file it cannot use.
+
+        Frames with more than video.max_source_pixels are refused here, before one is decoded.
+        """
         ...
 
     def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
@@ -59,7 +67,7 @@ def require_video_file(path: str) -> None:
         if not os.path.lexists(path):
             raise SampleError(path, "no such file; check data.video_root and the annotation")
         if Path(path).is_dir():
-            raise SampleError(path, "is a directory, wanted a video file")
+            raise SampleError(path, "is a directory, wanted a video file (image folders: see read.open_reader)")
         if not Path(path).is_file():
             raise SampleError(path, "is not a regular file, wanted a video file")
         if Path(path).stat().st_size == 0:
@@ -68,3 +76,33 @@ def require_video_file(path: str) -> None:
             pass
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise SampleError(path, f"the file cannot be opened: {error}") from error
+
+
+def require_pixels(
+    path: str, width_px: int, height_px: int, max_source_pixels: int, *, what: str = "the video"
+) -> None:
+    """Raise SampleError when a frame has no size or more than `max_source_pixels`: it is too much memory to decode."""
+    if width_px < 1 or height_px < 1:
+        raise SampleError(path, f"{what} states a size of {width_px} x {height_px} px; fetch it again")
+    if width_px * height_px > max_source_pixels:
+        raise SampleError(
+            path,
+            f"{what} has frames of {width_px} x {height_px} px, more than video.max_source_pixels "
+            f"({max_source_pixels}); shrink it, or raise the limit",
+        )
+
+
+def decoder_limit(max_source_pixels: int) -> dict[str, str]:
+    """Option for a codec, for what says less than it has. Twice, as FFmpeg counts with sides rounded up to 64."""
+    return {"max_pixels": str(2 * max_source_pixels + (1 << 16))}
+
+
+def upright(rgb_HW3: np.ndarray, is_transposed: bool, is_mirrored: bool, is_flipped: bool) -> np.ndarray:
+    """Transpose, mirror left-right, flip top-bottom, in that order; contiguous."""
+    if is_transposed:
+        rgb_HW3 = rgb_HW3.transpose(1, 0, 2)
+    if is_mirrored:
+        rgb_HW3 = rgb_HW3[:, ::-1]
+    if is_flipped:
+        rgb_HW3 = rgb_HW3[::-1]
+    return np.ascontiguousarray(rgb_HW3)

@@ -1,0 +1,38 @@
+"""A clip is a video or a part of one."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vcr1_fast.config import VideoConfig
+from vcr1_fast.synth.config import SynthConfig
+from vcr1_fast.synth.dataset import write_dataset
+from vcr1_fast.types import SampleError
+from vcr1_fast.video.clip import ClipRequest, part_name, read_clip
+from vcr1_fast.video.read import open_reader, read_frames
+
+
+def test_a_clip_is_the_frames_of_that_part(tmp_path: Path):
+    write_dataset(SynthConfig(output_dir=str(tmp_path), num_train=1, num_eval=1), show_progress=False)
+    video = str(sorted((tmp_path / "videos").glob("*.mp4"))[0])
+    config = VideoConfig(fps=1000.0, min_frame_pixels=7056, max_frame_pixels=7056)  # every frame there is
+    with contextlib.closing(open_reader(config)) as reader:
+        whole = read_frames(video, config, reader)
+        clip = read_clip(ClipRequest(video, config, 2.0, 4.0), reader)
+        inside = (whole.times_s >= 2.0) & (whole.times_s < 4.0)
+        assert 2 < len(clip.times_s) == int(inside.sum())
+        assert clip.times_s[0] == 0.0 and clip.duration_s == pytest.approx(2.0, abs=0.2)
+        assert torch.equal(clip.rgb_FHW3, whole.rgb_FHW3[inside])
+        sparse = VideoConfig(fps=1.0, min_frame_pixels=7056, max_frame_pixels=7056)
+        named = ClipRequest.of(part_name(video, 2.0, 6.0, fps=2.0), sparse)
+        assert named == ClipRequest(video, replace(sparse, fps=2.0), 2.0, 6.0)
+        frames = read_clip(named, reader)
+        assert len(frames.times_s) == 8 and frames.duration_s == pytest.approx(4.0, abs=0.2)  # the clip's own rate
+        with pytest.raises(SampleError, match="no frame lies between 900 and 901 s"):
+            read_clip(ClipRequest(video, sparse, 900, 901), reader)
+        assert ClipRequest.of(video, sparse) == ClipRequest(video, sparse)

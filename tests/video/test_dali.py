@@ -1,0 +1,422 @@
+"""DALI on the CPU, for real, over VP8, VP9 and MJPEG: the same code runs on a GPU (test_dali_gpu.py)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from tests.video import clips, corpus
+from tests.video.corpus import Clip
+from vcr1_fast.config import VideoConfig
+from vcr1_fast.types import SampleError
+from vcr1_fast.video import dali_codecs, dali_reader
+from vcr1_fast.video.dali_reader import DaliReader, FrameRequest
+from vcr1_fast.video.dali_track import MATRICES, inspect, refusal, to_displayed
+from vcr1_fast.video.pyav_reader import PyavReader
+from vcr1_fast.video.resolution import resize_frame
+
+needs_dali = pytest.mark.skipif(dali_codecs.version() is None, reason="DALI is not installed")
+
+# Levels of 255, DALI against FFmpeg as PyAV drives it, over a whole clip: (mean, 99.9th percentile). DALI interpolates
+# chroma at full precision, FFmpeg takes a short cut where width and height are even. These clips are all coloured
+# edges; measured 4.8 and 94 (BT.709: 5.3 and 99), and on a smooth scene 3.0 and 50. Odd sizes and 4:4:4: 0 and 0.
+TOLERANCE = (6.0, 110.0)
+
+YUVJ: dict[str, Any] = {"is_full_range": True, "pix_fmt": "yuvj420p"}
+RIGHT = (
+    Clip("vp8.webm", "vp8", "webm", 24),
+    Clip("vp9-ntsc.mp4", "vp9", "mp4", corpus.NTSC),
+    Clip("mjpeg.avi", "mjpeg", "avi", 25, **YUVJ),
+    Clip("mjpeg.mov", "mjpeg", "mov", 24, **YUVJ),
+    Clip("vp9-variable.webm", "vp9", "webm", times_ms=corpus.VARIABLE_MS),
+    Clip("vp9-turned-90.mp4", "vp9", "mp4", turn_deg=90),
+    Clip("vp9-turned-180.mp4", "vp9", "mp4", turn_deg=180),
+    Clip("vp9-odd-turned.mp4", "vp9", "mp4", size_px=(51, 67), turn_deg=270),
+    Clip("vp8-odd.webm", "vp8", "webm", size_px=(49, 65)),
+    Clip("vp9-444.mkv", "vp9", "mkv", pix_fmt="yuv444p"),
+    Clip("vp9-full.webm", "vp9", "webm", is_tagged=True, is_full_range=True),
+    Clip("vp9-709.webm", "vp9", "webm", matrix="709", is_tagged=True),
+    Clip("vp9-709-full.mp4", "vp9", "mp4", matrix="709", is_tagged=True, is_full_range=True),
+    Clip("vp9-edit-start.mp4", "vp9", "mp4", shift_s=-0.6),
+    Clip("vp9-edit-end.mp4", "vp9", "mp4", edit_ms=400),
+    Clip("vp9-late.webm", "vp9", "webm", shift_s=2.0),
+    Clip("vp8-live.webm", "vp8", "webm", options=corpus.LIVE),
+)
+# DALI clips what BT.601 makes of BT.709's most saturated colours; measured 14 levels on these bars
+MAX_BAR_ERROR, MAX_BAR_ERROR_709 = 4.0, 16.0
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[DaliReader]:
+    if dali_codecs.version() is None:
+        pytest.skip("DALI is not installed")
+    opened = DaliReader(VideoConfig(), "cpu")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 frames that say their number."""
+    return write_numbered(tmp_path_factory.mktemp("scene") / "scene.webm", 60, (96, 128))
+
+
+def write_numbered(
+    path: Path, num_frames: int, size_px: tuple[int, int], encoder: str = "libvpx-vp9", noise: int = 1
+) -> Path:
+    """Frame k says k; `noise` levels of noise on it make the packets large."""
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as out:
+        stream: Any = out.add_stream(encoder, rate=30)
+        stream.height, stream.width = size_px
+        stream.pix_fmt = "yuvj420p" if encoder == "mjpeg" else "yuv420p"
+        fast = {"crf": "10", "b": "2M", "deadline": "realtime", "cpu-used": "6", "g": "20"}
+        stream.options = {"qmin": "1", "qmax": "2"} if encoder == "mjpeg" else fast
+        for k in range(num_frames):
+            picture = clips.numbered(k, *size_px) // 4 * 3 + rng.integers(0, noise, (*size_px, 1)).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = k
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def all_frames(reader: DaliReader | PyavReader, path: Path) -> np.ndarray:
+    probe = reader.probe(str(path))
+    return np.stack(list(reader.read(probe, range(len(probe.times_s)))))
+
+
+def request_for(reader: DaliReader, path: Path, indices: tuple[int, ...], size_px: tuple[int, int]) -> FrameRequest:
+    return FrameRequest(reader.probe(str(path)), indices, *size_px)
+
+
+@pytest.mark.parametrize("clip", RIGHT, ids=lambda clip: clip.name)
+def test_every_frame_is_the_right_one(tmp_path: Path, reader: DaliReader, clip: Clip) -> None:
+    path = corpus.write(clip, tmp_path)
+    assert reader.takes(str(path))
+    got, wanted = all_frames(reader, path), all_frames(PyavReader(), path)
+    assert got.shape == wanted.shape and got.shape[1:3] == clip.displayed_px
+    stored = [corpus.as_stored(rgb, clip) for rgb in got]
+    assert [corpus.index_of(rgb) for rgb in stored] == clip.shown_indices
+    difference = np.abs(got.astype(np.int16) - wanted)
+    assert difference.mean() <= TOLERANCE[0] and np.percentile(difference, 99.9) <= TOLERANCE[1]
+    bars = np.abs(corpus.bars_of(stored[0]) - corpus.BARS_83)
+    assert bars.max() <= (MAX_BAR_ERROR_709 if clip.matrix == "709" else MAX_BAR_ERROR) and bars.mean() <= 2.0
+    assert np.array_equal(reader.probe(str(path)).times_s, PyavReader().probe(str(path)).times_s)
+
+
+@pytest.mark.parametrize("name", ["vp8.webm", "vp9-ntsc.mp4", "mjpeg.avi", "vp9-444.mkv"])
+def test_pixels_are_those_of_ffmpeg_without_short_cuts(tmp_path: Path, reader: DaliReader, name: str) -> None:
+    """Bit for bit: so the tolerance above is FFmpeg's short cut in chroma, and nothing else."""
+    path = corpus.write(next(clip for clip in RIGHT if clip.name == name), tmp_path)
+    how = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+    with av.open(str(path)) as container:
+        frames = [VideoReformatter().reformat(f, format="rgb24", interpolation=how) for f in container.decode(video=0)]
+    wanted = np.stack([frame.to_ndarray() for frame in frames])
+    assert np.array_equal(all_frames(reader, path), wanted)
+
+
+@pytest.mark.parametrize("name", ["vp9-ntsc.mp4", "vp9-odd-turned.mp4", "vp9-709.webm"])
+@pytest.mark.parametrize("scale", [0.7, 1.6])
+def test_frames_resized_by_dali(tmp_path: Path, reader: DaliReader, name: str, scale: float) -> None:
+    clip = next(clip for clip in RIGHT if clip.name == name)
+    path = corpus.write(clip, tmp_path)
+    height_px, width_px = (round(side * scale) for side in clip.displayed_px)
+    indices = (0, 3, 3, 7, 19)
+    probe = reader.probe(str(path))
+    got = reader.read_frames(probe, indices, height_px, width_px)
+    assert got.shape == (5, height_px, width_px, 3) and got.dtype == torch.uint8 and got.device.type == "cpu"
+    frames = [torch.from_numpy(rgb) for rgb in reader.read(probe, indices)]
+    wanted = torch.stack([resize_frame(rgb, height_px, width_px) for rgb in frames])
+    difference = (got.float() - wanted.float()).abs()
+    # Both bicubic with antialias, in float32 and in fixed point. BT.709: clamped after instead of before the resize,
+    # which rings at edges
+    assert difference.mean() <= (1.2 if clip.matrix == "709" else 0.4)
+    assert difference.max() <= (45 if clip.matrix == "709" else 12)
+
+
+def test_any_order_of_many_small_reads(reader: DaliReader, scene: Path) -> None:
+    probe = reader.probe(str(scene))
+    for indices in ([59], [0], [7, 7, 8, 58, 59], [0, 30]):
+        assert [clips.index_of(rgb) for rgb in reader.read(probe, indices)] == indices
+    assert reader.name.startswith("dali ") and reader.name.endswith(" cpu vp8+vp9+mjpeg")
+
+
+def test_frames_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch, reader: DaliReader, scene: Path) -> None:
+    probe = reader.probe(str(scene))
+    indices = tuple(range(0, 60, 4))
+    wanted = reader.read_frames(probe, indices, 56, 84)
+    monkeypatch.setattr(dali_reader, "MAX_DECODED_BYTES", 4 * 96 * 128 * 3)
+    assert torch.equal(reader.read_frames(probe, indices, 56, 84), wanted)
+    assert [clips.index_of(rgb) for rgb in reader.read(probe, indices)] == list(indices)
+    [many] = reader.read_many([FrameRequest(probe, indices, 56, 84)])
+    assert isinstance(many, torch.Tensor) and torch.equal(many, wanted)
+
+
+def test_files_dali_does_not_take_are_refused_by_name(tmp_path: Path, reader: DaliReader) -> None:
+    for clip, reason in (
+        (Clip("a.mp4", "h264", "mp4"), "its codec is h264, wanted one of vp8, vp9, mjpeg"),
+        (Clip("b.mkv", "mpeg4", "mkv"), "its codec is mpeg4"),
+        (Clip("c.mp4", "av1", "mp4", size_px=(64, 64)), "its codec is av1"),
+    ):
+        path = str(corpus.write(clip, tmp_path))
+        assert not reader.takes(path)
+        with pytest.raises(SampleError, match=rf"{reason}.*set video\.reader to pyav"):
+            reader.probe(path)
+    for path in (tmp_path / "nowhere.webm", tmp_path):
+        with pytest.raises(SampleError):
+            reader.takes(str(path))
+
+
+def test_what_dali_would_get_wrong_is_not_taken(tmp_path: Path) -> None:
+    """By the rules alone: NVDEC is not here."""
+    plain = inspect(str(corpus.write(Clip("a.mp4", "h264", "mp4", size_px=(96, 128)), tmp_path)), PyavReader())
+    assert refusal(plain, "gpu", ("h264",)) is None and refusal(plain, "cpu", ("h264",)) is None
+    for change, reason, devices in (
+        ({"pixel_format": "yuv420p10le"}, "pixel format", ("gpu", "cpu")),
+        ({"pixel_format": "yuv444p"}, "pixel format", ("gpu",)),
+        ({"matrix": 8}, "colour matrix", ("gpu", "cpu")),
+        ({"is_interlaced": True}, "interlaced", ("gpu", "cpu")),
+        ({"is_best_track": False}, "several video tracks", ("gpu", "cpu")),
+        ({"num_packets": 21}, "shows 20 frames of 21 packets", ("gpu", "cpu")),
+        ({"num_listed": 25}, "header lists 25", ("gpu", "cpu")),
+        ({"num_packets": 25, "num_hidden": 5, "num_listed": 25}, "edit list hides 5", ("gpu",)),
+        ({"stored_size_px": (95, 128)}, "odd", ("gpu",)),
+        ({"stored_size_px": (96, 40)}, "NVDEC does not take 40 x 96 px", ("gpu",)),
+        ({"stored_size_px": (96, 5000)}, "NVDEC does not take 5000 x 96 px", ("gpu",)),
+        ({"codec": "vp9", "is_full_range": True, "stored_size_px": (128, 128)}, "full range", ("gpu",)),
+    ):
+        track = replace(plain, **change)
+        for device in ("gpu", "cpu"):
+            got = refusal(track, device, ("h264", "vp9"))
+            assert (got is not None and reason in got) if device in devices else got is None, (change, device, got)
+
+
+def damaged(folder: Path) -> dict[str, tuple[Path, str]]:
+    folder.mkdir()
+    mp4 = write_numbered(folder / "a.mp4", 60, (96, 128), noise=60)
+    webm = write_numbered(folder / "a.webm", 60, (96, 128), noise=60)
+    avi = write_numbered(folder / "a.avi", 60, (96, 128), "mjpeg", noise=60)
+
+    def change(source: Path, name: str, what: bytes, at: float) -> Path:
+        data = bytearray(source.read_bytes())
+        start = int(len(data) * at)
+        data[start : start + len(what)] = what
+        path = folder / f"{name}{source.suffix}"
+        path.write_bytes(data)
+        return path
+
+    noise = np.random.default_rng(1).integers(0, 256, 4000).astype(np.uint8).tobytes()
+    quarter = folder / "quarter.webm"
+    quarter.write_bytes(webm.read_bytes()[: webm.stat().st_size // 4])
+    text = folder / "text.webm"
+    text.write_bytes(b"not a video\n" * 50)
+    return {
+        "hole": (change(mp4, "hole", bytes(4000), 0.4), "is damaged: a packet of it"),
+        "overwritten": (change(mp4, "noise", noise, 0.4), "is damaged: a packet of it"),
+        "bytes skipped": (change(webm, "skipped", noise, 0.4), "is damaged: a packet of it comes after"),
+        "cut": (quarter, "cut short"),
+        "frames lost": (change(avi, "lost", bytes(4000), 0.4), "lists 60 frames|cannot be decoded"),
+        "text": (text, "not a video file"),
+    }
+
+
+def test_damage_is_found(tmp_path: Path, reader: DaliReader, scene: Path) -> None:
+    for kind, (path, reason) in damaged(tmp_path / "damaged").items():
+        with pytest.raises(SampleError, match=reason) as caught:
+            all_frames(reader, path)
+        assert caught.value.source == str(path) and "\n" not in caught.value.reason, kind
+    assert clips.index_of(all_frames(reader, scene)[31]) == 31  # and the reader goes on
+
+
+def test_a_file_that_only_dali_refuses_does_not_harm_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reader: DaliReader, scene: Path
+) -> None:
+    """The pipeline that raised is built anew. The file is damaged after it was looked at."""
+    path = write_numbered(tmp_path / "a.webm", 20, (64, 64))
+    probe = reader.probe(str(path))
+    monkeypatch.setattr(reader, "_track", lambda name: tracks[name])
+    tracks = {str(path): inspect(str(path), PyavReader()), str(scene): inspect(str(scene), PyavReader())}
+    path.write_bytes(b"something else" * 100)
+    for _ in range(3):
+        with pytest.raises(SampleError, match=r"cannot be decoded.*DALI says: .*Failed to create video decoder"):
+            reader.read_frames(probe, [0, 1], 56, 56)
+        got = reader.read_frames(tracks[str(scene)].probe, [5, 6], 56, 56)
+        assert [clips.index_of(rgb.numpy()) for rgb in got] == [5, 6]
+
+
+def test_frames_that_are_not_there_are_refused_and_dark_scenes_are_not(tmp_path: Path, reader: DaliReader) -> None:
+    moving = write_numbered(tmp_path / "moving.webm", 20, (64, 64))
+    probe = reader.probe(str(moving))
+    indices = [2, 5, 9, 15]
+    right = reader.read_frames(probe, indices, 56, 56)
+    reader._require_real(probe, right, indices)
+    for what, change in (("one colour", 0), ("one colour", 255), ("a copy", right[1].clone())):
+        wrong = right.clone()
+        wrong[2] = change
+        with pytest.raises(SampleError, match=rf"{what}.* at 0\.30 s") as caught:
+            reader._require_real(probe, wrong, indices)
+        assert caught.value.source == str(moving)
+    black = np.full((64, 64, 3), 12, np.uint8)
+    still = tmp_path / "still.webm"
+    with av.open(str(still), "w") as out:
+        stream = out.add_stream("libvpx-vp9", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+        for k in range(20):
+            frame = av.VideoFrame.from_ndarray(black if k < 10 else clips.numbered(3, 64, 64), format="rgb24")
+            frame.pts = k
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    got = reader.read_frames(reader.probe(str(still)), [0, 4, 12, 18, 19], 56, 56)
+    assert got[0].float().std() < 2 and clips.index_of(got[4].numpy()) == 3
+
+
+def test_many_requests_in_order_with_errors_that_name_the_file(tmp_path: Path, reader: DaliReader, scene: Path) -> None:
+    other = write_numbered(tmp_path / "other.avi", 40, (64, 80), "mjpeg")
+    gone = write_numbered(tmp_path / "gone.webm", 20, (64, 64))
+    sizes = [(56, 84), (84, 56), (28, 112)]
+    requests = [request_for(reader, (scene, other)[k % 2], (k, k + 3, k + 3, k + 9), sizes[k % 3]) for k in range(11)]
+    requests.insert(4, request_for(reader, gone, (0, 1), (56, 56)))
+    track = reader._track(str(gone))
+    gone.unlink()
+    results = list(reader.read_many(iter(requests), batch_size=3))
+    assert len(results) == 12
+    failed = results.pop(4)
+    assert isinstance(failed, SampleError) and failed.source == str(gone) and "no such file" in failed.reason
+    requests.pop(4)
+    for k, (request, got) in enumerate(zip(requests, results, strict=True)):
+        assert isinstance(got, torch.Tensor) and got.shape == (4, request.height_px, request.width_px, 3)
+        assert [clips.index_of(rgb.numpy()) for rgb in got] == [k, k + 3, k + 3, k + 9]
+        alone = reader.read_frames(request.probe, request.frame_indices, request.height_px, request.width_px)
+        assert torch.equal(got, alone)
+    assert track.codec == "vp9"
+
+
+def test_a_file_that_breaks_inside_dali_costs_no_other_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reader: DaliReader, scene: Path
+) -> None:
+    bad = write_numbered(tmp_path / "bad.webm", 20, (64, 64))
+    requests = [request_for(reader, bad if k in (2, 7) else scene, (k, k + 1), (56, 56)) for k in range(10)]
+    tracks = {str(path): reader._track(str(path)) for path in (bad, scene)}
+    monkeypatch.setattr(reader, "_track", lambda name: tracks[name])
+    bad.write_bytes(b"something else" * 100)
+    results = list(reader.read_many(requests, batch_size=2))
+    for k, result in enumerate(results):
+        if k in (2, 7):
+            assert isinstance(result, SampleError) and result.source == str(bad)
+        else:
+            assert isinstance(result, torch.Tensor)
+            assert [clips.index_of(rgb.numpy()) for rgb in result] == [k, k + 1]
+
+
+def test_a_caller_that_stops_early_leaves_nothing_behind(reader: DaliReader, scene: Path) -> None:
+    requests = [request_for(reader, scene, (k,), (56, 56)) for k in range(12)]
+    for result in reader.read_many(requests, batch_size=2):
+        assert isinstance(result, torch.Tensor)
+        break
+    results = list(reader.read_many(requests[5:8], batch_size=2))
+    assert [clips.index_of(got[0].numpy()) for got in results if isinstance(got, torch.Tensor)] == [5, 6, 7]
+
+
+def test_several_threads(reader: DaliReader, scene: Path) -> None:
+    probe = reader.probe(str(scene))
+    got: dict[int, list[int]] = {}
+
+    def read(place: int) -> None:
+        frames = reader.read_frames(probe, [place, place + 20, 50 + place], 56, 84)
+        got[place] = [clips.index_of(rgb.numpy()) for rgb in frames]
+
+    for _ in range(3):
+        threads = [threading.Thread(target=read, args=(place,)) for place in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert got == {place: [place, place + 20, 50 + place] for place in range(6)}
+        got.clear()
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@needs_dali
+def test_memory_stays_flat_and_closing_frees(scene: Path) -> None:
+    threads_before = num_threads()
+    opened = DaliReader(VideoConfig(), "cpu")
+    probe = opened.probe(str(scene))
+    for _ in range(20):
+        opened.read_frames(probe, range(0, 60, 6), 56, 84)
+    before = resident_mib()
+    for _ in range(200):
+        opened.read_frames(probe, range(0, 60, 6), 56, 84)
+    assert resident_mib() - before < 8  # 200 reads leave 27 MB of encoded and 300 MB of decoded bytes if kept
+    assert num_threads() > threads_before
+    opened.close()
+    assert num_threads() <= threads_before
+    again = opened.read_frames(probe, [3], 56, 84)  # a closed reader still reads, and keeps nothing
+    assert clips.index_of(again[0].numpy()) == 3 and num_threads() <= threads_before
+
+
+@pytest.mark.parametrize("number", [1, 9])
+def test_colours_of_another_matrix(tmp_path: Path, number: int) -> None:
+    """Colours that BT.601 can hold come back within the rounding of 8 bits."""
+    red, blue = MATRICES[number]
+    path = corpus.write(Clip("a.webm", "vp9", "webm"), tmp_path)
+    track = replace(inspect(str(path), PyavReader()), matrix=number)
+    levels = np.arange(64, 193, 16) / 255
+    rgb = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 1, 3)
+    luma = rgb @ np.array([red, 1 - red - blue, blue])
+    u, v = (rgb[..., 2] - luma) / (2 - 2 * blue), (rgb[..., 0] - luma) / (2 - 2 * red)
+    as_601 = np.stack([luma + 1.402 * v, luma - 0.344136 * u - 0.714136 * v, luma + 1.772 * u], -1)
+    assert as_601.min() > 0 and as_601.max() < 1 and np.abs(as_601 - rgb).max() * 255 > 10
+    got = to_displayed(torch.from_numpy((as_601 * 255).round().astype(np.uint8)), track)
+    assert np.abs(got.numpy() - rgb * 255).max() <= 1.6  # half a level in, times at most 1.2, half a level out
+
+
+def test_why_dali_is_not_there_is_said_and_never_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = dali_codecs.unavailable_reason.__wrapped__
+    if not torch.cuda.is_available():
+        expected = "no CUDA device" if dali_codecs.version() else "not installed"
+        assert expected in (ask("gpu") or "")
+    with monkeypatch.context() as patch:
+        patch.setattr(dali_codecs, "version", lambda: "1.0")
+        patch.setattr(dali_codecs, "proof_failure", lambda codec, device: "frame 3 of 30 is another picture")
+        assert ask("cpu") == "DALI does not decode vp8 here: frame 3 of 30 is another picture"
+        patch.setattr(dali_codecs, "proof_failure", lambda codec, device: 1 / 0)
+        assert "ZeroDivisionError" in (ask("cpu") or "")
+    monkeypatch.setattr(dali_codecs, "version", lambda: None)
+    monkeypatch.setattr(dali_reader, "version", lambda: None)
+    monkeypatch.setattr(dali_reader, "unavailable_reason", ask)
+    with pytest.raises(ModuleNotFoundError, match=r"DALI is not installed .*set video\.reader to pyav"):
+        DaliReader(VideoConfig(), "cpu")
+
+
+@needs_dali
+def test_a_codec_counts_only_when_its_frames_come_out_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    prove, clip = dali_codecs.proof_failure.__wrapped__, dali_codecs._proof_clip
+    assert dali_codecs.unavailable_reason("cpu") is None
+    assert dali_codecs.proven_codecs("cpu") == ("vp8", "vp9", "mjpeg")
+    assert "Failed to create video decoder" in (prove("h264", "cpu") or "")
+
+    def shifted(codec: str) -> tuple[np.ndarray, np.ndarray]:
+        encoded, frames = clip(codec)
+        return encoded, frames[[0, *range(29)]]
+
+    monkeypatch.setattr(dali_codecs, "_proof_clip", shifted)
+    assert prove("vp9", "cpu") == "frame 1 of 30 is another picture"

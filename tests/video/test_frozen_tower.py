@@ -1,0 +1,162 @@
+"""A tower that is not trained runs once a clip; everything after it is what it would be with the tower inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vcr1_fast.config import AlgorithmConfig, Config, ConfigError, ModelConfig, VideoConfig
+from vcr1_fast.config_io import load_settings
+from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer, model_folder
+from vcr1_fast.learner.objective import grpo_objective
+from vcr1_fast.learner.packing import pack
+from vcr1_fast.prompts.build import PromptBuilder
+from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.rollout.temporal_contrast import shuffled_prompt
+from vcr1_fast.run import open_source
+from vcr1_fast.synth.config import SynthConfig
+from vcr1_fast.synth.dataset import write_dataset
+from vcr1_fast.tasks import make_tasks
+from vcr1_fast.train import train
+from vcr1_fast.types import Completion, Example, IntervalTruth, Prompt, RolloutGroup, SamplingParams
+from vcr1_fast.video.frozen_tower import load_frozen_tower
+from vcr1_fast.video.patches import PatchSource
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    write_dataset(SynthConfig(output_dir=str(folder), kinds=("grounding",), num_train=4, num_eval=1), False)
+    return folder
+
+
+def _source(freeze: bool, **video: Any) -> PatchSource:
+    settings = VideoConfig(max_frames=8, min_frame_pixels=7056, num_workers=0, **video)
+    return open_source(Config(model=ModelConfig(freeze_vision=freeze), video=settings), CPU)
+
+
+@pytest.fixture
+def sources() -> Iterator[tuple[PatchSource, PatchSource]]:
+    """(pixels, frozen tower)"""
+    pair = _source(freeze=False), _source(freeze=True)
+    yield pair
+    for source in pair:
+        source.close()
+
+
+def _prompts(clips: Path, sources: tuple[PatchSource, PatchSource]) -> list[Prompt]:
+    """The same question with pixels and with embeddings."""
+    tasks, tokenizer = make_tasks(Config().task), load_tokenizer("tiny")
+    video = str(clips / "videos" / "train-grounding-00000.mp4")
+    example = Example("a", "temporal_grounding", video, "a red circle appears", 8.0, IntervalTruth(((1.0, 3.0),)))
+    return [PromptBuilder(tokenizer, tasks, source).build(example) for source in sources]
+
+
+def test_embeddings_are_those_of_the_policys_own_tower(clips: Path, sources: tuple[PatchSource, PatchSource]) -> None:
+    with_pixels, embedded = _prompts(clips, sources)
+    assert torch.equal(with_pixels.token_ids_L, embedded.token_ids_L)
+    assert torch.equal(with_pixels.position_ids_3L, embedded.position_ids_3L)
+    assert embedded.patches.embeddings_MD is not None and embedded.patches.values_PC.shape == (0, 1176)
+    hf = load_hugging_face("tiny", torch.float32, CPU)
+    grids = torch.tensor([with_pixels.patches.grid_thw])
+    wanted: Any = hf.model.visual(with_pixels.patches.values_PC, grid_thw=grids)
+    assert torch.equal(embedded.patches.embeddings_MD, wanted.pooler_output)
+
+
+def test_loss_and_gradients_are_those_of_a_frozen_tower_inside(
+    clips: Path, sources: tuple[PatchSource, PatchSource]
+) -> None:
+    answer = Completion(torch.tensor([300, 301, 302]), torch.full((3,), -1.0), "stop", "")
+    results = []
+    for prompt in _prompts(clips, sources):
+        group = RolloutGroup(prompt, (answer, answer), 0, advantages=(1.0, -0.5), rewards=(1.0, 0.0))
+        policy = PolicyModel(
+            load_hugging_face("tiny", torch.float32, CPU), ModelConfig(freeze_vision=True), torch.float32
+        )
+        batch = pack([group], [[0.5, 0.5]])
+        loss, _ = policy(batch, 1.0, grpo_objective(batch, None, AlgorithmConfig()))
+        loss.backward()
+        results.append({name: p.grad for name, p in policy.named_parameters()})
+    with_pixels, embedded = results
+    assert all((grad is None) == (".visual." in name) for name, grad in embedded.items())
+    for name, grad in with_pixels.items():
+        assert (grad is None) == (embedded[name] is None)
+        assert grad is None or torch.equal(grad, embedded[name])
+    assert max(grad.abs().max() for grad in with_pixels.values() if grad is not None) > 0
+
+
+def test_the_engine_answers_the_same(clips: Path, sources: tuple[PatchSource, PatchSource]) -> None:
+    engine = LocalEngine(load_hugging_face("tiny", torch.float32, CPU), load_tokenizer("tiny"))
+    sampling = SamplingParams(num_completions=3, max_new_tokens=12, seed=5)
+    answers = [engine.generate([prompt], sampling)[0] for prompt in _prompts(clips, sources)]
+    for one, other in zip(*answers, strict=True):
+        assert torch.equal(one.token_ids_R, other.token_ids_R) and torch.equal(one.logprobs_R, other.logprobs_R)
+
+
+def test_shuffled_clips_shuffle_their_embeddings(clips: Path, sources: tuple[PatchSource, PatchSource]) -> None:
+    with_pixels, embedded = (shuffled_prompt(prompt, seed=3) for prompt in _prompts(clips, sources))
+    tower = sources[1].tower
+    assert tower is not None and embedded.patches.embeddings_MD is not None
+    wanted_MD = tower.embed(with_pixels.patches)
+    assert not torch.equal(embedded.patches.embeddings_MD, _prompts(clips, sources)[1].patches.embeddings_MD)
+    # one call sees the same frames in another order: sums of matrix products may be taken in another order, too
+    assert (embedded.patches.embeddings_MD - wanted_MD).abs().max() < 1e-5
+
+
+def test_a_clip_seen_before_is_not_even_decoded(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    video = str(clips / "videos" / "train-grounding-00001.mp4")
+    folder = str(tmp_path / "cache")
+    first = _source(freeze=True, cache_dir=folder)
+    wanted = first(video)
+    first.close()
+    later = _source(freeze=True, cache_dir=folder)
+    monkeypatch.setattr(later.loader, "get", lambda request: pytest.fail("the clip was read again"))
+    again = later(video)
+    later.close()
+    assert again.embeddings_MD is not None and wanted.embeddings_MD is not None
+    assert torch.equal(again.embeddings_MD, wanted.embeddings_MD)
+    assert replace(again, embeddings_MD=None, values_PC=wanted.values_PC) == replace(wanted, embeddings_MD=None)
+
+
+def test_other_weights_are_another_tower(tmp_path: Path) -> None:
+    hf = load_hugging_face("tiny", torch.float32, CPU)
+    with torch.no_grad():
+        next(hf.model.visual.parameters())[0].add_(1e-3)
+    hf.save_pretrained(tmp_path / "other")
+    tiny, again, other = (
+        load_frozen_tower(folder, torch.float32, CPU).digest
+        for folder in (model_folder("tiny"), model_folder("tiny"), tmp_path / "other")
+    )
+    assert tiny == again != other
+    (tmp_path / "other" / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"model\.freeze_vision is set, but .* holds another tower"):
+        load_frozen_tower(tmp_path / "other", torch.float32, CPU)
+
+
+def test_a_run_with_a_frozen_tower_trains_the_rest(clips: Path, tmp_path: Path) -> None:
+    overrides = [
+        "--model.freeze_vision=true",
+        f"--data.train=[{clips}/train_grounding.jsonl]",
+        "--data.eval=[]",
+        f"--train.output_dir={tmp_path}",
+        "--train.num_steps=2",
+        "--train.prompts_per_step=4",
+        "--rollout.max_new_tokens=64",
+        "--video.num_workers=0",
+        "--checkpoint.every=0",
+    ]
+    train(load_settings(Config, "tiny", overrides))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["grad_norm"] > 0 for line in lines)
+    before = load_hugging_face("tiny", torch.float32, CPU).state_dict()
+    after = load_hugging_face(str(tmp_path / "model"), torch.float32, CPU).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any("visual" in name for name in changed)

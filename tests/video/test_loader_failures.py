@@ -1,0 +1,162 @@
+"""Whatever a file does to its reader is a SampleError of that file, the same each time; the next file is read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.video import clips, damaged, injected_readers
+from tests.video.test_loader import ONE_WORKER, is_alive, reads, requests, wait_until
+from vcr1_fast.config import VideoConfig
+from vcr1_fast.types import SampleError
+from vcr1_fast.video.clip import ClipRequest
+from vcr1_fast.video.loader import FrameLoader
+from vcr1_fast.video.quarantine import REASON_NAMES, reason_class
+
+
+def refusal(loader: FrameLoader, request: ClipRequest) -> str:
+    with pytest.raises(SampleError) as caught:
+        loader.get(request)
+    assert caught.value.source == request.path
+    return caught.value.reason
+
+
+def test_damaged_files_are_refused_for_the_same_reason_each_time_and_everywhere(tmp_path: Path):
+    """In a worker twice, and in this process; the worker survives all of it."""
+    sound = clips.write_clip(tmp_path / "sound.mp4", num_frames=60)
+    for kind, (make, _) in damaged.KINDS.items():
+        make(sound, tmp_path / f"{kind}.mp4")
+    in_worker = VideoConfig(num_workers=1, max_source_pixels=damaged.MAX_SOURCE_PIXELS)
+    here = VideoConfig(num_workers=0, max_source_pixels=damaged.MAX_SOURCE_PIXELS)
+    with contextlib.closing(FrameLoader(in_worker)) as loader, contextlib.closing(FrameLoader(here)) as plain:
+        loader.prefetch(requests(tmp_path, *damaged.KINDS, config=in_worker))
+        for kind in damaged.KINDS:
+            reasons = [
+                refusal(loader, *requests(tmp_path, kind, config=in_worker)),
+                refusal(loader, *requests(tmp_path, kind, config=in_worker)),
+                refusal(plain, *requests(tmp_path, kind, config=here)),
+            ]
+            assert len(set(reasons)) == 1, reasons
+            assert damaged.is_class_of(kind, reason_class(reasons[0])), reasons[0]
+            assert "\n" not in reasons[0] and str(os.getpid()) not in reasons[0]
+        frames = loader.get(ClipRequest(str(sound), in_worker))
+        assert torch.equal(frames.rgb_FHW3, plain.get(ClipRequest(str(sound), here)).rgb_FHW3)
+        metrics = loader.metrics()
+    assert (metrics["video/clips_read"], metrics["video/clips_refused"]) == (1, 2 * len(damaged.KINDS))
+    assert metrics["video/workers_replaced"] == 0
+
+
+def test_a_codec_that_decord_does_not_know(tmp_path: Path):
+    """decord 0.6 has FFmpeg 4 without an AV1 decoder; it says so in its own process, which the worker starts."""
+    pytest.importorskip("decord")
+    path = tmp_path / "av1.mp4"
+    damaged.flat_clip(path, 64, 64, num_frames=8, codec="libsvtav1")
+    config = VideoConfig(num_workers=1, reader="decord")
+    with contextlib.closing(FrameLoader(config)) as loader:
+        reason = refusal(loader, ClipRequest(str(path), config))
+        assert loader.get(ClipRequest(str(clips.write_clip(tmp_path / "h264.mp4", num_frames=8)), config))
+        [pid] = loader.worker_pids
+        [decord_pid] = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    assert reason_class(reason) == "not_decodable" and "decord" in reason
+    assert not is_alive(pid) and not is_alive(decord_pid)
+
+
+def test_a_reader_that_hangs_with_the_interpreter_lock_held_is_killed(tmp_path: Path):
+    config = VideoConfig(num_workers=1, timeout_s=3.0)
+    hang, good = requests(tmp_path, "hang1", "7", config=config)
+    with contextlib.closing(FrameLoader(config, open_reader=injected_readers.made_up)) as loader:
+        loader.prefetch([hang, good])
+        loader.start()
+        wait_until(lambda: reads(tmp_path) == ["hang1"], limit_s=120)
+        [pid] = loader.worker_pids
+        started = time.monotonic()
+        assert refusal(loader, hang) == "made-up 1 did not finish within 3 s (video.timeout_s)"
+        assert time.monotonic() - started < 10
+        assert not is_alive(pid)
+        assert loader.get(good).rgb_FHW3[0, 0, 0, 0] == 7
+        assert loader.worker_pids != [pid]
+        metrics = loader.metrics()
+    assert (metrics["video/timeouts"], metrics["video/workers_replaced"], metrics["video/crashes"]) == (1, 1, 0)
+    assert reads(tmp_path) == ["hang1", "7"]  # a clip that hangs is not tried twice
+
+
+def test_a_worker_that_crashes_gets_one_successor_for_the_same_clip(tmp_path: Path):
+    """By a fault of its own on one file, once and always; and killed from outside, in mid-read and while idle."""
+    once, always, slow, good = requests(tmp_path, "once5", "crash6", "slow7", "8", config=ONE_WORKER)
+    with contextlib.closing(FrameLoader(ONE_WORKER, open_reader=injected_readers.made_up)) as loader:
+        loader.prefetch([once, always, slow, good])
+        assert loader.get(once).rgb_FHW3[0, 0, 0, 0] == 5
+        assert refusal(loader, always) == "made-up 1 crashed on it twice (signal 11); is the file damaged?"
+        wait_until(lambda: reads(tmp_path)[-1] == "slow7", limit_s=120)
+        os.kill(loader.worker_pids[0], signal.SIGKILL)
+        assert loader.get(slow).rgb_FHW3[0, 0, 0, 0] == 7
+        loader.get(good)
+        os.kill(loader.worker_pids[0], signal.SIGKILL)
+        assert loader.get(good).rgb_FHW3[0, 0, 0, 0] == 8
+        metrics = loader.metrics()
+    assert reads(tmp_path) == ["once5", "once5", "crash6", "crash6", "slow7", "slow7", "8", "8"]
+    assert (metrics["video/crashes"], metrics["video/workers_replaced"]) == (5, 5)
+    assert (metrics["video/clips_read"], metrics["video/clips_refused"]) == (4, 1)
+
+
+def test_workers_are_replaced_after_their_share_of_clips_and_nothing_is_lost(tmp_path: Path):
+    config = VideoConfig(num_workers=1, clips_per_worker=3)
+    wanted = requests(tmp_path, *map(str, range(7)), config=config)
+    with contextlib.closing(FrameLoader(config, open_reader=injected_readers.made_up)) as loader:
+        loader.prefetch(wanted)
+        assert [int(loader.get(request).rgb_FHW3[0, 0, 0, 0]) for request in wanted] == list(range(7))
+        assert loader.metrics()["video/workers_replaced"] == 2
+    pids = [line.split()[1] for line in (tmp_path / "reads.txt").read_text().splitlines()]
+    assert [len(set(pids[k : k + 3])) for k in (0, 3, 6)] == [1, 1, 1] and len(set(pids)) == 3
+    assert reads(tmp_path) == [str(k) for k in range(7)]
+
+
+def test_a_failure_reaches_all_who_wait(tmp_path: Path):
+    [broken] = requests(tmp_path, "slow-broken")
+    problems: list[str] = []
+    with contextlib.closing(FrameLoader(broken.config, open_reader=injected_readers.made_up)) as loader:
+
+        def get() -> None:
+            problems.append(refusal(loader, broken))
+
+        threads = [threading.Thread(target=get) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert problems == ["is broken on purpose"] * 3
+
+
+def test_a_file_that_changes_between_two_reads_is_read_anew(tmp_path: Path):
+    config = VideoConfig(num_workers=0)
+    path = clips.write_clip(tmp_path / "clip.mp4", num_frames=30)
+    shutil.copy(path, tmp_path / "kept.mp4")
+    with contextlib.closing(FrameLoader(config)) as loader:
+        first = loader.get(ClipRequest(str(path), config))
+        path.write_bytes(b"")
+        assert "(0 bytes)" in refusal(loader, ClipRequest(str(path), config))
+        shutil.copy(tmp_path / "kept.mp4", path)
+        assert torch.equal(loader.get(ClipRequest(str(path), config)).rgb_FHW3, first.rgb_FHW3)
+
+
+@pytest.mark.parametrize(
+    ("reason", "name"),
+    [
+        ("no such file; check data.video_root and the annotation", "missing"),
+        ("the file is empty (0 bytes); fetch it again", "empty"),
+        ("pyav 18 did not finish within 60 s (video.timeout_s)", "timeout"),
+        ("pyav 18 crashed on it twice (signal 11); is the file damaged?", "crash"),
+        ("the frame at 2.00 s is damaged; fetch the file again", "damaged"),
+        ("the annotation is strange", "other"),
+    ],
+)
+def test_reasons_fall_into_classes(reason: str, name: str):
+    assert reason_class(reason) == name and name in REASON_NAMES

@@ -1,0 +1,96 @@
+"""torchcodec gives PyAV's frames, or refuses by name.
+
+Where it does not load in this process, because there is no FFmpeg but PyAV's, its tests run in one where it does.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.video import clips
+from tests.video.torchcodec_process import link_libraries, run_python
+from vcr1_fast.config import VideoConfig
+from vcr1_fast.types import SampleError
+from vcr1_fast.video import torchcodec_reader
+from vcr1_fast.video.pyav_reader import PyavReader
+from vcr1_fast.video.read import open_reader
+from vcr1_fast.video.torchcodec_reader import TorchcodecReader
+
+REASON = torchcodec_reader.unavailable_reason()
+HERE = Path(__file__).parent
+needs_torchcodec = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+@pytest.mark.skipif(REASON is None, reason="torchcodec loads, its tests run in this process")
+def test_with_the_ffmpeg_inside_pyav(tmp_path: Path):
+    if "not installed" in str(REASON):
+        pytest.skip(str(REASON))
+    bundled = link_libraries(tmp_path)
+    if bundled is None:
+        pytest.skip("PyAV was built without libraries of its own")
+    code = "from vcr1_fast.video.torchcodec_reader import unavailable_reason; print(unavailable_reason())"
+    if (reason := run_python(["-c", code], (tmp_path, bundled)).stdout.strip()) != "None":
+        pytest.skip(f"torchcodec does not load with PyAV's FFmpeg either: {reason}")
+    # Its own tests and those of all readers; 12 s of CPU time.
+    names = ("test_readers.py", "test_source_limits.py", "test_torchcodec.py", "test_parity.py")
+    files = [str(HERE / name) for name in names]
+    pytest_arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "torchcodec", "-rs", *files]
+    done = run_python(pytest_arguments, (tmp_path, bundled))
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert int(done.stdout.rsplit(" passed", 1)[0].rsplit(maxsplit=1)[-1]) >= 25, done.stdout[-4000:]
+
+
+def test_missing_or_broken_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    def none(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    config = VideoConfig(reader="torchcodec")
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda name: "0.0")
+        patch.setitem(sys.modules, "torchcodec.decoders", None)  # import raises ImportError
+        with pytest.raises(RuntimeError, match=r"does not load .*apt install ffmpeg.* or set video.reader to pyav"):
+            open_reader(config)
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install vcr1-fast\[torchcodec\], or set video.reader to pyav"):
+        open_reader(config)
+
+
+@needs_torchcodec
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_the_same_bits_as_pyav(tmp_path: Path, suffix: str):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (70, 120, 160, 3)).astype(np.uint8)
+    name = tmp_path / f"noise.{suffix}"
+    path = str(clips.write_clip(name, fps=Fraction(30000, 1001), size_px=(120, 160), num_frames=70, rgb_FHW3=noise))
+    reader, pyav = TorchcodecReader(), PyavReader()
+    probe = reader.probe(path)
+    assert np.array_equal(probe.times_s, pyav.probe(path).times_s)
+    indices = [0, 0, 1, 29, 30, 31, 31, 31, 40, 59, 60, 69, 69]  # repeats, key frames, more than one batch
+    got, want = np.stack(list(reader.read(probe, indices))), np.stack(list(pyav.read(probe, indices)))
+    assert got.std() > 20 and np.array_equal(got, want)
+    assert reader.name.startswith("torchcodec 0.") and "(FFmpeg " in reader.name
+
+
+@needs_torchcodec
+def test_torchcodec_that_counts_other_frames_is_refused(tmp_path: Path):
+    path = str(clips.write_clip(tmp_path / "a.mp4", num_frames=20))
+    probe = TorchcodecReader().probe(path)
+    clips.write_clip(Path(path), num_frames=21)  # the file was replaced after it was probed
+    with pytest.raises(SampleError, match="sees 21 frames where 20 are shown"):
+        next(TorchcodecReader().read(probe, [0]))
+
+
+@needs_torchcodec
+def test_torchcodec_with_other_times_is_refused(tmp_path: Path):
+    path = str(clips.write_clip(tmp_path / "a.mp4", num_frames=20))
+    probe = TorchcodecReader().probe(path)
+    clips.write_clip(Path(path), num_frames=20, fps=25)
+    frames = TorchcodecReader().read(probe, [0, 5])
+    with pytest.raises(SampleError, match=r"gives the frame of 0\.200 s where that of 0\.167 s is wanted"):
+        list(frames)

@@ -1,0 +1,69 @@
+"""Settings of the video path: a section of `vcr1_fast.config`, to be imported from there.
+
+The string under a field is its help text on the command line. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vcr1_fast.config_error import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """Which frames the model sees, at what size (rules of the original Qwen2.5-VL recipe), and how they are read."""
+
+    reader: Literal["auto", "pyav", "decord", "torchcodec", "dali"] = "auto"
+    """What decodes. auto: dali (NVDEC) on a GPU where it is installed and works, else pyav. decord runs in a process
+    of its own that is killed when it hangs. Folders of images are always read with pyav."""
+    fps: float = 2.0
+    """Frames per second to sample."""
+    min_frames: int = 4
+    """At least this many frames (even)."""
+    max_frames: int = 768
+    """At most this many frames (even)."""
+    total_pixels: int = 3584 * 28 * 28
+    """Pixel budget of a whole video."""
+    min_frame_pixels: int = 16 * 28 * 28
+    """A frame is scaled up to at least this many pixels."""
+    max_frame_pixels: int = 768 * 28 * 28
+    """A frame is scaled down to at most this many pixels."""
+    image_folder_fps: float = 2.0
+    """Frames per second of a video that is a folder of images; such a folder does not say. VideoChat-R1 declares 2."""
+    max_source_pixels: int = 8192 * 8192
+    """A file, or an image, whose frames have more pixels is refused: 4 KB of it can ask for gigabytes of memory."""
+    timeout_s: float = 60.0
+    """A clip that takes longer to read is given up and quarantined; the worker that read it is replaced."""
+    num_workers: int = 4
+    """Processes per rank that read clips ahead of need. 0: threads of the trainer read them, without a time-out."""
+    prefetch_steps: int = 2
+    """How many steps ahead clips are read."""
+    clips_per_worker: int = 2000
+    """A worker is replaced after so many clips, because decoders leak memory (decord's are known)."""
+    cache_dir: str | None = None
+    """Folder that keeps decoded clips on disk, shared by runs and ranks. Default: none are kept."""
+    cache_disk_gib: float = 100.0
+    """Largest size of that folder; the clips used longest ago are dropped."""
+    cache_ram_gib: float = 1.0
+    """Decoded clips kept in memory, per rank; 0: none."""
+
+    def __post_init__(self) -> None:
+        require(self.fps > 0, f"video.fps is {self.fps}, wanted a positive number of frames per second")
+        for name in ("min_frames", "max_frames"):
+            value = getattr(self, name)
+            require(value >= 2 and value % 2 == 0, f"video.{name} is {value}, wanted an even number >= 2")
+        require(
+            self.min_frames <= self.max_frames,
+            f"video.min_frames is {self.min_frames}, more than video.max_frames {self.max_frames}",
+        )
+        require(
+            28 * 28 <= self.min_frame_pixels <= self.max_frame_pixels,
+            f"video.min_frame_pixels is {self.min_frame_pixels}, wanted between 784 and "
+            f"video.max_frame_pixels {self.max_frame_pixels}",
+        )
+        for name in ("image_folder_fps", "timeout_s", "max_source_pixels", "clips_per_worker"):
+            require(getattr(self, name) > 0, f"video.{name} is {getattr(self, name)}, wanted more than 0")
+        for name in ("num_workers", "prefetch_steps", "cache_disk_gib", "cache_ram_gib"):
+            require(getattr(self, name) >= 0, f"video.{name} is {getattr(self, name)}, wanted >= 0")

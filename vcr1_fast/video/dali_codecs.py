@@ -1,0 +1,188 @@
+"""What DALI can decode on this machine, found out by letting it decode: asked once, when a run starts.
+
+A codec counts only after DALI gave every frame of a small clip of it, in order and with the right picture. Lists of
+supported codecs do not say whether frames come in the right order (B-frames, hidden frames) or at all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import io
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import numpy as np
+import torch
+
+from vcr1_fast.video.dali_pipeline import Device, Job, Pipeline
+
+DISTRIBUTIONS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
+
+# FFmpeg's name of a codec -> what writes a clip of it. Hidden reference frames and B-frames on, they confuse decoders.
+_VPX = {"lag-in-frames": "12", "auto-alt-ref": "1", "b": "300k", "deadline": "realtime", "cpu-used": "8"}
+_B_FRAMES = {"bf": "3", "g": "12", "preset": "ultrafast"}
+ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
+    "h264": ("libx264", {**_B_FRAMES, "b_strategy": "0"}),
+    "hevc": ("libx265", {**_B_FRAMES, "x265-params": "log-level=none"}),
+    "vp8": ("libvpx", _VPX),
+    "vp9": ("libvpx-vp9", _VPX),
+    "av1": ("libsvtav1", {"preset": "10", "svtav1-params": "keyint=12"}),
+    "mpeg4": ("mpeg4", {"bf": "2", "g": "12", "q": "2"}),
+    "mjpeg": ("mjpeg", {"q": "2"}),
+}
+CODECS: dict[Device, tuple[str, ...]] = {
+    "cpu": ("vp8", "vp9", "mjpeg"),
+    "gpu": ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4"),
+}
+PROOF_FRAMES, PROOF_SIZE_PX = 30, (160, 192)  # (height, width); NVDEC takes no HEVC below 144 x 144
+MAX_PROOF_DIFFERENCE = 8.0  # levels, mean over a frame; measured 1 to 3 for the right frame, 60 for its neighbour
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Picture sizes that NVDEC takes, in pixels."""
+
+    min_width_px: int
+    min_height_px: int
+    max_width_px: int
+    max_height_px: int
+    max_macroblocks: int  # width * height / 256
+
+    def allow(self, width_px: int, height_px: int) -> bool:
+        return (
+            self.min_width_px <= width_px <= self.max_width_px
+            and self.min_height_px <= height_px <= self.max_height_px
+            and width_px * height_px // 256 <= self.max_macroblocks
+        )
+
+
+# NVIDIA's Video Codec SDK 13 for Turing and later, 8-bit 4:2:0; used where the driver cannot be asked.
+LIMITS = {
+    "h264": Limits(48, 16, 4096, 4096, 65536),
+    "hevc": Limits(144, 144, 8192, 8192, 262144),
+    "vp8": Limits(48, 16, 4096, 4096, 65536),
+    "vp9": Limits(128, 128, 8192, 8192, 262144),
+    "av1": Limits(128, 128, 8192, 8192, 262144),
+    "mpeg4": Limits(48, 16, 2032, 2032, 8192),
+}
+NVDEC_CODECS = {"mpeg4": 2, "h264": 4, "hevc": 8, "vp8": 9, "vp9": 10, "av1": 11}  # cudaVideoCodec
+
+
+class _DecoderCaps(ctypes.Structure):
+    """CUVIDDECODECAPS of cuviddec.h."""
+
+    _fields_ = (
+        ("codec", ctypes.c_uint),
+        ("chroma_format", ctypes.c_uint),
+        ("bit_depth_minus_8", ctypes.c_uint),
+        ("reserved_in", ctypes.c_uint * 3),
+        ("is_supported", ctypes.c_ubyte),
+        ("num_engines", ctypes.c_ubyte),
+        ("output_format_mask", ctypes.c_ushort),
+        ("max_width", ctypes.c_uint),
+        ("max_height", ctypes.c_uint),
+        ("max_macroblocks", ctypes.c_uint),
+        ("min_width", ctypes.c_ushort),
+        ("min_height", ctypes.c_ushort),
+        ("histogram", ctypes.c_ubyte * 4),
+        ("reserved_out", ctypes.c_uint * 10),
+    )
+
+
+def version() -> str | None:
+    """Version of the DALI that is installed, or None."""
+    for name in DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+@functools.cache
+def unavailable_reason(device: Device) -> str | None:
+    """Why DALI cannot decode on `device` here, in one clause; None: it can. Never raises; decodes a small clip."""
+    try:
+        if version() is None:
+            return "DALI is not installed (pip install nvidia-dali-cuda130)"
+        if device == "gpu":
+            if not torch.cuda.is_available():
+                return "there is no CUDA device"
+            try:
+                ctypes.CDLL("libnvcuvid.so.1")
+            except OSError:
+                return "libnvcuvid.so.1 is missing (a container needs NVIDIA_DRIVER_CAPABILITIES=video)"
+        first = CODECS[device][0]
+        failure = proof_failure(first, device)
+        return None if failure is None else f"DALI does not decode {first} here: {failure}"
+    except Exception as error:  # a broken installation may raise anything
+        return f"DALI does not work here: {type(error).__name__}: {str(error)[:200]}"
+
+
+@functools.cache
+def proven_codecs(device: Device) -> tuple[str, ...]:
+    """The codecs whose test clip DALI decoded right on `device`, in a fixed order; takes about 1 s, once."""
+    return tuple(codec for codec in CODECS[device] if proof_failure(codec, device) is None)
+
+
+@functools.cache
+def proof_failure(codec: str, device: Device) -> str | None:
+    """What went wrong when DALI decoded a clip of `codec`, against FFmpeg's frames; None: nothing did."""
+    try:
+        encoded, wanted_FHW3 = _proof_clip(codec)
+        pipeline = Pipeline(device, 1, 1, is_resized=False)
+        pipeline.submit([Job(encoded, np.arange(len(wanted_FHW3), dtype=np.int32), None)])
+        [got] = pipeline.collect()
+        pipeline.discard()
+    except Exception as error:  # no encoder, no decoder, no NVDEC
+        return str(error)[:200] or type(error).__name__
+    got_FHW3 = got.cpu().numpy()
+    if got_FHW3.shape != wanted_FHW3.shape:
+        return f"it gave frames of shape {got_FHW3.shape}, wanted {wanted_FHW3.shape}"
+    difference_F = np.abs(got_FHW3.astype(np.int16) - wanted_FHW3).mean((1, 2, 3))
+    wrong = np.flatnonzero(difference_F > MAX_PROOF_DIFFERENCE)
+    return None if not len(wrong) else f"frame {wrong[0]} of {len(wanted_FHW3)} is another picture"
+
+
+def _proof_clip(codec: str) -> tuple[np.ndarray, np.ndarray]:
+    """(file [B] uint8, its frames as FFmpeg decodes them [F, H, W, 3] uint8): frame k shows k as 8 columns."""
+    encoder, options = ENCODERS[codec]
+    os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder prints its settings otherwise
+    height, width = PROOF_SIZE_PX
+    memory = io.BytesIO()
+    with av.open(memory, "w", format="matroska") as out:
+        stream: Any = out.add_stream(encoder, rate=24)
+        stream.width, stream.height = width, height
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.options = {**options, "threads": "1"}
+        for k in range(PROOF_FRAMES):
+            bits_W = (k >> (np.arange(width) * 8 // width) & 1).astype(np.uint8) * 200 + 28
+            picture = np.broadcast_to(bits_W[None, :, None], (height, width, 3))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts = k
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    encoded = np.frombuffer(memory.getvalue(), np.uint8)
+    with av.open(io.BytesIO(memory.getvalue()), "r") as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return encoded, np.stack(frames)
+
+
+@functools.cache
+def nvdec_limits(codec: str) -> Limits | None:
+    """Picture sizes this GPU decodes (8-bit 4:2:0), by its driver if that answers; None: it does not know the codec."""
+    try:
+        library = ctypes.CDLL("libnvcuvid.so.1")
+        torch.zeros(1, device="cuda")  # the question needs a CUDA context
+        caps = _DecoderCaps(codec=NVDEC_CODECS[codec], chroma_format=1, bit_depth_minus_8=0)
+        if library.cuvidGetDecoderCaps(ctypes.byref(caps)) != 0:
+            return LIMITS[codec]
+    except (OSError, RuntimeError, AssertionError, AttributeError):
+        return LIMITS[codec]
+    if not caps.is_supported:
+        return None
+    return Limits(caps.min_width, caps.min_height, caps.max_width, caps.max_height, caps.max_macroblocks)

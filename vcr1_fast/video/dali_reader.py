@@ -1,0 +1,303 @@
+"""NVIDIA DALI as a reader: NVDEC on a GPU, its own FFmpeg (VP8, VP9, MJPEG) on the CPU; see DaliReader.
+
+path -> inspect (PyAV: times, colour, turn, damage) -> file and frame indices -> DALI: decode, resize -> colour matrix,
+turn -> check -> rgb on the device. DALI itself knows no presentation times, turns no frame, takes every colour matrix
+for BT.601 and tells nobody about damage; each of these is dealt with here, or the file is refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from vcr1_fast.config import VideoConfig
+from vcr1_fast.types import SampleError
+from vcr1_fast.video.dali_codecs import proven_codecs, unavailable_reason, version
+from vcr1_fast.video.dali_pipeline import DecodeError, Device, Job, Pipeline
+from vcr1_fast.video.dali_track import Track, inspect, refusal, to_displayed
+from vcr1_fast.video.pyav_reader import PyavReader
+from vcr1_fast.video.reader import Probe, require_video_file
+from vcr1_fast.video.resolution import resize_frame
+
+MAX_DECODED_BYTES = 1 << 30  # full-size frames on the device at once, per pipeline; 172 frames of 1080p
+MAX_TRACKS = 64  # inspected files remembered between probe and read
+NUM_AHEAD = 2  # batches under way in read_many
+
+# Levels of 255. A frame of one colour is right where FFmpeg's is as flat and of about that colour (BT.709: 20 off,
+# see `to_displayed`); a copy is right where FFmpeg's two frames are the same too, up to what a resize rounds away.
+MAX_FLAT_DEVIATION, MAX_FLAT_DIFFERENCE, MAX_COPY_DIFFERENCE = 2.0, 24.0, 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class FrameRequest:
+    """Some frames of one file at the size the model will see."""
+
+    probe: Probe
+    frame_indices: tuple[int, ...]  # ascending, repeats allowed
+    height_px: int
+    width_px: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A request of read_many that DALI works on, or that has failed before."""
+
+    request: FrameRequest
+    job: Job | None  # None: read by itself later (too large for a batch), or `error`
+    error: SampleError | None = None
+
+
+class DaliReader:
+    """Any number of threads may share one; each that reads at the same time gets a pipeline of its own. The GPU is the
+    one that is current where the reader is made.
+
+    Of damage it finds: cut files, missing packets, zeroed blocks, overwritten packet starts, changes of the picture
+    size, MP4 and AVI whose header lists other frames than are there, Matroska that skips bytes, frames that come out
+    as one colour or as a copy of another (these are compared with FFmpeg's). Not found: bits changed inside one
+    packet. FFmpeg sees those for H.264 and HEVC most of the time; set video.reader to pyav for files you do not trust.
+    """
+
+    def __init__(self, config: VideoConfig, device: Device) -> None:
+        """Raises ModuleNotFoundError when DALI is not installed, RuntimeError when it cannot decode on `device`."""
+        reason = unavailable_reason(device)
+        if reason is not None:
+            kind = ModuleNotFoundError if version() is None else RuntimeError
+            raise kind(f"video.reader is dali, but {reason}; set video.reader to pyav")
+        self.device: Device = device
+        self._gpu_index = torch.cuda.current_device() if device == "gpu" else None
+        self.codecs = proven_codecs(device)
+        self.name = f"dali {version()} {device} {'+'.join(self.codecs)}"
+        self._ffmpeg = PyavReader(config.max_source_pixels)
+        self._lock = threading.Lock()
+        self._idle: list[Pipeline] = []
+        self._tracks: OrderedDict[tuple[str, int, int], Track] = OrderedDict()
+        self._is_closed = False
+
+    def takes(self, path: str) -> bool:
+        """True where DALI gives the right frames of this file; depends on the file and on `codecs` only.
+
+        Raises SampleError for a file that nothing can read.
+        """
+        return refusal(self._track(path), self.device, self.codecs) is None
+
+    def probe(self, path: str) -> Probe:
+        """See `Reader.probe`. Reads through the file twice and decodes one frame of it, with FFmpeg."""
+        track = self._track(path)
+        reason = refusal(track, self.device, self.codecs)
+        if reason is not None:
+            raise SampleError(path, f"DALI cannot decode it on the {self.device}: {reason}; set video.reader to pyav")
+        if track.damage is not None:
+            raise SampleError(path, f"is damaged: a packet of it {track.damage}; fetch it again")
+        return track.probe
+
+    def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """See `Reader.read`. Decodes from the first frame on for every GiB of frames wanted."""
+        track = self._track(probe.path)
+        for part in self._parts(track, frame_indices):
+            for rgb_HW3 in self._decode(probe, track, part, None):
+                yield rgb_HW3.cpu().numpy()
+
+    def read_frames(self, probe: Probe, frame_indices: Sequence[int], height_px: int, width_px: int) -> torch.Tensor:
+        """Upright rgb_FHW3 [F, height_px, width_px, 3] uint8 on the device (bicubic, antialias), one per index.
+
+        Raises SampleError.
+        """
+        track = self._track(probe.path)
+        parts = [self._decode(probe, track, p, (height_px, width_px)) for p in self._parts(track, frame_indices)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def read_many(self, requests: Iterable[FrameRequest], batch_size: int = 4) -> Iterator[torch.Tensor | SampleError]:
+        """What read_frames gives, or the SampleError that it raises, for each request, in order.
+
+        NUM_AHEAD batches are decoded while the caller works on what it got; `batch_size` files are decoded side by
+        side (a GPU has 1 to 7 NVDEC engines). A file that cannot be decoded costs the others of its batch a second
+        try, and nothing else.
+        """
+        waiting: deque[list[_Started]] = deque()
+        requests = iter(requests)
+        with self._pipeline(batch_size, NUM_AHEAD, is_resized=True) as pipeline:
+            while batch := list(islice(requests, batch_size)):
+                if len(waiting) == NUM_AHEAD:
+                    yield from self._finish(pipeline, waiting)
+                waiting.append([self._start(request, batch_size) for request in batch])
+                if jobs := [started.job for started in waiting[-1] if started.job]:
+                    pipeline.submit(jobs)
+            while waiting:
+                yield from self._finish(pipeline, waiting)
+
+    def close(self) -> None:
+        """Free the pipelines, and with them the decoders and buffers on the device."""
+        with self._lock:
+            self._is_closed = True
+            self._idle.clear()
+            self._tracks.clear()
+
+    def _start(self, request: FrameRequest, batch_size: int) -> _Started:
+        try:
+            track = self._track(request.probe.path)
+            num_bytes = len(set(request.frame_indices)) * track.frame_bytes
+            is_large = num_bytes > MAX_DECODED_BYTES // batch_size
+            size_px = (request.height_px, request.width_px)
+            return _Started(request, None if is_large else _job(track, request.frame_indices, size_px))
+        except SampleError as error:
+            return _Started(request, None, error)
+
+    def _finish(self, pipeline: Pipeline, waiting: deque[list[_Started]]) -> Iterator[torch.Tensor | SampleError]:
+        """The results of the batch started first."""
+        batch = waiting.popleft()
+        results: deque[torch.Tensor] = deque()
+        try:
+            if any(started.job for started in batch):
+                results.extend(pipeline.collect())
+        except DecodeError:  # DALI does not say which file it was, and forgets the batches behind
+            for i, later in enumerate(waiting):
+                waiting[i] = [_Started(started.request, None, started.error) for started in later]
+            batch = [_Started(started.request, None, started.error) for started in batch]
+        for started in batch:
+            request = started.request
+            try:
+                if started.error is not None:
+                    raise started.error
+                if started.job is None:
+                    yield self.read_frames(request.probe, request.frame_indices, request.height_px, request.width_px)
+                else:
+                    track = self._track(request.probe.path)
+                    yield self._checked(request.probe, track, started.job, results.popleft(), request.frame_indices)
+            except SampleError as error:
+                yield error
+
+    def _parts(self, track: Track, frame_indices: Sequence[int]) -> list[Sequence[int]]:
+        """Runs of indices whose full-size frames fit into MAX_DECODED_BYTES."""
+        num_frames = max(1, MAX_DECODED_BYTES // track.frame_bytes)
+        return [frame_indices[i : i + num_frames] for i in range(0, len(frame_indices), num_frames)]
+
+    def _decode(
+        self, probe: Probe, track: Track, frame_indices: Sequence[int], size_px: tuple[int, int] | None
+    ) -> torch.Tensor:
+        job = _job(track, frame_indices, size_px)
+        try:
+            with self._pipeline(1, 1, is_resized=size_px is not None) as pipeline:
+                pipeline.submit([job])
+                [rgb_FHW3] = pipeline.collect()
+        except DecodeError as error:
+            raise SampleError(
+                probe.path, f"cannot be decoded, it is damaged or cut short (DALI says: {error})"
+            ) from error
+        return self._checked(probe, track, job, rgb_FHW3, frame_indices)
+
+    def _checked(
+        self, probe: Probe, track: Track, job: Job, stored_FHW3: torch.Tensor, frame_indices: Sequence[int]
+    ) -> torch.Tensor:
+        """What DALI gave, in the right colours and upright. Raises SampleError where a frame is not there."""
+        wanted = (len(job.indices_F), *(job.size_px or track.stored_size_px), 3)
+        if tuple(stored_FHW3.shape) != wanted:
+            raise SampleError(
+                probe.path,
+                f"DALI gave frames of shape {tuple(stored_FHW3.shape)}, wanted {wanted}; set video.reader to pyav",
+            )
+        rgb_FHW3 = to_displayed(stored_FHW3, track)
+        if len(job.indices_F) != len(frame_indices):
+            places_F = np.searchsorted(job.indices_F, np.asarray(frame_indices))
+            rgb_FHW3 = rgb_FHW3[torch.from_numpy(places_F).to(rgb_FHW3.device)]
+        self._require_real(probe, rgb_FHW3, frame_indices)
+        return rgb_FHW3
+
+    def _require_real(self, probe: Probe, rgb_FHW3: torch.Tensor, frame_indices: Sequence[int]) -> None:
+        """Raise SampleError unless frames that look like none at all look so in FFmpeg's eyes too."""
+        flat, copy = _suspects(rgb_FHW3, frame_indices)
+        places = sorted({*flat, *(() if copy is None else (copy - 1, copy))})
+        if not places:
+            return
+        height_px, width_px = rgb_FHW3.shape[1:3]
+        frames = self._ffmpeg.read(probe, [frame_indices[i] for i in places])
+        right = {
+            i: resize_frame(torch.from_numpy(rgb_HW3), height_px, width_px).float()
+            for i, rgb_HW3 in zip(places, frames, strict=True)
+        }
+        for i in flat:
+            is_flat = (right[i] - right[i].mean((0, 1))).abs().mean() <= MAX_FLAT_DEVIATION
+            is_near = (right[i] - rgb_FHW3[i].cpu().float()).abs().mean() <= MAX_FLAT_DIFFERENCE
+            if not (is_flat and is_near):
+                raise _missing(probe, frame_indices[i], "a frame of one colour")
+        if copy is not None and (right[copy] - right[copy - 1]).abs().mean() > MAX_COPY_DIFFERENCE:
+            raise _missing(probe, frame_indices[copy], "a copy of the frame before it")
+
+    def _track(self, path: str) -> Track:
+        require_video_file(path)
+        status = os.stat(path)
+        key = (path, status.st_size, status.st_mtime_ns)
+        with self._lock:
+            if key in self._tracks:
+                self._tracks.move_to_end(key)
+                return self._tracks[key]
+        track = inspect(path, self._ffmpeg)
+        with self._lock:
+            self._tracks[key] = track
+            while len(self._tracks) > MAX_TRACKS:
+                self._tracks.popitem(last=False)
+        return track
+
+    @contextmanager
+    def _pipeline(self, batch_size: int, num_ahead: int, *, is_resized: bool) -> Iterator[Pipeline]:
+        """A pipeline for this thread alone, kept for the next one who wants such a pipeline."""
+        kind = (batch_size, num_ahead, is_resized)
+        with self._lock:
+            fitting = [p for p in self._idle if (p.batch_size, p.num_ahead, p.is_resized) == kind]
+            if fitting:
+                self._idle.remove(fitting[-1])
+        if fitting:
+            pipeline = fitting[-1]
+        else:
+            index = self._gpu_index
+            pipeline = Pipeline(self.device, batch_size, num_ahead, is_resized=is_resized, gpu_index=index)
+        try:
+            yield pipeline
+        finally:
+            if pipeline.num_waiting:  # the caller left in the middle
+                pipeline.discard()
+            with self._lock:
+                if not self._is_closed:
+                    self._idle.append(pipeline)
+
+
+def _job(track: Track, frame_indices: Sequence[int], size_px: tuple[int, int] | None) -> Job:
+    """`size_px` as displayed, None: as decoded. Each frame once: DALI starts from the first frame for a repetition.
+
+    Raises SampleError when the file is gone.
+    """
+    try:
+        encoded_B = np.fromfile(track.probe.path, np.uint8)
+    except OSError as error:
+        raise SampleError(track.probe.path, f"the file cannot be opened: {error}") from error
+    is_transposed, _, _ = track.turn
+    stored_px = (size_px[1], size_px[0]) if size_px and is_transposed else size_px
+    return Job(encoded_B, np.unique(np.asarray(frame_indices, np.int32)), stored_px)
+
+
+def _suspects(rgb_FHW3: torch.Tensor, frame_indices: Sequence[int]) -> tuple[list[int], int | None]:
+    """(places of frames of one colour, place of the last frame that is a copy of the one before): may be none at all.
+
+    Where DALI cannot decode a frame its buffer stays black, or keeps what it held before.
+    """
+    flat_FN = rgb_FHW3.flatten(1)
+    is_flat_F = flat_FN.amin(1) == flat_FN.amax(1)
+    is_copy_F = torch.zeros_like(is_flat_F)
+    is_copy_F[1:] = (flat_FN[1:] == flat_FN[:-1]).all(1)
+    copies = [i for i in is_copy_F.nonzero().flatten().tolist() if frame_indices[i] != frame_indices[i - 1]]
+    return is_flat_F.nonzero().flatten().tolist(), copies[-1] if copies else None
+
+
+def _missing(probe: Probe, index: int, what: str) -> SampleError:
+    return SampleError(
+        probe.path,
+        f"DALI gave {what} for the picture at {probe.times_s[index]:.2f} s, FFmpeg another one; the file is damaged, "
+        "or set video.reader to pyav",
+    )

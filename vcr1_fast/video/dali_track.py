@@ -1,0 +1,167 @@
+"""What must be known of a video track before DALI may decode it, and what DALI leaves undone with its frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from av.video.frame import VideoFrame
+
+from vcr1_fast.types import SampleError
+from vcr1_fast.video.bitstream import BitstreamCheck
+from vcr1_fast.video.dali_codecs import nvdec_limits
+from vcr1_fast.video.dali_pipeline import Device
+from vcr1_fast.video.pyav_reader import NO_FRAME, PyavReader, orientation
+from vcr1_fast.video.reader import Probe
+
+BT601 = (0.299, 0.114)  # (weight of red, weight of blue) in luma
+MATRICES = {  # by FFmpeg's number of the colour matrix (ISO 23091-2); 2: not stated, taken for BT.601 by FFmpeg too
+    1: (0.2126, 0.0722),  # BT.709
+    2: BT601,
+    5: BT601,
+    6: BT601,
+    9: (0.2627, 0.0593),  # BT.2020, not constant luminance
+}
+FULL_RANGE = 2
+# NVDEC also decodes 10 bits and 4:2:2 or 4:4:4 of some codecs, but DALI reads its output as 8-bit 4:2:0.
+FORMATS: dict[Device, frozenset[str]] = {
+    "gpu": frozenset({"yuv420p", "yuvj420p"}),
+    "cpu": frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}),
+}
+# Matroska: bytes between two packets, of any track, that belong to none. Measured 6 to 23; after damage FFmpeg skips to
+# the next cluster (seconds of video) without a word.
+MAX_SKIPPED_BYTES = 512
+FULL_RANGE_ON_GPU = frozenset({"h264", "hevc"})  # DALI takes the range from NVDEC's parser, which these tell
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """A video track as PyAV sees it."""
+
+    probe: Probe
+    codec: str  # FFmpeg's name
+    pixel_format: str
+    stored_size_px: tuple[int, int]  # (height, width) before the turn
+    matrix: int  # FFmpeg's number of the colour matrix
+    is_full_range: bool
+    turn: tuple[bool, bool, bool]  # transpose, mirror, flip: what `upright` does
+    is_interlaced: bool
+    is_best_track: bool  # the one DALI would choose
+    num_packets: int  # with video data
+    num_hidden: int  # of them, that an edit list hides
+    num_listed: int  # frames by the header; 0: it does not say
+    damage: str | None  # what is wrong with the first damaged packet
+
+    @property
+    def frame_bytes(self) -> int:
+        return self.stored_size_px[0] * self.stored_size_px[1] * 3
+
+
+def inspect(path: str, ffmpeg: PyavReader) -> Track:
+    """Read through the file twice (times; packets), decode a frame. Raises SampleError as `Reader.probe` does."""
+    probe = ffmpeg.probe(path)
+    first: VideoFrame | None = None
+    num_packets = num_hidden = 0
+    damage: str | None = None
+    with ffmpeg.open(path) as (container, stream):
+        context = stream.codec_context
+        codec = context.codec.canonical_name
+        check = BitstreamCheck(codec, context.extradata)
+        is_matroska, end = "matroska" in container.format.name, None
+        for packet in container.demux(*(() if is_matroska else (stream,))):
+            if packet.size == 0:
+                continue
+            if is_matroska and packet.pos is not None:
+                if end is not None and packet.pos - end > MAX_SKIPPED_BYTES:
+                    damage = damage or f"comes after {packet.pos - end} bytes that belong to nothing"
+                end = packet.pos + packet.size
+            if packet.stream is not stream:
+                continue
+            num_packets += 1
+            num_hidden += packet.is_discard
+            damage = damage or check.damage(bytes(packet))
+            if first is None:
+                first = next((frame for frame in packet.decode() if isinstance(frame, VideoFrame)), None)
+        if first is None:
+            first = next((frame for frame in context.decode(None) if isinstance(frame, VideoFrame)), None)
+        if first is None:
+            raise SampleError(path, NO_FRAME)
+        turn, _ = orientation(first)
+        return Track(
+            probe=probe,
+            codec=codec,
+            pixel_format=first.format.name,
+            stored_size_px=(first.height, first.width),
+            matrix=int(first.colorspace),
+            is_full_range=int(first.color_range) == FULL_RANGE or first.format.name.startswith("yuvj"),
+            turn=turn,
+            is_interlaced=first.interlaced_frame,
+            is_best_track=container.streams.best("video") is stream,
+            num_packets=num_packets,
+            num_hidden=num_hidden,
+            num_listed=stream.frames,
+            damage=damage,
+        )
+
+
+def refusal(track: Track, device: Device, codecs: tuple[str, ...]) -> str | None:
+    """Why DALI would not give the right frames of this file, in one clause; None: it would."""
+    height_px, width_px = track.stored_size_px
+    if track.codec not in codecs:
+        return f"its codec is {track.codec}, wanted one of {', '.join(codecs)}"
+    if track.pixel_format not in FORMATS[device]:
+        return f"its pixel format is {track.pixel_format}, wanted one of {', '.join(sorted(FORMATS[device]))}"
+    if track.matrix not in MATRICES:
+        return f"its colour matrix is number {track.matrix} of ISO 23091-2, wanted BT.601, BT.709 or BT.2020"
+    if track.is_interlaced:
+        return "it is interlaced"
+    if not track.is_best_track:
+        return "it has several video tracks, and DALI would take another one"
+    num_shown = len(track.probe.times_s)
+    if num_shown != track.num_packets - track.num_hidden:
+        return (
+            f"it shows {num_shown} frames of {track.num_packets} packets, so that DALI's frame numbers are not its own"
+        )
+    if not track.num_hidden and track.num_listed not in (0, track.num_packets):  # an edit list may end the file early
+        return f"its header lists {track.num_listed} frames, {track.num_packets} are there"
+    if device == "cpu":
+        return None
+    limits = nvdec_limits(track.codec)
+    if limits is None or not limits.allow(width_px, height_px):
+        return f"NVDEC does not take {width_px} x {height_px} px ({limits})"
+    if width_px % 2 or height_px % 2:  # DALI's kernel looks for the chroma plane at half the size, rounded down
+        return f"its size is odd ({width_px} x {height_px} px)"
+    if track.num_hidden:  # NVDEC shows what an edit list hides
+        return f"an edit list hides {track.num_hidden} of its frames"
+    if track.is_full_range and track.codec not in FULL_RANGE_ON_GPU:
+        return f"it is {track.codec} of full range"
+    return None
+
+
+def to_displayed(stored_FHW3: torch.Tensor, track: Track) -> torch.Tensor:
+    """DALI's frames ([F, H, W, 3] uint8) in the colours that the file means, upright.
+
+    DALI takes every matrix for BT.601 (measured: mean error 7 to 10 levels for BT.709). Colours go back to Y, U, V and
+    forth by the right matrix; range and offset are the same both ways, so that is one 3 x 3 matrix. What DALI clipped
+    is lost: of all RGB colours 14 % are off by more than 2 levels then, the most saturated ones by up to 37.
+    """
+    weights = MATRICES[track.matrix]
+    if weights != BT601:
+        matrix = (_rgb_of_yuv(*weights) @ torch.linalg.inv(_rgb_of_yuv(*BT601))).to(stored_FHW3.device, torch.float32)
+        fixed = torch.empty_like(stored_FHW3)
+        for rgb_HW3, fixed_HW3 in zip(stored_FHW3, fixed, strict=True):  # frame by frame: 12 bytes a pixel
+            fixed_HW3.copy_((rgb_HW3.float() @ matrix.T).round_().clamp_(0, 255))
+        stored_FHW3 = fixed
+    is_transposed, is_mirrored, is_flipped = track.turn
+    if is_transposed:
+        stored_FHW3 = stored_FHW3.transpose(1, 2)
+    sides = [side for side, is_wanted in ((2, is_mirrored), (1, is_flipped)) if is_wanted]
+    return (stored_FHW3.flip(sides) if sides else stored_FHW3).contiguous()
+
+
+def _rgb_of_yuv(red: float, blue: float) -> torch.Tensor:
+    """[3, 3] float64, from Y, U, V in [0, 1], [-0.5, 0.5], [-0.5, 0.5] to R, G, B (BT.601, BT.709, section 3)."""
+    green = 1 - red - blue
+    to_red, to_blue = 2 * (1 - red), 2 * (1 - blue)
+    rows = [[1, 0, to_red], [1, -blue * to_blue / green, -red * to_red / green], [1, to_blue, 0]]
+    return torch.tensor(rows, dtype=torch.float64)

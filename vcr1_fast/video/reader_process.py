@@ -1,0 +1,191 @@
+"""The trainer's end of one `loader_worker`: start it, ask it for a clip, kill it. Used by `FrameLoader`.
+
+A decoder can hang for ever inside C++ while it holds the GIL, crash, or ask for more memory than there is. So it runs
+in a process that can be killed at any time, and every clip has a time-out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from vcr1_fast.types import Frames, SampleError
+from vcr1_fast.video.clip import ClipRequest
+from vcr1_fast.video.loader_worker import MAX_MESSAGE_BYTES, Answer, Ready, WorkerSettings
+from vcr1_fast.video.shared_memory import map_tensor
+
+START_LIMIT_S = 120.0  # importing torch takes 1.5 s on an idle machine; a cold network disk is slow
+
+
+class ReaderProcess:
+    """One process and the socket to it."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        """Starts the process and does not wait for it, see `wait_until_ready`. Raises OSError when there is none."""
+        self._connection, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with child:
+            self._process = subprocess.Popen(
+                (sys.executable, "-m", "vcr1_fast.video.loader_worker", str(child.fileno()), str(os.getpid())),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(child.fileno(),),
+                start_new_session=True,  # Ctrl-C ends the run in order and does not tear the worker away in the middle
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            )
+        self._deadline = time.monotonic() + START_LIMIT_S
+        self._settings = settings
+        self.pid = self._process.pid
+        self.num_answers = 0  # clips and errors it has answered
+
+    def wait_until_ready(self, reader_name: str) -> None:
+        """Raises RuntimeError when it does not start or has another reader: no file is to blame for that."""
+        try:
+            self._connection.send(pickle.dumps(self._settings))
+            message, _ = self._receive(self._deadline)
+            if isinstance(message, Ready) and message.reader_name == reader_name:
+                return
+            problem = f"it has the reader {message.reader_name!r}" if isinstance(message, Ready) else str(message)
+        except (EOFError, OSError) as error:
+            problem = f"{error} ({self.close()})"
+        self.close()
+        raise RuntimeError(
+            f"the worker that reads videos with {reader_name} did not start: {problem}; try video.num_workers=0, "
+            "which shows the whole error"
+        )
+
+    def ask(self, request: ClipRequest, timeout_s: float) -> tuple[Frames, float]:
+        """The clip, and the seconds the worker needed.
+
+        Raises SampleError, TimeoutError after `timeout_s`, and EOFError or OSError when the worker died.
+        After the last three only `close` may be called.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._connection.settimeout(timeout_s)
+        self._connection.send(pickle.dumps(request))
+        message, files = self._receive(deadline)
+        try:
+            if isinstance(message, SampleError):
+                raise message
+            assert isinstance(message, Answer) and len(files) == 2, message
+            rgb_FHW3 = map_tensor(files[0], message.shape_FHW3, torch.uint8)
+            times_s = map_tensor(files[1], message.shape_FHW3[:1], torch.float64)
+        finally:
+            self.num_answers += 1
+            for file in files:
+                os.close(file)
+        return Frames(rgb_FHW3, times_s, message.sampled_fps, message.duration_s, message.reader), message.read_s
+
+    def kill(self) -> None:
+        """End the process now, whatever it does. May be called by any thread; the one in `ask` gets EOFError."""
+        children = _children(self.pid)  # decord's own process
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGKILL)
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+
+    def close(self) -> str:
+        """Kill it and free what it holds; returns how it ended, in words."""
+        if self._process.poll() is None:
+            self.kill()
+        code = self._process.wait()
+        self._connection.close()
+        return f"signal {-code}" if code < 0 else f"exit status {code}"
+
+    def _receive(self, deadline: float) -> tuple[object, list[int]]:
+        """The next message and the files that came with it. Raises TimeoutError, EOFError, OSError."""
+        self._connection.settimeout(max(0.001, deadline - time.monotonic()))
+        raw, files, _, _ = socket.recv_fds(self._connection, MAX_MESSAGE_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
+        if not raw:
+            raise EOFError("the process ended")
+        return pickle.loads(raw), list(files)
+
+
+class WorkerSlot:
+    """A place for one `ReaderProcess` after the other: replaced when it hangs, dies or has read its share of clips.
+
+    One thread reads; `close`, `pid` and the counts are for any thread.
+    """
+
+    def __init__(self, settings: WorkerSettings, reader_name: str) -> None:
+        self._settings, self._reader_name = settings, reader_name
+        self._process: ReaderProcess | None = None
+        self._is_closed = False
+        self._lock = threading.Lock()
+        self.num_timeouts = self.num_crashes = self.num_replaced = 0
+
+    @property
+    def pid(self) -> int | None:
+        process = self._process
+        return None if process is None else process.pid
+
+    def make_ready(self) -> ReaderProcess:
+        """A process that waits for a request. Raises RuntimeError when none can be had, or after `close`."""
+        if self._process is not None and self._process.num_answers >= self._settings.config.clips_per_worker:
+            self._end_process()
+        if self._process is None:
+            with self._lock:
+                if self._is_closed:
+                    raise RuntimeError("the loader of videos was closed")
+                self._process = ReaderProcess(self._settings)
+            self._process.wait_until_ready(self._reader_name)
+        return self._process
+
+    def read(self, request: ClipRequest) -> tuple[Frames, float]:
+        """The clip, and the seconds that took. A worker that dies gets one successor for the same clip.
+
+        Raises SampleError for a file that cannot be used, RuntimeError when no worker starts, or after `close`.
+        """
+        timeout_s, ending = self._settings.config.timeout_s, ""
+        for _ in range(2):
+            process = self.make_ready()
+            try:
+                return process.ask(request, timeout_s)
+            except TimeoutError as error:
+                self.num_timeouts += 1
+                self._end_process()
+                raise SampleError(
+                    request.path, f"{self._reader_name} did not finish within {timeout_s:g} s (video.timeout_s)"
+                ) from error
+            except (EOFError, OSError):
+                self.num_crashes += not self._is_closed
+                ending = self._end_process()
+        raise SampleError(request.path, f"{self._reader_name} crashed on it twice ({ending}); is the file damaged?")
+
+    def close(self) -> None:
+        """End the process at once, also in the middle of a clip."""
+        with self._lock:
+            self._is_closed = True
+            if self._process is not None:
+                self._process.kill()
+
+    def end(self) -> None:
+        """`close`, and free what is held. For the thread that reads, when it reads no more."""
+        self.close()
+        if self._process is not None:
+            self._end_process()
+
+    def _end_process(self) -> str:
+        assert self._process is not None
+        self.num_replaced += not self._is_closed
+        with self._lock:
+            process, self._process = self._process, None
+        return process.close()
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (OSError, ValueError):  # a kernel without that file; such a process ends by its own time-out
+        return []

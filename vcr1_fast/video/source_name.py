@@ -1,0 +1,54 @@
+"""`Example.video`: a path, and behind it what is to be seen of it, after W3C Media Fragments. Imports no torch.
+
+/videos/a.mp4                                      the whole file
+/videos/a.mp4#t=2.000,6.500&fps=4                  the part between two times, at a rate of its own
+/images/GOT-10k_Val_000010#images=7&fps=2          7 images at equal distances, declared to run at 2 a second
+/images/GOT-10k_Val_000010#images=7&fps=2#t=0.000,2.000&fps=2     a part of that
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+FRAGMENT = "#t="
+_NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+_NAME = re.compile(
+    rf"(?P<path>.+?)(?:#images=(?P<num>[1-9]\d{{0,3}})&fps=(?P<rate>{_NUMBER}))?"
+    rf"(?:{FRAGMENT}(?P<start>{_NUMBER}),(?P<end>{_NUMBER}|inf)&fps=(?P<fps>{_NUMBER}))?",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceName:
+    """What such a name says. Text that does not read as a fragment is part of the path."""
+
+    path: str  # file or folder on disk
+    start_s: float = 0.0
+    end_s: float = math.inf
+    part_fps: float | None = None  # frames a second to sample of the part
+    num_images: int | None = None
+    images_fps: float | None = None
+
+    @staticmethod
+    def parse(video: str) -> SourceName:
+        match = _NAME.fullmatch(video)
+        if match is None:  # empty
+            return SourceName(video)
+        start_s, end_s = float(match["start"] or 0.0), float(match["end"] or math.inf)
+        part_fps, images_fps = (float(match[key]) if match[key] else None for key in ("fps", "rate"))
+        return SourceName(
+            match["path"], start_s, end_s, part_fps, int(match["num"]) if match["num"] else None, images_fps
+        )
+
+
+def part_name(path: str, start_s: float, end_s: float, fps: float) -> str:
+    """Path and part in one text."""
+    return f"{path}{FRAGMENT}{start_s:.3f},{end_s:.3f}&fps={fps:g}"
+
+
+def images_name(path: str, num_images: int, fps: float) -> str:
+    """Path and number of images, shown at `fps`, in one text."""
+    return f"{path}#images={num_images}&fps={fps:g}"
