@@ -1,5 +1,6 @@
 # make install   .venv with everything the main job needs
 # make demo      write clips, train the tiny model with GRPO, print held-out scores before and after
+# make sglang    .venv-sglang with SGLang for machines without a GPU, for the tests of that engine (2.4 GB)
 # make test      ruff, pyright and pytest, what .ci/run calls
 # make clean     remove build products and caches; .venv and runs/ stay
 
@@ -7,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install test demo clean
+.PHONY: help install sglang test demo clean
 
 VENV ?= .venv
 DEMO_ARGS ?=
@@ -20,6 +21,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
 
 BIN := $(VENV)/bin
 PEERS := tests/kernels/integrations/peers.txt
+ORACLE := tests/video/oracle.txt
 SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*)
 
 help:
@@ -55,12 +57,17 @@ $(VENV)/.installed: $(SOURCES)
 	rm -f $(VENV)/.installed-dev
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed $(PEERS)
+$(VENV)/.installed-dev: $(VENV)/.installed $(PEERS) $(ORACLE)
 	@$(BIN)/python -m pip install -qq -c $(VENV)/constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install -qq --no-deps -r $(PEERS)
 	# the wheels of verl and openrlhf bring top-level packages `tests` and `scripts`, which would hide our tests/
 	rm -rf "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/{tests,scripts}
+	# not among the packages: a torchvision that does not fit torch breaks transformers; one test starts a process with it
+	$(BIN)/python -m pip install -qq --no-deps --upgrade --target $(VENV)/oracle -r $(ORACLE)
 	touch $@
+
+sglang:
+	@tests/rollout/sglang/install.sh .venv-sglang
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

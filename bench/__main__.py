@@ -1,4 +1,4 @@
-"""`python -m bench NAME [--output FOLDER]`: kernels, rewards, step. Each ends in one JSON line."""
+"""`python -m bench NAME [--output FOLDER]`: decode, kernels, rewards, step. Each ends in one JSON line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import NoReturn
 from bench.machine import machine_card
 
 BENCHMARKS = {
+    "decode": "video files to patches with each reader, the cache and the workers, and qwen-vl-utils' way",
     "kernels": "each kernel against its floor and against other projects' kernels",
     "rewards": "rewards of N completions, the original's way and ours",
     "step": "one policy update, the original's way and ours, on the same groups",

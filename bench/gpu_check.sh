@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command without a network, in less than 9 minutes:
 #   builds the native module with CUDA, runs the tests marked gpu, compute-sanitizer on the CUDA overlap test,
-#   `python -m bench kernels` and `python -m bench step`. Prints a short table last; exits 1 when a stage failed.
+#   `python -m bench kernels`, `step` and, where PyAV is installed, `decode`. Prints a short table last; exits 1 when a
+#   stage failed.
 #
 # usage: bench/gpu_check.sh [WHEELS] [OUT] [--dry-run]
 #   WHEELS     folder of wheels to use besides what is installed (default: $WHEELS, else none); see gpu_wheels.txt
@@ -101,13 +102,27 @@ if [ $dry_run = 1 ]; then
 else
   kernels_options=(--seconds 100)
 fi
+decode_s=0 # kept for the last stage
+if "$python" -c 'import av' 2> /dev/null; then decode_s=60; fi
 stage kernels 135 "$python" -m bench kernels --output "$out" "${kernels_options[@]}" || failed=1
 if [ $dry_run = 1 ]; then
   step_options=(--quick)
 else # all that is left, less the start of Python and the building of the model
-  step_options=(--seconds $(($(left_s) > 60 ? $(left_s) - 30 : 30)))
+  step_options=(--seconds $(($(left_s) - decode_s > 60 ? $(left_s) - decode_s - 30 : 30)))
 fi
 stage step 400 "$python" -m bench step --output "$out" "${step_options[@]}" || failed=1
+if [ $dry_run = 1 ]; then
+  decode_options=(--quick)
+else
+  decode_options=(--seconds $((decode_s - 20)))
+fi
+if [ $decode_s = 0 ]; then
+  note decode skipped 0 "PyAV is not installed"
+elif [ "$(left_s)" -lt 45 ] && [ $dry_run = 0 ]; then
+  note decode skipped 0 "less than 45 s are left"
+else
+  stage decode 120 "$python" -m bench decode --output "$out" "${decode_options[@]}" || failed=1
+fi
 
 timeout 20 "$python" -m bench.gpu_summary "$out" "$stages" || failed=1
 exit $failed

@@ -107,6 +107,19 @@ def step_bars(result: Row) -> list[Bar]:
     return bars
 
 
+def decode_bars(result: Row) -> list[Bar]:
+    """NVDEC against the kinder of qwen-vl-utils' processors, and what crosses to the GPU."""
+    rows, is_gpu = result.get("rows", []), bool(result.get("is_gpu"))
+    theirs, ours = "qwen-vl-utils, batched", "ours, dali"
+    bars = []
+    for size in dict.fromkeys(row["size"] for row in rows):
+        gain = next((row["speedup_batched"] for row in rows if row["way"] == ours and row["size"] == size), None)
+        bars.append(at_least(f"decode {size}, dali: x {theirs}", gain, 2.0, is_gpu=is_gpu))
+    sent = {row["way"]: row["gpu_bytes"] for row in rows}
+    fewer = sent[theirs] / sent["ours, pyav"] if {theirs, "ours, pyav"} <= sent.keys() else None
+    return [*bars, at_least("decode, bytes to the GPU: x fewer", fewer, 4.0, is_gpu=is_gpu)] if rows else []
+
+
 def read_stages(path: Path) -> list[dict[str, str]]:
     names = ("name", "result", "seconds", "detail")
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -134,9 +147,9 @@ def print_tables(stages: list[dict[str, str]], bars: list[Bar], left_out: list[s
 
 def main() -> None:
     folder, stages = Path(sys.argv[1]), read_stages(Path(sys.argv[2]))
-    kernels, step = load(folder, "kernels"), load(folder, "step")
-    bars = kernel_bars(kernels) + step_bars(step)
-    left_out = kernels.get("left_out", []) + step.get("left_out", [])
+    kernels, step, decode = (load(folder, name) for name in ("kernels", "step", "decode"))
+    bars = kernel_bars(kernels) + step_bars(step) + decode_bars(decode)
+    left_out = [line for result in (kernels, step, decode) for line in result.get("left_out", [])]
     print_tables(stages, bars, left_out)
     summary = {
         "machine": kernels.get("machine") or step.get("machine"),
