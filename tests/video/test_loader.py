@@ -248,7 +248,8 @@ def test_workers_import_neither_transformers_nor_what_trains():
 
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if a shell started the tests in the background
 from vcr1_fast.config import VideoConfig
 from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.loader import FrameLoader
