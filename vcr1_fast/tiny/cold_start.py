@@ -37,7 +37,7 @@ POOR_CLIPS = SynthConfig(
 
 
 def rebuild(folder: Path, destination: Path, clips: SynthConfig = POOR_CLIPS, overrides: Sequence[str] = ()) -> None:
-    """Train in `folder` and copy the model's files to `destination`. About 8 minutes on 2 cores.
+    """Train in `folder` and copy the model's files to `destination`. Half an hour on 2 cores that do other things too.
 
     `overrides`: settings such as `--sft.num_steps=2` on top of sft.yaml.
     """

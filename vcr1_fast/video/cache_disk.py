@@ -138,7 +138,7 @@ def _read_data(file: FileIO, head: bytearray, num_bytes: int, key: str) -> Entry
     wanted_crc = int(head[CRC_START:CRC_END], 16)
     head[CRC_START:CRC_END] = b"00000000"
     crc = zlib.crc32(head)
-    data = np.empty(num_bytes, dtype=np.uint8)  # numpy asks for huge pages, torch does not: 96 against 244 ms, 116 MB
+    data = np.empty(num_bytes, dtype=np.uint8)  # numpy asks for huge pages, torch does not: 2.5 x faster for 116 MB
     view = data.data
     for at in range(0, num_bytes, CHUNK_BYTES):
         _fill(file, view[at : at + CHUNK_BYTES])
