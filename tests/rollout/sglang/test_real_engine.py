@@ -134,7 +134,7 @@ def test_stop_id_ends_a_completion_and_stays(packaged_engine, packaged_policy, p
 def test_a_bad_request_is_refused_and_the_next_one_answered(random_engine, make_prompt):
     """Sent to SGLang, the first of these ends its processes."""
     good = make_prompt((2, 4, 4), "when")
-    worker = random_engine._seats[0].worker
+    worker = random_engine._workers.seats[0].worker
     pid, sampling = worker.pid, SamplingParams(2, 4)
     outside = good.token_ids_L.clone()
     outside[0] = 10**6
@@ -155,7 +155,7 @@ def test_a_bad_request_is_refused_and_the_next_one_answered(random_engine, make_
 
 
 def test_a_late_request_is_aborted_and_reported(random_engine, make_prompt, monkeypatch):
-    worker = random_engine._seats[0].worker
+    worker = random_engine._workers.seats[0].worker
     pid = worker.pid
     monkeypatch.setattr(random_engine, "config", replace(random_engine.config, timeout_s=0.2, max_attempts=1))
     with pytest.raises(RuntimeError, match=r"took longer than 0\.2 s"):
@@ -168,11 +168,11 @@ def test_a_late_request_is_aborted_and_reported(random_engine, make_prompt, monk
 def test_killed_in_the_middle_it_comes_back_with_the_current_weights(random_engine, make_tiny_model, make_prompt):
     policy = PolicyModel(make_tiny_model(seed=9), ModelConfig(), torch.float32)
     random_engine.load_weights(policy.hf.state_dict().items(), 30)
-    worker, restarts = random_engine._seats[0].worker, random_engine.num_restarts
+    worker, restarts = random_engine._workers.seats[0].worker, random_engine.num_restarts
     old_pid = worker.pid
 
     def kill() -> None:
-        while not random_engine._seats[0].groups:
+        while not random_engine._workers.seats[0].requests:
             time.sleep(0.01)
         time.sleep(0.3)  # 600 tokens take seconds
         os.kill(old_pid, signal.SIGKILL)

@@ -17,7 +17,7 @@ import torch
 
 from tests.rollout.sglang import scripted_worker
 from vcr1_fast.config_learning import SGLangConfig
-from vcr1_fast.rollout import sglang_engine, sglang_process
+from vcr1_fast.rollout import sglang_process, sglang_round
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.rollout.sglang_process import WORKER_MODULE
 from vcr1_fast.types import SamplingParams
@@ -71,8 +71,8 @@ def start(tmp_path, tiny_tokenizer, monkeypatch):
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text("{}")
     monkeypatch.setenv("SCRIPTED_WORKER_FOLDER", str(tmp_path))
-    monkeypatch.setattr(sglang_engine, "ABORT_GRACE_S", 0.5)
-    monkeypatch.setattr(sglang_engine, "SEND_LIMIT_S", 2.0)
+    monkeypatch.setattr(sglang_round, "ABORT_GRACE_S", 0.5)
+    monkeypatch.setattr(sglang_round, "SEND_LIMIT_S", 2.0)
     forking = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
     monkeypatch.setattr(sglang_process, "subprocess", forking)
     settings = {"backoff_s": 0.01, "timeout_s": 30.0, "start_timeout_s": 60.0}
@@ -127,14 +127,14 @@ def test_the_worker_is_a_process_of_the_named_interpreter(start, prompts, tmp_pa
     python.chmod(stat.S_IRWXU)
     engine = start(["ok"], python=str(python))
     answers = engine.generate(prompts, SAMPLING)
-    assert pids(answers) == {engine._seats[0].worker.pid}
+    assert pids(answers) == {engine._workers.seats[0].worker.pid}
 
 
 def test_two_workers_share_the_prompts(start, prompts):
     engine = start(["ok"], num_workers=2)
     answers = engine.generate(prompts, SAMPLING)
     assert first_ids(answers) == wanted(prompts)
-    assert pids(answers) == {seat.worker.pid for seat in engine._seats}
+    assert pids(answers) == {seat.worker.pid for seat in engine._workers.seats}
 
 
 @pytest.mark.parametrize("plan", [["die 1", "ok"], ["die 3", "ok"], ["die 3", "die 1", "crash", "ok"]])
@@ -149,7 +149,7 @@ def test_a_worker_that_dies_is_replaced_and_its_prompts_answered(start, prompts,
 def test_killed_between_two_calls(start, prompts):
     engine = start(["ok"])
     engine.generate(prompts, SAMPLING)
-    os.kill(engine._seats[0].worker.pid, signal.SIGKILL)
+    os.kill(engine._workers.seats[0].worker.pid, signal.SIGKILL)
     engine.load_weights([("model.visual.w", torch.zeros(300, 300))], 2)
     assert first_ids(engine.generate(prompts, SAMPLING)) == wanted(prompts)
     assert (engine.policy_version, engine.num_restarts) == (2, 1)
@@ -159,7 +159,7 @@ def test_killed_between_two_calls(start, prompts):
 def test_a_worker_that_hangs_is_replaced(start, prompts, how):
     engine = start(["hang" if how == "hang" else "late", "ok"], timeout_s=0.5)
     if how == "stopped":  # not even its reading thread runs any more
-        os.kill(engine._seats[0].worker.pid, signal.SIGSTOP)
+        os.kill(engine._workers.seats[0].worker.pid, signal.SIGSTOP)
     began = time.monotonic()
     assert first_ids(engine.generate(prompts, SAMPLING)) == wanted(prompts)
     assert engine.num_restarts == 1
@@ -215,7 +215,7 @@ def test_a_worker_that_takes_no_weights_is_replaced(start, prompts):
 
 def test_close_leaves_no_process_and_no_file(start):
     engine = start(["ok"])
-    pid, folder = engine._seats[0].worker.pid, engine._folder
+    pid, folder = engine._workers.seats[0].worker.pid, engine._folder
     engine.close()
     assert not folder.exists()
     with pytest.raises(ProcessLookupError):

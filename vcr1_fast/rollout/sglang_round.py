@@ -1,0 +1,141 @@
+"""One `generate` call of the SGLang engine: its prompts handed out, watched and answered."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vcr1_fast.config_learning import SGLangConfig
+from vcr1_fast.rollout.sglang_messages import Message
+from vcr1_fast.rollout.sglang_process import WorkerGoneError
+from vcr1_fast.rollout.sglang_workers import Request, Seat, Workers
+from vcr1_fast.types import Completion, Prompt
+
+POLL_S = 0.25
+SEND_LIMIT_S = 60.0  # a worker reads in a thread of its own; one that takes nothing for so long is stopped
+ABORT_GRACE_S = 10.0
+
+Encode = Callable[[int, Prompt], tuple[dict[str, Any], dict[str, Tensor]]]  # request number, prompt -> message
+Decode = Callable[[Message], list[Completion]]
+
+
+class Round:
+    """All G completions of a prompt go to one worker in one request, so that its video is prefilled once; the least
+    loaded worker gets the next prompt. Requests that are late are aborted and tried again, those of a worker that died
+    or hangs are done again by the one started in its place.
+    """
+
+    def __init__(
+        self, workers: Workers, config: SGLangConfig, prompts: Sequence[Prompt], encode: Encode, decode: Decode
+    ) -> None:
+        self._workers, self._config = workers, config
+        self._encode, self._decode = encode, decode
+        self._num_prompts = len(prompts)
+        self._waiting = deque(Request(index, prompt) for index, prompt in enumerate(prompts))
+        self._answers: dict[int, list[Completion]] = {}
+
+    def run(self) -> list[list[Completion]]:
+        """The answers in the order of the prompts. Raises ValueError for a prompt that the engine cannot take, and
+        RuntimeError when a request or the workers failed too often."""
+        try:
+            while len(self._answers) < self._num_prompts:
+                self._hand_out()
+                if not self._take_answers():
+                    self._watch()
+        except BaseException:
+            self._give_up()
+            raise
+        return [self._answers[index] for index in range(self._num_prompts)]
+
+    def _hand_out(self) -> None:
+        while self._waiting:
+            seat = min(self._workers.seats, key=lambda seat: len(seat.requests))
+            if len(seat.requests) >= self._config.max_inflight:
+                return
+            request = self._waiting.popleft()
+            number = self._workers.next_number()
+            request.deadline, request.is_aborted = time.monotonic() + self._config.timeout_s, False
+            seat.requests[number] = request
+            fields, tensors = self._encode(number, request.prompt)
+            try:
+                seat.worker.channel.send("generate", fields, tensors, timeout_s=SEND_LIMIT_S)
+            except (OSError, WorkerGoneError) as error:
+                self._revive(seat, f"took no request: {error}")
+
+    def _take_answers(self) -> bool:
+        """Whether anything came within POLL_S."""
+        with selectors.DefaultSelector() as selector:
+            for seat in self._workers.seats:
+                if seat.worker.is_ready:
+                    selector.register(seat.worker.channel, selectors.EVENT_READ, seat)
+            ready: list[Seat] = [key.data for key, _ in selector.select(POLL_S)]
+        for seat in ready:
+            try:
+                message = seat.worker.channel.receive(SEND_LIMIT_S)
+            except (OSError, EOFError, ValueError) as error:
+                self._revive(seat, f"is gone: {error}")
+                continue
+            request = seat.requests.pop(int(message.fields["id"]), None)
+            if request is not None:  # None: of a call that was given up
+                self._settle(request, message)
+        return bool(ready)
+
+    def _settle(self, request: Request, message: Message) -> None:
+        """What one answer means for its request."""
+        name = request.prompt.example.id
+        if message.kind == "completions":
+            self._answers[request.index] = self._decode(message)
+            self._workers.note_success()
+            return
+        if message.kind == "refused":
+            raise ValueError(f"the prompt of example {name!r} cannot be answered: {message.fields['reason']}")
+        timed_out = f"took longer than {self._config.timeout_s:g} s (rollout.sglang.timeout_s)"
+        self._retry(request, timed_out if message.kind == "aborted" else str(message.fields["reason"]))
+
+    def _retry(self, request: Request, reason: str) -> None:
+        request.num_attempts += 1
+        if request.num_attempts >= self._config.max_attempts:
+            name = request.prompt.example.id
+            raise RuntimeError(
+                f"the answers to example {name!r} failed {request.num_attempts} times (rollout.sglang.max_attempts), "
+                f"the last time because: {reason}"
+            )
+        self._waiting.append(request)
+
+    def _watch(self) -> None:
+        """Nothing came for a while: abort what is late, and start workers again that do not even abort."""
+        now = time.monotonic()
+        for seat in self._workers.seats:
+            late = [(number, request) for number, request in seat.requests.items() if request.deadline < now]
+            hung = [request for _, request in late if request.is_aborted]
+            for request in hung:
+                request.num_attempts += 1
+            if hung:
+                self._revive(seat, f"did not stop a request {ABORT_GRACE_S:g} s after it was late")
+                continue
+            for number, request in late:
+                request.is_aborted, request.deadline = True, now + ABORT_GRACE_S
+                self._abort(seat, number)
+
+    def _revive(self, seat: Seat, reason: str) -> None:
+        """Its requests go to the front of the queue, in their order."""
+        self._waiting.extendleft(reversed(self._workers.revive(seat, reason)))
+
+    def _abort(self, seat: Seat, number: int) -> None:
+        try:
+            seat.worker.channel.send("abort", {"id": number}, timeout_s=1.0)
+        except (OSError, WorkerGoneError):
+            seat.worker.kill()  # found by the next send
+
+    def _give_up(self) -> None:
+        """Free the workers of what nobody waits for any more."""
+        for seat in self._workers.seats:
+            for number in list(seat.requests):
+                if seat.worker.is_ready:
+                    self._abort(seat, number)
+            seat.requests.clear()
