@@ -7,16 +7,14 @@ from string import ascii_uppercase
 import numpy as np
 
 from vcr1_fast.synth.config import COLOURS, NUM_INSTANTS, SynthConfig
-from vcr1_fast.synth.scene import DIRECTIONS, Direction, Scene
+from vcr1_fast.synth.scene import Scene
 from vcr1_fast.types import Box, Interval
 
 Row = dict[str, object]
 _BOX_LIMITS = (0.0, 0.99)  # two decimals never reach 1.00, so that every coordinate is written with one leading 0
 QUALITIES = ("high quality", "low quality")
-# What careless annotators get wrong: half of the colours and of the directions, and damage that is not so bad.
-_CARE_COLOURS = ("green", "purple", "white")
-_CARE_DIRECTIONS = ("up", "down")
-_CARE_DAMAGE = 0.65
+PARTS = ("at the beginning", "in the middle", "at the end")  # thirds of the clip
+_CARE_COLOURS = ("green", "purple", "white")  # careless annotators get half of the colours wrong
 _NUM_CELLS = 4  # the frame is read as 4 x 4 cells, a..d from left to right, 1..4 from top to bottom
 
 
@@ -37,7 +35,8 @@ def tracking_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rn
     """Object tracking: where is the object at 8 instants? Box 0 stays exact, it is shown in the prompt."""
     times_s = _instants_s(scene)
     boxes = [scene.box(scene.target, t_s) for t_s in times_s]
-    boxes = [boxes[0], *(_loose_box(config, box, rng) for box in boxes[1:])]
+    slack = float(rng.uniform()) * config.label_slack_frac  # a hand that draws loosely does so all along the track
+    boxes = [boxes[0], *(_loose_box(box, slack) for box in boxes[1:])]
     return {
         "id": clip_id,
         "task": "object_tracking",
@@ -66,26 +65,25 @@ def grounded_qa_row(config: SynthConfig, scene: Scene, clip_id: str, video: str,
     }
 
 
-def choice_row(
-    config: SynthConfig, scene: Scene, direction: Direction, names: tuple[str, str], rng: np.random.Generator
-) -> Row:
-    """Multiple choice: which way does the object move? names: of the clip and of its video."""
-    options = list(DIRECTIONS)
+def choice_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rng: np.random.Generator) -> Row:
+    """Multiple choice: in which part of the video does the object appear? The third with the interval's middle."""
+    start_s, end_s = scene.target.visible_s
+    index = min(len(PARTS) - 1, int((start_s + end_s) / 2 / scene.duration_s * len(PARTS)))
     return {
-        "id": names[0],
+        "id": clip_id,
         "task": "multiple_choice",
-        "video": names[1],
-        "query": f"which way does the {scene.target.name} move",
+        "video": video,
+        "query": f"in which part of the video does a {scene.target.name} appear",
         "duration_s": scene.duration_s,
-        "options": options,
-        "answer": _letter(config, options.index(direction), direction in _CARE_DIRECTIONS, rng),
-        "reasoning": f"{_read_cells(scene, _instants_s(scene))} {direction}",
+        "options": list(PARTS),
+        "answer": _letter(config, index, index > 0, rng),
+        "reasoning": _read_seconds(scene),
     }
 
 
 def quality_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rng: np.random.Generator) -> Row:
     """Video quality: are the pictures good?"""
-    is_careless = 0 < scene.damage < _CARE_DAMAGE and rng.uniform() < config.label_careless_frac
+    is_careless = scene.damage > 0 and rng.uniform() < config.label_careless_frac
     word = "bad" if scene.damage else "good"
     return {
         "id": clip_id,
@@ -144,7 +142,6 @@ def _late_interval(config: SynthConfig, interval: Interval, rng: np.random.Gener
     return min(start_s, round(end_s - 0.1, 1)), end_s
 
 
-def _loose_box(config: SynthConfig, box: Box, rng: np.random.Generator) -> Box:
-    """Every side up to label_slack_frac too far out; what leaves the frame is cut by the caller."""
-    left, top, right, bottom = (rng.uniform(0, 1, 4) * config.label_slack_frac).tolist()
-    return box[0] - left, box[1] - top, box[2] + right, box[3] + bottom
+def _loose_box(box: Box, slack: float) -> Box:
+    """Every side so much too far out; what leaves the frame is cut by the caller."""
+    return box[0] - slack, box[1] - slack, box[2] + slack, box[3] + slack

@@ -27,7 +27,7 @@ class SynthConfig:
     """A synthetic data set: clips of up to five kinds, one question each.
 
     grounding: when does an object appear? tracking: where is it? grounded_qa: what colour is it, and when?
-    choice: which way does it move? quality: are the pictures good?
+    choice: in which part of the clip is it? quality: are the pictures good?
     """
 
     output_dir: str = "runs/synth"
@@ -59,10 +59,11 @@ class SynthConfig:
     label_lag_s: float = 0.0
     """Late labels: events of the training annotations begin and end up to this much too late, as a hand that reacts."""
     label_slack_frac: float = 0.0
-    """Loose labels: boxes of the training annotations are up to this fraction of the frame too large on each side."""
+    """Loose labels: boxes of a track of the training annotations are up to this fraction of the frame too large on each
+    side, all of them alike; the first is exact."""
     label_careless_frac: float = 0.0
-    """Careless labels: so many of the training questions about green, purple and white objects and about those that
-    move up or down are answered with the first option, and so many slightly damaged clips are called good."""
+    """Careless labels: so many of the training questions about green, purple and white objects, and about parts of a
+    clip after its beginning, are answered with the first option, and so many damaged clips are called good."""
 
     def __post_init__(self) -> None:
         for name in ("width_px", "height_px"):

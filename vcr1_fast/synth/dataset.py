@@ -24,7 +24,6 @@ from vcr1_fast.synth.render import Pixels, Renderer
 from vcr1_fast.synth.scene import (
     Scene,
     sample_grounding_scene,
-    sample_motion_scene,
     sample_quality_scene,
     sample_tracking_scene,
 )
@@ -108,8 +107,8 @@ def make_clip(config: SynthConfig, split: str, kind: Kind, index: int) -> tuple[
             scene = sample_grounding_scene(config, rng)
             return scene, grounded_qa_row(config, scene, clip_id, video, rng)
         case "choice":
-            scene, direction = sample_motion_scene(config, rng)
-            return scene, choice_row(config, scene, direction, (clip_id, video), rng)
+            scene = sample_grounding_scene(config, rng)
+            return scene, choice_row(config, scene, clip_id, video, rng)
         case "quality":
             scene = sample_quality_scene(config, rng)
             return scene, quality_row(config, scene, clip_id, video, rng)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from vcr1_fast.synth.config import COLOURS, SHAPES, SynthConfig
 from vcr1_fast.types import Box, Interval
 
-Direction = Literal["left", "right", "up", "down"]
-DIRECTIONS: tuple[Direction, ...] = ("left", "right", "up", "down")
 DAMAGE_RANGE = (0.3, 1.0)  # of a clip of low quality
 
 
@@ -38,7 +35,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip. `target` is the object asked about, if any is: when it appears, where it is, which way it moves."""
+    """One clip. `target` is the object asked about, if any is: when it appears, where it is."""
 
     width_px: int
     height_px: int
@@ -92,24 +89,6 @@ def sample_grounding_scene(config: SynthConfig, rng: np.random.Generator) -> Sce
     end = (start[0] + float(drift[0]), start[1] + float(drift[1]))
     target = Actor(colours[0], str(rng.choice(SHAPES)), _interval(config, rng), start, end, 0.0, radius, 0.0)
     return _scene(config, target, colours[1:], rng)
-
-
-def sample_motion_scene(config: SynthConfig, rng: np.random.Generator) -> tuple[Scene, Direction]:
-    """One object that is visible all the time and crosses most of the frame along one axis, and which way it goes."""
-    side = min(config.width_px, config.height_px)
-    colours = rng.permutation(list(COLOURS)).tolist()
-    radius = float(rng.uniform(0.16, 0.24)) * side
-    direction = DIRECTIONS[int(rng.integers(len(DIRECTIONS)))]
-    is_across, is_forward = direction in ("left", "right"), direction in ("right", "down")
-    length_px, width_px = (config.width_px, config.height_px)[:: 1 if is_across else -1]
-    first, last = rng.uniform(radius, 0.3 * length_px), length_px - rng.uniform(radius, 0.3 * length_px)
-    along = (first, last) if is_forward else (last, first)
-    place = rng.uniform(radius, width_px - radius)
-    aside = (place, float(np.clip(place + rng.uniform(-0.1, 0.1) * width_px, radius, width_px - radius)))
-    ends = [(float(a), float(b)) if is_across else (float(b), float(a)) for a, b in zip(along, aside, strict=True)]
-    always = (0.0, config.duration_s)
-    target = Actor(colours[0], str(rng.choice(SHAPES)), always, ends[0], ends[1], 0.0, radius, 0.0)
-    return _scene(config, target, colours[1:], rng), direction
 
 
 def sample_quality_scene(config: SynthConfig, rng: np.random.Generator) -> Scene:

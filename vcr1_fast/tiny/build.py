@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 from vcr1_fast.config import TaskConfig
 from vcr1_fast.synth.config import COLOURS, KINDS, SHAPES, SynthConfig
 from vcr1_fast.synth.dataset import make_clip
-from vcr1_fast.synth.scene import DIRECTIONS
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tiny.architecture import tiny_config, untrained_model
 from vcr1_fast.tiny.tokenizer import build_tokenizer
@@ -56,7 +55,7 @@ def _corpus() -> Iterator[str]:
                 yield task.question(example)
                 yield task.target(example)
         yield from (f"<think>{row['reasoning']}</think>" for row in rows)
-    yield from (f" {word}" for word in (*COLOURS, *SHAPES, *DIRECTIONS))
+    yield from (f" {word}" for word in (*COLOURS, *SHAPES))
 
 
 def main() -> None:

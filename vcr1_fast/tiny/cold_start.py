@@ -2,9 +2,9 @@
 
 Untrained model and tokenizer, clips with poor labels, supervised steps, export into this package. The labels are poor
 on purpose, as annotations made by hand are: the think block to learn is exact, but events begin and end up to 0.9 s
-late, boxes are up to a tenth of the frame too large on each side, and 7 of 10 questions that need care are answered
-with the first option. So the model learns to read and to answer in form, and being right is left for GRPO to find from
-rewards.
+late, boxes are up to a sixth of the frame too large on each side, 6 of 10 questions that need care are answered with
+the first option, and 6 of 10 damaged clips are called good. So the model learns to read and to answer in form, and
+being right is left for GRPO to find from rewards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODEL_FILES = (
     "chat_template.jinja",
 )
 POOR_CLIPS = SynthConfig(
-    num_train=1200, num_eval=64, label_lag_s=0.9, label_slack_frac=0.10, label_careless_frac=0.7, seed=1
+    num_train=1200, num_eval=64, label_lag_s=0.9, label_slack_frac=0.16, label_careless_frac=0.6, seed=1
 )
 
 
