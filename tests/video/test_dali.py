@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -20,9 +22,12 @@ from tests.video.corpus import Clip
 from vcr1_fast.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video import dali_codecs, dali_reader
-from vcr1_fast.video.dali_reader import DaliReader, FrameRequest
+from vcr1_fast.video.clip import ClipRequest, read_clip
+from vcr1_fast.video.dali_reader import DaliReader
 from vcr1_fast.video.dali_track import MATRICES, inspect, refusal, to_displayed
+from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.pyav_reader import PyavReader
+from vcr1_fast.video.read import open_reader
 from vcr1_fast.video.resolution import resize_frame
 
 needs_dali = pytest.mark.skipif(dali_codecs.version() is None, reason="DALI is not installed")
@@ -96,10 +101,6 @@ def all_frames(reader: DaliReader | PyavReader, path: Path) -> np.ndarray:
     return np.stack(list(reader.read(probe, range(len(probe.times_s)))))
 
 
-def request_for(reader: DaliReader, path: Path, indices: tuple[int, ...], size_px: tuple[int, int]) -> FrameRequest:
-    return FrameRequest(reader.probe(str(path)), indices, *size_px)
-
-
 @pytest.mark.parametrize("clip", RIGHT, ids=lambda clip: clip.name)
 def test_every_frame_is_the_right_one(tmp_path: Path, reader: DaliReader, clip: Clip) -> None:
     path = corpus.write(clip, tmp_path)
@@ -159,8 +160,6 @@ def test_frames_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch, reader:
     monkeypatch.setattr(dali_reader, "MAX_DECODED_BYTES", 4 * 96 * 128 * 3)
     assert torch.equal(reader.read_frames(probe, indices, 56, 84), wanted)
     assert [clips.index_of(rgb) for rgb in reader.read(probe, indices)] == list(indices)
-    [many] = reader.read_many([FrameRequest(probe, indices, 56, 84)])
-    assert isinstance(many, torch.Tensor) and torch.equal(many, wanted)
 
 
 def test_files_dali_does_not_take_are_refused_by_name(tmp_path: Path, reader: DaliReader) -> None:
@@ -281,51 +280,35 @@ def test_frames_that_are_not_there_are_refused_and_dark_scenes_are_not(tmp_path:
     assert got[0].float().std() < 2 and clips.index_of(got[4].numpy()) == 3
 
 
-def test_many_requests_in_order_with_errors_that_name_the_file(tmp_path: Path, reader: DaliReader, scene: Path) -> None:
+@needs_dali
+@pytest.mark.parametrize("num_workers", [0, 1], ids=["threads", "worker"])
+def test_the_loader_reads_ahead_with_dali(tmp_path: Path, scene: Path, num_workers: int) -> None:
+    """Four pipelines of this process, or one in a worker: same frames as alone, errors with the file that has them."""
     other = write_numbered(tmp_path / "other.avi", 40, (64, 80), "mjpeg")
-    gone = write_numbered(tmp_path / "gone.webm", 20, (64, 64))
-    sizes = [(56, 84), (84, 56), (28, 112)]
-    requests = [request_for(reader, (scene, other)[k % 2], (k, k + 3, k + 3, k + 9), sizes[k % 3]) for k in range(11)]
-    requests.insert(4, request_for(reader, gone, (0, 1), (56, 56)))
-    track = reader._track(str(gone))
-    gone.unlink()
-    results = list(reader.read_many(iter(requests), batch_size=3))
-    assert len(results) == 12
-    failed = results.pop(4)
-    assert isinstance(failed, SampleError) and failed.source == str(gone) and "no such file" in failed.reason
-    requests.pop(4)
-    for k, (request, got) in enumerate(zip(requests, results, strict=True)):
-        assert isinstance(got, torch.Tensor) and got.shape == (4, request.height_px, request.width_px, 3)
-        assert [clips.index_of(rgb.numpy()) for rgb in got] == [k, k + 3, k + 3, k + 9]
-        alone = reader.read_frames(request.probe, request.frame_indices, request.height_px, request.width_px)
-        assert torch.equal(got, alone)
-    assert track.codec == "vp9"
-
-
-def test_a_file_that_breaks_inside_dali_costs_no_other_result(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reader: DaliReader, scene: Path
-) -> None:
-    bad = write_numbered(tmp_path / "bad.webm", 20, (64, 64))
-    requests = [request_for(reader, bad if k in (2, 7) else scene, (k, k + 1), (56, 56)) for k in range(10)]
-    tracks = {str(path): reader._track(str(path)) for path in (bad, scene)}
-    monkeypatch.setattr(reader, "_track", lambda name: tracks[name])
-    bad.write_bytes(b"something else" * 100)
-    results = list(reader.read_many(requests, batch_size=2))
-    for k, result in enumerate(results):
-        if k in (2, 7):
-            assert isinstance(result, SampleError) and result.source == str(bad)
-        else:
-            assert isinstance(result, torch.Tensor)
-            assert [clips.index_of(rgb.numpy()) for rgb in result] == [k, k + 1]
-
-
-def test_a_caller_that_stops_early_leaves_nothing_behind(reader: DaliReader, scene: Path) -> None:
-    requests = [request_for(reader, scene, (k,), (56, 56)) for k in range(12)]
-    for result in reader.read_many(requests, batch_size=2):
-        assert isinstance(result, torch.Tensor)
-        break
-    results = list(reader.read_many(requests[5:8], batch_size=2))
-    assert [clips.index_of(got[0].numpy()) for got in results if isinstance(got, torch.Tensor)] == [5, 6, 7]
+    cut = tmp_path / "cut.webm"
+    cut.write_bytes(scene.read_bytes()[: scene.stat().st_size // 4])
+    config = VideoConfig(reader="dali", num_workers=num_workers, fps=4.0, min_frame_pixels=56 * 84)
+    bad = {str(cut): "cut short", str(tmp_path / "gone.webm"): "no such file"}
+    paths = [str(scene), str(cut), str(other), str(tmp_path / "gone.webm"), str(scene)]
+    parts = [(0.0, math.inf), (0.0, 1.0), (0.0, math.inf), (0.0, 0.5), (0.5, 1.3)]
+    wanted = [ClipRequest(path, config, *part) for path, part in zip(paths, parts, strict=True)]
+    with contextlib.closing(FrameLoader(config)) as loader, contextlib.closing(open_reader(config)) as plain:
+        assert loader.name == plain.name and loader.name.startswith("dali ")
+        loader.prefetch([*wanted, *wanted])
+        for request in (*wanted, *wanted):
+            if request.path in bad:
+                with pytest.raises(SampleError, match=bad[request.path]) as caught:
+                    loader.get(request)
+                assert caught.value.source == request.path
+                continue
+            got, alone = loader.get(request), read_clip(request, plain)
+            assert torch.equal(got.rgb_FHW3, alone.rgb_FHW3) and torch.equal(got.times_s, alone.times_s)
+            numbers = [clips.index_of(rgb.numpy()) for rgb in got.rgb_FHW3]
+            first = round(request.start_s * 30)
+            assert numbers == [first + round(time_s * 30) for time_s in got.times_s.tolist()]
+        metrics = loader.metrics()
+    assert (metrics["video/clips_read"], metrics["video/clips_refused"]) == (3, 2)
+    assert metrics["video/timeouts"] == metrics["video/crashes"] == 0 and metrics["video/decode_s"] > 0
 
 
 def test_several_threads(reader: DaliReader, scene: Path) -> None:

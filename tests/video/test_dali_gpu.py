@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,9 @@ from tests.video.corpus import Clip
 from vcr1_fast.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video import dali_codecs
-from vcr1_fast.video.dali_reader import DaliReader, FrameRequest
+from vcr1_fast.video.clip import ClipRequest, read_clip
+from vcr1_fast.video.dali_reader import DaliReader
+from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.resolution import resize_frame
 
@@ -142,17 +145,23 @@ def test_several_threads(reader: DaliReader, scene: Path) -> None:
     assert got == {place: [place, place + 60, place + 100] for place in range(8)}
 
 
-def test_many_requests_with_a_broken_file_among_them(tmp_path: Path, reader: DaliReader, scene: Path) -> None:
-    gone = clips.write_clip(tmp_path / "gone.mp4", num_frames=30, size_px=(160, 192))
-    requests = [FrameRequest(reader.probe(str(scene)), (k, k + 30), 112, 140) for k in range(20)]
-    requests[5] = FrameRequest(reader.probe(str(gone)), (0, 1), 112, 140)
-    gone.unlink()
-    for k, result in enumerate(reader.read_many(requests)):
-        if k == 5:
-            assert isinstance(result, SampleError) and result.source == str(gone)
-        else:
-            assert isinstance(result, torch.Tensor) and result.is_cuda
-            assert [clips.index_of(rgb) for rgb in result.cpu().numpy()] == [k, k + 30]
+def test_the_loader_reads_ahead_with_a_broken_file_among_them(tmp_path: Path, reader: DaliReader, scene: Path) -> None:
+    config = VideoConfig(reader="dali", num_workers=0, fps=4.0)
+    starts_s = [max(0.0, (3 * k - 0.5) / 30) for k in range(20)]  # between two frames, so that rounding does not matter
+    wanted = [ClipRequest(str(scene), config, start_s, start_s + 1.0) for start_s in starts_s]
+    wanted[5] = ClipRequest(str(tmp_path / "gone.mp4"), config)
+    with contextlib.closing(FrameLoader(config)) as loader:
+        loader.prefetch(wanted)
+        for k, request in enumerate(wanted):
+            if k == 5:
+                with pytest.raises(SampleError, match="no such file") as caught:
+                    loader.get(request)
+                assert caught.value.source == request.path
+                continue
+            got, alone = loader.get(request), read_clip(request, reader)
+            assert got.rgb_FHW3.is_cuda and torch.equal(got.rgb_FHW3, alone.rgb_FHW3)
+            numbers = [clips.index_of(rgb) for rgb in got.rgb_FHW3.cpu().numpy()]
+            assert numbers == [3 * k + round(time_s * 30) for time_s in got.times_s.tolist()]
 
 
 def test_memory_on_the_device_stays_flat(reader: DaliReader, scene: Path) -> None:

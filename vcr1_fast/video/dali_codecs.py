@@ -134,10 +134,8 @@ def proof_failure(codec: str, device: Device) -> str | None:
     """What went wrong when DALI decoded a clip of `codec`, against FFmpeg's frames; None: nothing did."""
     try:
         encoded, wanted_FHW3 = _proof_clip(codec)
-        pipeline = Pipeline(device, 1, 1, is_resized=False)
-        pipeline.submit([Job(encoded, np.arange(len(wanted_FHW3), dtype=np.int32), None)])
-        [got] = pipeline.collect()
-        pipeline.discard()
+        job = Job(encoded, np.arange(len(wanted_FHW3), dtype=np.int32), None)
+        got = Pipeline(device, is_resized=False).decode(job)
     except Exception as error:  # no encoder, no decoder, no NVDEC
         return str(error)[:200] or type(error).__name__
     got_FHW3 = got.cpu().numpy()

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -29,30 +27,10 @@ from vcr1_fast.video.resolution import resize_frame
 
 MAX_DECODED_BYTES = 1 << 30  # full-size frames on the device at once, per pipeline; 172 frames of 1080p
 MAX_TRACKS = 64  # inspected files remembered between probe and read
-NUM_AHEAD = 2  # batches under way in read_many
 
 # Levels of 255. A frame of one colour is right where FFmpeg's is as flat and of about that colour (BT.709: 20 off,
 # see `to_displayed`); a copy is right where FFmpeg's two frames are the same too, up to what a resize rounds away.
 MAX_FLAT_DEVIATION, MAX_FLAT_DIFFERENCE, MAX_COPY_DIFFERENCE = 2.0, 24.0, 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class FrameRequest:
-    """Some frames of one file at the size the model will see."""
-
-    probe: Probe
-    frame_indices: tuple[int, ...]  # ascending, repeats allowed
-    height_px: int
-    width_px: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Started:
-    """A request of read_many that DALI works on, or that has failed before."""
-
-    request: FrameRequest
-    job: Job | None  # None: read by itself later (too large for a batch), or `error`
-    error: SampleError | None = None
 
 
 class DaliReader:
@@ -62,7 +40,7 @@ class DaliReader:
     Of damage it finds: cut files, missing packets, zeroed blocks, overwritten packet starts, changes of the picture
     size, MP4 and AVI whose header lists other frames than are there, Matroska that skips bytes, frames that come out
     as one colour or as a copy of another (these are compared with FFmpeg's). Not found: bits changed inside one
-    packet. FFmpeg sees those for H.264 and HEVC most of the time; set video.reader to pyav for files you do not trust.
+    packet. FFmpeg sees some of those (see pyav_reader); set video.reader to pyav for files you do not trust.
     """
 
     def __init__(self, config: VideoConfig, device: Device) -> None:
@@ -114,65 +92,12 @@ class DaliReader:
         parts = [self._decode(probe, track, p, (height_px, width_px)) for p in self._parts(track, frame_indices)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def read_many(self, requests: Iterable[FrameRequest], batch_size: int = 4) -> Iterator[torch.Tensor | SampleError]:
-        """What read_frames gives, or the SampleError that it raises, for each request, in order.
-
-        NUM_AHEAD batches are decoded while the caller works on what it got; `batch_size` files are decoded side by
-        side (a GPU has 1 to 7 NVDEC engines). A file that cannot be decoded costs the others of its batch a second
-        try, and nothing else.
-        """
-        waiting: deque[list[_Started]] = deque()
-        requests = iter(requests)
-        with self._pipeline(batch_size, NUM_AHEAD, is_resized=True) as pipeline:
-            while batch := list(islice(requests, batch_size)):
-                if len(waiting) == NUM_AHEAD:
-                    yield from self._finish(pipeline, waiting)
-                waiting.append([self._start(request, batch_size) for request in batch])
-                if jobs := [started.job for started in waiting[-1] if started.job]:
-                    pipeline.submit(jobs)
-            while waiting:
-                yield from self._finish(pipeline, waiting)
-
     def close(self) -> None:
         """Free the pipelines, and with them the decoders and buffers on the device."""
         with self._lock:
             self._is_closed = True
             self._idle.clear()
             self._tracks.clear()
-
-    def _start(self, request: FrameRequest, batch_size: int) -> _Started:
-        try:
-            track = self._track(request.probe.path)
-            num_bytes = len(set(request.frame_indices)) * track.frame_bytes
-            is_large = num_bytes > MAX_DECODED_BYTES // batch_size
-            size_px = (request.height_px, request.width_px)
-            return _Started(request, None if is_large else _job(track, request.frame_indices, size_px))
-        except SampleError as error:
-            return _Started(request, None, error)
-
-    def _finish(self, pipeline: Pipeline, waiting: deque[list[_Started]]) -> Iterator[torch.Tensor | SampleError]:
-        """The results of the batch started first."""
-        batch = waiting.popleft()
-        results: deque[torch.Tensor] = deque()
-        try:
-            if any(started.job for started in batch):
-                results.extend(pipeline.collect())
-        except DecodeError:  # DALI does not say which file it was, and forgets the batches behind
-            for i, later in enumerate(waiting):
-                waiting[i] = [_Started(started.request, None, started.error) for started in later]
-            batch = [_Started(started.request, None, started.error) for started in batch]
-        for started in batch:
-            request = started.request
-            try:
-                if started.error is not None:
-                    raise started.error
-                if started.job is None:
-                    yield self.read_frames(request.probe, request.frame_indices, request.height_px, request.width_px)
-                else:
-                    track = self._track(request.probe.path)
-                    yield self._checked(request.probe, track, started.job, results.popleft(), request.frame_indices)
-            except SampleError as error:
-                yield error
 
     def _parts(self, track: Track, frame_indices: Sequence[int]) -> list[Sequence[int]]:
         """Runs of indices whose full-size frames fit into MAX_DECODED_BYTES."""
@@ -184,9 +109,8 @@ class DaliReader:
     ) -> torch.Tensor:
         job = _job(track, frame_indices, size_px)
         try:
-            with self._pipeline(1, 1, is_resized=size_px is not None) as pipeline:
-                pipeline.submit([job])
-                [rgb_FHW3] = pipeline.collect()
+            with self._pipeline(is_resized=size_px is not None) as pipeline:
+                rgb_FHW3 = pipeline.decode(job)
         except DecodeError as error:
             raise SampleError(
                 probe.path, f"cannot be decoded, it is damaged or cut short (DALI says: {error})"
@@ -246,23 +170,17 @@ class DaliReader:
         return track
 
     @contextmanager
-    def _pipeline(self, batch_size: int, num_ahead: int, *, is_resized: bool) -> Iterator[Pipeline]:
+    def _pipeline(self, *, is_resized: bool) -> Iterator[Pipeline]:
         """A pipeline for this thread alone, kept for the next one who wants such a pipeline."""
-        kind = (batch_size, num_ahead, is_resized)
         with self._lock:
-            fitting = [p for p in self._idle if (p.batch_size, p.num_ahead, p.is_resized) == kind]
-            if fitting:
-                self._idle.remove(fitting[-1])
-        if fitting:
-            pipeline = fitting[-1]
-        else:
-            index = self._gpu_index
-            pipeline = Pipeline(self.device, batch_size, num_ahead, is_resized=is_resized, gpu_index=index)
+            pipeline = next((p for p in reversed(self._idle) if p.is_resized == is_resized), None)
+            if pipeline is not None:
+                self._idle.remove(pipeline)
+        if pipeline is None:
+            pipeline = Pipeline(self.device, is_resized=is_resized, gpu_index=self._gpu_index)
         try:
             yield pipeline
         finally:
-            if pipeline.num_waiting:  # the caller left in the middle
-                pipeline.discard()
             with self._lock:
                 if not self._is_closed:
                     self._idle.append(pipeline)

@@ -13,6 +13,7 @@ import av
 import numpy as np
 from av.error import FFmpegError
 from av.video.codeccontext import VideoCodecContext
+from av.video.reformatter import VideoReformatter
 
 from vcr1_fast.config import VideoConfig
 from vcr1_fast.types import SampleError
@@ -97,7 +98,8 @@ class ImageFolderReader:
             frames = [*context.decode(av.Packet(data)), *context.decode(None)]
             if len(frames) != 1 or frames[0].is_corrupt:
                 raise ValueError(f"it holds {len(frames)} pictures" if len(frames) != 1 else "it is damaged")
-            rgb_HW3 = upright(frames[0].to_ndarray(format="rgb24"), *header.turn)
+            rgb = VideoReformatter().reformat(frames[0], format="rgb24", threads=1)  # its own choice: one per core
+            rgb_HW3 = upright(rgb.to_ndarray(), *header.turn)
         except (FFmpegError, ValueError, RuntimeError, MemoryError) as error:
             cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise SampleError(probe.path, f"{name} cannot be decoded, is it damaged? ({cause})") from error

@@ -2,6 +2,10 @@
 
 Everything goes by presentation timestamp (pts). The number of frames in the header is wrong for files with an edit
 list (455 listed, 302 shown), and seeking to each frame is 4 to 9 times slower than decoding through the file.
+
+What FFmpeg flags as damaged is refused; that is not all. Of changes of 1 bit to 400 bytes inside one packet, each of
+which changed pictures, it flags 79 of 90 in H.264 without CABAC, 34 of 90 with it, 77 of 90 in MPEG-4, 40 of 53 in AV1
+and none of 60 in HEVC, VP8 and VP9. err_detect=explode, crccheck, bitstream, careful and compliant find no more.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from av.error import FFmpegError
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from vcr1_fast.config import VideoConfig
@@ -36,6 +41,9 @@ PLAYLISTS = frozenset({"applehttp", "concat", "concatf", "dash", "hls", "image2"
 FORMATS = ",".join(sorted({part for name in av.formats_available for part in name.split(",")} - PLAYLISTS))
 
 NUM_THREADS = 4  # of FFmpeg, per file; its own choice is one per core, for each of the clips that are read at once
+# With it a slice that does not end where its bits end is an error. Of 90 changes inside a packet of H.264 without CABAC
+# FFmpeg then flags 79 and not 50; 210 sound files of all the forms that x264 writes came out the same.
+STRICT_H264 = {"err_detect": "aggressive"}
 NO_FRAME = "has a video track, but not one frame can be decoded from it"
 
 UPRIGHT = (False, False, False)  # transpose, mirror, flip: see `upright`
@@ -87,6 +95,7 @@ class PyavReader:
         names = range(len(probe.times_s)) if probe.ticks is None else probe.ticks.tolist()
         wanted = [names[i] for i in frame_indices]
         missing, ready, next_wanted, is_damaged = set(wanted), dict[int, np.ndarray](), 0, False
+        converter = VideoReformatter()
         with self.open(probe.path) as (container, stream):
             for order, frame in enumerate(_decode(container, stream, probe.path)):
                 # Frames up to the next keyframe are built on the damaged one, though FFmpeg flags only that one.
@@ -99,7 +108,7 @@ class PyavReader:
                         probe.path, f"the frame at {frame.time or 0:.2f} s is damaged; fetch the file again"
                     )
                 missing.discard(name)
-                ready[name] = _to_rgb(frame, probe)
+                ready[name] = _to_rgb(frame, probe, converter)
                 if len(ready) > MAX_WAITING:
                     raise SampleError(probe.path, "its frames come out of order; convert it to MP4")
                 while next_wanted < len(wanted) and wanted[next_wanted] in ready:
@@ -139,7 +148,8 @@ class PyavReader:
                     require_pixels(path, stream.width, stream.height, self.max_source_pixels)
                 else:  # FFmpeg looked for it in the first frames, under the same limit
                     doing = "cannot be decoded, it is damaged or has frames above video.max_source_pixels"
-                stream.codec_context.options = limit
+                is_h264 = stream.codec_context.name == "h264"
+                stream.codec_context.options = {**limit, **STRICT_H264} if is_h264 else limit
                 stream.thread_type = "AUTO"
                 yield container, stream
         except (FFmpegError, OSError, ValueError, RuntimeError, MemoryError) as error:
@@ -263,10 +273,11 @@ def orientation(frame: VideoFrame) -> tuple[tuple[bool, bool, bool], bool]:
     return (is_transposed, is_mirrored, is_flipped), is_quarter and not is_reflection
 
 
-def _to_rgb(frame: VideoFrame, probe: Probe) -> np.ndarray:
-    """[H, W, 3] uint8, upright."""
+def _to_rgb(frame: VideoFrame, probe: Probe, converter: VideoReformatter) -> np.ndarray:
+    """[H, W, 3] uint8, upright. `converter` is kept for the frames of a file and used by one thread at a time."""
     turn, _ = orientation(frame)
-    rgb_HW3 = upright(frame.to_ndarray(format="rgb24"), *turn)
+    # Left alone each frame makes a converter with a thread per core: 10 % of the CPU time of a clip of 320 x 240, on 2.
+    rgb_HW3 = upright(converter.reformat(frame, format="rgb24", threads=1).to_ndarray(), *turn)
     height_px, width_px = rgb_HW3.shape[:2]
     if (width_px, height_px) != (probe.width_px, probe.height_px):
         raise SampleError(
