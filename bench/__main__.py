@@ -1,4 +1,4 @@
-"""`python -m bench NAME [--output FOLDER]`: decode, kernels, rewards, step. Each ends in one JSON line."""
+"""`python -m bench NAME [--output FOLDER]`: decode, kernels, rewards, step, weight_sync. Each ends in one JSON line."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "kernels": "each kernel against its floor and against other projects' kernels",
     "rewards": "rewards of N completions, the original's way and ours",
     "step": "one policy update, the original's way and ours, on the same groups",
+    "weight_sync": "the learner's weights into the rollout engine, by each way, beside a copy in memory",
 }
 
 

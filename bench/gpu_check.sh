@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command without a network, in less than 9 minutes:
 #   builds the native module with CUDA, runs the tests marked gpu, compute-sanitizer on the CUDA overlap test,
-#   `python -m bench kernels`, `step` and, where PyAV is installed, `decode`. Prints a short table last; exits 1 when a
-#   stage failed.
+#   `python -m bench kernels`, `step`, `weight_sync` and, where PyAV is installed, `decode`. Prints a short table last;
+#   exits 1 when a stage failed.
 #
 # usage: bench/gpu_check.sh [WHEELS] [OUT] [--dry-run]
 #   WHEELS     folder of wheels to use besides what is installed (default: $WHEELS, else none); see gpu_wheels.txt
@@ -102,15 +102,18 @@ if [ $dry_run = 1 ]; then
 else
   kernels_options=(--seconds 100)
 fi
-decode_s=0 # kept for the last stage
+sync_s=25 decode_s=0 # kept for the last stages
 if "$python" -c 'import av' 2> /dev/null; then decode_s=60; fi
 stage kernels 135 "$python" -m bench kernels --output "$out" "${kernels_options[@]}" || failed=1
 if [ $dry_run = 1 ]; then
   step_options=(--quick)
 else # all that is left, less the start of Python and the building of the model
-  step_options=(--seconds $(($(left_s) - decode_s > 60 ? $(left_s) - decode_s - 30 : 30)))
+  step_options=(--seconds $(($(left_s) - decode_s - sync_s > 60 ? $(left_s) - decode_s - sync_s - 30 : 30)))
 fi
 stage step 400 "$python" -m bench step --output "$out" "${step_options[@]}" || failed=1
+sync_options=(--repeats 5)
+if [ $dry_run = 1 ]; then sync_options=(--quick); fi
+stage weight_sync $((sync_s + 15)) "$python" -m bench weight_sync --output "$out" "${sync_options[@]}" || failed=1
 if [ $dry_run = 1 ]; then
   decode_options=(--quick)
 else

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from vcr1_fast.rollout.engine import Begun
 from vcr1_fast.types import Completion, Prompt, SamplingParams
 
 
@@ -15,8 +16,19 @@ class RecordingEngine:
         self.loaded: dict[str, Tensor] = {}
         self.pushes: list[list[str]] = []
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Begun | None = None
+    ) -> list[list[Completion]]:
         raise NotImplementedError
+
+    version = "recording"
+
+    def interrupt(self) -> None: ...
+
+    def release_memory(self) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         names = []

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 import vcr1_fast.checkpoint as checkpoint
 from tests.tiny_policy import TinyPolicy, tiny_tokenizer, tokens
-from vcr1_fast.checkpoint import RunState, export_hugging_face, latest_checkpoint, load_checkpoint, save_checkpoint
+from vcr1_fast.checkpoint import RunState, latest_checkpoint, load_checkpoint, save_checkpoint
 from vcr1_fast.config import ConfigError, OptimizerConfig
+from vcr1_fast.export import export_hugging_face
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import World, exit_rank, init_distributed, named_weights, shard, shutdown, whole_tensor
 from vcr1_fast.run_folder import prepare_output_dir

@@ -20,7 +20,6 @@ from tests.sharded_checkpoint import CONFIG, whole_state
 from tests.tiny_policy import TinyPolicy, run_ranks, tiny_tokenizer, tokens
 from vcr1_fast.checkpoint import (
     RunState,
-    export_hugging_face,
     latest_checkpoint,
     load_checkpoint,
     prepare_output_dir,
@@ -28,6 +27,7 @@ from vcr1_fast.checkpoint import (
     save_checkpoint,
 )
 from vcr1_fast.config import ConfigError
+from vcr1_fast.export import export_hugging_face
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 

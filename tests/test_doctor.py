@@ -1,6 +1,8 @@
 """The doctor never fails to answer, and its exit code says whether the main job can run."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +69,47 @@ def test_this_machine():
 def test_an_optional_package_that_is_absent_is_called_not_installed():
     with pytest.raises(UnusableError, match="not installed"):
         doctor_module._load("vcr1_no_such_package.inner", "vcr1-no-such-package")
+
+
+def fake_interpreter(folder: Path, script: str) -> str:
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def sglang_row(capsys, python: str) -> dict[str, object]:
+    doctor(as_json=True, sglang_python=python)
+    return next(row for row in json.loads(capsys.readouterr().out)["components"] if row["component"] == "sglang")
+
+
+@pytest.mark.parametrize(
+    ("script", "usable", "words"),
+    [
+        ("echo a banner; echo 0.5.21.post1 2.13.0+cpu", True, "0.5.21.post1 on torch 2.13.0+cpu, in"),
+        ("echo 0.5.9 2.9.1", False, "0.5.9 in {python}, wanted 0.5.17 or later"),
+        ("echo ModuleNotFoundError: no triton >&2; exit 1", False, "{python}: ModuleNotFoundError: no triton"),
+        ("kill -9 $$", False, "it ended with -9"),
+    ],
+)
+def test_sglang_is_asked_for_in_its_own_interpreter(monkeypatch, capsys, tmp_path, script, usable, words):
+    monkeypatch.setattr(doctor_module, "COMPONENTS", [c for c in COMPONENTS if c.name in ("python", "sglang")])
+    python = fake_interpreter(tmp_path, script)
+    row = sglang_row(capsys, python)
+    assert row["usable"] == usable
+    assert words.format(python=python) in str(row["detail"])
+    assert ("make sglang" in str(row["advice"])) != usable
+
+
+def test_sglang_without_an_interpreter_to_ask(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(doctor_module, "COMPONENTS", [c for c in COMPONENTS if c.name == "sglang"])
+    missing = str(tmp_path / "none")
+    assert sglang_row(capsys, missing)["detail"] == f"{missing} is not an interpreter that can be run"
+    monkeypatch.chdir(tmp_path)
+    assert doctor_module.sglang_interpreter() == sys.executable
+    made = tmp_path / ".venv-sglang" / "bin"
+    made.mkdir(parents=True)
+    fake_interpreter(made, "echo 0.5.17 2.13.0")
+    assert "0.5.17 on torch 2.13.0, in .venv-sglang/bin/python" in doctor_module._sglang(
+        doctor_module.sglang_interpreter()
+    )

@@ -336,6 +336,11 @@ def test_eval_command_writes_samples_and_goes_on_from_them(tmp_path, monkeypatch
     assert evaluate_command(config) == result
     assert "going on from 1 answers" in capsys.readouterr().out
 
+    (data / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("vcr1_fast.video.loader.FrameLoader.start", lambda loader: pytest.fail("nothing is to be read"))
+    known = evaluate_command(config)["scores"]["temporal_grounding"]
+    assert known["metrics"]["miou"] == pytest.approx(good.metrics["miou"]) and known["num_bad"] == 0
+
 
 def test_eval_command_refuses_a_folder_with_answers_of_other_settings(tmp_path):
     data = tmp_path / "data"

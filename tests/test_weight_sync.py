@@ -40,6 +40,14 @@ def test_later_pushes_bring_the_new_values_and_leave_out_frozen_towers():
     assert second.num_bytes < first.num_bytes
 
 
+def test_an_engine_that_forgets_gets_every_weight_each_time():
+    policy, engine = TinyPolicy(), RecordingEngine()
+    policy.hf.model.visual.requires_grad_(False)
+    sync = WeightSync(policy, engine, skips_frozen=False)
+    assert sync.push().num_tensors == sync.push().num_tensors == len(list(policy.hf.parameters()))
+    assert list(engine.pushes[1]) == list(engine.pushes[0])
+
+
 def test_tied_weights_travel_once():
     engine = RecordingEngine()
     WeightSync(TinyPolicy(tied=True), engine).push()

@@ -1,8 +1,9 @@
-"""The state of a run -> disk and back, and the export of a Hugging Face folder.
+"""The state of a run -> disk and back.
 
     output_dir/checkpoints/step_000010/
         shard-*.safetensors     weights and AdamW moments (torch.distributed.checkpoint, resharded on load)
         rng/rank_00000.safetensors
+        answers/rank_00000.safetensors    drawn ahead of the learner, with rollout.max_policy_lag
         state.json              written last: step, data position, schedule, versions, size of every file
 
 Called by the training loop. A checkpoint is written aside as `step_000010.tmp-<pid>`, flushed, and renamed, so a crash
@@ -21,7 +22,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,25 +37,21 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vcr1_fast.config import ConfigError
 from vcr1_fast.learner.sharding import (
-    SINGLE_PROCESS,
     World,
     all_max_int,
     barrier,
     named_weights,
     on_all_ranks,
     on_main_rank,
-    whole_tensor,
 )
 from vcr1_fast.random_state import rng_state, set_rng_state
 from vcr1_fast.run_folder import CHECKPOINTS_FOLDER, prepare_output_dir, replace_folder
 
 __all__ = [
     "RunState",
-    "export_hugging_face",
     "latest_checkpoint",
     "load_checkpoint",
     "prepare_output_dir",
@@ -67,7 +64,6 @@ _FORMAT = 1  # of state.json and the tensor names; raise it with every change th
 _STATE = "state.json"
 _STEP_NAME = re.compile(r"step_\d{6,}")
 _MAX_FILE_BYTES = 2 << 30  # the writer holds one file in memory: a 7B run's 84 GB of state need 2 GiB beside it
-_EXTRA_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +78,8 @@ class RunState:
     config_yaml: str  # the resolved configuration
     program: str = "train"  # the command that made it, train or sft
     task_scale: Mapping[str, Sequence[float]] = field(default_factory=dict)  # advantages.TaskScale.moments
+    pending: Sequence[Mapping[str, int]] = field(default_factory=list)  # steps drawn ahead, see RolloutQueue.pending
+    answers: Mapping[str, Tensor] = field(default_factory=dict)  # this rank's part of them; in a file of its own
 
 
 # ---- finding checkpoints -------------------------------------------------------------------------------------------
@@ -182,7 +180,7 @@ def save_checkpoint(
     earlier = _complete_checkpoints(parent.parent) if world.is_main else []
     document = {
         "format": _FORMAT,
-        **asdict(state),
+        **asdict(replace(state, answers={})),
         "save_index": 1 + max((_read_state(path)["save_index"] for path in earlier), default=0),
         "num_updates": schedule.last_epoch,
         "world_size": world.world_size,
@@ -190,10 +188,13 @@ def save_checkpoint(
         | {package: version(package) for package in ("vcr1-fast", "torch", "transformers")},
     }
     try:
-        on_main_rank("making the checkpoint folder", lambda: (aside / "rng").mkdir(parents=True), world)
+        on_main_rank("making the checkpoint folder", lambda: _make_folders(aside), world)
         _save_tensors(aside, _tensors(policy, optimizer), world)
         rng_path = aside / "rng" / f"rank_{world.rank:05d}.safetensors"
         on_all_ranks("saving the random state", lambda: save_file(rng_state(), rng_path), world)
+        if state.pending:
+            path = _answers_path(aside, world)
+            on_all_ranks("saving answers drawn ahead", lambda: save_file(dict(state.answers), path), world)
         on_main_rank("publishing the checkpoint", lambda: _publish(aside, final, document), world)
     except Exception:
         if world.is_main:  # a full disk must not stay full
@@ -244,7 +245,19 @@ def load_checkpoint(
     if optimizer is not None and rng_path.exists():
         set_rng_state(load_file(rng_path))
     known = {f.name for f in fields(RunState)} & set(document)  # an older checkpoint may lack a field
-    return RunState(**{name: document[name] for name in known})
+    state = RunState(**{name: document[name] for name in known})
+    if state.pending and document["world_size"] == world.world_size:  # else each rank has other prompts
+        state = replace(state, answers=load_file(_answers_path(checkpoint, world)))
+    return state
+
+
+def _make_folders(aside: Path) -> None:
+    for name in ("rng", "answers"):
+        (aside / name).mkdir(parents=True)
+
+
+def _answers_path(checkpoint: Path, world: World) -> Path:
+    return checkpoint / "answers" / f"rank_{world.rank:05d}.safetensors"
 
 
 def _tensors(policy: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
@@ -334,55 +347,3 @@ def _prune(output_dir: Path, keep: int) -> None:
             shutil.rmtree(doomed)
         except OSError as error:
             _LOG.warning("cannot delete old checkpoint %s: %s", path, error)
-
-
-# ---- Hugging Face export -------------------------------------------------------------------------------------------
-
-
-def export_hugging_face(
-    policy: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-    world: World = SINGLE_PROCESS,
-    *,
-    dtype: torch.dtype | None = None,
-    source: str | Path | None = None,
-) -> Path:
-    """Write `policy.hf` as a folder that `from_pretrained` loads: safetensors, config, generation config, tokenizer.
-
-    dtype: of the weights on disk; None keeps the float32 masters (bfloat16 halves the folder). source: folder of the
-    starting model, whose image and video processor settings are copied when there are any. A collective: call on all
-    ranks; one weight at a time is gathered, rank 0 holds all of them in host memory. The folder appears whole or not
-    at all; an earlier export there is replaced. Raises OSError when it cannot be written or is something else.
-    """
-    final = Path(folder).absolute()
-    aside = final.with_name(f"{final.name}.tmp-{os.getpid()}")
-    hf = policy.get_submodule("hf")
-    assert isinstance(hf, PreTrainedModel), f"policy.hf is {type(hf).__name__}, wanted a Hugging Face model"
-    whole: dict[str, Tensor] = {}
-    for name, weight in named_weights(hf).items():
-        value = whole_tensor(weight)
-        if world.is_main:
-            whole[name] = value.to("cpu", dtype if value.is_floating_point() else None)
-
-    def write() -> None:
-        if final.exists() and not (final / "config.json").is_file():
-            raise FileExistsError(f"cannot export to {final}: it exists and is no model folder; choose another path")
-        aside.mkdir(parents=True)
-        try:
-            hf.save_pretrained(aside, state_dict=whole)
-            if dtype is not None:
-                config = json.loads((aside / "config.json").read_text(encoding="utf-8"))
-                config["dtype"] = str(dtype).removeprefix("torch.")
-                (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            tokenizer.save_pretrained(str(aside))
-            extra = [Path(source) / name for name in _EXTRA_FILES] if source is not None else []
-            for path in extra:
-                if path.is_file():
-                    shutil.copy2(path, aside / path.name)
-            replace_folder(aside, final)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-
-    on_main_rank("exporting the model", write, world)
-    return final

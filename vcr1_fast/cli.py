@@ -82,6 +82,7 @@ HELP_EPILOG = "\n".join(
         "commands:",
         *(f"  {name:8s}{command.help}" for name, command in COMMANDS.items()),
         "  doctor  say what is installed, what works and why the rest does not",
+        "  serve CONFIG  start rollout workers on this node, for trainers on other nodes",
         "  baselines TASK FILE  score answers that need no model on an annotation file",
         "  suite NAME FILE...  read Video-MME, MVBench or Perception Test as published, write a JSONL for data.eval",
         "  compare A B  whether two samples.jsonl of eval differ, with intervals and p-values",
@@ -162,10 +163,11 @@ def _take_dry_run(name: str, tokens: list[str]) -> tuple[bool, int | None, list[
 def _run_doctor(tokens: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="vcr1-fast doctor", description="Says which components are usable.")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    as_json = parser.parse_args(tokens).json
+    parser.add_argument("--sglang-python", metavar="PATH", help="look for SGLang there (rollout.sglang.python)")
+    arguments = parser.parse_args(tokens)
     from vcr1_fast.doctor import doctor
 
-    return doctor(as_json=as_json)
+    return doctor(as_json=arguments.json, sglang_python=arguments.sglang_python)
 
 
 def _run_baselines(tokens: list[str]) -> int:
@@ -246,11 +248,42 @@ def _run_suite(tokens: list[str]) -> int:
     return 0
 
 
-PLAIN_COMMANDS = {  # those without settings
+def _run_serve(tokens: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vcr1-fast serve",
+        allow_abbrev=False,
+        usage="vcr1-fast serve CONFIG [--bind HOST:PORT] [--workers N] [--logs FOLDER] [--section.field=value ...]",
+        description="Starts SGLang workers on this node, one for each GPU, for trainers that run elsewhere.",
+        epilog="Settings as in `vcr1-fast train --help`; used here: model.path, model.device and rollout.sglang.",
+    )
+    parser.add_argument(
+        "--bind", default="", help="where the first worker listens, the next ones on the ports after it"
+    )
+    parser.add_argument("--workers", type=int, help="fewer than there are GPUs; without GPUs, how many")
+    parser.add_argument("--logs", default="", help="folder of the workers' logs; default: serve/ in train.output_dir")
+    options, rest = parser.parse_known_args(tokens)
+    try:
+        path, overrides = split_config_path(rest)
+        config = load_settings(Config, path, overrides)
+        from vcr1_fast.rollout.serve import serve
+
+        serve(config, options.bind, options.logs, options.workers)
+    except (ConfigError, OSError, RuntimeError) as error:
+        if os.environ.get("VCR1_DEBUG") == "1":
+            raise
+        _report_error(error)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:  # before the workers were there
+        return 130
+    return 0
+
+
+PLAIN_COMMANDS = {  # those without settings alone
     "doctor": _run_doctor,
     "baselines": _run_baselines,
     "compare": _run_compare,
     "suite": _run_suite,
+    "serve": _run_serve,
 }
 
 

@@ -299,9 +299,9 @@ class Config:
         )
 
     def check_world_size(self, world_size: int) -> None:
-        """Every rank takes the same share of each mini-batch.
+        """Every rank takes the same share of each mini-batch, and has rollout workers of its own.
 
-        Raises ConfigError when prompts_per_step does not divide by ranks x mini-batches.
+        Raises ConfigError when prompts_per_step does not divide by ranks x mini-batches, or there are too few workers.
         """
         prompts, minibatches = self.train.prompts_per_step, self.algorithm.minibatches_per_rollout
         require(
@@ -314,3 +314,5 @@ class Config:
             per_step % world_size == 0,
             f"sft.examples_per_step is {per_step}, but there are {world_size} ranks: make it a multiple of that",
         )
+        if self.rollout.engine == "sglang":
+            self.rollout.sglang.check_world_size(world_size)

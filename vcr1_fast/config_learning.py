@@ -5,10 +5,11 @@ The string under a field is its help text on the command line. Nothing here impo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
-from vcr1_fast.config_error import require
+from vcr1_fast.config_error import ConfigError, require
+from vcr1_fast.rollout.addresses import read_addresses, show
 from vcr1_fast.types import SamplingParams
 
 
@@ -18,12 +19,37 @@ class SGLangConfig:
 
     python: str | None = None
     """Interpreter of the environment that has SGLang, such as .venv-sglang/bin/python. Default: the current one."""
+    placement: Literal["colocated", "disaggregated"] = "colocated"
+    """colocated: each rank starts its own worker on its own GPU, which the two share. disaggregated: workers that
+    `vcr1-fast serve` has started elsewhere, at rollout.sglang.addresses; learner and engines have a GPU to themselves.
+    """
+    addresses: tuple[str, ...] = ()
+    """Of those workers, such as [node-2:29800-29807] for eight on one node. Rank r takes every world-size-th from r."""
+    key_file: str = "~/.config/vcr1-fast/rollout.key"
+    """Secret that trainers and those workers share, made by `vcr1-fast serve`: copy it to the trainer's nodes, mode
+    600. The environment variable VCR1_ROLLOUT_KEY goes before it."""
     num_workers: int = 1
-    """Processes with an engine each."""
-    mem_fraction_static: float = 0.6
-    """Share of the memory that SGLang takes for weights and KV cache."""
+    """Processes with an engine each: of each rank, or on a node without GPUs of `vcr1-fast serve` (with GPUs it starts
+    one on each)."""
+    mem_fraction_static: float | None = None
+    """Share that SGLang takes, for weights and KV cache, of what is free on the GPU when it starts. Default: 0.35
+    colocated, else 0.85."""
     bucket_mb: int = 512
-    """Weights are handed over in pieces of this size."""
+    """Weights are handed over in pieces of this size; cuda_ipc and broadcast take twice as much of the learner's
+    memory."""
+    weights: Literal["auto", "shared_memory", "cuda_ipc", "broadcast", "disk"] = "auto"
+    """How they are handed over. shared_memory: through host memory, or TCP. cuda_ipc: in place, to a worker on the
+    learner's GPU. broadcast: by NCCL, on a CPU by gloo. disk: as files. auto: cuda_ipc where the GPU is shared,
+    broadcast to other GPUs, shared_memory without a GPU."""
+    weights_address: str | None = None
+    """Address of this machine for the broadcast. Default: the one from which workers elsewhere are reached."""
+    weights_dir: str | None = None
+    """Folder for weights by disk that all workers see under this path. Default: a temporary one of this machine."""
+    keep_host_copy: bool = True
+    """cuda_ipc and broadcast: keep the weights in host memory, too (15 GB for 7B in bfloat16, for each rank), to start
+    a lost worker again. False: the loss of a worker ends the run."""
+    release_memory: bool = False
+    """Workers on the learner's GPU give their memory back during the update. Every weight is then pushed each time."""
     max_inflight: int = 64
     """Prompts that one worker has at once; bounds the pixels it holds."""
     timeout_s: float = 1800.0
@@ -46,8 +72,69 @@ class SGLangConfig:
             require(getattr(self, name) >= 0, f"rollout.sglang.{name} is {getattr(self, name)}, wanted >= 0")
         for name in ("timeout_s", "start_timeout_s"):
             require(getattr(self, name) > 0, f"rollout.sglang.{name} is {getattr(self, name)}, wanted more than 0")
-        fraction = self.mem_fraction_static
+        fraction = self.mem_fraction
         require(0 < fraction < 1, f"rollout.sglang.mem_fraction_static is {fraction}, wanted in (0, 1)")
+        self._check_placement()
+        self._check_weights()
+
+    @property
+    def mem_fraction(self) -> float:
+        """What `mem_fraction_static` stands for. Beside a learner that shards 7B over 8 GPUs of 80 GB it is 24 to 28
+        GB: 17 of weights, and at least 120,000 tokens of KV cache."""
+        if self.mem_fraction_static is not None:
+            return self.mem_fraction_static
+        return 0.35 if self.placement == "colocated" else 0.85
+
+    def of_rank(self, rank: int, world_size: int) -> Self:
+        """With the addresses of one rank alone. Raises ConfigError when there are fewer than ranks."""
+        self.check_world_size(world_size)
+        own = tuple(show(address) for address in read_addresses(self.addresses)[rank::world_size])
+        return replace(self, addresses=own)
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raises ConfigError when disaggregated workers are fewer than ranks."""
+        num_workers = len(read_addresses(self.addresses))
+        require(
+            self.placement == "colocated" or num_workers >= world_size,
+            f"rollout.sglang.addresses names {num_workers} workers, but there are {world_size} ranks, and each needs "
+            "one of its own: start more with `vcr1-fast serve`, or use fewer ranks",
+        )
+
+    def _check_placement(self) -> None:
+        try:
+            read_addresses(self.addresses)
+        except ValueError as error:
+            raise ConfigError(f"rollout.sglang.addresses: {error}") from None
+        is_remote = self.placement == "disaggregated"
+        require(
+            is_remote == bool(self.addresses),
+            "rollout.sglang.placement is disaggregated and rollout.sglang.addresses is empty: name the workers that "
+            "`vcr1-fast serve` printed"
+            if is_remote
+            else "rollout.sglang.addresses names workers elsewhere, but rollout.sglang.placement is colocated: set the "
+            "latter to disaggregated, or leave the addresses out",
+        )
+
+    def _check_weights(self) -> None:
+        is_remote = self.placement == "disaggregated"
+        require(
+            not (is_remote and self.weights == "cuda_ipc"),
+            "rollout.sglang.weights is cuda_ipc and rollout.sglang.placement is disaggregated, wanted broadcast",
+        )
+        require(
+            self.weights_dir is not None or self.weights != "disk" or not is_remote,
+            "rollout.sglang.weights is disk and workers are on other machines: set rollout.sglang.weights_dir to a "
+            "folder that all of them see",
+        )
+        require(
+            self.weights_dir is None or self.weights == "disk",
+            f"rollout.sglang.weights_dir is set and rollout.sglang.weights is {self.weights}, wanted disk",
+        )
+        require(
+            not (is_remote and self.release_memory),
+            "rollout.sglang.release_memory is true and rollout.sglang.placement is disaggregated, where workers share "
+            "no GPU with the learner: leave it out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +162,14 @@ class RolloutConfig:
     """1: the last answer of each group is the annotated one instead of a sampled one (TempSamp-R1)."""
     max_resample_rounds: int = 0
     """Rounds in which groups whose rewards are all equal are replaced by answers to further prompts (DAPO)."""
+    max_logprob_gap: float | None = None
+    """Most that engine and learner may differ before the first step, mean |difference| of a short answer's log-probs.
+    Default: 1e-3 in float32, 0.1 in bfloat16."""
+    max_policy_lag: int = 0
+    """Updates that answers may be behind the learner. 0: a step's answers are drawn by the newest weights, and learner
+    and engine take turns. k: those of the next k steps are drawn while the learner works."""
+    interrupt: bool = False
+    """New weights do not wait for answers under way: these are cut short and gone on with by the new weights."""
 
     def __post_init__(self) -> None:
         require(self.group_size >= 1, f"rollout.group_size is {self.group_size}, wanted >= 1")
@@ -97,6 +192,24 @@ class RolloutConfig:
         require(
             0 <= self.max_resample_rounds <= 100,
             f"rollout.max_resample_rounds is {self.max_resample_rounds}, wanted 0 .. 100",
+        )
+        require(
+            self.max_logprob_gap is None or self.max_logprob_gap > 0,
+            f"rollout.max_logprob_gap is {self.max_logprob_gap}, wanted more than 0",
+        )
+        require(
+            0 <= self.max_policy_lag <= 64,
+            f"rollout.max_policy_lag is {self.max_policy_lag}, wanted 0 .. 64 (updates)",
+        )
+        require(
+            not (self.sglang.release_memory and self.max_policy_lag > 0),
+            f"rollout.sglang.release_memory is true and rollout.max_policy_lag is {self.max_policy_lag}: the engine "
+            "has no memory left to draw ahead in while the learner works; set one of them to its default",
+        )
+        require(
+            not self.interrupt or self.max_policy_lag > 0,
+            "rollout.interrupt is true and rollout.max_policy_lag is 0, where nothing is drawn during an update: set "
+            "rollout.max_policy_lag to 1 or more, or leave rollout.interrupt out",
         )
 
     def sampling(self, seed: int) -> SamplingParams:
@@ -132,6 +245,13 @@ class AlgorithmConfig:
     """Optimizer updates per rollout. At 1 the ratio is exactly 1 and engine log-probs are not needed."""
     mask_truncated: bool = False
     """Leave completions that hit max_new_tokens out of the loss."""
+    sampling_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
+    """Importance weights for what the engine drew with other numerics or older weights: rho, the learner's probability
+    of a token, or the product over the answer, over the engine's, cut at the bounds below, or 0 outside of them."""
+    sampling_cap: float | None = None
+    """Upper bound of rho, such as 2.0."""
+    sampling_floor: float | None = None
+    """Lower bound of rho, such as 0.5."""
 
     def __post_init__(self) -> None:
         require(0 <= self.scale_decay < 1, f"algorithm.scale_decay is {self.scale_decay}, wanted in [0, 1)")

@@ -7,11 +7,15 @@ that raises is a finding, never a crash. The exit code is 1 when a component tha
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import os
 import platform
+import re
+import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -20,6 +24,15 @@ from rich.table import Table
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
 TINY_FILES = ("train.yaml", "synth.yaml", "config.json", "model.safetensors", "tokenizer.json")
+SGLANG_MIN = (0, 5, 17)
+SGLANG_LIMIT_S = 300.0  # an import takes 10 s of CPU, 25 the first time
+SGLANG_PROBE = """
+import sglang, torch
+from sglang import Engine
+
+Engine.async_generate
+print(sglang.__version__, torch.__version__)
+"""
 
 
 class UnusableError(Exception):
@@ -47,9 +60,16 @@ class Finding:
     advice: str  # empty when usable
 
 
-def doctor(as_json: bool = False) -> int:
-    """Prints the findings as a table or as one JSON object. Returns the exit code."""
-    findings = examine(COMPONENTS)
+def doctor(as_json: bool = False, sglang_python: str | None = None) -> int:
+    """Prints the findings as a table or as one JSON object. Returns the exit code.
+
+    `sglang_python`: the interpreter to look for SGLang in, as rollout.sglang.python; None: see `sglang_interpreter`.
+    """
+    components = COMPONENTS
+    if sglang_python is not None:
+        named = {"sglang": lambda: _sglang(sglang_python)}
+        components = tuple(replace(c, check=named.get(c.name, c.check)) for c in components)
+    findings = examine(components)
     is_ready = all(finding.usable for finding in findings if finding.required)
     if as_json:
         print(json.dumps({"ready": is_ready, "components": [asdict(finding) for finding in findings]}))
@@ -186,6 +206,28 @@ def _dali() -> str:
     return f"{version}, {'NVDEC' if device == 'gpu' else 'CPU decoders only (VP8, VP9, MJPEG)'}"
 
 
+def sglang_interpreter() -> str:
+    """That of .venv-sglang here, where `make sglang` puts SGLang; else this one, as rollout.sglang.python has it."""
+    path = Path(".venv-sglang", "bin", "python")
+    return str(path) if path.is_file() else sys.executable
+
+
+def _sglang(python: str) -> str:
+    """Imported in the interpreter that would run it, where other versions of torch and transformers are."""
+    if Path(python) == Path(sys.executable) and importlib.util.find_spec("sglang") is None:
+        raise UnusableError("not installed")
+    if not os.access(python, os.X_OK):
+        raise UnusableError(f"{python} is not an interpreter that can be run")
+    told = subprocess.run([python, "-c", SGLANG_PROBE], capture_output=True, text=True, timeout=SGLANG_LIMIT_S)
+    if told.returncode != 0:
+        reason = told.stderr.strip().splitlines()[-1:] or [f"it ended with {told.returncode}"]
+        raise UnusableError(f"does not import in {python}: {reason[0]}")
+    version, torch_version = told.stdout.split()[-2:]
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < SGLANG_MIN:
+        raise UnusableError(f"{version} in {python}, wanted {'.'.join(map(str, SGLANG_MIN))} or later")
+    return f"{version} on torch {torch_version}, in {python}"
+
+
 def _tensorboard() -> str:
     return _load("torch.utils.tensorboard", "tensorboard")
 
@@ -231,16 +273,15 @@ COMPONENTS = (
     Component("PyAV", _pyav, "pip install 'av>=17'", is_required=True),
     Component("decord", lambda: _load("decord", "decord"), "pip install decord (x86-64 only)"),
     Component("torchcodec", _torchcodec, "pip install -e '.[torchcodec]', and FFmpeg's shared libraries"),
-    Component(
-        "tensorboard",
-        lambda: _load("torch.utils.tensorboard", "tensorboard"),
-        "pip install tensorboard",
-        is_required=True,
-    ),
+    Component("tensorboard", _tensorboard, "pip install tensorboard", is_required=True),
     Component("tiny model", _tiny_model, "reinstall the package: its data files are incomplete", is_required=True),
     Component("torch.distributed gloo", _gloo, "a torch built with gloo; one process works without"),
     Component("torch.distributed nccl", _nccl, CUDA_TORCH + "; one process works without"),
-    Component("sglang", lambda: _load("sglang", "sglang"), "pip install -e '.[sglang]'"),
+    Component(
+        "sglang",
+        lambda: _sglang(sglang_interpreter()),
+        "make sglang, or pip install 'sglang>=0.5.17,<0.6' in an environment of its own (rollout.sglang.python)",
+    ),
     Component("DALI", _dali, "pip install -e '.[dali]'"),
     Component("flash-attn", lambda: _load("flash_attn", "flash-attn"), "pip install -e '.[flash]' (needs nvcc)"),
 )

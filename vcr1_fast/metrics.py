@@ -112,6 +112,11 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:
         "nll": "nll",
     }
     metrics |= {names[name]: value / tokens for name, value in total.items() if name in names}
+    if "sampling_gap" in total:
+        metrics["sampling/sampling_logp_difference/max"] = max(report.largest_gap for report in reports)
+    if "sampling_weight" in total:
+        metrics["sampling/importance_sampling_ratio/mean"] = total["sampling_weight"] / tokens
+        metrics["sampling/importance_sampling_ratio/cut_frac"] = total["sampling_cut"] / tokens
     if "clipped_low" in total:
         metrics["clip_ratio/region_mean"] = (total["clipped_low"] + total["clipped_high"]) / tokens
     return metrics

@@ -22,6 +22,7 @@ from rich import box
 from rich.table import Table
 
 from vcr1_fast.config import Config, ConfigError, RolloutConfig, VideoConfig
+from vcr1_fast.public_sizes import PUBLIC_SIZES
 from vcr1_fast.telemetry import console, is_main_rank, say
 from vcr1_fast.video.resolution import FACTOR_PX, max_pixels_per_frame
 
@@ -32,31 +33,6 @@ PATCHES_PER_TOKEN = 4
 PATCH_VALUES = 3 * 2 * 14 * 14  # channels x frames x rows x columns
 HEAD_CHUNK_BYTES = 4 << 30  # vcr1_kernels.head_chunks.CHUNK_BYTES; the tests hold the two equal
 SHOWN_CLIPS_S = (10, 30, 120, 384)
-
-# Public config.json of the two checkpoints.
-_TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420}
-PUBLIC_SIZES: dict[str, dict[str, Any]] = {
-    "Qwen2.5-VL-3B": {
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-        "vision_config": _TOWER | {"out_hidden_size": 2048},
-    },
-    "Qwen2.5-VL-7B": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-        "vision_config": _TOWER | {"out_hidden_size": 3584},
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -218,6 +194,8 @@ class MemoryPlan:
 def plan_memory(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: int) -> MemoryPlan:
     """Float32 masters and moments sharded by FSDP2 over N GPUs; the rollout engine keeps a whole copy on each GPU.
 
+    SGLang has a pool of its own for weights, KV cache and prefill: nothing of it is on this GPU when it runs elsewhere.
+
     weights 4 P / N, reference 4 P / N (beta > 0), AdamW 8 P' / N, gradients 4 P' / N (P': trainable), engine c P
     gathered  c (root + 2 blocks) + (c + 4) blocks of gradients; on one GPU: autocast's copies c P instead
     c: bytes of compute_dtype, 2 for bfloat16
@@ -241,7 +219,7 @@ def plan_memory(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: in
                 "weights, float32": 4 * size.params / num_gpus,
                 "AdamW, float32": 8 * trainable / num_gpus,
                 "reference, float32": 4 * size.params / num_gpus if config.algorithm.beta > 0 else 0,
-                "rollout engine": width * size.params,
+                **_engine_bytes(config.rollout, width * size.params),
             }
         ),
         update=_gb(
@@ -253,9 +231,18 @@ def plan_memory(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: in
                 "head chunk": head,
             }
         ),
-        rollout=_gb(rollout),
-        evaluation=_gb(evaluation),
+        rollout={} if config.rollout.engine == "sglang" else _gb(rollout),
+        evaluation={} if config.rollout.engine == "sglang" else _gb(evaluation),
     )
+
+
+def _engine_bytes(config: RolloutConfig, weight_bytes: int) -> dict[str, float]:
+    """Of the learner's GPU. SGLang's share is of what is free when it starts; here of the smallest GPU, all of it."""
+    if config.engine == "local":
+        return {"rollout engine": weight_bytes}
+    share = config.sglang.mem_fraction if config.sglang.placement == "colocated" else 0.0
+    smallest = min(GPUS_GB.values())
+    return {f"SGLang, {share:g} of {smallest:g} GB": share * smallest * 1e9}
 
 
 def decoder_bytes(size: ModelSize, num_tokens: int, is_checkpointed: bool) -> int:

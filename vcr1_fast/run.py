@@ -15,6 +15,7 @@ from vcr1_fast import __version__, native
 from vcr1_fast.checkpoint import RunState, load_checkpoint, resolve_resume, save_checkpoint
 from vcr1_fast.config import Config, ConfigError
 from vcr1_fast.config_io import config_to_yaml
+from vcr1_fast.export import export_hugging_face
 from vcr1_fast.learner.model import describe_kernels, load_hugging_face, load_tokenizer, model_folder, resolve_dtype
 from vcr1_fast.learner.sharding import World, init_distributed, shutdown
 from vcr1_fast.learner.step import Learner
@@ -28,13 +29,14 @@ from vcr1_fast.run_folder import prepare_output_dir
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.telemetry import say
-from vcr1_fast.types import Example
+from vcr1_fast.types import Example, SamplingParams
 from vcr1_fast.video.cache import TensorCache
 from vcr1_fast.video.frozen_tower import load_frozen_tower
 from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.patches import PatchSource
 from vcr1_fast.video.quarantine import Quarantine
 from vcr1_fast.video.read import decodes_on_gpu
+from vcr1_fast.weight_sync import WeightSync
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Run:
     quarantine: Quarantine
 
     def train_stream(self) -> PromptStream:
+        self.source.loader.start()  # as in open_engine
         return PromptStream(self._load("train"), self.builder, self.quarantine, self.config, self.world)
 
     def eval_examples(self) -> list[Example]:
@@ -58,13 +61,14 @@ class Run:
 
     def open_engine(self) -> RolloutEngine:
         """The rollout engine with the starting weights; WeightSync keeps it up to date."""
+        self.source.loader.start()  # 2 s of importing torch, while the model is loaded
         dtype = resolve_dtype(self.config.model, self.world.device)
         rollout = self.config.rollout
         if rollout.engine == "sglang":
             return SGLangEngine(
                 model_folder(self.config.model.path),
                 self.builder.tokenizer,
-                rollout.sglang,
+                rollout.sglang.of_rank(self.world.rank, self.world.world_size),
                 dtype=dtype,
                 device=self.world.device,
                 seed=self.config.train.seed * 8192 + self.world.rank,
@@ -158,7 +162,6 @@ def open_source(config: Config, device: torch.device) -> PatchSource:
     folder = Path(video.cache_dir).expanduser() if video.cache_dir else None
     cache = TensorCache(folder, int(video.cache_ram_gib * 2**30), int(video.cache_disk_gib * 2**30))
     loader = FrameLoader(video, cache=cache, pin_memory=device.type == "cuda")
-    loader.start()  # 2 s of importing torch, while the model is loaded
     tower = load_frozen_tower(model_folder(config.model.path), dtype, device) if config.model.freeze_vision else None
     return PatchSource(loader, cache, video, device, dtype, tower)
 
@@ -175,9 +178,13 @@ def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def sampling_seed(config: Config, step: int, world: World) -> int:
-    """A different seed for each step and rank, a pure function of them: a resumed run samples what it would have."""
-    return (config.train.seed * 1_000_003 + step) * 8192 + world.rank  # 8192: more ranks than any run has
+def sampling_of(config: Config, world: World, step: int) -> SamplingParams:
+    """How the answers of a step are drawn on this rank.
+
+    The seed is another one for each step and rank, a pure function of them: a resumed run samples what it would have.
+    """
+    seed = (config.train.seed * 1_000_003 + step) * 8192 + world.rank  # 8192: more ranks than any run has
+    return config.rollout.sampling(seed)
 
 
 def load_state(run: Run, learner: Learner, program: str) -> RunState:
@@ -208,3 +215,17 @@ def save_state(run: Run, learner: Learner, state: RunState) -> None:
     parts = (learner.policy, learner.optimizer, learner.schedule)
     folder = save_checkpoint(run.folder, *parts, state, run.world, run.config.checkpoint.keep)
     say(f"checkpoint: {folder}")
+
+
+def open_weight_sync(run: Run, learner: Learner, engine: RolloutEngine, policy_version: int) -> WeightSync:
+    """`policy_version`: of the weights that the engine will have after the first push; 0: of a new run."""
+    keeps_weights = not run.config.rollout.sglang.release_memory
+    return WeightSync(learner.policy, engine, policy_version=max(policy_version - 1, 0), skips_frozen=keeps_weights)
+
+
+def export_model(run: Run, learner: Learner) -> Path:
+    """Write the policy as a Hugging Face folder below the run's own. A collective."""
+    folder, source = run.folder / "model", model_folder(run.config.model.path)
+    export_hugging_face(learner.policy, run.builder.tokenizer, folder, run.world, source=source)
+    say(f"Hugging Face model: {folder}")
+    return folder

@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 
-from vcr1_fast.checkpoint import export_hugging_face
 from vcr1_fast.config import Config
 from vcr1_fast.evaluate import evaluate, flat_scores, scores_as_dict
-from vcr1_fast.learner.model import model_folder
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.metrics import update_metrics
-from vcr1_fast.run import Run, due, load_state, open_run, save_state
-from vcr1_fast.telemetry import Telemetry, say
+from vcr1_fast.run import Run, due, export_model, load_state, open_run, save_state
+from vcr1_fast.telemetry import Telemetry
 from vcr1_fast.types import Completion, Prompt, RolloutGroup
 from vcr1_fast.weight_sync import WeightSync
 
@@ -49,10 +47,7 @@ def _sft(run: Run) -> dict[str, Any]:
         if due(config.checkpoint.every, step) or step == config.sft.num_steps:
             with telemetry.span("checkpoint"):
                 save_state(run, learner, run.state(step, prompts.position, num_tokens, 0, "sft"))
-    folder = export_hugging_face(
-        learner.policy, run.builder.tokenizer, run.folder / "model", run.world, source=model_folder(config.model.path)
-    )
-    say(f"Hugging Face model: {folder}")
+    export_model(run, learner)
     scores = _score(run, learner, telemetry)
     telemetry.close()
     return {"run": str(run.folder), "steps": config.sft.num_steps, "scores": scores}

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from vcr1_fast.checkpoint import export_hugging_face
 from vcr1_fast.config import Config
 from vcr1_fast.evaluate import Scores, evaluate, flat_scores, print_scores, scores_as_dict
 from vcr1_fast.learner.advantages import TaskScale, with_advantages
-from vcr1_fast.learner.model import model_folder
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.metrics import rollout_metrics, update_metrics
 from vcr1_fast.prompts.difficulty import log_rewards
 from vcr1_fast.rollout.collect import Collector
-from vcr1_fast.run import Run, due, load_state, open_run, sampling_seed, save_state
+from vcr1_fast.rollout.parity import check_parity, warn_of_gap
+from vcr1_fast.rollout.queue import RolloutQueue
+from vcr1_fast.run import Run, due, export_model, load_state, open_run, open_weight_sync, sampling_of, save_state
 from vcr1_fast.telemetry import Telemetry, say
-from vcr1_fast.weight_sync import WeightSync
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -36,35 +36,40 @@ def _train(run: Run) -> dict[str, Any]:
     state = load_state(run, learner, "train")  # step 0, or where a checkpoint stands
     prompts.position = state.position
     engine = run.open_engine()
-    collector = Collector(engine, run.tasks, config, world, run.builder.completion_ids, run.quarantine.add)
+    collector = Collector(run.tasks, config, world, run.builder.completion_ids, run.quarantine.add)
+    queue = RolloutQueue(engine, collector, prompts, partial(sampling_of, config, world), run.builder.decode)
     task_scale = TaskScale(config.algorithm.scale_decay, state.task_scale)
-    sync = WeightSync(learner.policy, engine, policy_version=max(state.policy_version - 1, 0))
+    sync = open_weight_sync(run, learner, engine, state.policy_version)
     telemetry = Telemetry(run.folder, world.rank, resume_step=state.step)
 
     def score(step: int) -> Scores:
-        with telemetry.span("eval"):
+        with telemetry.span("eval"), queue.paused():
             scores = evaluate(engine, held_out, run.builder, run.tasks, config, world)
         telemetry.log_eval(step, flat_scores(scores))
         return scores
 
     sync.push()  # before the first step: a broken path fails now; after a resume it restores the version, too
+    parity = check_parity(engine, learner.policy, prompts.sample(), config.rollout, learner.dtype, world)
+    say(f"{engine.version}: {parity}")
+    queue.restore(state.pending, state.answers)
     before = score(0) if held_out and state.step == 0 else {}
     num_tokens = state.num_tokens
     for step in range(state.step + 1, config.train.num_steps + 1):
         with telemetry.span("prompts"):
-            batch = prompts.next(config.train.prompts_per_step)
+            queue.fill(step)
         with telemetry.span("rollout"):
-            sampling = config.rollout.sampling(sampling_seed(config, step, world))
-            groups = collector.collect(batch, sampling, prompts.next)
+            groups = queue.take(step)
             task_scale.update(groups, run.tasks, world)
+        engine.release_memory()
         with telemetry.span("update"):
             reports = learner.update_grpo(with_advantages(groups, config.algorithm.scale_advantages, task_scale))
-        with telemetry.span("weight_sync"):
+        with telemetry.span("weight_sync"), queue.paused():
             sync.push()
         metrics = rollout_metrics(groups, run.tasks, world) | update_metrics(reports)
         num_tokens += int(metrics["step_tokens/executed"])
-        metrics |= {"num_tokens": num_tokens} | prompts.metrics() | collector.metrics() | task_scale.metrics()
-        metrics |= run.source.metrics()
+        metrics |= {"num_tokens": num_tokens} | prompts.metrics() | collector.metrics() | queue.metrics()
+        metrics |= task_scale.metrics() | run.source.metrics()
+        warn_of_gap(step, metrics, config, learner.dtype)
         log_rewards(run.folder / "rewards.jsonl", step, groups, world)
         telemetry.log_step(step, metrics, config.train.num_steps)
         if due(config.eval.every, step) and step < config.train.num_steps and held_out:
@@ -72,20 +77,15 @@ def _train(run: Run) -> dict[str, Any]:
         if due(config.checkpoint.every, step) or step == config.train.num_steps:
             with telemetry.span("checkpoint"):
                 now = run.state(step, prompts.position, num_tokens, sync.policy_version, "train")
-                save_state(run, learner, replace(now, task_scale=task_scale.moments))
+                save_state(run, learner, replace(now, task_scale=task_scale.moments, **queue.pending()))
 
     after = score(config.train.num_steps) if held_out else {}
     if after and world.is_main:
         print_scores(before, after)
     telemetry.close()
+    queue.close()
     engine.close()
     if config.checkpoint.export:
-        tokenizer, source = run.builder.tokenizer, model_folder(config.model.path)
-        export_hugging_face(learner.policy, tokenizer, run.folder / "model", world, source=source)
-        say(f"Hugging Face model: {run.folder / 'model'}")
-    return {
-        "run": str(run.folder),
-        "steps": config.train.num_steps,
-        "before": scores_as_dict(before),
-        "after": scores_as_dict(after),
-    }
+        export_model(run, learner)
+    scores = {"before": scores_as_dict(before), "after": scores_as_dict(after)}
+    return {"run": str(run.folder), "steps": config.train.num_steps, "engine": engine.version, **scores}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from vcr1_kernels.prefix_attention import PrefixLayout
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "aborted"]  # aborted: cut short on request, to be gone on with
 Interval = tuple[float, float]  # (start_s, end_s), seconds from the start of the video
 Box = tuple[float, float, float, float]  # (x0, y0, x1, y1), corners as fractions of width and height, in [0, 1]
 
@@ -173,7 +173,7 @@ class SamplingParams:
 class Completion:
     """One sampled answer. The stop token, if one was drawn, is the last id."""
 
-    token_ids_R: torch.Tensor  # [R] int64; R may be 0 only in tests
+    token_ids_R: torch.Tensor  # [R] int64; R is 0 only in tests and where finish_reason is "aborted"
     logprobs_R: torch.Tensor  # [R] float32, log-softmax over the vocabulary of logits / temperature; NaN: not drawn
     finish_reason: FinishReason
     text: str = ""  # decoded without special tokens
@@ -194,7 +194,7 @@ class RolloutGroup:
 
     prompt: Prompt
     completions: tuple[Completion, ...]  # G of them
-    policy_version: int  # of the weights that drew them
+    policy_version: int  # of the weights that drew them; the oldest, where an answer was gone on with after an update
     reward_parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # part -> [G], each in [0, 1]
     rewards: tuple[float, ...] = ()  # [G], weighted sum of the parts, each shaped as task.shaping says
     advantages: tuple[float, ...] = ()  # [G]

@@ -4,10 +4,10 @@ Called by the training loop after each round of updates, and once before the fir
 
 Protocol. All ranks call `push` at the same point. In the order of the state dict, each weight is gathered whole
 (one collective per weight, the same order on every rank) and handed to this rank's engine through a lazy iterator, so
-that beside the shards at most one whole tensor exists at a time. The first push carries every weight; later ones leave
-out what is frozen, so an engine keeps what a push does not name. Tied weights travel once, under the name
-that `save_pretrained` keeps. An engine must copy what it gets before it asks for the next tensor: on one process the
-tensors are the learner's own. The version counts pushes: 1 after the first.
+that beside the shards and what the engine keeps (rollout/sglang_delivery.py) at most one whole tensor exists at a time.
+The first push carries every weight; later ones leave out what is frozen, so an engine keeps what a push does not name.
+Tied weights travel once, under the name that `save_pretrained` keeps. An engine must copy what it gets before it asks
+for the next tensor: on one process the tensors are the learner's own. The version counts pushes: 1 after the first.
 """
 
 from __future__ import annotations
@@ -40,15 +40,23 @@ class WeightSync:
     """
 
     def __init__(
-        self, policy: nn.Module, engine: RolloutEngine, *, dtype: torch.dtype | None = None, policy_version: int = 0
+        self,
+        policy: nn.Module,
+        engine: RolloutEngine,
+        *,
+        dtype: torch.dtype | None = None,
+        policy_version: int = 0,
+        skips_frozen: bool = True,
     ) -> None:
         """`dtype`: cast floating weights to it before they are gathered (bfloat16 halves the traffic); None: as stored.
         `policy_version`: of the weights last pushed, from a checkpoint; the next push makes it one more.
+        `skips_frozen`: False where the engine forgets between pushes (`rollout.sglang.release_memory`).
         """
         self._hf: nn.Module = policy.get_submodule("hf")
         self._engine = engine
         self._dtype = dtype
         self._is_first = True
+        self._skips_frozen = skips_frozen
         self.policy_version = policy_version
 
     def push(self) -> PushReport:
@@ -59,7 +67,7 @@ class WeightSync:
         """
         start_s = time.perf_counter()
         weights = named_weights(self._hf)
-        if not self._is_first:
+        if self._skips_frozen and not self._is_first:
             weights = {name: weight for name, weight in weights.items() if not _is_frozen(weight)}
         num_bytes = 0
 

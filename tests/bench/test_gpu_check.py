@@ -34,7 +34,7 @@ def test_the_script_parses_and_calls_what_exists():
     assert os.access(SCRIPT, os.X_OK)
     text = SCRIPT.read_text(encoding="utf-8")
     modules = set(re.findall(r"-m (bench[\w.]*)(?: (\w+))?", text))
-    assert {name for module, name in modules if module == "bench"} == {"decode", "kernels", "step"}
+    assert {name for module, name in modules if module == "bench"} == {"decode", "kernels", "step", "weight_sync"}
     for module, name in modules:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file() or (ROOT / "bench" / f"{name}.py").is_file()
     assert "build_ext --inplace" in text and (ROOT / "setup.py").is_file()

@@ -47,10 +47,15 @@ def test_run_writes_what_it_says(train_command, run_command, tmp_path):
     assert model.config.text_config.hidden_size == 128
 
 
+LAG = ("--rollout.max_policy_lag=1", "--algorithm.sampling_correction=token_truncate", "--algorithm.sampling_cap=2.0")
+
+
 @pytest.mark.slow
-def test_killed_run_resumes_to_the_same_bits(train_command, run_command, tmp_path):
+@pytest.mark.parametrize("how", [("--algorithm.beta=0.01",), LAG], ids=["synchronous", "one step ahead"])
+def test_killed_run_resumes_to_the_same_bits(train_command, run_command, tmp_path, how):
+    """One step ahead, the answers to step 3 are in the checkpoint of step 2: drawn anew they would be newer."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = ("--train.num_steps=6", "--checkpoint.every=2", "--algorithm.beta=0.01")
+    options = ("--train.num_steps=6", "--checkpoint.every=2", *how)
     done = run_command(train_command(whole, *options))
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -75,6 +80,10 @@ def test_killed_run_resumes_to_the_same_bits(train_command, run_command, tmp_pat
     for step in want:
         assert {k: got[step][k] for k in SAME_ON_EVERY_RUN} == {k: want[step][k] for k in SAME_ON_EVERY_RUN}
     assert bytes_of_weights(killed) == bytes_of_weights(whole)
+    if how is LAG:
+        assert [got[step]["sampling/policy_lag/mean"] for step in want] == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+        assert got[3]["sampling/importance_sampling_ratio/mean"] != 1.0
+        assert "time/draw_s" in got[3]
 
 
 def test_bad_videos_and_rows_are_named_and_training_goes_on(train_command, run_command, data_folder, tmp_path):

@@ -53,7 +53,8 @@ def test_a_row_with_a_ground_truth_learns_as_if_its_old_log_probs_were_the_curre
             current_N = policy(batch, 1.0)[0].detach()
             engine_N = torch.where(batch.sequence_N == 2, current_N, batch.engine_logprob_N)
             batch = dataclasses.replace(batch, engine_logprob_N=engine_N)
-        value, sums = policy(batch, 1.0, grpo_objective(batch, None, algorithm))
+        old_N = batch.engine_logprob_N if minibatches > 1 else None
+        value, sums = policy(batch, 1.0, grpo_objective(batch, None, algorithm, old_N))
         value.backward()
         gradient = hf.model.language_model.layers[0].self_attn.q_proj.weight.grad
         results.append((value.item(), float(sums["sampling_gap"]), gradient))

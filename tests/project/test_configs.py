@@ -69,9 +69,21 @@ def test_dry_run_of_a_config_for_8_h100_fits_into_80_gb(path: Path, capsys):
     result = plan_command(load_config(str(path), []), 8)
     assert result["exceeds"]["80 GB (A100, H100)"] == []
     assert min(result["phases_gb"].values()) > 30 and max(result["phases_gb"].values()) < 72  # a tenth is left
-    assert "rollout, with the above" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert ("SGLang, 0.35 of 80 GB" if "sglang" in path.stem else "rollout, with the above") in told
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p not in ON_8_H100], ids=lambda path: path.name)
 def test_dry_run_of_the_other_configs(path: Path):
     assert plan_command(load_config(str(path), []))["tokens"]["row"] > 0
+
+
+def test_the_two_placements_of_sglang():
+    """Colocated, SGLang's 28 GB come beside the learner's; apart, the learner has the GPU to itself."""
+    name = "qwen2_5_vl_7b_grounding_sglang"
+    colocated = load_config(str(ROOT / "configs" / f"{name}_8xh100.yaml"), [])
+    apart = load_config(str(ROOT / "configs" / f"{name}_2x8xh100.yaml"), [])
+    assert (colocated.rollout.sglang.placement, apart.rollout.sglang.placement) == ("colocated", "disaggregated")
+    assert apart.rollout.sglang.of_rank(7, 8).addresses == ("rollout-node:29807",)
+    phases = [plan_command(config, 8)["phases_gb"]["update"] for config in (colocated, apart)]
+    assert phases[0] - phases[1] == pytest.approx(0.35 * 80)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import build_tokenizer, make_example, make_patches
+from tests.rollout.collecting import collected
 from vcr1_fast.config import Config, RolloutConfig, TaskConfig
 from vcr1_fast.learner.sharding import exit_rank, init_distributed, shutdown
 from vcr1_fast.prompts.build import PromptBuilder
@@ -37,14 +38,14 @@ def main() -> None:
         return prompts_of(FURTHER[world.rank][len(asked) - 1])
 
     collector = Collector(
-        ScriptedEngine(tokenizer, scripts),
         tasks,
         Config(rollout=RolloutConfig(group_size=2, max_resample_rounds=4)),
         world,
         builder.completion_ids,
         lambda error: sys.exit(str(error)),
     )
-    groups = collector.collect(prompts_of(START[world.rank]), SamplingParams(2, 200), next_prompts)
+    engine = ScriptedEngine(tokenizer, scripts)
+    groups = collected(collector, engine, prompts_of(START[world.rank]), SamplingParams(2, 200), next_prompts)
     result = {"asked": asked, "kept": [g.prompt.example.id for g in groups], "metrics": collector.metrics()}
     Path(f"{sys.argv[1]}.{world.rank}").write_text(json.dumps(result))
     shutdown(world)

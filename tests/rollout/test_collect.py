@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.rollout.collecting import collected
 from tests.tiny_policy import run_ranks
 from vcr1_fast.config import Config, ConfigError, RolloutConfig, TaskConfig
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
@@ -83,7 +84,9 @@ def no_more(count: int) -> list[Prompt]:
     raise AssertionError(f"{count} further prompts were asked for")
 
 
-def make_collector(tiny_tokenizer, scripts, tasks=None, on_failure=unexpected, **rollout) -> Collector:
+def make_collector(
+    tiny_tokenizer, scripts, tasks=None, on_failure=unexpected, **rollout
+) -> tuple[Collector, ScriptedEngine]:
     engine = ScriptedEngine(tiny_tokenizer, scripts)
     config = Config(rollout=RolloutConfig(group_size=2, **rollout))
     tasks = tasks or make_tasks(TaskConfig())
@@ -93,7 +96,7 @@ def make_collector(tiny_tokenizer, scripts, tasks=None, on_failure=unexpected, *
             raise SampleError("forged", "its text would become a control token")
         return torch.tensor(tiny_tokenizer(tasks[example.task].target(example))["input_ids"])
 
-    return Collector(engine, tasks, config, SINGLE_PROCESS, target_ids, on_failure)
+    return Collector(tasks, config, SINGLE_PROCESS, target_ids, on_failure), engine
 
 
 def test_shaping_changes_the_reward_and_not_the_logged_parts(tiny_tokenizer, make_prompt):
@@ -113,8 +116,8 @@ def test_shaping_changes_the_reward_and_not_the_logged_parts(tiny_tokenizer, mak
 
 
 def test_the_ground_truth_replaces_one_answer_and_is_scored_like_the_others(tiny_tokenizer, make_prompt):
-    collector = make_collector(tiny_tokenizer, {"a": [BAD]}, num_ground_truth=1)  # one script: G - 1 are drawn
-    [group] = collector.collect(prompts_of(make_prompt, "a"), SamplingParams(2, 200), no_more)
+    collector, engine = make_collector(tiny_tokenizer, {"a": [BAD]}, num_ground_truth=1)  # one script: G - 1 are drawn
+    [group] = collected(collector, engine, prompts_of(make_prompt, "a"), SamplingParams(2, 200), no_more)
     drawn, truth = group.completions
     assert (drawn.is_sampled, truth.is_sampled) == (True, False)
     assert truth.text == "<think></think><answer>2.00 to 4.00</answer>"
@@ -130,8 +133,8 @@ def test_the_ground_truth_replaces_one_answer_and_is_scored_like_the_others(tiny
 
 
 def test_a_ground_truth_that_cannot_be_used_is_left_out(tiny_tokenizer, make_prompt, capsys):
-    collector = make_collector(tiny_tokenizer, {"a": [BAD], "forged": [BAD]}, num_ground_truth=1)
-    groups = collector.collect(prompts_of(make_prompt, "a", "forged"), SamplingParams(2, 10), no_more)
+    collector, engine = make_collector(tiny_tokenizer, {"a": [BAD], "forged": [BAD]}, num_ground_truth=1)
+    groups = collected(collector, engine, prompts_of(make_prompt, "a", "forged"), SamplingParams(2, 10), no_more)
     assert [len(group.completions) for group in groups] == [1, 1]  # 10 tokens are too few for the target of "a"
     assert "no ground truth in the group: forged" in capsys.readouterr().err
     assert collector.metrics()["sampling/ground_truths"] == 0.0
@@ -139,7 +142,7 @@ def test_a_ground_truth_that_cannot_be_used_is_left_out(tiny_tokenizer, make_pro
 
 def test_groups_without_a_signal_are_replaced_by_further_prompts(tiny_tokenizer, make_prompt):
     flat, rich = [GOOD, GOOD], [GOOD, BAD]
-    collector = make_collector(
+    collector, engine = make_collector(
         tiny_tokenizer, {"a": rich, "b": flat, "c": flat, "d": flat, "e": rich, "f": flat}, max_resample_rounds=2
     )
     asked: list[int] = []
@@ -149,7 +152,7 @@ def test_groups_without_a_signal_are_replaced_by_further_prompts(tiny_tokenizer,
         asked.append(count)
         return [next(upcoming) for _ in range(count)]
 
-    groups = collector.collect(prompts_of(make_prompt, *"abc"), SamplingParams(2, 200), next_prompts)
+    groups = collected(collector, engine, prompts_of(make_prompt, *"abc"), SamplingParams(2, 200), next_prompts)
     # b and c give way to d and e, d to f; the rounds are over, f stays
     assert asked == [2, 1]
     assert [group.prompt.example.id for group in groups] == ["a", "e", "f"]
@@ -158,16 +161,20 @@ def test_groups_without_a_signal_are_replaced_by_further_prompts(tiny_tokenizer,
 
 def test_rounds_draw_with_different_seeds_and_the_same_ones_again(tiny_tokenizer, make_prompt):
     def seeds() -> list[int]:
-        collector = make_collector(tiny_tokenizer, {"a": [BAD, BAD]}, max_resample_rounds=2)
-        generate, seen = collector.engine.generate, []
+        collector, engine = make_collector(tiny_tokenizer, {"a": [BAD, BAD]}, max_resample_rounds=2)
+        generate, seen = engine.generate, []
 
         def spy(prompts, sampling):
             seen.append(sampling.seed)
             return generate(prompts, sampling)
 
-        collector.engine.generate = spy
-        collector.collect(
-            prompts_of(make_prompt, "a"), SamplingParams(2, 200, seed=7), lambda _: prompts_of(make_prompt, "a")
+        engine.generate = spy
+        collected(
+            collector,
+            engine,
+            prompts_of(make_prompt, "a"),
+            SamplingParams(2, 200, seed=7),
+            lambda _: prompts_of(make_prompt, "a"),
         )
         return seen
 
@@ -184,10 +191,10 @@ def test_reward_failures_are_counted(tiny_tokenizer, make_prompt):
 
     tasks["temporal_grounding"].score = broken
     failures: list[SampleError] = []
-    collector = make_collector(tiny_tokenizer, {"a": [GOOD, BAD], "b": [GOOD, BAD]}, tasks, failures.append)
+    collector, engine = make_collector(tiny_tokenizer, {"a": [GOOD, BAD], "b": [GOOD, BAD]}, tasks, failures.append)
     prompts = prompts_of(make_prompt, "a", "b")
     for _ in range(2):  # counts are of one step
-        assert collector.collect(prompts, SamplingParams(2, 200), no_more) == []
+        assert collected(collector, engine, prompts, SamplingParams(2, 200), no_more) == []
         assert collector.metrics() == {"reward_failures": 2.0}
     assert len(failures) == 4
 

@@ -390,3 +390,64 @@ def test_on_a_gpu_log_probs_are_those_of_separate_rows(
     groups = engine.generate(prompts, SamplingParams(4, 12, seed=5))
     for prompt, group in zip(prompts, groups, strict=True):
         assert max(logprob_error(stock, prompt, completion) for completion in group) < 1e-3
+
+
+class StopAfter:
+    """Interrupts the engine once it has drawn some tokens: counts the decoder's forwards."""
+
+    def __init__(self, engine: LocalEngine, num_tokens: int) -> None:
+        self.engine, self.left = engine, num_tokens
+        self._draw: Callable[..., Tensor] = engine._next_logits
+
+    def __call__(self, *args):
+        self.left -= 1
+        if self.left == 0:
+            self.engine.interrupt()
+        return self._draw(*args)
+
+
+@pytest.mark.parametrize("max_batch_rows", [4, 256])  # prompts one by one, or together
+def test_an_interrupted_call_goes_on_to_the_same_tokens(engine, prompts, monkeypatch, max_batch_rows):
+    engine.max_batch_rows = max_batch_rows
+    sampling = SamplingParams(4, 12, seed=3)
+    want = engine.generate(prompts, sampling)
+    monkeypatch.setattr(engine, "_next_logits", StopAfter(engine, 5))
+    begun = engine.generate(prompts, sampling)
+    monkeypatch.undo()
+    aborted = [c for group in begun for c in group if c.finish_reason == "aborted"]
+    assert {c.num_tokens for c in aborted} <= {0, 6} and any(c.num_tokens == 6 for c in aborted)
+    assert any(c.num_tokens == 0 for c in aborted) == (max_batch_rows == 4)  # prompts that were not begun
+    got = engine.generate(prompts, sampling, begun)
+    assert ids(got) == ids(want)
+    assert [[c.finish_reason for c in group] for group in got] == [[c.finish_reason for c in group] for group in want]
+    for group, wanted in zip(got, want, strict=True):
+        for completion, other in zip(group, wanted, strict=True):
+            assert torch.allclose(completion.logprobs_R, other.logprobs_R, atol=1e-5)
+
+
+def test_tokens_after_an_update_have_the_log_probs_of_the_new_weights(
+    make_tiny_model: ModelFactory, tiny_tokenizer, prompts, monkeypatch
+):
+    model = make_tiny_model(seed=5)
+    engine = LocalEngine(model, tiny_tokenizer)
+    sampling = SamplingParams(3, 10, seed=1)
+    monkeypatch.setattr(engine, "_next_logits", StopAfter(engine, 4))
+    begun = engine.generate(prompts, sampling)
+    monkeypatch.undo()
+    old = {name: value.clone() for name, value in model.state_dict().items()}
+    new = make_tiny_model(seed=6)
+    engine.load_weights(new.state_dict().items(), 2)
+    got = engine.generate(prompts, sampling, begun)
+    old_model = make_tiny_model(seed=5)
+    old_model.load_state_dict(old)
+    for prompt, group, before in zip(prompts, got, begun, strict=True):
+        for completion, part in zip(group, before, strict=True):
+            ids_R, split = completion.token_ids_R, part.num_tokens
+            assert ids_R[:split].tolist() == part.token_ids_R.tolist()
+            by_old, by_new = (
+                full_logits(m, prompt, ids_R).log_softmax(-1).gather(1, ids_R[:, None])[:, 0] for m in (old_model, new)
+            )
+            assert torch.allclose(completion.logprobs_R[:split], by_old[:split], atol=2e-4)
+            assert torch.allclose(completion.logprobs_R[split:], by_new[split:], atol=2e-4)
+            if completion.num_tokens > split:
+                assert float((by_old - by_new)[split:].abs().max()) > 1e-2  # the two can be told apart

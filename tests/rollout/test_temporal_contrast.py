@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from tests.rollout.collecting import collected
 from vcr1_fast.config import Config, RolloutConfig, TaskConfig
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.metrics import rollout_metrics
@@ -80,8 +81,8 @@ def test_correct_answers_earn_the_part_only_where_order_helps(make_prompt):
     for shuffled, part in ((WRONG, (1.0, 0.0, 1.0, 0.0)), (RIGHT, (0.0, 0.0, 0.0, 0.0))):
         engine = ByOrder([prompt.patches], [HALF, WRONG], [shuffled])
         whole = Config(rollout=RolloutConfig(group_size=4), task=config)
-        collector = Collector(engine, tasks, whole, SINGLE_PROCESS, lambda _: torch.zeros(0), lambda _: None)  # type: ignore[arg-type]
-        [group] = collector.collect([prompt], SamplingParams(4, 9), lambda _: [])
+        collector = Collector(tasks, whole, SINGLE_PROCESS, lambda _: torch.zeros(0), lambda _: None)  # type: ignore[arg-type]
+        [group] = collected(collector, engine, [prompt], SamplingParams(4, 9), lambda _: [])
         assert engine.asked == [(1, 4), (1, 2)]
         assert len(group.completions) == 4
         assert group.reward_parts["order"] == part  # 0.25 in order against 0, or against 0.8 x 1

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from importlib.resources import as_file, files
-from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -18,25 +16,9 @@ from vcr1_fast.config import ConfigError, ModelConfig
 from vcr1_fast.learner.attention import use_packed_attention
 from vcr1_fast.learner.objective import Objective, Sums
 from vcr1_fast.learner.tower_attention import use_varlen_tower
+from vcr1_fast.model_folder import model_folder as model_folder
 from vcr1_fast.types import PackedBatch
 from vcr1_fast.video.embed import embed_videos
-
-
-def model_folder(path: str) -> Path:
-    """The checkpoint folder that `model.path` names; `tiny` is the model inside the package.
-
-    Raises ConfigError when there is no config.json in it.
-    """
-    if path == "tiny":
-        with as_file(files("vcr1_fast.tiny")) as folder:
-            return Path(folder)
-    folder = Path(path).expanduser()
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"model.path is {path!r}, but {folder / 'config.json'} does not exist: give the folder of a Hugging Face "
-            "Qwen2.5-VL checkpoint, or `tiny`"
-        )
-    return folder
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -118,9 +100,8 @@ class PolicyModel(nn.Module):
         if objective is None:
             linear_logprob = fused_linear_logprob if self.uses_kernels else reference.linear_logprob
             return linear_logprob(*head, temperature)
-        loss, tokens = objective
         linear_policy_loss = fused_linear_policy_loss if self.uses_kernels else reference.linear_policy_loss
-        return linear_policy_loss(*head, loss, tokens, temperature)
+        return linear_policy_loss(*head, objective.loss, objective.tokens, temperature)
 
     def _decode(self, batch: PackedBatch) -> Tensor:
         """Final hidden states [T, D] of the packed row."""

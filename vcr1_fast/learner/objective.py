@@ -8,7 +8,7 @@ w_t are constants of the whole optimizer step (vcr1_kernels.losses.token_weights
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -26,8 +26,22 @@ class Objective(NamedTuple):
 
     loss: LossFunction
     tokens: TokenVectors
+    largest_gap: Largest | None = None  # of |log-prob - the engine's|; filled in while the loss is computed
 
 
+@dataclass
+class Largest:
+    """The largest of the values seen, 0 without any. A sum adds up over the chunks of a batch, this does not."""
+
+    value: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def see(self, values_N: Tensor) -> None:
+        if values_N.numel():
+            largest = values_N.detach().max()
+            self.value = torch.maximum(self.value.to(largest), largest)
+
+
+@dataclass(frozen=True)
 class MixedPolicyLoss(PolicyLoss):
     """PolicyLoss for rows that may hold tokens which no engine drew, those of a ground truth mixed into the group.
 
@@ -35,17 +49,21 @@ class MixedPolicyLoss(PolicyLoss):
     and adds nothing to sampling_gap; its gradient is weight x advantage x grad log-prob, never clipped.
     """
 
+    largest_gap: Largest = field(default_factory=Largest, compare=False)
+
     def __call__(self, logprob_N: Tensor, entropy_N: Tensor, tokens: TokenVectors) -> tuple[Tensor, Sums]:
         def known(given_N: Tensor | None) -> Tensor | None:
             return None if given_N is None else torch.where(given_N.isnan(), logprob_N.detach(), given_N)
 
         old_N, sampling_N = known(tokens.old_logprob_N), known(tokens.sampling_logprob_N)
+        if sampling_N is not None:
+            self.largest_gap.see((logprob_N - sampling_N).abs())
         return super().__call__(
             logprob_N, entropy_N, replace(tokens, old_logprob_N=old_N, sampling_logprob_N=sampling_N)
         )
 
 
-def policy_loss(config: AlgorithmConfig) -> PolicyLoss:
+def policy_loss(config: AlgorithmConfig) -> MixedPolicyLoss:
     """The settings as the loss function they describe."""
     return MixedPolicyLoss(
         config.loss,
@@ -55,29 +73,33 @@ def policy_loss(config: AlgorithmConfig) -> PolicyLoss:
         beta=config.beta,
         kl=config.kl,
         entropy_coef=config.entropy_coef,
+        sampling_correction=config.sampling_correction,
+        sampling_cap=config.sampling_cap,
+        sampling_floor=config.sampling_floor,
     )
 
 
-def grpo_objective(batch: PackedBatch, ref_logprob_N: Tensor | None, config: AlgorithmConfig) -> Objective:
+def grpo_objective(
+    batch: PackedBatch, ref_logprob_N: Tensor | None, config: AlgorithmConfig, old_logprob_N: Tensor | None = None
+) -> Objective:
     """The policy loss of one micro-batch.
 
-    With one update per rollout the sampled tokens are exactly on-policy, so the old log-prob is the current one with
-    its gradient stopped: ratio 1, and no extra forward. With more updates it is what the engine reported, or, for a
-    ground truth mixed into the group, still the current one.
+    `old_logprob_N`: of the policy that ratios are taken against. None: the current one with its gradient stopped, ratio
+    1 and no extra forward, which is exact where the sampled tokens are on-policy. NaN in it stands for the current one.
 
     Sums: those of `PolicyLoss`, among them tokens, entropy, kl, clipped_low, clipped_high and sampling_gap, the sum of
     |log-prob - the engine's|.
     """
-    is_on_policy = config.minibatches_per_rollout == 1
+    loss = policy_loss(config)
     tokens = TokenVectors(
         advantage_N=batch.advantage_N,
         weight_N=batch.weight_N,
-        old_logprob_N=None if is_on_policy else batch.engine_logprob_N,
+        old_logprob_N=None if old_logprob_N is None else old_logprob_N.cpu(),
         ref_logprob_N=None if ref_logprob_N is None else ref_logprob_N.cpu(),
         sampling_logprob_N=batch.engine_logprob_N,
         sequence_lens=tuple(torch.bincount(batch.sequence_N, minlength=batch.num_sequences).tolist()),
     )
-    return Objective(policy_loss(config), tokens)
+    return Objective(loss, tokens, loss.largest_gap)
 
 
 def negative_log_likelihood(logprob_N: Tensor, entropy_N: Tensor, tokens: TokenVectors) -> tuple[Tensor, Sums]:

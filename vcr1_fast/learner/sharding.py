@@ -197,6 +197,15 @@ def all_max_int(value: int, world: World) -> int:
     return int(largest)
 
 
+def all_max_float(value: float, world: World) -> float:
+    """The largest value over ranks."""
+    if world.world_size == 1:
+        return value
+    largest = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
 def barrier(world: World) -> None:
     """Wait until every rank is here."""
     # A reduction on the CPU, because dist.barrier under NCCL occupies the GPU and guesses its index.

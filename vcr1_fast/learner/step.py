@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from vcr1_fast.learner.model import PolicyModel, load_hugging_face, resolve_dtyp
 from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
 from vcr1_fast.learner.packing import assign_rows, num_packed_tokens, pack, placeholder
-from vcr1_fast.learner.sharding import World, all_max_int, all_reduce_sum, shard
+from vcr1_fast.learner.sharding import World, all_max_float, all_max_int, all_reduce_sum, shard
 from vcr1_fast.types import PackedBatch, RolloutGroup
 
 
@@ -27,6 +27,7 @@ class UpdateReport:
     grad_norm: float
     learning_rate: float
     skipped: bool  # the gradient was not finite, weights are unchanged
+    largest_gap: float = 0.0  # of |log-prob - the engine's|, over all tokens
 
 
 class Learner:
@@ -39,17 +40,17 @@ class Learner:
             num_updates: optimizer updates of the whole run, for the learning-rate schedule.
         """
         self.config, self.world = config, world
-        dtype = resolve_dtype(config.model, world.device)
-        self.policy = self._load(dtype)
-        self.reference = self._load(dtype).requires_grad_(False) if config.algorithm.beta > 0 else None
+        self.dtype = resolve_dtype(config.model, world.device)  # that forward and backward compute in
+        self.policy = self._load()
+        self.reference = self._load().requires_grad_(False) if config.algorithm.beta > 0 else None
         self.optimizer = build_optimizer(self.policy, config.optimizer)
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_updates)
         self._placeholder = placeholder(self.policy.hf.config.video_token_id)
 
-    def _load(self, dtype: torch.dtype) -> PolicyModel:
+    def _load(self) -> PolicyModel:
         hf = load_hugging_face(self.config.model.path, torch.float32, self.world.device)
-        policy = PolicyModel(hf, self.config.model, dtype)
-        shard(policy, self.world, dtype)
+        policy = PolicyModel(hf, self.config.model, self.dtype)
+        shard(policy, self.world, self.dtype)
         return policy.train()
 
     def update_grpo(self, groups: Sequence[RolloutGroup]) -> list[UpdateReport]:
@@ -58,21 +59,47 @@ class Learner:
         Groups whose advantages are all 0 still count in the denominators but go through the model only when a KL or
         entropy term needs them.
         """
-        num_minibatches = self.config.algorithm.minibatches_per_rollout
-        share = math.ceil(len(groups) / num_minibatches)
-        return [self._update_grpo_once(groups[i * share : (i + 1) * share]) for i in range(num_minibatches)]
+        algorithm = self.config.algorithm
+        share = math.ceil(len(groups) / algorithm.minibatches_per_rollout)
+        minibatches = [
+            self._grpo_rows(groups[i * share : (i + 1) * share]) for i in range(algorithm.minibatches_per_rollout)
+        ]
+        old_logprobs = self._old_logprobs(minibatches)
 
-    def _update_grpo_once(self, groups: Sequence[RolloutGroup]) -> UpdateReport:
+        def objective(batch: PackedBatch) -> Objective:
+            return grpo_objective(batch, self._reference_logprobs(batch), algorithm, old_logprobs(batch))
+
+        return [self._update(rows, objective, self.config.rollout.temperature) for rows in minibatches]
+
+    def _grpo_rows(self, groups: Sequence[RolloutGroup]) -> list[PackedBatch]:
+        """The groups of one update, packed."""
         algorithm = self.config.algorithm
         weights = self._weights(groups, algorithm.loss, mask_truncated=algorithm.mask_truncated)
         has_other_terms = algorithm.beta > 0 or algorithm.entropy_coef != 0
         needed = [i for i, g in enumerate(groups) if g.is_trainable or has_other_terms]
+        return self._pack_rows([groups[i] for i in needed], [weights[i] for i in needed])
 
-        def objective(batch: PackedBatch) -> Objective:
-            return grpo_objective(batch, self._reference_logprobs(batch), algorithm)
+    def _old_logprobs(self, minibatches: Sequence[Sequence[PackedBatch]]) -> Callable[[PackedBatch], Tensor | None]:
+        """What ratios are taken against, for the rows of one rollout.
 
-        rows = self._pack_rows([groups[i] for i in needed], [weights[i] for i in needed])
-        return self._update(rows, objective, self.config.rollout.temperature)
+        One update and no lag: the current policy (None), whose ratio is 1. Otherwise what the engine reported, unless
+        `sampling_correction` treats the engine apart: then the policy as it stands before the first of these updates,
+        at the price of one more forward when there are several.
+        """
+        algorithm = self.config.algorithm
+        is_single, is_corrected = len(minibatches) == 1, algorithm.sampling_correction != "none"
+        if is_single and (is_corrected or self.config.rollout.max_policy_lag == 0):
+            return lambda batch: None
+        if not is_corrected:
+            return lambda batch: batch.engine_logprob_N
+        known: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for rows in minibatches:
+                for batch, is_real in self._with_placeholders(rows):
+                    logprob_N = self.policy(batch, self.config.rollout.temperature)[0]
+                    if is_real:
+                        known[id(batch)] = logprob_N
+        return lambda batch: known.get(id(batch))  # not of a placeholder
 
     def update_sft(self, groups: Sequence[RolloutGroup]) -> UpdateReport:
         """One supervised update: each group holds the one completion to teach. Loss: mean over all taught tokens."""
@@ -113,11 +140,13 @@ class Learner:
         self, rows: list[PackedBatch], objective: Callable[[PackedBatch], Objective], temperature: float
     ) -> UpdateReport:
         totals: dict[str, float] = {"loss": 0.0}
-        num_rows = all_max_int(len(rows), self.world)
-        for index in range(num_rows):
-            is_real = index < len(rows)
-            batch = rows[index] if is_real else self._placeholder
-            loss, sums = self.policy(batch, temperature, objective(batch))
+        largest_gap, num_rows = 0.0, 0
+        for batch, is_real in self._with_placeholders(rows):
+            num_rows += 1
+            wanted = objective(batch)
+            loss, sums = self.policy(batch, temperature, wanted)
+            if is_real and wanted.largest_gap is not None:
+                largest_gap = max(largest_gap, float(wanted.largest_gap.value))
             loss.backward()  # gradients add up over rows, and over ranks (sharding.shard sums them)
             counts = sums | {
                 "loss": loss.detach(),
@@ -126,9 +155,16 @@ class Learner:
             }
             for name, value in counts.items():  # every rank must have the same names, so a placeholder adds its 0
                 totals[name] = totals.get(name, 0.0) + (float(value) if is_real else 0.0)
-        return self._apply(all_reduce_sum(totals, self.world), has_gradient=num_rows > 0)
+        largest_gap = all_max_float(largest_gap, self.world)
+        return self._apply(all_reduce_sum(totals, self.world), largest_gap, has_gradient=num_rows > 0)
 
-    def _apply(self, sums: dict[str, float], has_gradient: bool) -> UpdateReport:
+    def _with_placeholders(self, rows: Sequence[PackedBatch]) -> Iterator[tuple[PackedBatch, bool]]:
+        """The rows, and then placeholders (False) until every rank had equally many."""
+        for index in range(all_max_int(len(rows), self.world)):
+            is_real = index < len(rows)
+            yield rows[index] if is_real else self._placeholder, is_real
+
+    def _apply(self, sums: dict[str, float], largest_gap: float, has_gradient: bool) -> UpdateReport:
         """Clip, step, schedule. A step in which no group has a gradient moves only the schedule."""
         learning_rate = float(self.schedule.get_last_lr()[0])
         grad_norm = clip_grad_norm(self.policy, self.config.optimizer.max_grad_norm) if has_gradient else 0.0
@@ -138,4 +174,4 @@ class Learner:
         self.optimizer.step()  # where there are no gradients this changes nothing, not even the moments
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return UpdateReport(sums, grad_norm, learning_rate, skipped)
+        return UpdateReport(sums, grad_norm, learning_rate, skipped, largest_gap)

@@ -79,6 +79,10 @@ class PromptBuilder:
         target = self._task(example).target(example)
         return torch.tensor([*self._safe_ids(target, example), self.special_ids.im_end], dtype=torch.int64)
 
+    def decode(self, token_ids: list[list[int]]) -> list[str]:
+        """The texts of completions, without special tokens."""
+        return self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+
     def _layout(self, question: str, num_video_tokens: int, example: Example) -> list[int]:
         special, newline = self.special_ids, self._newline
         return [

@@ -18,6 +18,7 @@ from vcr1_fast.types import Example, Prompt, SampleError
 from vcr1_fast.video.quarantine import REASON_NAMES, Quarantine, reason_class
 
 NUM_BUILDERS = 4  # prompts built at once
+NUM_TRIED = 32  # examples that `sample` looks at
 MIN_SAMPLES_TO_JUDGE = 20  # a bad fraction of fewer samples says nothing
 
 
@@ -94,6 +95,16 @@ class PromptStream:
         self.num_bad = sum(self.num_bad_by_reason.values())
         self._check_bad_fraction()
         return prompts
+
+    def sample(self) -> Prompt:
+        """One of the prompts that come next on this rank, without taking it; its clip is read twice where no cache
+        keeps it. Raises SampleError when none of the next ones can be used."""
+        count = NUM_TRIED * self.world.world_size
+        for _, index in self._share(self.position, count):
+            built = self._build(self.examples[index])
+            if isinstance(built, Prompt):
+                return built
+        raise SampleError("data.train", f"none of the next {NUM_TRIED} examples of rank {self.world.rank} can be used")
 
     def _share(self, start: int, count: int) -> list[tuple[int, int]]:
         """(position, index of the example) of this rank's part of the `count` items from `start` on."""

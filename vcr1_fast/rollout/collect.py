@@ -1,7 +1,7 @@
 """Prompts -> scored RolloutGroups: the engine answers, the tasks score all answers of a step in one call each.
 
-`Collector` is what the training loop holds: it also draws further prompts for groups without a signal, mixes the ground
-truth in, and counts what went wrong. `collect` is one round of it.
+`Collector` is what the queue (rollout/queue.py) drives: it also draws further prompts for groups without a signal,
+mixes the ground truth in, and counts what went wrong. `collect` is one round of it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vcr1_fast.config import Config, TaskConfig
 from vcr1_fast.learner.sharding import World, all_reduce_sum
-from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.temporal_contrast import SHUFFLED_SEED, order_part, shuffled_prompt
 from vcr1_fast.tasks.shaping import ORDER_PART, shaped, with_length_part
 from vcr1_fast.tasks.task import Task
@@ -28,12 +28,28 @@ TargetIds = Callable[[Example], Tensor]
 ROUND_SEED = 1 << 56  # far from the seeds of all steps and ranks, so that no round draws what another one drew
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Answers to some prompts, scored, and the groups that could not be."""
+
+    groups: list[RolloutGroup]
+    failures: tuple[SampleError, ...] = ()
+
+
+class Answering(Protocol):
+    """The part of a RolloutEngine that is needed here."""
+
+    @property
+    def policy_version(self) -> int: ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]: ...
+
+
 class Collector:
-    """One step's groups from one step's prompts, on all ranks alike."""
+    """One step's groups from one step's prompts: `draw` on each rank alone, then `complete` on all ranks alike."""
 
     def __init__(
         self,
-        engine: RolloutEngine,
         tasks: Mapping[str, Task],
         config: Config,
         world: World,
@@ -42,24 +58,40 @@ class Collector:
     ) -> None:
         """`target_ids` gives the tokens of an example's ground truth (PromptBuilder.completion_ids); `on_failure` takes
         the groups whose reward raised."""
-        self.engine, self.tasks, self.config, self.world = engine, tasks, config, world
+        self.tasks, self.config, self.world = tasks, config, world
         self.target_ids = target_ids
         self._on_failure = on_failure
         self._counts: Counter[str] = Counter()  # of the last step, this rank's
 
-    def collect(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, next_prompts: Callable[[int], list[Prompt]]
+    def draw(self, engine: Answering, prompts: Sequence[Prompt], sampling: SamplingParams) -> Drawn:
+        """G answers to each prompt, scored. No collective, and nothing of the collector changes: for any thread."""
+        failures: list[SampleError] = []
+        target_ids = self.target_ids if self.config.rollout.num_ground_truth else None
+        groups = collect(
+            engine, prompts, sampling, self.tasks, self.config.task, failures.append, target_ids=target_ids
+        )
+        if self.config.task.temporal_contrast:
+            groups = self._contrasted(engine, groups, sampling, failures.append)
+        return Drawn(groups, tuple(failures))
+
+    def complete(
+        self,
+        drawn: Drawn,
+        sampling: SamplingParams,
+        next_prompts: Callable[[int], list[Prompt]],
+        draw: Callable[[list[Prompt], SamplingParams], Drawn],
     ) -> list[RolloutGroup]:
         """This rank's groups of one step. A collective when `rollout.max_resample_rounds` > 0.
 
         Dynamic sampling (DAPO, 2503.14476): groups whose rewards are all equal have advantage 0 and teach nothing. They
         are dropped for answers to as many further prompts, taken from the stream by `next_prompts(count)` as any other
-        prompts are, so that its position accounts for them. After max_resample_rounds rounds what came is kept. The
-        number of further prompts is that of all ranks together, rounded up to a multiple of the ranks: every rank
-        answers equally many, and a step may hold up to ranks - 1 groups more than train.prompts_per_step.
+        prompts are, so that its position accounts for them, and answered by `draw`. After max_resample_rounds rounds
+        what came is kept. The number of further prompts is that of all ranks together, rounded up to a multiple of the
+        ranks: every rank answers equally many, and a step may hold up to ranks - 1 groups more than
+        train.prompts_per_step.
         """
         self._counts = Counter()
-        groups = self._round(prompts, sampling)
+        groups = self._counted(drawn)
         for round_index in range(self.config.rollout.max_resample_rounds):
             kept = [group for group in groups if len(set(group.rewards)) > 1]
             num_flat = int(all_reduce_sum({"flat": float(len(groups) - len(kept))}, self.world)["flat"])
@@ -69,33 +101,36 @@ class Collector:
             num_ranks = self.world.world_size
             further = next_prompts(-(-num_flat // num_ranks) * num_ranks)
             seed = sampling.seed + (round_index + 1) * ROUND_SEED
-            groups = kept + self._round(further, replace(sampling, seed=seed))
+            groups = kept + self._counted(draw(further, replace(sampling, seed=seed)))
         return groups
 
     def metrics(self) -> dict[str, float]:
-        """What the last `collect` counted, over all ranks. A collective."""
+        """What the last `complete` counted, over all ranks. A collective."""
         names = ["reward_failures"]
         names += ["sampling/resampled_groups"] * (self.config.rollout.max_resample_rounds > 0)
         names += ["sampling/ground_truths"] * (self.config.rollout.num_ground_truth > 0)
         return all_reduce_sum({name: float(self._counts[name]) for name in names}, self.world)
 
-    def _round(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[RolloutGroup]:
-        target_ids = self.target_ids if self.config.rollout.num_ground_truth else None
-        groups = collect(
-            self.engine, prompts, sampling, self.tasks, self.config.task, self._count_failure, target_ids=target_ids
-        )
-        if self.config.task.temporal_contrast:
-            groups = self._contrasted(groups, sampling)
-        self._counts["sampling/ground_truths"] += sum(not c.is_sampled for g in groups for c in g.completions)
-        return groups
+    def _counted(self, drawn: Drawn) -> list[RolloutGroup]:
+        for error in drawn.failures:
+            self._on_failure(error)
+        self._counts["reward_failures"] += len(drawn.failures)
+        self._counts["sampling/ground_truths"] += sum(not c.is_sampled for g in drawn.groups for c in g.completions)
+        return drawn.groups
 
-    def _contrasted(self, groups: list[RolloutGroup], sampling: SamplingParams) -> list[RolloutGroup]:
+    def _contrasted(
+        self,
+        engine: Answering,
+        groups: list[RolloutGroup],
+        sampling: SamplingParams,
+        on_failure: Callable[[SampleError], None],
+    ) -> list[RolloutGroup]:
         """The groups with the part "order" (rollout/temporal_contrast.py), G // 2 answers to each shuffled clip."""
         shuffled = [shuffled_prompt(group.prompt, sampling.seed) for group in groups]
         half = replace(
             sampling, num_completions=max(1, sampling.num_completions // 2), seed=sampling.seed + SHUFFLED_SEED
         )
-        answered = collect(self.engine, shuffled, half, self.tasks, self.config.task, self._count_failure)
+        answered = collect(engine, shuffled, half, self.tasks, self.config.task, on_failure)
         parts_of = {id(group.prompt): group.reward_parts for group in answered}
         return [
             rewarded(
@@ -106,13 +141,9 @@ class Collector:
             for group, prompt in zip(groups, shuffled, strict=True)
         ]
 
-    def _count_failure(self, error: SampleError) -> None:
-        self._counts["reward_failures"] += 1
-        self._on_failure(error)
-
 
 def collect(
-    engine: RolloutEngine,
+    engine: Answering,
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
     tasks: Mapping[str, Task],

@@ -9,20 +9,50 @@ import torch
 
 from vcr1_fast.types import Completion, Prompt, SamplingParams
 
+Begun = Sequence[Sequence[Completion]]  # what an interrupted call gave: G completions of each prompt
+NOT_BEGUN = Completion(torch.zeros(0, dtype=torch.int64), torch.zeros(0), "aborted")
+
 
 class RolloutEngine(Protocol):
     """Implementations: local_engine.LocalEngine (this process), sglang_engine.SGLangEngine (processes of their own),
     scripted_engine.ScriptedEngine (tests).
     """
 
-    policy_version: int  # of the weights now loaded; 0 before the first load_weights
+    @property
+    def policy_version(self) -> int:
+        """Of the weights now loaded; 0 before the first load_weights."""
+        ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
-        """G completions for each prompt, in the order of the prompts. Blocks until all are done."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Begun | None = None
+    ) -> list[list[Completion]]:
+        """G completions for each prompt, in the order of the prompts. Blocks until all are done, or `interrupt`.
+
+        `begun`: what an interrupted call with the same prompts and sampling gave. Its finished completions come back as
+        they are; the others are gone on with, so that each token has the log-prob of the weights that drew it.
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """Called while another thread is in `generate`: it returns soon, unfinished completions as "aborted". Without
+        such a call it does nothing."""
+        ...
+
+    def release_memory(self) -> None:
+        """Lend what the learner can use to it, until the next load_weights. Not during `generate`; may do nothing."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> None:
-        """Replace the weights (checkpoint names, whole tensors) and set policy_version."""
+        """Replace the weights (checkpoint names, whole tensors) and set policy_version. Not during `generate`."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Name and version of what draws, for records. Example: "sglang 0.5.21"."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What happened since the start, to be added up over ranks; may be empty."""
         ...
 
     def close(self) -> None:

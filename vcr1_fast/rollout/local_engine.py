@@ -9,18 +9,21 @@ V vocabulary, S steps.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.batches import in_batches
+from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
 from vcr1_fast.rollout.grouped_cache import GROUPED_ATTENTION, GroupedCache
 from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, uniforms
-from vcr1_fast.types import Completion, Prompt, SamplingParams
+from vcr1_fast.types import Completion, FinishReason, Prompt, SamplingParams
 from vcr1_fast.video.embed import embed_videos
 
 READY_MASK = {"full_attention": None}  # as a dict it is taken as it is: causal in the prefill, no [L, L] mask is built
@@ -68,6 +71,7 @@ class LocalEngine:
         self._stop_ids = torch.tensor(special.stop, device=model.device)
         self._suppressed_ids = torch.tensor(special.vision, device=model.device)
         self._is_whole = False  # every weight was loaded without an error
+        self._is_interrupted = threading.Event()
 
     @property
     def model(self) -> Qwen2_5_VLForConditionalGeneration:
@@ -75,18 +79,34 @@ class LocalEngine:
             raise RuntimeError("the engine is closed: open a new one")
         return self._model
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
-        """G completions of each prompt. Raises ValueError for settings out of range or a prompt that does not fit its
-        video, RuntimeError when the model's logits are not finite."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Begun | None = None
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`. Tokens of `begun` go through the decoder again, one a step. Raises ValueError
+        for settings out of range or a prompt that does not fit its video, RuntimeError when the model's logits are not
+        finite."""
         check_sampling(sampling)
+        self._is_interrupted.clear()
+        size = sampling.num_completions
+        begun = begun if begun is not None else [[NOT_BEGUN] * size] * len(prompts)
         result: list[list[Completion]] = []
         for chunk in in_batches(prompts, sampling, self.max_batch_rows, self.max_batch_tokens):
-            with torch.inference_mode():
-                tokens_BS, logprobs_BS = self._run_chunk(chunk, len(result), sampling)
-            rows = self._completions(tokens_BS, logprobs_BS)
-            size = sampling.num_completions
+            first = len(result)
+            rows = [c for group in begun[first : first + len(chunk)] for c in group]
+            is_open = any(c.finish_reason == "aborted" for c in rows)
+            if is_open and not self._is_interrupted.is_set():
+                with torch.inference_mode():
+                    tokens_BS, logprobs_BS = self._run_chunk(chunk, first, sampling, rows)
+                rows = self._completions(tokens_BS, logprobs_BS, sampling.max_new_tokens)
             result += [rows[i : i + size] for i in range(0, len(rows), size)]
         return result
+
+    def interrupt(self) -> None:
+        """See `RolloutEngine.interrupt`: heard before the next token."""
+        self._is_interrupted.set()
+
+    def release_memory(self) -> None:
+        """Nothing to lend."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Copy weights in place by their name in the model's state dict; a tied weight may come under any of its names.
@@ -122,15 +142,28 @@ class LocalEngine:
         self._is_whole = True
         self.policy_version = policy_version
 
+    @property
+    def version(self) -> str:
+        """See `RolloutEngine.version`."""
+        return f"local, transformers {transformers.__version__}"
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
     def close(self) -> None:
         """Let go of the model; the engine cannot be used any more."""
         self._model = None
 
     def _run_chunk(
-        self, prompts: Sequence[Prompt], first_index: int, sampling: SamplingParams
+        self, prompts: Sequence[Prompt], first_index: int, sampling: SamplingParams, begun: Sequence[Completion]
     ) -> tuple[Tensor, Tensor]:
-        """Sampled ids and log-probs, [P * G, S] each, on the CPU; what follows a row's stop id is noise."""
+        """Sampled ids and log-probs, [P * G, S] each, on the CPU; what follows a row's stop id is noise.
+
+        S is max_new_tokens at most, and less when all rows ended, or after an interruption. Rows begin as `begun` says.
+        """
         model, group_size = self.model, sampling.num_completions
+        given = _Given.of(begun, model.device)
         cache, hidden_PD = self._prefill(prompts)
         batch = _Batch.of(prompts, group_size, model.device)
         steps = [
@@ -146,11 +179,14 @@ class LocalEngine:
             token_B, logprob_B = sample_tokens(
                 logits_BV, uniform_SB[step, batch.rows], sampling.temperature, sampling.top_p, self._suppressed_ids
             )
+            if step < given.longest:
+                token_B, logprob_B = given.put(step, batch.rows, token_B, logprob_B)
             tokens_BS[batch.rows, step] = token_B
             logprobs_BS[batch.rows, step] = logprob_B
             batch.is_done |= (token_B.unsqueeze(1) == self._stop_ids).any(dim=1)
             num_active = int(batch.rows.numel() - batch.is_done.sum())
-            if num_active == 0 or step + 1 == sampling.max_new_tokens:
+            is_cut = self._is_interrupted.is_set() and step + 1 >= given.longest
+            if num_active == 0 or step + 1 == sampling.max_new_tokens or is_cut:
                 tokens_BS, logprobs_BS = tokens_BS[:, : step + 1], logprobs_BS[:, : step + 1]
                 break
             if 2 * num_active <= batch.rows.numel():
@@ -210,7 +246,7 @@ class LocalEngine:
         )
         return model.lm_head(output.last_hidden_state[:, 0])
 
-    def _completions(self, tokens_BS: Tensor, logprobs_BS: Tensor) -> list[Completion]:
+    def _completions(self, tokens_BS: Tensor, logprobs_BS: Tensor, max_new_tokens: int) -> list[Completion]:
         """Cut each row after its first stop id. Cloned outside inference mode: autograd refuses inference tensors."""
         is_stop_BS = torch.isin(tokens_BS, self._stop_ids.cpu())
         rows: list[tuple[Tensor, Tensor, bool]] = []
@@ -223,10 +259,40 @@ class LocalEngine:
                 "the model's logits are not finite: its weights have diverged or are broken, load others"
             )
         texts = self.tokenizer.batch_decode([token_R.tolist() for token_R, _, _ in rows], skip_special_tokens=True)
+        without_stop: FinishReason = "length" if tokens_BS.shape[1] == max_new_tokens else "aborted"
         return [
-            Completion(token_R, logprob_R, "stop" if has_stop else "length", text)
+            Completion(token_R, logprob_R, "stop" if has_stop else without_stop, text)
             for (token_R, logprob_R, has_stop), text in zip(rows, texts, strict=True)
         ]
+
+
+@dataclass
+class _Given:
+    """Tokens that rows of a chunk begin with, from an interrupted call."""
+
+    token_BS: Tensor  # [B, S] int64, padded
+    logprob_BS: Tensor  # [B, S] float32
+    length_B: Tensor  # [B] int64
+
+    @property
+    def longest(self) -> int:
+        return self.token_BS.shape[1]
+
+    @classmethod
+    def of(cls, begun: Sequence[Completion], device: torch.device) -> _Given:
+        length_B = torch.tensor([c.num_tokens for c in begun], dtype=torch.long)
+        longest = int(length_B.max())
+        token_BS, logprob_BS = torch.zeros(len(begun), longest, dtype=torch.long), torch.zeros(len(begun), longest)
+        for row, completion in enumerate(begun):
+            token_BS[row, : completion.num_tokens] = completion.token_ids_R
+            logprob_BS[row, : completion.num_tokens] = completion.logprobs_R
+        return cls(token_BS.to(device), logprob_BS.to(device), length_B.to(device))
+
+    def put(self, step: int, rows_B: Tensor, token_B: Tensor, logprob_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Token and log-prob of one step, the given ones where there are any."""
+        is_given_B = step < self.length_B[rows_B]
+        token_B = torch.where(is_given_B, self.token_BS[rows_B, step], token_B)
+        return token_B, torch.where(is_given_B, self.logprob_BS[rows_B, step], logprob_B)
 
 
 @dataclass

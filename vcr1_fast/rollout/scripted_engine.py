@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from vcr1_fast.prompts.special_ids import SpecialIds
+from vcr1_fast.rollout.engine import Begun
 from vcr1_fast.types import Completion, Prompt, SamplingParams
 
 Script = str | Sequence[int]  # an answer's text (ended by <|im_end|> when replayed), or its token ids as they are
@@ -32,15 +33,32 @@ class ScriptedEngine:
         self._scripts = scripts
         self._logprobs = logprobs
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Begun | None = None
+    ) -> list[list[Completion]]:
         """Answers cut at max_new_tokens. Raises ValueError for an unknown id, too few answers or unequal lengths."""
         return [self._group(prompt.example.id, sampling) for prompt in prompts]
+
+    def interrupt(self) -> None:
+        """Answers come at once."""
+
+    def release_memory(self) -> None:
+        """Nothing to lend."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> None:
         """Ask for every weight, as an engine would (the sender's gathers are collectives), and keep none."""
         for _ in weights:
             pass
         self.policy_version = policy_version
+
+    @property
+    def version(self) -> str:
+        """See `RolloutEngine.version`."""
+        return "scripted"
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
 
     def close(self) -> None:
         """Holds nothing."""

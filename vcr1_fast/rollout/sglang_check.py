@@ -1,15 +1,17 @@
 """Reads weights back inside SGLang's own process and compares them with what was sent: a "custom weight loader".
 
 SGLang skips names that it does not know without a word, fuses some weights, and ties others. So the table of names is
-not trusted: after the first update of an engine, every weight sent must stand in the model bit for bit, and every
-weight of the model must have been sent. Called by SGLang, for sglang_worker.py.
+not trusted: after the first update of an engine, the checksum of every weight sent must be that of its place in the
+model, and every weight of the model must have been sent. Called by SGLang, for sglang_update.py; the learner's side
+takes `checksum` from here, so that both count alike. Only the standard library and torch are imported.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,28 +25,51 @@ FUSED = {  # part of a checkpoint's name: (SGLang's name of it, which share of i
     ".up_proj.": (".gate_up_proj.", "second half"),
     ".attn.qkv.": (".attn.qkv_proj.", "whole"),  # of the vision tower, fused in the checkpoint already
 }
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by item size
+_CHUNK = 1 << 22  # values summed at once: 32 MiB each for the values, the places and their products
 _covered: dict[int, int] = {}  # address of a parameter's storage: number of values seen since the first bucket
 
 
+@torch.no_grad()
+def checksum(tensor: Tensor) -> list[int]:
+    """[sum of b_i, sum of (i + 1) b_i] modulo 2^64 over the values' bits b_i as integers, row-major; any device.
+
+    The first changes with every single value that changes, the second when values change places.
+    """
+    plain = weighted = first = 0
+    rows = tensor.detach().reshape(-1) if tensor.ndim < 2 else tensor.detach()
+    per_chunk = max(1, _CHUNK // max(1, rows.numel() // max(1, rows.shape[0])))
+    for part in rows.split(per_chunk):
+        bits_N = part.contiguous().reshape(-1).view(_BITS[part.element_size()]).long()
+        place_N = torch.arange(first + 1, first + 1 + bits_N.numel(), device=bits_N.device)
+        plain += int(bits_N.sum())
+        weighted += int((bits_N * place_N).sum())  # wraps around as int64 does
+        first += bits_N.numel()
+    return [plain % (1 << 64), weighted % (1 << 64)]
+
+
 def compare(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Write what is wrong as a JSON list of sentences into the file that the last entry, JSON in bytes, names."""
-    *weights, (_, order_B) = named_tensors
-    order = json.loads(bytes(order_B.cpu().tolist()).decode())
+    """Write what is wrong as a JSON list of sentences into a file.
+
+    The last entry is the order, JSON in bytes: {path, is_first, is_last, entries: [{name, dtype, shape, checksum}]}.
+    """
+    order = json.loads(bytes(named_tensors[-1][1].cpu().tolist()).decode())
     if order["is_first"]:
         _covered.clear()
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    wrong = [problem for name, sent in weights if (problem := _compare_one(parameters, name, sent))]
+    wrong = [problem for entry in order["entries"] if (problem := _compare_one(parameters, entry))]
     if order["is_last"]:
         wrong += _not_sent(parameters)
     Path(order["path"]).write_text(json.dumps(wrong[:MAX_REPORTED]), encoding="utf-8")
 
 
-def _compare_one(parameters: dict[str, nn.Parameter], name: str, sent: Tensor) -> str:
+def _compare_one(parameters: dict[str, nn.Parameter], entry: Mapping[str, Any]) -> str:
     """What is wrong with one weight, or an empty string.
 
     SGLang makes some sides longer: the vocabulary to a multiple of 64, the vision tower's MLP to one of 8, on a CPU to
     one of 32. What is sent must stand at the front, and everything behind it must be zero.
     """
+    name, shape = entry["name"], list(entry["shape"])
     target, share = name, "whole"
     for part, (fused, which) in FUSED.items():
         if part in name and name.replace(part, fused) in parameters:
@@ -52,7 +77,7 @@ def _compare_one(parameters: dict[str, nn.Parameter], name: str, sent: Tensor) -
     if target not in parameters:
         return f"{name!r} is not a weight of SGLang's model"
     parameter = parameters[target].detach()
-    total, rows = parameter.shape[0], sent.shape[0]
+    total, rows = parameter.shape[0], shape[0]
     region = {
         "whole": parameter,
         "first": parameter[:rows],
@@ -61,10 +86,13 @@ def _compare_one(parameters: dict[str, nn.Parameter], name: str, sent: Tensor) -
         "first half": parameter[: total // 2],
         "second half": parameter[total // 2 :],
     }[share]
-    # The patch convolution is kept as a matrix: its rows are compared, not the shape of a row.
-    wanted = sent.reshape(rows, -1) if sent.ndim > region.ndim else sent
-    held = region[tuple(slice(0, size) for size in wanted.shape)]
-    if held.shape != wanted.shape or not torch.equal(held, wanted.to(held)):
+    if (
+        len(shape) > region.ndim
+    ):  # the patch convolution is kept as a matrix: a row's values are compared, not its shape
+        shape = [rows, torch.Size(shape[1:]).numel()]
+    held = region[tuple(slice(0, size) for size in shape)]
+    dtype: torch.dtype = getattr(torch, entry["dtype"])  # a model may hold a wider one than was sent
+    if list(held.shape) != shape or checksum(held.to(dtype)) != entry["checksum"]:
         return f"{name!r} does not stand in SGLang's {target!r} as it was sent"
     if region.numel() > held.numel() and int(region.count_nonzero()) != int(held.count_nonzero()):
         return f"SGLang's {target!r} is longer than {name!r} and not zero there"

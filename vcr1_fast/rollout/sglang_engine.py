@@ -8,8 +8,6 @@ again: the caller sees only the time (sglang_round.py, sglang_workers.py).
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.prompts.special_ids import SpecialIds
+from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
+from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.sampling import check_sampling
 from vcr1_fast.rollout.sglang_messages import Message
 from vcr1_fast.rollout.sglang_process import prepare_model_folder
 from vcr1_fast.rollout.sglang_round import Round
 from vcr1_fast.rollout.sglang_weights import checkpoint_weights
-from vcr1_fast.rollout.sglang_workers import Workers
-from vcr1_fast.types import Completion, Prompt, SamplingParams
+from vcr1_fast.rollout.sglang_workers import Request, Workers
+from vcr1_fast.types import Completion, FinishReason, Prompt, SamplingParams
 
 CPU = torch.device("cpu")
 CPU_ARGS = {  # what runs without a GPU; on one, SGLang chooses
@@ -66,13 +66,15 @@ class SGLangEngine:
         self._stop_ids, self._suppressed_ids = special.stop, special.vision
         settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         self._is_tied = bool(settings.get("tie_word_embeddings", False))
-        self._folder = Path(tempfile.mkdtemp(prefix="vcr1-sglang-"))  # mode 700: only this user reaches the sockets
+        self._round: Round | None = None  # the call of generate that is running
+        self._private = PrivateFolder("vcr1-sglang-")  # only this user reaches the sockets
+        self._folder = self._private.path
         try:
             model_folder = prepare_model_folder(checkpoint, self._folder / "model")
             arguments = engine_args(config, model_folder, dtype, device, seed)
             self._workers = Workers(config, arguments, self._folder, dtype)
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._private.close()
             raise
 
     @property
@@ -85,19 +87,42 @@ class SGLangEngine:
         """Workers started again so far."""
         return self._workers.num_restarts
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`. Raises ValueError for a prompt or settings that the engine cannot take, and
-        RuntimeError when a group or the workers failed too often; the engine can then still be used."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Begun | None = None
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`. A completion to be gone on with is a request of its own: its prompt and its
+        tokens are read again. Raises ValueError for a prompt or settings that the engine cannot take, and RuntimeError
+        when a group or the workers failed too often; the engine can then still be used."""
         check_sampling(sampling)
+        if self._workers.is_released:
+            raise RuntimeError("the engine's memory is released: load_weights takes it back, with every weight")
         if not self._workers.has_weights and self.policy_version == 0:
             self.load_weights(checkpoint_weights(self._checkpoint), 0)
-        return Round(
+        size = sampling.num_completions
+        answers = [list(group) for group in begun] if begun else [[NOT_BEGUN] * size for _ in prompts]
+        requests, places = open_requests(prompts, answers)
+        self._round = Round(
             self._workers,
             self.config,
-            prompts,
-            encode=lambda number, prompt: self._request(number, prompt, sampling),
-            decode=lambda message: self._completions(message, sampling),
-        ).run()
+            requests,
+            encode=lambda number, request: self._request(number, request, sampling),
+            decode=lambda message, request: self._completions(message, request, sampling),
+        )
+        try:
+            got = self._round.run()
+        finally:
+            self._round = None
+        for index, completions in got.items():
+            row, columns = places[index]
+            for column, completion in zip(columns, completions, strict=True):
+                answers[row][column] = completion
+        return answers
+
+    def interrupt(self) -> None:
+        """See `RolloutEngine.interrupt`."""
+        running = self._round
+        if running is not None:
+            running.interrupt()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """See `RolloutEngine.load_weights`; names of the model's state dict or of the checkpoint.
@@ -110,19 +135,38 @@ class SGLangEngine:
             weights = ((name, value) for name, value in weights if name != "lm_head.weight")
         self._workers.load(weights, policy_version)
 
+    def release_memory(self) -> None:
+        """Lend the GPU memory of weights, KV cache and CUDA graphs to the learner, if `rollout.sglang.release_memory`.
+
+        Not during `generate`. The next `load_weights` takes it back and must name every weight, frozen ones too: what
+        SGLang finds there is undefined.
+        """
+        if self.config.release_memory:
+            self._workers.release_memory()
+
+    @property
+    def version(self) -> str:
+        """See `RolloutEngine.version`; of all workers."""
+        return "sglang " + ", ".join(sorted({seat.worker.version for seat in self._workers.seats}))
+
+    def metrics(self) -> dict[str, float]:
+        """engine/restarts: workers started again so far."""
+        return {"engine/restarts": float(self.num_restarts)}
+
     def close(self) -> None:
         """End the workers and free the memory."""
         self._workers.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._private.close()
 
     def _request(
-        self, number: int, prompt: Prompt, sampling: SamplingParams
+        self, number: int, request: Request, sampling: SamplingParams
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        prompt, begun = request.prompt, request.begun
         fields = {
             "id": number,
             "policy_version": self.policy_version,
-            "num_completions": sampling.num_completions,
-            "max_new_tokens": sampling.max_new_tokens,
+            "num_completions": request.num_completions,
+            "max_new_tokens": sampling.max_new_tokens - (begun.num_tokens if begun else 0),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "stop_ids": self._stop_ids,
@@ -130,10 +174,12 @@ class SGLangEngine:
             "grid_thw": prompt.patches.grid_thw,
             "second_per_grid_s": prompt.patches.second_per_grid_s,
         }
-        tensors = {
-            "token_ids_L": prompt.token_ids_L,
-            "position_ids_3L": prompt.position_ids_3L,
-        }
+        token_ids_L, position_ids_3L = prompt.token_ids_L, prompt.position_ids_3L
+        if begun:
+            token_ids_L = torch.cat([token_ids_L, begun.token_ids_R])
+            position_R = prompt.next_position + torch.arange(begun.num_tokens)
+            position_ids_3L = torch.cat([position_ids_3L, position_R.expand(3, -1)], dim=1)
+        tensors = {"token_ids_L": token_ids_L, "position_ids_3L": position_ids_3L}
         embeddings_MD = prompt.patches.embeddings_MD
         if embeddings_MD is not None:
             tensors["embeddings_MD"] = embeddings_MD
@@ -141,28 +187,56 @@ class SGLangEngine:
             tensors["values_PC"] = prompt.patches.values_PC
         return fields, tensors
 
-    def _completions(self, message: Message, sampling: SamplingParams) -> list[Completion]:
+    def _completions(self, message: Message, request: Request, sampling: SamplingParams) -> list[Completion]:
         """Raises RuntimeError for an answer that is not what was asked for."""
         lengths: list[int] = message.fields["lengths"]
         versions = set(message.fields["policy_versions"])
-        if len(lengths) != sampling.num_completions or versions != {str(self.policy_version)}:
+        if len(lengths) != request.num_completions or versions - {str(self.policy_version)}:
             raise RuntimeError(
                 f"SGLang gave {len(lengths)} completions by policy {sorted(versions)}, wanted "
-                f"{sampling.num_completions} by policy {self.policy_version}"
+                f"{request.num_completions} by policy {self.policy_version}"
             )
         tokens, logprobs = message.tensors["token_ids"].split(lengths), message.tensors["logprobs"].split(lengths)
         if not all(bool(logprob_R.isfinite().all()) for logprob_R in logprobs):
             raise RuntimeError("SGLang's log-probs are not finite: the weights have diverged or are broken")
-        texts = self.tokenizer.batch_decode([token_R.tolist() for token_R in tokens], skip_special_tokens=True)
-        return [
-            Completion(
-                token_R.clone(),
-                logprob_R.clone(),
-                "stop" if token_R.numel() and int(token_R[-1]) in self._stop_ids else "length",
-                text,
-            )
-            for token_R, logprob_R, text in zip(tokens, logprobs, texts, strict=True)
+        before = request.begun or NOT_BEGUN
+        whole = [
+            (torch.cat([before.token_ids_R, token_R]), torch.cat([before.logprobs_R, logprob_R]))
+            for token_R, logprob_R in zip(tokens, logprobs, strict=True)
         ]
+        texts = self.tokenizer.batch_decode([token_R.tolist() for token_R, _ in whole], skip_special_tokens=True)
+        reasons: list[FinishReason] = [
+            self._finish_reason(token_R, is_cut and token_R.numel() < sampling.max_new_tokens)
+            for (token_R, _), is_cut in zip(whole, message.fields["is_cut"], strict=True)
+        ]
+        return [Completion(*row, reason, text) for row, reason, text in zip(whole, reasons, texts, strict=True)]
+
+    def _finish_reason(self, token_R: Tensor, is_cut: bool) -> FinishReason:
+        if token_R.numel() and int(token_R[-1]) in self._stop_ids:
+            return "stop"
+        return "aborted" if is_cut else "length"
+
+
+def open_requests(
+    prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]
+) -> tuple[list[Request], list[tuple[int, list[int]]]]:
+    """What is still to be asked, and where each request's completions belong: (prompt, places in its group).
+
+    Completions without a token are drawn together, so that their video is read once; others one by one.
+    """
+    requests: list[Request] = []
+    places: list[tuple[int, list[int]]] = []
+    for row, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
+        unfinished = [i for i, completion in enumerate(group) if completion.finish_reason == "aborted"]
+        fresh = [i for i in unfinished if group[i].num_tokens == 0]
+        if fresh:
+            requests.append(Request(len(requests), prompt, len(fresh)))
+            places.append((row, fresh))
+        for i in unfinished:
+            if i not in fresh:
+                requests.append(Request(len(requests), prompt, 1, group[i]))
+                places.append((row, [i]))
+    return requests, places
 
 
 def engine_args(
@@ -177,10 +251,11 @@ def engine_args(
         "skip_tokenizer_init": True,
         "skip_server_warmup": True,
         "grammar_backend": "none",
-        "mem_fraction_static": config.mem_fraction_static,
+        "mem_fraction_static": config.mem_fraction,
         "custom_weight_loader": ["vcr1_fast.rollout.sglang_check.compare"],
         "random_seed": seed,
         "log_level": "warning",
         **(CPU_ARGS if device.type == "cpu" else {"base_gpu_id": device.index or 0}),
+        **({"enable_memory_saver": True} if config.release_memory and device.type == "cuda" else {}),
         **config.engine_args,
     }

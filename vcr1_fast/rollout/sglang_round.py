@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import selectors
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,14 +15,14 @@ from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.rollout.sglang_messages import Message
 from vcr1_fast.rollout.sglang_process import WorkerGoneError
 from vcr1_fast.rollout.sglang_workers import Request, Seat, Workers
-from vcr1_fast.types import Completion, Prompt
+from vcr1_fast.types import Completion
 
-POLL_S = 0.25
+POLL_S = 0.1  # between two looks at deadlines and interruptions; answers wake it at once
 SEND_LIMIT_S = 60.0  # a worker reads in a thread of its own; one that takes nothing for so long is stopped
 ABORT_GRACE_S = 10.0
 
-Encode = Callable[[int, Prompt], tuple[dict[str, Any], dict[str, Tensor]]]  # request number, prompt -> message
-Decode = Callable[[Message], list[Completion]]
+Encode = Callable[[int, Request], tuple[dict[str, Any], dict[str, Tensor]]]  # number and request -> message
+Decode = Callable[[Message, Request], list[Completion]]
 
 
 class Round:
@@ -31,26 +32,48 @@ class Round:
     """
 
     def __init__(
-        self, workers: Workers, config: SGLangConfig, prompts: Sequence[Prompt], encode: Encode, decode: Decode
+        self, workers: Workers, config: SGLangConfig, requests: Sequence[Request], encode: Encode, decode: Decode
     ) -> None:
         self._workers, self._config = workers, config
         self._encode, self._decode = encode, decode
-        self._num_prompts = len(prompts)
-        self._waiting = deque(Request(index, prompt) for index, prompt in enumerate(prompts))
+        self._waiting = deque(requests)
+        self._num_open = len(self._waiting)
         self._answers: dict[int, list[Completion]] = {}
+        self._is_interrupted = threading.Event()
+        self._told: set[int] = set()  # seats that know of it
 
-    def run(self) -> list[list[Completion]]:
-        """The answers in the order of the prompts. Raises ValueError for a prompt that the engine cannot take, and
-        RuntimeError when a request or the workers failed too often."""
+    def run(self) -> dict[int, list[Completion]]:
+        """The completions by the requests' indices; after an interruption some may be unfinished or missing. Raises
+        ValueError for a prompt that the engine cannot take, and RuntimeError when a request or the workers failed too
+        often."""
         try:
-            while len(self._answers) < self._num_prompts:
-                self._hand_out()
+            while len(self._answers) < self._num_open:
+                if self._is_interrupted.is_set():
+                    self._wind_up()
+                else:
+                    self._hand_out()
                 if not self._take_answers():
                     self._watch()
         except BaseException:
             self._give_up()
             raise
-        return [self._answers[index] for index in range(self._num_prompts)]
+        return self._answers
+
+    def interrupt(self) -> None:
+        """`run`, in another thread, comes back soon with what there is."""
+        self._is_interrupted.set()
+
+    def _wind_up(self) -> None:
+        """Ask the workers for what they have, and for nothing more."""
+        self._num_open -= len(self._waiting)
+        self._waiting.clear()
+        for index, seat in enumerate(self._workers.seats):
+            if seat.requests and index not in self._told:
+                self._told.add(index)
+                try:
+                    seat.worker.channel.send("interrupt", {"id": 0}, timeout_s=SEND_LIMIT_S)
+                except (OSError, WorkerGoneError) as error:
+                    self._revive(seat, f"took no request: {error}")
 
     def _hand_out(self) -> None:
         while self._waiting:
@@ -61,9 +84,9 @@ class Round:
             number = self._workers.next_number()
             request.deadline, request.is_aborted = time.monotonic() + self._config.timeout_s, False
             seat.requests[number] = request
-            fields, tensors = self._encode(number, request.prompt)
+            fields, tensors = self._encode(number, request)
             try:
-                seat.worker.channel.send("generate", fields, tensors, timeout_s=SEND_LIMIT_S)
+                seat.worker.post(fields, tensors, SEND_LIMIT_S)
             except (OSError, WorkerGoneError) as error:
                 self._revive(seat, f"took no request: {error}")
 
@@ -89,7 +112,7 @@ class Round:
         """What one answer means for its request."""
         name = request.prompt.example.id
         if message.kind == "completions":
-            self._answers[request.index] = self._decode(message)
+            self._answers[request.index] = self._decode(message, request)
             self._workers.note_success()
             return
         if message.kind == "refused":

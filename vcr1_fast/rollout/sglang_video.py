@@ -6,8 +6,8 @@ found with SGLang 0.5.17 to 0.5.23; tests/rollout/sglang runs the real engine ag
 - SGLang's vision tower lets its full-attention blocks see all frames of one grid row at once, the model's own tower one
   frame pair. Sent as t rows [1, h, w], a video gives the same embeddings in both; as one row [t, h, w] it is 1 nat off.
 - Positions are ours (prompts/positions.py); SGLang would read seconds per grid step from elsewhere.
-- SGLang keeps video embeddings by the item's hash and does not drop them when weights change: the policy version is
-  part of the hash. Left out, answers after an update were 2 to 3 nats off.
+- SGLang keeps video embeddings by the item's hash and does not drop them when weights change: the number of loads so
+  far is part of the hash. Left out, answers after an update were 2 to 3 nats off.
 - Pictures' ids are kept from being drawn by a bias on their logits, which SGLang leaves in its log-probs:
   `whole_vocabulary` takes it out again.
 
@@ -94,7 +94,7 @@ def _features(tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors["embeddings_MD"] if "embeddings_MD" in tensors else tensors["values_PC"]
 
 
-def video_item(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], policy_version: int) -> dict[str, Any]:
+def video_item(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], num_loads: int) -> dict[str, Any]:
     """SGLang's `processor_output` form of one video, see the module's docstring."""
     t, h, w = fields["grid_thw"]
     positions_3L = tensors["position_ids_3L"]
@@ -111,13 +111,13 @@ def video_item(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], policy_
         "second_per_grid_ts": torch.full((t,), float(fields["second_per_grid_s"])),
         "mrope_positions": positions_3L,
         "mrope_position_delta": torch.tensor([[delta]]),
-        "hash": item_hash(features, (t, h, w), policy_version),
+        "hash": item_hash(features, (t, h, w), num_loads),
     }
 
 
-def item_hash(features: Tensor, grid_thw: tuple[int, int, int], policy_version: int) -> int:
-    """63 bits from patches or embeddings, grid and policy version. 40 MB of pixels take 40 ms."""
-    digest = hashlib.blake2b(repr((grid_thw, policy_version)).encode(), digest_size=8)
+def item_hash(features: Tensor, grid_thw: tuple[int, int, int], num_loads: int) -> int:
+    """63 bits from patches or embeddings, grid and the number of weight loads so far. 40 MB of pixels take 40 ms."""
+    digest = hashlib.blake2b(repr((grid_thw, num_loads)).encode(), digest_size=8)
     digest.update(features.contiguous().view(-1).view(torch.uint8).numpy().data)
     return int.from_bytes(digest.digest(), "little") >> 1
 
@@ -139,7 +139,7 @@ def sampling_params(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def completion_tensors(meta: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """(token_ids_R int64, logprobs_R float32) of one completion from the meta_info of SGLang's answer."""
-    entries: Sequence[Sequence[Any]] = meta["output_token_logprobs"]
+    entries: Sequence[Sequence[Any]] = meta.get("output_token_logprobs") or []  # cut short before its first token
     suppressed: Sequence[Sequence[Sequence[Any]]] = meta.get("output_token_ids_logprobs") or []
     logprob_R = torch.tensor([entry[0] for entry in entries], dtype=torch.float64)
     token_R = torch.tensor([entry[1] for entry in entries], dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""The weights an SGLang worker gets: checkpoint names, in buckets of shared memory that outlive the worker.
+"""The weights an SGLang worker gets: checkpoint names, checked, and laid one after the other into buckets of bytes.
 
-`SGLangEngine` keeps one `WeightStore`: a worker that died is fed again from it, without the learner. It holds every
-weight once in host memory, in the engine's precision (15 GB for 7 billion weights in bfloat16).
+In: `(name, tensor)` pairs of `RolloutEngine.load_weights`. Out: buckets, each of one dtype and without gaps, because
+SGLang lays the buckets that it receives by broadcast out in that way. sglang_delivery.py brings them to the workers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import safetensors
 import torch
 from torch import Tensor
 
+from vcr1_fast.rollout.sglang_check import checksum
 from vcr1_fast.rollout.sglang_messages import SharedBytes
 
 # transformers 5 names the parts of the model by its modules, the published checkpoints and SGLang by these.
 RENAMED = {"model.visual.": "visual.", "model.language_model.": "model."}
-_ALIGN_BYTES = 16  # a weight must start at a multiple of its item size
+Weights = Iterable[tuple[str, Tensor]]
 
 
 def checkpoint_name(name: str) -> str:
@@ -28,6 +29,62 @@ def checkpoint_name(name: str) -> str:
         if name.startswith(prefix):
             return replacement + name.removeprefix(prefix)
     return name
+
+
+def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a Hugging Face folder, one at a time. Raises FileNotFoundError without safetensors files."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors in {folder}")
+    for path in files:
+        with safetensors.safe_open(path, framework="pt") as file:  # pyright: ignore[reportPrivateImportUsage]
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                yield name, file.get_tensor(name)
+
+
+class WeightTable:
+    """Which weights an engine has, and whether it has all of them in one version."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.is_named = False  # the first load came to its end: its names are all there are
+        self.is_whole = False  # False before the first load, and after one that broke off: versions may then be mixed
+
+    def forget(self) -> None:
+        """The engine's weights are gone; the next load must be whole."""
+        self.is_whole = False
+
+    def checked(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        """`weights` under their checkpoint names.
+
+        The first load names every weight, later ones may leave out what did not change. Raises ValueError for a weight
+        that is new later, comes twice, or has another shape, and at the end for one that is missing; the next load must
+        then be whole again.
+        """
+        must_be_whole, self.is_whole = self.is_named and not self.is_whole, False
+        if not self.is_named:
+            self._shapes = {}
+        came: set[str] = set()
+        for given_name, value in weights:
+            name, shape = checkpoint_name(given_name), tuple(value.shape)
+            if name in came:
+                raise ValueError(f"weight {given_name!r} was given twice")
+            if self.is_named and name not in self._shapes:
+                raise ValueError(f"weight {given_name!r} was not among the first ones: send the same names each time")
+            if self._shapes.setdefault(name, shape) != shape:
+                raise ValueError(
+                    f"weight {given_name!r} has shape {shape}, wanted {self._shapes[name]}: send whole tensors of the "
+                    "same architecture"
+                )
+            came.add(name)
+            yield name, value
+        num_missing = len(self._shapes) - len(came)
+        if not came or (must_be_whole and num_missing):
+            raise ValueError(
+                f"{num_missing} weights are missing: the load after an error or a release of memory must name every "
+                "weight, and no load may be empty"
+            )
+        self.is_named = self.is_whole = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,112 +97,117 @@ class Slot:
     start: int
     stop: int
 
+    def of(self, flat_B: Tensor) -> Tensor:
+        """The weight, as a view of its bucket's bytes."""
+        return flat_B[self.start : self.stop].view(self.dtype).reshape(self.shape)
+
     def as_json(self) -> dict[str, Any]:
         dtype = str(self.dtype).removeprefix("torch.")
         return {"name": self.name, "dtype": dtype, "shape": self.shape, "start": self.start, "stop": self.stop}
 
 
-@dataclass
-class Bucket:
-    """Some weights, one after the other."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Weights of one bucket that go out together."""
 
+    flat_B: Tensor  # uint8
+    slots: tuple[Slot, ...]
+    memory: SharedBytes | None = None  # what flat_B lies in, where other processes can open it
+
+    def entries(self, with_checksums: bool) -> list[dict[str, Any]]:
+        """As JSON; with checksums the worker compares what it holds afterwards."""
+        if not with_checksums:
+            return [slot.as_json() for slot in self.slots]
+        return [slot.as_json() | {"checksum": checksum(slot.of(self.flat_B))} for slot in self.slots]
+
+
+def sent_dtype(value: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Floating weights are cast to `dtype`, others stay."""
+    return dtype if value.is_floating_point() else value.dtype
+
+
+def in_batches(weights: Weights, bucket_bytes: int, dtype: torch.dtype) -> Iterator[tuple[Batch, bool]]:
+    """Fill two buckets on the weights' device in turn, with whether each batch is the last one.
+
+    A batch's bytes are good until the next but one is asked for. A weight larger than `bucket_bytes` gets a bucket of
+    its own size. Weights are on one device.
+    """
+    buffers: list[Tensor] = []
+    slots: list[Slot] = []
+    for name, value in weights:
+        wanted = sent_dtype(value, dtype)
+        num_bytes = value.numel() * wanted.itemsize
+        used = slots[-1].stop if slots else 0
+        if slots and (used + num_bytes > bucket_bytes or wanted != slots[-1].dtype):
+            yield Batch(buffers[-1][:used], tuple(slots)), False
+            slots, used = [], 0
+        if not slots:
+            free = buffers.pop(0) if len(buffers) == 2 else None
+            size = max(num_bytes, bucket_bytes)
+            if free is None or free.numel() < size:
+                free = torch.empty(size, dtype=torch.uint8, device=value.device)
+            buffers.append(free)
+        slot = Slot(name, wanted, tuple(value.shape), used, used + num_bytes)
+        slot.of(buffers[-1]).copy_(value.detach())
+        slots.append(slot)
+    if slots:
+        yield Batch(buffers[-1][: slots[-1].stop], tuple(slots)), True
+
+
+@dataclass
+class _Bucket:
     memory: SharedBytes
     slots: dict[str, Slot] = field(default_factory=dict)
     num_bytes: int = 0  # used so far
 
-    def place(self, slot: Slot, value: Tensor) -> None:
-        self.memory.bytes_B[slot.start : slot.stop].view(slot.dtype).copy_(value.detach().reshape(-1))
-
-
-Batch = tuple[Bucket, list[Slot]]
-
 
 class WeightStore:
-    """All weights of the policy. `update` fills it, `all` gives everything to a new worker."""
+    """All weights of the policy in host memory, which a worker of the same machine can open: 15 GB for 7 billion
+    weights in bfloat16. `update` fills it, `all` gives everything to a new worker.
+    """
 
     def __init__(self, bucket_bytes: int, dtype: torch.dtype) -> None:
         """`dtype`: floating weights are cast to it. A weight larger than `bucket_bytes` gets a bucket of its own."""
-        self._bucket_bytes = bucket_bytes
-        self._dtype = dtype
-        self._buckets: list[Bucket] = []
-        self._home: dict[str, Bucket] = {}
-        self._has_all_names = self._is_whole = False
-
-    @property
-    def is_whole(self) -> bool:
-        """False before the first update, and after one that broke off: weights of two versions may then be mixed."""
-        return self._is_whole
+        self._bucket_bytes, self._dtype = bucket_bytes, dtype
+        self._buckets: list[_Bucket] = []
+        self._home: dict[str, _Bucket] = {}
 
     def all(self) -> list[Batch]:
-        """Every bucket with all its weights. Raises RuntimeError when the store is not whole."""
-        if not self._is_whole:
-            raise RuntimeError("the engine has no whole set of weights: load_weights must give every weight first")
-        return [(bucket, list(bucket.slots.values())) for bucket in self._buckets]
+        """Every bucket with all its weights."""
+        return [Batch(bucket.memory.bytes_B, tuple(bucket.slots.values()), bucket.memory) for bucket in self._buckets]
 
-    def update(self, weights: Iterable[tuple[str, Tensor]]) -> list[Batch]:
-        """Copy the weights in; gives the buckets that changed, each with those of its weights that came.
+    def place(self, name: str, value: Tensor) -> None:
+        """Copy one weight in, over its earlier value. Raises ValueError when that had another size."""
+        bucket = self._home.get(name) or self._with_room_for(name, value)
+        bucket.slots[name].of(bucket.memory.bytes_B).copy_(value.detach())
 
-        The first update names every weight; later ones may leave out what did not change. Raises ValueError for a
-        weight that is new later, comes twice, or has another shape; the next update must then be whole again.
-        """
-        is_first, must_be_whole = not self._has_all_names, self._has_all_names and not self._is_whole
-        self._is_whole = False
-        if is_first:
-            self.close()
-        came: dict[str, None] = {}
-        for given_name, value in weights:
-            name = checkpoint_name(given_name)
-            if name in came:
-                raise ValueError(f"weight {given_name!r} was given twice")
-            bucket = self._bucket_of(name, value, is_first)
-            if bucket.slots[name].shape != tuple(value.shape):
-                raise ValueError(
-                    f"weight {given_name!r} has shape {tuple(value.shape)}, wanted {bucket.slots[name].shape}: send "
-                    "whole tensors of the same architecture"
-                )
-            bucket.place(bucket.slots[name], value)
-            came[name] = None
-        missing = [name for name in self._home if name not in came]
-        if not came or (must_be_whole and missing):
-            raise ValueError(
-                f"{len(missing)} weights are missing: the load after an error must name every weight, and no load may "
-                "be empty"
-            )
-        self._has_all_names = self._is_whole = True
-        changed = [(bucket, [slot for name, slot in bucket.slots.items() if name in came]) for bucket in self._buckets]
-        return [(bucket, slots) for bucket, slots in changed if slots]
+    def update(self, weights: Weights) -> list[Batch]:
+        """Copy the weights in; gives the buckets that changed, each with those of its weights that came."""
+        came: set[str] = set()
+        for name, value in weights:
+            self.place(name, value)
+            came.add(name)
+        changed = [
+            Batch(batch.flat_B, tuple(slot for slot in batch.slots if slot.name in came), batch.memory)
+            for batch in self.all()
+        ]
+        return [batch for batch in changed if batch.slots]
 
     def close(self) -> None:
         """Give the memory back."""
         for bucket in self._buckets:
             bucket.memory.close()
         self._buckets, self._home = [], {}
-        self._has_all_names = self._is_whole = False
 
-    def _bucket_of(self, name: str, value: Tensor, is_first: bool) -> Bucket:
-        if name in self._home:
-            return self._home[name]
-        if not is_first:
-            raise ValueError(f"weight {name!r} was not among the first ones: send the same names each time")
-        dtype = self._dtype if value.is_floating_point() else value.dtype
+    def _with_room_for(self, name: str, value: Tensor) -> _Bucket:
+        dtype = sent_dtype(value, self._dtype)
         size = value.numel() * dtype.itemsize
         bucket = self._buckets[-1] if self._buckets else None
-        if bucket is None or bucket.num_bytes + size > bucket.memory.bytes_B.numel():
-            bucket = Bucket(SharedBytes(max(size, self._bucket_bytes)))
+        is_full = bucket is None or bucket.num_bytes + size > bucket.memory.bytes_B.numel()
+        if bucket is None or is_full or next(iter(bucket.slots.values())).dtype != dtype:
+            bucket = _Bucket(SharedBytes(max(size, self._bucket_bytes)))
             self._buckets.append(bucket)
-        slot = Slot(name, dtype, tuple(value.shape), bucket.num_bytes, bucket.num_bytes + size)
-        bucket.slots[name] = slot
-        bucket.num_bytes = -(-slot.stop // _ALIGN_BYTES) * _ALIGN_BYTES
+        bucket.slots[name] = Slot(name, dtype, tuple(value.shape), bucket.num_bytes, bucket.num_bytes + size)
+        bucket.num_bytes += size
         self._home[name] = bucket
         return bucket
-
-
-def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a Hugging Face folder, one at a time. Raises FileNotFoundError without safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors in {folder}")
-    for path in files:
-        with safetensors.safe_open(path, framework="pt") as file:  # pyright: ignore[reportPrivateImportUsage]
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                yield name, file.get_tensor(name)

@@ -13,19 +13,28 @@ import torch
 from torch import Tensor
 
 from vcr1_fast.config_learning import SGLangConfig
-from vcr1_fast.rollout.sglang_process import WorkerGoneError, WorkerProcess
-from vcr1_fast.rollout.sglang_weights import Batch, WeightStore
-from vcr1_fast.types import Prompt
+from vcr1_fast.rollout.addresses import read_addresses
+from vcr1_fast.rollout.rollout_key import read_key
+from vcr1_fast.rollout.sglang_delivery import make_delivery
+from vcr1_fast.rollout.sglang_feed import Feed
+from vcr1_fast.rollout.sglang_link import WorkerGoneError, WorkerLink
+from vcr1_fast.rollout.sglang_process import WorkerProcess
+from vcr1_fast.rollout.sglang_remote import RemoteWorker
+from vcr1_fast.rollout.sglang_weights import WeightTable
+from vcr1_fast.types import Completion, Prompt
 
 MAX_BACKOFF_S = 30.0
+MEMORY_TAGS = ["weights", "kv_cache", "cuda_graph"]
 
 
 @dataclass
 class Request:
-    """One prompt of a `generate` call."""
+    """A prompt and how many completions of it are wanted, or one completion to be gone on with."""
 
-    index: int
+    index: int  # among those of a `generate` call
     prompt: Prompt
+    num_completions: int
+    begun: Completion | None = None  # then num_completions is 1
     num_attempts: int = 0
     deadline: float = 0.0
     is_aborted: bool = False
@@ -35,9 +44,11 @@ class Request:
 class Seat:
     """One worker and the requests it has."""
 
-    worker: WorkerProcess
+    worker: WorkerLink
     requests: dict[int, Request] = field(default_factory=dict)  # by number
-    is_checked: bool = False  # its weights were read back since it was started
+    is_checked: bool = False  # it has all weights, and its checksums were compared since it was started
+    group: str = ""  # that it is in for the broadcast of weights
+    is_released: bool = False  # its memory is lent to the learner
 
 
 class Workers:
@@ -52,13 +63,11 @@ class Workers:
         self.policy_version = 0
         self.num_restarts = 0
         self._config = config
-        self._store = WeightStore(config.bucket_mb << 20, dtype)
+        self._table = WeightTable()
+        self._delivery = make_delivery(config, dtype, torch.device(str(engine_args["device"])), folder)
         self._next_number = 0
         self._failures_in_a_row = 0
-        self.seats = [
-            Seat(WorkerProcess(config.python or sys.executable, engine_args, folder, f"worker-{index}"))
-            for index in range(config.num_workers)
-        ]
+        self.seats = [Seat(worker) for worker in make_workers(config, engine_args, folder)]
         try:
             for seat in self.seats:
                 seat.worker.start()
@@ -74,7 +83,12 @@ class Workers:
     @property
     def has_weights(self) -> bool:
         """False before the first whole load, and after one that broke off."""
-        return self._store.is_whole
+        return self._table.is_whole
+
+    @property
+    def is_released(self) -> bool:
+        """Whether memory is lent to the learner."""
+        return any(seat.is_released for seat in self.seats)
 
     def next_number(self) -> int:
         """Of a message that wants an answer; never given twice."""
@@ -82,18 +96,30 @@ class Workers:
         return self._next_number
 
     def load(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
-        """See `RolloutEngine.load_weights`."""
-        changed = self._store.update(weights)
+        """See `RolloutEngine.load_weights`. Takes back memory that was released."""
         previous, self.policy_version = self.policy_version, policy_version
         try:
-            for seat in self.seats:
-                try:
-                    self._feed(seat, changed if seat.is_checked else self._store.all())
-                except WorkerGoneError as error:
-                    self.revive(seat, str(error))
+            with self._feed(self.seats) as feed:
+                self._resume(feed, ["weights"])
+                self._delivery.push(self._table.checked(weights), self._table, feed, self.seats)
+                self._resume(feed, ["cuda_graph", "kv_cache"])
+            for index, reason in feed.lost.items():
+                self._failures_in_a_row = 0  # of this load; several workers may be lost at once
+                self.revive(self.seats[index], reason)
         except BaseException:
             self.policy_version = previous
             raise
+        for seat in self.seats:
+            seat.is_released = False
+
+    def release_memory(self) -> None:
+        """Lend the workers' GPU memory to the learner until the next load, which must name every weight."""
+        with self._feed(self.seats) as feed:
+            feed.ask("memory", lambda _: {"action": "release", "tags": MEMORY_TAGS})
+            feed.finish()
+        self._table.forget()
+        for seat in self.seats:
+            seat.is_released = True  # one that is lost here is found out, and started again, by the load
 
     def note_success(self) -> None:
         """A worker answered: failures are counted anew."""
@@ -114,14 +140,14 @@ class Workers:
                     f"SGLang workers failed {self._failures_in_a_row} times in a row (rollout.sglang.max_restarts is "
                     f"{self._config.max_restarts}), the last one because it {reason}"
                 )
-            print(f"SGLang worker {seat.worker.log.stem} is started again: it {reason}", file=sys.stderr)
+            print(f"SGLang worker {seat.worker.name} is started again: it {reason}", file=sys.stderr)
             time.sleep(min(self._config.backoff_s * 2 ** (self._failures_in_a_row - 1), MAX_BACKOFF_S))
             self.num_restarts += 1
-            seat.is_checked = False
+            seat.is_checked, seat.is_released, seat.group = False, False, ""
             try:
                 seat.worker.start()
                 seat.worker.wait_ready(self._config.start_timeout_s)
-                self._feed(seat, self._store.all())
+                self._refeed(seat)
                 return lost
             except WorkerGoneError as error:
                 reason = str(error)
@@ -130,26 +156,34 @@ class Workers:
         """End the workers and free the memory."""
         for seat in self.seats:
             seat.worker.stop()
-        self._store.close()
+        self._delivery.close()
 
-    def _feed(self, seat: Seat, batches: Sequence[Batch]) -> None:
-        """Raises WorkerGoneError when the worker must be started again, RuntimeError when it holds other weights."""
-        for index, (bucket, slots) in enumerate(batches):
-            fields = {
-                "id": self.next_number(),
-                "entries": [slot.as_json() for slot in slots],
-                "policy_version": self.policy_version,
-                "is_first": index == 0,
-                "is_last": index == len(batches) - 1,
-                "check": not seat.is_checked,
-            }
-            answer = seat.worker.ask("weights", fields, {"bytes_B": bucket.memory}, self._config.timeout_s)
-            if answer.kind != "loaded":
-                seat.worker.kill()
-                raise WorkerGoneError(f"did not take weights: {answer.fields.get('reason', answer.kind)}")
-            if answer.fields["wrong"]:
-                seat.worker.kill()
-                raise RuntimeError(
-                    "SGLang's model does not hold the weights it was sent: " + "; ".join(answer.fields["wrong"])
-                )
-        seat.is_checked = True
+    def _feed(self, seats: Sequence[Seat]) -> Feed:
+        return Feed(seats, self.next_number, self.policy_version, self._config.timeout_s)
+
+    def _resume(self, feed: Feed, tags: list[str]) -> None:
+        if self.is_released:
+            feed.ask("memory", lambda _: {"action": "resume", "tags": tags})
+            feed.finish()
+
+    def _refeed(self, seat: Seat) -> None:
+        """Raises WorkerGoneError when the worker must be started again, RuntimeError when there are no whole weights
+        or it holds others."""
+        if not self._table.is_whole:
+            raise RuntimeError("the engine has no whole set of weights: load_weights must give every weight first")
+        with self._feed([seat]) as feed:
+            self._delivery.refeed(feed)
+        if feed.lost:
+            raise WorkerGoneError(feed.lost[0])
+
+
+def make_workers(config: SGLangConfig, engine_args: Mapping[str, Any], folder: Path) -> list[WorkerLink]:
+    """Not started yet: children of this process, or those at `config.addresses`, which are then of this rank alone.
+
+    Raises ConfigError when these need a key and there is none.
+    """
+    if config.placement == "disaggregated":
+        key = read_key(config.key_file)
+        return [RemoteWorker(address, key, engine_args) for address in read_addresses(config.addresses)]
+    python = config.python or sys.executable
+    return [WorkerProcess(python, engine_args, folder, f"worker-{index}") for index in range(config.num_workers)]

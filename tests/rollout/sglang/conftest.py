@@ -1,27 +1,40 @@
-"""The interpreter that has SGLang, and one engine per model for the whole folder: a start costs 15 to 30 s of CPU.
+"""The interpreters that have SGLang, and one engine per model for the whole folder: a start costs 15 to 30 s of CPU.
 
-Set VCR1_SGLANG_PYTHON to the interpreter of an environment made by install.sh, or make it at .venv-sglang.
+Set VCR1_SGLANG_PYTHON to the interpreter of an environment made by install.sh, or make it at .venv-sglang. What needs
+one is marked `sglang`.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.rollout.sglang.forked_worker import Forked
 from vcr1_fast.config import ModelConfig
 from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer, model_folder
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.prompts.special_ids import SpecialIds
+from vcr1_fast.rollout import sglang_process, sglang_round
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.types import Example, IntervalTruth, Patches, Prompt
 
+SCRIPTED_WEIGHTS = [("model.language_model.w", torch.ones(3)), ("model.visual.w", torch.ones(300, 300))]
 REPOSITORY = Path(__file__).resolve().parents[3]
 MakePrompt = Callable[..., Prompt]
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if {"sglang_python", "oldest_python"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("sglang")
 
 
 @pytest.fixture(scope="session")
@@ -33,13 +46,42 @@ def sglang_python() -> str:
             f"no interpreter with SGLang at {path}: run tests/rollout/sglang/install.sh .venv-sglang, or set "
             "VCR1_SGLANG_PYTHON"
         )
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the engine's processes: the models are too small to share out
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def oldest_python(sglang_python: str) -> str:
+    """Of the oldest version that is supported; install.sh makes it beside the other."""
+    path = Path(sglang_python).parents[1] / "oldest" / "bin" / "python"
+    if not path.is_file():
+        pytest.skip(f"no SGLang of the oldest version at {path}: run tests/rollout/sglang/install.sh .venv-sglang")
     return str(path)
 
 
 @pytest.fixture(scope="session")
 def settings(sglang_python: str) -> SGLangConfig:
     """Small buckets, so that several are sent."""
-    return SGLangConfig(python=sglang_python, mem_fraction_static=0.1, bucket_mb=1, timeout_s=300, backoff_s=0.1)
+    return settings_for(sglang_python)
+
+
+def settings_for(python: str) -> SGLangConfig:
+    """Small buckets, so that several are sent; long prompts go through the model in several pieces."""
+    return SGLangConfig(
+        python=python,
+        mem_fraction_static=0.1,
+        bucket_mb=1,
+        timeout_s=300,
+        backoff_s=0.1,
+        engine_args={"chunked_prefill_size": 256},
+    )
+
+
+@pytest.fixture
+def oldest_engine(oldest_python: str, random_folder: Path, tiny_tokenizer) -> Iterator[SGLangEngine]:
+    engine = SGLangEngine(random_folder, tiny_tokenizer, settings_for(oldest_python))
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="session")
@@ -90,3 +132,30 @@ def packaged_prompt() -> MakePrompt:
         return Prompt(example, ids, positions, patches)
 
     return make
+
+
+@pytest.fixture
+def start(tmp_path, tiny_tokenizer, monkeypatch):
+    """start(plan, **settings): an engine whose workers' starts behave as planned, with weights."""
+    engines = []
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    monkeypatch.setenv("SCRIPTED_WORKER_FOLDER", str(tmp_path))
+    monkeypatch.setattr(sglang_round, "ABORT_GRACE_S", 0.5)
+    monkeypatch.setattr(sglang_round, "SEND_LIMIT_S", 2.0)
+    forking = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
+    monkeypatch.setattr(sglang_process, "subprocess", forking)
+    settings = {"backoff_s": 0.01, "timeout_s": 30.0, "start_timeout_s": 60.0}
+
+    def begin(plan: list[str], *, has_weights: bool = True, **changes) -> SGLangEngine:
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        engine = SGLangEngine(checkpoint, tiny_tokenizer, SGLangConfig(**{**settings, **changes}))
+        engines.append(engine)
+        if has_weights:
+            engine.load_weights(SCRIPTED_WEIGHTS, 1)
+        return engine
+
+    yield begin
+    for engine in engines:
+        engine.close()

@@ -5,6 +5,7 @@ Prints one JSON object, check -> "" or what is wrong.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import os
@@ -14,7 +15,9 @@ from typing import Any
 
 import torch
 
-from vcr1_fast.rollout import sglang_video, sglang_worker
+from vcr1_fast.rollout import sglang_update, sglang_video
+from vcr1_fast.rollout.sglang_messages import Message
+from vcr1_fast.rollout.sglang_update import CudaHandle, Updater
 
 torch.multiprocessing.set_sharing_strategy("file_system")
 FIELDS = {
@@ -102,40 +105,165 @@ def video_becomes_one_item() -> None:
     assert torch.equal(positions, TENSORS["position_ids_3L"]) and delta.tolist() == [[0]]
 
 
+class RecordingManager:
+    """In the place of the tokenizer manager: takes what `Updater` asks of it, if SGLang's own class has such a method,
+    sends it through SGLang's coder as it would go to the scheduler, and says that all went well."""
+
+    def __init__(self) -> None:
+        from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+        self.calls: list[tuple[str, Any]] = []
+        self._class = TokenizerManager
+
+    def __getattr__(self, name: str) -> Any:
+        from sglang.srt.managers.io_struct import FlushCacheReqOutput, msgpack_decode, msgpack_encode
+
+        method = getattr(self._class, name)  # raises AttributeError for what SGLang does not have
+
+        async def record(*arguments: Any) -> Any:
+            inspect.signature(method).bind(self, *arguments)
+            sent = [msgpack_decode(msgpack_encode(request)) for request in arguments if request is not None]
+            self.calls.append((name, *(sent or [None])))
+            return FlushCacheReqOutput(success=True) if name == "flush_cache" else (True, "")
+
+        return record
+
+    def take(self) -> list[tuple[str, Any]]:
+        calls, self.calls = self.calls, []
+        return calls
+
+
+def _updates(*messages: Message, method: str = "load") -> tuple[list[str], list[Any], Updater]:
+    """Names of the calls that the worker's own code makes for these messages, what it gave, and itself."""
+    manager = RecordingManager()
+    updater = Updater(manager)
+    for message in messages:
+        asyncio.run(getattr(updater, method)(message))
+    calls = manager.take()
+    return [name for name, _ in calls], [request for _, request in calls], updater
+
+
+def _between_sessions(names: list[str]) -> list[str]:
+    """The calls within the one update session, which SGLang has since 0.5.18."""
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    if not hasattr(TokenizerManager, "begin_weight_update"):
+        assert "begin_weight_update" not in names and "end_weight_update" not in names
+        return names
+    assert names[0] == "begin_weight_update" and names[-1] == "end_weight_update" and len(names) == len(set(names)), (
+        names
+    )
+    return names[1:-1]
+
+
+def _weights(**changes: Any) -> dict[str, Any]:
+    entry = {"name": "w", "dtype": "float32", "shape": [3, 4], "start": 16, "stop": 64, "checksum": [0, 0]}
+    one_bucket = {"is_first": True, "is_last": True, "check": False, "policy_version": 3, "entries": [entry]}
+    return {"id": 1, **one_bucket, **changes}
+
+
 def weight_bucket_crosses_the_process_border() -> None:
-    from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
     value = torch.randn(3, 4)
-    entry = {"name": "w", "dtype": "float32", "shape": [3, 4], "start": 16, "stop": 64}
-    flat = torch.cat([torch.zeros(16, dtype=torch.uint8), value.view(-1).view(torch.uint8)])
-    payload = {"flattened_tensor": flat, "metadata": [sglang_worker._metadata(entry)]}
-    raw = MultiprocessingSerializer.serialize(payload)
-    UpdateWeightsFromTensorReqInput(
-        serialized_named_tensors=[raw], load_format="flattened_bucket", flush_cache=True, weight_version="3"
-    )
-    got: Any = MultiprocessingSerializer.deserialize(raw)
+    flat_B = torch.cat([torch.zeros(16, dtype=torch.uint8), value.view(-1).view(torch.uint8)])
+    message = Message("weights", _weights(source="message"), {"bytes_B": flat_B})
+    names, requests, updater = _updates(message)
+    assert _between_sessions(names) == ["update_weights_from_tensor"] and updater.policy_version == 3
+    request = requests[names.index("update_weights_from_tensor")]
+    assert (request.load_format, request.flush_cache, request.weight_version) == ("flattened_bucket", True, "3")
+    got: Any = MultiprocessingSerializer.deserialize(request.serialized_named_tensors[0])
     bucket: Any = FlattenedTensorBucket(flattened_tensor=got["flattened_tensor"], metadata=got["metadata"])
     [(name, back)] = bucket.reconstruct_tensors()
     assert name == "w" and torch.equal(back, value)
 
 
-def update_session() -> None:
-    from sglang.srt.managers import io_struct
+def only_the_last_bucket_sets_the_version() -> None:
+    flat_B = torch.zeros(64, dtype=torch.uint8)
+    first = Message("weights", _weights(source="message", is_last=False), {"bytes_B": flat_B})
+    names, requests, updater = _updates(first)
+    request = requests[names.index("update_weights_from_tensor")]
+    assert (request.flush_cache, request.weight_version, updater.policy_version) == (False, None, -1)
+    assert "end_weight_update" not in names
+
+
+def weights_by_broadcast() -> None:
+    from sglang.srt.managers.io_struct import UpdateWeightsFromDistributedReqInput
+
+    names, requests, _ = _updates(Message("weights", _weights(source="broadcast", group="g"), {}))
+    assert _between_sessions(names) == ["update_weights_from_distributed"]
+    request = requests[names.index("update_weights_from_distributed")]
+    assert isinstance(request, UpdateWeightsFromDistributedReqInput)
+    assert (request.names, request.dtypes, request.shapes, request.group_name) == (["w"], ["float32"], [[3, 4]], "g")
+
+
+def weights_from_disk() -> None:
+    names, [request], updater = _updates(Message("weights", _weights(source="disk", folder="/weights"), {}))
+    assert names == ["update_weights_from_disk"] and updater.policy_version == 3
+    assert (request.model_path, request.load_format, request.weight_version) == ("/weights", "safetensors", "3")
+
+
+def update_group() -> None:
+    fields = {"leaves": "old", "address": "10.0.0.1", "port": 29801, "rank": 1, "size": 2, "name": "g"}
+    names, requests, _ = _updates(Message("group", {"id": 1, "backend": "gloo", **fields}, {}), method="join")
+    assert names == ["destroy_weights_update_group", "init_weights_update_group"]
+    assert requests[0].group_name == "old"
+    joined = requests[1]
+    assert (joined.master_address, joined.master_port, joined.group_name) == ("10.0.0.1", 29801, "g")
+    assert (joined.rank_offset, joined.world_size, joined.backend) == (1, 2, "gloo")
+
+
+def memory_by_tags() -> None:
+    tags = ["weights", "kv_cache", "cuda_graph"]
+    orders = [Message("memory", {"id": 1, "action": action, "tags": tags}, {}) for action in ("release", "resume")]
+    names, requests, _ = _updates(*orders, method="memory")
+    assert names == ["flush_cache", "release_memory_occupation", "resume_memory_occupation"]
+    assert [request.tags for request in requests[1:]] == [sorted(tags)] * 2
+
+
+def cuda_handle_is_rebuilt_by_sglang() -> None:
+    """As far as a machine without a GPU goes: the function exists, is let through, and takes these arguments."""
+    from sglang.srt.utils import patch_torch
+    from torch.multiprocessing import reductions
+
+    handle = {
+        **dict.fromkeys(("storage_handle", "counter_handle", "event_handle"), ""),
+        **dict.fromkeys(("num_bytes", "tensor_offset", "storage_bytes", "storage_offset", "counter_offset"), 0),
+        "device_uuid": "GPU-0",
+        "event_sync": False,
+    }
+    rebuild, arguments = CudaHandle(handle).__reduce__()
+    assert rebuild is patch_torch._rebuild_cuda_tensor_modified
+    bound = inspect.signature(reductions.rebuild_cuda_tensor).bind(*arguments).arguments
+    assert bound["storage_device"] == "GPU-0" and list(bound).index("storage_device") == 6
+
+
+def answers_have_what_is_read() -> None:
+    from sglang.srt.managers import schedule_batch
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-    assert hasattr(TokenizerManager, "update_weights_from_tensor")
-    if hasattr(TokenizerManager, "begin_weight_update"):
-        io_struct.BeginWeightUpdateReqInput()
-        io_struct.EndWeightUpdateReqInput()
-        assert hasattr(TokenizerManager, "end_weight_update")
+    kinds = {
+        "stop": schedule_batch.FINISH_MATCHED_TOKEN(matched=2),
+        "length": schedule_batch.FINISH_LENGTH(length=5),
+        "abort": schedule_batch.FINISH_ABORT("late"),
+    }
+    assert {kind: reason.to_json()["type"] for kind, reason in kinds.items()} == {kind: kind for kind in kinds}
+    source = inspect.getsource(TokenizerManager)
+    for name in (
+        "finish_reason",
+        "weight_version",
+        "cached_tokens",
+        "output_token_logprobs",
+        "output_token_ids_logprobs",
+    ):
+        assert f'"{name}"' in source, f"SGLang's answers have no {name}"
 
 
 def check_loader_is_found() -> None:
     from sglang.srt.utils import dynamic_import
 
-    assert dynamic_import(sglang_worker.CHECK_LOADER).__name__ == "compare"
+    assert dynamic_import(sglang_update.CHECK_LOADER).__name__ == "compare"
 
 
 CHECKS = [
@@ -145,7 +273,13 @@ CHECKS = [
     sampling_parameters,
     video_becomes_one_item,
     weight_bucket_crosses_the_process_border,
-    update_session,
+    only_the_last_bucket_sets_the_version,
+    weights_by_broadcast,
+    weights_from_disk,
+    update_group,
+    memory_by_tags,
+    cuda_handle_is_rebuilt_by_sglang,
+    answers_have_what_is_read,
     check_loader_is_found,
 ]
 

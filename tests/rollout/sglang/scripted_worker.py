@@ -1,4 +1,4 @@
-"""A worker that speaks the messages without SGLang and fails as it is told; run by test_supervision.py.
+"""A worker that speaks the messages without SGLang and fails as told, for test_supervision.py and test_serve.py.
 
 `plan.json` beside the socket's folder says how each start behaves, the last one for all further starts:
     ok          answers at once: two tokens per completion, the policy version and the process id
@@ -12,6 +12,8 @@
     silent      never connects
     wrong       holds other weights than it was sent
     deaf        takes weights and says nothing
+    hold        keeps its first requests until it is interrupted: then each has one finished completion, and of the
+                others the first token
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pathlib import Path
 import torch
 
 from vcr1_fast.rollout.sglang_messages import KEY_VARIABLE, Channel, Message, connect
+from vcr1_fast.rollout.sglang_serving import adopted
 
 LIMITS = {
     "vocabulary_size": 288,
@@ -52,17 +55,22 @@ def main(address: str) -> None:
         sys.exit("this worker was told to crash")
     if how == "silent":
         time.sleep(3600)
-    channel = connect(address, bytes.fromhex(os.environ[KEY_VARIABLE]))
-    channel.receive(60)
+    parent = channel = connect(address, bytes.fromhex(os.environ[KEY_VARIABLE]))
+    if channel.receive(60).kind == "serve":
+        parent.send("waiting", {"sglang": "scripted", "torch": torch.__version__, "gpu": "none"})
+        channel = adopted(parent)
+        channel.receive(60)
     if how == "unusable":
         channel.send("unusable", {"reason": "no such model"})
         return
     channel.send("ready", {"limits": LIMITS, "version": "scripted", "pid": os.getpid()})
     version, num_requests = -1, 0
+    held: list[Message] = []
+    is_holding = how == "hold"
     while True:
         try:
             message = channel.receive()
-        except EOFError:
+        except (EOFError, OSError):
             return
         if message.kind == "close":
             return
@@ -72,6 +80,12 @@ def main(address: str) -> None:
             version = message.fields["policy_version"] if message.fields["is_last"] else -1
             wrong = ["'w' does not stand where it should"] if how == "wrong" and message.fields["check"] else []
             channel.send("loaded", {"id": message.fields["id"], "wrong": wrong})
+        elif message.kind == "interrupt":
+            is_holding = False
+            for request in held:
+                cut_short(channel, request, version)
+        elif message.kind == "generate" and is_holding:
+            held.append(message)
         elif message.kind == "abort" and how == "late":
             channel.send("aborted", {"id": message.fields["id"]})
         elif message.kind == "generate":
@@ -79,6 +93,19 @@ def main(address: str) -> None:
             if how.startswith("die") and num_requests == int(how.split()[1]):
                 os._exit(1)
             answer(channel, message, how, version)
+
+
+def cut_short(channel: Channel, message: Message, version: int) -> None:
+    fields, first = message.fields, int(message.tensors["token_ids_L"][0])
+    count = fields["num_completions"]
+    reply = {
+        "id": fields["id"],
+        "lengths": [2, *[1] * (count - 1)],
+        "policy_versions": [str(version)] * count,
+        "is_cut": [False, *[True] * (count - 1)],
+    }
+    tokens = torch.tensor([first, fields["stop_ids"][0], *[first] * (count - 1)])
+    channel.send("completions", reply, {"token_ids": tokens, "logprobs": torch.full((count + 1,), -0.5)})
 
 
 def answer(channel: Channel, message: Message, how: str, version: int) -> None:
@@ -95,6 +122,7 @@ def answer(channel: Channel, message: Message, how: str, version: int) -> None:
         "id": number,
         "lengths": [2] * count,
         "policy_versions": [str(version)] * count,
+        "is_cut": [False] * count,
         "num_cached_tokens": [0] * count,
     }
     channel.send("completions", reply, {"token_ids": tokens, "logprobs": torch.full((2 * count,), -float(os.getpid()))})

@@ -1,4 +1,4 @@
-"""Every field that goes to SGLang or comes from it, against the classes of the SGLang that is installed."""
+"""Every field that goes to SGLang or comes from it, against the classes of the SGLangs that are installed."""
 
 import json
 import os
@@ -19,18 +19,29 @@ CHECKS = [
     "sampling_parameters",
     "video_becomes_one_item",
     "weight_bucket_crosses_the_process_border",
-    "update_session",
+    "only_the_last_bucket_sets_the_version",
+    "weights_by_broadcast",
+    "weights_from_disk",
+    "update_group",
+    "memory_by_tags",
+    "cuda_handle_is_rebuilt_by_sglang",
+    "answers_have_what_is_read",
     "check_loader_is_found",
 ]
 
+pytestmark = pytest.mark.sglang
 
-@pytest.fixture(scope="module")
-def outcome(sglang_python: str) -> dict[str, str]:
-    arguments = engine_args(SGLangConfig(), Path("/model"), torch.float32, torch.device("cpu"), 0)
+
+@pytest.fixture(scope="module", params=["sglang_python", "oldest_python"])
+def outcome(request: pytest.FixtureRequest) -> dict[str, str]:
+    python = request.getfixturevalue(request.param)
+    config, model = SGLangConfig(release_memory=True), Path("/model")
+    arguments = dict(engine_args(config, model, torch.float32, torch.device("cpu"), 0))
+    arguments |= engine_args(config, model, torch.bfloat16, torch.device("cuda", 1), 0)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(HERE.parents[2]), "ENGINE_ARGS": json.dumps(arguments)}
     done = subprocess.run(
-        [sglang_python, str(HERE / "contract_checks.py")], env=environment, capture_output=True, text=True, timeout=300
+        [python, str(HERE / "contract_checks.py")], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -10,41 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.rollout.sglang.parity import BOUND, difference, disturb, short_and_long
 from vcr1_fast.config import ModelConfig
 from vcr1_fast.learner.model import PolicyModel
-from vcr1_fast.learner.packing import pack
+from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.rollout.local_engine import LocalEngine
-from vcr1_fast.types import RolloutGroup, SamplingParams
+from vcr1_fast.types import SamplingParams
 from vcr1_fast.weight_sync import WeightSync
 
-BOUND = 1e-4  # measured: 2e-6 to 2e-5, both sides in float32
 GROUP_SIZE = 4
-
-
-def difference(policy, prompts, answers, temperature=1.0):
-    """Largest |engine - learner| over all tokens, and how much the log-probs vary at all."""
-    groups = [RolloutGroup(p, tuple(completions), 1) for p, completions in zip(prompts, answers, strict=True)]
-    batch = pack(groups, [[1.0] * len(answers[0])] * len(prompts))
-    with torch.no_grad():
-        logprob_N, _ = policy(batch, temperature)
-    return float((logprob_N - batch.engine_logprob_N).abs().max()), float(batch.engine_logprob_N.std())
-
-
-def short_and_long(make):
-    """8, 24 and 960 video tokens; 0.7 and 0.4 seconds per grid step move the text's positions."""
-    return [
-        make((2, 4, 4), "when does it move", 1.0, 1),
-        make((3, 8, 4), "where", 0.7, 2),
-        make((40, 12, 8), "what", 0.4, 3),
-    ]
-
-
-def disturb(policy, seed):
-    """Every weight changes, the vision tower's too."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in policy.parameters():
-            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
 
 
 def test_packaged_model_agrees_before_and_after_three_updates(packaged_engine, packaged_policy, packaged_prompt):
@@ -63,18 +37,46 @@ def test_packaged_model_agrees_before_and_after_three_updates(packaged_engine, p
     assert before > 100 * BOUND  # the last disturbance was not pushed: a stale engine would be seen
 
 
-def test_random_model_agrees_at_temperatures_top_p_and_group_of_one(random_engine, make_tiny_model, make_prompt):
-    policy = PolicyModel(make_tiny_model(seed=5), ModelConfig(), torch.float32)
+SAMPLINGS = (  # of each update, so that none is like the one before
+    SamplingParams(GROUP_SIZE, 8),
+    SamplingParams(3, 8, temperature=0.7),
+    SamplingParams(1, 8, temperature=1.3, top_p=0.8),
+    SamplingParams(8, 8, temperature=0.6),
+)
+
+
+def test_random_model_agrees_after_each_update_at_temperatures_top_p_and_group_sizes(
+    random_engine, make_tiny_model, make_prompt
+):
     prompts = short_and_long(make_prompt)
-    random_engine.load_weights(policy.hf.state_dict().items(), 7)
-    assert random_engine.policy_version == 7
-    for sampling in (SamplingParams(3, 8, 0.7), SamplingParams(1, 8, 1.3, top_p=0.8)):
+    for update, sampling in enumerate(SAMPLINGS):
+        policy = PolicyModel(make_tiny_model(seed=50 + update), ModelConfig(), torch.float32)  # nothing of it is kept
+        random_engine.load_weights(policy.hf.state_dict().items(), 70 + update)
+        assert random_engine.policy_version == 70 + update
         answers = random_engine.generate(prompts, sampling)
+        assert [len(group) for group in answers] == [sampling.num_completions] * len(prompts)
         worst, spread = difference(policy, prompts, answers, sampling.temperature)
         assert spread > 0.5
         assert worst < BOUND
-    vision = {random_engine.tokenizer.get_vocab()[f"<|{name}|>"] for name in ("video_pad", "vision_start", "image_pad")}
-    assert not vision & {int(i) for group in answers for c in group for i in c.token_ids_R}
+        vision = {random_engine.tokenizer.get_vocab()[f"<|{n}|>"] for n in ("video_pad", "vision_start", "image_pad")}
+        assert not vision & {int(i) for group in answers for c in group for i in c.token_ids_R}
+
+
+def test_one_video_with_several_questions(random_engine, make_tiny_model, make_prompt):
+    """SGLang has the first question's video in its caches when the others come; another video of the same size is not
+    taken for it."""
+    policy = PolicyModel(make_tiny_model(seed=5), ModelConfig(), torch.float32)
+    random_engine.load_weights(policy.hf.state_dict().items(), 80)
+    tokenizer, prompts = random_engine.tokenizer, []
+    for seed, question in ((1, "where"), (1, "when"), (2, "where"), (2, "when")):
+        video = make_prompt((6, 8, 4), "", 0.5, seed)
+        ids = torch.cat([video.token_ids_L, torch.tensor(tokenizer(question)["input_ids"])])
+        positions = mrope_positions(ids, [(6, 8, 4)], [0.5], tokenizer.get_vocab()["<|video_pad|>"], 2)
+        prompts.append(replace(video, token_ids_L=ids, position_ids_3L=positions))
+    for _ in range(2):
+        worst, spread = difference(policy, prompts, random_engine.generate(prompts, SamplingParams(2, 8)))
+        assert spread > 0.5
+        assert worst < BOUND
 
 
 def test_embeddings_of_a_frozen_tower_take_the_place_of_patches(random_engine, make_tiny_model, make_prompt):

@@ -1,6 +1,5 @@
 """Workers that die, hang, fail or lie: the engine around them, with scripted workers in the place of SGLang."""
 
-import json
 import os
 import signal
 import stat
@@ -9,85 +8,17 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import IO
 
 import pytest
 import torch
 
 from tests.rollout.sglang import scripted_worker
-from vcr1_fast.config_learning import SGLangConfig
-from vcr1_fast.rollout import sglang_process, sglang_round
-from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from tests.rollout.sglang.conftest import SCRIPTED_WEIGHTS
+from vcr1_fast.rollout import sglang_process
 from vcr1_fast.rollout.sglang_process import WORKER_MODULE
 from vcr1_fast.types import SamplingParams
 
 SAMPLING = SamplingParams(3, 4)
-WEIGHTS = [("model.language_model.w", torch.ones(3)), ("model.visual.w", torch.ones(300, 300))]
-
-
-class Forked:
-    """`subprocess.Popen` as sglang_process uses it, but forked: a worker is there in 20 ms instead of the 2 s of CPU
-    that importing torch takes."""
-
-    def __init__(self, command: list[str], *, env: dict[str, str], stdout: IO[bytes], **_: object) -> None:
-        self._code: int | None = None
-        self.pid = os.fork()
-        if self.pid:
-            return
-        code = 1
-        try:
-            os.setsid()
-            os.dup2(stdout.fileno(), 2)
-            os.environ.clear()
-            os.environ.update(env)
-            scripted_worker.main(command[-1])
-            code = 0
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
-        finally:
-            os._exit(code)
-
-    def poll(self) -> int | None:
-        if self._code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self._code = os.waitstatus_to_exitcode(status) if pid else None
-        return self._code
-
-    def wait(self, timeout: float = 60.0) -> int:
-        deadline = time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("scripted worker", timeout)
-            time.sleep(0.005)
-        return code
-
-
-@pytest.fixture
-def start(tmp_path, tiny_tokenizer, monkeypatch):
-    """start(plan, **settings): an engine whose workers' starts behave as planned, with weights."""
-    engines = []
-    checkpoint = tmp_path / "checkpoint"
-    checkpoint.mkdir()
-    (checkpoint / "config.json").write_text("{}")
-    monkeypatch.setenv("SCRIPTED_WORKER_FOLDER", str(tmp_path))
-    monkeypatch.setattr(sglang_round, "ABORT_GRACE_S", 0.5)
-    monkeypatch.setattr(sglang_round, "SEND_LIMIT_S", 2.0)
-    forking = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
-    monkeypatch.setattr(sglang_process, "subprocess", forking)
-    settings = {"backoff_s": 0.01, "timeout_s": 30.0, "start_timeout_s": 60.0}
-
-    def begin(plan: list[str], *, has_weights: bool = True, **changes) -> SGLangEngine:
-        (tmp_path / "plan.json").write_text(json.dumps(plan))
-        engine = SGLangEngine(checkpoint, tiny_tokenizer, SGLangConfig(**{**settings, **changes}))
-        engines.append(engine)
-        if has_weights:
-            engine.load_weights(WEIGHTS, 1)
-        return engine
-
-    yield begin
-    for engine in engines:
-        engine.close()
 
 
 @pytest.fixture
@@ -203,7 +134,7 @@ def test_a_start_that_fails_says_why(start, how, words):
 def test_weights_that_did_not_arrive_stop_the_run(start):
     engine = start(["wrong"], has_weights=False)
     with pytest.raises(RuntimeError, match="does not hold the weights"):
-        engine.load_weights(WEIGHTS, 5)
+        engine.load_weights(SCRIPTED_WEIGHTS, 5)
     assert engine.policy_version == 0
 
 

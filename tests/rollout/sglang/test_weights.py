@@ -1,6 +1,7 @@
 """The store of weights, the names they get, and the comparison inside SGLang's process, on modules of its layout."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,14 @@ from safetensors import safe_open
 from torch import nn
 
 from vcr1_fast.rollout import sglang_check
-from vcr1_fast.rollout.sglang_weights import WeightStore, checkpoint_name, checkpoint_weights
+from vcr1_fast.rollout.sglang_weights import (
+    Batch,
+    WeightStore,
+    WeightTable,
+    checkpoint_name,
+    checkpoint_weights,
+    in_batches,
+)
 
 
 def test_names_are_those_of_the_checkpoint(make_tiny_model, tmp_path):
@@ -36,32 +44,53 @@ def weights(seed: int = 0, **shapes: tuple[int, ...]) -> list[tuple[str, torch.T
     return [(name, torch.randn(shape, generator=generator)) for name, shape in shapes.items()]
 
 
-def held(store: WeightStore) -> dict[str, torch.Tensor]:
-    return {
-        slot.name: bucket.memory.bytes_B[slot.start : slot.stop].view(slot.dtype).reshape(slot.shape)
-        for bucket, slots in store.all()
-        for slot in slots
-    }
+def held(batches: list[Batch]) -> dict[str, torch.Tensor]:
+    return {slot.name: slot.of(batch.flat_B).clone() for batch in batches for slot in batch.slots}
+
+
+def assert_without_gaps(batches: list[Batch]) -> None:
+    """SGLang lays a bucket that it gets by broadcast out by itself: one weight after the other, from 0."""
+    for batch in batches:
+        assert [slot.start for slot in batch.slots] == [0, *(slot.stop for slot in batch.slots[:-1])]
+        assert len({slot.dtype for slot in batch.slots}) == 1  # so that each starts at a multiple of its item size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bucket_bytes", [1, 1500, 1 << 20])
 def test_store_gives_back_what_came(bucket_bytes, dtype):
     """One bucket a weight, two or three, one for all."""
-    store, sent = WeightStore(bucket_bytes, dtype), weights()
+    store, sent = WeightStore(bucket_bytes, dtype), [*weights(), ("count", torch.arange(3))]
     changed = store.update(sent)
     assert len(changed) == len(store.all())
-    assert all(torch.equal(held(store)[name], value.to(dtype)) for name, value in sent)
-    assert all(slot.start % slot.dtype.itemsize == 0 for _, slots in store.all() for slot in slots)
+    wanted = {name: value.to(dtype) if value.is_floating_point() else value for name, value in sent}
+    assert all(torch.equal(held(store.all())[name], value) for name, value in wanted.items())
+    assert_without_gaps(store.all())
 
 
 def test_later_updates_name_only_what_changed():
     store = WeightStore(1500, torch.float32)
     store.update(weights())
     changed = store.update([("d", torch.ones(20, 20))])
-    assert [[slot.name for slot in slots] for _, slots in changed] == [["d"]]
-    assert bool((held(store)["d"] == 1).all())
-    assert torch.equal(held(store)["a"], dict(weights())["a"])
+    assert [[slot.name for slot in batch.slots] for batch in changed] == [["d"]]
+    assert bool((held(store.all())["d"] == 1).all())
+    assert torch.equal(held(store.all())["a"], dict(weights())["a"])
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 1500, 1 << 20])
+def test_streamed_buckets_hold_every_weight_once_in_order_and_the_last_one_says_so(bucket_bytes):
+    sent = [*weights(), ("count", torch.arange(3)), ("e", torch.ones(2))]
+    seen: list[tuple[dict[str, torch.Tensor], bool]] = []
+    addresses: list[int] = []
+    for batch, is_last in in_batches(sent, bucket_bytes, torch.bfloat16):
+        seen.append((held([batch]), is_last))
+        assert_without_gaps([batch])
+        addresses.append(batch.flat_B.data_ptr())
+    assert [name for names, _ in seen for name in names] == [name for name, _ in sent]
+    assert [is_last for _, is_last in seen] == [False] * (len(seen) - 1) + [True]
+    assert torch.equal(seen[0][0]["a"], sent[0][1].bfloat16())
+    assert torch.equal(seen[-2][0]["count"], torch.arange(3))
+    assert all(first != second for first, second in pairwise(addresses))  # one is filled while the other is read
+    assert list(in_batches([], bucket_bytes, torch.bfloat16)) == []
 
 
 @pytest.mark.parametrize(
@@ -73,18 +102,52 @@ def test_later_updates_name_only_what_changed():
         ([], "no load may"),
     ],
 )
-def test_after_a_broken_update_everything_must_come_again(second, words):
-    store = WeightStore(1500, torch.float32)
-    store.update(weights())
+def test_after_a_broken_load_everything_must_come_again(second, words):
+    table = WeightTable()
+    assert [name for name, _ in table.checked(weights())] == ["a", "b", "c", "d"]
+    assert table.is_whole
     with pytest.raises(ValueError, match=words):
-        store.update(second)
-    assert not store.is_whole
-    with pytest.raises(RuntimeError, match="no whole set"):
-        store.all()
+        list(table.checked(second))
+    assert not table.is_whole
     with pytest.raises(ValueError, match="3 weights are missing"):
-        store.update([("a", torch.ones(30, 10))])
-    store.update(weights(1))
-    assert torch.equal(held(store)["b"], dict(weights(1))["b"])
+        list(table.checked([("a", torch.ones(30, 10))]))
+    assert len(list(table.checked(weights(1)))) == 4
+    assert table.is_whole
+    list(table.checked(weights()[:1]))  # frozen ones may be left out
+    table.forget()
+    with pytest.raises(ValueError, match="release of memory must name every weight"):
+        list(table.checked(weights()[:1]))
+
+
+def test_a_first_load_that_breaks_off_does_not_say_which_weights_there_are():
+    table = WeightTable()
+    with pytest.raises(ValueError, match="given twice"):
+        list(table.checked([("a", torch.ones(1)), ("a", torch.ones(1))]))
+    assert not table.is_named
+    assert len(list(table.checked(weights()))) == 4
+
+
+def test_checksum_by_hand_and_what_it_sees(monkeypatch):
+    """Bits of 1, 2 and -1 as int32: 0x3F800000, 0x40000000, 0xBF800000 less 2^32."""
+    bits = [0x3F800000, 0x40000000, 0xBF800000 - (1 << 32)]
+    value = torch.tensor([1.0, 2.0, -1.0])
+    assert sglang_check.checksum(value) == [
+        sum(bits) % (1 << 64),
+        sum((i + 1) * b for i, b in enumerate(bits)) % (1 << 64),
+    ]
+    matrix = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = sglang_check.checksum(matrix)
+    wider = torch.zeros(50, 9).bfloat16()
+    wider[:, :7] = matrix
+    monkeypatch.setattr(sglang_check, "_CHUNK", 20)  # in pieces of two rows
+    assert sglang_check.checksum(matrix) == sglang_check.checksum(wider[:, :7]) == whole
+    swapped = matrix.clone()
+    swapped[[3, 30]] = swapped[[30, 3]]
+    assert sglang_check.checksum(swapped)[0] == whole[0]
+    assert sglang_check.checksum(swapped)[1] != whole[1]
+    changed = matrix.clone()
+    changed[17, 3] += 2**-6 * changed[17, 3].abs()
+    assert sglang_check.checksum(changed)[0] != whole[0]
 
 
 class FusedModel(nn.Module):
@@ -130,9 +193,13 @@ def checkpoint_of(model: FusedModel) -> dict[str, torch.Tensor]:
 def compare(model: nn.Module, parts: list[dict[str, torch.Tensor]], folder: Path) -> list[str]:
     wrong: list[str] = []
     for index, part in enumerate(parts):
+        entries = [
+            {"name": name, "dtype": "float32", "shape": list(sent.shape), "checksum": sglang_check.checksum(sent)}
+            for name, sent in part.items()
+        ]
         order = {"path": str(folder / "r.json"), "is_first": index == 0, "is_last": index == len(parts) - 1}
-        note = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
-        sglang_check.compare(model, [*part.items(), ("", note)])
+        note = torch.frombuffer(bytearray(json.dumps(order | {"entries": entries}).encode()), dtype=torch.uint8)
+        sglang_check.compare(model, [("", note)])
         wrong += json.loads((folder / "r.json").read_text())
     return wrong
 

@@ -1,0 +1,41 @@
+"""The engine's log-probs against the learner's, for the tests with the real SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vcr1_fast.learner.model import PolicyModel
+from vcr1_fast.learner.packing import pack
+from vcr1_fast.types import Completion, Prompt, RolloutGroup
+
+BOUND = 1e-4  # measured: 2e-6 to 2e-5, both sides in float32
+
+
+def difference(
+    policy: PolicyModel, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]], temperature: float = 1.0
+) -> tuple[float, float]:
+    """Largest |engine - learner| over all tokens, and how much the log-probs vary at all, both in nats."""
+    groups = [RolloutGroup(p, tuple(completions), 1) for p, completions in zip(prompts, answers, strict=True)]
+    batch = pack(groups, [[1.0] * len(answers[0])] * len(prompts))
+    with torch.no_grad():
+        logprob_N, _ = policy(batch, temperature)
+    return float((logprob_N - batch.engine_logprob_N).abs().max()), float(batch.engine_logprob_N.std())
+
+
+def short_and_long(make: Callable[..., Prompt]) -> list[Prompt]:
+    """8, 24 and 960 video tokens; 0.7 and 0.4 seconds per grid step move the text's positions."""
+    return [
+        make((2, 4, 4), "when does it move", 1.0, 1),
+        make((3, 8, 4), "where", 0.7, 2),
+        make((40, 12, 8), "what", 0.4, 3),
+    ]
+
+
+def disturb(policy: PolicyModel, seed: int) -> None:
+    """Every weight changes, the vision tower's too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))

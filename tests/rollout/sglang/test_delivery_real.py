@@ -1,0 +1,102 @@
+"""Each way that weights reach the real SGLang engine: log-prob parity before and after, frozen parts, a killed worker.
+
+The ways are put into one engine that other tests use, too: what differs lies in the messages.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.rollout.sglang.test_real_engine import BOUND, difference, disturb, short_and_long
+from vcr1_fast.config import ModelConfig
+from vcr1_fast.learner.model import PolicyModel
+from vcr1_fast.rollout.sglang_delivery import make_delivery
+from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.rollout.sglang_weights import WeightTable
+from vcr1_fast.types import SamplingParams
+from vcr1_fast.weight_sync import WeightSync
+
+
+@contextlib.contextmanager
+def delivering(engine: SGLangEngine, way: str, folder) -> Iterator[None]:
+    """The engine as if it had been made with `rollout.sglang.weights` and had no weights yet."""
+    workers = engine._workers
+    kept = workers._delivery, workers._table
+    config = replace(engine.config, weights=way)
+    workers._delivery = make_delivery(config, torch.float32, torch.device("cpu"), folder)
+    workers._table = WeightTable()
+    for seat in workers.seats:
+        seat.is_checked = False
+    try:
+        yield
+    finally:
+        workers._delivery.close()
+        workers._delivery, workers._table = kept
+        for seat in workers.seats:
+            seat.is_checked = False
+
+
+@pytest.fixture
+def policy(make_tiny_model) -> PolicyModel:
+    return PolicyModel(make_tiny_model(seed=21), ModelConfig(), torch.float32)
+
+
+def worst(engine, policy, make_prompt) -> float:
+    prompts = short_and_long(make_prompt)[:2]
+    largest, spread = difference(policy, prompts, engine.generate(prompts, SamplingParams(2, 8)))
+    assert spread > 0.5  # agreement means something
+    return largest
+
+
+@pytest.mark.parametrize("way", ["broadcast", "disk"])
+def test_parity_before_and_after_updates_without_the_frozen_tower(random_engine, policy, make_prompt, way, tmp_path):
+    policy.hf.model.visual.requires_grad_(False)
+    with delivering(random_engine, way, tmp_path):
+        sync = WeightSync(policy, random_engine)
+        first = sync.push()  # every checksum is compared inside SGLang
+        assert worst(random_engine, policy, make_prompt) < BOUND
+        with torch.no_grad():
+            for weight in policy.parameters():
+                if weight.requires_grad:
+                    weight.mul_(1.1)
+        assert worst(random_engine, policy, make_prompt) > 10 * BOUND  # not pushed yet
+        assert sync.push().num_bytes < first.num_bytes
+        assert worst(random_engine, policy, make_prompt) < BOUND
+        assert random_engine.policy_version == 2
+
+
+def test_a_killed_worker_gets_its_weights_and_joins_a_new_group(random_engine, policy, make_prompt, tmp_path):
+    with delivering(random_engine, "broadcast", tmp_path):
+        sync = WeightSync(policy, random_engine)
+        sync.push()
+        (seat,), restarts = random_engine._workers.seats, random_engine.num_restarts
+        group = seat.group
+        os.kill(seat.worker.pid, signal.SIGKILL)
+        assert worst(random_engine, policy, make_prompt) < BOUND  # from the copy in host memory
+        assert (random_engine.num_restarts, seat.group) == (restarts + 1, "")
+        disturb(policy, 1)
+        sync.push()
+        assert worst(random_engine, policy, make_prompt) < BOUND
+        assert seat.group and seat.group != group
+
+
+def test_released_memory_comes_back_with_the_next_whole_load(random_engine, policy, make_prompt, monkeypatch):
+    """On a CPU SGLang releases nothing, but takes the calls in the right order only: it fails for a tag that it has."""
+    monkeypatch.setattr(random_engine, "config", replace(random_engine.config, release_memory=True))
+    sync = WeightSync(policy, random_engine, skips_frozen=False)
+    policy.hf.model.visual.requires_grad_(False)
+    sync.push()
+    for _ in range(2):
+        random_engine.release_memory()
+        with pytest.raises(RuntimeError, match="memory is released"):
+            random_engine.generate([make_prompt((2, 4, 4), "when")], SamplingParams(1, 2))
+        with pytest.raises(ValueError, match="must name every weight"):
+            random_engine.load_weights([("lm_head.weight", policy.hf.lm_head.weight)], 9)
+        disturb(policy, 2)
+        sync.push()
+        assert worst(random_engine, policy, make_prompt) < BOUND

@@ -1,0 +1,92 @@
+"""Answers that are cut short for new weights and gone on with: the requests, and a scripted worker that holds back."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+
+from vcr1_fast.rollout.engine import NOT_BEGUN
+from vcr1_fast.rollout.sglang_engine import open_requests
+from vcr1_fast.types import Completion, SamplingParams
+
+SAMPLING = SamplingParams(3, 4)
+
+
+def completion(num_tokens: int, reason: str) -> Completion:
+    ids = torch.arange(10, 10 + num_tokens)
+    return Completion(ids, torch.full((num_tokens,), -0.25), reason)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_has_no_token_is_asked_together_and_the_rest_one_by_one(make_prompt):
+    prompts = [make_prompt((1, 2, 2), text) for text in ("a", "b", "c")]
+    answers = [
+        [NOT_BEGUN, completion(2, "aborted"), NOT_BEGUN],
+        [completion(2, "stop"), completion(4, "length"), completion(1, "stop")],
+        [NOT_BEGUN] * 3,
+    ]
+    requests, places = open_requests(prompts, answers)
+    assert [(r.prompt, r.num_completions, r.begun) for r in requests] == [
+        (prompts[0], 2, None),
+        (prompts[0], 1, answers[0][1]),
+        (prompts[2], 3, None),
+    ]
+    assert places == [(0, [0, 2]), (0, [1]), (2, [0, 1, 2])]
+    assert [r.index for r in requests] == [0, 1, 2]
+
+
+def test_a_begun_completion_is_sent_behind_its_prompt(start, make_prompt):
+    """Its tokens take the positions after the prompt's, the same on all three axes, and count against the limit."""
+    engine, prompt = start(["ok"]), make_prompt((2, 4, 4), "what?")
+    begun = completion(3, "aborted")
+    [request], _ = open_requests([prompt], [[begun]])
+    fields, tensors = engine._request(7, request, SAMPLING)
+    length = prompt.token_ids_L.numel()
+    assert (fields["num_completions"], fields["max_new_tokens"]) == (1, 1)
+    assert tensors["token_ids_L"].tolist() == [*prompt.token_ids_L.tolist(), 10, 11, 12]
+    assert torch.equal(tensors["position_ids_3L"][:, :length], prompt.position_ids_3L)
+    first = int(prompt.position_ids_3L.max()) + 1
+    assert tensors["position_ids_3L"][:, length:].tolist() == [[first, first + 1, first + 2]] * 3
+
+
+def test_an_interrupted_call_is_gone_on_with_by_the_new_weights(start, make_prompt):
+    engine = start(["hold"], max_inflight=2)
+    prompts = [make_prompt((1, 2, 2), f"{letter} is here") for letter in "abc"]
+    got: list[list[list[Completion]]] = []
+    thread = threading.Thread(target=lambda: got.append(engine.generate(prompts, SAMPLING)))
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not engine._workers.seats[0].requests:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)  # the worker takes two requests and not the third
+    engine.interrupt()
+    thread.join(10)
+    [begun] = got
+    assert [[(c.num_tokens, c.finish_reason) for c in group] for group in begun] == [
+        [(2, "stop"), (1, "aborted"), (1, "aborted")],
+        [(2, "stop"), (1, "aborted"), (1, "aborted")],
+        [(0, "aborted")] * 3,
+    ]
+    engine.load_weights([("model.visual.w", torch.zeros(300, 300))], 2)
+    whole = engine.generate(prompts, SAMPLING, begun)
+    assert [[(c.num_tokens, c.finish_reason) for c in group] for group in whole] == [
+        [(2, "stop"), (3, "stop"), (3, "stop")],
+        [(2, "stop"), (3, "stop"), (3, "stop")],
+        [(2, "stop")] * 3,
+    ]
+    first = [int(p.token_ids_L[0]) for p in prompts]
+    for group, before, token in zip(whole, begun, first, strict=True):
+        for row, part in zip(group, before, strict=True):
+            assert row.token_ids_R[: part.num_tokens].tolist() == part.token_ids_R.tolist()
+            assert row.logprobs_R[: part.num_tokens].tolist() == part.logprobs_R.tolist()
+            assert int(row.token_ids_R[-2]) == token
+    assert torch.equal(whole[0][0].token_ids_R, begun[0][0].token_ids_R)  # what was finished is not asked again
+
+
+def test_interrupting_what_does_not_run_does_nothing(start, make_prompt):
+    engine = start(["ok"])
+    engine.interrupt()
+    [group] = engine.generate([make_prompt((1, 2, 2), "a")], SAMPLING)
+    assert [c.finish_reason for c in group] == ["stop"] * 3

@@ -1,0 +1,26 @@
+"""The oldest SGLang that is supported: it has no update sessions, and other classes inside."""
+
+from pathlib import Path
+
+import torch
+
+from tests.rollout.sglang.parity import BOUND, difference, disturb, short_and_long
+from vcr1_fast.config import ModelConfig
+from vcr1_fast.learner.model import PolicyModel
+from vcr1_fast.types import SamplingParams
+from vcr1_fast.weight_sync import WeightSync
+
+PINS = Path(__file__).with_name("constraints-oldest.txt").read_text().split()
+
+
+def test_oldest_version_agrees_before_and_after_an_update(oldest_engine, make_tiny_model, make_prompt):
+    version = oldest_engine._workers.seats[0].worker.version
+    assert f"sglang=={version}" in PINS  # not the newer one that stands behind it on the path
+    policy = PolicyModel(make_tiny_model(seed=31), ModelConfig(), torch.float32)
+    prompts, sync = short_and_long(make_prompt), WeightSync(policy, oldest_engine)
+    for update in range(2):
+        assert sync.push().policy_version == update + 1  # the first one is read back and compared
+        worst, spread = difference(policy, prompts, oldest_engine.generate(prompts, SamplingParams(4, 12)))
+        assert spread > 0.5
+        assert worst < BOUND
+        disturb(policy, update)

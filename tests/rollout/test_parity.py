@@ -1,0 +1,76 @@
+"""The comparison of engine and learner before the first step: passes where they agree, fails with the numbers."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_policy import run_ranks
+from vcr1_fast.config import Config, ModelConfig, RolloutConfig
+from vcr1_fast.learner.model import PolicyModel
+from vcr1_fast.learner.sharding import World
+from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.rollout.parity import MAX_NEW_TOKENS, NUM_COMPLETIONS, ParityError, check_parity, warn_of_gap
+from vcr1_fast.weight_sync import WeightSync
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture
+def pair(make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model(seed=4)
+    policy = PolicyModel(copy.deepcopy(model), ModelConfig(), torch.float32)
+    engine = LocalEngine(model, tiny_tokenizer)
+    WeightSync(policy, engine).push()
+    return engine, policy
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_passes_where_both_compute_the_same(pair, make_prompt, temperature):
+    engine, policy = pair
+    config = RolloutConfig(temperature=temperature)
+    report = check_parity(engine, policy, make_prompt((2, 4, 4), "when"), config, torch.float32, ALONE)
+    assert 0 < report.mean_gap < 1e-5 < report.max_mean_gap == 1e-3
+    assert report.mean_gap <= report.max_gap < 1e-4
+    assert NUM_COMPLETIONS <= report.num_tokens <= NUM_COMPLETIONS * MAX_NEW_TOKENS
+    assert f"{report.mean_gap:.1e} nats" in str(report)
+
+
+@pytest.mark.parametrize("name", ["model.visual.patch_embed.proj.weight", "model.language_model.norm.weight"])
+def test_one_wrong_weight_fails_with_the_numbers(pair, make_prompt, name):
+    engine, policy = pair
+    with torch.no_grad():
+        engine.model.get_parameter(name).mul_(1.5)
+    with pytest.raises(ParityError, match=r"differ by \d\.\de[+-]\d\d nats .* policy version 1: .*max_logprob_gap"):
+        check_parity(engine, policy, make_prompt((2, 4, 4), "when"), RolloutConfig(), torch.float32, ALONE)
+
+
+def test_the_bound_is_the_settings_or_follows_the_precision(pair, make_prompt):
+    """An error of rounding passes in bfloat16, not in float32; NaN never does."""
+    engine, policy = pair
+    prompt = make_prompt((2, 4, 4), "when")
+    with torch.no_grad():
+        engine.model.get_parameter("model.language_model.norm.weight").mul_(1.01)
+    report = check_parity(engine, policy, prompt, RolloutConfig(), torch.bfloat16, ALONE)
+    assert 1e-3 < report.mean_gap < report.max_mean_gap == 0.1
+    with pytest.raises(ParityError):
+        check_parity(engine, policy, prompt, RolloutConfig(), torch.float32, ALONE)
+    check_parity(engine, policy, prompt, RolloutConfig(max_logprob_gap=0.05), torch.float32, ALONE)
+    with torch.no_grad():
+        policy.hf.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ParityError, match="nan"):
+        check_parity(engine, policy, prompt, RolloutConfig(max_logprob_gap=1e9), torch.float32, ALONE)
+
+
+def test_two_ranks_fail_together_when_one_engine_is_wrong():
+    run_ranks(Path(__file__).with_name("parity_ranks.py"))
+
+
+def test_a_gap_in_the_middle_of_a_run_is_told(capsys):
+    metrics = {"sampling/sampling_logp_difference/mean": 0.02}
+    warn_of_gap(7, metrics, Config(), torch.float32)
+    assert "step 7: the engine's log-probs are 2.0e-02 nats from the learner's" in capsys.readouterr().err
+    warn_of_gap(7, metrics, Config(), torch.bfloat16)
+    warn_of_gap(7, metrics, Config(rollout=RolloutConfig(max_policy_lag=1)), torch.float32)  # other weights drew
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,269 @@
+"""Which prompts are drawn when and by which weights: the queue of rollouts, with an engine that holds answers back."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from vcr1_fast.config import Config, ConfigError, RolloutConfig, TaskConfig, TrainConfig
+from vcr1_fast.learner.sharding import SINGLE_PROCESS
+from vcr1_fast.rollout.collect import Collector
+from vcr1_fast.rollout.queue import RolloutQueue
+from vcr1_fast.tasks import make_tasks
+from vcr1_fast.types import Completion, Example, IntervalTruth, Prompt, SamplingParams
+
+GOOD, BAD = "<think>x</think><answer>2.00 to 4.00</answer>", "no idea"
+NUM_TOKENS = 4
+
+
+class HeldEngine:
+    """Draws a token of all answers each time `release` is called, or at once when it does not hold. A token's id is its
+    place, its log-prob minus the policy version that drew it."""
+
+    def __init__(self, *, holds: bool) -> None:
+        self.policy_version = 1
+        self.calls: list[tuple[list[str], int, int]] = []  # ids of the prompts, seed, policy version
+        self.running = threading.Event()
+        self._tokens = threading.Semaphore(0)
+        self._holds = holds
+        self._stop = threading.Event()
+        self._entered = threading.Lock()
+
+    def release(self, num_tokens: int) -> None:
+        for _ in range(num_tokens):
+            self._tokens.release()
+
+    def interrupt(self) -> None:
+        self._stop.set()
+
+    def metrics(self) -> dict[str, float]:
+        return {"engine/restarts": 0.0}
+
+    def generate(self, prompts, sampling, begun=None):
+        assert self._entered.acquire(blocking=False), "two calls at the same time"
+        self._stop.clear()
+        self.running.set()
+        self.calls.append(([p.example.id for p in prompts], sampling.seed, self.policy_version))
+        before = list(begun[0][0].logprobs_R) if begun else []
+        logprobs = list(before)
+        while len(logprobs) < NUM_TOKENS and not self._stop.is_set():
+            if not self._holds or self._tokens.acquire(timeout=0.01):
+                logprobs.append(torch.tensor(-float(self.policy_version)))
+        self.running.clear()
+        self._entered.release()
+        whole = len(logprobs) == NUM_TOKENS
+        row = (torch.arange(len(logprobs)), torch.tensor(logprobs), "stop" if whole else "aborted")
+        return [[Completion(*row, text) for text in (GOOD, BAD)] for _ in prompts]
+
+
+class Stream:
+    """Prompts a0, a1, ... as PromptStream hands them out."""
+
+    def __init__(self, make_prompt: Callable[..., Prompt]) -> None:
+        self.position = 0
+        self._make = make_prompt
+
+    def next(self, count: int) -> list[Prompt]:
+        names = [f"a{i}" for i in range(self.position, self.position + count)]
+        self.position += count
+        truth = IntervalTruth(((2.0, 4.0),))
+        return [
+            dataclasses.replace(
+                self._make((1, 4, 4), "text"), example=Example(n, "temporal_grounding", f"{n}.mp4", "q", 8.0, truth)
+            )
+            for n in names
+        ]
+
+
+Open = Callable[..., tuple[RolloutQueue, HeldEngine, Stream]]
+
+
+@pytest.fixture
+def open_queue(make_prompt) -> Iterator[Open]:
+    opened: list[tuple[RolloutQueue, HeldEngine]] = []
+
+    def make(lag: int, *, holds: bool = False, num_steps: int = 9, **rollout):
+        engine, stream = HeldEngine(holds=holds), Stream(make_prompt)
+        config = Config(
+            rollout=RolloutConfig(group_size=2, max_policy_lag=lag, **rollout),
+            train=TrainConfig(num_steps=num_steps, prompts_per_step=2),
+        )
+        tasks = make_tasks(TaskConfig())
+        collector = Collector(tasks, config, SINGLE_PROCESS, lambda _: torch.zeros(0), lambda _: None)
+        texts = {tuple(range(NUM_TOKENS)): GOOD}
+        queue = RolloutQueue(
+            engine,  # pyright: ignore[reportArgumentType]
+            collector,
+            stream,  # pyright: ignore[reportArgumentType]
+            lambda step: SamplingParams(2, NUM_TOKENS, seed=100 * step),
+            lambda ids: [texts.get(tuple(row), "cut") for row in ids],
+        )
+        opened.append((queue, engine))
+        return queue, engine, stream
+
+    yield make
+    for queue, engine in opened:
+        engine.release(1000)
+        queue.close()
+
+
+def ids_of(groups) -> list[str]:
+    return [group.prompt.example.id for group in groups]
+
+
+def run_steps(queue: RolloutQueue, engine: HeldEngine, num_steps: int) -> list[tuple[list[str], int, int]]:
+    """(ids, version that drew them, version of the learner) of each step of a run like the training loop's."""
+    seen = []
+    for step in range(1, num_steps + 1):
+        queue.fill(step)
+        groups = queue.take(step)
+        seen.append((ids_of(groups), groups[0].policy_version, engine.policy_version))
+        with queue.paused():
+            engine.policy_version += 1
+    return seen
+
+
+def test_without_lag_the_newest_weights_draw_and_nothing_is_ahead(open_queue: Open):
+    queue, engine, stream = open_queue(0)
+    queue.fill(1)
+    assert (stream.position, engine.calls) == (2, [])  # drawn when they are wanted, in the caller's thread
+    assert [(drew, now) for _, drew, now in run_steps(queue, engine, 3)] == [(1, 1), (2, 2), (3, 3)]
+    assert [seed for _, seed, _ in engine.calls] == [100, 200, 300]
+    assert queue.pending() == {"pending": [], "answers": {}}
+    assert queue.metrics() == {"engine/restarts": 0.0}
+
+
+def test_with_lag_1_each_step_is_drawn_by_the_weights_before(open_queue: Open):
+    queue, engine, stream = open_queue(1, num_steps=4)
+    seen = run_steps(queue, engine, 4)
+    assert [ids for ids, _, _ in seen] == [["a0", "a1"], ["a2", "a3"], ["a4", "a5"], ["a6", "a7"]]
+    assert [(drew, now) for _, drew, now in seen] == [(1, 1), (1, 2), (2, 3), (3, 4)]
+    assert stream.position == 8  # nothing is read ahead of the last step
+    assert queue.metrics()["sampling/policy_lag/max"] == queue.metrics()["sampling/policy_lag/mean"] == 1.0
+
+
+@pytest.mark.parametrize("lag", [2, 3])
+def test_no_answer_is_older_than_the_lag(open_queue: Open, lag):
+    queue, engine, _ = open_queue(lag)
+    seen = run_steps(queue, engine, 9)
+    assert all(now - drew <= lag for _, drew, now in seen)
+    assert max(now - drew for _, drew, now in seen) >= 1
+
+
+def test_the_next_step_is_drawn_while_the_learner_works(open_queue: Open):
+    queue, engine, _ = open_queue(1, holds=True)
+    queue.fill(1)
+    engine.release(NUM_TOKENS)
+    queue.take(1)
+    assert engine.running.wait(5)  # of step 2, while the caller does something else
+    assert engine.calls[-1][0] == ["a2", "a3"]
+
+
+def test_weights_wait_for_what_is_being_drawn(open_queue: Open):
+    queue, engine, _ = open_queue(1, holds=True)
+    queue.fill(1)
+    engine.release(NUM_TOKENS)
+    queue.take(1)
+    assert engine.running.wait(5)
+    threading.Timer(0.3, engine.release, (NUM_TOKENS,)).start()
+    began = time.monotonic()
+    with queue.paused():
+        assert time.monotonic() - began > 0.25 and not engine.running.is_set()
+        engine.policy_version = 2
+    queue.fill(2)
+    [group, _] = queue.take(2)
+    assert group.completions[0].logprobs_R.tolist() == [-1.0] * NUM_TOKENS
+
+
+def test_interrupted_answers_go_on_with_the_new_weights(open_queue: Open):
+    queue, engine, _ = open_queue(1, holds=True, interrupt=True)
+    queue.fill(1)
+    engine.release(NUM_TOKENS)
+    queue.take(1)
+    assert engine.running.wait(5)
+    engine.release(1)
+    while len(engine.calls) < 2 or engine._tokens._value:
+        time.sleep(0.01)
+    with queue.paused():
+        assert not engine.running.is_set()
+        engine.policy_version = 2
+    engine.release(NUM_TOKENS)
+    queue.fill(2)
+    [group, _] = queue.take(2)
+    assert group.completions[0].logprobs_R.tolist() == [-1.0, -2.0, -2.0, -2.0]
+    assert group.policy_version == 1  # of the oldest token
+    assert group.completions[0].finish_reason == "stop"
+    assert [version for _, _, version in engine.calls[:3]] == [1, 1, 2]
+
+
+def test_what_drawing_raises_comes_out_of_take(open_queue: Open, monkeypatch):
+    queue, engine, _ = open_queue(1)
+
+    def broken(*_):
+        raise RuntimeError("the engine is gone")
+
+    monkeypatch.setattr(engine, "generate", broken)
+    queue.fill(1)
+    with pytest.raises(RuntimeError, match="the engine is gone"):
+        queue.take(1)
+
+
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_a_restored_queue_asks_only_for_what_was_not_drawn(open_queue: Open, interrupt):
+    queue, engine, stream = open_queue(1, holds=True, interrupt=interrupt)
+    queue.fill(1)
+    engine.release(NUM_TOKENS)
+    queue.take(1)
+    assert engine.running.wait(5)
+    engine.release(2 if interrupt else NUM_TOKENS)
+    while engine._tokens._value:
+        time.sleep(0.01)
+    with queue.paused():
+        steps, answers = queue.pending().values()
+    assert steps == [{"step": 2, "position": 2, "count": 2}]
+    again, other, others_stream = open_queue(1, holds=False)
+    others_stream.position = stream.position
+    other.policy_version = 5
+    again.restore(steps, answers)
+    assert others_stream.position == stream.position == 4
+    again.fill(2)  # step 3 is new
+    if not interrupt:
+        other.policy_version = 2
+    with again.paused():
+        pass
+    other.policy_version = 2 if not interrupt else 1
+    groups = again.take(2)
+    assert ids_of(groups) == ["a2", "a3"]
+    assert groups[0].policy_version == 1
+    want = [-1.0, -1.0, -5.0, -5.0] if interrupt else [-1.0] * NUM_TOKENS
+    assert groups[0].completions[0].logprobs_R.tolist() == want
+    asked = [ids for ids, _, _ in other.calls]
+    assert asked[0] == (["a2", "a3"] if interrupt else ["a4", "a5"])
+
+
+def test_further_prompts_for_groups_without_a_signal_come_before_later_steps(open_queue: Open, monkeypatch):
+    queue, _, stream = open_queue(1, max_resample_rounds=1)
+    monkeypatch.setattr(queue._collector.tasks["temporal_grounding"], "score", _flat_below("a4"))
+    queue.fill(1)
+    groups = queue.take(1)
+    assert ids_of(groups) == ["a4", "a5"]  # a0 and a1 taught nothing; a2 and a3 are of step 2
+    assert stream.position == 6
+    queue.fill(2)
+    assert ids_of(queue.take(2))[0] >= "a6"
+
+
+def _flat_below(first: str):
+    def score(examples, answers):
+        return {"iou": [float(a == GOOD) if e.id >= first else 0.0 for e, a in zip(examples, answers, strict=True)]}
+
+    return score
+
+
+def test_interrupting_without_a_lag_is_refused():
+    with pytest.raises(ConfigError, match=r"rollout\.interrupt is true and rollout\.max_policy_lag is 0"):
+        RolloutConfig(interrupt=True)

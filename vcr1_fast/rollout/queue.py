@@ -1,0 +1,157 @@
+"""Which prompts are answered when: up to `rollout.max_policy_lag` steps ahead of the learner, in the order of the data.
+
+    for step s:   fill(s)         the prompts of steps s .. s + lag are in the queue
+                  take(s)         waits for the answers of step s
+                  (update)        meanwhile those of later steps are drawn
+                  with paused():  the engine is free: new weights, evaluation
+
+The answers of step s + lag are begun after the update of step s - 1 at the earliest, so that no answer is older than
+`lag` updates when it is learned from. With lag 0 this is the synchronous loop: everything happens in the caller's
+thread, in `take`. With lag k answers are drawn in a thread of its own, one step after the other.
+
+New weights wait for the step that is being drawn, or, with `rollout.interrupt`, cut it short: its answers are gone on
+with afterwards, by the new weights, each token with the log-prob of those that drew it. A checkpoint keeps what is
+drawn ahead: a resumed run with lag 1, and without interruptions, is the same bit for bit where the engine is.
+
+All ranks call the same methods in the same order. Collectives happen in the caller's thread alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vcr1_fast.learner.sharding import all_max_int, all_reduce_sum
+from vcr1_fast.prompts.stream import PromptStream
+from vcr1_fast.rollout.collect import Collector, Drawn
+from vcr1_fast.rollout.drawing import Call, Decode, Drawing, Turns
+from vcr1_fast.rollout.engine import RolloutEngine
+from vcr1_fast.types import Prompt, RolloutGroup, SamplingParams
+
+
+@dataclass
+class _Step:
+    """The prompts of one step and what was drawn for them."""
+
+    number: int
+    position: int  # of the stream before its prompts
+    count: int  # of items taken from it, over all ranks
+    prompts: list[Prompt]
+    sampling: SamplingParams
+    drawing: Drawing
+
+
+class RolloutQueue:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        collector: Collector,
+        prompts: PromptStream,
+        sampling_of: Callable[[int], SamplingParams],
+        decode: Decode,
+    ) -> None:
+        """`sampling_of(step)`: how the step's answers are drawn, with a seed of its own. `decode`: the tokenizer's, for
+        answers that a checkpoint kept."""
+        self._collector, self._prompts = collector, prompts
+        self._engine, self._sampling_of, self._decode = engine, sampling_of, decode
+        self._train, rollout = collector.config.train, collector.config.rollout
+        self._lag = rollout.max_policy_lag
+        self._interrupts = rollout.interrupt
+        self._turns = Turns(engine, is_threaded=self._lag > 0, interrupts=rollout.interrupt)
+        self._steps: list[_Step] = []  # in the order of their numbers
+        self._metrics: dict[str, float] = {}
+
+    def fill(self, step: int) -> None:
+        """Take the prompts of all steps up to `step` + lag, but none beyond the last, and begin to answer them."""
+        last = min(step + self._lag, self._train.num_steps)
+        for number in range(self._steps[-1].number + 1 if self._steps else step, last + 1):
+            self._begin(number, self._train.prompts_per_step, calls=())
+
+    def take(self, step: int) -> list[RolloutGroup]:
+        """This rank's groups of one step, once they are there. Raises what drawing them raised."""
+        assert self._steps and self._steps[0].number == step, "fill(step) first; steps are taken in order"
+        taken = self._steps.pop(0)
+        drawn = taken.drawing.result()
+        groups = self._collector.complete(drawn, taken.sampling, self._prompts.next, self._draw_now)
+        self._measure(groups, taken.drawing.duration_s)
+        return groups
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block nothing is drawn, so that weights may change and others may ask the engine.
+
+        Without `rollout.interrupt` the answers of the next step are waited for, too: the caller needs them next, and
+        drawn by the old weights in any case they make a run with lag 1 the same each time.
+        """
+        if self._steps and not self._interrupts:
+            self._steps[0].drawing.wait()
+        with self._turns.paused():
+            yield
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last `take`: those of the engine and, with a lag, sampling/policy_lag/mean and /max: updates between
+        drawing and learning, over the groups of all ranks; time/draw_s: how long drawing took on this rank, beside or
+        before the learner's work. What the learner waited for is the span around `take`."""
+        return self._metrics
+
+    def close(self) -> None:
+        """End the thread; what is being drawn is cut short."""
+        self._turns.close()
+
+    def pending(self) -> dict[str, Any]:
+        """What a checkpoint must keep: {"pending": steps that wait in the queue, the same on all ranks, "answers": this
+        rank's tensors, its answers to them as far as they are drawn}."""
+        steps = [{"step": s.number, "position": s.position, "count": s.count} for s in self._steps]
+        answers: dict[str, Tensor] = {}
+        for step in self._steps:
+            for index, call in enumerate(step.drawing.calls):
+                answers |= {f"{step.number}.{index}.{name}": value for name, value in call.as_tensors().items()}
+        return {"pending": steps, "answers": answers}
+
+    def restore(self, steps: Sequence[Mapping[str, int]], answers: Mapping[str, Tensor]) -> None:
+        """Go on with what `pending` gave. A collective. Answers that are not there, or do not fit the prompts because a
+        video cannot be read any more, are drawn anew."""
+        position = self._prompts.position
+        for step in steps:
+            self._prompts.position = step["position"]
+            calls: list[Call] = []
+            while f"{step['step']}.{len(calls)}.lengths" in answers:
+                prefix = f"{step['step']}.{len(calls)}."
+                parts = {name.removeprefix(prefix): value for name, value in answers.items() if name.startswith(prefix)}
+                calls.append(Call.of_tensors(parts, self._decode))
+            self._begin(step["step"], step["count"], calls)
+        self._prompts.position = position
+
+    def _begin(self, number: int, count: int, calls: Sequence[Call]) -> None:
+        position = self._prompts.position
+        prompts = self._prompts.next(count)
+        sampling = self._sampling_of(number)
+        drawing = self._turns.begin(number, lambda engine: self._collector.draw(engine, prompts, sampling), calls)
+        self._steps.append(_Step(number, position, count, prompts, sampling, drawing))
+
+    def _draw_now(self, prompts: list[Prompt], sampling: SamplingParams) -> Drawn:
+        """Before what waits, but after what is being drawn."""
+        return self._turns.begin(0, lambda engine: self._collector.draw(engine, prompts, sampling), ()).result()
+
+    def _measure(self, groups: Sequence[RolloutGroup], draw_s: float) -> None:
+        """Raises RuntimeError when a group is older than the lag allows, which would be an error of this module."""
+        world = self._collector.world
+        self._metrics = all_reduce_sum(self._engine.metrics(), world)
+        if self._lag == 0:
+            return
+        lags = [self._engine.policy_version - group.policy_version for group in groups]
+        longest = all_max_int(max(lags, default=0), world)
+        if longest > self._lag:
+            raise RuntimeError(f"answers are {longest} updates old, wanted at most rollout.max_policy_lag {self._lag}")
+        sums = all_reduce_sum({"lag": float(sum(lags)), "groups": float(len(lags))}, world)
+        self._metrics |= {
+            "sampling/policy_lag/mean": sums["lag"] / max(sums["groups"], 1.0),
+            "sampling/policy_lag/max": float(longest),
+            "time/draw_s": draw_s,
+        }

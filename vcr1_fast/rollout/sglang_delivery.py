@@ -1,0 +1,302 @@
+"""How weights travel from the learner to the workers of its engine: a class for each value of `rollout.sglang.weights`.
+
+    shared_memory  into host memory that the worker opens; the same machine
+    cuda_ipc       into buckets on the GPU whose handles the worker opens; the same GPU
+    broadcast      buckets by NCCL, on a CPU by gloo; other GPUs, other machines
+    disk           safetensors files in a folder that both sides see
+
+In: checked weights, whole tensors one at a time. Workers answer for each bucket, and a bucket is not written again
+before all have. After a worker's first load it compares checksums (sglang_check.py).
+
+A worker that is started again gets its weights from host memory (`Host`), from the files (`Disk`), never from the
+learner: gathering shards is a collective, and the other ranks do not know of this worker. For that cuda_ipc and
+broadcast keep a copy of the weights in host memory, too; `rollout.sglang.keep_host_copy` false saves it, and the loss
+of a worker then ends the run. The copy is made from the same whole tensors, so shards are gathered once.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch import distributed as dist
+
+from vcr1_fast.config_error import require
+from vcr1_fast.config_learning import SGLangConfig
+from vcr1_fast.rollout import sglang_ipc
+from vcr1_fast.rollout.addresses import Address, read_addresses
+from vcr1_fast.rollout.sglang_feed import Feed
+from vcr1_fast.rollout.sglang_group import UpdateGroup
+from vcr1_fast.rollout.sglang_weights import Batch, Weights, WeightStore, WeightTable, in_batches
+
+if TYPE_CHECKING:
+    from vcr1_fast.rollout.sglang_workers import Seat
+
+
+class Delivery(Protocol):
+    """`Host`, `CudaIpc`, `Broadcast` and `Disk`."""
+
+    def push(self, weights: Weights, table: WeightTable, feed: Feed, seats: Sequence[Seat]) -> None:
+        """Bring changed weights, or all of them, to all seats of the feed, which notes the lost ones."""
+        ...
+
+    def refeed(self, feed: Feed) -> None:
+        """Bring every weight to a worker that was started again. Raises RuntimeError where nobody has them."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Host:
+    """Copies in host memory, which workers open. The only way that needs neither a GPU nor a file system."""
+
+    def __init__(self, bucket_bytes: int, dtype: torch.dtype) -> None:
+        self._store = WeightStore(bucket_bytes, dtype)
+
+    def push(self, weights: Weights, table: WeightTable, feed: Feed, seats: Sequence[Seat]) -> None:
+        if not table.is_named:
+            self._store.close()
+        is_fresh = not all(seat.is_checked for seat in seats)
+        changed = self._store.update(weights)
+        self._send(self._store.all() if is_fresh else changed, feed)
+
+    def refeed(self, feed: Feed) -> None:
+        self._send(self._store.all(), feed)
+
+    def copying(self, weights: Weights, table: WeightTable) -> Iterator[tuple[str, Tensor]]:
+        """Passes the weights on, and keeps each."""
+        if not table.is_named:
+            self._store.close()
+        for name, value in weights:
+            self._store.place(name, value)
+            yield name, value
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _send(self, batches: list[Batch], feed: Feed) -> None:
+        for index, batch in enumerate(batches):
+            entries = batch.entries(feed.wants_checksums)
+            feed.begin("bytes", entries, is_last=index == len(batches) - 1, tensors={"bytes_B": batch.memory})
+            feed.finish()
+
+
+class _Streamed:
+    """Two buckets on the learner's device, in turn; `Host` beside it as the copy for workers that are started again."""
+
+    def __init__(self, bucket_bytes: int, dtype: torch.dtype, copy: Host | None) -> None:
+        self._bucket_bytes, self._dtype, self._copy = bucket_bytes, dtype, copy
+
+    def refeed(self, feed: Feed) -> None:
+        if self._copy is None:
+            raise RuntimeError(
+                "a worker was lost and there is no copy of the weights to start another one with "
+                "(rollout.sglang.keep_host_copy is false): set it to true, and resume the run from its last checkpoint"
+            )
+        self._copy.refeed(feed)
+
+    def _batches(self, weights: Weights, table: WeightTable) -> Iterator[tuple[Batch, bool]]:
+        kept = self._copy.copying(weights, table) if self._copy else weights
+        return in_batches(kept, self._bucket_bytes, self._dtype)
+
+
+class CudaIpc(_Streamed):
+    """Handles of buckets on the GPU that learner and worker share. Untested: it needs a GPU."""
+
+    def __init__(
+        self,
+        bucket_bytes: int,
+        dtype: torch.dtype,
+        copy: Host | None,
+        share: Callable[[Tensor], Mapping[str, Any]],
+        release: Callable[[], None],
+    ) -> None:
+        """`share`: handle of a bucket as JSON, new for each worker; `release`: after the last bucket (sglang_ipc)."""
+        super().__init__(bucket_bytes, dtype, copy)
+        self._share, self._release = share, release
+
+    def push(self, weights: Weights, table: WeightTable, feed: Feed, seats: Sequence[Seat]) -> None:
+        for batch, is_last in self._batches(weights, table):
+            feed.finish()  # of the bucket before: it may now be written again
+            entries, flat_B = batch.entries(feed.wants_checksums), batch.flat_B
+            handles = {index: {"handle": self._share(flat_B)} for index in feed.live}
+            feed.begin("cuda_ipc", entries, is_last=is_last, details_of=handles.__getitem__)
+        feed.finish()
+        self._release()
+
+    def close(self) -> None:
+        if self._copy:
+            self._copy.close()
+
+
+class Broadcast(_Streamed):
+    """One broadcast for each bucket over a group of this rank and its workers, made again after a worker was."""
+
+    def __init__(
+        self, bucket_bytes: int, dtype: torch.dtype, copy: Host | None, device: torch.device, address: str, name: str
+    ) -> None:
+        """`address`: of this machine, as the workers reach it; `name`: of the group, another one on each rank."""
+        super().__init__(bucket_bytes, dtype, copy)
+        self._device, self._address, self._name = device, address, name
+        self._group: UpdateGroup | None = None
+        self._num_groups = 0
+
+    def push(self, weights: Weights, table: WeightTable, feed: Feed, seats: Sequence[Seat]) -> None:
+        group = self._group_of(seats, feed)
+        sent: dist.Work | None = None
+        for batch, is_last in self._batches(weights, table):
+            self._settle(feed, sent)
+            entries = batch.entries(feed.wants_checksums)
+            feed.begin("broadcast", entries, is_last=is_last, details_of=lambda _: {"group": group.name})
+            sent = group.broadcast(batch.flat_B) if feed.live else None
+        self._settle(feed, sent)
+
+    def close(self) -> None:
+        self._leave()
+        if self._copy:
+            self._copy.close()
+
+    def _settle(self, feed: Feed, sent: dist.Work | None) -> None:
+        """The bucket is with everybody. Without one of its members a group is of no use, and the others may hang in it:
+        all are lost then, and the rest of the weights goes to the host copy alone."""
+        feed.finish_together()
+        if not feed.live:
+            self._leave()
+        elif sent is not None:
+            try:
+                sent.wait()
+            except RuntimeError as error:
+                feed.give_up(f"lost the broadcast of weights: {error}")
+                self._leave()
+
+    def _leave(self) -> None:
+        if self._group:
+            self._group.close()
+            self._group = None
+
+    def _group_of(self, seats: Sequence[Seat], feed: Feed) -> UpdateGroup:
+        if self._group and all(seat.group == self._group.name for seat in seats):
+            return self._group
+        previous = self._group.name if self._group else ""
+        self._leave()
+        self._num_groups += 1
+        group = UpdateGroup(f"{self._name}-{self._num_groups}", len(seats), self._device, self._address, feed.timeout_s)
+
+        def fields_of(index: int) -> dict[str, Any]:
+            return {
+                **{"name": group.name, "address": group.address, "port": group.port, "backend": group.backend},
+                **{"rank": index + 1, "size": group.size},
+                "leaves": previous if seats[index].group == previous else "",
+            }
+
+        feed.ask("group", fields_of)
+        joining = group.begin_join()
+        feed.finish_together(lambda: joining.done() and joining.exception() is not None)
+        if feed.live:
+            joining.result()
+            self._group = group
+        for index in feed.live:
+            seats[index].group = group.name
+        return group
+
+
+class Disk:
+    """A folder of safetensors files for each version, removed when all that it holds is in newer ones."""
+
+    def __init__(self, folder: Path, bucket_bytes: int, dtype: torch.dtype) -> None:
+        """`folder`: made here, removed at the end; workers must see it under the same path."""
+        self._folder, self._bucket_bytes, self._dtype = folder, bucket_bytes, dtype
+        self._versions: list[tuple[Path, list[dict[str, Any]]]] = []  # oldest first: folder, entries with checksums
+        self._num_written = 0
+
+    def push(self, weights: Weights, table: WeightTable, feed: Feed, seats: Sequence[Seat]) -> None:
+        self._write(weights)
+        if all(seat.is_checked for seat in seats):
+            self._send(self._versions[-1:], feed)
+        else:
+            self._send(self._versions, feed)
+
+    def refeed(self, feed: Feed) -> None:
+        self._send(self._versions, feed)
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _write(self, weights: Weights) -> None:
+        """Under another name first: a folder with its final name is whole."""
+        self._num_written += 1
+        final = self._folder / f"version-{self._num_written}"
+        partial = self._folder / "partial"
+        shutil.rmtree(partial, ignore_errors=True)  # of a load that broke off
+        partial.mkdir(parents=True)
+        entries: list[dict[str, Any]] = []
+        for number, (batch, _) in enumerate(in_batches(weights, self._bucket_bytes, self._dtype)):
+            tensors = {slot.name: slot.of(batch.flat_B).cpu().contiguous() for slot in batch.slots}
+            save_file(tensors, partial / f"model-{number:05d}.safetensors", {"format": "pt"})
+            entries += batch.entries(with_checksums=True)
+        partial.rename(final)
+        came = {entry["name"] for entry in entries}
+        self._versions = [
+            (folder, [entry for entry in older if entry["name"] not in came]) for folder, older in self._versions
+        ]
+        for folder, _ in [version for version in self._versions if not version[1]]:
+            shutil.rmtree(folder)
+        self._versions = [version for version in self._versions if version[1]] + [(final, entries)]
+
+    def _send(self, versions: list[tuple[Path, list[dict[str, Any]]]], feed: Feed) -> None:
+        """The oldest first: what newer ones hold again is compared only there."""
+        for index, (folder, entries) in enumerate(versions):
+            is_last = index == len(versions) - 1
+            feed.begin("disk", entries, is_last=is_last, details_of=lambda _, f=folder: {"folder": str(f)})
+            feed.finish()
+
+
+def way_of(config: SGLangConfig, device: torch.device) -> str:
+    """What `rollout.sglang.weights` auto stands for; any other value is given back. `device`: of the learner.
+
+    Raises ConfigError for cuda_ipc where it cannot work.
+    """
+    has_handles = device.type == "cuda" and sglang_ipc.has_handles()
+    if config.weights == "auto":
+        if device.type != "cuda":
+            return "shared_memory"
+        return "cuda_ipc" if config.placement == "colocated" and has_handles else "broadcast"
+    require(
+        config.weights != "cuda_ipc" or has_handles,
+        f"rollout.sglang.weights is cuda_ipc and the learner is on {device.type}, wanted a GPU and no "
+        "expandable_segments in PYTORCH_CUDA_ALLOC_CONF; auto chooses what works",
+    )
+    return config.weights
+
+
+def make_delivery(config: SGLangConfig, dtype: torch.dtype, device: torch.device, folder: Path) -> Delivery:
+    """The class that `config` asks for. `dtype`: that floating weights are sent in; `device`: of the learner; `folder`:
+    private to the engine. Raises ConfigError for a way that cannot work here."""
+    way, bucket_bytes = way_of(config, device), config.bucket_mb << 20
+    if way == "shared_memory":
+        return Host(bucket_bytes, dtype)
+    if way == "disk":
+        parent = Path(config.weights_dir).expanduser() if config.weights_dir else folder
+        return Disk(parent / f"weights-{secrets.token_hex(4)}", bucket_bytes, dtype)
+    copy = Host(bucket_bytes, dtype) if config.keep_host_copy else None
+    if way == "cuda_ipc":
+        return CudaIpc(bucket_bytes, dtype, copy, sglang_ipc.share, sglang_ipc.release)
+    address = config.weights_address or own_address(read_addresses(config.addresses))
+    return Broadcast(bucket_bytes, dtype, copy, device, address, f"vcr1-{secrets.token_hex(4)}")
+
+
+def own_address(workers: Sequence[Address]) -> str:
+    """Of this machine, as the first worker reaches it; without workers elsewhere the loopback address."""
+    if not workers:
+        return "127.0.0.1"
+    family, kind, _, _, target = socket.getaddrinfo(*workers[0], type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)  # sends nothing: the kernel chooses the address it would send from
+        return str(probe.getsockname()[0])

@@ -1,0 +1,232 @@
+"""The worker's side of new weights and of memory that is lent to the learner; for sglang_worker.py.
+
+Runs in SGLang's interpreter: only the standard library, torch and SGLang. A load is a row of "weights" messages, one a
+bucket: the first opens SGLang's update session where it has one, the last ends it and sets the version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import inspect
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.storage import TypedStorage
+
+from vcr1_fast.rollout.sglang_messages import Message
+
+CHECK_LOADER = "vcr1_fast.rollout.sglang_check.compare"
+NO_WEIGHTS = -1
+IDLE_WAIT_S = 30.0
+
+
+class Updater:
+    """Weights and memory of one engine. Its methods answer one message each and raise what goes wrong."""
+
+    def __init__(self, manager: Any) -> None:
+        """`manager`: the engine's tokenizer manager."""
+        self.policy_version = NO_WEIGHTS
+        self.num_loads = 0  # whole ones; unlike the version it never comes twice
+        self._manager = manager
+        self._is_open = False
+        self._released: set[str] = set()
+
+    async def load(self, message: Message) -> dict[str, Any]:
+        """One bucket. Gives what the comparison found wrong, if `check` asks for one."""
+        fields = message.fields
+        self.policy_version = NO_WEIGHTS  # until the last bucket is in
+        is_last, version = bool(fields["is_last"]), str(fields["policy_version"])
+        update = {"flush_cache": is_last, "weight_version": version if is_last else None}
+        if fields["is_first"] and self._is_open:  # of a load that broke off
+            await self._close_session()
+        if fields["source"] == "disk":  # SGLang opens no session for files
+            await self._from_disk(fields, update)
+        else:
+            await self._open_session()
+            if fields["source"] == "broadcast":
+                await self._from_broadcast(fields, update)
+            else:
+                await self._from_bucket(message, update)
+        wrong = await self._compare(fields) if fields["check"] else []
+        if is_last:
+            await self._close_session()
+            self.policy_version = int(fields["policy_version"])
+            self.num_loads += 1
+        return {"wrong": wrong}
+
+    async def join(self, message: Message) -> dict[str, Any]:
+        """Leave the group that weights came by, if any, and join another one."""
+        fields = message.fields
+        if fields["leaves"]:
+            request = _request("DestroyWeightsUpdateGroupReqInput", group_name=fields["leaves"])
+            await self._manager.destroy_weights_update_group(request, None)  # a broken one may not be there any more
+        request = _request(
+            "InitWeightsUpdateGroupReqInput",
+            master_address=fields["address"],
+            master_port=int(fields["port"]),
+            rank_offset=int(fields["rank"]),
+            world_size=int(fields["size"]),
+            group_name=fields["name"],
+            backend=fields["backend"],
+        )
+        _require(await self._manager.init_weights_update_group(request, None))
+        return {}
+
+    async def memory(self, message: Message) -> dict[str, Any]:
+        """Give the memory named by tags ("weights", "kv_cache", "cuda_graph") back to the GPU, or take it again.
+
+        Weights are undefined afterwards. SGLang must be idle, and fails for what is released or resumed twice.
+        """
+        tags, is_release = set(message.fields["tags"]), message.fields["action"] == "release"
+        tags = tags - self._released if is_release else tags & self._released
+        if not tags:
+            return {}
+        if is_release:
+            await self._become_idle()
+            if "weights" in tags:
+                self.policy_version = NO_WEIGHTS
+            request = _request("ReleaseMemoryOccupationReqInput", tags=sorted(tags))
+            await self._manager.release_memory_occupation(request, None)
+            self._released |= tags
+        else:
+            request = _request("ResumeMemoryOccupationReqInput", tags=sorted(tags))
+            await self._manager.resume_memory_occupation(request, None)
+            self._released -= tags
+        return {}
+
+    async def _become_idle(self) -> None:
+        """Until requests that were given up are gone: SGLang's process would end on a release before that."""
+        deadline = time.monotonic() + IDLE_WAIT_S
+        while not (await self._manager.flush_cache()).success:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"SGLang has requests for {IDLE_WAIT_S:g} s after the last one was answered")
+            await asyncio.sleep(0.05)
+
+    async def _from_bucket(self, message: Message, update: Mapping[str, Any]) -> None:
+        """Bytes that came with the message, or a handle of a bucket on the GPU; SGLang's own process opens either."""
+        is_handle = message.fields["source"] == "cuda_ipc"
+        flat_B = CudaHandle(message.fields["handle"]) if is_handle else message.tensors["bytes_B"]
+        bucket = {"flattened_tensor": flat_B, "metadata": [_metadata(entry) for entry in message.fields["entries"]]}
+        await self._from_tensors(bucket, "flattened_bucket", update)
+
+    async def _from_tensors(self, payload: object, load_format: str, update: Mapping[str, Any]) -> None:
+        from sglang.srt.utils import MultiprocessingSerializer  # pyright: ignore[reportMissingImports]
+
+        request = _request(
+            "UpdateWeightsFromTensorReqInput",
+            serialized_named_tensors=[MultiprocessingSerializer.serialize(payload)],
+            load_format=load_format,
+            **update,
+        )
+        _require(await self._manager.update_weights_from_tensor(request, None))
+
+    async def _from_broadcast(self, fields: Mapping[str, Any], update: Mapping[str, Any]) -> None:
+        entries = fields["entries"]
+        request = _request(
+            "UpdateWeightsFromDistributedReqInput",
+            names=[entry["name"] for entry in entries],
+            dtypes=[entry["dtype"] for entry in entries],
+            shapes=[list(entry["shape"]) for entry in entries],
+            group_name=fields["group"],
+            load_format="flattened_bucket",
+            **update,
+        )
+        _require(await self._manager.update_weights_from_distributed(request, None))
+
+    async def _from_disk(self, fields: Mapping[str, Any], update: Mapping[str, Any]) -> None:
+        request = _request(
+            "UpdateWeightFromDiskReqInput", model_path=fields["folder"], load_format="safetensors", **update
+        )
+        _require(await self._manager.update_weights_from_disk(request, None))
+
+    async def _compare(self, fields: Mapping[str, Any]) -> list[str]:
+        """Has sglang_check.compare read the bucket's weights back, inside SGLang's process; what it found wrong."""
+        await self._open_session()
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.json"
+            order = {name: fields[name] for name in ("entries", "is_first", "is_last")} | {"path": str(report)}
+            named = [("", torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8))]
+            await self._from_tensors(named, CHECK_LOADER, {"flush_cache": False})
+            return json.loads(report.read_text(encoding="utf-8"))
+
+    async def _open_session(self) -> None:
+        if not self._is_open:
+            await self._session("begin_weight_update", "BeginWeightUpdateReqInput")
+            self._is_open = True
+
+    async def _close_session(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            await self._session("end_weight_update", "EndWeightUpdateReqInput")
+
+    async def _session(self, method: str, request: str) -> None:
+        """Versions before 0.5.18 take weights without a session and have neither."""
+        if hasattr(self._manager, method):
+            _require(await getattr(self._manager, method)(_request(request), None))
+
+
+class CudaHandle:
+    """A tensor on a GPU of another process, from the handle that sglang_ipc.share gave; pickled, it is the tensor.
+
+    Nothing is opened here: the process that unpickles it does. SGLang's own reductions take the GPU's UUID in the place
+    of its index, because the two processes may count GPUs differently.
+    """
+
+    def __init__(self, handle: Mapping[str, Any]) -> None:
+        self._handle = handle
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        from sglang.srt.utils.patch_torch import (  # pyright: ignore[reportMissingImports]
+            _rebuild_cuda_tensor_modified,
+        )
+
+        return _rebuild_cuda_tensor_modified, rebuild_arguments(self._handle)
+
+
+def rebuild_arguments(handle: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What `torch.multiprocessing.reductions.rebuild_cuda_tensor` is called with, with the UUID for the device."""
+    binary = {name: base64.b64decode(handle[name]) for name in ("storage_handle", "counter_handle", "event_handle")}
+    return (
+        *(Tensor, torch.Size([handle["num_bytes"]]), (1,), handle["tensor_offset"], TypedStorage, torch.uint8),
+        *(handle["device_uuid"], binary["storage_handle"], handle["storage_bytes"], handle["storage_offset"], False),
+        *(binary["counter_handle"], handle["counter_offset"], binary["event_handle"], handle["event_sync"]),
+    )
+
+
+def engine_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, and where memory is released no CUDA graphs of prefills, with which that clashes; not all versions of
+    SGLang have them."""
+    arguments = dict(given)
+    if arguments.get("enable_memory_saver"):
+        from sglang.srt.server_args import ServerArgs  # pyright: ignore[reportMissingImports]
+
+        if "cuda_graph_backend_prefill" in inspect.signature(ServerArgs).parameters:
+            arguments.setdefault("cuda_graph_backend_prefill", "disabled")
+    return arguments
+
+
+def _request(name: str, **values: object) -> Any:
+    from sglang.srt.managers import io_struct  # pyright: ignore[reportMissingImports]
+
+    return getattr(io_struct, name)(**values)
+
+
+def _require(outcome: tuple[Any, ...]) -> None:
+    """Raises RuntimeError unless SGLang says that it did what was asked: (success, message, ...)."""
+    if not outcome[0]:
+        raise RuntimeError(str(outcome[1]))
+
+
+def _metadata(entry: Mapping[str, Any]) -> object:
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata  # pyright: ignore[reportMissingImports]
+
+    start, stop = int(entry["start"]), int(entry["stop"])
+    dtype: torch.dtype = getattr(torch, entry["dtype"])
+    return FlattenedTensorMetadata(entry["name"], torch.Size(entry["shape"]), dtype, start, stop, stop - start)
