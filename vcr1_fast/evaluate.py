@@ -37,7 +37,7 @@ from vcr1_fast.learner.sharding import World, on_main_rank
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.engine import RolloutEngine
-from vcr1_fast.run import Run, open_run
+from vcr1_fast.run import Run, open_run, warn_of_other_reader
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.telemetry import progress, say, to_json
 from vcr1_fast.types import Example, Prompt, RefusedTruth, SampleError, SamplingParams
@@ -304,6 +304,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
         examples = first_of_each_task(run.eval_examples(), config.eval.max_examples)
         if not examples:
             raise ConfigError("data.eval is empty, wanted at least one annotation file")
+        warn_of_other_reader(run)
         with contextlib.closing(_open_store(run)) as store, contextlib.ExitStack() as stack:
 
             @functools.cache

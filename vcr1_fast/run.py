@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from vcr1_fast.config import Config, ConfigError
 from vcr1_fast.config_io import config_to_yaml
 from vcr1_fast.export import export_hugging_face
 from vcr1_fast.learner.model import describe_kernels, load_hugging_face, load_tokenizer, model_folder, resolve_dtype
-from vcr1_fast.learner.sharding import World, init_distributed, shutdown
+from vcr1_fast.learner.sharding import World, init_distributed, on_main_rank, shutdown
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
@@ -37,6 +38,8 @@ from vcr1_fast.video.patches import PatchSource
 from vcr1_fast.video.quarantine import Quarantine
 from vcr1_fast.video.read import decodes_on_gpu
 from vcr1_fast.weight_sync import WeightSync
+
+TRAINED_WITH = "vcr1_fast.json"  # in the folder of an exported model: version and video reader of its training
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,20 @@ def save_state(run: Run, learner: Learner, state: RunState) -> None:
     say(f"checkpoint: {folder}")
 
 
+def warn_of_other_reader(run: Run) -> None:
+    """A line on stderr when this run's model was trained on what another video reader made of its clips."""
+    path = model_folder(run.config.model.path) / TRAINED_WITH
+    if not path.is_file() or not run.world.is_main:
+        return
+    trained_with = json.loads(path.read_text(encoding="utf-8"))["reader"]
+    if trained_with != run.source.name:
+        print(
+            f"{run.config.model.path} was trained with the video reader {trained_with!r}, this run reads with "
+            f"{run.source.name!r}, which may give other pixels: set video.reader, or install that version",
+            file=sys.stderr,
+        )
+
+
 def open_weight_sync(run: Run, learner: Learner, engine: RolloutEngine, policy_version: int) -> WeightSync:
     """`policy_version`: of the weights that the engine will have after the first push; 0: of a new run."""
     keeps_weights = not run.config.rollout.sglang.release_memory
@@ -227,5 +244,7 @@ def export_model(run: Run, learner: Learner) -> Path:
     """Write the policy as a Hugging Face folder below the run's own. A collective."""
     folder, source = run.folder / "model", model_folder(run.config.model.path)
     export_hugging_face(learner.policy, run.builder.tokenizer, folder, run.world, source=source)
+    record = json.dumps({"vcr1_fast": __version__, "reader": run.source.name})
+    on_main_rank("saying what trained it", lambda: (folder / TRAINED_WITH).write_text(record + "\n"), run.world)
     say(f"Hugging Face model: {folder}")
     return folder

@@ -45,6 +45,7 @@ def test_run_writes_what_it_says(train_command, run_command, tmp_path):
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "model")
     assert model.config.text_config.hidden_size == 128
+    assert json.loads((run / "model" / "vcr1_fast.json").read_text())["reader"].startswith("pyav 1")
 
 
 LAG = ("--rollout.max_policy_lag=1", "--algorithm.sampling_correction=token_truncate", "--algorithm.sampling_cap=2.0")

@@ -1,4 +1,4 @@
-"""A whole GRPO run with SGLang beside the same one with the local engine: what `make demo` trains, in fewer steps.
+"""A whole GRPO run with SGLang beside the same one with the local engine: the steps of `make demo DEMO_ARGS=--short`.
 
 In the middle of it the worker is killed. Both runs are started by the command line, as a user does.
 """
@@ -21,13 +21,13 @@ from vcr1_fast import demo
 from vcr1_fast.config_io import config_to_yaml
 from vcr1_fast.synth.dataset import write_dataset
 
-NUM_STEPS = 12
-KILL_AFTER_STEP = 4
-LIMIT_S = 1500  # on two quiet cores 80 s; more than ten times that where others work beside
+NUM_STEPS = 40
+KILL_AFTER_STEP = 15
+LIMIT_S = 1500  # on two quiet cores 140 s; ten times that where others work beside
 MIN_GAIN = 0.05
-# The local engine's held-out mIoU rose from 0.505 to 0.902, 0.893, 0.905 and 0.902 with seeds 0 to 3: standard
-# deviation 0.005, so that two runs that draw differently are 0.007 apart. Four times that is allowed.
-MAX_APART = 0.03
+# The local engine's held-out mIoU rose from 0.491 to 0.862, 0.880, 0.905, 0.881 and 0.870 with seeds 0 to 4: standard
+# deviation 0.016, so that two runs that draw differently are 0.023 apart. Three times that is allowed.
+MAX_APART = 0.07
 
 
 @dataclass(frozen=True)
