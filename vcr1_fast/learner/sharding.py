@@ -190,20 +190,18 @@ def all_reduce_sum(values: Tensor | Mapping[str, float], world: World) -> Tensor
 
 def all_max_int(value: int, world: World) -> int:
     """The largest value over ranks, for example the number of micro-batches every rank must run."""
-    if world.world_size == 1:
-        return value
-    largest = torch.tensor(value, dtype=torch.int64)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)
+    return int(_largest(torch.tensor(value, dtype=torch.int64), world))
 
 
 def all_max_float(value: float, world: World) -> float:
-    """The largest value over ranks."""
-    if world.world_size == 1:
-        return value
-    largest = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return float(largest)
+    """The largest value over ranks, in float64."""
+    return float(_largest(torch.tensor(value, dtype=torch.float64), world))
+
+
+def _largest(value: Tensor, world: World) -> Tensor:
+    if world.world_size > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
 
 
 def barrier(world: World) -> None:

@@ -28,6 +28,13 @@ from vcr1_fast.synth.scene import (
     sample_tracking_scene,
 )
 
+_MAKERS: dict[Kind, tuple[Callable[..., Scene], Callable[..., Row]]] = {
+    "grounding": (sample_grounding_scene, grounding_row),
+    "tracking": (sample_tracking_scene, tracking_row),
+    "grounded_qa": (sample_grounding_scene, grounded_qa_row),
+    "choice": (sample_grounding_scene, choice_row),
+    "quality": (sample_quality_scene, quality_row),
+}
 _SPLITS = ("train", "eval")
 _MIN_CLIPS_FOR_WORKERS = 64
 
@@ -96,22 +103,9 @@ def make_clip(config: SynthConfig, split: str, kind: Kind, index: int) -> tuple[
         config = replace(config, label_lag_s=0.0, label_slack_frac=0.0, label_careless_frac=0.0)
     clip_id = f"{split}-{kind}-{index:05d}"
     video = f"videos/{clip_id}.mp4"
-    match kind:
-        case "grounding":
-            scene = sample_grounding_scene(config, rng)
-            return scene, grounding_row(config, scene, clip_id, video, rng)
-        case "tracking":
-            scene = sample_tracking_scene(config, rng)
-            return scene, tracking_row(config, scene, clip_id, video, rng)
-        case "grounded_qa":
-            scene = sample_grounding_scene(config, rng)
-            return scene, grounded_qa_row(config, scene, clip_id, video, rng)
-        case "choice":
-            scene = sample_grounding_scene(config, rng)
-            return scene, choice_row(config, scene, clip_id, video, rng)
-        case "quality":
-            scene = sample_quality_scene(config, rng)
-            return scene, quality_row(config, scene, clip_id, video, rng)
+    sample_scene, make_row = _MAKERS[kind]
+    scene = sample_scene(config, rng)
+    return scene, make_row(config, scene, clip_id, video, rng)
 
 
 def write_mp4(path: Path, frames: Iterable[Pixels], width_px: int, height_px: int, fps: float) -> None:
