@@ -5,6 +5,7 @@ The string under a field is its help text on the command line. Nothing here impo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
@@ -262,6 +263,13 @@ class AlgorithmConfig:
             self.minibatches_per_rollout >= 1,
             f"algorithm.minibatches_per_rollout is {self.minibatches_per_rollout}, wanted >= 1",
         )
+        bounds = (self.sampling_floor, self.sampling_cap)
+        if self.sampling_correction == "none":
+            is_right, wanted = bounds == (None, None), "neither without algorithm.sampling_correction"
+        else:
+            floor, cap = self.sampling_floor or 0.0, self.sampling_cap or math.inf
+            is_right, wanted = bounds != (None, None) and 0 <= floor < cap, "0 <= floor < cap, and at least one of them"
+        require(is_right, f"algorithm.sampling_floor, algorithm.sampling_cap are {bounds}, wanted {wanted}")
         has_clip = self.loss not in ("cispo", "sapo")
         require(
             self.dual_clip is None or (self.dual_clip > 1 and has_clip),

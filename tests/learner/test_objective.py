@@ -7,7 +7,7 @@ import pytest
 import torch
 from vcr1_kernels.losses import TokenVectors
 
-from vcr1_fast.config import AlgorithmConfig, ModelConfig
+from vcr1_fast.config import AlgorithmConfig, ConfigError, ModelConfig
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.objective import grpo_objective, policy_loss
 from vcr1_fast.learner.packing import pack
@@ -63,3 +63,42 @@ def test_a_row_with_a_ground_truth_learns_as_if_its_old_log_probs_were_the_curre
     assert got_gap == pytest.approx(want_gap, rel=1e-4)
     assert (got_gradient - want_gradient).norm() <= 1e-5 * want_gradient.norm()
     assert want_gradient.norm() > 0
+
+
+def test_importance_weights_scale_the_policy_term():
+    """One update per rollout: the ratio is 1, and rho = e^(current - engine) multiplies it, cut at the cap."""
+    logprob_N = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
+    tokens = TokenVectors(
+        advantage_N=torch.ones(3),
+        weight_N=torch.ones(3),
+        sampling_logprob_N=torch.tensor([-1.0, -1.2, -3.0]),  # rho 1, e^0.2 and e^2, which is cut at 2
+    )
+    config = AlgorithmConfig(sampling_correction="token_truncate", sampling_cap=2.0)
+    loss, sums = policy_loss(config)(logprob_N, torch.zeros(3), tokens)
+    loss.backward()
+    assert logprob_N.grad is not None
+    assert logprob_N.grad.tolist() == pytest.approx([-1.0, -math.exp(0.2), -2.0])
+    assert (float(sums["sampling_cut"]), float(sums["sampling_weight"])) == pytest.approx((1.0, 3.0 + math.exp(0.2)))
+
+
+def test_the_largest_gap_is_over_all_chunks():
+    objective = policy_loss(AlgorithmConfig())
+    for engine in (-1.5, -1.1, NAN):  # a token that no engine drew has no gap
+        tokens = TokenVectors(torch.ones(1), torch.ones(1), sampling_logprob_N=torch.tensor([engine]))
+        objective(torch.tensor([-1.0]), torch.zeros(1), tokens)
+    assert float(objective.largest_gap.value) == pytest.approx(0.5)
+    assert float(policy_loss(AlgorithmConfig()).largest_gap.value) == 0.0  # each objective has its own
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"sampling_cap": 2.0}, r"neither without algorithm\.sampling_correction"),
+        ({"sampling_correction": "token_mask"}, "at least one of them"),
+        ({"sampling_correction": "token_mask", "sampling_floor": 3.0, "sampling_cap": 2.0}, "0 <= floor < cap"),
+        ({"sampling_correction": "token_mask", "sampling_floor": -0.5}, "0 <= floor < cap"),
+    ],
+)
+def test_bounds_that_make_no_sense_are_refused(changes, wanted):
+    with pytest.raises(ConfigError, match=wanted):
+        AlgorithmConfig(**changes)

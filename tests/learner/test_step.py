@@ -103,6 +103,46 @@ def test_minibatches_split_the_rollout_and_use_engine_logprobs(model_path, group
     assert all(r.sums["clipped_low"] + r.sums["clipped_high"] > 0 for r in reports)  # engine log-probs here are random
 
 
+CORRECTED = {"sampling_correction": "token_truncate", "sampling_cap": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "lag", "what"),
+    [
+        ({}, 0, "current"),
+        ({}, 1, "engine"),
+        ({"minibatches_per_rollout": 2}, 0, "engine"),
+        (CORRECTED, 0, "current"),
+        (CORRECTED, 1, "current"),
+        (CORRECTED | {"minibatches_per_rollout": 2}, 1, "before the updates"),
+    ],
+)
+def test_what_ratios_are_taken_against(model_path, groups, algorithm, lag, what):
+    config = make_config(model_path, **algorithm)
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_policy_lag=lag))
+    learner = Learner(config, World(), 10)
+    [row] = learner._grpo_rows(groups[:2])
+    minibatches = [[row]] * config.algorithm.minibatches_per_rollout
+    old_logprobs = learner._old_logprobs(minibatches)
+    with torch.no_grad():
+        before_N = learner.policy(row, config.rollout.temperature)[0]
+    learner.update_grpo(groups)
+    old_N = old_logprobs(row)
+    if what == "current":
+        assert old_N is None
+    else:
+        assert old_N is not None and torch.equal(old_N, row.engine_logprob_N if what == "engine" else before_N)
+
+
+def test_corrected_minibatches_train(model_path, groups):
+    """Ratios are taken against the policy before the first update, which in that update is the current one."""
+    learner = Learner(make_config(model_path, minibatches_per_rollout=2, **CORRECTED), World(), 10)
+    first, second = learner.update_grpo(groups)
+    assert first.sums["clipped_low"] + first.sums["clipped_high"] == 0
+    assert 0 < first.sums["sampling_weight"] != first.sums["tokens"]  # engine log-probs here are random
+    assert not (first.skipped or second.skipped)
+
+
 def test_kl_is_zero_at_the_start_and_grows(model_path, groups):
     learner = Learner(make_config(model_path, beta=0.1), World(), 10)
     [first] = learner.update_grpo(groups)
