@@ -50,7 +50,7 @@ def _train(run: Run) -> dict[str, Any]:
 
     sync.push()  # before the first step: a broken path fails now; after a resume it restores the version, too
     parity = check_parity(engine, learner.policy, prompts.sample(), config.rollout, learner.dtype, world)
-    say(f"{engine.version}: {parity}")
+    say(f"{engine.version}: {parity or 'not compared with the learner, no usable example comes next'}")
     queue.restore(state.pending, state.answers)
     before = score(0) if held_out and state.step == 0 else {}
     num_tokens = state.num_tokens

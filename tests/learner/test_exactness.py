@@ -44,7 +44,8 @@ def separate_rows_loss(hf, groups, weights, algorithm, temperature=TEMPERATURE):
 def packed_loss(hf, groups, weights, algorithm):
     policy = PolicyModel(hf, ModelConfig(), torch.float32)
     batch = pack(groups, weights)
-    return policy(batch, TEMPERATURE, grpo_objective(batch, None, algorithm))[0]
+    old_N = batch.engine_logprob_N if algorithm.minibatches_per_rollout > 1 else None
+    return policy(batch, TEMPERATURE, grpo_objective(batch, None, algorithm, old_N))[0]
 
 
 def gradients(hf, loss):
@@ -164,7 +165,8 @@ def test_fused_head_and_plain_head_give_the_same_update(make_model, make_group, 
         hf = make_model()
         policy = PolicyModel(hf, ModelConfig(kernels=kernels), torch.float32)
         algorithm = AlgorithmConfig(loss=loss, minibatches_per_rollout=2, beta=beta, entropy_coef=entropy_coef)
-        value, sums = policy(batch, TEMPERATURE, grpo_objective(batch, ref_logprob_N if beta else None, algorithm))
+        objective = grpo_objective(batch, ref_logprob_N if beta else None, algorithm, batch.engine_logprob_N)
+        value, sums = policy(batch, TEMPERATURE, objective)
         results.append((value.detach(), {k: float(v) for k, v in sums.items()}, gradients(hf, value)))
     for fused, plain in zip(results[:4], results[4:], strict=True):
         torch.testing.assert_close(fused[0], plain[0], rtol=1e-5, atol=1e-6)

@@ -74,3 +74,8 @@ def test_a_gap_in_the_middle_of_a_run_is_told(capsys):
     warn_of_gap(7, metrics, Config(), torch.bfloat16)
     warn_of_gap(7, metrics, Config(rollout=RolloutConfig(max_policy_lag=1)), torch.float32)  # other weights drew
     assert capsys.readouterr().err == ""
+
+
+def test_without_a_prompt_nothing_is_compared(pair):
+    engine, policy = pair
+    assert check_parity(engine, policy, None, RolloutConfig(), torch.float32, ALONE) is None

@@ -13,7 +13,7 @@ from vcr1_fast.learner.packing import pack
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
-from vcr1_fast.rollout.sglang_workers import Workers
+from vcr1_fast.rollout.sglang_workers import Request, Workers
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Completion, Example, Frames, IntervalTruth, Prompt, RolloutGroup, SamplingParams
 from vcr1_fast.video.patches import to_patches
@@ -57,7 +57,7 @@ def test_sglang_is_sent_the_very_tensors() -> None:
     engine._stop_ids, engine._suppressed_ids = (2,), (7,)
     engine._workers = Workers.__new__(Workers)
     engine._workers.policy_version = 3
-    fields, tensors = engine._request(1, prompt, SamplingParams(2, max_new_tokens=2))
+    fields, tensors = engine._request(1, Request(0, prompt, 2), SamplingParams(2, max_new_tokens=2))
     assert tensors["values_PC"] is prompt.patches.values_PC
     assert tensors["token_ids_L"] is prompt.token_ids_L and tensors["position_ids_3L"] is prompt.position_ids_3L
     assert (fields["grid_thw"], fields["second_per_grid_s"]) == (prompt.patches.grid_thw, 1.0)

@@ -96,15 +96,15 @@ class PromptStream:
         self._check_bad_fraction()
         return prompts
 
-    def sample(self) -> Prompt:
+    def sample(self) -> Prompt | None:
         """One of the prompts that come next on this rank, without taking it; its clip is read twice where no cache
-        keeps it. Raises SampleError when none of the next ones can be used."""
+        keeps it. None when none of the next NUM_TRIED can be used: `next` will say why."""
         count = NUM_TRIED * self.world.world_size
         for _, index in self._share(self.position, count):
             built = self._build(self.examples[index])
             if isinstance(built, Prompt):
                 return built
-        raise SampleError("data.train", f"none of the next {NUM_TRIED} examples of rank {self.world.rank} can be used")
+        return None
 
     def _share(self, start: int, count: int) -> list[tuple[int, int]]:
         """(position, index of the example) of this rank's part of the `count` items from `start` on."""

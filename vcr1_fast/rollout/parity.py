@@ -16,7 +16,7 @@ import torch
 from vcr1_fast.config import Config, RolloutConfig
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.packing import pack
-from vcr1_fast.learner.sharding import World, on_all_ranks
+from vcr1_fast.learner.sharding import World, all_max_int, on_all_ranks
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.telemetry import is_main_rank
 from vcr1_fast.types import Prompt, RolloutGroup, SamplingParams
@@ -49,13 +49,22 @@ class ParityReport:
 
 
 def check_parity(
-    engine: RolloutEngine, policy: PolicyModel, prompt: Prompt, config: RolloutConfig, dtype: torch.dtype, world: World
-) -> ParityReport:
-    """Compare both on one prompt, at the temperature of the run. A collective: all ranks call it, each with a prompt.
+    engine: RolloutEngine,
+    policy: PolicyModel,
+    prompt: Prompt | None,
+    config: RolloutConfig,
+    dtype: torch.dtype,
+    world: World,
+) -> ParityReport | None:
+    """Compare both on one prompt, at the temperature of the run. A collective: all ranks call it, each with a prompt;
+    where one has none, nothing is compared and None given.
 
     `dtype`: that both compute in. Raises ParityError, with the numbers, on the rank whose mean gap is above
     `rollout.max_logprob_gap`, and OSError on the others; what the engine raises is handled in the same way.
     """
+    if all_max_int(int(prompt is None), world):
+        return None
+    assert prompt is not None, "as on every rank"
     bound = max_mean_gap(config, dtype)
     sampling = SamplingParams(NUM_COMPLETIONS, min(MAX_NEW_TOKENS, config.max_new_tokens), config.temperature)
     groups: list[RolloutGroup] = []
