@@ -14,27 +14,19 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from bench.groups import random_group
 from vcr1_fast.learner.model import load_hugging_face
 from vcr1_fast.learner.tower_attention import use_varlen_tower
+from vcr1_fast.public_sizes import PUBLIC_SIZES
 from vcr1_fast.types import RolloutGroup
 
 CONFIG_3B: dict[str, Any] = {
-    "text_config": {
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
+    "text_config": {name: value for name, value in PUBLIC_SIZES["Qwen2.5-VL-3B"].items() if name != "vision_config"}
+    | {
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 128000,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        "tie_word_embeddings": True,
     },
     "vision_config": {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
+        **PUBLIC_SIZES["Qwen2.5-VL-3B"]["vision_config"],
         "num_heads": 16,
-        "out_hidden_size": 2048,
         "fullatt_block_indexes": [7, 15, 23, 31],
         "window_size": 112,
         "patch_size": 14,

@@ -30,7 +30,8 @@ from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditi
 
 from bench.harness import measure_copy_gb_s, reason_of, summarize
 from vcr1_fast.config_learning import SGLangConfig
-from vcr1_fast.learner.model import load_tokenizer, model_folder
+from vcr1_fast.learner.model import load_tokenizer
+from vcr1_fast.model_folder import model_folder
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.sglang_delivery import make_delivery
 from vcr1_fast.rollout.sglang_engine import SGLangEngine

@@ -32,8 +32,8 @@ from vcr1_fast.evaluation.samples import (
     write_lines,
 )
 from vcr1_fast.evaluation.score_tables import print_categories, print_scores
-from vcr1_fast.learner.model import model_folder
 from vcr1_fast.learner.sharding import World, on_main_rank
+from vcr1_fast.model_folder import model_folder
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.engine import RolloutEngine

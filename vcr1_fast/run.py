@@ -17,9 +17,10 @@ from vcr1_fast.checkpoint import RunState, load_checkpoint, resolve_resume, save
 from vcr1_fast.config import Config, ConfigError
 from vcr1_fast.config_io import config_to_yaml
 from vcr1_fast.export import export_hugging_face
-from vcr1_fast.learner.model import describe_kernels, load_hugging_face, load_tokenizer, model_folder, resolve_dtype
+from vcr1_fast.learner.model import describe_kernels, load_hugging_face, load_tokenizer, resolve_dtype
 from vcr1_fast.learner.sharding import World, init_distributed, on_main_rank, shutdown
 from vcr1_fast.learner.step import Learner
+from vcr1_fast.model_folder import model_folder
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.stream import PromptStream

@@ -13,9 +13,10 @@ import torch
 
 from vcr1_fast.config import AlgorithmConfig, Config, ConfigError, ModelConfig, VideoConfig
 from vcr1_fast.config_io import load_settings
-from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer, model_folder
+from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer
 from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
+from vcr1_fast.model_folder import model_folder
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.temporal_contrast import shuffled_prompt

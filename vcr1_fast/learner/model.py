@@ -16,7 +16,7 @@ from vcr1_fast.config import ConfigError, ModelConfig
 from vcr1_fast.learner.attention import use_packed_attention
 from vcr1_fast.learner.objective import Objective, Sums
 from vcr1_fast.learner.tower_attention import use_varlen_tower
-from vcr1_fast.model_folder import model_folder as model_folder
+from vcr1_fast.model_folder import model_folder
 from vcr1_fast.types import PackedBatch
 from vcr1_fast.video.embed import embed_videos
 

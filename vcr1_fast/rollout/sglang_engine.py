@@ -233,7 +233,7 @@ def open_requests(
             requests.append(Request(len(requests), prompt, len(fresh)))
             places.append((row, fresh))
         for i in unfinished:
-            if i not in fresh:
+            if group[i].num_tokens:
                 requests.append(Request(len(requests), prompt, 1, group[i]))
                 places.append((row, [i]))
     return requests, places

@@ -19,12 +19,13 @@ import torch
 from tests.rollout.sglang.forked_worker import Forked
 from vcr1_fast.config import ModelConfig
 from vcr1_fast.config_learning import SGLangConfig
-from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer, model_folder
+from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer
+from vcr1_fast.model_folder import model_folder
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout import sglang_process, sglang_round
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
-from vcr1_fast.types import Example, IntervalTruth, Patches, Prompt
+from vcr1_fast.types import Completion, Example, IntervalTruth, Patches, Prompt
 
 SCRIPTED_WEIGHTS = [("model.language_model.w", torch.ones(3)), ("model.visual.w", torch.ones(300, 300))]
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -159,3 +160,19 @@ def start(tmp_path, tiny_tokenizer, monkeypatch):
     yield begin
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture
+def prompts(make_prompt: MakePrompt) -> list[Prompt]:
+    """For scripted workers, whose answers begin with the first id of the prompt."""
+    return [make_prompt((1, 2, 2), f"{letter} is here") for letter in "abcdef"]
+
+
+def first_ids(answers: list[list[Completion]]) -> list[int]:
+    """Of groups of three: they are in order and nobody else's where these are `wanted`."""
+    assert all(len(group) == 3 for group in answers)
+    return [int(group[0].token_ids_R[0]) for group in answers]
+
+
+def wanted(prompts: list[Prompt]) -> list[int]:
+    return [int(p.token_ids_L[0]) for p in prompts]

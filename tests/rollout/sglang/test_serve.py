@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.rollout.sglang import scripted_worker
+from tests.rollout.sglang.conftest import first_ids, wanted
 from tests.rollout.sglang.forked_worker import Forked
 from vcr1_fast.config import ConfigError
 from vcr1_fast.config_learning import SGLangConfig
@@ -83,20 +84,6 @@ def begin_trainer(checkpoint, tiny_tokenizer):
     yield begin
     for engine in engines:
         engine.close()
-
-
-@pytest.fixture
-def prompts(make_prompt):
-    return [make_prompt((1, 2, 2), f"{letter} is here") for letter in "abcdef"]
-
-
-def first_ids(answers) -> list[int]:
-    assert all(len(group) == 3 for group in answers)
-    return [int(group[0].token_ids_R[0]) for group in answers]
-
-
-def wanted(prompts) -> list[int]:
-    return [int(p.token_ids_L[0]) for p in prompts]
 
 
 def pids(answers) -> set[int]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.rollout.sglang import scripted_worker
-from tests.rollout.sglang.conftest import SCRIPTED_WEIGHTS
+from tests.rollout.sglang.conftest import SCRIPTED_WEIGHTS, first_ids, wanted
 from vcr1_fast.rollout import sglang_process
 from vcr1_fast.rollout.sglang_process import WORKER_MODULE
 from vcr1_fast.types import SamplingParams
@@ -21,23 +21,8 @@ from vcr1_fast.types import SamplingParams
 SAMPLING = SamplingParams(3, 4)
 
 
-@pytest.fixture
-def prompts(make_prompt):
-    return [make_prompt((1, 2, 2), f"{letter} is here") for letter in "abcdef"]
-
-
-def first_ids(answers) -> list[int]:
-    """Each answer begins with its prompt's first id: they are in order and nobody else's."""
-    assert all(len(group) == 3 for group in answers)
-    return [int(group[0].token_ids_R[0]) for group in answers]
-
-
 def pids(answers) -> set[int]:
     return {int(-group[0].logprobs_R[0]) for group in answers}
-
-
-def wanted(prompts) -> list[int]:
-    return [int(p.token_ids_L[0]) for p in prompts]
 
 
 def test_answers_come_in_the_order_of_the_prompts(start, prompts):
