@@ -6,7 +6,8 @@ learner  gathering, casting and laying out, with workers that answer at once: wh
 engine   the same into a real SGLang worker, to its last answer; where $VCR1_SGLANG_PYTHON has SGLang
 
 The first push of a real worker is given by itself: there every weight's checksum is compared on both sides, which is
-the check that the timed pushes arrive. The limit is a copy of the same bytes within the memory of the same device.
+the check that the timed pushes arrive. The limit is a copy of the same bytes within the memory of the same device. The
+last row pushes LoRA adapters alone (rank 32 on all matrices), which the worker adds to its weights.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from torch import nn
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from bench.harness import measure_copy_gb_s, reason_of, summarize
+from vcr1_fast.config import LoRAConfig
 from vcr1_fast.config_learning import SGLangConfig
+from vcr1_fast.learner.lora import add_adapters, lora_layers
 from vcr1_fast.learner.model import load_tokenizer
 from vcr1_fast.model_folder import model_folder
 from vcr1_fast.rollout.engine import RolloutEngine
@@ -42,8 +45,10 @@ from vcr1_fast.rollout.sglang_weights import Weights, WeightTable
 from vcr1_fast.rollout.sglang_workers import Seat
 from vcr1_fast.weight_sync import WeightSync
 
-Way = Literal["shared_memory", "cuda_ipc", "broadcast", "disk"]
-WAYS: dict[str, tuple[Way, ...]] = {"cpu": ("shared_memory", "broadcast", "disk"), "cuda": get_args(Way)}
+Whole = Literal["shared_memory", "cuda_ipc", "broadcast", "disk"]
+Way = Whole | Literal["adapters"]
+WAYS: dict[str, tuple[Whole, ...]] = {"cpu": ("shared_memory", "broadcast", "disk"), "cuda": get_args(Whole)}
+LORA = LoRAConfig(rank=32)
 WIDE_FROM_MB = 2000
 
 
@@ -75,7 +80,7 @@ class SinkEngine:
 
     policy_version = 0
 
-    def __init__(self, way: Way, setup: Setup, folder: Path, bucket_mb: int, *, keeps_copy: bool) -> None:
+    def __init__(self, way: Whole, setup: Setup, folder: Path, bucket_mb: int, *, keeps_copy: bool) -> None:
         config = SGLangConfig(weights=way, bucket_mb=bucket_mb, keep_host_copy=keeps_copy)
         self._delivery = make_delivery(config, setup.dtype, setup.device, folder)
         self._table, self._seats = WeightTable(), [Seat(cast(WorkerLink, Sink()), is_checked=True)]
@@ -140,6 +145,8 @@ def plan(device: torch.device, *, has_engine: bool) -> Iterator[tuple[str, Way, 
             yield "engine", way, True
             if way in ("broadcast", "cuda_ipc"):
                 yield "engine", way, False
+    if has_engine:
+        yield "engine", "adapters", True  # last, because the model has them from then on
 
 
 @contextlib.contextmanager
@@ -148,38 +155,50 @@ def opened(
 ) -> Iterator[RolloutEngine]:
     """An engine that takes weights by `way`. Raises what makes that impossible here."""
     if side == "learner":
-        engine: Any = SinkEngine(way, setup, folder, bucket_mb, keeps_copy=keeps_copy)
+        engine: Any = SinkEngine(cast(Whole, way), setup, folder, bucket_mb, keeps_copy=keeps_copy)
     else:
+        hf = cast(Qwen2_5_VLForConditionalGeneration, setup.policy.get_submodule("hf"))
+        if way == "adapters":
+            add_adapters(hf, LORA, 0, setup.dtype)
         fraction = None if setup.device.type == "cuda" else 0.5  # its pool is bounded by tokens there
         config = SGLangConfig(
             python=sglang_python(),
-            weights=way,
+            weights="auto" if way == "adapters" else way,
             bucket_mb=bucket_mb,
             keep_host_copy=keeps_copy,
             mem_fraction_static=fraction,
         )
         checkpoint = folder / "checkpoint"
         if not checkpoint.exists():
-            save_configuration(setup.policy.get_submodule("hf"), checkpoint)
-        engine = SGLangEngine(checkpoint, load_tokenizer("tiny"), config, dtype=setup.dtype, device=setup.device)
+            save_configuration(hf, checkpoint)
+        engine = SGLangEngine(
+            checkpoint,
+            load_tokenizer("tiny"),
+            config,
+            dtype=setup.dtype,
+            device=setup.device,
+            adapter_scale=LORA.scale if way == "adapters" else 0.0,
+        )
     with contextlib.closing(engine):
         yield engine
 
 
 def measure(engine: RolloutEngine, setup: Setup) -> dict[str, Any]:
     """Seconds of the first push, and of the ones after it, which change every weight in a way that shows."""
-    sync = WeightSync(setup.policy, engine, dtype=setup.dtype)
-    first_s = sync.push().duration_s
+    sync = WeightSync(setup.policy, engine, dtype=setup.dtype, adapters_only=bool(lora_layers(setup.policy)))
+    report = sync.push()
+    first_s = report.duration_s
     samples_ms: list[float] = []
     for _ in range(setup.repeats):
         if setup.device.type == "cuda":
             torch.cuda.synchronize()
         began_s = time.perf_counter()
-        sync.push()
+        report = sync.push()
         samples_ms.append((time.perf_counter() - began_s) * 1e3)
     timing = summarize(samples_ms)
-    gb_s = setup.num_bytes / timing.median_ms / 1e6
+    gb_s = report.num_bytes / timing.median_ms / 1e6
     return {
+        "num_bytes": report.num_bytes,
         "first_s": first_s,
         "median_s": timing.median_ms / 1e3,
         "low_s": timing.low_ms / 1e3,
@@ -224,12 +243,13 @@ def report(rows: list[dict[str, Any]], absent: list[dict[str, str]], setup: Setu
     console = Console(width=118)
     copy_s = setup.num_bytes / setup.copy_gb_s / 1e9
     table = Table(title=f"{setup.num_bytes / 1e6:,.0f} MB of weights; copying them takes {copy_s:.3f} s")
-    for column in ("side", "way", "first push s", "s", "quartiles", "GB/s", "% of copy"):
+    for column in ("side", "way", "MB", "first push s", "s", "quartiles", "GB/s", "% of copy"):
         table.add_column(column, justify="left" if column in ("side", "way") else "right")
     for row in rows:
         table.add_row(
-            row["side"], row["way"], f"{row['first_s']:.2f}", f"{row['median_s']:.3f}",
-            f"{row['low_s']:.3f}-{row['high_s']:.3f}", f"{row['gb_s']:.2f}", f"{row['percent_of_copy']:.0f}",
+            row["side"], row["way"], f"{row['num_bytes'] / 1e6:,.0f}", f"{row['first_s']:.2f}",
+            f"{row['median_s']:.3f}", f"{row['low_s']:.3f}-{row['high_s']:.3f}", f"{row['gb_s']:.2f}",
+            f"{row['percent_of_copy']:.0f}",
         )  # fmt: skip
     console.print(table)
     for row in absent:

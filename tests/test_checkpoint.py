@@ -334,7 +334,7 @@ def test_export_does_not_replace_another_folder_and_leaves_nothing_after_a_failu
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(FileExistsError, match="exists and is no model folder; choose another path"):
+    with pytest.raises(FileExistsError, match=r"exists and has no config\.json; choose another path"):
         export_hugging_face(TinyPolicy(), tiny_tokenizer(), tmp_path / "photos")
 
     def fail(*_: object) -> None:

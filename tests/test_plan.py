@@ -17,6 +17,7 @@ from vcr1_fast.config import (
     Config,
     ConfigError,
     DataConfig,
+    LoRAConfig,
     ModelConfig,
     RolloutConfig,
     TrainConfig,
@@ -145,6 +146,25 @@ def test_what_settings_add_and_save():
     assert alone.static["AdamW, float32"] == pytest.approx(8 * 8.292166656)
     assert alone.update["gathered blocks"] == pytest.approx(2 * 8.292166656)  # autocast's copies
     assert plan_memory(replace(config, data=DataConfig()), size, tokens, 8).evaluation == {}
+
+
+def test_adapters_need_no_masters_no_reference_and_no_copies():
+    """Rank 32 on the seven matrices: 28 x 32 x (2 (2 x 3584 + 3584 + 512) + 3 (3584 + 18944)) = 80,740,352."""
+    config, size = config_7b(gradient_checkpointing=True), read_model_size("Qwen2.5-VL-7B")
+    config = replace(config, algorithm=AlgorithmConfig(beta=0.04))
+    config = replace(config, model=replace(config.model, lora=LoRAConfig(rank=32)))
+    tokens, adapters = plan_tokens(config, 8), 80.740352e-3
+    memory = plan_memory(config, size, tokens, 8)
+    assert memory.static["frozen weights and adapters"] == pytest.approx((2 * 8.292166656 + 4 * adapters) / 8)
+    assert memory.static["AdamW, float32"] == pytest.approx(adapters)
+    assert "reference, float32" not in memory.static and "weights, float32" not in memory.static
+    assert memory.update["gradients, float32"] == pytest.approx(adapters / 2)
+    assert memory.update["tower activations"] == pytest.approx(14336 * (38400 + 27360) / 1e9)
+    alone = plan_memory(config, size, plan_tokens(config, 1), 1)
+    assert "gathered blocks" not in alone.update
+    fewer = replace(config, model=replace(config.model, lora=LoRAConfig(rank=8, targets=("q_proj", "v_proj"))))
+    few = plan_memory(fewer, size, tokens, 8).static["AdamW, float32"]
+    assert few == pytest.approx(28 * 8 * (2 * 3584 + 3584 + 512) / 1e9)
 
 
 def test_the_head_chunk_is_the_kernels_own():

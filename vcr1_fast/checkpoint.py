@@ -1,14 +1,14 @@
 """The state of a run -> disk and back.
 
     output_dir/checkpoints/step_000010/
-        shard-*.safetensors     weights and AdamW moments (torch.distributed.checkpoint, resharded on load)
+        shard-*.safetensors     trained weights and AdamW moments (torch.distributed.checkpoint, resharded on load)
         rng/rank_00000.safetensors
         answers/rank_00000.safetensors    drawn ahead of the learner, with rollout.max_policy_lag
         state.json              written last: step, data position, schedule, versions, size of every file
 
 Called by the training loop. A checkpoint is written aside as `step_000010.tmp-<pid>`, flushed, and renamed, so a crash
 at any point leaves only complete checkpoints under their final names. Nothing is pickled: all files are safetensors or
-JSON, so a checkpoint from somebody else cannot run code.
+JSON, so a checkpoint from somebody else cannot run code. Frozen weights are not in it: they are those of `model.path`.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class RunState:
     policy_version: int  # of the weights
     reader: str  # video reader and version, for example "pyav 18.1"; another reader may give other pixels
     config_yaml: str  # the resolved configuration
+    base: str = ""  # digest of the starting model, which frozen weights come from
     program: str = "train"  # the command that made it, train or sft
     task_scale: Mapping[str, Sequence[float]] = field(default_factory=dict)  # advantages.TaskScale.moments
     pending: Sequence[Mapping[str, int]] = field(default_factory=list)  # steps drawn ahead, see RolloutQueue.pending
@@ -235,7 +236,7 @@ def load_checkpoint(
         if saved.get(name) != tuple(tensor.shape):
             raise ConfigError(
                 f"{checkpoint} is of another model: {name} is {saved.get(name, 'absent')}, wanted "
-                f"{tuple(tensor.shape)}: set model.path to the model the run began with"
+                f"{tuple(tensor.shape)}: set model.path, model.lora and model.freeze_vision to those the run began with"
             )
     with _dcp_errors("read", checkpoint):
         dcp_load(wanted, storage_reader=reader, no_dist=world.world_size == 1)
@@ -262,7 +263,8 @@ def _answers_path(checkpoint: Path, world: World) -> Path:
 
 def _tensors(policy: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
     """Live tensors by checkpoint name: `model.<weight>` and `optimizer.<moment>.<weight>`; loading writes into them."""
-    weights = named_weights(policy)
+    named = named_weights(policy)
+    weights = {name: w for name, w in named.items() if w.requires_grad or not isinstance(w, nn.Parameter)}
     tensors = {f"model.{name}": weight.detach() for name, weight in weights.items()}
     moments = optimizer.state if optimizer is not None else {}
     for name, weight in weights.items():

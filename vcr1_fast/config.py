@@ -25,6 +25,28 @@ def _is_http_url(url: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) on matrices of the language model, instead of training all weights."""
+
+    rank: int = 0
+    """Rank of the adapters, such as 32; everything else, the vision tower too, is frozen then. 0: no adapters."""
+    alpha: float = 64.0
+    """The product of an adapter's two matrices counts alpha / rank times."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the matrices that get one, in every decoder layer."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"model.lora.rank is {self.rank}, wanted >= 0 (0: no adapters)")
+        require(0 < self.alpha < math.inf, f"model.lora.alpha is {self.alpha}, wanted a finite number > 0")
+        require(bool(self.targets), "model.lora.targets is empty, wanted at least one matrix, such as [q_proj, v_proj]")
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's matrices is multiplied by; 0 without adapters."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The policy."""
 
@@ -41,6 +63,13 @@ class ModelConfig:
     """Recompute decoder layers in the backward pass: less memory, about one third more time."""
     freeze_vision: bool = False
     """Train the language model only."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Train low-rank adapters of the language model only."""
+
+    @property
+    def is_tower_frozen(self) -> bool:
+        """Whether the vision tower keeps the weights of `path`, so that a clip is encoded once for all steps."""
+        return self.freeze_vision or self.lora.rank > 0
 
 
 AnnotationFormat = Literal["auto", "rows", "charades", "got10k", "nextgqa", "nextgqa_choice", "vidtab"]
@@ -296,6 +325,11 @@ class Config:
             prompts % minibatches == 0,
             f"train.prompts_per_step is {prompts}, but algorithm.minibatches_per_rollout is {minibatches}: "
             "make the first a multiple of the second",
+        )
+        require(
+            self.model.lora.rank > 0 or not self.rollout.sglang.adapters_only,
+            "rollout.sglang.adapters_only is true, but model.lora.rank is 0, so there are no adapters: set "
+            "model.lora.rank, or leave rollout.sglang.adapters_only out",
         )
 
     def check_world_size(self, world_size: int) -> None:

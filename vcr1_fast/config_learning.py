@@ -49,6 +49,10 @@ class SGLangConfig:
     keep_host_copy: bool = True
     """cuda_ipc and broadcast: keep the weights in host memory, too (15 GB for 7B in bfloat16, for each rank), to start
     a lost worker again. False: the loss of a worker ends the run."""
+    adapters_only: bool = False
+    """With model.lora: after the first time hand over the adapters alone (0.2 GB at rank 32 for 7B), and let each
+    worker add them to a copy of the matrices they change, in its own host memory (13 GB). False: the learner adds them
+    and hands over the sums."""
     release_memory: bool = False
     """Workers on the learner's GPU give their memory back during the update. Every weight is then pushed each time."""
     max_inflight: int = 64
@@ -135,6 +139,11 @@ class SGLangConfig:
             not (is_remote and self.release_memory),
             "rollout.sglang.release_memory is true and rollout.sglang.placement is disaggregated, where workers share "
             "no GPU with the learner: leave it out",
+        )
+        require(
+            not (self.adapters_only and self.release_memory),
+            "rollout.sglang.adapters_only and rollout.sglang.release_memory are both true, but a worker that gave its "
+            "weights back needs all of them again: set one of the two",
         )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from vcr1_fast.config import Config, ConfigError, RolloutConfig, VideoConfig
+from vcr1_fast.config import Config, ConfigError, LoRAConfig, RolloutConfig, VideoConfig
 from vcr1_fast.public_sizes import PUBLIC_SIZES
 from vcr1_fast.telemetry import console, is_main_rank, say
 from vcr1_fast.video.resolution import FACTOR_PX, max_pixels_per_frame
@@ -199,13 +199,17 @@ def plan_memory(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: in
     weights 4 P / N, reference 4 P / N (beta > 0), AdamW 8 P' / N, gradients 4 P' / N (P': trainable), engine c P
     gathered  c (root + 2 blocks) + (c + 4) blocks of gradients; on one GPU: autocast's copies c P instead
     c: bytes of compute_dtype, 2 for bfloat16
+    LoRA: weights c P / N + 4 P' / N, no reference, gradients of blocks are adapters, no copies on one GPU
     """
     width = 4 if config.model.compute_dtype == "float32" else 2
-    trainable = size.params - (size.tower_params if config.model.freeze_vision else 0)
+    adapters, has_lora = adapter_params(size, config.model.lora), config.model.lora.rank > 0
+    frozen_tower = size.tower_params if config.model.freeze_vision else 0
+    trainable = size.layers * adapters if has_lora else size.params - frozen_tower
+    weights = width * size.params + 4 * trainable if has_lora else 4 * size.params
     block = max(size.layer_params, size.tower_block_params)
-    gathered = width * size.params if num_gpus == 1 else width * (size.root_params + 2 * block) + (width + 4) * block
-    if width == 4 and num_gpus == 1:
-        gathered = 0  # autocast is off, the masters are used as they are
+    gathered = width * (size.root_params + 2 * block) + (width + 4) * (adapters if has_lora else block)
+    if num_gpus == 1:  # float32 masters are used as they are, frozen weights are kept in compute_dtype
+        gathered = 0 if width == 4 or has_lora else width * size.params
     head = min(HEAD_CHUNK_BYTES, tokens.scored_rows * size.vocab * (width + 4)) + 4 * size.vocab * size.hidden
     per_gpu, group = config.train.prompts_per_step // num_gpus, config.rollout.group_size
     prompts = min(per_gpu, _prompts_at_once(config.rollout, tokens.prompt, group, tokens.completion))
@@ -216,9 +220,9 @@ def plan_memory(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: in
     return MemoryPlan(
         static=_gb(
             {
-                "weights, float32": 4 * size.params / num_gpus,
+                "frozen weights and adapters" if has_lora else "weights, float32": weights / num_gpus,
                 "AdamW, float32": 8 * trainable / num_gpus,
-                "reference, float32": 4 * size.params / num_gpus if config.algorithm.beta > 0 else 0,
+                "reference, float32": 0 if has_lora or not config.algorithm.beta else 4 * size.params / num_gpus,
                 **_engine_bytes(config.rollout, width * size.params),
             }
         ),
@@ -234,6 +238,14 @@ def plan_memory(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: in
         rollout={} if config.rollout.engine == "sglang" else _gb(rollout),
         evaluation={} if config.rollout.engine == "sglang" else _gb(evaluation),
     )
+
+
+def adapter_params(size: ModelSize, config: LoRAConfig) -> int:
+    """Of one decoder layer: rank x (inputs + outputs) of each matrix that has one."""
+    d, h, k, i = size.hidden, size.heads_width, size.key_width, size.mlp
+    sides = {"q_proj": d + h, "k_proj": d + k, "v_proj": d + k, "o_proj": h + d}
+    sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), d + i)
+    return config.rank * sum(sides.get(target, 0) for target in config.targets)
 
 
 def _engine_bytes(config: RolloutConfig, weight_bytes: int) -> dict[str, float]:
@@ -270,7 +282,7 @@ def tower_bytes(size: ModelSize, tokens: TokenPlan, config: Config) -> int:
     """
     num_patches = tokens.groups_per_row * max_video_tokens(config.video) * PATCHES_PER_TOKEN
     d, block = size.tower_width, 30 * size.tower_width + 8 * size.tower_mlp
-    if config.model.freeze_vision:
+    if config.model.is_tower_frozen:
         return num_patches * block
     is_checkpointed = config.model.gradient_checkpointing
     kept = size.tower_depth * 2 * d + block if is_checkpointed else size.tower_depth * block

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -16,11 +17,11 @@ from vcr1_fast import __version__, native
 from vcr1_fast.checkpoint import RunState, load_checkpoint, resolve_resume, save_checkpoint
 from vcr1_fast.config import Config, ConfigError
 from vcr1_fast.config_io import config_to_yaml
-from vcr1_fast.export import export_hugging_face
+from vcr1_fast.export import export_adapter, export_hugging_face
 from vcr1_fast.learner.model import describe_kernels, load_hugging_face, load_tokenizer, resolve_dtype
 from vcr1_fast.learner.sharding import World, init_distributed, on_main_rank, shutdown
 from vcr1_fast.learner.step import Learner
-from vcr1_fast.model_folder import model_folder
+from vcr1_fast.model_folder import model_digest, model_folder
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.stream import PromptStream
@@ -76,6 +77,7 @@ class Run:
                 dtype=dtype,
                 device=self.world.device,
                 seed=self.config.train.seed * 8192 + self.world.rank,
+                adapter_scale=self.config.model.lora.scale if rollout.sglang.adapters_only else 0.0,
             )
         hf = load_hugging_face(self.config.model.path, dtype, self.world.device)
         return LocalEngine(
@@ -100,7 +102,13 @@ class Run:
     def state(self, step: int, position: int, num_tokens: int, policy_version: int, program: str) -> RunState:
         """What a checkpoint made now says about the run."""
         config_yaml = config_to_yaml(self.config)
-        return RunState(step, position, num_tokens, policy_version, self.source.name, config_yaml, program)
+        where = (step, position, num_tokens, policy_version)
+        return RunState(*where, self.source.name, config_yaml, self.base_digest, program)
+
+    @cached_property
+    def base_digest(self) -> str:
+        """Of the model that the run starts from."""
+        return model_digest(model_folder(self.config.model.path))
 
     def _load(self, name: Literal["train", "eval"]) -> list[Example]:
         """The examples of data.train, or of data.eval with its refused rows, which evaluation counts as wrong."""
@@ -166,7 +174,7 @@ def open_source(config: Config, device: torch.device) -> PatchSource:
     folder = Path(video.cache_dir).expanduser() if video.cache_dir else None
     cache = TensorCache(folder, int(video.cache_ram_gib * 2**30), int(video.cache_disk_gib * 2**30))
     loader = FrameLoader(video, cache=cache, pin_memory=device.type == "cuda")
-    tower = load_frozen_tower(model_folder(config.model.path), dtype, device) if config.model.freeze_vision else None
+    tower = load_frozen_tower(model_folder(config.model.path), dtype, device) if config.model.is_tower_frozen else None
     return PatchSource(loader, cache, video, device, dtype, tower)
 
 
@@ -194,7 +202,8 @@ def sampling_of(config: Config, world: World, step: int) -> SamplingParams:
 def load_state(run: Run, learner: Learner, program: str) -> RunState:
     """Load the checkpoint `train.resume` names into the learner, or give the state of a new run.
 
-    Raises ConfigError when it is of another program (`train` or `sft`) or was read by another video reader.
+    Raises ConfigError when it is of another program (`train` or `sft`), was read by another video reader, or belongs to
+    other frozen weights.
     """
     checkpoint = resolve_resume(run.config.train.resume, run.folder)
     if checkpoint is None:
@@ -209,6 +218,12 @@ def load_state(run: Run, learner: Learner, program: str) -> RunState:
         raise ConfigError(
             f"{checkpoint.name} was made with the video reader {state.reader!r}, this run has {run.source.name!r}, "
             "which may give other pixels: install the same version, or start anew with train.resume=never"
+        )
+    has_frozen = not all(weight.requires_grad for weight in learner.policy.parameters())
+    if has_frozen and state.base not in ("", run.base_digest):
+        raise ConfigError(
+            f"{checkpoint.name} holds only what was trained, beside frozen weights of another model than "
+            f"{run.config.model.path}: set model.path to the one that the run began with"
         )
     say(f"resumed from {checkpoint} (step {state.step})")
     return state
@@ -237,15 +252,26 @@ def warn_of_other_reader(run: Run) -> None:
 
 def open_weight_sync(run: Run, learner: Learner, engine: RolloutEngine, policy_version: int) -> WeightSync:
     """`policy_version`: of the weights that the engine will have after the first push; 0: of a new run."""
-    keeps_weights = not run.config.rollout.sglang.release_memory
-    return WeightSync(learner.policy, engine, policy_version=max(policy_version - 1, 0), skips_frozen=keeps_weights)
+    rollout = run.config.rollout
+    return WeightSync(
+        learner.policy,
+        engine,
+        policy_version=max(policy_version - 1, 0),
+        skips_frozen=not rollout.sglang.release_memory,
+        adapters_only=rollout.engine == "sglang" and rollout.sglang.adapters_only,
+    )
 
 
 def export_model(run: Run, learner: Learner) -> Path:
-    """Write the policy as a Hugging Face folder below the run's own. A collective."""
+    """Write the policy as a Hugging Face folder below the run's own, and its adapter beside it. A collective."""
     folder, source = run.folder / "model", model_folder(run.config.model.path)
-    export_hugging_face(learner.policy, run.builder.tokenizer, folder, run.world, source=source)
+    lora = run.config.model.lora
+    dtype = learner.dtype if lora.rank else None  # frozen weights are in it, and have no float32 masters
+    export_hugging_face(learner.policy, run.builder.tokenizer, folder, run.world, dtype=dtype, source=source)
     record = json.dumps({"vcr1_fast": __version__, "reader": run.source.name})
     on_main_rank("saying what trained it", lambda: (folder / TRAINED_WITH).write_text(record + "\n"), run.world)
     say(f"Hugging Face model: {folder}")
+    if lora.rank:
+        adapter = export_adapter(learner.policy, run.folder / "adapter", lora, run.config.model.path, run.world)
+        say(f"adapter for PEFT: {adapter}")
     return folder

@@ -6,6 +6,8 @@ Protocol. All ranks call `push` at the same point. In the order of the state dic
 (one collective per weight, the same order on every rank) and handed to this rank's engine through a lazy iterator, so
 that beside the shards and what the engine keeps (rollout/sglang_delivery.py) at most one whole tensor exists at a time.
 The first push carries every weight; later ones leave out what is frozen, so an engine keeps what a push does not name.
+With LoRA a matrix that has an adapter travels as the sum of both; with `adapters_only` the matrices travel once, as
+they were at the start, and the adapters' factors each time, behind them.
 Tied weights travel once, under the name that `save_pretrained` keeps. An engine must copy what it gets before it asks
 for the next tensor: on one process the tensors are the learner's own. The version counts pushes: 1 after the first.
 """
@@ -13,13 +15,14 @@ for the next tensor: on one process the tensors are the learner's own. The versi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vcr1_fast.learner.sharding import named_weights, whole_tensor
+from vcr1_fast.learner.lora import adapter_factors, base_weights, has_adapter, merged, scale_of
+from vcr1_fast.learner.sharding import whole_tensor
 from vcr1_fast.rollout.engine import RolloutEngine
 
 
@@ -47,16 +50,20 @@ class WeightSync:
         dtype: torch.dtype | None = None,
         policy_version: int = 0,
         skips_frozen: bool = True,
+        adapters_only: bool = False,
     ) -> None:
         """`dtype`: cast floating weights to it before they are gathered (bfloat16 halves the traffic); None: as stored.
         `policy_version`: of the weights last pushed, from a checkpoint; the next push makes it one more.
         `skips_frozen`: False where the engine forgets between pushes (`rollout.sglang.release_memory`).
+        `adapters_only`: the engine adds the adapters to their matrices itself (`rollout.sglang.adapters_only`).
         """
         self._hf: nn.Module = policy.get_submodule("hf")
         self._engine = engine
         self._dtype = dtype
         self._is_first = True
         self._skips_frozen = skips_frozen
+        self._merges = not adapters_only
+        self._scale = scale_of(self._hf)
         self.policy_version = policy_version
 
     def push(self) -> PushReport:
@@ -66,15 +73,14 @@ class WeightSync:
         the version then stays as it was, and the next push carries every weight.
         """
         start_s = time.perf_counter()
-        weights = named_weights(self._hf)
-        if self._skips_frozen and not self._is_first:
-            weights = {name: weight for name, weight in weights.items() if not _is_frozen(weight)}
+        factors = adapter_factors(self._hf)
+        weights = self._weights(factors)
         num_bytes = 0
 
         def stream() -> Iterator[tuple[str, Tensor]]:
             nonlocal num_bytes
             for name, weight in weights.items():
-                value = self._gather(weight)
+                value = self._gather(merged(name, weight, factors, self._scale) if self._merges else weight)
                 num_bytes += value.numel() * value.element_size()
                 yield name, value
 
@@ -89,6 +95,17 @@ class WeightSync:
         self.policy_version = version
         self._is_first = False
         return PushReport(version, len(weights), num_bytes, time.perf_counter() - start_s)
+
+    def _weights(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this push carries, as it is in the learner: frozen matrices without their adapters."""
+        base = base_weights(self._hf)
+        if self._skips_frozen and not self._is_first:
+            base = {
+                name: weight
+                for name, weight in base.items()
+                if not _is_frozen(weight) or (self._merges and has_adapter(name, factors))
+            }
+        return base if self._merges else {**base, **factors}
 
     @torch.no_grad()
     def _gather(self, weight: Tensor) -> Tensor:

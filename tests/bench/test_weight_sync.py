@@ -27,7 +27,8 @@ def test_a_run_gives_one_row_for_each_way_of_this_machine(capsys):
         ]
     assert result["absent"] == []
     for row in result["rows"]:
-        assert row["gb_s"] == pytest.approx(result["num_bytes"] / row["median_s"] / 1e9)
+        assert row["gb_s"] == pytest.approx(row["num_bytes"] / row["median_s"] / 1e9)
+        assert row["num_bytes"] == result["num_bytes"]
         assert row["percent_of_copy"] == pytest.approx(100 * row["gb_s"] / result["copy_gb_s"])
         assert row["low_s"] <= row["median_s"] <= row["high_s"]
     assert "MB of weights" in capsys.readouterr().out
@@ -36,6 +37,7 @@ def test_a_run_gives_one_row_for_each_way_of_this_machine(capsys):
 def test_every_way_is_tried_on_its_side():
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     on_cpu = list(weight_sync.plan(cpu, has_engine=True))
-    assert {way for side, way, _ in on_cpu if side == "engine"} == {"shared_memory", "broadcast", "disk"}
+    assert {way for side, way, _ in on_cpu if side == "engine"} == {*("shared_memory", "broadcast", "disk", "adapters")}
+    assert on_cpu[-1] == ("engine", "adapters", True)  # the model has them from then on
     assert ("engine", "broadcast", False) in on_cpu
     assert {way for _, way, _ in weight_sync.plan(cuda, has_engine=False)} == {"shared_memory", "cuda_ipc", "disk"}

@@ -114,16 +114,16 @@ def block_lists(policy: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 def shard(policy: nn.Module, world: World, compute_dtype: torch.dtype) -> None:
     """Split the policy's weights over all ranks, in place: FSDP2 on each vision block, each decoder layer, the root.
 
-    Weights must be float32 and stay so; blocks compute in `compute_dtype`, gradients are reduced in float32.
+    Trained weights must be float32 and stay so; blocks compute in `compute_dtype`, gradients are reduced in float32.
     Gradients are SUMMED over ranks, not averaged: the token weights of a step are already normalised over all ranks
     (`PackedBatch.weight_N`), so a mean would divide the learning signal by the number of ranks.
     Everything that reads weights must run inside `policy.forward`, whose hooks gather them.
-    Raises TypeError for a weight that is not float32 or a model without blocks.
+    Raises TypeError for a trained weight that is not float32 or a model without blocks.
     """
     if world.world_size == 1:
         return
     for name, parameter in policy.named_parameters():
-        if parameter.dtype != torch.float32:
+        if parameter.requires_grad and parameter.dtype != torch.float32:
             raise TypeError(f"{name} is {parameter.dtype}, wanted float32 masters: load the model with dtype=float32")
     mesh = init_device_mesh(world.device.type, (world.world_size,))
     # Inputs are not cast: the vision tower's rotary tables are float32 on purpose, and bfloat16 ones have 8 bits of

@@ -11,6 +11,7 @@ from torch import Tensor
 from vcr1_kernels.losses import Aggregation, token_weights
 
 from vcr1_fast.config import Config
+from vcr1_fast.learner.lora import adapters_off, add_adapters
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, resolve_dtype
 from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
@@ -42,13 +43,16 @@ class Learner:
         self.config, self.world = config, world
         self.dtype = resolve_dtype(config.model, world.device)  # that forward and backward compute in
         self.policy = self._load()
-        self.reference = self._load().requires_grad_(False) if config.algorithm.beta > 0 else None
+        has_copy = config.algorithm.beta > 0 and not config.model.lora.rank  # adapters can be switched off instead
+        self.reference = self._load().requires_grad_(False) if has_copy else None
         self.optimizer = build_optimizer(self.policy, config.optimizer)
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_updates)
         self._placeholder = placeholder(self.policy.hf.config.video_token_id)
 
     def _load(self) -> PolicyModel:
         hf = load_hugging_face(self.config.model.path, torch.float32, self.world.device)
+        if self.config.model.lora.rank:
+            add_adapters(hf, self.config.model.lora, self.config.train.seed, self.dtype)
         policy = PolicyModel(hf, self.config.model, self.dtype)
         shard(policy, self.world, self.dtype)
         return policy.train()
@@ -132,9 +136,12 @@ class Learner:
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: PackedBatch) -> Tensor | None:
-        if self.reference is None:
+        if self.config.algorithm.beta == 0:
             return None
-        return self.reference(batch, self.config.rollout.temperature)[0]
+        if self.reference is not None:
+            return self.reference(batch, self.config.rollout.temperature)[0]
+        with adapters_off(self.policy):
+            return self.policy(batch, self.config.rollout.temperature)[0]
 
     def _update(
         self, rows: list[PackedBatch], objective: Callable[[PackedBatch], Objective], temperature: float

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,21 @@ def compare(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> No
     Path(order["path"]).write_text(json.dumps(wrong[:MAX_REPORTED]), encoding="utf-8")
 
 
-def _compare_one(parameters: dict[str, nn.Parameter], entry: Mapping[str, Any]) -> str:
-    """What is wrong with one weight, or an empty string.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a weight of the checkpoint stands in SGLang's model."""
+
+    target: str  # SGLang's name of the parameter
+    region: Tensor  # the share of it that belongs to the weight
+    held: Tensor  # the weight's values, at the front of the region
+
+
+def place_of(parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]) -> Place | str:
+    """The place of the weight `name` of that shape, live, or what is wrong.
 
     SGLang makes some sides longer: the vocabulary to a multiple of 64, the vision tower's MLP to one of 8, on a CPU to
-    one of 32. What is sent must stand at the front, and everything behind it must be zero.
+    one of 32. What is sent stands at the front.
     """
-    name, shape = entry["name"], list(entry["shape"])
     target, share = name, "whole"
     for part, (fused, which) in FUSED.items():
         if part in name and name.replace(part, fused) in parameters:
@@ -86,17 +95,27 @@ def _compare_one(parameters: dict[str, nn.Parameter], entry: Mapping[str, Any]) 
         "first half": parameter[: total // 2],
         "second half": parameter[total // 2 :],
     }[share]
-    if (
-        len(shape) > region.ndim
-    ):  # the patch convolution is kept as a matrix: a row's values are compared, not its shape
+    if len(shape) > region.ndim:  # the patch convolution is kept as a matrix
         shape = [rows, torch.Size(shape[1:]).numel()]
     held = region[tuple(slice(0, size) for size in shape)]
+    if list(held.shape) != shape:
+        return f"SGLang's {target!r} has no place for {name!r} of shape {shape}"
+    return Place(target, region, held)
+
+
+def _compare_one(parameters: dict[str, nn.Parameter], entry: Mapping[str, Any]) -> str:
+    """What is wrong with one weight, or an empty string. Where SGLang's is longer, the rest must be zero."""
+    name, place = entry["name"], place_of(parameters, entry["name"], list(entry["shape"]))
+    if isinstance(place, str):
+        return place
     dtype: torch.dtype = getattr(torch, entry["dtype"])  # a model may hold a wider one than was sent
-    if list(held.shape) != shape or checksum(held.to(dtype)) != entry["checksum"]:
-        return f"{name!r} does not stand in SGLang's {target!r} as it was sent"
+    if checksum(place.held.to(dtype)) != entry["checksum"]:
+        return f"{name!r} does not stand in SGLang's {place.target!r} as it was sent"
+    region, held = place.region, place.held
     if region.numel() > held.numel() and int(region.count_nonzero()) != int(held.count_nonzero()):
-        return f"SGLang's {target!r} is longer than {name!r} and not zero there"
-    _covered[parameter.data_ptr()] = _covered.get(parameter.data_ptr(), 0) + region.numel()
+        return f"SGLang's {place.target!r} is longer than {name!r} and not zero there"
+    address = parameters[place.target].data_ptr()
+    _covered[address] = _covered.get(address, 0) + region.numel()
     return ""
 
 

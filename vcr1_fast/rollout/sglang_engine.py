@@ -24,6 +24,7 @@ from vcr1_fast.rollout.sampling import check_sampling
 from vcr1_fast.rollout.sglang_messages import Message
 from vcr1_fast.rollout.sglang_process import prepare_model_folder
 from vcr1_fast.rollout.sglang_round import Round
+from vcr1_fast.rollout.sglang_update import ADAPTER_LOADER, CHECK_LOADER
 from vcr1_fast.rollout.sglang_weights import checkpoint_weights
 from vcr1_fast.rollout.sglang_workers import Request, Workers
 from vcr1_fast.types import Completion, FinishReason, Prompt, SamplingParams
@@ -53,8 +54,11 @@ class SGLangEngine:
         dtype: torch.dtype = torch.float32,
         device: torch.device = CPU,
         seed: int = 0,
+        adapter_scale: float = 0.0,
     ) -> None:
-        """Starts the workers and waits for them. `checkpoint`: a Hugging Face folder; `seed`: of SGLang's sampling.
+        """Starts the workers and waits for them. `checkpoint`: a Hugging Face folder; `seed`: of SGLang's sampling;
+        `adapter_scale`: alpha / rank where weights come as matrices and factors of adapters (`WeightSync`'s
+        adapters_only), else 0.
 
         Raises ValueError when the tokenizer does not fit, OSError when the interpreter or folder cannot be used, and
         RuntimeError, with the end of the worker's log, when SGLang does not start.
@@ -72,7 +76,7 @@ class SGLangEngine:
         try:
             model_folder = prepare_model_folder(checkpoint, self._folder / "model")
             arguments = engine_args(config, model_folder, dtype, device, seed)
-            self._workers = Workers(config, arguments, self._folder, dtype)
+            self._workers = Workers(config, arguments, self._folder, dtype, adapter_scale)
         except BaseException:
             self._private.close()
             raise
@@ -127,9 +131,10 @@ class SGLangEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """See `RolloutEngine.load_weights`; names of the model's state dict or of the checkpoint.
 
-        The first load must name every weight, later ones may leave out frozen ones. After a worker's first load every
-        weight is read back and compared. Raises ValueError for names or shapes that do not fit, and RuntimeError when
-        SGLang's model does not hold what was sent; `policy_version` then stays, and the next load must be whole.
+        The first load must name every weight, later ones may leave out frozen ones; factors of adapters come last.
+        After a worker's first load every weight is read back and compared. Raises ValueError for names or shapes that
+        do not fit, and RuntimeError when SGLang's model does not hold what was sent; `policy_version` then stays, and
+        the next load must be whole.
         """
         if self._is_tied:  # the head travels as the embedding that it is
             weights = ((name, value) for name, value in weights if name != "lm_head.weight")
@@ -252,7 +257,7 @@ def engine_args(
         "skip_server_warmup": True,
         "grammar_backend": "none",
         "mem_fraction_static": config.mem_fraction,
-        "custom_weight_loader": ["vcr1_fast.rollout.sglang_check.compare"],
+        "custom_weight_loader": [CHECK_LOADER, ADAPTER_LOADER],
         "random_seed": seed,
         "log_level": "warning",
         **(CPU_ARGS if device.type == "cpu" else {"base_gpu_id": device.index or 0}),

@@ -158,7 +158,14 @@ def _between_sessions(names: list[str]) -> list[str]:
 
 def _weights(**changes: Any) -> dict[str, Any]:
     entry = {"name": "w", "dtype": "float32", "shape": [3, 4], "start": 16, "stop": 64, "checksum": [0, 0]}
-    one_bucket = {"is_first": True, "is_last": True, "check": False, "policy_version": 3, "entries": [entry]}
+    one_bucket = {
+        "is_first": True,
+        "is_last": True,
+        "ends": True,
+        "check": False,
+        "policy_version": 3,
+        "entries": [entry],
+    }
     return {"id": 1, **one_bucket, **changes}
 
 
@@ -181,7 +188,7 @@ def weight_bucket_crosses_the_process_border() -> None:
 
 def only_the_last_bucket_sets_the_version() -> None:
     flat_B = torch.zeros(64, dtype=torch.uint8)
-    first = Message("weights", _weights(source="message", is_last=False), {"bytes_B": flat_B})
+    first = Message("weights", _weights(source="message", is_last=False, ends=False), {"bytes_B": flat_B})
     names, requests, updater = _updates(first)
     request = requests[names.index("update_weights_from_tensor")]
     assert (request.flush_cache, request.weight_version, updater.policy_version) == (False, None, -1)

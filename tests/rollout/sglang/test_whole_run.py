@@ -137,3 +137,15 @@ def test_worker_killed_in_mid_run_is_replaced_once(killed):
     assert len(sglang.steps) == NUM_STEPS
     assert [step["engine/restarts"] for step in sglang.steps][-1] == 1.0
     assert sglang.result["engine"].startswith("sglang 0.5.")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(LIMIT_S)
+def test_adapters_alone_keep_the_engine_at_the_learners_log_probs(run_demo, sglang_python):
+    options = ("--rollout.engine=sglang", f"--rollout.sglang.python={sglang_python}", "--eval.max_examples=4")
+    options += ("--rollout.sglang.mem_fraction_static=0.1", "--rollout.sglang.adapters_only=true")
+    options += ("--model.lora.rank=8", "--optimizer.learning_rate=1e-2", "--train.num_steps=4")
+    steps = run_demo("adapters", *options).steps
+    gaps = [step["sampling/sampling_logp_difference/max"] for step in steps]
+    assert len(gaps) == 4 and max(gaps) < BOUND, gaps
+    assert min(step["grad_norm"] for step in steps) > 0  # each update moved what the engine had to follow

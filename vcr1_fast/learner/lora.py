@@ -1,0 +1,134 @@
+"""LoRA (arXiv 2106.09685): trained low-rank adapters beside frozen matrices of the language model.
+
+    y = x W^T + b + (alpha / rank) (x A^T) B^T        W [N, K], A [rank, K], B [N, rank]; B = 0 at the start
+
+Two ways out of here: the weights of an ordinary model, each changed matrix W + (alpha / rank) B A (`merged`: export,
+rollout engines), and the factors alone (`adapter_factors`: checkpoints, rollout.sglang.adapters_only).
+
+Own code and not PEFT, because PEFT's layer casts the whole input to the adapter's float32 under autocast and adds the
+two products in a pass of their own; both are passes over [T, K] for each of 196 matrices. Its names and its
+initialisation are kept: A as `nn.Linear` has it (uniform within 1 / sqrt(K)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.functional import linear
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from vcr1_fast.config import ConfigError, LoRAConfig
+from vcr1_fast.learner.sharding import named_weights
+
+FACTORS = ("lora_A", "lora_B")
+
+
+class LoRALinear(nn.Module):
+    """A frozen `nn.Linear` and its adapter. See the module's docstring for the formula."""
+
+    def __init__(self, base_layer: nn.Linear, rank: int, scale: float, generator: torch.Generator) -> None:
+        """`scale`: alpha / rank. `generator`: on the CPU, so that every rank and device begins with the same A."""
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.scale = scale
+        self.is_on = True
+        weight_NK = base_layer.weight
+        bound = weight_NK.shape[1] ** -0.5
+        a_RK = torch.empty(rank, weight_NK.shape[1]).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(a_RK.to(weight_NK.device))
+        self.lora_B = nn.Parameter(a_RK.new_zeros(weight_NK.shape[0], rank, device=weight_NK.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)
+        if not self.is_on:
+            return y
+        low_TR = linear(x, self.lora_A).flatten(0, -2) * self.scale  # scaled where it is narrow
+        return torch.addmm(y.flatten(0, -2), low_TR, self.lora_B.t()).view_as(y)
+
+
+def add_adapters(
+    hf: Qwen2_5_VLForConditionalGeneration, config: LoRAConfig, seed: int, dtype: torch.dtype = torch.float32
+) -> None:
+    """Freeze the whole model and put an adapter beside each matrix that `config.targets` names, in place.
+
+    dtype: that is computed in, and that frozen weights are kept in: in bfloat16 17 GB for 7B instead of 33, and no
+    copies for autocast. The adapters are float32. Raises ConfigError for a target that a decoder layer does not have.
+    """
+    hf.requires_grad_(False)
+    for weight in hf.parameters():
+        weight.data = weight.data.to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in hf.model.language_model.layers:
+        linears = {name.rsplit(".", 1)[-1]: name for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        unknown = [target for target in config.targets if target not in linears]
+        if unknown:
+            raise ConfigError(
+                f"model.lora.targets names {', '.join(unknown)}, but a decoder layer has {', '.join(linears)}"
+            )
+        for target in config.targets:
+            parent, _, attribute = linears[target].rpartition(".")
+            owner = layer.get_submodule(parent)
+            adapted = LoRALinear(getattr(owner, attribute), config.rank, config.scale, generator)
+            setattr(owner, attribute, adapted)
+
+
+def lora_layers(module: nn.Module) -> list[LoRALinear]:
+    """Those of the model; none where it is trained as a whole."""
+    return [layer for layer in module.modules() if isinstance(layer, LoRALinear)]
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """The model with its starting weights: what a KL is taken to, with no second copy of them."""
+    layers = lora_layers(module)
+    for layer in layers:
+        layer.is_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_on = True
+
+
+def scale_of(hf: nn.Module) -> float:
+    """alpha / rank, 0 without adapters."""
+    return next((layer.scale for layer in lora_layers(hf)), 0.0)
+
+
+def base_weights(hf: nn.Module) -> dict[str, Tensor]:
+    """`sharding.named_weights` of the model without its adapters, under the names that it has without them."""
+    named = named_weights(hf)
+    return {name.replace(".base_layer.", "."): value for name, value in named.items() if not is_factor(name)}
+
+
+def adapter_factors(hf: nn.Module) -> dict[str, Tensor]:
+    """A and B of each adapter, live: `<matrix>.lora_A` [rank, K], `<matrix>.lora_B` [N, rank]."""
+    return {name: value for name, value in named_weights(hf).items() if is_factor(name)}
+
+
+def is_factor(name: str) -> bool:
+    """Whether a weight of that name is A or B of an adapter."""
+    return name.endswith(FACTORS)
+
+
+def has_adapter(name: str, factors: Mapping[str, Tensor]) -> bool:
+    """Whether the weight of that name is one that an adapter changes."""
+    return f"{name.removesuffix('.weight')}.lora_A" in factors
+
+
+@torch.no_grad()
+def merged(name: str, base: Tensor, factors: Mapping[str, Tensor], scale: float) -> Tensor:
+    """W + scale B A in float32, for the weight `name`; `base` itself where it has no adapter.
+
+    Sharded weights stay sharded: rows of W and B are split alike, and A, rank rows, is gathered. A collective then.
+    """
+    if not has_adapter(name, factors):
+        return base
+    a_RK, b_NR = (factors[f"{name.removesuffix('.weight')}.{factor}"].detach() for factor in FACTORS)
+    if isinstance(a_RK, DTensor):
+        a_RK = a_RK.redistribute(placements=[Replicate()])
+    return base.detach() + scale * (b_NR @ a_RK)
