@@ -49,7 +49,7 @@ def disturb(module: nn.Module) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for factor in adapter_factors(module).values():
-            factor.add_(0.1 * torch.randn(factor.shape, generator=generator))
+            factor.add_(0.1 * torch.randn(factor.shape, generator=generator).to(factor.device))
 
 
 def test_layer_is_the_formula_and_at_first_the_layer_itself():
@@ -134,11 +134,14 @@ def test_gradient_checkpointing_changes_nothing(model_path, groups):
     assert all(torch.allclose(value, results[1][name], rtol=1e-5, atol=1e-8) for name, value in results[0].items())
 
 
-def test_frozen_weights_are_kept_in_the_dtype_that_is_computed_in(model_path, groups):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_frozen_weights_are_kept_in_the_dtype_that_is_computed_in(model_path, groups, device):
     """Measured from float32, that costs no more than autocast's casts of float32 masters do."""
     config = with_lora(make_config(model_path))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=device))
     half = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="bfloat16"))
-    exact, kept, masters = (Learner(each, World(), 10) for each in (config, half, half))
+    world = World(device=torch.device(device))
+    exact, kept, masters = (Learner(each, world, 10) for each in (config, half, half))
     assert {w.dtype for w in base_weights(kept.policy.hf).values()} == {torch.bfloat16}
     assert {w.dtype for w in adapter_factors(kept.policy.hf).values()} == {torch.float32}
     for name, weight in base_weights(masters.policy.hf).items():

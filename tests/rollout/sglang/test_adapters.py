@@ -54,19 +54,20 @@ def apply(model: nn.Module, factors: dict[str, torch.Tensor], folder: Path, **ch
     return wrong
 
 
-def test_sums_stand_where_the_matrices_stood_and_nothing_else_changes(tmp_path):
-    model = FusedModel()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_sums_stand_where_the_matrices_stood_and_nothing_else_changes(tmp_path, device):
+    model = FusedModel().to(device)
     start = {name: value.clone() for name, value in checkpoint_of(model).items()}
     for seed, is_fresh in ((1, True), (2, False)):
         factors = factors_of(model, seed)
         assert apply(model, factors, tmp_path, **({} if is_fresh else {"is_fresh": False})) == []
         for name, held in checkpoint_of(model).items():
             stem = name.removesuffix(".weight")
-            want = start[name]
+            want = start[name].cpu()
             if f"{stem}.lora_A" in factors:  # always on top of the start, not of the last sum
                 want = want + SCALE * factors[f"{stem}.lora_B"] @ factors[f"{stem}.lora_A"]
                 assert not torch.allclose(held, start[name], atol=0.1)
-            torch.testing.assert_close(held, want, rtol=1e-6, atol=1e-6, msg=name)
+            torch.testing.assert_close(held.cpu(), want, rtol=1e-6, atol=1e-6, msg=name)
 
 
 def test_new_matrices_are_the_start_from_then_on(tmp_path):
