@@ -19,13 +19,15 @@ The end of the connection ends the worker. SGLang ends this process itself when 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import select
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ START_WAIT_S = 60.0
 PARENT_POLL_S = 2.0
 END_LIMIT_S = 30.0
 CUT_POLL_S = 0.1
+LEAVE_POLL_MS = 500
 
 
 def main() -> int:
@@ -53,7 +56,8 @@ def main() -> int:
         channel = await_trainer(parent, start)
         start = channel.receive(START_WAIT_S)
     try:
-        worker = Worker(channel, {**start.fields["engine_args"], **own_args})
+        with _ended_with(channel):
+            worker = Worker(channel, {**start.fields["engine_args"], **own_args})
     except Exception as error:
         traceback.print_exc()
         _limit_the_end()
@@ -197,6 +201,26 @@ def _follow(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_S)
     _end_group()
+
+
+@contextlib.contextmanager
+def _ended_with(channel: Channel) -> Iterator[None]:
+    """In the block, where nobody reads, this process ends when the other side leaves: an engine that hangs in its start
+    would otherwise hold the GPU, and the port under `vcr1-fast serve`, for ever."""
+    is_over = threading.Event()
+
+    def watch() -> None:
+        poller = select.poll()
+        poller.register(channel.fileno(), select.POLLRDHUP)
+        while not is_over.is_set():
+            if channel.fileno() < 0 or (poller.poll(LEAVE_POLL_MS) and not is_over.is_set()):
+                _end_group()
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
 
 
 def _limit_the_end() -> None:
