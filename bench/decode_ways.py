@@ -112,10 +112,19 @@ def open_reader_way(name: str, clip: Clip, stack: ExitStack) -> ClipWay:
         name=f"ours, {name}",
         decoder=loader.name,
         run=lambda: clip.patches(loader.get(request)),
-        gpu_bytes=clip.uint8_bytes,
-        floor=None if name == "dali" and clip.device.type == "cuda" else "decode",  # NVDEC is no CPU decoder
+        gpu_bytes=bytes_to_device(name, clip),
+        floor=None if is_nvdec(name, clip) else "decode",  # NVDEC is no CPU decoder
         max_mean_levels=MAX_MEAN_LEVELS_DALI if name == "dali" else MAX_MEAN_LEVELS,
     )
+
+
+def is_nvdec(name: str, clip: Clip) -> bool:
+    return name == "dali" and clip.device.type == "cuda"
+
+
+def bytes_to_device(name: str, clip: Clip) -> int:
+    """NVDEC is sent the file as it is and leaves the frames on the GPU; all others send frames."""
+    return os.path.getsize(clip.request.path) if is_nvdec(name, clip) else clip.uint8_bytes
 
 
 def open_workers_way(clip: Clip, stack: ExitStack) -> ClipWay:

@@ -37,7 +37,8 @@ class VideoConfig:
     timeout_s: float = 60.0
     """A clip that takes longer to read is given up and quarantined; the worker that read it is replaced."""
     num_workers: int = 4
-    """Processes per rank that read clips ahead of need. 0: threads of the trainer read them, without a time-out."""
+    """Processes per rank that read clips ahead of need. 0: threads of the trainer read them; one that takes longer than
+    timeout_s is left to itself and replaced, but a decoder that crashes ends the run."""
     prefetch_steps: int = 2
     """How many steps ahead clips are read."""
     clips_per_worker: int = 2000

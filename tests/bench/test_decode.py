@@ -96,6 +96,17 @@ def test_a_reader_that_is_another_one_is_refused(clip_path: Path, monkeypatch: p
         decode_ways.open_reader_way("decord", clip, stack)
 
 
+def test_what_crosses_to_a_gpu_is_the_file_for_nvdec_and_frames_for_the_others(clip_path: Path, tmp_path: Path):
+    frames = decode_ways.read_plain(clip_path, VideoConfig())
+    for device, name, wanted in (
+        ("cuda", "dali", clip_path.stat().st_size),
+        ("cuda", "pyav", frames.rgb_FHW3.numel()),
+        ("cpu", "dali", frames.rgb_FHW3.numel()),
+    ):
+        clip = decode_ways.Clip(ClipRequest(str(clip_path), VideoConfig()), frames, torch.device(device), tmp_path)
+        assert decode_ways.bytes_to_device(name, clip) == wanted
+
+
 def test_a_run_measures_every_way_and_they_agree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(decode_ways, "READERS", ("pyav", "decord"))
     monkeypatch.setattr(decode, "QUICK_POINTS", decode.QUICK_POINTS[:1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from typing import Any
 
 import torch
@@ -11,8 +13,12 @@ from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokeniz
 from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.prompts.build import PromptBuilder
+from vcr1_fast.rollout import sglang_pixels
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.rollout.sglang_messages import Channel
+from vcr1_fast.rollout.sglang_remote import byte_levels
+from vcr1_fast.rollout.sglang_video import video_item
 from vcr1_fast.rollout.sglang_workers import Request, Workers
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Completion, Example, Frames, IntervalTruth, Prompt, RolloutGroup, SamplingParams
@@ -51,7 +57,8 @@ def test_engine_and_learner_take_the_same_values() -> None:
     assert torch.equal(seen_by_engine[0], values_PC) and torch.equal(seen_by_learner[0], values_PC)
 
 
-def test_sglang_is_sent_the_very_tensors() -> None:
+def test_sglang_is_sent_the_very_tensors_and_handed_their_bits() -> None:
+    """In shared memory and, as between nodes, as bytes. What SGLang makes of it is for the tests with the real one."""
     prompt = _prompt()
     engine = SGLangEngine.__new__(SGLangEngine)  # without its workers: what is asked here needs none
     engine._stop_ids, engine._suppressed_ids = (2,), (7,)
@@ -61,3 +68,13 @@ def test_sglang_is_sent_the_very_tensors() -> None:
     assert tensors["values_PC"] is prompt.patches.values_PC
     assert tensors["token_ids_L"] is prompt.token_ids_L and tensors["position_ids_3L"] is prompt.position_ids_3L
     assert (fields["grid_thw"], fields["second_per_grid_s"]) == (prompt.patches.grid_thw, 1.0)
+    here, there = (Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
+    with contextlib.closing(here), contextlib.closing(there):
+        as_bytes = sglang_pixels.pack(tensors, byte_levels())
+        assert as_bytes["bytes_PC"].dtype == torch.uint8
+        for sent in (tensors, as_bytes):
+            here.send("generate", fields, sent, timeout_s=5)
+            message = there.receive(5)
+            item = video_item(message.fields, sglang_pixels.unpack(message.tensors), 1)
+            assert torch.equal(item["pixel_values_videos"], prompt.patches.values_PC)
+            assert torch.equal(item["mrope_positions"], prompt.position_ids_3L)

@@ -87,6 +87,21 @@ def patch_edit_duration(source: Path, target: Path, duration_ms: int) -> Path:
     return target
 
 
+def insert_color_box(source: Path, target: Path, is_full_range: bool) -> Path:
+    """Add a colr box (ISO 14496-12, 12.1.5: nclx, BT.601) to the H.264 track of an MP4 with its index at the end."""
+    data = bytearray(source.read_bytes())
+    box = struct.pack(">I4s4sHHHB", 19, b"colr", b"nclx", 6, 6, 6, 128 * is_full_range)
+    start = data.find(b"moov")  # the brands in front name avc1 too
+    sizes_at = [data.find(name, start) - 4 for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1")]
+    assert data.find(b"mdat") < sizes_at[0]
+    end = sizes_at[-1] + int.from_bytes(data[sizes_at[-1] : sizes_at[-1] + 4], "big")
+    for at in sizes_at:
+        data[at : at + 4] = struct.pack(">I", int.from_bytes(data[at : at + 4], "big") + len(box))
+    data[end:end] = box
+    target.write_bytes(data)
+    return target
+
+
 def cut_in_half(source: Path, target: Path) -> Path:
     """Drop the second half of the frame data, keep the header in front of it."""
     data = source.read_bytes()

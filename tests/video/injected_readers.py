@@ -16,7 +16,7 @@ import numpy as np
 from vcr1_fast.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.pyav_reader import PyavReader
-from vcr1_fast.video.reader import Probe
+from vcr1_fast.video.reader import Probe, ReaderError
 
 
 class MadeUpReader:
@@ -28,6 +28,8 @@ class MadeUpReader:
         stem = Path(path).stem
         if "broken" in stem:
             raise SampleError(path, "is broken on purpose")
+        if "nomemory" in stem:
+            raise ReaderError("there is no memory left on purpose")
         if "bug" in stem:
             raise ValueError("a bug\nin two lines")
         if "big" in stem:

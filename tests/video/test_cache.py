@@ -605,7 +605,8 @@ def test_four_processes_write_and_drop_in_one_folder(tmp_path: Path):
     assert len(reports) == 4
     for report in reports:
         assert (report["wrong"], report["cache/healed"], report["cache/disk_is_off"]) == (0, 0, 0)
-        assert 0.1 < report["cache/hit_rate"] < 1
+        assert report["cache/hit_rate"] > 0.1
+    assert sum(report["cache/misses"] for report in reports) >= 60  # whoever comes first to an entry; one may never be
     assert sum(report["cache/disk_evicted"] for report in reports) > 40  # all that does not fit, and more
     assert stored_bytes(tmp_path) <= 0.95 * budget + 4 * (budget / 128 + 2 * SMALL_BYTES)
     assert not list((tmp_path / "tmp").iterdir())

@@ -21,13 +21,14 @@ from tests.video import clips, corpus
 from tests.video.corpus import Clip
 from vcr1_fast.config import VideoConfig
 from vcr1_fast.types import SampleError
-from vcr1_fast.video import dali_codecs, dali_reader
+from vcr1_fast.video import dali_codecs, dali_pipeline, dali_reader
 from vcr1_fast.video.clip import ClipRequest, read_clip
 from vcr1_fast.video.dali_reader import DaliReader
 from vcr1_fast.video.dali_track import MATRICES, inspect, refusal, to_displayed
 from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.read import open_reader
+from vcr1_fast.video.reader import ReaderError
 from vcr1_fast.video.resolution import resize_frame
 
 needs_dali = pytest.mark.skipif(dali_codecs.version() is None, reason="DALI is not installed")
@@ -194,11 +195,45 @@ def test_what_dali_would_get_wrong_is_not_taken(tmp_path: Path) -> None:
         ({"stored_size_px": (96, 40)}, "NVDEC does not take 40 x 96 px", ("gpu",)),
         ({"stored_size_px": (96, 5000)}, "NVDEC does not take 5000 x 96 px", ("gpu",)),
         ({"codec": "vp9", "is_full_range": True, "stored_size_px": (128, 128)}, "full range", ("gpu",)),
+        ({"is_full_range": True}, "another colour range than its video", ("gpu",)),
+        ({"is_full_range_inside": True}, "another colour range than its video", ("gpu",)),
+        ({"probe": replace(plain.probe, ticks=None)}, "do not say when their frames are shown", ("gpu",)),
     ):
         track = replace(plain, **change)
         for device in ("gpu", "cpu"):
             got = refusal(track, device, ("h264", "vp9"))
             assert (got is not None and reason in got) if device in devices else got is None, (change, device, got)
+
+
+def test_files_whose_times_or_range_nvdec_cannot_see_are_not_for_it(tmp_path: Path) -> None:
+    """An AVI; and full range by the container alone, which FFmpeg believes and NVDEC never hears of."""
+    avi = inspect(str(corpus.write(Clip("a.avi", "h264", "avi", size_px=(96, 128)), tmp_path)), PyavReader())
+    assert "do not say when" in (refusal(avi, "gpu", ("h264",)) or "")
+    inside = Clip("inside.mp4", "h264", "mp4", size_px=(96, 128), is_tagged=True, is_full_range=True)
+    right = inspect(str(corpus.write(inside, tmp_path)), PyavReader())
+    assert right.is_full_range and right.is_full_range_inside and refusal(right, "gpu", ("h264",)) is None
+    plain = corpus.write(Clip("plain.mp4", "h264", "mp4", size_px=(96, 128)), tmp_path)
+    outside = inspect(str(clips.insert_color_box(plain, tmp_path / "outside.mp4", is_full_range=True)), PyavReader())
+    assert outside.is_full_range and not outside.is_full_range_inside
+    assert "another colour range" in (refusal(outside, "gpu", ("h264",)) or "")
+
+
+@pytest.mark.parametrize("words", ["Can't allocate 512 bytes on device 0.", "CUDA allocation failed", "std::bad_alloc"])
+def test_a_gpu_without_memory_blames_no_file(monkeypatch: pytest.MonkeyPatch, scene: Path, words: str) -> None:
+    """Through the loader, as a run meets it: an error of the file would be quarantined, this one ends the run."""
+
+    class Full:
+        def feed_input(self, name: str, data: object) -> None:
+            raise RuntimeError(f"Critical error in pipeline:\nError in MIXED operator, encountered:\n\n{words}\nStack")
+
+    monkeypatch.setattr(dali_pipeline.Pipeline, "_built", lambda self: Full())
+    monkeypatch.setattr(dali_reader, "unavailable_reason", lambda device: None)
+    monkeypatch.setattr(dali_reader, "proven_codecs", lambda device: ("vp9",))
+    config = VideoConfig(reader="dali", num_workers=0)
+    with contextlib.closing(FrameLoader(config)) as loader:
+        with pytest.raises(ReaderError, match=r"not enough memory on the \wpu: .*; free some"):
+            loader.get(ClipRequest(str(scene), config))
+        assert loader.metrics()["video/clips_refused"] == 0
 
 
 def damaged(folder: Path) -> dict[str, tuple[Path, str]]:

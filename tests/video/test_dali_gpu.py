@@ -20,6 +20,7 @@ from vcr1_fast.video import dali_codecs
 from vcr1_fast.video.clip import ClipRequest, read_clip
 from vcr1_fast.video.dali_reader import DaliReader
 from vcr1_fast.video.loader import FrameLoader
+from vcr1_fast.video.patches import to_patches
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.resolution import resize_frame
 
@@ -52,7 +53,7 @@ RIGHT = (
     large("vp8.webm", "vp8", "webm", fps=24),
     large("vp9.mp4", "vp9", "mp4", fps=25),
     large("av1.mp4", "av1", "mp4", fps=24),
-    large("mpeg4.avi", "mpeg4", "avi", fps=25),
+    large("mpeg4.mp4", "mpeg4", "mp4", fps=25),
 )
 
 
@@ -105,6 +106,7 @@ def test_what_nvdec_would_get_wrong_is_refused(tmp_path: Path, reader: DaliReade
         (Clip("odd.mp4", "h264", "mp4", size_px=(161, 191), pix_fmt="yuv444p"), "pixel format"),
         (large("ten.mp4", "h264", "mp4", pix_fmt="yuv420p10le"), "pixel format"),
         (large("edit.mp4", "h264", "mp4", shift_s=-0.6), "edit list hides"),
+        (large("h264.avi", "h264", "avi"), "do not say when their frames are shown"),
         (large("mjpeg.avi", "mjpeg", "avi", is_full_range=True, pix_fmt="yuvj420p"), "its codec is mjpeg"),
         (Clip("small.mp4", "hevc", "mp4", size_px=(96, 96)), "NVDEC does not take"),
     ):
@@ -162,6 +164,22 @@ def test_the_loader_reads_ahead_with_a_broken_file_among_them(tmp_path: Path, re
             assert got.rgb_FHW3.is_cuda and torch.equal(got.rgb_FHW3, alone.rgb_FHW3)
             numbers = [clips.index_of(rgb) for rgb in got.rgb_FHW3.cpu().numpy()]
             assert numbers == [3 * k + round(time_s * 30) for time_s in got.times_s.tolist()]
+
+
+def test_clips_are_read_while_the_trainers_stream_is_busy(reader: DaliReader, scene: Path) -> None:
+    """And used there afterwards: the memory of a clip that was let go is not given to the next one too early."""
+    config = VideoConfig(reader="dali", num_workers=0, min_frame_pixels=112 * 140, max_frame_pixels=112 * 140)
+    wanted = [ClipRequest(str(scene), config, start_s, start_s + 1.0) for start_s in (0.0, 1.0, 2.0, 3.0)]
+    with contextlib.closing(FrameLoader(config)) as loader:
+        alone = [to_patches(loader.get(request)).values_PC.cpu() for request in wanted]
+        torch.cuda.synchronize()
+        is_busy = torch.cuda.Event()
+        torch.cuda._sleep(5_000_000_000)  # about 3 s
+        is_busy.record()
+        patches = [to_patches(loader.get(request)).values_PC for request in wanted]
+        assert not is_busy.query()  # all four were read, and their patches ordered, behind it
+        torch.cuda.synchronize()
+    assert all(torch.equal(got.cpu(), want) for got, want in zip(patches, alone, strict=True))
 
 
 def test_memory_on_the_device_stays_flat(reader: DaliReader, scene: Path) -> None:

@@ -17,9 +17,11 @@ from tests.video import clips, damaged, injected_readers
 from tests.video.test_loader import ONE_WORKER, is_alive, reads, requests, wait_until
 from vcr1_fast.config import VideoConfig
 from vcr1_fast.types import SampleError
+from vcr1_fast.video.cache import TensorCache
 from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.quarantine import REASON_NAMES, reason_class
+from vcr1_fast.video.reader import ReaderError
 
 
 def refusal(loader: FrameLoader, request: ClipRequest) -> str:
@@ -86,6 +88,52 @@ def test_a_reader_that_hangs_with_the_interpreter_lock_held_is_killed(tmp_path: 
         metrics = loader.metrics()
     assert (metrics["video/timeouts"], metrics["video/workers_replaced"], metrics["video/crashes"]) == (1, 1, 0)
     assert reads(tmp_path) == ["hang1", "7"]  # a clip that hangs is not tried twice
+
+
+def test_threads_that_take_too_long_are_replaced(tmp_path: Path):
+    """All four threads sleep for a minute over clips that were only named; the clip that is wanted is the fifth."""
+    config = VideoConfig(num_workers=0, timeout_s=1.5)
+    wanted = requests(tmp_path, "long1", "long2", "long3", "long4", "7", config=config)
+    started = time.monotonic()
+    loader = FrameLoader(config, open_reader=injected_readers.made_up)
+    loader.prefetch(wanted)
+    assert loader.get(wanted[-1]).rgb_FHW3[0, 0, 0, 0] == 7
+    for request in wanted[:4]:
+        assert refusal(loader, request) == "made-up 1 did not finish within 1.5 s (video.timeout_s)"
+    assert 1.5 <= time.monotonic() - started < 10
+    metrics = loader.metrics()
+    loader.close()
+    assert time.monotonic() - started < 10  # and nobody waits for those that sleep
+    assert (metrics["video/timeouts"], metrics["video/clips_read"], metrics["video/clips_refused"]) == (4, 1, 4)
+    assert sorted(reads(tmp_path)) == ["7", "long1", "long2", "long3", "long4"]
+
+
+def test_what_comes_too_late_is_not_taken(tmp_path: Path):
+    """The clip takes half a second, a fifth is allowed; it is given up, and what it gave in the end changes nothing."""
+    config = VideoConfig(num_workers=0, timeout_s=0.2)
+    slow, good = requests(tmp_path, "slow1", "2", config=config)
+    cache = TensorCache(None, 1 << 20, 0)
+    with contextlib.closing(FrameLoader(config, open_reader=injected_readers.made_up, cache=cache)) as loader:
+        before = set(threading.enumerate())
+        for path in (slow.path, good.path):
+            Path(path).touch()
+        assert "did not finish within 0.2 s" in refusal(loader, slow)
+        wait_until(lambda: set(threading.enumerate()) - before == set(loader._threads))  # the late one has ended
+        assert loader.get(good).rgb_FHW3[0, 0, 0, 0] == 2
+        wait_until(lambda: cache.metrics()["cache/ram_entries"] == 1)
+        metrics = loader.metrics()
+    assert (metrics["video/timeouts"], metrics["video/clips_read"], metrics["video/clips_refused"]) == (1, 1, 1)
+    assert metrics["video/waiting_bytes"] == 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 1], ids=["threads", "worker"])
+def test_a_reader_that_cannot_go_on_blames_no_file(tmp_path: Path, num_workers: int):
+    config = VideoConfig(num_workers=num_workers)
+    [request] = requests(tmp_path, "nomemory", config=config)
+    with contextlib.closing(FrameLoader(config, open_reader=injected_readers.made_up)) as loader:
+        with pytest.raises(ReaderError, match="no memory left on purpose"):
+            loader.get(request)
+        assert loader.metrics()["video/clips_refused"] == 0
 
 
 def test_a_worker_that_crashes_gets_one_successor_for_the_same_clip(tmp_path: Path):

@@ -57,18 +57,30 @@ def test_neither_files_nor_mappings_pile_up(tmp_path: Path):
     assert num_mapped() == 0
 
 
+def family(pid: int) -> list[int]:
+    """The process and those it started: decord has one of its own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *map(int, children)]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # 7 ms of CPU a clip, on a machine that may do other things too
 @pytest.mark.parametrize(("reader", "num_clips"), [("pyav", 10_000), pytest.param("decord", 1_000, id="decord-1000")])
 def test_memory_is_flat_over_many_reads(tmp_path: Path, reader: str, num_clips: int):
-    """A real decoder without recycling; what is measured is growth after a tenth of the reads."""
+    """A real decoder without recycling; what is measured is growth after a tenth of the reads, of every process.
+
+    decord takes 100 s for 10,000 reads, too long for every run. Done once: of this clip its process had 18.5 MB at the
+    start, 19.4 after 1,000, 19.6 after 5,000 and after 10,000; of 60 frames of 240 x 240 21, 23, 25 and 23 MB; trainer
+    and worker 2 MB more at the end than at the start. What does grow without bound is one reader that is left alone
+    (see test_decord_worker), and what recycling is for is shown above.
+    """
     path = str(clips.write_clip(tmp_path / "clip.mp4", num_frames=4, size_px=(56, 56)))
     config = VideoConfig(
         num_workers=1, reader=reader, clips_per_worker=num_clips + 1, min_frame_pixels=784, max_frame_pixels=784
     )
-    here = os.getpid()
     with contextlib.closing(FrameLoader(config)) as loader:
-        before, pid = (0, 0, 0), 0
+        before: dict[int, int] = {}
+        num_files = 0
         for start in range(0, num_clips, 100):
             # Parts that differ beyond the end of the file: all of it each time, and not two equal requests.
             wanted = [ClipRequest(path, config, 0.0, 1000.0 + start + k) for k in range(100)]
@@ -76,10 +88,11 @@ def test_memory_is_flat_over_many_reads(tmp_path: Path, reader: str, num_clips: 
             for request in wanted:
                 loader.get(request)
             if start + 100 == num_clips // 10:
-                [pid] = loader.worker_pids
-                before = resident_bytes(here), resident_bytes(pid), len(os.listdir("/proc/self/fd"))
-        after = resident_bytes(here), resident_bytes(pid), len(os.listdir("/proc/self/fd"))
-        assert loader.worker_pids == [pid]
+                [worker] = loader.worker_pids
+                before = {pid: resident_bytes(pid) for pid in (os.getpid(), *family(worker))}
+                num_files = len(os.listdir("/proc/self/fd"))
+        after = {pid: resident_bytes(pid) for pid in (os.getpid(), *family(loader.worker_pids[0]))}
         assert loader.metrics()["video/clips_read"] == num_clips
-    assert after[0] - before[0] < 20 * MB and after[1] - before[1] < 20 * MB, (before, after)
-    assert after[2] <= before[2] + 1
+        assert len(os.listdir("/proc/self/fd")) <= num_files + 1
+    assert after.keys() == before.keys() and len(after) == (3 if reader == "decord" else 2)
+    assert all(after[pid] - before[pid] < 20 * MB for pid in after), (before, after)

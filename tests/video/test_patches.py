@@ -84,3 +84,32 @@ def test_patches_know_their_grid_and_rate() -> None:
     assert patches.second_per_grid_s == 0.5
     assert patches.num_tokens == 18
     assert (patches.num_frames, patches.duration_s) == (6, 1.5)
+
+
+def fill_with_noise(rgb_FHW3: torch.Tensor) -> torch.Tensor:
+    return rgb_FHW3.copy_(random_frames(*rgb_FHW3.shape[:3]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["page-locked", "of another stream"])
+def test_frames_may_be_let_go_while_the_gpu_is_busy(kind: str) -> None:
+    """Copy and kernel wait behind a second of other work; the memory of the frames is asked for anew at once."""
+    shape, reading = (4, 280, 280, 3), torch.cuda.Stream()
+
+    def empty() -> torch.Tensor:
+        if kind == "page-locked":
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.stream(reading):
+            return torch.empty(shape, dtype=torch.uint8, device="cuda")
+
+    with torch.cuda.stream(reading):
+        frames = Frames(fill_with_noise(empty()), torch.arange(4) / 2.0, 2.0, 2.0, reader="none")
+    reading.synchronize()
+    expected = patchify(frames.rgb_FHW3.cpu())
+    torch.cuda._sleep(2_000_000_000)
+    patches = to_patches(frames, device=torch.device("cuda"))
+    del frames
+    with torch.cuda.stream(reading):
+        later = [empty().fill_(k) for k in range(3)]
+    reading.synchronize()
+    assert torch.equal(patches.values_PC.cpu(), expected) and len(later) == 3

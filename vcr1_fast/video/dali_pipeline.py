@@ -21,10 +21,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from vcr1_fast.video.reader import ReaderError
+
 Device = Literal["gpu", "cpu"]
 
 CAUSE_FOLLOWS = "encountered:"  # in DALI's messages: the cause follows
-NOT_THE_FILE = ("out of memory", "bad alloc", "bad_alloc", "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
+# DALI's own words for it, C++'s, and those of CUDA
+NO_MEMORY = (
+    *("Can't allocate", "CUDA allocation failed", "bad_alloc", "bad alloc"),
+    *("out of memory", "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,7 @@ class Pipeline:
     def decode(self, job: Job) -> torch.Tensor:
         """Frames [F, H, W, 3] uint8 on the device.
 
-        Raises DecodeError when the file is at fault, RuntimeError when it is not (no memory).
+        Raises DecodeError when the file is at fault, ReaderError when it is not (no memory).
         """
         if self._pipe is None:
             self._pipe = self._built()
@@ -75,8 +81,11 @@ class Pipeline:
         except Exception as error:  # DALI raises RuntimeError, IndexError and others
             self._pipe = None
             message = str(error)
-            if isinstance(error, MemoryError) or any(word in message for word in NOT_THE_FILE):
-                raise RuntimeError(f"DALI has not enough memory: {_cause(message)}") from error
+            if isinstance(error, MemoryError) or any(word in message for word in NO_MEMORY):
+                raise ReaderError(
+                    f"DALI has not enough memory on the {self.device}: {_cause(message)}; free some, "
+                    "or set video.reader to pyav"
+                ) from error
             raise DecodeError(_cause(message)) from error
         if len(frames) != 1:
             self._pipe = None

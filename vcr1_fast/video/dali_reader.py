@@ -86,11 +86,15 @@ class DaliReader:
     def read_frames(self, probe: Probe, frame_indices: Sequence[int], height_px: int, width_px: int) -> torch.Tensor:
         """Upright rgb_FHW3 [F, height_px, width_px, 3] uint8 on the device (bicubic, antialias), one per index.
 
-        Raises SampleError.
+        On a GPU all is done on the calling thread's current stream, and is done when this returns; who uses the frames
+        on another stream must say so (`record_stream`, see patches). Raises SampleError.
         """
         track = self._track(probe.path)
         parts = [self._decode(probe, track, p, (height_px, width_px)) for p in self._parts(track, frame_indices)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        rgb_FHW3 = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self._gpu_index is not None:
+            torch.cuda.current_stream(self._gpu_index).synchronize()
+        return rgb_FHW3
 
     def close(self) -> None:
         """Free the pipelines, and with them the decoders and buffers on the device."""

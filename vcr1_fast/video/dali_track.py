@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import av
 import torch
+from av.error import FFmpegError
+from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 
 from vcr1_fast.types import SampleError
@@ -31,7 +37,7 @@ FORMATS: dict[Device, frozenset[str]] = {
 # Matroska: bytes between two packets, of any track, that belong to none. Measured 6 to 23; after damage FFmpeg skips to
 # the next cluster (seconds of video) without a word.
 MAX_SKIPPED_BYTES = 512
-FULL_RANGE_ON_GPU = frozenset({"h264", "hevc"})  # DALI takes the range from NVDEC's parser, which these tell
+FULL_RANGE_ON_GPU = frozenset({"h264", "hevc"})  # DALI takes the range from NVDEC's parser, which finds it in these
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,7 @@ class Track:
     stored_size_px: tuple[int, int]  # (height, width) before the turn
     matrix: int  # FFmpeg's number of the colour matrix
     is_full_range: bool
+    is_full_range_inside: bool  # by the coded video alone, without what the container says
     turn: tuple[bool, bool, bool]  # transpose, mirror, flip: what `upright` does
     is_interlaced: bool
     is_best_track: bool  # the one DALI would choose
@@ -63,6 +70,7 @@ def inspect(path: str, ffmpeg: PyavReader) -> Track:
     first: VideoFrame | None = None
     num_packets = num_hidden = 0
     damage: str | None = None
+    until_first: list[Packet] = []
     with ffmpeg.open(path) as (container, stream):
         context = stream.codec_context
         codec = context.codec.canonical_name
@@ -81,6 +89,7 @@ def inspect(path: str, ffmpeg: PyavReader) -> Track:
             num_hidden += packet.is_discard
             damage = damage or check.damage(bytes(packet))
             if first is None:
+                until_first.append(packet)
                 first = next((frame for frame in packet.decode() if isinstance(frame, VideoFrame)), None)
         if first is None:
             first = next((frame for frame in context.decode(None) if isinstance(frame, VideoFrame)), None)
@@ -93,7 +102,8 @@ def inspect(path: str, ffmpeg: PyavReader) -> Track:
             pixel_format=first.format.name,
             stored_size_px=(first.height, first.width),
             matrix=int(first.colorspace),
-            is_full_range=int(first.color_range) == FULL_RANGE or first.format.name.startswith("yuvj"),
+            is_full_range=_has_full_range(first),
+            is_full_range_inside=_has_full_range(_decoded_alone(context, until_first) or first),
             turn=turn,
             is_interlaced=first.interlaced_frame,
             is_best_track=container.streams.best("video") is stream,
@@ -102,6 +112,22 @@ def inspect(path: str, ffmpeg: PyavReader) -> Track:
             num_listed=stream.frames,
             damage=damage,
         )
+
+
+def _has_full_range(frame: VideoFrame) -> bool:
+    return int(frame.color_range) == FULL_RANGE or frame.format.name.startswith("yuvj")
+
+
+def _decoded_alone(context: VideoCodecContext, packets: Iterable[Packet]) -> VideoFrame | None:
+    """The first frame by a decoder that knows nothing of the container, as NVDEC. None: it gives none."""
+    alone = av.CodecContext.create(context.name, "r")
+    assert isinstance(alone, VideoCodecContext)
+    alone.extradata, alone.thread_count, alone.options = context.extradata, 1, dict(context.options)
+    with contextlib.suppress(FFmpegError):
+        for packet in (*packets, None):
+            for frame in alone.decode(packet):
+                return frame
+    return None
 
 
 def refusal(track: Track, device: Device, codecs: tuple[str, ...]) -> str | None:
@@ -133,8 +159,14 @@ def refusal(track: Track, device: Device, codecs: tuple[str, ...]) -> str | None
         return f"its size is odd ({width_px} x {height_px} px)"
     if track.num_hidden:  # NVDEC shows what an edit list hides
         return f"an edit list hides {track.num_hidden} of its frames"
+    if track.probe.ticks is None:
+        # NVDEC gives frames as they are coded, DALI sorts them by their times. FFmpeg guesses those of an AVI: for
+        # H.264 with B-frames it guesses the order of coding.
+        return "its packets do not say when their frames are shown"
     if track.is_full_range and track.codec not in FULL_RANGE_ON_GPU:
         return f"it is {track.codec} of full range"
+    if track.is_full_range != track.is_full_range_inside:
+        return "its container says another colour range than its video, and NVDEC does not know of the container"
     return None
 
 

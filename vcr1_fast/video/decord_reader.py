@@ -25,11 +25,12 @@ import numpy as np
 from vcr1_fast.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.pyav_reader import PyavReader
-from vcr1_fast.video.reader import Probe, require_video_file
+from vcr1_fast.video.reader import Probe, ReaderError, require_video_file
 
 WORKER_COMMAND = (sys.executable, "-m", "vcr1_fast.video.decord_worker")
 START_LIMIT_S = 120.0  # importing numpy and decord takes 0.3 s on an idle machine; a cold network disk is slow
 MAX_HEADER_BYTES = 1 << 20
+PART_BYTES = 256 << 20  # of frames that a worker holds at once, see decord_worker; 41 of 1080p
 MAGIC_BYTES = ((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (4, b"wide"), (4, b"free"), (0, b"\x1aE\xdf\xa3"))
 
 
@@ -41,8 +42,10 @@ class DecordReader:
         timeout_s: float,
         worker_command: Sequence[str] = WORKER_COMMAND,
         max_source_pixels: int = VideoConfig.max_source_pixels,
+        clips_per_worker: int = VideoConfig.clips_per_worker,
     ) -> None:
         """`timeout_s`: longest wait for one `probe`, and for the frames of one `read`, in seconds.
+        `clips_per_worker`: a worker is replaced after so many reads, for what decord may leak.
 
         Raises ModuleNotFoundError when decord is not installed.
         """
@@ -52,7 +55,7 @@ class DecordReader:
             raise ModuleNotFoundError(
                 "video.reader is decord, but decord is not installed: pip install decord, or set video.reader to pyav"
             ) from error
-        self.timeout_s = timeout_s
+        self.timeout_s, self.clips_per_worker = timeout_s, clips_per_worker
         self._pyav = PyavReader(max_source_pixels)
         self._worker_command = tuple(worker_command)
         self._idle: list[_Worker] = []
@@ -69,7 +72,7 @@ class DecordReader:
         _require_mp4_or_matroska(path)
         if not probe.is_turned_only:
             raise SampleError(path, "is to be shown mirrored or slanted, decord only turns; set video.reader to pyav")
-        [(message, _)] = self._ask(path, None)
+        [(message, _)] = self._ask(path, None, 1)
         got = (message["num_frames"], message["width_px"], message["height_px"])
         wanted = (len(probe.times_s), probe.width_px, probe.height_px)
         if got != wanted:
@@ -83,7 +86,8 @@ class DecordReader:
     def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
         """See `Reader.read`."""
         require_video_file(probe.path)
-        for message, raw in self._ask(probe.path, [int(i) for i in frame_indices]):
+        num_at_once = max(1, PART_BYTES // (3 * probe.height_px * probe.width_px))
+        for message, raw in self._ask(probe.path, [int(i) for i in frame_indices], num_at_once):
             yield from np.frombuffer(raw, dtype=np.uint8).reshape(message["shape"])
 
     def close(self) -> None:
@@ -91,12 +95,16 @@ class DecordReader:
         while self._idle and self._pid == os.getpid():
             self._idle.pop().kill()
 
-    def _ask(self, path: str, indices: list[int] | None) -> Iterator[tuple[dict[str, Any], bytearray]]:
+    def _ask(
+        self, path: str, indices: list[int] | None, num_at_once: int
+    ) -> Iterator[tuple[dict[str, Any], bytearray]]:
         """The messages that answer one request; a worker that failed or was left in the middle is killed."""
         worker = self._take_worker()
         left_s, is_in_step = self.timeout_s, False
         try:
-            worker.send({"path": path, "indices": indices, "give_up_s": self.timeout_s + 10})
+            limits = {"num_at_once": num_at_once, "give_up_s": self.timeout_s + 10}
+            worker.send({"path": path, "indices": indices, **limits})
+            worker.num_reads += indices is not None
             while not is_in_step:
                 asked_at = time.monotonic()
                 message, raw = worker.receive(left_s)
@@ -112,7 +120,7 @@ class DecordReader:
         except (OSError, EOFError, ValueError) as error:  # ValueError: a message that is not JSON
             raise SampleError(path, f"decord crashed on it ({worker.kill()}); is the file damaged?") from error
         finally:
-            if is_in_step:
+            if is_in_step and worker.num_reads < self.clips_per_worker:
                 self._idle.append(worker)
             else:
                 worker.kill()
@@ -134,7 +142,7 @@ class _Worker:
     """One process and the pipes to it."""
 
     def __init__(self, command: tuple[str, ...]) -> None:
-        """Raises RuntimeError when the process does not report ready: no file is to blame for that."""
+        """Raises ReaderError when the process does not report ready."""
         # An own session, so that Ctrl-C ends the run in order and does not tear the worker away in the middle.
         self.process = subprocess.Popen(
             command,
@@ -149,6 +157,7 @@ class _Worker:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._stdout_fd, selectors.EVENT_READ)
         self._unread = bytearray()
+        self.num_reads = 0
         try:
             message, _ = self.receive(START_LIMIT_S)
             problem = None if message["kind"] == "ready" else message.get("reason", "it sent something else")
@@ -156,7 +165,7 @@ class _Worker:
             problem = str(error)
         if problem is not None:
             ending = self.kill()
-            raise RuntimeError(
+            raise ReaderError(
                 f"the decord worker did not start: {problem} ({ending}); try `{' '.join(command)}` by hand, "
                 "or set video.reader to pyav"
             )

@@ -9,11 +9,13 @@ sees is the same with any number of workers, and a resumed run needs nothing fro
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,13 +25,14 @@ from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video.cache import TensorCache, clip_key, frames_entry, frames_of
 from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.loader_worker import WorkerSettings, decode
+from vcr1_fast.video.read import decodes_on_gpu
 from vcr1_fast.video.read import open_reader as open_configured_reader
-from vcr1_fast.video.reader import Reader
+from vcr1_fast.video.reader import Reader, ReaderError
 from vcr1_fast.video.reader_process import WorkerSlot
 
 NUM_THREADS = 4  # that read when there are no worker processes; decoding releases the interpreter lock
 MAX_CLIPS = 4096  # named and not yet got; further hints are dropped
-MAX_WAITING_BYTES = 2 << 30  # of clips read and not yet got, per rank
+MAX_WAITING_BYTES = 2 << 30  # of clips read and not yet got, per rank; on the GPU if they are decoded there
 CLOSE_LIMIT_S = 10.0
 
 
@@ -42,6 +45,8 @@ class _Clip:
     num_wanted: int = 0  # how often it was named and not yet got
     num_getters: int = 0  # threads in `get` now
     state: str = "queued"  # queued, running, done
+    started_at: float = 0.0  # time.monotonic()
+    thread: threading.Thread | None = None  # that reads it
     result: Frames | SampleError | None = None
 
     @property
@@ -50,7 +55,11 @@ class _Clip:
 
 
 class FrameLoader:
-    """Any number of threads may call it. With `config.num_workers` 0 threads of this process read, without time-out."""
+    """Any number of threads may call it. With `config.num_workers` 0 threads of this process read.
+
+    Nothing can kill a thread. One that takes longer than `config.timeout_s` over a clip that someone waits for, or that
+    is in the way of it, is left to itself and another one takes its place; a decoder that crashes ends the run.
+    """
 
     def __init__(
         self,
@@ -81,8 +90,11 @@ class FrameLoader:
         self._clips: dict[ClipRequest, _Clip] = {}  # in the order in which they were named
         self._urgent: deque[_Clip] = deque()  # someone waits for these
         self._ahead: deque[_Clip] = deque()
-        self._num_named = self._newest_got = self._num_running = self._waiting_bytes = 0
+        self._running: set[_Clip] = set()
+        self._num_named = self._newest_got = self._waiting_bytes = self._num_given_up = 0
         self._slots = [WorkerSlot(settings, self.name) for _ in range(config.num_workers)]
+        # Noted here, as in a new thread GPU 0 is the current one.
+        self._gpu_index = torch.cuda.current_device() if not self._slots and decodes_on_gpu(config) else None
         self._threads: list[threading.Thread] = []
         self._failure: Exception | None = None
         self._is_closed = False
@@ -94,12 +106,7 @@ class FrameLoader:
         with self._changed:
             if self._threads or self._is_closed:
                 return
-            for k, slot in enumerate(self._slots or [None] * NUM_THREADS):
-                self._threads.append(
-                    threading.Thread(target=self._run, args=(slot,), name=f"read-video-{k}", daemon=True)
-                )
-            for thread in self._threads:
-                thread.start()
+            self._threads = [self._start_thread(slot) for slot in self._slots or [None] * NUM_THREADS]
 
     def prefetch(self, requests: Sequence[ClipRequest]) -> None:
         """Say that these will be got, each as often as it is named here, in about this order. Never waits or raises.
@@ -125,7 +132,8 @@ class FrameLoader:
     def get(self, request: ClipRequest) -> Frames:
         """The clip, read ahead or now. The pixels are shared with others who get it: do not write to them.
 
-        Raises SampleError for a file that cannot be used, RuntimeError when the workers do not start.
+        Raises SampleError for a file that cannot be used, RuntimeError when the workers do not start or the reader
+        cannot go on.
         """
         self.start()
         asked_at = time.monotonic()
@@ -136,8 +144,7 @@ class FrameLoader:
                 self._changed.notify_all()
             clip.num_getters += 1
             try:
-                while clip.state != "done" and self._failure is None and not self._is_closed:
-                    self._changed.wait()
+                self._wait_for(clip)
             finally:  # also on Ctrl-C
                 self._seconds["wait_s"] += time.monotonic() - asked_at
                 clip.num_getters -= 1
@@ -145,7 +152,8 @@ class FrameLoader:
                 self._newest_got = max(self._newest_got, clip.place)
                 self._drop_what_no_one_wants(clip)
             if clip.state != "done":
-                raise RuntimeError(str(self._failure or "the loader of videos was closed while a clip was waited for"))
+                kind = ReaderError if isinstance(self._failure, ReaderError) else RuntimeError
+                raise kind(str(self._failure or "the loader of videos was closed while a clip was waited for"))
             result = clip.result
         if isinstance(result, SampleError):  # anew, as threads must not share a traceback
             raise SampleError(result.source, result.reason)
@@ -165,7 +173,7 @@ class FrameLoader:
         with self._changed:
             counts = {name: self._counts[name] for name in ("clips_read", "clips_refused", "cache_hits")}
             values = {**counts, **self._seconds, "waiting_bytes": self._waiting_bytes}
-        values["timeouts"] = sum(slot.num_timeouts for slot in self._slots)
+        values["timeouts"] = self._num_given_up + sum(slot.num_timeouts for slot in self._slots)
         values["crashes"] = sum(slot.num_crashes for slot in self._slots)
         values["workers_replaced"] = sum(slot.num_replaced for slot in self._slots)
         return {f"video/{name}": float(value) for name, value in values.items()}
@@ -182,7 +190,7 @@ class FrameLoader:
             self._changed.notify_all()
         for slot in self._slots:
             slot.close()
-        for thread in self._threads:
+        for thread in [*self._threads]:
             thread.join(CLOSE_LIMIT_S)
         if self._reader is not None:
             self._reader.close()
@@ -215,6 +223,37 @@ class FrameLoader:
             else:
                 clip.state = "dropped"
 
+    def _wait_for(self, clip: _Clip) -> None:
+        """Until it is done or never will be; the caller holds the lock."""
+        while True:
+            look_again_s = self._give_up_overdue()
+            if clip.state == "done" or self._failure is not None or self._is_closed:
+                return
+            self._changed.wait(look_again_s)
+
+    def _give_up_overdue(self) -> float | None:
+        """Give up what threads of this process read for too long; the caller holds the lock.
+
+        Returns the seconds until it must be looked at again; None where workers read, who have their own time-out.
+        """
+        if self._slots:
+            return None
+        timeout_s, now = self.config.timeout_s, time.monotonic()
+        for clip in [clip for clip in self._running if clip.started_at + timeout_s <= now]:
+            assert clip.thread is not None
+            self._threads.remove(clip.thread)  # it ends when its decoder comes back, if ever
+            self._threads.append(self._start_thread(None))
+            self._num_given_up += 1
+            reason = f"{self.name} did not finish within {timeout_s:g} s (video.timeout_s)"
+            self._finish(clip, SampleError(clip.request.path, reason), timeout_s, is_hit=False)
+        # One that begins later is due later: half of the time is often enough to look.
+        return min([timeout_s / 2, *(clip.started_at + timeout_s - now for clip in self._running)])
+
+    def _start_thread(self, slot: WorkerSlot | None) -> threading.Thread:
+        thread = threading.Thread(target=self._run, args=(slot,), name="read-video", daemon=True)
+        thread.start()
+        return thread
+
     # Below: the threads that read.
 
     def _run(self, slot: WorkerSlot | None) -> None:
@@ -223,13 +262,13 @@ class FrameLoader:
         # spinning between operations and made the update of the tiny model twice as slow (0.35 s -> 0.8 s on 2 cores).
         torch.set_num_threads(1)
         try:
-            while True:
-                if slot is not None:
-                    slot.make_ready()
-                clip = self._take()
-                if clip is None:
-                    return
-                self._read(clip, self._read_here if slot is None else slot.read)
+            with self._own_stream():
+                while True:
+                    if slot is not None:
+                        slot.make_ready()
+                    clip = self._take()
+                    if clip is None or not self._read(clip, self._read_here if slot is None else slot.read):
+                        return
         except Exception as error:
             with self._changed:
                 self._failure = self._failure or error
@@ -237,6 +276,12 @@ class FrameLoader:
         finally:
             if slot is not None:
                 slot.end()
+
+    def _own_stream(self) -> AbstractContextManager[object]:
+        """On the default stream a clip would wait for all that the trainer has queued there, a step of it at worst."""
+        if self._gpu_index is None:
+            return contextlib.nullcontext()
+        return torch.cuda.stream(torch.cuda.Stream(self._gpu_index))
 
     def _read_here(self, request: ClipRequest) -> tuple[Frames, float]:
         assert self._reader is not None
@@ -250,8 +295,8 @@ class FrameLoader:
             while not self._is_closed and self._failure is None:
                 clip = self._next_clip()
                 if clip is not None:
-                    clip.state = "running"
-                    self._num_running += 1
+                    clip.state, clip.started_at, clip.thread = "running", time.monotonic(), threading.current_thread()
+                    self._running.add(clip)
                     return clip
                 self._changed.wait()
         return None
@@ -266,12 +311,15 @@ class FrameLoader:
 
     def _has_room(self) -> bool:
         """For one more clip of the largest size the settings allow. One is always read ahead."""
-        needed_bytes = (self._num_running + 1) * largest_clip_bytes(self.config)
-        is_empty = self._waiting_bytes == 0 and self._num_running == 0
+        needed_bytes = (len(self._running) + 1) * largest_clip_bytes(self.config)
+        is_empty = self._waiting_bytes == 0 and not self._running
         return is_empty or self._waiting_bytes + needed_bytes <= self._max_waiting_bytes
 
-    def _read(self, clip: _Clip, read: Callable[[ClipRequest], tuple[Frames, float]]) -> None:
-        """Have the clip come from the cache or from `read`, hand it out, and only then store it."""
+    def _read(self, clip: _Clip, read: Callable[[ClipRequest], tuple[Frames, float]]) -> bool:
+        """Have the clip come from the cache or from `read`, hand it out, and only then store it.
+
+        False: it was given up meanwhile, and another thread has taken the place of this one.
+        """
         key = entry = made = None
         read_s = 0.0
         try:
@@ -287,21 +335,25 @@ class FrameLoader:
             result = replace(frames, rgb_FHW3=frames.rgb_FHW3.pin_memory()) if is_pinned else frames
         except SampleError as error:
             result = error
-        self._finish(clip, result, read_s, is_hit=entry is not None)
+        with self._changed:
+            if clip not in self._running:
+                return False
+            self._finish(clip, result, read_s, is_hit=entry is not None)
         if self._cache is not None and key is not None and made is not None:
             self._cache.put(key, dict(made.tensors), dict(made.metadata))
+        return True
 
     def _finish(self, clip: _Clip, result: Frames | SampleError, read_s: float, is_hit: bool) -> None:
-        with self._changed:
-            clip.state, clip.result = "done", result
-            self._num_running -= 1
-            self._waiting_bytes += clip.num_bytes
-            self._seconds["decode_s"] += read_s
-            self._counts["clips_read" if isinstance(result, Frames) else "clips_refused"] += 1
-            self._counts["cache_hits"] += is_hit
-            if clip.num_wanted == 0 and clip.num_getters == 0:  # who asked for it was interrupted
-                self._drop(clip)
-            self._changed.notify_all()
+        """The caller holds the lock."""
+        self._running.remove(clip)
+        clip.state, clip.result = "done", result
+        self._waiting_bytes += clip.num_bytes
+        self._seconds["decode_s"] += read_s
+        self._counts["clips_read" if isinstance(result, Frames) else "clips_refused"] += 1
+        self._counts["cache_hits"] += is_hit
+        if clip.num_wanted == 0 and clip.num_getters == 0:  # who asked for it was interrupted
+            self._drop(clip)
+        self._changed.notify_all()
 
 
 def largest_clip_bytes(config: VideoConfig) -> int:

@@ -1,8 +1,9 @@
 """The process that reads clips for `FrameLoader`: `python -m vcr1_fast.video.loader_worker FD PARENT`.
 
 FD is a socket that keeps messages apart (SOCK_SEQPACKET), PARENT the process that started this one. It receives one
-pickled `WorkerSettings` and answers `Ready`; then one pickled `ClipRequest` at a time, answered by `Answer` or by a
-`SampleError`. Frames travel in shared memory whose descriptor comes with the message. Started by `reader_process`.
+pickled `WorkerSettings` and answers `Ready`; then one pickled `ClipRequest` at a time, answered by `Answer`, by a
+`SampleError` or by a `ReaderError`. Frames travel in shared memory whose descriptor comes with the message. Started
+by `reader_process`.
 """
 
 from __future__ import annotations
@@ -59,12 +60,16 @@ class Answer:
 
 
 def decode(request: ClipRequest, reader: Reader) -> Frames:
-    """`read_clip`, with everything a decoder may raise on a damaged file turned into a SampleError."""
+    """`read_clip`, with everything a decoder may raise on a damaged file turned into a SampleError.
+
+    Raises ReaderError, too.
+    """
     from vcr1_fast.video.clip import read_clip
+    from vcr1_fast.video.reader import ReaderError
 
     try:
         return read_clip(request, reader)
-    except SampleError:
+    except (SampleError, ReaderError):
         raise
     except Exception as error:  # a library's bug on a damaged file must not end a run of days
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_LETTERS]
@@ -96,6 +101,7 @@ def serve(connection: socket.socket) -> None:
 
 
 def _answer(connection: socket.socket, request: ClipRequest, reader: Reader) -> None:
+    from vcr1_fast.video.reader import ReaderError
     from vcr1_fast.video.shared_memory import write_tensor
 
     started = time.monotonic()
@@ -105,9 +111,12 @@ def _answer(connection: socket.socket, request: ClipRequest, reader: Reader) -> 
     except SampleError as error:
         connection.send(pickle.dumps(SampleError(error.source, error.reason[:MAX_REASON_LETTERS])))
         return
+    except ReaderError as error:
+        connection.send(pickle.dumps(ReaderError(str(error)[:MAX_REASON_LETTERS])))
+        return
     f, h, w, c = frames.rgb_FHW3.shape
     answer = Answer((f, h, w, c), frames.sampled_fps, frames.duration_s, frames.reader, read_s)
-    files = [write_tensor(frames.rgb_FHW3), write_tensor(frames.times_s)]
+    files = [write_tensor(frames.rgb_FHW3.cpu()), write_tensor(frames.times_s)]  # a GPU's, where that decodes
     socket.send_fds(connection, [pickle.dumps(answer)], files)
     for file in files:
         os.close(file)

@@ -104,9 +104,14 @@ def to_patches(frames: Frames, dtype: torch.dtype = torch.float32, device: torch
 
     Frames cross to a GPU as bytes, half or a quarter of what patches would take. second_per_grid_s = 2 / sampled_fps,
     because two frames make one temporal step (Qwen2.5-VL).
+
+    Nothing is waited for, and the caller may let go of the frames at once: torch keeps page-locked memory until a copy
+    out of it has ended, and memory of a GPU until the streams that it was recorded on have come past this point.
     """
     num_frames, height_px, width_px, _ = frames.rgb_FHW3.shape
     num_pairs = -(-num_frames // FRAMES_PER_PATCH)
+    if frames.rgb_FHW3.is_cuda:  # decoded there, on the stream of a thread that reads
+        frames.rgb_FHW3.record_stream(torch.cuda.current_stream(frames.rgb_FHW3.device))
     return Patches(
         values_PC=patchify(frames.rgb_FHW3.to(device, non_blocking=True), dtype),
         grid_thw=(num_pairs, height_px // PATCH_PX, width_px // PATCH_PX),

@@ -50,7 +50,9 @@ def _open_file_reader(config: VideoConfig) -> Reader:
     if config.reader == "decord":
         from vcr1_fast.video.decord_reader import DecordReader
 
-        return DecordReader(config.timeout_s, max_source_pixels=config.max_source_pixels)
+        return DecordReader(
+            config.timeout_s, max_source_pixels=config.max_source_pixels, clips_per_worker=config.clips_per_worker
+        )
     if config.reader == "torchcodec":
         from vcr1_fast.video.torchcodec_reader import TorchcodecReader
 

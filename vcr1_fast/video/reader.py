@@ -33,6 +33,10 @@ class Probe:
     images: tuple[str, ...] = ()  # file names of the N frames, for a folder of images
 
 
+class ReaderError(RuntimeError):
+    """The reader cannot go on, and no file is to blame: no memory on the GPU, a worker that does not start."""
+
+
 class Reader(Protocol):
     """Implementations: the modules *_reader of this folder. Each may be used by several threads."""
 

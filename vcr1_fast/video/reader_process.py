@@ -22,6 +22,7 @@ import torch
 from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.loader_worker import MAX_MESSAGE_BYTES, Answer, Ready, WorkerSettings
+from vcr1_fast.video.reader import ReaderError
 from vcr1_fast.video.shared_memory import map_tensor
 
 START_LIMIT_S = 120.0  # importing torch takes 1.5 s on an idle machine; a cold network disk is slow
@@ -67,7 +68,7 @@ class ReaderProcess:
     def ask(self, request: ClipRequest, timeout_s: float) -> tuple[Frames, float]:
         """The clip, and the seconds the worker needed.
 
-        Raises SampleError, TimeoutError after `timeout_s`, and EOFError or OSError when the worker died.
+        Raises SampleError, ReaderError, TimeoutError after `timeout_s`, and EOFError or OSError when the worker died.
         After the last three only `close` may be called.
         """
         deadline = time.monotonic() + timeout_s
@@ -75,7 +76,7 @@ class ReaderProcess:
         self._connection.send(pickle.dumps(request))
         message, files = self._receive(deadline)
         try:
-            if isinstance(message, SampleError):
+            if isinstance(message, SampleError | ReaderError):
                 raise message
             assert isinstance(message, Answer) and len(files) == 2, message
             rgb_FHW3 = map_tensor(files[0], message.shape_FHW3, torch.uint8)
@@ -145,7 +146,8 @@ class WorkerSlot:
     def read(self, request: ClipRequest) -> tuple[Frames, float]:
         """The clip, and the seconds that took. A worker that dies gets one successor for the same clip.
 
-        Raises SampleError for a file that cannot be used, RuntimeError when no worker starts, or after `close`.
+        Raises SampleError for a file that cannot be used, RuntimeError when no worker starts, or after `close`, and of
+        these ReaderError when the reader says so.
         """
         timeout_s, ending = self._settings.config.timeout_s, ""
         for _ in range(2):
