@@ -2,8 +2,8 @@
 
 Only `config.json` of the checkpoint is read; where `model.path` does not exist, the public sizes of Qwen2.5-VL-3B or
 -7B stand in, and the plan says so. Everything is the worst case the settings allow: the longest video, all completions
-at full length. Left out: the CUDA context (about 1 GB), fragmentation (allow 5 to 10 %), NCCL's buffers, and where NVDEC
-decodes, clips read ahead (2 GB at most) and the frames being decoded (1 GB for each of 4 threads at worst).
+at full length. Left out: the CUDA context (about 1 GB), fragmentation (allow 5 to 10 %), NCCL's buffers, and where
+NVDEC decodes, clips read ahead (2 GB at most) and frames being decoded (1 GB for each of 4 threads at worst).
 
 GB are 1e9 bytes. Letters: D hidden size, I MLP width, K key and value width, H head width x heads, V vocabulary,
 d, i width and MLP width of the vision tower, P parameters, N GPUs, T tokens of a packed row, G completions.

@@ -138,7 +138,7 @@ def test_other_weights_are_another_tower(tmp_path: Path) -> None:
     )
     assert tiny == again != other
     (tmp_path / "other" / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"model\.freeze_vision is set, but .* holds another tower"):
+    with pytest.raises(ConfigError, match=r"the vision tower is frozen, but .* holds another one"):
         load_frozen_tower(tmp_path / "other", torch.float32, CPU)
 
 

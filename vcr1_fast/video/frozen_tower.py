@@ -72,7 +72,7 @@ def load_frozen_tower(folder: Path, dtype: torch.dtype, device: torch.device) ->
         visual.load_state_dict(state)
     except RuntimeError as error:
         problem = " ".join(str(error).split())[:200]
-        raise ConfigError(f"model.freeze_vision is set, but {folder} holds another tower: {problem}") from error
+        raise ConfigError(f"the vision tower is frozen, but {folder} holds another one: {problem}") from error
     visual = visual.to(device, dtype).eval().requires_grad_(False)
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         use_varlen_tower(visual)
