@@ -148,7 +148,7 @@ def test_a_server_without_tls():
         (401, r"check the key in \$MY_KEY"),
         (404, "check judge.url"),
         (302, "redirects are not followed"),
-        (400, "judge"),
+        (400, "see its message"),
     ],
 )
 def test_a_refusal_is_not_retried(status, advice):

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from vcr1_fast.config import Config, ConfigError
+from vcr1_fast.config_io import load_settings
 from vcr1_fast.config_learning import RolloutConfig, SGLangConfig
-from vcr1_fast.rollout.addresses import is_loopback, read_addresses, read_bind, show
+from vcr1_fast.rollout.addresses import as_setting, is_loopback, read_addresses, read_bind, show
 from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.rollout_key import read_key, read_or_make_key
 
@@ -25,6 +26,21 @@ def test_addresses_are_read_in_order():
         ("fd00::1", 5),
     ]
     assert [show(address) for address in read_addresses(["a:1", "[fd00::1]:5"])] == ["a:1", "[fd00::1]:5"]
+
+
+@pytest.mark.parametrize(
+    ("addresses", "setting"),
+    [
+        ([("a", 7), ("a", 8), ("a", 9)], "[a:7-9]"),
+        ([("a", 7), ("a", 9), ("a", 10), ("a", 8)], "[a:7,a:9-10,a:8]"),
+        ([("a", 7), ("b", 8)], "[a:7,b:8]"),
+        ([("fd00::1", 7), ("fd00::1", 8), ("::1", 9)], '["[fd00::1]:7-8","[::1]:9"]'),
+    ],
+)
+def test_addresses_as_the_command_line_takes_them(addresses, setting):
+    assert as_setting(addresses) == setting
+    options = ["--rollout.sglang.placement=disaggregated", f"--rollout.sglang.addresses={setting}"]
+    assert read_addresses(load_settings(Config, None, options).rollout.sglang.addresses) == addresses
 
 
 @pytest.mark.parametrize("bad", ["a", "a:", "a:0", "a:70000", "a:9-7", "a:1-2-3", ":5", "fd00::1:5", "a b:5", ""])

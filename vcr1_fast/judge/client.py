@@ -228,6 +228,7 @@ class JudgeClient:
             401: f"check the key in ${self.config.api_key_env}",
             403: f"check the key in ${self.config.api_key_env}",
             404: "check judge.url (it ends in /v1) and judge.model",
+            400: "see its message; often the judge's context is too short for the question and the longest answer",
         }.get(reply.status, "check judge.url and judge.model; redirects are not followed")
         reason = f"the judge {self.config.model} at {self.config.url} answered {what}; {advice}"
         if reply.status in (401, 403, 404) or reply.status < 400:

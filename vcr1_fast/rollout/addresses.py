@@ -28,6 +28,19 @@ def read_addresses(written: Sequence[str]) -> list[Address]:
     return found
 
 
+def as_setting(addresses: Sequence[Address]) -> str:
+    """The inverse of `read_addresses`, as the command line takes `rollout.sglang.addresses`: ports that follow each
+    other as one range, IPv6 in quotes, without which YAML reads its brackets as a list."""
+    runs: list[tuple[str, int, int]] = []  # host, first and last port
+    for host, port in addresses:
+        if runs and (host, port) == (runs[-1][0], runs[-1][2] + 1):
+            runs[-1] = (host, runs[-1][1], port)
+        else:
+            runs.append((host, port, port))
+    texts = [show((host, first)) + (f"-{last}" if last > first else "") for host, first, last in runs]
+    return "[" + ",".join(f'"{text}"' if text.startswith("[") else text for text in texts) + "]"
+
+
 def read_bind(text: str) -> Address:
     """`host`, `host:port` or `[v6]:port`; without a port the default one, 0 for any free ones. Raises ValueError."""
     host, first, last = _read(text)

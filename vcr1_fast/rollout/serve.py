@@ -29,7 +29,7 @@ from vcr1_fast import __version__
 from vcr1_fast.config import Config, ConfigError
 from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.model_folder import model_folder
-from vcr1_fast.rollout.addresses import Address, is_loopback, read_bind, show
+from vcr1_fast.rollout.addresses import Address, as_setting, is_loopback, read_bind, show
 from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.rollout_key import read_or_make_key
 from vcr1_fast.rollout.sglang_messages import HANDSHAKE_S, Channel
@@ -335,14 +335,13 @@ def _print_table(server: Server, key_place: str) -> None:
         texts = (show(station.address), facts["gpu"], facts["sglang"], facts["torch"], str(station.log))
         table.add_row(str(index), *(text.replace("[", r"\[") for text in texts))
     console.print(table)
-    host, first = server.stations[0].address
-    last = server.stations[-1].address[1]
+    host = server.stations[0].address[0]
     name = socket.gethostname() if host in ("0.0.0.0", "::") else host
-    ports = f"{first}-{last}" if last > first else str(first)
+    written = as_setting([(name, station.address[1]) for station in server.stations])
     say(f"key: {key_place}; a trainer elsewhere needs the same one")
     say(
-        f"trainer: --rollout.engine=sglang --rollout.sglang.placement=disaggregated --rollout.sglang.addresses="
-        f"'[{f'[{name}]' if ':' in name else name}:{ports}]'"
+        "trainer: --rollout.engine=sglang --rollout.sglang.placement=disaggregated "
+        f"--rollout.sglang.addresses='{written}'"
     )
     if not is_loopback(host):
         say("what travels is signed, not encrypted: keep these ports inside a private network, or use WireGuard or ssh")

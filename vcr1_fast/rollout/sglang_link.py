@@ -38,6 +38,11 @@ class WorkerLink(ABC):
     def is_ready(self) -> bool:
         return self._channel is not None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known to be gone, by the end of its connection; one that hangs is not."""
+        return self._channel is None or self._channel.is_closed
+
     @abstractmethod
     def start(self) -> None:
         """Begin, and return at once; ends what was there before. Raises OSError when that cannot work at all."""

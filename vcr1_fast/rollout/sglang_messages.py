@@ -82,6 +82,16 @@ class Channel:
         """For selectors."""
         return self._socket.fileno()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the other side is known to be gone; takes nothing of what it sent."""
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def send(
         self,
         kind: str,
@@ -162,6 +172,8 @@ class Channel:
                 continue
             except OSError as error:
                 raise EOFError("the other side is gone") from error
+            for descriptor in descriptors:  # recv_fds leaves them open for programs that are started: one of torch's
+                os.set_inheritable(descriptor, False)  # kept a killed worker's connection for 2 s
             if not data:
                 raise EOFError("the other side has closed the connection")
             return data, descriptors

@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
 import signal
 import sys
 import threading
@@ -43,7 +42,7 @@ START_WAIT_S = 60.0
 PARENT_POLL_S = 2.0
 END_LIMIT_S = 30.0
 CUT_POLL_S = 0.1
-LEAVE_POLL_MS = 500
+LEAVE_POLL_S = 0.5
 
 
 def main() -> int:
@@ -210,10 +209,8 @@ def _ended_with(channel: Channel) -> Iterator[None]:
     is_over = threading.Event()
 
     def watch() -> None:
-        poller = select.poll()
-        poller.register(channel.fileno(), select.POLLRDHUP)
-        while not is_over.is_set():
-            if channel.fileno() < 0 or (poller.poll(LEAVE_POLL_MS) and not is_over.is_set()):
+        while not is_over.wait(LEAVE_POLL_S):
+            if channel.is_closed:
                 _end_group()
 
     threading.Thread(target=watch, daemon=True).start()

@@ -108,6 +108,7 @@ class Workers:
 
     def load(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """See `RolloutEngine.load_weights`. Takes back memory that was released."""
+        self._replace_ended()
         previous, self.policy_version = self.policy_version, policy_version
         try:
             with self._feed(self.seats) as feed:
@@ -186,6 +187,14 @@ class Workers:
             others = itertools.chain([] if first is None else [first], others)
             self._delivery.push(self._table.checked(others), self._table, feed, self.seats)
         self._adapters.send(feed, is_fresh=first is not None)
+
+    def _replace_ended(self) -> None:
+        """Start again what died while it had nothing to do: found out by a broadcast, it would cost all the others."""
+        if self._table.is_whole:  # else there is nothing to feed them with, and the load finds them
+            for seat in self.seats:
+                if seat.worker.has_ended:
+                    self._failures_in_a_row = 0
+                    self.revive(seat, "is gone")
 
     def _resume(self, feed: Feed, tags: list[str]) -> None:
         if self.is_released:

@@ -43,7 +43,7 @@ class Worker:
         self.log: list[str] = []
         self.sources: list[str] = []
         self.versions: list[int] = []
-        self.is_killed = False
+        self.is_killed = self.has_ended = False
         self.name, self.num_starts = "fake", 0
         self._shared, self._dies_at, self._corrupts = shared, dies_at, corrupts
         self._num_messages = 0
@@ -87,6 +87,7 @@ class Worker:
     def start(self) -> None:
         """After a death it is a fresh one."""
         self.held, self.log, self._dies_at = {}, [], 0 if self.num_starts else self._dies_at
+        self.has_ended = False
         self.num_starts += 1
 
     def wait_ready(self, timeout_s: float) -> None: ...
@@ -311,6 +312,24 @@ def start_workers(monkeypatch, tmp_path):
         return Workers(SGLangConfig(backoff_s=0), {"device": "cpu"}, tmp_path, FLOAT), worker
 
     return start
+
+
+def test_a_worker_that_died_between_two_loads_costs_no_other(monkeypatch, tmp_path):
+    pair = [Worker({}), Worker({})]
+    monkeypatch.setattr(sglang_workers, "make_workers", lambda *_: pair)
+    workers = Workers(SGLangConfig(backoff_s=0, weights="broadcast"), {"device": "cpu"}, tmp_path, FLOAT)
+    first, second = weights(1), weights(2, CHANGED)
+    workers.load(first, 1)
+    for group in pair[1]._groups.values():
+        group.abort()
+    pair[1].has_ended = True
+    workers.load(second, 2)
+    assert [worker.num_starts for worker in pair] == [1, 2]
+    assert workers.num_restarts == 1
+    for worker in pair:
+        assert_holds(worker, first, second)
+    assert len({seat.group for seat in workers.seats}) == 1 and workers.seats[0].group
+    workers.close()
 
 
 def test_memory_is_resumed_around_a_whole_load(start_workers):

@@ -2,6 +2,7 @@
 
 import socket
 import struct
+import subprocess
 import threading
 
 import pytest
@@ -54,6 +55,23 @@ def test_shared_memory_is_one_memory(ends):
     memory.close()
     memory.close()
     assert bool((view == 7).all())  # the mapping outlives the descriptor
+
+
+def test_a_connection_that_was_handed_over_ends_with_the_process_that_has_it(ends):
+    """Open in a program that it starts, it would not close when it is killed."""
+    near, far = socket.socketpair()
+    ends[0].hand_over(near, 5)
+    near.close()
+    taken = ends[1].take_over(5)
+    child = subprocess.Popen(["sleep", "60"], close_fds=False)
+    try:
+        taken.close()
+        far.settimeout(5)
+        assert far.recv(1) == b""
+    finally:
+        child.kill()
+        child.wait()
+        far.close()
 
 
 def test_silence_and_the_end_are_told_apart(ends):
