@@ -13,6 +13,14 @@ from vcr1_fast.config_error import ConfigError, require
 from vcr1_fast.rollout.addresses import read_addresses, show
 from vcr1_fast.types import SamplingParams
 
+ENGINE_ARGS_REFUSED = {  # what would break the engine or make its log-probs wrong without a word
+    "rl_on_policy_target": "SGLang then gives the tokens of a video the positions of text",
+    **dict.fromkeys(("tp_size", "pp_size", "dp_size"), "a worker is one engine on one GPU; use more workers"),
+    **dict.fromkeys(("model_path", "load_format"), "weights come from the learner"),
+    **dict.fromkeys(("custom_weight_loader", "skip_tokenizer_init"), "the worker needs its own"),
+    "enable_lora": "adapters are added to the weights, see model.lora",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SGLangConfig:
@@ -79,6 +87,9 @@ class SGLangConfig:
             require(getattr(self, name) > 0, f"rollout.sglang.{name} is {getattr(self, name)}, wanted more than 0")
         fraction = self.mem_fraction
         require(0 < fraction < 1, f"rollout.sglang.mem_fraction_static is {fraction}, wanted in (0, 1)")
+        for name in self.engine_args:
+            reason = ENGINE_ARGS_REFUSED.get(name)
+            require(reason is None, f"rollout.sglang.engine_args sets {name}: {reason}; leave it out")
         self._check_placement()
         self._check_weights()
 

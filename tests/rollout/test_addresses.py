@@ -95,6 +95,26 @@ def test_memory_share_follows_the_placement():
         SGLangConfig(mem_fraction_static=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("rl_on_policy_target", "fsdp", "the positions of text"),
+        ("tp_size", 2, "one GPU"),
+        ("enable_lora", True, "lora"),
+    ],
+)
+def test_arguments_that_would_break_the_engine_without_a_word_are_refused(name, value, reason):
+    with pytest.raises(ConfigError, match=f"engine_args sets {name}: .*{reason}.*; leave it out"):
+        SGLangConfig(engine_args={"max_total_tokens": 4096, name: value})
+
+
+def test_adapters_alone_need_adapters_and_workers_that_keep_their_weights():
+    with pytest.raises(ConfigError, match=r"adapters_only is true, but model\.lora\.rank is 0"):
+        Config(rollout=RolloutConfig(sglang=SGLangConfig(adapters_only=True)))
+    with pytest.raises(ConfigError, match="a worker that gave its weights back needs all of them"):
+        SGLangConfig(adapters_only=True, release_memory=True)
+
+
 def test_the_key_is_made_once_and_for_its_owner_alone(tmp_path, monkeypatch):
     monkeypatch.delenv("VCR1_ROLLOUT_KEY", raising=False)
     file = tmp_path / "folder" / "key"
