@@ -1,11 +1,9 @@
-"""Each way that weights reach the real SGLang engine: log-prob parity before and after, frozen parts, a killed worker.
+"""Each way that weights reach the real SGLang engine: log-prob parity before and after, and frozen parts.
 
 The ways are put into one engine that other tests use, too: what differs lies in the messages.
 """
 
 import contextlib
-import os
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -68,21 +66,6 @@ def test_parity_before_and_after_updates_without_the_frozen_tower(random_engine,
         assert sync.push().num_bytes < first.num_bytes
         assert worst(random_engine, policy, make_prompt) < BOUND
         assert random_engine.policy_version == 2
-
-
-def test_a_killed_worker_gets_its_weights_and_joins_a_new_group(random_engine, policy, make_prompt, tmp_path):
-    with delivering(random_engine, "broadcast", tmp_path):
-        sync = WeightSync(policy, random_engine)
-        sync.push()
-        (seat,), restarts = random_engine._workers.seats, random_engine.num_restarts
-        group = seat.group
-        os.kill(seat.worker.pid, signal.SIGKILL)
-        assert worst(random_engine, policy, make_prompt) < BOUND  # from the copy in host memory
-        assert (random_engine.num_restarts, seat.group) == (restarts + 1, "")
-        disturb(policy, 1)
-        sync.push()
-        assert worst(random_engine, policy, make_prompt) < BOUND
-        assert seat.group and seat.group != group
 
 
 def test_released_memory_comes_back_with_the_next_whole_load(random_engine, policy, make_prompt, monkeypatch):

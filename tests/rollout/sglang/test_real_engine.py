@@ -1,10 +1,6 @@
 """The real SGLang engine against the learner: same tokens, pixels and positions must give the same log-probs."""
 
 import math
-import os
-import signal
-import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -165,26 +161,3 @@ def test_a_late_request_is_aborted_and_reported(random_engine, make_prompt, monk
     monkeypatch.undo()
     assert len(random_engine.generate([make_prompt((2, 4, 4), "when")], SamplingParams(2, 4))[0]) == 2
     assert worker.pid == pid
-
-
-def test_killed_in_the_middle_it_comes_back_with_the_current_weights(random_engine, make_tiny_model, make_prompt):
-    policy = PolicyModel(make_tiny_model(seed=9), ModelConfig(), torch.float32)
-    random_engine.load_weights(policy.hf.state_dict().items(), 30)
-    worker, restarts = random_engine._workers.seats[0].worker, random_engine.num_restarts
-    old_pid = worker.pid
-
-    def kill() -> None:
-        while not random_engine._workers.seats[0].requests:
-            time.sleep(0.01)
-        time.sleep(0.3)  # 600 tokens take seconds
-        os.kill(old_pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    prompts = short_and_long(make_prompt)
-    answers = random_engine.generate(prompts, SamplingParams(GROUP_SIZE, 600))
-    killer.join()
-    assert random_engine.num_restarts == restarts + 1
-    assert worker.pid != old_pid
-    worst, _ = difference(policy, prompts, answers)
-    assert worst < BOUND

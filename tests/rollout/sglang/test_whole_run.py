@@ -1,6 +1,7 @@
 """A whole GRPO run with SGLang beside the same one with the local engine: the steps of `make demo DEMO_ARGS=--short`.
 
-In the middle of it the worker is killed. Both runs are started by the command line, as a user does.
+In the middle of it the worker is killed. Both runs are started by the command line, as a user does. Where the short
+demo has just been run, $VCR1_SHORT_DEMO names the file of its output, and it is not run again.
 """
 
 import json
@@ -88,8 +89,13 @@ def workers_of(trainer: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def local(run_demo) -> Outcome:
-    return run_demo("local")
+def local(run_demo) -> dict[str, float]:
+    """Held-out mIoU before and after, with the local engine."""
+    output = os.environ.get("VCR1_SHORT_DEMO")
+    if output:
+        return json.loads(Path(output).read_text(encoding="utf-8").splitlines()[-1])["tasks"]["temporal_grounding"]
+    outcome = run_demo("local")
+    return {when: outcome.miou(when) for when in ("before", "after")}
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +118,10 @@ def killed(run_demo, sglang_python: str) -> tuple[Outcome, list[int]]:
 @pytest.mark.timeout(2 * LIMIT_S)
 def test_held_out_score_rises_as_with_the_local_engine(local, killed):
     sglang, _ = killed
-    assert sglang.miou("before") == pytest.approx(local.miou("before"), abs=1e-3)  # greedy answers of one model
-    for outcome in (local, sglang):
-        assert outcome.miou("after") - outcome.miou("before") > MIN_GAIN
-    assert abs(sglang.miou("after") - local.miou("after")) < MAX_APART
+    assert sglang.miou("before") == pytest.approx(local["before"], abs=1e-3)  # greedy answers of one model
+    assert sglang.miou("after") - sglang.miou("before") > MIN_GAIN
+    assert local["after"] - local["before"] > MIN_GAIN
+    assert abs(sglang.miou("after") - local["after"]) < MAX_APART
 
 
 @pytest.mark.slow
@@ -137,15 +143,3 @@ def test_worker_killed_in_mid_run_is_replaced_once(killed):
     assert len(sglang.steps) == NUM_STEPS
     assert [step["engine/restarts"] for step in sglang.steps][-1] == 1.0
     assert sglang.result["engine"].startswith("sglang 0.5.")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(LIMIT_S)
-def test_adapters_alone_keep_the_engine_at_the_learners_log_probs(run_demo, sglang_python):
-    options = ("--rollout.engine=sglang", f"--rollout.sglang.python={sglang_python}", "--eval.max_examples=4")
-    options += ("--rollout.sglang.mem_fraction_static=0.1", "--rollout.sglang.adapters_only=true")
-    options += ("--model.lora.rank=8", "--optimizer.learning_rate=1e-2", "--train.num_steps=4")
-    steps = run_demo("adapters", *options).steps
-    gaps = [step["sampling/sampling_logp_difference/max"] for step in steps]
-    assert len(gaps) == 4 and max(gaps) < BOUND, gaps
-    assert min(step["grad_norm"] for step in steps) > 0  # each update moved what the engine had to follow
