@@ -6,8 +6,9 @@ Two ways out of here: the weights of an ordinary model, each changed matrix W + 
 rollout engines), and the factors alone (`adapter_factors`: checkpoints, rollout.sglang.adapters_only).
 
 Own code and not PEFT, because PEFT's layer casts the whole input to the adapter's float32 under autocast and adds the
-two products in a pass of their own; both are passes over [T, K] for each of 196 matrices. Its names and its
-initialisation are kept: A as `nn.Linear` has it (uniform within 1 / sqrt(K)).
+two products in a pass of their own; both are passes over a whole activation for each of 196 matrices. Its
+initialisation is kept: A as `nn.Linear` has it (uniform within 1 / sqrt(K)). export.py writes the factors as it names
+them.
 """
 
 from __future__ import annotations

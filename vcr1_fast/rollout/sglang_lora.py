@@ -1,8 +1,8 @@
 """Adds adapters to their matrices inside SGLang's own process: a "custom weight loader", for sglang_update.py.
 
 SGLang can serve adapters beside the weights, for many users at once; a trainer has one adapter, changed every step.
-Added up, it costs nothing while answers are drawn, needs no kernels of its own, works in every version, and log-probs
-are those of the sums that the learner would have sent.
+Added up, it adds nothing to the drawing of answers, needs no kernels of its own, works in 0.5.17 as in 0.5.21, and
+log-probs are those of the sums that the learner would have sent.
 
     W = W_0 + scale B A, summed in float32        W_0 [N, K]: as it was first sent, kept in host memory
 

@@ -33,8 +33,8 @@ def factors_of(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     return factors
 
 
-def apply(model: nn.Module, factors: dict[str, torch.Tensor], folder: Path, **changes: object) -> list[str]:
-    """Through the loader's own door: bytes and an order, in two buckets."""
+def apply(model: nn.Module, factors: dict[str, torch.Tensor], folder: Path, *, is_fresh: bool = True) -> list[str]:
+    """Through the loader's own door: bytes and an order, in two buckets. `is_fresh`: the model has its start."""
     wrong: list[str] = []
     names = list(factors)
     parts = [names[::2], names[1::2]]
@@ -46,8 +46,8 @@ def apply(model: nn.Module, factors: dict[str, torch.Tensor], folder: Path, **ch
             entries.append({"name": name, "dtype": "float32", "shape": list(factors[name].shape), **place})
             chunks.append(flat_B)
             start += flat_B.numel()
-        order = {"path": str(folder / "report.json"), "scale": SCALE, "entries": entries, "is_fresh": index == 0}
-        order |= {"is_first": index == 0, "is_last": index == 1, **changes}
+        order = {"path": str(folder / "report.json"), "scale": SCALE, "entries": entries}
+        order |= {"is_first": index == 0, "is_last": index == 1, "is_fresh": is_fresh and index == 0}
         note = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
         add_adapters(model, [("bytes", torch.cat(chunks)), ("order", note)])
         wrong += json.loads((folder / "report.json").read_text())
@@ -60,7 +60,7 @@ def test_sums_stand_where_the_matrices_stood_and_nothing_else_changes(tmp_path, 
     start = {name: value.clone() for name, value in checkpoint_of(model).items()}
     for seed, is_fresh in ((1, True), (2, False)):
         factors = factors_of(model, seed)
-        assert apply(model, factors, tmp_path, **({} if is_fresh else {"is_fresh": False})) == []
+        assert apply(model, factors, tmp_path, is_fresh=is_fresh) == []
         for name, held in checkpoint_of(model).items():
             stem = name.removesuffix(".weight")
             want = start[name].cpu()
