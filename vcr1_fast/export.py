@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vcr1_fast.config import LoRAConfig
-from vcr1_fast.learner.lora import adapter_factors, base_weights, merged, scale_of
+from vcr1_fast.learner.lora import adapter_factors, merged, scale_of, split_weights
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World, on_main_rank, whole_tensor
 from vcr1_fast.run_folder import replace_folder
 
@@ -42,8 +42,8 @@ def export_hugging_face(
     hf = policy.get_submodule("hf")
     assert isinstance(hf, PreTrainedModel), f"policy.hf is {type(hf).__name__}, wanted a Hugging Face model"
     whole: dict[str, Tensor] = {}
-    factors, scale = adapter_factors(hf), scale_of(hf)
-    for name, weight in base_weights(hf).items():
+    (base, factors), scale = split_weights(hf), scale_of(hf)
+    for name, weight in base.items():
         value = whole_tensor(merged(name, weight, factors, scale))
         if world.is_main:
             whole[name] = value.to("cpu", dtype if value.is_floating_point() else None)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vcr1_fast.learner.lora import adapter_factors, base_weights, has_adapter, merged, scale_of
+from vcr1_fast.learner.lora import has_adapter, merged, scale_of, split_weights
 from vcr1_fast.learner.sharding import whole_tensor
 from vcr1_fast.rollout.engine import RolloutEngine
 
@@ -73,8 +73,8 @@ class WeightSync:
         the version then stays as it was, and the next push carries every weight.
         """
         start_s = time.perf_counter()
-        factors = adapter_factors(self._hf)
-        weights = self._weights(factors)
+        base, factors = split_weights(self._hf)
+        weights = self._changed(base, factors)
         num_bytes = 0
 
         def stream() -> Iterator[tuple[str, Tensor]]:
@@ -96,9 +96,8 @@ class WeightSync:
         self._is_first = False
         return PushReport(version, len(weights), num_bytes, time.perf_counter() - start_s)
 
-    def _weights(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _changed(self, base: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What this push carries, as it is in the learner: frozen matrices without their adapters."""
-        base = base_weights(self._hf)
         if self._skips_frozen and not self._is_first:
             base = {
                 name: weight

@@ -16,7 +16,7 @@ from tests.tiny_policy import run_ranks
 from vcr1_fast.checkpoint import RunState, load_checkpoint, save_checkpoint
 from vcr1_fast.config import ConfigError, LoRAConfig
 from vcr1_fast.export import export_adapter, export_hugging_face
-from vcr1_fast.learner.lora import LoRALinear, adapter_factors, add_adapters, base_weights, lora_layers, merged
+from vcr1_fast.learner.lora import LoRALinear, adapter_factors, add_adapters, lora_layers, merged, split_weights
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.learner.step import Learner
@@ -75,7 +75,7 @@ def test_gradients_follow_from_those_of_the_whole_model(model_path, groups):
 
     sums = Learner(config, World(), 10)
     with torch.no_grad():
-        for name, weight in base_weights(learner.policy.hf).items():
+        for name, weight in split_weights(learner.policy.hf)[0].items():
             sums.policy.hf.get_parameter(name).copy_(merged(name, weight, factors, LORA.scale))
     [want], whole = update_and_capture(sums, groups)
     [got], parts = update_and_capture(learner, groups)
@@ -142,10 +142,10 @@ def test_frozen_weights_are_kept_in_the_dtype_that_is_computed_in(model_path, gr
     half = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="bfloat16"))
     world = World(device=torch.device(device))
     exact, kept, masters = (Learner(each, world, 10) for each in (config, half, half))
-    assert {w.dtype for w in base_weights(kept.policy.hf).values()} == {torch.bfloat16}
+    assert {w.dtype for w in split_weights(kept.policy.hf)[0].values()} == {torch.bfloat16}
     assert {w.dtype for w in adapter_factors(kept.policy.hf).values()} == {torch.float32}
-    for name, weight in base_weights(masters.policy.hf).items():
-        weight.data = base_weights(exact.policy.hf)[name].data.clone()
+    for name, weight in split_weights(masters.policy.hf)[0].items():
+        weight.data = split_weights(exact.policy.hf)[0][name].data.clone()
     gradients = []
     for learner in (exact, kept, masters):
         disturb(learner.policy)

@@ -100,15 +100,17 @@ def scale_of(hf: nn.Module) -> float:
     return next((layer.scale for layer in lora_layers(hf)), 0.0)
 
 
-def base_weights(hf: nn.Module) -> dict[str, Tensor]:
-    """`sharding.named_weights` of the model without its adapters, under the names that it has without them."""
+def split_weights(hf: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`sharding.named_weights` in two: the model's under the names that it has without adapters, and A and B of each
+    adapter, `<matrix>.lora_A` [rank, K], `<matrix>.lora_B` [N, rank]. All live."""
     named = named_weights(hf)
-    return {name.replace(".base_layer.", "."): value for name, value in named.items() if not is_factor(name)}
+    base = {name.replace(".base_layer.", "."): value for name, value in named.items() if not is_factor(name)}
+    return base, {name: value for name, value in named.items() if is_factor(name)}
 
 
 def adapter_factors(hf: nn.Module) -> dict[str, Tensor]:
-    """A and B of each adapter, live: `<matrix>.lora_A` [rank, K], `<matrix>.lora_B` [N, rank]."""
-    return {name: value for name, value in named_weights(hf).items() if is_factor(name)}
+    """The second part of `split_weights`."""
+    return split_weights(hf)[1]
 
 
 def is_factor(name: str) -> bool:
