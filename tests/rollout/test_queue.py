@@ -47,8 +47,8 @@ class HeldEngine:
     def generate(self, prompts, sampling, begun=None):
         assert self._entered.acquire(blocking=False), "two calls at the same time"
         self._stop.clear()
-        self.running.set()
         self.calls.append(([p.example.id for p in prompts], sampling.seed, self.policy_version))
+        self.running.set()  # who waits for it reads `calls`
         before = list(begun[0][0].logprobs_R) if begun else []
         logprobs = list(before)
         while len(logprobs) < NUM_TOKENS and not self._stop.is_set():
@@ -242,6 +242,7 @@ def test_a_restored_queue_asks_only_for_what_was_not_drawn(open_queue: Open, int
     assert groups[0].policy_version == 1
     want = [-1.0, -1.0, -5.0, -5.0] if interrupt else [-1.0] * NUM_TOKENS
     assert groups[0].completions[0].logprobs_R.tolist() == want
+    again.take(3)  # what is asked first without interruptions, in a thread that may not have begun until now
     asked = [ids for ids, _, _ in other.calls]
     assert asked[0] == (["a2", "a3"] if interrupt else ["a4", "a5"])
 

@@ -61,7 +61,8 @@ def main() -> None:
     for seed in range(num_processes):
         pid = os.fork()  # torch is imported once, and nothing has started a thread yet
         if pid == 0:
-            print(json.dumps(hammer(folder, budget_bytes, seed, num_rounds)), flush=True)
+            report = json.dumps(hammer(folder, budget_bytes, seed, num_rounds)) + "\n"
+            os.write(1, report.encode())  # at once: print may write line and end apart, and another's report between
             os._exit(0)
         pids.append(pid)
     sys.exit(sum(os.waitpid(pid, 0)[1] != 0 for pid in pids))
