@@ -36,13 +36,13 @@ from vcr1_fast.learner.lora import add_adapters, lora_layers
 from vcr1_fast.learner.model import load_tokenizer
 from vcr1_fast.model_folder import model_folder
 from vcr1_fast.rollout.engine import RolloutEngine
-from vcr1_fast.rollout.sglang_delivery import make_delivery
+from vcr1_fast.rollout.sgl.delivery import make_delivery
+from vcr1_fast.rollout.sgl.feed import Feed
+from vcr1_fast.rollout.sgl.link import WorkerLink
+from vcr1_fast.rollout.sgl.messages import Message
+from vcr1_fast.rollout.sgl.weights import Weights, WeightTable
+from vcr1_fast.rollout.sgl.workers import Seat
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
-from vcr1_fast.rollout.sglang_feed import Feed
-from vcr1_fast.rollout.sglang_link import WorkerLink
-from vcr1_fast.rollout.sglang_messages import Message
-from vcr1_fast.rollout.sglang_weights import Weights, WeightTable
-from vcr1_fast.rollout.sglang_workers import Seat
 from vcr1_fast.weight_sync import WeightSync
 
 Whole = Literal["shared_memory", "cuda_ipc", "broadcast", "disk"]

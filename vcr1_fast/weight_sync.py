@@ -4,7 +4,7 @@ Called by the training loop after each round of updates, and once before the fir
 
 Protocol. All ranks call `push` at the same point. In the order of the state dict, each weight is gathered whole
 (one collective per weight, the same order on every rank) and handed to this rank's engine through a lazy iterator, so
-that beside the shards and what the engine keeps (rollout/sglang_delivery.py) at most one whole tensor exists at a time.
+that beside the shards and what the engine keeps (rollout/sgl/delivery.py) at most one whole tensor exists at a time.
 The first push carries every weight; later ones leave out what is frozen, so an engine keeps what a push does not name.
 With LoRA a matrix that has an adapter travels as the sum of both; with `adapters_only` the matrices travel once, as
 they were at the start, and the adapters' factors each time, behind them.

@@ -13,13 +13,13 @@ from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokeniz
 from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.prompts.build import PromptBuilder
-from vcr1_fast.rollout import sglang_pixels
 from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.rollout.sgl import pixels as sglang_pixels
+from vcr1_fast.rollout.sgl.messages import Channel
+from vcr1_fast.rollout.sgl.remote import byte_levels
+from vcr1_fast.rollout.sgl.video import video_item
+from vcr1_fast.rollout.sgl.workers import Request, Workers
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
-from vcr1_fast.rollout.sglang_messages import Channel
-from vcr1_fast.rollout.sglang_remote import byte_levels
-from vcr1_fast.rollout.sglang_video import video_item
-from vcr1_fast.rollout.sglang_workers import Request, Workers
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Completion, Example, Frames, IntervalTruth, Prompt, RolloutGroup, SamplingParams
 from vcr1_fast.video.patches import to_patches

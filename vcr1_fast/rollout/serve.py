@@ -2,7 +2,7 @@
 
 One address and one worker for each GPU. A worker waits, with SGLang imported, for a trainer that knows the key, serves
 it alone, and ends with its connection; a fresh one then waits in its place. So a trainer that is started again, and a
-worker that is killed, find each other anew (sglang_remote.py is the trainer's side). What the engine is started with
+worker that is killed, find each other anew (sgl/remote.py is the trainer's side). What the engine is started with
 comes from the trainer; model folder and GPU are this node's.
 
 Who has the key can run code on this node, as the user of this process.
@@ -32,9 +32,9 @@ from vcr1_fast.model_folder import model_folder
 from vcr1_fast.rollout.addresses import Address, as_setting, is_loopback, read_bind, show
 from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.rollout_key import read_or_make_key
-from vcr1_fast.rollout.sglang_messages import HANDSHAKE_S, Channel
-from vcr1_fast.rollout.sglang_process import STOP_WAIT_S, Child, prepare_model_folder
-from vcr1_fast.rollout.sglang_tcp import TcpChannel, TcpListener
+from vcr1_fast.rollout.sgl.messages import HANDSHAKE_S, Channel
+from vcr1_fast.rollout.sgl.process import STOP_WAIT_S, Child, prepare_model_folder
+from vcr1_fast.rollout.sgl.tcp import TcpChannel, TcpListener
 from vcr1_fast.telemetry import console, say
 
 POLL_S = 0.25
@@ -54,7 +54,7 @@ class Station:
     """One address and the workers behind it, one after the other, in a thread."""
 
     def __init__(self, listener: TcpListener, key: bytes, child: Child, order: Mapping[str, Any], config: SGLangConfig):
-        """`order`: the fields of `serve` in sglang_serving.py."""
+        """`order`: the fields of `serve` in sgl/serving.py."""
         self.address, self.log = listener.address, child.log
         self.facts: Mapping[str, str] = {}  # what the worker says of itself: sglang, torch, gpu
         self.failure = ""  # why this station gave up

@@ -1,8 +1,8 @@
 """Rollouts by SGLang in processes of its own: a `RolloutEngine` that drives one worker or several.
 
 Pixels, positions and token ids are the learner's, and log-probs come back as the local engine defines them (see
-sglang_video.py). A worker that dies or hangs is started again, given the current weights, and its groups are done
-again: the caller sees only the time (sglang_round.py, sglang_workers.py).
+sgl/video.py). A worker that dies or hangs is started again, given the current weights, and its groups are done
+again: the caller sees only the time (sgl/round.py, sgl/workers.py).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
 from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.sampling import check_sampling
-from vcr1_fast.rollout.sglang_messages import Message
-from vcr1_fast.rollout.sglang_process import prepare_model_folder
-from vcr1_fast.rollout.sglang_round import Round
-from vcr1_fast.rollout.sglang_update import ADAPTER_LOADER, CHECK_LOADER
-from vcr1_fast.rollout.sglang_weights import checkpoint_weights
-from vcr1_fast.rollout.sglang_workers import Request, Workers
+from vcr1_fast.rollout.sgl.messages import Message
+from vcr1_fast.rollout.sgl.process import prepare_model_folder
+from vcr1_fast.rollout.sgl.round import Round
+from vcr1_fast.rollout.sgl.update import ADAPTER_LOADER, CHECK_LOADER
+from vcr1_fast.rollout.sgl.weights import checkpoint_weights
+from vcr1_fast.rollout.sgl.workers import Request, Workers
 from vcr1_fast.types import Completion, FinishReason, Prompt, SamplingParams
 
 CPU = torch.device("cpu")

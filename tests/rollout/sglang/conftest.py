@@ -23,7 +23,8 @@ from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokeniz
 from vcr1_fast.model_folder import model_folder
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.prompts.special_ids import SpecialIds
-from vcr1_fast.rollout import sglang_process, sglang_round
+from vcr1_fast.rollout.sgl import process as sglang_process
+from vcr1_fast.rollout.sgl import round as sglang_round
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.types import Completion, Example, IntervalTruth, Patches, Prompt
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from vcr1_fast.rollout import sglang_update, sglang_video
-from vcr1_fast.rollout.sglang_messages import Message
-from vcr1_fast.rollout.sglang_update import CudaHandle, Updater
+from vcr1_fast.rollout.sgl import update as sglang_update
+from vcr1_fast.rollout.sgl import video as sglang_video
+from vcr1_fast.rollout.sgl.messages import Message
+from vcr1_fast.rollout.sgl.update import CudaHandle, Updater
 
 torch.multiprocessing.set_sharing_strategy("file_system")
 FIELDS = {

@@ -11,7 +11,7 @@ from tests.rollout.sglang import scripted_worker
 
 
 class Forked:
-    """`subprocess.Popen` as sglang_process uses it, but forked: a worker is there in 20 ms."""
+    """`subprocess.Popen` as process.py uses it, but forked: a worker is there in 20 ms."""
 
     def __init__(self, command: list[str], *, env: dict[str, str], stdout: IO[bytes], **_: object) -> None:
         self._code: int | None = None

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 
-from vcr1_fast.rollout.sglang_messages import KEY_VARIABLE, Channel, Message, connect
-from vcr1_fast.rollout.sglang_serving import adopted
+from vcr1_fast.rollout.sgl.messages import KEY_VARIABLE, Channel, Message, connect
+from vcr1_fast.rollout.sgl.serving import adopted
 
 LIMITS = {
     "vocabulary_size": 288,

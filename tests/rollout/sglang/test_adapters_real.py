@@ -11,7 +11,7 @@ from tests.rollout.sglang.test_delivery_real import delivering
 from vcr1_fast.config import LoRAConfig, ModelConfig
 from vcr1_fast.learner.lora import adapter_factors, add_adapters
 from vcr1_fast.learner.model import PolicyModel
-from vcr1_fast.rollout.sglang_adapters import Adapters
+from vcr1_fast.rollout.sgl.adapters import Adapters
 from vcr1_fast.types import SamplingParams
 from vcr1_fast.weight_sync import WeightSync
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch.multiprocessing import reductions
 
-from vcr1_fast.rollout import sglang_ipc
-from vcr1_fast.rollout.sglang_check import checksum
-from vcr1_fast.rollout.sglang_delivery import CudaIpc
-from vcr1_fast.rollout.sglang_feed import Feed
-from vcr1_fast.rollout.sglang_messages import Message
-from vcr1_fast.rollout.sglang_update import rebuild_arguments
-from vcr1_fast.rollout.sglang_weights import WeightTable
-from vcr1_fast.rollout.sglang_workers import Seat
+from vcr1_fast.rollout.sgl import ipc as sglang_ipc
+from vcr1_fast.rollout.sgl.check import checksum
+from vcr1_fast.rollout.sgl.delivery import CudaIpc
+from vcr1_fast.rollout.sgl.feed import Feed
+from vcr1_fast.rollout.sgl.messages import Message
+from vcr1_fast.rollout.sgl.update import rebuild_arguments
+from vcr1_fast.rollout.sgl.weights import WeightTable
+from vcr1_fast.rollout.sgl.workers import Seat
 
 
 def test_a_handle_is_opened_with_torchs_own_arguments(monkeypatch):

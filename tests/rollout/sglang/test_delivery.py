@@ -15,14 +15,16 @@ from torch import distributed as dist
 
 from vcr1_fast.config_error import ConfigError
 from vcr1_fast.config_learning import SGLangConfig
-from vcr1_fast.rollout import sglang_delivery, sglang_ipc, sglang_workers
-from vcr1_fast.rollout.sglang_check import checksum
-from vcr1_fast.rollout.sglang_delivery import Broadcast, CudaIpc, Disk, Host, make_delivery, own_address, way_of
-from vcr1_fast.rollout.sglang_feed import Feed
-from vcr1_fast.rollout.sglang_link import WorkerGoneError
-from vcr1_fast.rollout.sglang_messages import Message
-from vcr1_fast.rollout.sglang_weights import WeightTable
-from vcr1_fast.rollout.sglang_workers import Seat, Workers
+from vcr1_fast.rollout.sgl import delivery as sglang_delivery
+from vcr1_fast.rollout.sgl import ipc as sglang_ipc
+from vcr1_fast.rollout.sgl import workers as sglang_workers
+from vcr1_fast.rollout.sgl.check import checksum
+from vcr1_fast.rollout.sgl.delivery import Broadcast, CudaIpc, Disk, Host, make_delivery, own_address, way_of
+from vcr1_fast.rollout.sgl.feed import Feed
+from vcr1_fast.rollout.sgl.link import WorkerGoneError
+from vcr1_fast.rollout.sgl.messages import Message
+from vcr1_fast.rollout.sgl.weights import WeightTable
+from vcr1_fast.rollout.sgl.workers import Seat, Workers
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 BUCKET_BYTES = 1000
@@ -125,7 +127,7 @@ class Worker:
 
 
 class Learner:
-    """A delivery with its table and seats, as sglang_workers has them."""
+    """A delivery with its table and seats, as workers.py has them."""
 
     def __init__(self, way: str, folder, *, copy: bool = True) -> None:
         self.shared: dict[int, torch.Tensor] = {}

@@ -11,8 +11,8 @@ import pytest
 
 from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.rollout.serve import Server
-from vcr1_fast.rollout.sglang_link import WorkerGoneError
-from vcr1_fast.rollout.sglang_remote import RemoteWorker
+from vcr1_fast.rollout.sgl.link import WorkerGoneError
+from vcr1_fast.rollout.sgl.remote import RemoteWorker
 
 KEY = b"k" * 32
 HANGING_ENGINE = """

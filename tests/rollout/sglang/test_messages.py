@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from vcr1_fast.rollout.sglang_messages import SHARED_FROM_BYTES, Channel, Listener, SharedBytes, connect
+from vcr1_fast.rollout.sgl.messages import SHARED_FROM_BYTES, Channel, Listener, SharedBytes, connect
 
 
 @pytest.fixture

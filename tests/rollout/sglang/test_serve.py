@@ -20,11 +20,15 @@ from tests.rollout.sglang.conftest import first_ids, wanted
 from tests.rollout.sglang.forked_worker import Forked
 from vcr1_fast.config import ConfigError
 from vcr1_fast.config_learning import SGLangConfig
-from vcr1_fast.rollout import serve, sglang_process, sglang_remote, sglang_round, sglang_tcp
+from vcr1_fast.rollout import serve
 from vcr1_fast.rollout.addresses import show
 from vcr1_fast.rollout.serve import Server
+from vcr1_fast.rollout.sgl import process as sglang_process
+from vcr1_fast.rollout.sgl import remote as sglang_remote
+from vcr1_fast.rollout.sgl import round as sglang_round
+from vcr1_fast.rollout.sgl import tcp as sglang_tcp
+from vcr1_fast.rollout.sgl.handshake import GREETING
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
-from vcr1_fast.rollout.sglang_handshake import GREETING
 from vcr1_fast.types import SamplingParams
 
 SAMPLING = SamplingParams(3, 4)

@@ -14,8 +14,8 @@ import torch
 
 from tests.rollout.sglang import scripted_worker
 from tests.rollout.sglang.conftest import SCRIPTED_WEIGHTS, first_ids, wanted
-from vcr1_fast.rollout import sglang_process
-from vcr1_fast.rollout.sglang_process import WORKER_MODULE
+from vcr1_fast.rollout.sgl import process as sglang_process
+from vcr1_fast.rollout.sgl.process import WORKER_MODULE
 from vcr1_fast.types import SamplingParams
 
 SAMPLING = SamplingParams(3, 4)
@@ -142,12 +142,12 @@ def test_a_killed_trainer_takes_its_worker_along(tmp_path):
     """A thread of the worker watches its parent, so that it ends in the middle of SGLang's start, too."""
     code = (
         "import os, signal, sys, threading, time\n"
-        "from vcr1_fast.rollout import sglang_worker\n"
-        "sglang_worker.PARENT_POLL_S = 0.05\n"
+        "from vcr1_fast.rollout.sgl import worker\n"
+        "worker.PARENT_POLL_S = 0.05\n"
         "parent = os.getpid()\n"
         "if os.fork() == 0:\n"
         "    os.setsid()\n"
-        "    threading.Thread(target=sglang_worker._follow, args=(parent,), daemon=True).start()\n"
+        "    threading.Thread(target=worker._follow, args=(parent,), daemon=True).start()\n"
         "    print(os.getpid(), flush=True)\n"
         "    time.sleep(60)\n"
         "time.sleep(60)\n"

@@ -8,10 +8,12 @@ import time
 import pytest
 import torch
 
-from vcr1_fast.rollout import sglang_handshake, sglang_messages, sglang_tcp
-from vcr1_fast.rollout.sglang_handshake import GREETING, SessionKeys
-from vcr1_fast.rollout.sglang_messages import SharedBytes
-from vcr1_fast.rollout.sglang_tcp import TcpChannel, TcpListener, connect_tcp
+from vcr1_fast.rollout.sgl import handshake as sglang_handshake
+from vcr1_fast.rollout.sgl import messages as sglang_messages
+from vcr1_fast.rollout.sgl import tcp as sglang_tcp
+from vcr1_fast.rollout.sgl.handshake import GREETING, SessionKeys
+from vcr1_fast.rollout.sgl.messages import SharedBytes
+from vcr1_fast.rollout.sgl.tcp import TcpChannel, TcpListener, connect_tcp
 
 KEY = b"k" * 32
 LOOPBACK = ("127.0.0.1", 0)

@@ -29,10 +29,10 @@ from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.rollout.addresses import show
 from vcr1_fast.rollout.rollout_key import VARIABLE
 from vcr1_fast.rollout.serve import Server
-from vcr1_fast.rollout.sglang_delivery import Broadcast
+from vcr1_fast.rollout.sgl.delivery import Broadcast
+from vcr1_fast.rollout.sgl.pixels import pack
+from vcr1_fast.rollout.sgl.remote import byte_levels
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
-from vcr1_fast.rollout.sglang_pixels import pack
-from vcr1_fast.rollout.sglang_remote import byte_levels
 from vcr1_fast.types import Prompt, SamplingParams
 from vcr1_fast.weight_sync import WeightSync
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vcr1_fast.rollout.sglang_video import (
+from vcr1_fast.rollout.sgl.video import (
     SUPPRESSED_NATS,
     check_request,
     completion_tensors,

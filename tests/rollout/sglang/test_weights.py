@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from vcr1_fast.rollout import sglang_check
-from vcr1_fast.rollout.sglang_weights import (
+from vcr1_fast.rollout.sgl import check as sglang_check
+from vcr1_fast.rollout.sgl.weights import (
     Batch,
     WeightStore,
     WeightTable,

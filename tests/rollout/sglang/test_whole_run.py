@@ -85,7 +85,7 @@ def steps_of(run: Path) -> list[dict[str, float]]:
 def workers_of(trainer: int) -> list[int]:
     """Process ids of the SGLang workers that a trainer has started."""
     children = " ".join(path.read_text() for path in Path(f"/proc/{trainer}/task").glob("*/children"))
-    return [pid for pid in map(int, children.split()) if b"sglang_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in map(int, children.split()) if b"sgl.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@
 
 HMAC is RFC 2104 with SHA-256. The nonces are random, so that nothing recorded earlier is of use; the name of a side is
 in each proof, so that none can be sent back to who made it. From key and nonces follow two keys for this connection
-alone, one for each direction (sglang_tcp.py signs with them).
+alone, one for each direction (tcp.py signs with them).
 
 Runs in the trainer, in `vcr1-fast serve` and in the worker's interpreter: only the standard library.
 """

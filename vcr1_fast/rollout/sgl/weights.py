@@ -1,7 +1,7 @@
 """The weights an SGLang worker gets: checkpoint names, checked, and laid one after the other into buckets of bytes.
 
 In: `(name, tensor)` pairs of `RolloutEngine.load_weights`. Out: buckets, each of one dtype and without gaps, because
-SGLang lays the buckets that it receives by broadcast out in that way. sglang_delivery.py brings them to the workers.
+SGLang lays the buckets that it receives by broadcast out in that way. delivery.py brings them to the workers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from vcr1_fast.rollout.sglang_check import checksum
-from vcr1_fast.rollout.sglang_messages import SharedBytes
+from vcr1_fast.rollout.sgl.check import checksum
+from vcr1_fast.rollout.sgl.messages import SharedBytes
 
 # transformers 5 names the parts of the model by its modules, the published checkpoints and SGLang by these.
 RENAMED = {"model.visual.": "visual.", "model.language_model.": "model."}

@@ -3,7 +3,7 @@
 A message is a preamble, the header, and the bytes of its small tensors, over a Unix socket. Tensors from 64 KiB on
 (pixels, weights) do not go through the socket: they lie in anonymous memory (memfd) whose descriptor is passed along,
 so that nothing is copied twice, nothing has a name that could be left behind, and the size of /dev/shm does not matter.
-Between machines the same messages go through TCP (sglang_tcp.py).
+Between machines the same messages go through TCP (tcp.py).
 
 A socket and not a message queue, because the end of a killed process is then seen at once, as the end of the stream.
 Runs in the trainer and in the worker's interpreter: only the standard library, numpy and torch.
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcr1_fast.rollout.sglang_handshake import KEY_BYTES, greet, introduce
+from vcr1_fast.rollout.sgl.handshake import KEY_BYTES, greet, introduce
 
 KEY_VARIABLE = "VCR1_WORKER_KEY"  # environment variable of the worker that holds the key, hexadecimal
 SHARED_FROM_BYTES = 1 << 16

@@ -2,7 +2,7 @@
 
 SGLang skips names that it does not know without a word, fuses some weights, and ties others. So the table of names is
 not trusted: after the first update of an engine, the checksum of every weight sent must be that of its place in the
-model, and every weight of the model must have been sent. Called by SGLang, for sglang_update.py; the learner's side
+model, and every weight of the model must have been sent. Called by SGLang, for update.py; the learner's side
 takes `checksum` from here, so that both count alike. Only the standard library and torch are imported.
 """
 

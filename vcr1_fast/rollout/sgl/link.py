@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from vcr1_fast.rollout.sglang_messages import Channel, Message
+from vcr1_fast.rollout.sgl.messages import Channel, Message
 
 
 class WorkerGoneError(Exception):
@@ -16,13 +16,13 @@ class WorkerGoneError(Exception):
 class WorkerLink(ABC):
     """One worker, over all its restarts. `start` begins, `wait_ready` waits until its engine is up.
 
-    Two kinds: a child process (sglang_process.py), and one that `vcr1-fast serve` runs elsewhere (sglang_remote.py).
+    Two kinds: a child process (process.py), and one that `vcr1-fast serve` runs elsewhere (remote.py).
     """
 
     def __init__(self, name: str) -> None:
         """`name`: for messages to people."""
         self.name = name
-        self.limits: Mapping[str, int] = {}  # what requests are checked against, see sglang_video.check_request
+        self.limits: Mapping[str, int] = {}  # what requests are checked against, see video.check_request
         self.version = ""  # of SGLang
         self.num_starts = 0
         self._channel: Channel | None = None

@@ -1,4 +1,4 @@
-"""The worker's side of new weights and of memory that is lent to the learner; for sglang_worker.py.
+"""The worker's side of new weights and of memory that is lent to the learner; for worker.py.
 
 Runs in SGLang's interpreter: only the standard library, torch and SGLang. A load is a row of "weights" messages, one a
 bucket: the first opens SGLang's update session where it has one, the last ends it and sets the version. Factors of
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.storage import TypedStorage
 
-from vcr1_fast.rollout.sglang_messages import Message
+from vcr1_fast.rollout.sgl.messages import Message
 
-CHECK_LOADER = "vcr1_fast.rollout.sglang_check.compare"
-ADAPTER_LOADER = "vcr1_fast.rollout.sglang_lora.add_adapters"
+CHECK_LOADER = "vcr1_fast.rollout.sgl.check.compare"
+ADAPTER_LOADER = "vcr1_fast.rollout.sgl.lora.add_adapters"
 NO_WEIGHTS = -1
 IDLE_WAIT_S = 30.0
 
@@ -149,14 +149,14 @@ class Updater:
         return []
 
     async def _add_adapters(self, message: Message, update: Mapping[str, Any]) -> list[str]:
-        """Has sglang_lora.add_adapters take one bucket of factors."""
+        """Has lora.add_adapters take one bucket of factors."""
         fields = message.fields
         order = {name: fields[name] for name in ("entries", "is_last", "is_fresh", "scale")}
         order["is_first"] = fields["begins"]
         return await self._have_done(ADAPTER_LOADER, order, [("bytes", message.tensors["bytes_B"])], update)
 
     async def _compare(self, fields: Mapping[str, Any]) -> list[str]:
-        """Has sglang_check.compare read the bucket's weights back."""
+        """Has check.compare read the bucket's weights back."""
         await self._open_session()
         order = {name: fields[name] for name in ("entries", "is_first", "is_last")}
         return await self._have_done(CHECK_LOADER, order, [], {"flush_cache": False})
@@ -189,7 +189,7 @@ class Updater:
 
 
 class CudaHandle:
-    """A tensor on a GPU of another process, from the handle that sglang_ipc.share gave; pickled, it is the tensor.
+    """A tensor on a GPU of another process, from the handle that ipc.share gave; pickled, it is the tensor.
 
     Nothing is opened here: the process that unpickles it does. SGLang's own reductions take the GPU's UUID in the place
     of its index, because the two processes may count GPUs differently.

@@ -2,7 +2,7 @@
 
     trainer -> serve     hello {trainer, package}
     serve   -> trainer   welcome {} | busy {reason} | unfit {reason}
-    then, with the worker itself, what sglang_worker.py lists
+    then, with the worker itself, what worker.py lists
 
 `trainer` is a random name of this link. A link that comes back while its old worker still hangs is known by it, and the
 old worker is ended: over TCP nobody here could kill it.
@@ -23,10 +23,10 @@ from vcr1_kernels.reference import CLIP_MEAN, CLIP_STD
 
 from vcr1_fast import __version__
 from vcr1_fast.rollout.addresses import Address, show
-from vcr1_fast.rollout.sglang_link import WorkerGoneError, WorkerLink
-from vcr1_fast.rollout.sglang_messages import Channel, Message, SharedBytes
-from vcr1_fast.rollout.sglang_pixels import pack
-from vcr1_fast.rollout.sglang_tcp import connect_tcp
+from vcr1_fast.rollout.sgl.link import WorkerGoneError, WorkerLink
+from vcr1_fast.rollout.sgl.messages import Channel, Message, SharedBytes
+from vcr1_fast.rollout.sgl.pixels import pack
+from vcr1_fast.rollout.sgl.tcp import connect_tcp
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0  # between two tries to connect
 GREETING_WAIT_S = 120.0  # a worker's node accepts at once, and greets when it has a fresh worker: 10 to 60 s

@@ -1,8 +1,8 @@
-"""`python -m vcr1_fast.rollout.sglang_worker SOCKET`: one `sglang.Engine`, driven by messages (sglang_messages.py).
+"""`python -m vcr1_fast.rollout.sgl.worker SOCKET`: one `sglang.Engine`, driven by messages (messages.py).
 
 Runs in the interpreter that has SGLang, which pins its own torch and transformers: imports here stay with the standard
-library, torch and SGLang. Started by sglang_process.py: by the trainer itself, which is then the one who connects, or
-by `vcr1-fast serve`, which brings the trainer's connection later (sglang_serving.py).
+library, torch and SGLang. Started by process.py: by the trainer itself, which is then the one who connects, or
+by `vcr1-fast serve`, which brings the trainer's connection later (serving.py).
 
     trainer -> worker                                    worker -> trainer
     start {engine_args}                                  ready {limits, version} or unusable {reason}
@@ -32,11 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcr1_fast.rollout.sglang_messages import KEY_VARIABLE, Channel, Message, connect
-from vcr1_fast.rollout.sglang_pixels import unpack
-from vcr1_fast.rollout.sglang_serving import await_trainer
-from vcr1_fast.rollout.sglang_update import Updater, engine_arguments
-from vcr1_fast.rollout.sglang_video import check_request, completion_tensors, sampling_params, video_item
+from vcr1_fast.rollout.sgl.messages import KEY_VARIABLE, Channel, Message, connect
+from vcr1_fast.rollout.sgl.pixels import unpack
+from vcr1_fast.rollout.sgl.serving import await_trainer
+from vcr1_fast.rollout.sgl.update import Updater, engine_arguments
+from vcr1_fast.rollout.sgl.video import check_request, completion_tensors, sampling_params, video_item
 
 START_WAIT_S = 60.0
 PARENT_POLL_S = 2.0
@@ -229,7 +229,7 @@ def _limit_the_end() -> None:
 
 def _end_group() -> None:
     """This process and SGLang's, now."""
-    if os.getpgrp() == os.getpid():  # as sglang_process.py starts it
+    if os.getpgrp() == os.getpid():  # as process.py starts it
         os.killpg(os.getpgrp(), signal.SIGKILL)
     os._exit(1)
 

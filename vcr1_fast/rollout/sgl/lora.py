@@ -1,4 +1,4 @@
-"""Adds adapters to their matrices inside SGLang's own process: a "custom weight loader", for sglang_update.py.
+"""Adds adapters to their matrices inside SGLang's own process: a "custom weight loader", for update.py.
 
 SGLang can serve adapters beside the weights, for many users at once; a trainer has one adapter, changed every step.
 Added up, it adds nothing to the drawing of answers, needs no kernels of its own, works in 0.5.17 as in 0.5.21, and
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vcr1_fast.rollout.sglang_check import MAX_REPORTED, checksum, place_of
+from vcr1_fast.rollout.sgl.check import MAX_REPORTED, checksum, place_of
 
 _start: dict[str, Tensor] = {}  # W_0 by name
 _factors: dict[str, Tensor] = {}  # A and B by name, of the load that is under way

@@ -17,8 +17,8 @@ import threading
 
 import torch
 
-from vcr1_fast.rollout.sglang_messages import Channel, Message
-from vcr1_fast.rollout.sglang_tcp import TcpChannel
+from vcr1_fast.rollout.sgl.messages import Channel, Message
+from vcr1_fast.rollout.sgl.tcp import TcpChannel
 
 HAND_OVER_S = 10.0
 
@@ -44,6 +44,6 @@ def adopted(parent: Channel) -> Channel:
 
 
 def _obey(parent: Channel, channel: Channel) -> None:
-    with contextlib.suppress(EOFError, OSError, ValueError):  # serve is gone; sglang_worker._follow ends this process
+    with contextlib.suppress(EOFError, OSError, ValueError):  # serve is gone; worker._follow ends this process
         parent.receive()
     channel.close()

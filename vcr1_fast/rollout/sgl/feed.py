@@ -1,6 +1,6 @@
 """The questions of one load of weights, put to several workers at once, and who was lost on the way.
 
-Made by sglang_workers.py for each load, used by the ways of sglang_delivery.py.
+Made by workers.py for each load, used by the ways of delivery.py.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Self
 
-from vcr1_fast.rollout.sglang_link import WorkerGoneError
-from vcr1_fast.rollout.sglang_messages import Message
+from vcr1_fast.rollout.sgl.link import WorkerGoneError
+from vcr1_fast.rollout.sgl.messages import Message
 
 if TYPE_CHECKING:
-    from vcr1_fast.rollout.sglang_workers import Seat
+    from vcr1_fast.rollout.sgl.workers import Seat
 
 Payload = Mapping[str, Any]  # tensors of a message
 NextNumber = Callable[[], int]

@@ -1,16 +1,16 @@
-"""The messages of sglang_messages.py between machines: over TCP, tensors inside, every message signed.
+"""The messages of messages.py between machines: over TCP, tensors inside, every message signed.
 
     frame    magic, bytes of the header, bytes of the tensors | header (JSON) | tag | tensors | tag, if there are any
 
 A tag is HMAC-SHA256 over the frame's number and everything of the frame before it, with a key of this connection and
-direction (sglang_handshake.py). A frame that somebody changed, repeated, left out or put in is refused, its header
+direction (handshake.py). A frame that somebody changed, repeated, left out or put in is refused, its header
 before it is parsed and before memory is taken for its tensors. Nothing is encrypted: pixels, answers and weights can be
 read by who sees the packets. So bind to a loopback or private address, and between sites put the connection through
 WireGuard or `ssh -L`.
 
 What it costs: SHA-256 goes at 1.8 GB/s on one core with SHA instructions (blake2b: 0.9); with it a core sends 1.2 GB/s
-and receives 0.7. So the pixels of a video of 3,584 tokens (17 MB, sglang_pixels.py) take 25 ms, and the 17 GB of a 7B
-model in bfloat16 25 s: between GPUs the weights of a step go by NCCL instead (sglang_delivery.py), and here only those
+and receives 0.7. So the pixels of a video of 3,584 tokens (17 MB, pixels.py) take 25 ms, and the 17 GB of a 7B
+model in bfloat16 25 s: between GPUs the weights of a step go by NCCL instead (delivery.py), and here only those
 of a worker that was started again.
 
 Runs in the trainer, in `vcr1-fast serve` and in the worker's interpreter: only the standard library and torch.
@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcr1_fast.rollout.sglang_handshake import KEY_BYTES, SessionKeys, greet, introduce
-from vcr1_fast.rollout.sglang_messages import (
+from vcr1_fast.rollout.sgl.handshake import KEY_BYTES, SessionKeys, greet, introduce
+from vcr1_fast.rollout.sgl.messages import (
     HANDSHAKE_S,
     MAX_HEADER_BYTES,
     Channel,
@@ -186,7 +186,7 @@ class TcpListener:
 
 
 def connect_tcp(address: Address, key: bytes, timeout_s: float) -> TcpChannel:
-    """The trainer's side of `TcpListener.accept`. Raises as `sglang_handshake.introduce`, and OSError when nobody
+    """The trainer's side of `TcpListener.accept`. Raises as `handshake.introduce`, and OSError when nobody
     listens there; `timeout_s` for each of the two steps."""
     connection = socket.create_connection(address, timeout=timeout_s)
     try:

@@ -1,4 +1,4 @@
-"""The factors of LoRA adapters on their way to the workers, which add them to their matrices (sglang_lora.py).
+"""The factors of LoRA adapters on their way to the workers, which add them to their matrices (lora.py).
 
 They are few (0.16 GB at rank 32 for 7B, in bfloat16), so they go through host memory or TCP whatever way the weights
 take, and what a worker that is started again needs is at hand.
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vcr1_fast.learner.lora import is_factor
-from vcr1_fast.rollout.sglang_feed import Feed
-from vcr1_fast.rollout.sglang_weights import Batch, Weights, WeightStore, checkpoint_name
+from vcr1_fast.rollout.sgl.feed import Feed
+from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, checkpoint_name
 
 
 class Adapters:

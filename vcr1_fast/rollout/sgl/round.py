@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from vcr1_fast.config_learning import SGLangConfig
-from vcr1_fast.rollout.sglang_messages import Message
-from vcr1_fast.rollout.sglang_process import WorkerGoneError
-from vcr1_fast.rollout.sglang_workers import Request, Seat, Workers
+from vcr1_fast.rollout.sgl.messages import Message
+from vcr1_fast.rollout.sgl.process import WorkerGoneError
+from vcr1_fast.rollout.sgl.workers import Request, Seat, Workers
 from vcr1_fast.types import Completion
 
 POLL_S = 0.1  # between two looks at deadlines and interruptions; answers wake it at once

@@ -1,6 +1,6 @@
 """Buckets of weights on a GPU that another process opens by a handle, without a copy. Needs a GPU: untested so far.
 
-The learner makes the handle (`share`), messages carry it as JSON, SGLang's own process opens it (sglang_update.py).
+The learner makes the handle (`share`), messages carry it as JSON, SGLang's own process opens it (update.py).
 torch counts for each handle whether the other process has let go of it; until then the memory is not given back.
 """
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.rollout.addresses import read_addresses
 from vcr1_fast.rollout.rollout_key import read_key
-from vcr1_fast.rollout.sglang_adapters import Adapters
-from vcr1_fast.rollout.sglang_delivery import make_delivery
-from vcr1_fast.rollout.sglang_feed import Feed
-from vcr1_fast.rollout.sglang_link import WorkerGoneError, WorkerLink
-from vcr1_fast.rollout.sglang_process import WorkerProcess
-from vcr1_fast.rollout.sglang_remote import RemoteWorker
-from vcr1_fast.rollout.sglang_weights import WeightTable
+from vcr1_fast.rollout.sgl.adapters import Adapters
+from vcr1_fast.rollout.sgl.delivery import make_delivery
+from vcr1_fast.rollout.sgl.feed import Feed
+from vcr1_fast.rollout.sgl.link import WorkerGoneError, WorkerLink
+from vcr1_fast.rollout.sgl.process import WorkerProcess
+from vcr1_fast.rollout.sgl.remote import RemoteWorker
+from vcr1_fast.rollout.sgl.weights import WeightTable
 from vcr1_fast.types import Completion, Prompt
 
 MAX_BACKOFF_S = 30.0

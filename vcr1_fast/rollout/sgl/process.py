@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import vcr1_fast
-from vcr1_fast.rollout.sglang_link import WorkerGoneError as WorkerGoneError
-from vcr1_fast.rollout.sglang_link import WorkerLink
-from vcr1_fast.rollout.sglang_messages import KEY_VARIABLE, Channel, Listener
+from vcr1_fast.rollout.sgl.link import WorkerGoneError as WorkerGoneError
+from vcr1_fast.rollout.sgl.link import WorkerLink
+from vcr1_fast.rollout.sgl.messages import KEY_VARIABLE, Channel, Listener
 
-WORKER_MODULE = "vcr1_fast.rollout.sglang_worker"
+WORKER_MODULE = "vcr1_fast.rollout.sgl.worker"
 STOP_WAIT_S = 15.0
 LOG_TAIL_LINES = 15
 # Of the trainer's environment: what would make SGLang join the trainer's process group, run its kernels in Triton's
@@ -37,7 +37,7 @@ _PREPROCESSOR = {  # of Qwen2.5-VL; SGLang opens the checkpoint's processor alth
 
 
 class Child:
-    """A process of `sglang_worker`, over all its restarts, and the Unix socket to it."""
+    """A process of worker.py, over all its restarts, and the Unix socket to it."""
 
     def __init__(self, python: str, folder: Path, log: Path) -> None:
         """`python`: interpreter that has SGLang; `folder`: private, for the socket; `log`: what it prints, appended."""

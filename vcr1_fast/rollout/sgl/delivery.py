@@ -6,7 +6,7 @@
     disk           safetensors files in a folder that both sides see
 
 In: checked weights, whole tensors one at a time. Workers answer for each bucket, and a bucket is not written again
-before all have. After a worker's first load it compares checksums (sglang_check.py).
+before all have. After a worker's first load it compares checksums (check.py).
 
 A worker that is started again gets its weights from host memory (`Host`), from the files (`Disk`), never from the
 learner: gathering shards is a collective, and the other ranks do not know of this worker. For that cuda_ipc and
@@ -30,14 +30,14 @@ from torch import distributed as dist
 
 from vcr1_fast.config_error import require
 from vcr1_fast.config_learning import SGLangConfig
-from vcr1_fast.rollout import sglang_ipc
 from vcr1_fast.rollout.addresses import Address, read_addresses
-from vcr1_fast.rollout.sglang_feed import Feed
-from vcr1_fast.rollout.sglang_group import UpdateGroup
-from vcr1_fast.rollout.sglang_weights import Batch, Weights, WeightStore, WeightTable, in_batches
+from vcr1_fast.rollout.sgl import ipc
+from vcr1_fast.rollout.sgl.feed import Feed
+from vcr1_fast.rollout.sgl.group import UpdateGroup
+from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, WeightTable, in_batches
 
 if TYPE_CHECKING:
-    from vcr1_fast.rollout.sglang_workers import Seat
+    from vcr1_fast.rollout.sgl.workers import Seat
 
 
 class Delivery(Protocol):
@@ -118,7 +118,7 @@ class CudaIpc(_Streamed):
         share: Callable[[Tensor], Mapping[str, Any]],
         release: Callable[[], None],
     ) -> None:
-        """`share`: handle of a bucket as JSON, new for each worker; `release`: after the last bucket (sglang_ipc)."""
+        """`share`: handle of a bucket as JSON, new for each worker; `release`: after the last bucket (ipc)."""
         super().__init__(bucket_bytes, dtype, copy)
         self._share, self._release = share, release
 
@@ -263,7 +263,7 @@ def way_of(config: SGLangConfig, device: torch.device) -> str:
 
     Raises ConfigError for cuda_ipc where it cannot work.
     """
-    has_handles = device.type == "cuda" and sglang_ipc.has_handles()
+    has_handles = device.type == "cuda" and ipc.has_handles()
     if config.weights == "auto":
         if device.type != "cuda":
             return "shared_memory"
@@ -287,7 +287,7 @@ def make_delivery(config: SGLangConfig, dtype: torch.dtype, device: torch.device
         return Disk(parent / f"weights-{secrets.token_hex(4)}", bucket_bytes, dtype)
     copy = Host(bucket_bytes, dtype) if config.keep_host_copy else None
     if way == "cuda_ipc":
-        return CudaIpc(bucket_bytes, dtype, copy, sglang_ipc.share, sglang_ipc.release)
+        return CudaIpc(bucket_bytes, dtype, copy, ipc.share, ipc.release)
     address = config.weights_address or own_address(read_addresses(config.addresses))
     return Broadcast(bucket_bytes, dtype, copy, device, address, f"vcr1-{secrets.token_hex(4)}")
 
