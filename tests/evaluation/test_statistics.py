@@ -91,6 +91,6 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_10000_resamples_of_5000_examples_take_seconds():
     values = np.random.default_rng(0).random((5000, 4))
-    began = time.perf_counter()
+    began = time.process_time()
     assert mean_intervals(values, list(range(5000))) is not None
-    assert time.perf_counter() - began < 5.0
+    assert time.process_time() - began < 5.0

@@ -101,12 +101,12 @@ def test_a_slow_server_is_given_up_at_the_time_out(trouble):
 
 
 def test_a_server_that_stops_in_the_middle_gets_only_what_is_left_of_the_time():
-    with serving(drips_for(0.5)) as server:
-        client = client_of(server.url, timeout_s=0.6, max_retries=0)
+    with serving(drips_for(1.3)) as server:
+        client = client_of(server.url, timeout_s=1.5, max_retries=0)
         started = time.monotonic()
-        with pytest.raises(JudgeUnavailableError, match=r"no complete reply after 0\.6 s"):
+        with pytest.raises(JudgeUnavailableError, match=r"no complete reply after 1\.5 s"):
             ask(client)
-        assert 0.6 <= time.monotonic() - started < 1.0  # 1.1 with a time-out per read
+        assert 1.5 <= time.monotonic() - started < 2.6  # 2.8 with a time-out per read
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_retry_after_is_waited_for():
         client = client_of(server.url)
         started = time.monotonic()
         assert ask(client) == 7
-        assert 1.0 <= time.monotonic() - started < 2.0
+        assert 1.0 <= time.monotonic() - started < 3.0
 
 
 def test_retry_after_beyond_the_total_time_is_not_waited_for():
@@ -173,7 +173,7 @@ def test_retry_after_beyond_the_total_time_is_not_waited_for():
         started = time.monotonic()
         with pytest.raises(JudgeUnavailableError, match="the time for all captions is nearly over: HTTP 429"):
             ask(client)
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 4.0
     assert len(server.requests) == 1
 
 
@@ -194,7 +194,7 @@ def test_pauses_double_and_half_of_each_is_random():
         with pytest.raises(JudgeUnavailableError):
             ask(client)
         # 0.1 and 0.2 s, of each at least half
-        assert 0.15 <= time.monotonic() - started < 0.3 + 0.5
+        assert 0.15 <= time.monotonic() - started < 0.3 + 1.0
 
 
 def test_after_a_failure_others_fail_at_once():
@@ -221,12 +221,12 @@ def test_a_question_that_alone_goes_wrong_does_not_stop_the_others(trouble):
 
 
 def test_the_total_time_ends_everything():
-    with serving(waits(0.3, says("7"))) as server:
-        client = client_of(server.url, total_timeout_s=0.5, max_concurrency=1, max_retries=0)
+    with serving(waits(0.6, says("7"))) as server:
+        client = client_of(server.url, total_timeout_s=1.2, max_concurrency=1, max_retries=0)
         deadline = client.new_deadline()
         started = time.monotonic()
         results = client.map(lambda prompt: client.ask(prompt, number, 8, deadline), list("abcdef"))
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 2.4  # 3.6 for all
     assert results[0] == 7
     assert all(isinstance(result, JudgeUnavailableError) for result in results[1:])
     assert len(server.requests) == 2  # the second was cut off at 0.5 s
@@ -248,12 +248,12 @@ def test_threads_with_one_question_ask_it_once():
 
 
 def test_threads_with_one_question_wait_no_longer_than_the_total_time():
-    with serving(waits(1.0, says("7"))) as server:
+    with serving(waits(2.0, says("7"))) as server:
         client = client_of(server.url, max_concurrency=2, total_timeout_s=0.3)
         deadline, started = client.new_deadline(), time.monotonic()
         results = client.map(lambda _: client.ask("how many?", number, 8, deadline), range(2))
         assert all(isinstance(result, JudgeUnavailableError) for result in results)
-        assert time.monotonic() - started < 0.9
+        assert time.monotonic() - started < 1.8
 
 
 def test_a_retry_of_an_unreadable_answer_draws_another_one():

@@ -77,7 +77,7 @@ def test_verdicts_that_cannot_be_read(answer):
 
 
 def test_long_and_hostile_answers_take_no_time():
-    started = time.monotonic()
+    started = time.process_time()
     for answer in (
         "{" * 10**6,
         "}" * 10**6,
@@ -88,7 +88,7 @@ def test_long_and_hostile_answers_take_no_time():
         for read in (read_events, lambda text: read_verdicts(text, 3)):
             with pytest.raises(ValueError):
                 read(answer)
-    assert time.monotonic() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 @settings(max_examples=300, deadline=None)

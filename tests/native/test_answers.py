@@ -157,10 +157,10 @@ def test_time_is_linear_in_the_text(piece):
     """Quadratic cost on 64 Ki characters would take seconds; 22 readers of 3 such texts take less than 0.05 s."""
     text = (piece * MAX_TEXT_CHARS)[: MAX_TEXT_CHARS - 40]
     batch = [f"<answer>{text}</answer>", f"<glue>[{text}]</glue>", f"<think>{text}<answer>[['{text[:60000]}</answer>"]
-    began_s = time.perf_counter()
+    began_s = time.process_time()
     for _, compiled, _ in readers():
         compiled(batch)
-    assert time.perf_counter() - began_s < 2.0
+    assert time.process_time() - began_s < 2.0
     assert differences(batch) == []
 
 
