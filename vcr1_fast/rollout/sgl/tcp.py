@@ -1,4 +1,4 @@
-"""The messages of messages.py between machines: over TCP, tensors inside, every message signed.
+"""Messages between machines, as messages.py has them on one: over TCP, tensors inside, every message signed.
 
     frame    magic, bytes of the header, bytes of the tensors | header (JSON) | tag | tensors | tag, if there are any
 
