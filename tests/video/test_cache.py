@@ -504,6 +504,25 @@ def test_one_process_drops_while_the_others_go_on(tmp_path: Path):
     assert len(list(tmp_path.glob("??/*"))) == 3
 
 
+def test_what_others_write_while_one_drops_is_seen_without_a_further_write(tmp_path: Path, monkeypatch):
+    """The other neither waits nor writes again; without its mark the folder stayed at 9 entries, over room for 3."""
+    tier, other = cache_disk.DiskTier(tmp_path, 4 * SMALL_BYTES), TensorCache(tmp_path, 0, 4 * SMALL_BYTES)
+    entries, looks = tier._entries, []
+
+    def listed_late():
+        found = list(entries())
+        if not looks:
+            for number in range(9):
+                put_values(other, number)
+        looks.append(len(found))
+        return iter(found)
+
+    monkeypatch.setattr(tier, "_entries", listed_late)
+    tier.make_room()
+    assert looks == [0, 9]
+    assert len(list(tmp_path.glob("??/*"))) == 3
+
+
 def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def flock(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

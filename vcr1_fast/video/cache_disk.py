@@ -2,7 +2,7 @@
 
     FOLDER/3f/3f0c...e1.safetensors   an entry; its name is its key, the first two digits choose the sub-folder
     FOLDER/tmp/                       entries being written; renamed when complete, so no one sees half an entry
-    FOLDER/lock                       held (flock) by the process that drops old entries
+    FOLDER/lock                       held (flock) by the process that drops old entries; its bytes are marks of others
 
 An entry is a safetensors file, so any tool can look at it. Its metadata begin with the CRC-32 of every other byte of
 the file. CRC-32 because zlib does 4.2 GB/s on one core where blake2b does 0.9, and accidents are all it is for.
@@ -52,6 +52,7 @@ STALE_TEMPORARY_S = 3600.0  # a write lasts seconds; an hour allows for the cloc
 SCAN_FRAC = 1 / 128  # of the budget: what one process writes at most before it looks at the folder again
 HIGHEST_FRAC, LOWEST_FRAC = 0.95, 0.85  # of the budget: dropping begins above the one and ends at the other
 MANY_WRITERS = 16
+MAX_LOOKS = 8  # at the folder, one after the other, because others wrote meanwhile; then they look themselves
 FREE_FRAC, FREE_BYTES = 0.05, 4 << 30  # of the disk, whichever is less, is left free: checkpoints need room too
 
 # The machine's fault or gone in the meantime; the file itself may be sound.
@@ -233,26 +234,41 @@ class DiskTier:
             self._turn_off(error)
 
     def make_room(self) -> None:
-        """Look at the folder; drop what was used longest ago if it is too much. One process at a time does it."""
-        with open(self.folder / LOCK, "ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return
-            except OSError:  # a file system without locks: two at once drop a little more than they need to
-                pass
-            entries = list(self._entries())
-            total_bytes = sum(size for _, size, _ in entries) + self._sweep_temporaries()
-            disk = shutil.disk_usage(self.folder)
-            spare_bytes = disk.free - int(min(FREE_BYTES, FREE_FRAC * disk.total))
-            budget_bytes = max(0, min(self.max_bytes, total_bytes + spare_bytes))
-            if total_bytes > HIGHEST_FRAC * budget_bytes:
-                for _, size, path in sorted(entries):
-                    if total_bytes <= LOWEST_FRAC * budget_bytes:
-                        break
-                    if _remove(path):
-                        self.num_evicted += 1
-                    total_bytes -= size
+        """Look at the folder; drop what was used longest ago if it is too much.
+
+        One process at a time does it. The others do not wait but leave a mark, for which it looks once more: what they
+        wrote is seen also when they write nothing again.
+        """
+        with open(self.folder / LOCK, "ab", buffering=0) as lock:
+            with suppress(OSError):  # a full disk
+                lock.write(b".")  # before asking for the lock, so that who has it finds this when it lets go
+            for _ in range(MAX_LOOKS):
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return
+                except OSError:  # a file system without locks: two at once drop a little more than they need to
+                    pass
+                lock.truncate(0)
+                self._drop_surplus()
+                with suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+                if os.fstat(lock.fileno()).st_size == 0:
+                    return
+
+    def _drop_surplus(self) -> None:
+        entries = list(self._entries())
+        total_bytes = sum(size for _, size, _ in entries) + self._sweep_temporaries()
+        disk = shutil.disk_usage(self.folder)
+        spare_bytes = disk.free - int(min(FREE_BYTES, FREE_FRAC * disk.total))
+        budget_bytes = max(0, min(self.max_bytes, total_bytes + spare_bytes))
+        if total_bytes > HIGHEST_FRAC * budget_bytes:
+            for _, size, path in sorted(entries):
+                if total_bytes <= LOWEST_FRAC * budget_bytes:
+                    break
+                if _remove(path):
+                    self.num_evicted += 1
+                total_bytes -= size
         with self._lock:
             self.num_bytes, self._unscanned_bytes = total_bytes, 0
             free_bytes = budget_bytes - total_bytes
