@@ -4,7 +4,7 @@
 
 Threads begin late, wake late and are told late, by up to 40 ms each time, and the interpreter switches between them a
 thousand times as often. What passes with several seeds does not count on being lucky. Not part of the test command: it
-makes tests with threads three times as slow, and those that measure time may fail. Threads of pytest's process only.
+makes tests with threads several times as slow, and those that measure time may fail. Threads of pytest's process only.
 """
 
 from __future__ import annotations
