@@ -11,9 +11,10 @@ from vcr1_fast.learner.packing import pack
 from vcr1_fast.types import Completion, Prompt, RolloutGroup
 
 BOUND = 1e-4  # measured: 2e-6 to 2e-5, both sides in float32
-# Over a whole run of the trained model. The mean gap of a step was 2e-7 to 6e-7 in 416 steps; weights of one update ago
-# make it 3e-3 to 1e-2. The largest of a step's 3,000 tokens was 1e-5 in half of the steps, above 5e-5 in four and once
-# 2.4e-4: single tokens that rounding changes most. Of three of 3e-5 to 5e-5 both sides were 1e-5 to 4e-5 from float64.
+# Over a whole run of the trained model. In ten runs (416 steps, two of the runs with SGLang, the others with the local
+# engine) the mean gap of a step was 2e-7 to 6e-7, its largest 1e-5 in half of the steps and at most 5.4e-5; in an
+# eleventh it was once 2.4e-4: single tokens that rounding changes most. Of three of 3e-5 to 5e-5 each side was 1e-5
+# to 4e-5 from float64. Weights of one update ago make the mean 3e-3 to 1e-2.
 RUN_MEAN_BOUND = 3e-6
 RUN_BOUND = 1e-3
 
