@@ -169,7 +169,7 @@ class DiskTier:
     The budget holds approximately. A process looks at the folder after its first write and then whenever it has
     written 1/128 of the budget (or 1/16 of what is still free, if that is more), and drops the entries that were used
     longest ago when they take more than 95 %, down to 85 %. With P processes writing at once the folder therefore
-    stays under 0.95 + P / 128 of the budget and one entry each.
+    stays under 0.95 + P / 128 of the budget and one entry each, but for what is written during one look.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
