@@ -76,7 +76,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 demo: $(VENV)/.installed
-	@$(BIN)/python -m vcr1_fast.demo $(DEMO_ARGS)
+	@$(BIN)/python -m vcr1_fast.commands.demo $(DEMO_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

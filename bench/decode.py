@@ -26,7 +26,7 @@ from bench.decode_report import print_decode_report
 from bench.decode_sources import SOURCE_FPS, Source, write_source
 from bench.decode_ways import Clip, ClipWay, decode_everything, mean_levels, openers, read_plain
 from bench.harness import Deadline, measure_copy_gb_s, reason_of, summarize
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.clip import ClipRequest
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from vcr1_kernels.reference import CLIP_MEAN, CLIP_STD, PATCH_PX
 
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames
 from vcr1_fast.video.clip import ClipRequest, read_clip
 from vcr1_fast.video.patches import to_patches

@@ -13,8 +13,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from bench.groups import random_group
 from vcr1_fast.learner.model import load_hugging_face
+from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
 from vcr1_fast.learner.tower_attention import use_varlen_tower
-from vcr1_fast.public_sizes import PUBLIC_SIZES
 from vcr1_fast.types import RolloutGroup
 
 CONFIG_3B: dict[str, Any] = {

@@ -26,10 +26,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from bench.floors import separate_pairs, shared_pairs
 from bench.flops import StepFlop, decoder_flop, head_flop, tower_flop
-from vcr1_fast.config import AlgorithmConfig, ModelConfig
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
+from vcr1_fast.settings.config import AlgorithmConfig, ModelConfig
 from vcr1_fast.types import RolloutGroup
 
 WayName = Literal["original", "plain", "packing", "kernels"]

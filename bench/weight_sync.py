@@ -30,11 +30,8 @@ from torch import nn
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from bench.harness import measure_copy_gb_s, reason_of, summarize
-from vcr1_fast.config import LoRAConfig
-from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.learner.lora import add_adapters, lora_layers
 from vcr1_fast.learner.model import load_tokenizer
-from vcr1_fast.model_folder import model_folder
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.sgl.delivery import make_delivery
 from vcr1_fast.rollout.sgl.feed import Feed
@@ -43,7 +40,10 @@ from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.weights import Weights, WeightTable
 from vcr1_fast.rollout.sgl.workers import Seat
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
-from vcr1_fast.weight_sync import WeightSync
+from vcr1_fast.run.model_folder import model_folder
+from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.config import LoRAConfig
+from vcr1_fast.settings.learning import SGLangConfig
 
 Whole = Literal["shared_memory", "cuda_ipc", "broadcast", "disk"]
 Way = Whole | Literal["adapters"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import vcr1_fast.cli as cli
-from vcr1_fast.config import Config, ConfigError, DataFile, RolloutConfig
-from vcr1_fast.config_io import UsageError, config_to_yaml, load_config, setting_types, settings_parser
+from vcr1_fast.settings.config import Config, ConfigError, DataFile, RolloutConfig
+from vcr1_fast.settings.io import UsageError, config_to_yaml, load_config, setting_types, settings_parser
 from vcr1_fast.types import SampleError
 
 

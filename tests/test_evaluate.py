@@ -9,8 +9,6 @@ import torch
 
 from tests.judge.judge_server import judges_by_words, serving
 from tests.tiny_policy import run_ranks
-from vcr1_fast.config import Config, ConfigError, EvalConfig, RolloutConfig, TaskConfig
-from vcr1_fast.config_io import load_config
 from vcr1_fast.evaluate import answer_all, evaluate, evaluate_command, flat_scores, print_scores
 from vcr1_fast.evaluation.answer_store import AnswerStore, checkpoint_identity, question_key
 from vcr1_fast.evaluation.samples import Answer, Sample, of_all, per_sample_metrics, read_samples, with_refused
@@ -18,6 +16,8 @@ from vcr1_fast.evaluation.score_tables import category_means, print_categories
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.scripted_engine import ScriptedEngine
+from vcr1_fast.settings.config import Config, ConfigError, EvalConfig, RolloutConfig, TaskConfig
+from vcr1_fast.settings.io import load_config
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
 from vcr1_fast.tasks import make_tasks
@@ -122,7 +122,7 @@ def test_files_with_folders_and_tasks_of_their_own_and_refused_rows_in_samples(t
         "one:1": ["<think></think><answer>1.00 to 2.00</answer>"],
         "7:choice": ["<think></think><answer>B</answer>"],
     }
-    monkeypatch.setattr("vcr1_fast.run.Run.open_engine", lambda run: ScriptedEngine(run.builder.tokenizer, right))
+    monkeypatch.setattr("vcr1_fast.run.run.Run.open_engine", lambda run: ScriptedEngine(run.builder.tokenizer, right))
     monkeypatch.setattr(PatchSource, "__call__", lambda source, video: read("a.mp4"))
     scores = evaluate_command(load_config("tiny", overrides))["scores"]
     assert scores["temporal_grounding"]["metrics"]["miou"] == pytest.approx(0.5)
@@ -331,7 +331,7 @@ def test_eval_command_writes_samples_and_goes_on_from_them(tmp_path, monkeypatch
         json.loads((Path(result["folder"]) / "scores.json").read_text())["scores"]["temporal_grounding"]["num_bad"] == 1
     )
 
-    monkeypatch.setattr("vcr1_fast.run.Run.open_engine", lambda run: ScriptedEngine(run.builder.tokenizer, {}))
+    monkeypatch.setattr("vcr1_fast.run.run.Run.open_engine", lambda run: ScriptedEngine(run.builder.tokenizer, {}))
     capsys.readouterr()
     assert evaluate_command(config) == result
     assert "going on from 1 answers" in capsys.readouterr().out

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vcr1_fast import __version__
-from vcr1_fast.config import Config, ConfigError
-from vcr1_fast.config_io import UsageError, config_to_yaml, load_settings, settings_parser, split_config_path
-from vcr1_fast.telemetry import is_main_rank, to_json
+from vcr1_fast.run.telemetry import is_main_rank, to_json
+from vcr1_fast.settings.config import Config, ConfigError
+from vcr1_fast.settings.io import UsageError, config_to_yaml, load_settings, settings_parser, split_config_path
 from vcr1_fast.types import SampleError
 
 
@@ -37,7 +37,7 @@ def _train(config: Config) -> object:
 
 
 def _plan(config: Config, num_gpus: int | None) -> object:
-    from vcr1_fast.plan import plan_command
+    from vcr1_fast.commands.plan import plan_command
 
     return plan_command(config, num_gpus)
 
@@ -165,7 +165,7 @@ def _run_doctor(tokens: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--sglang-python", metavar="PATH", help="look for SGLang there (rollout.sglang.python)")
     arguments = parser.parse_args(tokens)
-    from vcr1_fast.doctor import doctor
+    from vcr1_fast.commands.doctor import doctor
 
     return doctor(as_json=arguments.json, sglang_python=arguments.sglang_python)
 
@@ -186,7 +186,7 @@ def _run_baselines(tokens: list[str]) -> int:
     )
     parser.epilog = "Captioning asks a judge: --judge.url, --judge.model, ... as in `vcr1-fast eval --help`."
     options, overrides = parser.parse_known_args(tokens)
-    from vcr1_fast.baselines import baselines_command
+    from vcr1_fast.commands.baselines import baselines_command
 
     try:
         result = baselines_command(options.task, options.annotations, options.recipe, options.json, overrides)

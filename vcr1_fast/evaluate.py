@@ -17,7 +17,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vcr1_fast.config import Config, ConfigError
 from vcr1_fast.evaluation import perception
 from vcr1_fast.evaluation.answer_store import AnswerStore, answer_settings, checkpoint_identity, question_key
 from vcr1_fast.evaluation.samples import (
@@ -33,13 +32,14 @@ from vcr1_fast.evaluation.samples import (
 )
 from vcr1_fast.evaluation.score_tables import print_categories, print_scores
 from vcr1_fast.learner.sharding import World, on_main_rank
-from vcr1_fast.model_folder import model_folder
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.engine import RolloutEngine
-from vcr1_fast.run import Run, open_run, warn_of_other_reader
+from vcr1_fast.run.model_folder import model_folder
+from vcr1_fast.run.run import Run, open_run, warn_of_other_reader
+from vcr1_fast.run.telemetry import progress, say, to_json
+from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.tasks.task import Task
-from vcr1_fast.telemetry import progress, say, to_json
 from vcr1_fast.types import Example, Prompt, RefusedTruth, SampleError, SamplingParams
 
 __all__ = ["Scores", "TaskScore", "evaluate", "evaluate_command", "flat_scores", "print_scores", "scores_as_dict"]

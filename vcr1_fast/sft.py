@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from vcr1_fast.config import Config
 from vcr1_fast.evaluate import evaluate, flat_scores, scores_as_dict
 from vcr1_fast.learner.step import Learner
-from vcr1_fast.metrics import update_metrics
-from vcr1_fast.run import Run, due, export_model, load_state, open_run, save_state
-from vcr1_fast.telemetry import Telemetry
+from vcr1_fast.run.metrics import update_metrics
+from vcr1_fast.run.run import Run, due, export_model, load_state, open_run, save_state
+from vcr1_fast.run.telemetry import Telemetry
+from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.config import Config
 from vcr1_fast.types import Completion, Prompt, RolloutGroup
-from vcr1_fast.weight_sync import WeightSync
 
 
 def sft(config: Config) -> dict[str, Any]:

@@ -6,17 +6,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from vcr1_fast.config import Config
 from vcr1_fast.evaluate import Scores, evaluate, flat_scores, print_scores, scores_as_dict
 from vcr1_fast.learner.advantages import TaskScale, with_advantages
 from vcr1_fast.learner.step import Learner
-from vcr1_fast.metrics import rollout_metrics, update_metrics
 from vcr1_fast.prompts.difficulty import log_rewards
 from vcr1_fast.rollout.collect import Collector
 from vcr1_fast.rollout.parity import check_parity, warn_of_gap
 from vcr1_fast.rollout.queue import RolloutQueue
-from vcr1_fast.run import Run, due, export_model, load_state, open_run, open_weight_sync, sampling_of, save_state
-from vcr1_fast.telemetry import Telemetry, say
+from vcr1_fast.run.metrics import rollout_metrics, update_metrics
+from vcr1_fast.run.run import Run, due, export_model, load_state, open_run, open_weight_sync, sampling_of, save_state
+from vcr1_fast.run.telemetry import Telemetry, say
+from vcr1_fast.settings.config import Config
 
 
 def train(config: Config) -> dict[str, Any]:

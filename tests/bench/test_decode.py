@@ -16,7 +16,7 @@ from vcr1_kernels.reference import patchify
 from bench import decode, decode_ways
 from bench.decode_sources import SOURCE_FPS, Scene, Source, write_source
 from bench.gpu_summary import decode_bars
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.video.clip import ClipRequest
 
 TINY = Source("h264", 128, 96, 2.0)

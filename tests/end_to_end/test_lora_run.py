@@ -7,9 +7,9 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from vcr1_fast.config import Config
-from vcr1_fast.config_io import load_settings
 from vcr1_fast.evaluate import evaluate_command
+from vcr1_fast.settings.config import Config
+from vcr1_fast.settings.io import load_settings
 from vcr1_fast.train import train
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vcr1_fast.checkpoint import latest_checkpoint
+from vcr1_fast.run.checkpoint import latest_checkpoint
 
 SAME_ON_EVERY_RUN = ("loss", "reward", "grad_norm", "entropy", "completions/mean_length", "num_tokens", "epoch")
 

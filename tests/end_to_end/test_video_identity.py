@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vcr1_fast.config import Config, ConfigError
-from vcr1_fast.config_io import load_settings
 from vcr1_fast.evaluate import evaluate_command
+from vcr1_fast.settings.config import Config, ConfigError
+from vcr1_fast.settings.io import load_settings
 from vcr1_fast.train import train
 from vcr1_fast.video.pyav_reader import PyavReader
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import vcr1_fast.cli as cli
-from vcr1_fast.config import ConfigError
 from vcr1_fast.evaluation.compare import compare_samples
 from vcr1_fast.evaluation.samples import Sample, read_samples, samples_as_rows, write_lines
+from vcr1_fast.settings.config import ConfigError
 
 
 def sample(name: str, score: float, video: str | None = None, task: str = "multiple_choice") -> Sample:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from vcr1_fast.config import Config, ConfigError, EvalConfig, TaskConfig
 from vcr1_fast.evaluate import answer_in_rounds, evaluate_command
 from vcr1_fast.evaluation.answer_store import question_key
 from vcr1_fast.evaluation.perception import Focus
@@ -15,6 +14,7 @@ from vcr1_fast.evaluation.samples import Answer
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.scripted_engine import ScriptedEngine
+from vcr1_fast.settings.config import Config, ConfigError, EvalConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import ChoiceTruth, Example, GroundedChoiceTruth, IntervalTruth, Patches
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import vcr1_fast.cli as cli
-from vcr1_fast.config import ConfigError, TaskConfig
 from vcr1_fast.evaluation.suites import MVBENCH_FOLDERS, read_suite
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
+from vcr1_fast.settings.config import ConfigError, TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import ChoiceTruth
 

@@ -22,8 +22,8 @@ from tests.judge.judge_server import (
     unused_url,
     waits,
 )
-from vcr1_fast.config import ConfigError, JudgeConfig
 from vcr1_fast.judge.client import JudgeClient, JudgeUnavailableError, read_completion, retry_after_s
+from vcr1_fast.settings.config import ConfigError, JudgeConfig
 
 
 def client_of(url: str, **options) -> JudgeClient:

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.judge.judge_server import judges_by_words, says, serving
-from vcr1_fast.config import JudgeConfig
 from vcr1_fast.judge.client import JudgeClient, JudgeUnavailableError, read_completion, retry_after_s
 from vcr1_fast.judge.entailment import (
     MAX_CAPTION_CHARS,
@@ -21,6 +20,7 @@ from vcr1_fast.judge.entailment import (
     read_verdicts,
     split_events,
 )
+from vcr1_fast.settings.config import JudgeConfig
 
 
 def client_of(url: str) -> JudgeClient:

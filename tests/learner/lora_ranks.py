@@ -12,7 +12,7 @@ from tests.learner.test_step import LENGTHS, make_config
 from tests.recording_engine import RecordingEngine
 from vcr1_fast.learner.sharding import exit_rank, init_distributed, shutdown, whole_tensor
 from vcr1_fast.learner.step import Learner
-from vcr1_fast.weight_sync import WeightSync
+from vcr1_fast.run.weight_sync import WeightSync
 
 
 def main(model: str, out: str, dtype: str) -> None:

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from tests.tiny_policy import TinyPolicy, patches, tokens
-from vcr1_fast.config import OptimizerConfig
 from vcr1_fast.learner.optimizer import build_optimizer, clip_grad_norm
 from vcr1_fast.learner.sharding import (
     all_max_int,
@@ -24,6 +23,7 @@ from vcr1_fast.learner.sharding import (
     shutdown,
     whole_tensor,
 )
+from vcr1_fast.settings.config import OptimizerConfig
 
 
 def check_collectives(world) -> None:

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.learner.conftest import random_group
-from vcr1_fast.config import TaskConfig
 from vcr1_fast.learner.advantages import TaskScale, with_advantages
 from vcr1_fast.learner.sharding import exit_rank, init_distributed, shutdown
-from vcr1_fast.metrics import rollout_metrics
+from vcr1_fast.run.metrics import rollout_metrics
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import RolloutGroup
 

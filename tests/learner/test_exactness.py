@@ -6,10 +6,10 @@ import itertools
 import pytest
 import torch
 
-from vcr1_fast.config import AlgorithmConfig, ModelConfig
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
+from vcr1_fast.settings.config import AlgorithmConfig, ModelConfig
 
 TEMPERATURE = 0.9
 

@@ -13,16 +13,16 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from tests.learner.conftest import random_group
 from tests.learner.test_step import LENGTHS, make_config, update_and_capture
 from tests.tiny_policy import run_ranks
-from vcr1_fast.checkpoint import RunState, load_checkpoint, save_checkpoint
-from vcr1_fast.config import ConfigError, LoRAConfig
-from vcr1_fast.export import export_adapter, export_hugging_face
 from vcr1_fast.learner.lora import LoRALinear, adapter_factors, add_adapters, lora_layers, merged, split_weights
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
+from vcr1_fast.run.export import export_adapter, export_hugging_face
+from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.config import ConfigError, LoRAConfig
 from vcr1_fast.types import RolloutGroup, SamplingParams
-from vcr1_fast.weight_sync import WeightSync
 
 LORA = LoRAConfig(rank=3, alpha=6.0)
 PER_LAYER = 7
@@ -207,8 +207,8 @@ def test_exported_model_and_adapter_say_what_the_policy_says(model_path, groups,
 def test_local_engine_draws_from_the_sums(make_tiny_model, tiny_tokenizer, make_prompt):
     """Log-probs of the engine, which has no adapters, are the learner's before and after an update."""
     from tests.rollout.sglang.parity import difference
-    from vcr1_fast.config import ModelConfig
     from vcr1_fast.learner.model import PolicyModel
+    from vcr1_fast.settings.config import ModelConfig
 
     hf = make_tiny_model(seed=4)
     add_adapters(hf, LORA, 0)

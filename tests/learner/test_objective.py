@@ -7,10 +7,10 @@ import pytest
 import torch
 from vcr1_kernels.losses import TokenVectors
 
-from vcr1_fast.config import AlgorithmConfig, ConfigError, ModelConfig
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.objective import grpo_objective, policy_loss
 from vcr1_fast.learner.packing import pack
+from vcr1_fast.settings.config import AlgorithmConfig, ConfigError, ModelConfig
 
 NAN = float("nan")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from vcr1_fast.config import ConfigError, OptimizerConfig
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
+from vcr1_fast.settings.config import ConfigError, OptimizerConfig
 
 
 class Mixed(nn.Module):

@@ -61,9 +61,9 @@ def test_empty_batch_is_refused():
 
 
 def test_placeholder_runs_and_weighs_nothing(make_model):
-    from vcr1_fast.config import AlgorithmConfig, ModelConfig
     from vcr1_fast.learner.model import PolicyModel
     from vcr1_fast.learner.objective import grpo_objective
+    from vcr1_fast.settings.config import AlgorithmConfig, ModelConfig
 
     hf = make_model()
     batch = placeholder(hf.config.video_token_id)

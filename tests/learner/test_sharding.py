@@ -6,7 +6,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.tiny_policy import TinyPolicy, patches, run_ranks, tokens
-from vcr1_fast.config import ConfigError, OptimizerConfig
 from vcr1_fast.learner.optimizer import build_optimizer, clip_grad_norm
 from vcr1_fast.learner.sharding import (
     World,
@@ -21,6 +20,7 @@ from vcr1_fast.learner.sharding import (
     shutdown,
     whole_tensor,
 )
+from vcr1_fast.settings.config import ConfigError, OptimizerConfig
 
 WORKER = Path(__file__).with_name("sharded_training.py")
 TWO = World(rank=0, world_size=2)

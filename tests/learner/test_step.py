@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vcr1_fast.config import AlgorithmConfig, Config, ModelConfig, OptimizerConfig, TrainConfig
 from vcr1_fast.learner.sharding import World
 from vcr1_fast.learner.step import Learner
+from vcr1_fast.settings.config import AlgorithmConfig, Config, ModelConfig, OptimizerConfig, TrainConfig
 
 LENGTHS = [(5, 3, 8), (1, 9, 2), (4, 4, 4), (7, 2, 6)]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from vcr1_fast.config import Config
-from vcr1_fast.config_io import load_config, load_settings
-from vcr1_fast.plan import plan_command
+from vcr1_fast.commands.plan import plan_command
+from vcr1_fast.settings.config import Config
+from vcr1_fast.settings.io import load_config, load_settings
 from vcr1_fast.synth.config import SynthConfig
 
 ROOT = Path(__file__).parents[2]

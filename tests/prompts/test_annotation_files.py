@@ -11,10 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from vcr1_fast.config import ConfigError, TaskConfig
 from vcr1_fast.prompts import annotation_files
 from vcr1_fast.prompts.annotation_files import Entries, read_entries
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
+from vcr1_fast.settings.config import ConfigError, TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import IntervalTruth
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from vcr1_fast.config import ConfigError, TaskConfig
 from vcr1_fast.prompts.dataset import AnnotationSource, DataOrder, read_annotation_files, shard
 from vcr1_fast.prompts.interval_defects import find_interval_defects
+from vcr1_fast.settings.config import ConfigError, TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Example, IntervalTruth, LabelTruth, RefusedTruth, SampleError
 

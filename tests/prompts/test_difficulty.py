@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vcr1_fast.config import ConfigError, DataConfig
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.prompts.difficulty import log_rewards, read_rewards, select_by_reward
+from vcr1_fast.settings.config import ConfigError, DataConfig
 from vcr1_fast.types import Completion, Example, IntervalTruth, RolloutGroup
 
 

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from vcr1_fast.config import ConfigError, DataConfig
 from vcr1_fast.prompts.mixture import BySize, ByWeight, block_counts, make_order
+from vcr1_fast.settings.config import ConfigError, DataConfig
 from vcr1_fast.types import Example, IntervalTruth
 
 TASKS = ["a"] * 7 + ["b"] * 30 + ["c"] * 3

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vcr1_fast.config import ConfigError, DataConfig, TaskConfig
 from vcr1_fast.prompts.annotation_files import read_entries
 from vcr1_fast.prompts.dataset import AnnotationFile, AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.schemas import SCHEMAS, find_schema
 from vcr1_fast.prompts.schemas.got10k import FIXED_TIMES_S
 from vcr1_fast.prompts.schemas.schema import Recipe, Row
+from vcr1_fast.settings.config import ConfigError, DataConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tasks.overlap import box_iou
 from vcr1_fast.types import ChoiceTruth, GroundedChoiceTruth, IntervalTruth, LabelTruth, TrackTruth

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from vcr1_fast.config import Config, ConfigError, DataConfig, TaskConfig, TrainConfig, VideoConfig
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.stream import PromptStream, TooManyBadSamplesError
+from vcr1_fast.settings.config import Config, ConfigError, DataConfig, TaskConfig, TrainConfig, VideoConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Example, IntervalTruth, LabelTruth, Patches, SampleError
 from vcr1_fast.video.quarantine import Quarantine

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from tests.conftest import build_model, build_tokenizer, make_example, make_patches
-from vcr1_fast.config import ModelConfig, RolloutConfig, TaskConfig
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.sharding import exit_rank, init_distributed, shard, shutdown
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.parity import ParityError, check_parity
+from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.config import ModelConfig, RolloutConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
-from vcr1_fast.weight_sync import WeightSync
 
 
 def main() -> None:

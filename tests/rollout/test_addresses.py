@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from vcr1_fast.config import Config, ConfigError
-from vcr1_fast.config_io import load_settings
-from vcr1_fast.config_learning import RolloutConfig, SGLangConfig
 from vcr1_fast.rollout.addresses import as_setting, is_loopback, read_addresses, read_bind, show
 from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.rollout_key import read_key, read_or_make_key
+from vcr1_fast.settings.config import Config, ConfigError
+from vcr1_fast.settings.io import load_settings
+from vcr1_fast.settings.learning import RolloutConfig, SGLangConfig
 
 
 def elsewhere(*addresses: str) -> SGLangConfig:

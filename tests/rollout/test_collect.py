@@ -10,11 +10,11 @@ import torch
 
 from tests.rollout.collecting import collected
 from tests.tiny_policy import run_ranks
-from vcr1_fast.config import Config, ConfigError, RolloutConfig, TaskConfig
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
-from vcr1_fast.metrics import rollout_metrics
 from vcr1_fast.rollout.collect import Collector, collect, weighted_sum
 from vcr1_fast.rollout.scripted_engine import ScriptedEngine
+from vcr1_fast.run.metrics import rollout_metrics
+from vcr1_fast.settings.config import Config, ConfigError, RolloutConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Example, IntervalTruth, Prompt, SampleError, SamplingParams
 

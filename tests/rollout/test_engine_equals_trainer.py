@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from vcr1_fast.config import ModelConfig
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import RolloutGroup, SamplingParams
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.tiny_policy import run_ranks
-from vcr1_fast.config import Config, ModelConfig, RolloutConfig
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.sharding import World
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.parity import MAX_NEW_TOKENS, NUM_COMPLETIONS, ParityError, check_parity, warn_of_gap
-from vcr1_fast.weight_sync import WeightSync
+from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.config import Config, ModelConfig, RolloutConfig
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from vcr1_fast.config import Config, ConfigError, RolloutConfig, TaskConfig, TrainConfig
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.collect import Collector
 from vcr1_fast.rollout.queue import RolloutQueue
+from vcr1_fast.settings.config import Config, ConfigError, RolloutConfig, TaskConfig, TrainConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Completion, Example, IntervalTruth, Prompt, SamplingParams
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from vcr1_fast.config import AlgorithmConfig, ModelConfig, TaskConfig
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer
 from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
@@ -20,6 +19,7 @@ from vcr1_fast.rollout.sgl.remote import byte_levels
 from vcr1_fast.rollout.sgl.video import video_item
 from vcr1_fast.rollout.sgl.workers import Request, Workers
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.settings.config import AlgorithmConfig, ModelConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Completion, Example, Frames, IntervalTruth, Prompt, RolloutGroup, SamplingParams
 from vcr1_fast.video.patches import to_patches

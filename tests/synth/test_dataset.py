@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from vcr1_fast.config import ConfigError, TaskConfig
+from vcr1_fast.settings.config import ConfigError, TaskConfig
 from vcr1_fast.synth.config import COLOURS, KINDS, Kind, SynthConfig
 from vcr1_fast.synth.dataset import make_clip, write_dataset, write_mp4
 from vcr1_fast.synth.render import Renderer

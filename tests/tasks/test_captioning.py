@@ -16,10 +16,10 @@ from tests.judge.judge_server import (
     unused_url,
     waits,
 )
-from vcr1_fast.config import JudgeConfig, TaskConfig
 from vcr1_fast.judge.client import JudgeUnavailableError
 from vcr1_fast.rollout.collect import collect
 from vcr1_fast.rollout.scripted_engine import ScriptedEngine
+from vcr1_fast.settings.config import JudgeConfig, TaskConfig
 from vcr1_fast.tasks.captioning import Captioning
 from vcr1_fast.types import CaptionTruth, Example, IntervalTruth, SampleError, SamplingParams
 

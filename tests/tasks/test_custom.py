@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vcr1_fast.config import ConfigError, JudgeConfig, TaskConfig
-from vcr1_fast.config_io import config_to_yaml, load_config
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
+from vcr1_fast.settings.config import ConfigError, JudgeConfig, TaskConfig
+from vcr1_fast.settings.io import config_to_yaml, load_config
 from vcr1_fast.tasks.captioning import Captioning
 from vcr1_fast.tasks.custom import CheckedTask, check_tasks, checked_values, load_rewards, load_tasks, make_custom
 from vcr1_fast.tasks.task import Task

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vcr1_fast.config import TaskConfig
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.multiple_choice import MultipleChoice
 from vcr1_fast.types import ChoiceTruth, Example, IntervalTruth
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vcr1_fast.config import TaskConfig
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.object_tracking import ObjectTracking
 from vcr1_fast.types import Example, IntervalTruth, TrackTruth
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vcr1_fast.config import TaskConfig
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.object_tracking import ObjectTracking
 from vcr1_fast.tasks.overlap import interval_iou_batch
 from vcr1_fast.tasks.temporal_grounding import TemporalGrounding

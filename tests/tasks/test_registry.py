@@ -2,7 +2,7 @@
 
 import pytest
 
-from vcr1_fast.config import ConfigError, TaskConfig
+from vcr1_fast.settings.config import ConfigError, TaskConfig
 from vcr1_fast.tasks import TASKS, make_tasks, task_class
 from vcr1_fast.tasks.object_tracking import ObjectTracking
 

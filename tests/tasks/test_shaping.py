@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from vcr1_fast.config import ConfigError, TaskConfig
+from vcr1_fast.settings.config import ConfigError, TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tasks.shaping import (
     boundary_factor,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vcr1_fast.config import TaskConfig
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.overlap import interval_iou_batch_plain
 from vcr1_fast.tasks.temporal_grounding import TemporalGrounding
 from vcr1_fast.types import Example, IntervalTruth, TrackTruth

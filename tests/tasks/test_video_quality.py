@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vcr1_fast.config import TaskConfig
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.video_quality import VideoQuality
 from vcr1_fast.types import Example, IntervalTruth, LabelTruth
 

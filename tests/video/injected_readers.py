@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.reader import Probe, ReaderError

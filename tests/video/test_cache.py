@@ -27,7 +27,7 @@ import torch
 
 from tests.video.cache_hammer import LARGE_BYTES, SMALL_BYTES, key_of, tensor_of
 from tests.video.clips import write_clip
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video import cache_disk
 from vcr1_fast.video.cache import (

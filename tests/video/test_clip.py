@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
 from vcr1_fast.types import SampleError

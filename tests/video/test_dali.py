@@ -19,7 +19,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from tests.video import clips, corpus
 from tests.video.corpus import Clip
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video import dali_codecs, dali_pipeline, dali_reader
 from vcr1_fast.video.clip import ClipRequest, read_clip

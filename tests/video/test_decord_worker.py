@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.video import clips
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video import decord_reader
 from vcr1_fast.video.decord_reader import DecordReader

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from vcr1_fast.config import AlgorithmConfig, Config, ConfigError, ModelConfig, VideoConfig
-from vcr1_fast.config_io import load_settings
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer
 from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
-from vcr1_fast.model_folder import model_folder
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.temporal_contrast import shuffled_prompt
-from vcr1_fast.run import open_source
+from vcr1_fast.run.model_folder import model_folder
+from vcr1_fast.run.run import open_source
+from vcr1_fast.settings.config import AlgorithmConfig, Config, ConfigError, ModelConfig, VideoConfig
+from vcr1_fast.settings.io import load_settings
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
 from vcr1_fast.tasks import make_tasks

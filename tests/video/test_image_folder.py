@@ -19,9 +19,9 @@ import torch
 from av.video.codeccontext import VideoCodecContext
 
 from tests.video import clips
-from vcr1_fast.config import TaskConfig, VideoConfig
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.schemas.schema import Recipe
+from vcr1_fast.settings.config import TaskConfig, VideoConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import SampleError, TrackTruth
 from vcr1_fast.video.clip import ClipRequest, read_clip

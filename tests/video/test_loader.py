@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.video import clips, injected_readers
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video import loader as loader_module
 from vcr1_fast.video.cache import TensorCache
@@ -251,7 +251,7 @@ def test_workers_import_neither_transformers_nor_what_trains():
 SCRIPT = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if a shell started the tests in the background
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.loader import FrameLoader
 from tests.video import injected_readers

@@ -15,7 +15,7 @@ import torch
 
 from tests.video import clips, damaged, injected_readers
 from tests.video.test_loader import ONE_WORKER, is_alive, reads, requests, wait_until
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.cache import TensorCache
 from vcr1_fast.video.clip import ClipRequest

@@ -11,7 +11,7 @@ import pytest
 
 from tests.video import clips, injected_readers
 from tests.video.test_loader import num_mapped, requests
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.loader import FrameLoader
 

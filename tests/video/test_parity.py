@@ -18,7 +18,7 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from tests.video import corpus, corpus_pairs
 from tests.video.corpus import Clip
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.dali_pipeline import Device
 from vcr1_fast.video.read import open_reader

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from tests.video.processor_oracle import Answers, Questions
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames
 from vcr1_fast.video.patches import to_patches
 from vcr1_fast.video.resolution import frame_size_px, resize_frame

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vcr1_fast.config import ConfigError
+from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.quarantine import Quarantine
 

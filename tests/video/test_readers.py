@@ -13,7 +13,7 @@ import torch
 
 from bench.decode_sources import Scene
 from tests.video import clips
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video import torchcodec_reader
 from vcr1_fast.video.pyav_reader import PyavReader

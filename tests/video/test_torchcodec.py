@@ -15,7 +15,7 @@ import pytest
 
 from tests.video import clips
 from tests.video.torchcodec_process import link_libraries, run_python
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video import torchcodec_reader
 from vcr1_fast.video.pyav_reader import PyavReader

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vcr1_fast.config import Config, ConfigError
 from vcr1_fast.evaluation.samples import Answer, write_lines
 from vcr1_fast.learner.model import resolve_dtype
 from vcr1_fast.learner.sharding import World, on_main_rank
-from vcr1_fast.telemetry import to_json
+from vcr1_fast.run.telemetry import to_json
+from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.types import Example
 from vcr1_fast.video.source_name import SourceName
 

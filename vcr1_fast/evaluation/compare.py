@@ -11,10 +11,10 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from vcr1_fast.config import ConfigError
 from vcr1_fast.evaluation.samples import Sample, read_samples
 from vcr1_fast.evaluation.statistics import mean_intervals, sign_flip_p_values
-from vcr1_fast.telemetry import console
+from vcr1_fast.run.telemetry import console
+from vcr1_fast.settings.config import ConfigError
 
 NUM_IDS_SHOWN = 5
 

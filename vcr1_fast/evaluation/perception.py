@@ -14,8 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vcr1_fast.config import VideoConfig
 from vcr1_fast.evaluation.samples import Answer
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.tasks.answer_format import clip as clip_text
 from vcr1_fast.tasks.answer_format import tag_blocks
 from vcr1_fast.tasks.glue_format import glue_text, read_glue

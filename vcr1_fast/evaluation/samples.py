@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from vcr1_fast.config import ConfigError
 from vcr1_fast.evaluation.statistics import mean_intervals
+from vcr1_fast.run.telemetry import to_json
+from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.tasks.task import Task
-from vcr1_fast.telemetry import to_json
 from vcr1_fast.types import Example
 
 MEAN_TOLERANCE = 1e-9  # a mean over examples differs from the task's own by rounding at most

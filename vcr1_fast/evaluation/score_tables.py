@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from vcr1_fast.telemetry import console
+from vcr1_fast.run.telemetry import console
 
 if TYPE_CHECKING:
     from vcr1_fast.evaluate import TaskScore

@@ -23,10 +23,10 @@ from string import ascii_uppercase
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from vcr1_fast.config import ConfigError
 from vcr1_fast.evaluation.samples import write_lines
 from vcr1_fast.prompts.annotation_files import read_entries
 from vcr1_fast.prompts.schemas.schema import read_field, read_text
+from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.tasks.multiple_choice import read_choice_row
 from vcr1_fast.types import SampleError
 

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from vcr1_fast.config import JudgeConfig
 from vcr1_fast.judge.cache import AnswerCache, cache_key
 from vcr1_fast.judge.transport import Reply, TransportError, post_json
+from vcr1_fast.settings.config import JudgeConfig
 
 T = TypeVar("T")
 Item = TypeVar("Item")

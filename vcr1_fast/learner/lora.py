@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.functional import linear
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vcr1_fast.config import ConfigError, LoRAConfig
 from vcr1_fast.learner.sharding import named_weights
+from vcr1_fast.settings.config import ConfigError, LoRAConfig
 
 FACTORS = ("lora_A", "lora_B")
 

@@ -12,11 +12,11 @@ from transformers.utils import logging as transformers_logging
 from vcr1_kernels import fused_linear_logprob, fused_linear_policy_loss, reference, unavailable_reason
 from vcr1_kernels.prefix_attention import AttentionBackend, attention_backend
 
-from vcr1_fast.config import ConfigError, ModelConfig
 from vcr1_fast.learner.attention import use_packed_attention
 from vcr1_fast.learner.objective import Objective, Sums
 from vcr1_fast.learner.tower_attention import use_varlen_tower
-from vcr1_fast.model_folder import model_folder
+from vcr1_fast.run.model_folder import model_folder
+from vcr1_fast.settings.config import ConfigError, ModelConfig
 from vcr1_fast.types import PackedBatch
 from vcr1_fast.video.embed import embed_videos
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from vcr1_kernels.losses import LossFunction, PolicyLoss, TokenVectors
 
-from vcr1_fast.config import AlgorithmConfig
+from vcr1_fast.settings.config import AlgorithmConfig
 from vcr1_fast.types import PackedBatch
 
 Sums = dict[str, Tensor]  # scalars that add up over micro-batches and ranks

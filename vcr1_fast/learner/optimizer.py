@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from vcr1_fast.config import ConfigError, OptimizerConfig
+from vcr1_fast.settings.config import ConfigError, OptimizerConfig
 
 
 def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> AdamW:

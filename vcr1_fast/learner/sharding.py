@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from vcr1_fast.config import ConfigError
+from vcr1_fast.settings.config import ConfigError
 
 # A rank waits in a collective for the slowest rollout of the step; torch's default of 10 minutes for NCCL would kill a
 # run in which one rank draws long completions.

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from vcr1_kernels.losses import Aggregation, token_weights
 
-from vcr1_fast.config import Config
 from vcr1_fast.learner.lora import adapters_off, add_adapters
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, resolve_dtype
 from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
 from vcr1_fast.learner.packing import assign_rows, num_packed_tokens, pack, placeholder
 from vcr1_fast.learner.sharding import World, all_max_float, all_max_int, all_reduce_sum, shard
+from vcr1_fast.settings.config import Config
 from vcr1_fast.types import PackedBatch, RolloutGroup
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vcr1_fast.config import ConfigError
+from vcr1_fast.settings.config import ConfigError
 
 # Parsed JSON takes about 8 times its size on disk. The largest public file of the original has 10 MB.
 MAX_TEXT_BYTES = 1 << 30

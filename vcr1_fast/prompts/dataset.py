@@ -20,12 +20,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from vcr1_fast.config import ConfigError
 from vcr1_fast.prompts.annotation_files import read_entries
 from vcr1_fast.prompts.interval_defects import REFUSING, find_interval_defects
 from vcr1_fast.prompts.schemas import find_schema
 from vcr1_fast.prompts.schemas.schema import Recipe, Row, Schema, read_text
 from vcr1_fast.prompts.video_files import VideoFolder
+from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, RefusedTruth, SampleError
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from vcr1_fast.config import ConfigError
 from vcr1_fast.learner.sharding import World
+from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.types import Example, RolloutGroup
 
 

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from vcr1_fast.config import ConfigError
 from vcr1_fast.prompts.dataset import DataOrder
+from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.types import Example
 
 BLOCK = 100  # positions after which the shares of the tasks are exact

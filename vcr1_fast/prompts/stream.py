@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from vcr1_fast.config import Config, ConfigError
 from vcr1_fast.learner.sharding import World, all_reduce_sum
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.dataset import shard
 from vcr1_fast.prompts.difficulty import read_rewards, select_by_reward
 from vcr1_fast.prompts.mixture import make_order
+from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.types import Example, Prompt, SampleError
 from vcr1_fast.video.quarantine import REASON_NAMES, Quarantine, reason_class
 

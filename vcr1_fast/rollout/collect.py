@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vcr1_fast.config import Config, TaskConfig
 from vcr1_fast.learner.sharding import World, all_reduce_sum
 from vcr1_fast.rollout.temporal_contrast import SHUFFLED_SEED, order_part, shuffled_prompt
+from vcr1_fast.settings.config import Config, TaskConfig
 from vcr1_fast.tasks.shaping import ORDER_PART, shaped, with_length_part
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Completion, Example, Prompt, RolloutGroup, SampleError, SamplingParams

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vcr1_fast.config import Config, RolloutConfig
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.learner.sharding import World, all_max_int, on_all_ranks
 from vcr1_fast.rollout.engine import RolloutEngine
-from vcr1_fast.telemetry import is_main_rank
+from vcr1_fast.run.telemetry import is_main_rank
+from vcr1_fast.settings.config import Config, RolloutConfig
 from vcr1_fast.types import Prompt, RolloutGroup, SamplingParams
 
 NUM_COMPLETIONS = 4

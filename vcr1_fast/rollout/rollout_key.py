@@ -10,7 +10,7 @@ import re
 import secrets
 from pathlib import Path
 
-from vcr1_fast.config_error import ConfigError
+from vcr1_fast.settings.error import ConfigError
 
 VARIABLE = "VCR1_ROLLOUT_KEY"
 KEY_BYTES = 32

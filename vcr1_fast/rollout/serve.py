@@ -26,16 +26,16 @@ from rich import box
 from rich.table import Table
 
 from vcr1_fast import __version__
-from vcr1_fast.config import Config, ConfigError
-from vcr1_fast.config_learning import SGLangConfig
-from vcr1_fast.model_folder import model_folder
 from vcr1_fast.rollout.addresses import Address, as_setting, is_loopback, read_bind, show
 from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.rollout_key import read_or_make_key
 from vcr1_fast.rollout.sgl.messages import HANDSHAKE_S, Channel
 from vcr1_fast.rollout.sgl.process import STOP_WAIT_S, Child, prepare_model_folder
 from vcr1_fast.rollout.sgl.tcp import TcpChannel, TcpListener
-from vcr1_fast.telemetry import console, say
+from vcr1_fast.run.model_folder import model_folder
+from vcr1_fast.run.telemetry import console, say
+from vcr1_fast.settings.config import Config, ConfigError
+from vcr1_fast.settings.learning import SGLangConfig
 
 POLL_S = 0.25
 MAX_BACKOFF_S = 30.0

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
 from vcr1_fast.rollout.private_folder import PrivateFolder
@@ -27,6 +26,7 @@ from vcr1_fast.rollout.sgl.round import Round
 from vcr1_fast.rollout.sgl.update import ADAPTER_LOADER, CHECK_LOADER
 from vcr1_fast.rollout.sgl.weights import checkpoint_weights
 from vcr1_fast.rollout.sgl.workers import Request, Workers
+from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Completion, FinishReason, Prompt, SamplingParams
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vcr1_fast.config import ConfigError
+from vcr1_fast.settings.config import ConfigError
 
 Kind = Literal["grounding", "tracking", "grounded_qa", "choice", "quality"]
 KINDS: tuple[Kind, ...] = ("grounding", "tracking", "grounded_qa", "choice", "quality")

@@ -17,7 +17,7 @@ import av
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vcr1_fast.config import ConfigError
+from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.synth.annotations import Row, choice_row, grounded_qa_row, grounding_row, quality_row, tracking_row
 from vcr1_fast.synth.config import KINDS, Kind, SynthConfig
 from vcr1_fast.synth.render import Pixels, Renderer

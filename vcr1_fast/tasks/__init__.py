@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 
-from vcr1_fast.config import ConfigError, JudgeConfig, TaskConfig
+from vcr1_fast.settings.config import ConfigError, JudgeConfig, TaskConfig
 from vcr1_fast.tasks.captioning import Captioning
 from vcr1_fast.tasks.custom import check_tasks, load_rewards, load_tasks, make_custom
 from vcr1_fast.tasks.grounded_qa import GroundedQA

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from vcr1_fast.config import JudgeConfig, TaskConfig
 from vcr1_fast.judge.client import JudgeClient, JudgeUnavailableError
 from vcr1_fast.judge.entailment import (
     MAX_CAPTION_CHARS,
@@ -24,6 +23,7 @@ from vcr1_fast.judge.entailment import (
     harmonic_mean,
     split_events,
 )
+from vcr1_fast.settings.config import JudgeConfig, TaskConfig
 from vcr1_fast.tasks.annotations import caption_truth, check_counts, mean
 from vcr1_fast.tasks.answer_format import PAPER_REASON, clip, has_paper_format, has_strict_format, tag_blocks
 from vcr1_fast.types import CaptionTruth, Example

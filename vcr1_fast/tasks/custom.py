@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
-from vcr1_fast.config import ConfigError, TaskConfig
+from vcr1_fast.settings.config import ConfigError, TaskConfig
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, Truth
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vcr1_fast.config import TaskConfig
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.annotations import check_counts, choice_truth, mean, read_letter, read_options
 from vcr1_fast.tasks.answer_format import PAPER_REASON, clip
 from vcr1_fast.tasks.answers_batch import have_format, read_choices, read_paper_choices

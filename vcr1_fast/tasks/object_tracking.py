@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from vcr1_fast.config import TaskConfig
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.annotations import (
     check_counts,
     frac_at_least,

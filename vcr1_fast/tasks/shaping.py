@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from vcr1_fast.config import TaskConfig
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.types import Interval
 
 LENGTH_PART = "length"  # name of the part that `task.length_reward` adds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from vcr1_fast.config import TaskConfig
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.types import Example, Truth
 
 

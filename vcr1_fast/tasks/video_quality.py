@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vcr1_fast.config import TaskConfig
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.annotations import check_counts, label_truth, mean, read_options, read_text
 from vcr1_fast.tasks.answer_format import PAPER_REASON, clip, has_paper_format, has_strict_format, tag_blocks
 from vcr1_fast.tasks.choice_format import most_common, plain_text

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from vcr1_fast.config import TaskConfig
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.synth.config import COLOURS, KINDS, SHAPES, SynthConfig
 from vcr1_fast.synth.dataset import make_clip
 from vcr1_fast.tasks import make_tasks

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vcr1_fast.config import Config
-from vcr1_fast.config_io import load_settings
+from vcr1_fast.settings.config import Config
+from vcr1_fast.settings.io import load_settings
 from vcr1_fast.sft import sft
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset

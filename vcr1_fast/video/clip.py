@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from vcr1_fast.config import ConfigError, VideoConfig
+from vcr1_fast.settings.config import ConfigError, VideoConfig
 from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video.read import read_frames, read_resized
 from vcr1_fast.video.reader import Probe, Reader

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.dali_codecs import proven_codecs, unavailable_reason, version
 from vcr1_fast.video.dali_pipeline import DecodeError, Device, Job, Pipeline

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.reader import Probe, ReaderError, require_video_file

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from vcr1_fast.config import ConfigError
 from vcr1_fast.learner.tower_attention import use_varlen_tower
+from vcr1_fast.settings.config import ConfigError
 
 if TYPE_CHECKING:
     from vcr1_fast.types import Patches

@@ -15,7 +15,7 @@ from av.error import FFmpegError
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import VideoReformatter
 
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.image_header import ImageHeader, read_image_header
 from vcr1_fast.video.reader import Probe, decoder_limit, require_pixels, upright

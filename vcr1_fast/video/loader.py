@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video.cache import TensorCache, clip_key, frames_entry, frames_of
 from vcr1_fast.video.clip import ClipRequest

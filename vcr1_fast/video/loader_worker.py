@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from vcr1_fast.types import Frames, SampleError
 
 if TYPE_CHECKING:
-    from vcr1_fast.config import VideoConfig
+    from vcr1_fast.settings.config import VideoConfig
     from vcr1_fast.video.clip import ClipRequest
     from vcr1_fast.video.reader import Reader
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from vcr1_kernels import patchify
 
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, Patches, SampleError
 from vcr1_fast.video.cache import TensorCache, clip_key, tower_key
 from vcr1_fast.video.clip import ClipRequest

@@ -24,7 +24,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.image_header import read_image_header
 from vcr1_fast.video.reader import Probe, decoder_limit, require_pixels, require_video_file, upright

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vcr1_fast.config_error import ConfigError
+from vcr1_fast.settings.error import ConfigError
 from vcr1_fast.types import SampleError
 
 logger = logging.getLogger(__name__)

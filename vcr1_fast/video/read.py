@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video.image_folder_reader import ImageFolderReader
 from vcr1_fast.video.pyav_reader import PyavReader

@@ -12,7 +12,7 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 
 FACTOR_PX = 28  # a patch is 14 pixels wide, and 2 x 2 patches make one token
 MAX_ASPECT_RATIO = 200

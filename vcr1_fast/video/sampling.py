@@ -17,7 +17,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from vcr1_fast.config import VideoConfig
+from vcr1_fast.settings.config import VideoConfig
 
 # Matroska rounds times to 1 ms, a 3 % error of the interval at 60 fps; a dropped frame is an error of 100 %.
 CONSTANT_RATE_TOLERANCE_FRAC = 0.1

@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from tests.rollout.sglang.forked_worker import Forked
-from vcr1_fast.config import ModelConfig
-from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer
-from vcr1_fast.model_folder import model_folder
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.sgl import process as sglang_process
 from vcr1_fast.rollout.sgl import round as sglang_round
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.run.model_folder import model_folder
+from vcr1_fast.settings.config import ModelConfig
+from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Completion, Example, IntervalTruth, Patches, Prompt
 
 SCRIPTED_WEIGHTS = [("model.language_model.w", torch.ones(3)), ("model.visual.w", torch.ones(300, 300))]

@@ -11,13 +11,13 @@ from torch import nn
 
 from tests.rollout.sglang.test_delivery import BUCKET_BYTES, Worker
 from tests.rollout.sglang.test_weights import FusedModel, checkpoint_of
-from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.rollout.sgl import lora as sglang_lora
 from vcr1_fast.rollout.sgl import workers as sglang_workers
 from vcr1_fast.rollout.sgl.adapters import Adapters
 from vcr1_fast.rollout.sgl.check import checksum
 from vcr1_fast.rollout.sgl.lora import add_adapters
 from vcr1_fast.rollout.sgl.workers import Workers
+from vcr1_fast.settings.learning import SGLangConfig
 
 SCALE, RANK = 0.5, 2
 ADAPTED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")

@@ -8,12 +8,12 @@ import torch
 
 from tests.rollout.sglang.parity import BOUND, difference, short_and_long
 from tests.rollout.sglang.test_delivery_real import delivering
-from vcr1_fast.config import LoRAConfig, ModelConfig
 from vcr1_fast.learner.lora import adapter_factors, add_adapters
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.rollout.sgl.adapters import Adapters
+from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.config import LoRAConfig, ModelConfig
 from vcr1_fast.types import SamplingParams
-from vcr1_fast.weight_sync import WeightSync
 
 LORA = LoRAConfig(rank=4, alpha=8.0)
 

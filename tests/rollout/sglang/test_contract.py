@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.rollout.sglang_engine import engine_args
+from vcr1_fast.settings.learning import SGLangConfig
 
 HERE = Path(__file__).parent
 CHECKS = [

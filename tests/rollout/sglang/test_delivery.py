@@ -13,8 +13,6 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed as dist
 
-from vcr1_fast.config_error import ConfigError
-from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.rollout.sgl import delivery as sglang_delivery
 from vcr1_fast.rollout.sgl import ipc as sglang_ipc
 from vcr1_fast.rollout.sgl import workers as sglang_workers
@@ -25,6 +23,8 @@ from vcr1_fast.rollout.sgl.link import WorkerGoneError
 from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.weights import WeightTable
 from vcr1_fast.rollout.sgl.workers import Seat, Workers
+from vcr1_fast.settings.error import ConfigError
+from vcr1_fast.settings.learning import SGLangConfig
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 BUCKET_BYTES = 1000

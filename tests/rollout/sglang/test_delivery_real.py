@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from tests.rollout.sglang.test_real_engine import BOUND, difference, disturb, short_and_long
-from vcr1_fast.config import ModelConfig
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.rollout.sgl.delivery import make_delivery
 from vcr1_fast.rollout.sgl.weights import WeightTable
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import SamplingParams
-from vcr1_fast.weight_sync import WeightSync
 
 
 @contextlib.contextmanager

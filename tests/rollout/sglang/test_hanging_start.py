@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.rollout.serve import Server
 from vcr1_fast.rollout.sgl.link import WorkerGoneError
 from vcr1_fast.rollout.sgl.remote import RemoteWorker
+from vcr1_fast.settings.learning import SGLangConfig
 
 KEY = b"k" * 32
 HANGING_ENGINE = """

@@ -8,9 +8,9 @@ import threading
 import torch
 
 from tests.rollout.sglang.parity import BOUND, short_and_long
-from vcr1_fast.config import ModelConfig
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.packing import pack
+from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import Completion, RolloutGroup, SamplingParams
 
 SAMPLING = SamplingParams(4, 192)

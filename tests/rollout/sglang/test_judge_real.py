@@ -23,9 +23,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from tests.judge.judge_server import Handler, judges_by_words, says, serving
-from vcr1_fast.config import JudgeConfig, TaskConfig
 from vcr1_fast.judge.client import JudgeUnavailableError, read_completion
 from vcr1_fast.rollout.sglang_engine import CPU_ARGS
+from vcr1_fast.settings.config import JudgeConfig, TaskConfig
 from vcr1_fast.tasks.captioning import Captioning
 from vcr1_fast.tiny.tokenizer import build_tokenizer
 from vcr1_fast.types import CaptionTruth, Example

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from tests.rollout.sglang.parity import BOUND, difference, disturb, short_and_long
-from vcr1_fast.config import ModelConfig
 from vcr1_fast.learner.model import PolicyModel
+from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import SamplingParams
-from vcr1_fast.weight_sync import WeightSync
 
 PINS = Path(__file__).with_name("constraints-oldest.txt").read_text().split()
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.rollout.sglang.parity import BOUND, difference, disturb, short_and_long
-from vcr1_fast.config import ModelConfig
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import SamplingParams
-from vcr1_fast.weight_sync import WeightSync
 
 GROUP_SIZE = 4
 

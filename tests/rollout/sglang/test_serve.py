@@ -18,8 +18,6 @@ import torch
 from tests.rollout.sglang import scripted_worker
 from tests.rollout.sglang.conftest import first_ids, wanted
 from tests.rollout.sglang.forked_worker import Forked
-from vcr1_fast.config import ConfigError
-from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.rollout import serve
 from vcr1_fast.rollout.addresses import show
 from vcr1_fast.rollout.serve import Server
@@ -29,6 +27,8 @@ from vcr1_fast.rollout.sgl import round as sglang_round
 from vcr1_fast.rollout.sgl import tcp as sglang_tcp
 from vcr1_fast.rollout.sgl.handshake import GREETING
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.settings.config import ConfigError
+from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import SamplingParams
 
 SAMPLING = SamplingParams(3, 4)

@@ -23,8 +23,6 @@ from tests.conftest import ModelFactory
 from tests.rollout.sglang.conftest import MakePrompt
 from tests.rollout.sglang.parity import BOUND, difference, disturb
 from tests.rollout.sglang.test_delivery_real import delivering
-from vcr1_fast.config import ModelConfig
-from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.rollout.addresses import show
 from vcr1_fast.rollout.rollout_key import VARIABLE
@@ -33,8 +31,10 @@ from vcr1_fast.rollout.sgl.delivery import Broadcast
 from vcr1_fast.rollout.sgl.pixels import pack
 from vcr1_fast.rollout.sgl.remote import byte_levels
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.config import ModelConfig
+from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Prompt, SamplingParams
-from vcr1_fast.weight_sync import WeightSync
 
 KEY = b"k" * 32
 GROUP_SIZE = 3

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from tests.rollout.sglang.parity import check_gaps
-from vcr1_fast import demo
-from vcr1_fast.config_io import config_to_yaml
+from vcr1_fast.commands import demo
+from vcr1_fast.settings.io import config_to_yaml
 from vcr1_fast.synth.dataset import write_dataset
 
 NUM_STEPS = 40

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
-from vcr1_fast.config import ConfigError
 from vcr1_fast.prompts.annotation_files import Entries
 from vcr1_fast.prompts.schemas import charades, got10k, nextgqa, own_rows, vidtab
 from vcr1_fast.prompts.schemas.schema import Schema
+from vcr1_fast.settings.config import ConfigError
 
 # In this order: a row of ours may have the keys of another schema as well, but always "task".
 SCHEMAS: dict[str, Schema] = {

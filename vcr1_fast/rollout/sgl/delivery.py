@@ -28,13 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from vcr1_fast.config_error import require
-from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.rollout.addresses import Address, read_addresses
 from vcr1_fast.rollout.sgl import ipc
 from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.group import UpdateGroup
 from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, WeightTable, in_batches
+from vcr1_fast.settings.error import require
+from vcr1_fast.settings.learning import SGLangConfig
 
 if TYPE_CHECKING:
     from vcr1_fast.rollout.sgl.workers import Seat

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.process import WorkerGoneError
 from vcr1_fast.rollout.sgl.workers import Request, Seat, Workers
+from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Completion
 
 POLL_S = 0.1  # between two looks at deadlines and interruptions; answers wake it at once

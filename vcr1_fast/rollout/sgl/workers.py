@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcr1_fast.config_learning import SGLangConfig
 from vcr1_fast.rollout.addresses import read_addresses
 from vcr1_fast.rollout.rollout_key import read_key
 from vcr1_fast.rollout.sgl.adapters import Adapters
@@ -23,6 +22,7 @@ from vcr1_fast.rollout.sgl.link import WorkerGoneError, WorkerLink
 from vcr1_fast.rollout.sgl.process import WorkerProcess
 from vcr1_fast.rollout.sgl.remote import RemoteWorker
 from vcr1_fast.rollout.sgl.weights import WeightTable
+from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Completion, Prompt
 
 MAX_BACKOFF_S = 30.0

@@ -11,10 +11,10 @@ import pytest
 
 import vcr1_fast.cli as cli
 from tests.judge.judge_server import judges_by_words, serving
-from vcr1_fast.baselines import measure_baselines
-from vcr1_fast.config import ConfigError
+from vcr1_fast.commands.baselines import measure_baselines
+from vcr1_fast.settings.config import ConfigError
 
-DATA = Path(__file__).parents[1].parent / "shared" / "data"
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 def public(name: str) -> str:

@@ -14,24 +14,25 @@ from typing import Literal
 import torch
 
 from vcr1_fast import __version__, native
-from vcr1_fast.checkpoint import RunState, load_checkpoint, resolve_resume, save_checkpoint
-from vcr1_fast.config import Config, ConfigError
-from vcr1_fast.config_io import config_to_yaml
-from vcr1_fast.export import export_adapter, export_hugging_face
 from vcr1_fast.learner.model import describe_kernels, load_hugging_face, load_tokenizer, resolve_dtype
 from vcr1_fast.learner.sharding import World, init_distributed, on_main_rank, shutdown
 from vcr1_fast.learner.step import Learner
-from vcr1_fast.model_folder import model_digest, model_folder
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
-from vcr1_fast.run_folder import prepare_output_dir
+from vcr1_fast.run.checkpoint import RunState, load_checkpoint, resolve_resume, save_checkpoint
+from vcr1_fast.run.export import export_adapter, export_hugging_face
+from vcr1_fast.run.folder import prepare_output_dir
+from vcr1_fast.run.model_folder import model_digest, model_folder
+from vcr1_fast.run.telemetry import say
+from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.config import Config, ConfigError
+from vcr1_fast.settings.io import config_to_yaml
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tasks.task import Task
-from vcr1_fast.telemetry import say
 from vcr1_fast.types import Example, SamplingParams
 from vcr1_fast.video.cache import TensorCache
 from vcr1_fast.video.frozen_tower import load_frozen_tower
@@ -39,7 +40,6 @@ from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.patches import PatchSource
 from vcr1_fast.video.quarantine import Quarantine
 from vcr1_fast.video.read import decodes_on_gpu
-from vcr1_fast.weight_sync import WeightSync
 
 TRAINED_WITH = "vcr1_fast.json"  # in the folder of an exported model: version and video reader of its training
 

@@ -6,7 +6,7 @@ import hashlib
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from vcr1_fast.config_error import ConfigError
+from vcr1_fast.settings.error import ConfigError
 
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file
 

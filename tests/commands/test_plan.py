@@ -11,20 +11,8 @@ from safetensors import safe_open
 from vcr1_kernels import head_chunks
 
 import vcr1_fast.cli as cli
-from vcr1_fast import plan
-from vcr1_fast.config import (
-    AlgorithmConfig,
-    Config,
-    ConfigError,
-    DataConfig,
-    LoRAConfig,
-    ModelConfig,
-    RolloutConfig,
-    TrainConfig,
-    VideoConfig,
-)
-from vcr1_fast.learner.model import load_hugging_face
-from vcr1_fast.plan import (
+from vcr1_fast.commands import plan
+from vcr1_fast.commands.plan import (
     clip_tokens,
     decoder_bytes,
     max_video_tokens,
@@ -35,6 +23,18 @@ from vcr1_fast.plan import (
     tower_bytes,
     video_tokens,
 )
+from vcr1_fast.learner.model import load_hugging_face
+from vcr1_fast.settings.config import (
+    AlgorithmConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    RolloutConfig,
+    TrainConfig,
+    VideoConfig,
+)
 
 
 def test_parameters_are_counted_exactly():
@@ -42,7 +42,7 @@ def test_parameters_are_counted_exactly():
     assert read_model_size("nowhere/Qwen2.5-VL-3B-Instruct").params == 3_754_622_976
     assert read_model_size("nowhere/Qwen2.5-VL-7B-Instruct").params == 8_292_166_656
     assert read_model_size("nowhere/Qwen2.5-VL-7B-Instruct").tower_params == 676_550_144
-    weights = safe_open(Path(plan.__file__).parent / "tiny" / "model.safetensors", "pt")
+    weights = safe_open(Path(plan.__file__).parents[1] / "tiny" / "model.safetensors", "pt")
     counted = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     assert read_model_size("tiny").params == counted == 1_112_000
 

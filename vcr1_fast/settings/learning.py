@@ -1,4 +1,4 @@
-"""Settings of rollout, objective and optimizer: sections of `vcr1_fast.config`, to be imported from there.
+"""Settings of rollout, objective and optimizer: sections of `vcr1_fast.settings.config`, to be imported from there.
 
 The string under a field is its help text on the command line. Nothing here imports torch.
 """
@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
-from vcr1_fast.config_error import ConfigError, require
 from vcr1_fast.rollout.addresses import read_addresses, show
+from vcr1_fast.settings.error import ConfigError, require
 from vcr1_fast.types import SamplingParams
 
 ENGINE_ARGS_REFUSED = {  # what would break the engine or make its log-probs wrong without a word

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import vcr1_fast.checkpoint as checkpoint
+import vcr1_fast.run.checkpoint as checkpoint
 from tests.tiny_policy import TinyPolicy, tiny_tokenizer, tokens
-from vcr1_fast.checkpoint import RunState, latest_checkpoint, load_checkpoint, save_checkpoint
-from vcr1_fast.config import ConfigError, OptimizerConfig
-from vcr1_fast.export import export_hugging_face
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import World, exit_rank, init_distributed, named_weights, shard, shutdown, whole_tensor
-from vcr1_fast.run_folder import prepare_output_dir
+from vcr1_fast.run.checkpoint import RunState, latest_checkpoint, load_checkpoint, save_checkpoint
+from vcr1_fast.run.export import export_hugging_face
+from vcr1_fast.run.folder import prepare_output_dir
+from vcr1_fast.settings.config import ConfigError, OptimizerConfig
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, schedule="linear")
 

@@ -22,9 +22,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from vcr1_fast.config import Config, ConfigError, LoRAConfig, RolloutConfig, VideoConfig
-from vcr1_fast.public_sizes import PUBLIC_SIZES
-from vcr1_fast.telemetry import console, is_main_rank, say
+from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
+from vcr1_fast.run.telemetry import console, is_main_rank, say
+from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, RolloutConfig, VideoConfig
 from vcr1_fast.video.resolution import FACTOR_PX, max_pixels_per_frame
 
 GPUS_GB = {"80 GB (A100, H100)": 80.0, "141 GB (H200)": 141.0}
@@ -92,7 +92,7 @@ def read_model_size(path: str) -> ModelSize:
 
     Raises ConfigError when its config.json cannot be read or is not of a Qwen2.5-VL.
     """
-    folder = Path(__file__).parent / "tiny" if path == "tiny" else Path(path).expanduser()
+    folder = Path(__file__).parents[1] / "tiny" if path == "tiny" else Path(path).expanduser()
     file = folder / "config.json"
     if not folder.exists():
         name = "Qwen2.5-VL-3B" if "3b" in Path(path).name.lower() else "Qwen2.5-VL-7B"

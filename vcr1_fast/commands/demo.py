@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vcr1_fast.config import Config, DataFile
-from vcr1_fast.config_io import load_settings
+from vcr1_fast.run.telemetry import say, to_json
+from vcr1_fast.settings.config import Config, DataFile
+from vcr1_fast.settings.io import load_settings
 from vcr1_fast.synth.config import Kind, SynthConfig
-from vcr1_fast.telemetry import say, to_json
 
 SHORT_STEPS = 40
 DEMO_KINDS: tuple[Kind, ...] = ("grounding", "tracking")  # of the clips that the packaged settings train on

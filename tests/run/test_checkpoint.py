@@ -14,11 +14,13 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-import vcr1_fast.checkpoint as checkpoint
-import vcr1_fast.run_folder as run_folder
-from tests.sharded_checkpoint import CONFIG, whole_state
+import vcr1_fast.run.checkpoint as checkpoint
+import vcr1_fast.run.folder as run_folder
+from tests.run.sharded_checkpoint import CONFIG, whole_state
 from tests.tiny_policy import TinyPolicy, run_ranks, tiny_tokenizer, tokens
-from vcr1_fast.checkpoint import (
+from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
+from vcr1_fast.learner.sharding import SINGLE_PROCESS
+from vcr1_fast.run.checkpoint import (
     RunState,
     latest_checkpoint,
     load_checkpoint,
@@ -26,10 +28,8 @@ from vcr1_fast.checkpoint import (
     resolve_resume,
     save_checkpoint,
 )
-from vcr1_fast.config import ConfigError
-from vcr1_fast.export import export_hugging_face
-from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
-from vcr1_fast.learner.sharding import SINGLE_PROCESS
+from vcr1_fast.run.export import export_hugging_face
+from vcr1_fast.settings.config import ConfigError
 
 WORKER = Path(__file__).with_name("sharded_checkpoint.py")
 

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vcr1_fast.config import LoRAConfig
 from vcr1_fast.learner.lora import adapter_factors, merged, scale_of, split_weights
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World, on_main_rank, whole_tensor
-from vcr1_fast.run_folder import replace_folder
+from vcr1_fast.run.folder import replace_folder
+from vcr1_fast.settings.config import LoRAConfig
 
 _EXTRA_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json")
 

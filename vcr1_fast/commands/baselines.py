@@ -13,12 +13,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from vcr1_fast.config import ConfigError, JudgeConfig, TaskConfig
-from vcr1_fast.config_io import UsageError, load_settings
 from vcr1_fast.prompts.dataset import AnnotationFile, AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.schemas.schema import Recipe
+from vcr1_fast.run.telemetry import console
+from vcr1_fast.settings.config import ConfigError, JudgeConfig, TaskConfig
+from vcr1_fast.settings.io import UsageError, load_settings
 from vcr1_fast.tasks import make_tasks, task_class
-from vcr1_fast.telemetry import console
 
 NUM_ERRORS_SHOWN = 10
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from tests.learner.conftest import random_model
-from vcr1_fast.checkpoint import RunState
-from vcr1_fast.config import Config, ConfigError, LoRAConfig, ModelConfig, TrainConfig
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.learner.step import Learner
-from vcr1_fast.model_folder import model_digest
-from vcr1_fast.run import TRAINED_WITH, Run, load_state, save_state, warn_of_other_reader
+from vcr1_fast.run.checkpoint import RunState
+from vcr1_fast.run.model_folder import model_digest
+from vcr1_fast.run.run import TRAINED_WITH, Run, load_state, save_state, warn_of_other_reader
+from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, ModelConfig, TrainConfig
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-TINY_FOLDER = Path(__file__).parent / "tiny"
+TINY_FOLDER = Path(__file__).parents[1] / "tiny"
 TINY_FILES = ("train.yaml", "synth.yaml", "config.json", "model.safetensors", "tokenizer.json")
 SGLANG_MIN = (0, 5, 17)
 SGLANG_LIMIT_S = 300.0  # an import takes 10 s of CPU, 25 the first time

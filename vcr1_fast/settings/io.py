@@ -18,11 +18,11 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from vcr1_fast.config import Config, ConfigError
+from vcr1_fast.settings.config import Config, ConfigError
 
 T = TypeVar("T")
 
-PACKAGED_FOLDERS = {"tiny": Path(__file__).parent / "tiny"}  # of train.yaml and synth.yaml
+PACKAGED_FOLDERS = {"tiny": Path(__file__).parents[1] / "tiny"}  # of train.yaml and synth.yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string under a field is its help
 

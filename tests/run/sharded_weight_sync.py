@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from tests.recording_engine import RecordingEngine
 from tests.tiny_policy import TinyPolicy, tokens
 from vcr1_fast.learner.sharding import exit_rank, init_distributed, shard, shutdown
-from vcr1_fast.weight_sync import WeightSync
+from vcr1_fast.run.weight_sync import WeightSync
 
 
 class StopsEarly(RecordingEngine):

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import vcr1_fast.telemetry as telemetry_module
-from vcr1_fast.telemetry import Telemetry, keep_steps_up_to, progress, say, step_line, to_json
+import vcr1_fast.run.telemetry as telemetry_module
+from vcr1_fast.run.telemetry import Telemetry, keep_steps_up_to, progress, say, step_line, to_json
 
 METRICS = {
     "loss": -0.0123,

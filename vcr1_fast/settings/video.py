@@ -1,4 +1,4 @@
-"""Settings of the video path: a section of `vcr1_fast.config`, to be imported from there.
+"""Settings of the video path: a section of `vcr1_fast.settings.config`, to be imported from there.
 
 The string under a field is its help text on the command line. Nothing here imports torch.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vcr1_fast.config_error import require
+from vcr1_fast.settings.error import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vcr1_fast.config import TaskConfig
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.learner.step import UpdateReport
-from vcr1_fast.metrics import rollout_metrics, update_metrics
+from vcr1_fast.run.metrics import rollout_metrics, update_metrics
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Completion, RolloutGroup
 

@@ -38,7 +38,6 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from vcr1_fast.config import ConfigError
 from vcr1_fast.learner.sharding import (
     World,
     all_max_int,
@@ -47,8 +46,9 @@ from vcr1_fast.learner.sharding import (
     on_all_ranks,
     on_main_rank,
 )
-from vcr1_fast.random_state import rng_state, set_rng_state
-from vcr1_fast.run_folder import CHECKPOINTS_FOLDER, prepare_output_dir, replace_folder
+from vcr1_fast.run.folder import CHECKPOINTS_FOLDER, prepare_output_dir, replace_folder
+from vcr1_fast.run.random_state import rng_state, set_rng_state
+from vcr1_fast.settings.config import ConfigError
 
 __all__ = [
     "RunState",

@@ -6,7 +6,7 @@ import torch
 
 from tests.recording_engine import RecordingEngine
 from tests.tiny_policy import TinyPolicy, run_ranks
-from vcr1_fast.weight_sync import WeightSync
+from vcr1_fast.run.weight_sync import WeightSync
 
 WORKER = Path(__file__).with_name("sharded_weight_sync.py")
 EMBEDDING = "model.language_model.embed_tokens.weight"

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 from urllib.parse import urlsplit
 
-from vcr1_fast.config_error import ConfigError as ConfigError
-from vcr1_fast.config_error import require
-from vcr1_fast.config_learning import AlgorithmConfig, OptimizerConfig, RolloutConfig
-from vcr1_fast.config_video import VideoConfig as VideoConfig
+from vcr1_fast.settings.error import ConfigError as ConfigError
+from vcr1_fast.settings.error import require
+from vcr1_fast.settings.learning import AlgorithmConfig, OptimizerConfig, RolloutConfig
+from vcr1_fast.settings.video import VideoConfig as VideoConfig
 
 
 def _is_http_url(url: str) -> bool:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import vcr1_fast.doctor as doctor_module
-from vcr1_fast.doctor import COMPONENTS, Component, UnusableError, doctor, examine
+import vcr1_fast.commands.doctor as doctor_module
+from vcr1_fast.commands.doctor import COMPONENTS, Component, UnusableError, doctor, examine
 
 
 def fails_with(error: BaseException):
