@@ -66,8 +66,8 @@ def test_placeholder_runs_and_weighs_nothing(make_model):
     from vcr1_fast.settings.config import AlgorithmConfig, ModelConfig
 
     hf = make_model()
-    batch = placeholder(hf.config.video_token_id)
     policy = PolicyModel(hf, ModelConfig(), torch.float32)
+    batch = policy.device_batch(placeholder(policy.family, hf.config, has_features=False))
     loss, _ = policy(batch, 1.0, grpo_objective(batch, None, AlgorithmConfig()))
     loss.backward()
     assert loss.item() == 0.0
