@@ -96,7 +96,7 @@ def test_with_a_frozen_tower_neither_a_row_nor_a_placeholder_runs_it(
         return bool(seen)
 
     hf = policy.hf
-    frozen = [embedded(row, range(2)), placeholder(policy.family, hf.config, has_features=True)]
-    trained = [row, placeholder(policy.family, hf.config, has_features=False)]
+    frozen = [embedded(row, range(2)), placeholder(policy.family, hf.config, True, CPU, torch.float32)]
+    trained = [row, placeholder(policy.family, hf.config, False, CPU, torch.float32)]
     assert [runs_tower(policy.device_batch(batch)) for batch in frozen] == [False, False]
     assert [runs_tower(policy.device_batch(batch)) for batch in trained] == [True, True]

@@ -104,7 +104,7 @@ def grpo_objective(batch: DeviceBatch, ref_logprob_N: Tensor | None, config: Alg
 def negative_log_likelihood(logprob_N: Tensor, entropy_N: Tensor, tokens: TokenVectors) -> tuple[Tensor, Sums]:
     """Weighted -logprob of the taught tokens; sums: tokens, entropy, nll."""
     sums = {
-        "tokens": torch.tensor(float(logprob_N.numel()), device=logprob_N.device),
+        "tokens": torch.full((), float(logprob_N.numel()), device=logprob_N.device),
         "entropy": entropy_N.detach().sum(),
         "nll": -logprob_N.detach().sum(),
     }

@@ -103,7 +103,9 @@ def pack(groups: Sequence[RolloutGroup], weights: Sequence[Sequence[float]]) -> 
     )
 
 
-def placeholder(family: ModelFamily, config: Any, has_features: bool) -> PackedBatch:
+def placeholder(
+    family: ModelFamily, config: Any, has_features: bool, device: torch.device, dtype: torch.dtype
+) -> PackedBatch:
     """The smallest row that runs what a real one runs; weight 0. For a rank that has fewer rows than another.
 
     Every rank must run the same collectives, so a rank without work runs this one and adds exactly 0 to every gradient.
@@ -111,10 +113,12 @@ def placeholder(family: ModelFamily, config: Any, has_features: bool) -> PackedB
     Args:
         config: the Hugging Face configuration of the whole model.
         has_features: clips come as a frozen tower left them, so no rank runs the tower; else every rank runs it.
+        device, dtype: of pixels or features, as those of real clips are.
     """
     ids = torch.tensor([family.video_token_id(config)])
-    pixels = torch.zeros(0 if has_features else family.patches_per_token, family.patch_values)
-    features_MW = torch.zeros(1, family.feature_width(config)) if has_features else None
+    where: Any = {"device": device, "dtype": dtype}
+    pixels = torch.zeros(0 if has_features else family.patches_per_token, family.patch_values, **where)
+    features_MW = torch.zeros(1, family.feature_width(config), **where) if has_features else None
     side = math.isqrt(family.patches_per_token)
     return PackedBatch(
         token_ids_T=ids,

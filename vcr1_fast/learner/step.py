@@ -50,7 +50,8 @@ class Learner:
         self.optimizer = build_optimizer(self.policy, config.optimizer)
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_updates)
         self.reduces_once = True
-        self._placeholder = placeholder(self.policy.family, self.policy.hf.config, config.model.is_tower_frozen)
+        kind = (self.policy.family, self.policy.hf.config, config.model.is_tower_frozen)
+        self._placeholder = placeholder(*kind, world.device, self.dtype)
 
     def _load(self) -> PolicyModel:
         hf = load_hugging_face(self.config.model.path, torch.float32, self.world.device)

@@ -37,6 +37,6 @@ class Totals:
 
     def read(self) -> tuple[dict[str, float], float]:
         """(sums and counts, largest gap). The only place where an update waits for its rows."""
-        numbers = torch.stack([*self._sums.values(), self._largest]).tolist()
+        numbers = torch.stack([*self._sums.values(), self._largest]).cpu().tolist()
         sums = dict(zip(self._sums, numbers[:-1], strict=True))
         return {"loss": 0.0} | sums | {name: float(count) for name, count in self._counts.items()}, numbers[-1]
