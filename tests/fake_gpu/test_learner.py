@@ -17,6 +17,7 @@ CONFIG = str(Path(__file__).parents[2] / "configs" / "qwen2_5_vl_7b_cotraining_8
 CLIP, SHORT_CLIP = (10, 34, 42), (2, 8, 12)  # 3,570 and 48 video tokens
 ANSWERS = (300, 330, 360, 390, 420, 450, 480, 512)
 WORLDS = (8, 64)
+LOSSES = ("dr_grpo", "dapo", "gspo", "cispo", "sapo")  # and grpo everywhere else
 
 
 def case(name: str, num_gpus: int, *overrides: str, groups: int = 1, clip=CLIP, blocks: int = 2, **more: Any) -> Case:
@@ -50,7 +51,7 @@ def cases(num_gpus: int) -> list[Case]:
         taught,
         *(
             one(loss, f"--algorithm.loss={loss}", clip=SHORT_CLIP)
-            for loss in ("dr_grpo", "dapo", "gspo", "cispo", "sapo")
+            for loss in LOSSES
         ),
         one("corrected", "--algorithm.sampling_correction=token_truncate", clip=SHORT_CLIP),
     ]

@@ -1,4 +1,4 @@
-"""The dispatch mode: operations on CUDA tensors are done on their shapes, those on CPU tensors for real, and counted."""
+"""The dispatch mode: operations on CUDA tensors are done on their shapes, those on CPU tensors for real."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class FakeGpu(TorchDispatchMode):
         self.meter = Meter()
         self.is_planning = False  # DTensor asks for the shape of a result by doing the operation on whole tensors
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.library = torch.library.Library("aten", "IMPL")  # what it registers lives as long as it
         self._pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, Tensor] = weakref.WeakKeyDictionary()
         cuda_module.install(gpu, num_gpus, self._waited)
@@ -184,12 +185,12 @@ class FakeGpu(TorchDispatchMode):
         query = args[1] if is_backward else args[0]
         cu_q, cu_k = args[6:8] if is_backward else args[3:5]
         is_causal = args[11] if is_backward else args[8]
-        ends = [self.values(x) for x in (cu_q, cu_k)]
-        if ends[0] is None or ends[1] is None:
+        ends_q, ends_k = self.values(cu_q), self.values(cu_k)
+        if ends_q is None or ends_k is None:
             raise RuntimeError("attention was called with segment lengths that were not sent from the host")
-        lengths = [x.diff().tolist() for x in ends]
+        lengths_q, lengths_k = ends_q.diff().tolist(), ends_k.diff().tolist()
         width = query.shape[-1] * query.shape[-2]
-        self.add_attention(costs.attention_flop(width, *lengths, bool(is_causal)), is_backward)
+        self.add_attention(costs.attention_flop(width, lengths_q, lengths_k, bool(is_causal)), is_backward)
 
     def add_attention(self, forward_flop: int, is_backward: bool) -> None:
         """Count one attention kernel by the FLOPs of its forward."""
@@ -259,7 +260,6 @@ def _patch_torch(gpu: FakeGpu) -> None:
 
     ShardingPropagator._propagate_tensor_meta_non_cached = propagate_uncounted
     # Without a CUDA kernel these two are taken apart into elementary operations, which a GPU does in one launch each.
-    gpu.library = torch.library.Library("aten", "IMPL")  # kept: it would take them back
     for name in ("silu_backward", "gelu_backward"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA"):
             gpu.library.impl(name, _never_called, "CUDA")

@@ -18,7 +18,7 @@ TEXT_TOKENS = 200  # beside the video: system message, question, ids around it
 def public_config(sizes: dict[str, Any], layers: int | None = None, depth: int | None = None) -> Qwen2_5_VLConfig:
     """A whole configuration from what `learner.public_sizes` holds. `layers`, `depth`: fewer blocks, equal ones."""
     tower = dict(sizes["vision_config"])
-    depth = depth or tower["depth"]
+    num_blocks: int = depth or tower["depth"]
     num_layers = layers or sizes["num_hidden_layers"]
     text = {key: value for key, value in sizes.items() if key != "vision_config"} | {
         "num_hidden_layers": num_layers,
@@ -27,9 +27,9 @@ def public_config(sizes: dict[str, Any], layers: int | None = None, depth: int |
         "max_position_embeddings": 128_000,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     }
-    full = [index for index in (7, 15, 23, 31) if index < depth] or [depth - 1]
+    full = [index for index in (7, 15, 23, 31) if index < num_blocks] or [num_blocks - 1]
     tower |= {
-        "depth": depth,
+        "depth": num_blocks,
         "num_heads": 16,
         "fullatt_block_indexes": full,
         "window_size": 112,

@@ -40,8 +40,7 @@ struct Hooks final : public at::CUDAHooksInterface {
 
 }  // namespace
 
-#ifdef VCR1_REGISTER_HOOKS  // a build with CUDA has hooks of its own
 namespace at {
-C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks)
+// preferred to those inside a build with CUDA, which would ask the driver
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, Hooks)
 }
-#endif

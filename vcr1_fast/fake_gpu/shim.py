@@ -4,7 +4,7 @@
 |--------------------|-------------|------------------------------------------------------------|
 | built without CUDA | any         | device guard and hooks                                     |
 | built with CUDA    | with a GPU  | none: the guard in it works                                |
-| built with CUDA    | without one | device guard; hooks would be the second of their name      |
+| built with CUDA    | without one | device guard and hooks, in the place of those inside       |
 """
 
 from __future__ import annotations
@@ -42,26 +42,22 @@ def load() -> str:
     has_cuda = re.search(r"^cuda\b[^=]*=\s*['\"]", version, flags=re.MULTILINE) is not None
     if has_cuda and _has_gpu():
         return "torch with CUDA and a GPU: no shim"
-    library = _build(torch_folder, version, has_hooks=not has_cuda)
-    names = ["libc10.so", "libtorch_cpu.so"]
-    if has_cuda:
-        import torch  # noqa: F401 - its loader finds the CUDA libraries; the guard is registered after the one inside
-
-        names = []
+    library = _build(torch_folder, version)
+    names = ["libc10.so", "libtorch_cpu.so", *(["libc10_cuda.so", "libtorch_cuda.so"] if has_cuda else [])]
     for name in names:
         ctypes.CDLL(str(torch_folder / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    return "torch with CUDA and no GPU: device guard" if has_cuda else "torch without CUDA: device guard and hooks"
+    return f"torch {'with CUDA and no GPU' if has_cuda else 'without CUDA'}: device guard and hooks"
 
 
 def _has_gpu() -> bool:
     return Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
 
 
-def _build(torch_folder: Path, version: str, has_hooks: bool) -> Path:
+def _build(torch_folder: Path, version: str) -> Path:
     """The compiled shim for this torch, from the user's cache folder; 6 s the first time."""
     source = SOURCE.read_bytes()
-    digest = hashlib.blake2b(source + version.encode() + bytes([has_hooks]), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(source + version.encode(), digest_size=8).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vcr1-fast"
     library = cache / f"fake_cuda-{digest}.so"
     if library.is_file():
@@ -76,7 +72,7 @@ def _build(torch_folder: Path, version: str, has_hooks: bool) -> Path:
         library = cache / library.name
     aside = cache / f"{library.name}.{os.getpid()}"
     include, lib = torch_folder / "include", torch_folder / "lib"
-    command = [compiler, "-O1", "-shared", "-fPIC", "-std=c++20", *(["-DVCR1_REGISTER_HOOKS"] if has_hooks else [])]
+    command = [compiler, "-O1", "-shared", "-fPIC", "-std=c++20"]
     command += [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}", str(SOURCE), "-o", str(aside)]
     done = subprocess.run([*command, f"-L{lib}", "-lc10", "-ltorch_cpu"], capture_output=True, text=True)
     if done.returncode:
