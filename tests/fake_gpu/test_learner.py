@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from vcr1_fast.fake_gpu.process import Case, run
+from vcr1_fast.fake_gpu.sizes import whole_config, with_blocks
+from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "qwen2_5_vl_7b_cotraining_8xh100.yaml")
 CLIP, SHORT_CLIP = (10, 34, 42), (2, 8, 12)  # 3,570 and 48 video tokens
@@ -20,21 +22,22 @@ WORLDS = (8, 64)
 LOSSES = ("dr_grpo", "dapo", "gspo", "cispo", "sapo")  # and grpo everywhere else
 
 
-def case(name: str, num_gpus: int, *overrides: str, groups: int = 1, clip=CLIP, blocks: int = 2, **more: Any) -> Case:
+def case(
+    name: str, num_gpus: int, *overrides: str, groups: int = 1, clip=CLIP, blocks: int = 2, num_updates: int = 1, **more
+) -> Case:
     """7B with fewer blocks, `groups` groups of 8 answers on rank 0."""
-    model = {"public": "Qwen2.5-VL-7B", "layers": blocks, "depth": blocks}
+    model = with_blocks(whole_config(PUBLIC_SIZES["Qwen2.5-VL-7B"]), blocks, blocks - 1, 1)
     all_overrides = (f"--train.prompts_per_step={num_gpus * max(groups, 1)}", *overrides)
-    return Case(name, num_gpus, CONFIG, model, ((clip, ANSWERS),) * groups, overrides=all_overrides, **more)
+    updates = (((clip, ANSWERS),) * groups,) * num_updates
+    return Case(name, num_gpus, CONFIG, model, updates, overrides=all_overrides, **more)
 
 
 def cases(num_gpus: int) -> list[Case]:
-    make = functools.partial(case, num_gpus=num_gpus)
-
     def one(name: str, *overrides: str, **more: Any) -> Case:
         return case(name, num_gpus, *overrides, **more)
 
     lora, frozen, idle = "--model.lora.rank=32", "--model.freeze_vision=true", {"groups": 0, "min_rows": 1}
-    taught = Case("sft", num_gpus, CONFIG, make("sft").hf_config, ((CLIP, (400,)),) * 2, teaches=True)
+    taught = Case("sft", num_gpus, CONFIG, one("sft").hf_config, (((CLIP, (400,)),) * 2,), teaches=True)
     return [
         one("full", num_updates=2),
         one("full, placeholder", **idle),
@@ -49,10 +52,7 @@ def cases(num_gpus: int) -> list[Case]:
         one("float32", "--model.compute_dtype=float32", clip=SHORT_CLIP),
         one("plain", "--model.kernels=off", clip=SHORT_CLIP),
         taught,
-        *(
-            one(loss, f"--algorithm.loss={loss}", clip=SHORT_CLIP)
-            for loss in LOSSES
-        ),
+        *(one(loss, f"--algorithm.loss={loss}", clip=SHORT_CLIP) for loss in LOSSES),
         one("corrected", "--algorithm.sampling_correction=token_truncate", clip=SHORT_CLIP),
     ]
 

@@ -12,9 +12,12 @@ needs values (which tokens are drawn, whether a loss falls) cannot be seen.
     memory.py      live and peak bytes by kind
     meter.py       what was counted, by phase
     predict.py     counts -> seconds, by stated rates
-    models.py      public sizes as real models without weights, and groups of given lengths
-    learner.py     one process: a learner, some updates, a report
-    __main__.py    that process's command line
+    sizes.py       config.json of the public models, and with fewer blocks
+    groups.py      groups of given sizes
+    learner.py     a learner on them, its load and its updates
+    cases.py       runs cases one after the other
+    process.py     the process that does it, from outside
+    extrapolate.py from models with few blocks to whole ones
 
 A process of its own does this, because the shim must be loaded before torch: see `process.py`.
 """

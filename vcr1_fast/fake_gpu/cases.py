@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
+from vcr1_fast.fake_gpu.groups import GroupShape
 from vcr1_fast.fake_gpu.learner import FakeLearner
+from vcr1_fast.fake_gpu.local_engine import answer
 from vcr1_fast.fake_gpu.mode import FakeGpu
-from vcr1_fast.fake_gpu.models import GroupShape, public_config
-from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
 from vcr1_fast.settings.io import load_config
 
 
@@ -28,8 +28,9 @@ def run_cases(cases: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             with gpu:
                 yield {"name": case["name"], **_run(gpu, case)}
         except Exception as error:
-            lines = traceback.format_exception(error)
-            yield {"name": case["name"], "error": f"{type(error).__name__}: {error}", "traceback": "".join(lines)}
+            text = f"{type(error).__name__}: {error}"[:2000]  # those of the dispatcher go on with a list of kernels
+            where = "".join(traceback.format_tb(error.__traceback__))
+            yield {"name": case["name"], "error": text, "traceback": f"{where}{text}"}
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -38,15 +39,15 @@ def run_cases(cases: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _run(gpu: FakeGpu, case: dict[str, Any]) -> dict[str, Any]:
     config = load_config(case["config"], case["overrides"])
-    described = dict(case["hf_config"])
-    if "public" in described:
-        sizes = PUBLIC_SIZES[described["public"]]
-        hf_config: Any = public_config(sizes, described.get("layers"), described.get("depth"))
-    else:
-        hf_config = AutoConfig.for_model(**described)
-    learner = FakeLearner(gpu, config, hf_config, case["num_gpus"])
+    hf_config = AutoConfig.for_model(**case["hf_config"])
     has_features = config.model.is_tower_frozen
-    shapes = [GroupShape(tuple(grid), tuple(lengths), has_features) for grid, lengths in case["groups"]]
-    groups = learner.groups(shapes)
-    updates = [learner.update(groups, case["teaches"], case["min_rows"]) for _ in range(case["num_updates"])]
-    return {"load": asdict(learner.load), "updates": [asdict(update) for update in updates]}
+    if case["prompts"]:
+        shapes = [GroupShape(tuple(grid), (), has_features) for grid in case["prompts"]]
+        return answer(gpu, config, hf_config, shapes, case["group_size"])
+    learner = FakeLearner(gpu, config, hf_config, case["num_gpus"])
+    updates = []
+    for update in case["updates"]:
+        groups = learner.groups([GroupShape(tuple(grid), tuple(lengths), has_features) for grid, lengths in update])
+        updates.append(asdict(learner.update(groups, case["teaches"], case["min_rows"])))
+        del groups
+    return {"load": asdict(learner.load), "updates": updates}

@@ -19,9 +19,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.initialization import no_init_weights
 
 from vcr1_fast.fake_gpu import predict
+from vcr1_fast.fake_gpu.groups import GroupShape, make_group
 from vcr1_fast.fake_gpu.meter import Meter
 from vcr1_fast.fake_gpu.mode import FakeGpu
-from vcr1_fast.fake_gpu.models import GroupShape, make_group
 from vcr1_fast.learner import step
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL

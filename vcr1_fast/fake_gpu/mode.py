@@ -27,12 +27,13 @@ class FakeGpu(TorchDispatchMode):
     """Within it `device="cuda"` makes fake tensors. One for a process: cached tensors of a second one would mix.
 
     Values are known of what was copied from the host and only viewed since: segment lengths of attention calls are read
-    back from there. Everything else reads as 0 or 1.
+    back from there. Everything else reads as 0, or as a 1 where one number is asked for.
     """
 
     def __init__(self, gpu: cuda_module.GpuModel = cuda_module.H100, num_gpus: int = 8) -> None:
         super().__init__()
         self.meter = Meter()
+        self.unknown_int = 1  # what `.item()` of an integer gives whose value nobody knows
         self.is_planning = False  # DTensor asks for the shape of a result by doing the operation on whole tensors
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.library = torch.library.Library("aten", "IMPL")  # what it registers lives as long as it
@@ -99,7 +100,7 @@ class FakeGpu(TorchDispatchMode):
             known = self.values(args[0])
             if known is not None:
                 return known.item()
-            return 1.0 if args[0].dtype.is_floating_point else int(args[0].dtype != torch.bool)
+            return 1.0 if args[0].dtype.is_floating_point else self.unknown_int * (args[0].dtype != torch.bool)
         if name in ("_to_copy", "copy_"):
             target, source = (args[0], args[1]) if name == "copy_" else (None, args[0])
             device = torch.device(kwargs.get("device") or source.device) if target is None else target.device
@@ -238,7 +239,7 @@ def _site() -> str:
 
 
 def _patch_torch(gpu: FakeGpu) -> None:
-    """Four places where torch would ask a real GPU, or where bytes change without an operation."""
+    """Places where torch would ask a real GPU, or where bytes change without an operation."""
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # pyright: ignore[reportAttributeAccessIssue]
     fake_tensor.init_gpu_context = lambda device: None  # pyright: ignore[reportAttributeAccessIssue]
     resize = torch.UntypedStorage.resize_
@@ -249,6 +250,15 @@ def _patch_torch(gpu: FakeGpu) -> None:
         return result
 
     torch.UntypedStorage.resize_ = resize_
+    make = torch.tensor
+
+    def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        """`torch.tensor` copies to a GPU below the mode; so it is a copy here, with a wait, as it is there."""
+        return (
+            make(data, device="cpu", **options).to(device) if _is_cuda(device) else make(data, device=device, **options)
+        )
+
+    torch.tensor = tensor
     propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def propagate_uncounted(*args: Any, **kwargs: Any) -> Any:

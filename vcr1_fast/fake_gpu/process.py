@@ -25,6 +25,9 @@ _NOT_INHERITED = (
 )
 
 
+Group = tuple[tuple[int, int, int], tuple[int, ...]]  # grid of the clip, tokens of each completion
+
+
 @dataclass(frozen=True)
 class Case:
     """One learner and what it does. Of a world of `num_gpus`, rank 0."""
@@ -33,18 +36,17 @@ class Case:
     num_gpus: int
     config: str  # settings: a YAML file
     hf_config: dict[str, Any]  # config.json of the model
-    groups: tuple[
-        tuple[tuple[int, int, int], tuple[int, ...]], ...
-    ]  # this rank's: grid and completions' tokens of each
-    num_updates: int = 1
+    updates: tuple[tuple[Group, ...], ...] = ()  # this rank's groups in each of them
     teaches: bool = False  # supervised: each group holds the one completion to learn
+    prompts: tuple[tuple[int, int, int], ...] = ()  # clips that the local engine answers together, not a learner
+    group_size: int = 8  # answers to each of them
     min_rows: int = 0  # rows that another rank has at least: this one runs placeholders
     overrides: tuple[str, ...] = ()  # `--a.b=c`
 
 
 def run(cases: Sequence[Case], timeout_s: float = 600.0) -> Iterator[dict[str, Any]]:
-    """The reports of these cases, as each one ends: {"name", "load": Measured, "updates": [Measured]}, or {"name",
-    "error": text} for one that raised.
+    """The reports of these cases, as each one ends: {"name", "load": Measured, "updates": [Measured]}; with `prompts`
+    {"name", "load", "answers": {number of new tokens: Measured}}; {"name", "error", "traceback"} for one that raised.
 
     Raises FakeGpuError where no GPU can be played here, or when the process takes longer than `timeout_s` seconds.
     """
