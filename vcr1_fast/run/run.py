@@ -17,6 +17,7 @@ from vcr1_fast import __version__, native
 from vcr1_fast.learner.model import describe_kernels, load_hugging_face, load_tokenizer, resolve_dtype
 from vcr1_fast.learner.sharding import World, init_distributed, on_main_rank, shutdown
 from vcr1_fast.learner.step import Learner
+from vcr1_fast.native_cuda import choose_half
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.stream import PromptStream
@@ -96,7 +97,7 @@ class Run:
             f"vcr1-fast {__version__}: model {config.model.path} in {dtype} on {world.device.type}, {sharding}; "
             f"{describe_kernels(config.model, world.device)}; "
             f"engine: {config.rollout.engine}; video: {self.source.describe()}; "
-            f"overlaps: {'C++' if native.is_available() else native.status()}; recipe: {config.task.recipe}"
+            f"rewards: {native.in_use()}; recipe: {config.task.recipe}"
         )
 
     def state(self, step: int, position: int, num_tokens: int, policy_version: int, program: str) -> RunState:
@@ -153,6 +154,7 @@ def open_run(config: Config, writes: bool = True) -> Iterator[Run]:
         config.check_world_size(world.world_size)
         folder = prepare_output_dir(config.train.output_dir, world) if writes else Path(config.train.output_dir)
         torch.manual_seed(config.train.seed)
+        choose_half(world)
         tasks = make_tasks(config.task, judge=config.judge)
         with contextlib.closing(open_source(config, world.device)) as source:
             builder = PromptBuilder(load_tokenizer(config.model.path), tasks, source, prefetch=source.prefetch)
