@@ -58,9 +58,9 @@ void group_advantages_on_cpu(const py::object& rewards, const py::object& group_
 constexpr const char* kGroupDoc =
     "Advantages of S answers in G groups, written to advantages.\n\n"
     "rewards and advantages [S] float64, group_offsets [G + 1] int64; advantage = (reward - group mean) / (std +\n"
-    "std_floor), std unbiased, of the group (scale 'group') or of all rewards ('batch'); / 1 for 'none'. Equal rewards\n"
-    "give exactly 0. Contiguous CPU arrays with __dlpack__. Runs without the GIL. Raises ValueError \"name: what got G,\n"
-    "wanted W\".";
+    "std_floor), std unbiased, of the group (scale 'group') or of all rewards ('batch'); / 1 for 'none'. Equal\n"
+    "rewards give exactly 0. Contiguous CPU arrays with __dlpack__. Runs without the GIL. Raises ValueError\n"
+    "\"name: what got G, wanted W\".";
 
 #ifdef VCR1_WITH_CUDA
 

@@ -1,5 +1,5 @@
-// Rewards -> advantages relative to the group of answers to the same prompt. The formulas, for the CPU and for CUDA; each
-// does the float64 operations of the Python definition in vcr1_fast/tasks/reward_groups.py in order.
+// Rewards -> advantages relative to the group of answers to the same prompt. The formulas, for the CPU and for CUDA;
+// each does the float64 operations of the Python definition in vcr1_fast/tasks/reward_groups.py in order.
 #pragma once
 
 #include <cmath>

@@ -68,7 +68,7 @@ struct Lists {
       offsets.push_back(static_cast<int64_t>(rows.size()) / width);
     }
   }
-  Ragged view() const { return {rows.data(), offsets.data(), static_cast<int64_t>(rows.size()) / row_width, row_width}; }
+  Ragged view() const { return {rows.data(), offsets.data(), offsets.back(), row_width}; }
 
   std::vector<double> rows;
   std::vector<int64_t> offsets{0};
