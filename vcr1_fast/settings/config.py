@@ -257,6 +257,8 @@ class CheckpointConfig:
 
     every: int = 0
     """Steps between checkpoints; 0: only at the end."""
+    export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights in it. auto: that of the weights in model.path."""
     keep: int = 2
     """Newest checkpoints to keep."""
     export: bool = True
