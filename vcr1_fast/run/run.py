@@ -29,6 +29,7 @@ from vcr1_fast.run.folder import prepare_output_dir
 from vcr1_fast.run.model_folder import model_digest, model_folder
 from vcr1_fast.run.telemetry import say
 from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.checks import RunCommand, check_settings
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import config_to_yaml
 from vcr1_fast.tasks import make_tasks
@@ -142,15 +143,15 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config: Config, writes: bool = True) -> Iterator[Run]:
+def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
     """Join the process group, check and prepare the folder, open the video reader, say what is used.
 
-    `writes`: False leaves the run's folder alone (evaluation).
+    `command`: whose settings are checked; eval leaves the run's folder alone.
     Raises ConfigError or OSError before anything slow when settings, model or folder are unusable.
     """
-    world = init_distributed(config.model.device)
+    world, writes = init_distributed(config.model.device), command != "eval"
     try:
-        config.check_world_size(world.world_size)
+        check_settings(config, command, world.world_size)
         folder = prepare_output_dir(config.train.output_dir, world) if writes else Path(config.train.output_dir)
         torch.manual_seed(config.train.seed)
         tasks = make_tasks(config.task, judge=config.judge)
@@ -256,8 +257,8 @@ def open_weight_sync(run: Run, learner: Learner, engine: RolloutEngine, policy_v
     return WeightSync(
         learner.policy,
         engine,
-        policy_version=max(policy_version - 1, 0),
         dtype=learner.dtype,  # which open_engine resolves, too
+        policy_version=max(policy_version - 1, 0),
         skips_frozen=not rollout.sglang.release_memory,
         adapters_only=rollout.engine == "sglang" and rollout.sglang.adapters_only,
     )
