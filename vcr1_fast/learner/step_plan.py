@@ -5,7 +5,7 @@ Rows at the same place on all ranks wait for each other at every block's all-gat
     sum over places k of (row_s + max over ranks r of cost[r, k])
 
 and that sum is what the plan makes small. Every rank plans alone, from the same sizes, and gets the same plan: only
-integers, exact sums and correctly rounded operations element by element decide.
+integers, sums in a fixed order and correctly rounded operations decide.
 
 The sizes come from `exchange.gather_sizes`; `learner/step.py` moves the groups (exchange.py) and packs the rows.
 Groups have global indices: those of rank 0 first, each rank's in their order.
