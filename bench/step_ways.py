@@ -66,7 +66,7 @@ def losses(
     policy = PolicyModel(hf, ModelConfig(gradient_checkpointing=options.gradient_checkpointing), hf.dtype).train()
     if name == "packing":  # attention as the kernels have it, so that the difference between the two is the head
         policy.uses_kernels = False
-    batch = pack([group], [token_weights_of(group)])
+    batch = policy.device_batch(pack([group], [token_weights_of(group)]))
     objective = grpo_objective(batch, None, AlgorithmConfig())
     yield lambda: policy(batch, TEMPERATURE, objective)[0]
 

@@ -106,7 +106,7 @@ def test_kl_is_taken_to_the_starting_weights_without_a_second_model(model_path, 
     assert learner.reference is None
     disturb(learner.policy)
     start = Learner(make_config(model_path), World(), 10)
-    row = pack(groups[:1], [[1.0] * 3])
+    row = learner.policy.device_batch(pack(groups[:1], [[1.0] * 3]))
     with torch.no_grad():
         want_N, other_N = start.policy(row, 1.0)[0], learner.policy(row, 1.0)[0]
     got_N = learner._reference_logprobs(row)
