@@ -63,6 +63,7 @@ def _train(run: Run) -> dict[str, Any]:
         engine.release_memory()
         with telemetry.span("update"):
             reports = learner.update_grpo(with_advantages(groups, config.algorithm.scale_advantages, task_scale))
+        run.quarantine.add_all(error for report in reports for error in report.too_large)
         with telemetry.span("weight_sync"), queue.paused():
             sync.push()
         metrics = rollout_metrics(groups, run.tasks, world) | update_metrics(reports)
@@ -78,7 +79,6 @@ def _train(run: Run) -> dict[str, Any]:
             with telemetry.span("checkpoint"):
                 now = run.state(step, prompts.position, num_tokens, sync.policy_version, "train")
                 save_state(run, learner, replace(now, task_scale=task_scale.moments, **queue.pending()))
-
     after = score(config.train.num_steps) if held_out else {}
     if after and world.is_main:
         print_scores(before, after)

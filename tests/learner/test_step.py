@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from vcr1_fast.learner.row_cost import group_size
 from vcr1_fast.learner.sharding import World
-from vcr1_fast.learner.step import Learner
+from vcr1_fast.learner.step import Learner, UpdateReport
 from vcr1_fast.settings.config import AlgorithmConfig, Config, ModelConfig, OptimizerConfig, TrainConfig
 
 LENGTHS = [(5, 3, 8), (1, 9, 2), (4, 4, 4), (7, 2, 6)]
@@ -121,7 +122,8 @@ def test_what_ratios_are_taken_against(model_path, groups, algorithm, lag, what)
     config = make_config(model_path, **algorithm)
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_policy_lag=lag))
     learner = Learner(config, World(), 10)
-    [row] = learner._grpo_rows(groups[:2])
+    sizes = [group_size(group, mask_truncated=False, is_run=True) for group in groups[:2]]
+    [[row]] = [update.rows for update in learner._rows(groups[:2], sizes, "grpo")]
     minibatches = [[row]] * config.algorithm.minibatches_per_rollout
     [old_N, *_] = [made.old_logprob_N for rows in learner._with_old_logprobs(minibatches) for made in rows]
     with torch.no_grad():
@@ -157,8 +159,27 @@ def test_truncated_completions_can_be_left_out(model_path, groups):
         completions=(first, *(dataclasses.replace(c, finish_reason="length") for c in rest)),
     )  # fmt: skip
     learner = Learner(make_config(model_path, mask_truncated=True), World(), 10)
-    weights = learner._weights([truncated], "grpo", mask_truncated=True)
-    assert weights == [[pytest.approx(1 / (5 * 3)), 0.0, 0.0]]
+    rows = []
+    learner._update = lambda given, objective, temperature: rows.extend(given) or UpdateReport({}, 0.0, 0.0, False)
+    learner.update_grpo([truncated])
+    assert rows[0].weight_N.tolist() == pytest.approx([1 / (5 * 3)] * 5 + [0.0] * (3 + 8))
+
+
+def test_groups_above_the_limit_are_named_and_counted_but_not_run(model_path, groups):
+    config = make_config(model_path)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, max_group_tokens=46))
+    [report] = Learner(config, World(), 10).update_grpo(groups[:2])  # of 47 and 43 packed tokens
+    assert report.sums["tokens_executed"] == 43 and report.sums["groups_too_large"] == 1
+    [error] = report.too_large
+    assert str(error) == ("e: its prompt and answers are 47 packed tokens, wanted at most train.max_group_tokens, 46")
+    [alone] = Learner(make_config(model_path), World(), 10).update_grpo([groups[1]])
+    assert report.grad_norm == pytest.approx(alone.grad_norm / 2, rel=1e-5)  # it stays in the denominators
+
+
+def test_one_rank_is_busy_but_for_the_fixed_time_of_its_rows(model_path, groups):
+    [report] = Learner(make_config(model_path, 110), World(), 10).update_grpo(groups)
+    fixed_s = report.sums["planned_available_s"] - report.sums["planned_work_s"]
+    assert fixed_s == pytest.approx(2 * (2 + 2) * 172 * 5e-6)  # two rows of 2 layers and 2 tower blocks
 
 
 def test_update_raises_the_probability_of_rewarded_answers(model_path, groups):

@@ -57,6 +57,7 @@ def test_a_step_without_groups_reports_that_and_nothing_else():
 def test_update_sums_become_means_per_token():
     sums = {"loss": 0.5, "tokens": 100.0, "entropy": 50.0, "kl": 2.0, "clipped_low": 3.0, "clipped_high": 5.0}
     sums |= {"tokens_executed": 400.0, "tokens_unshared": 900.0, "engine_gap": 0.01}
+    sums |= {"planned_work_s": 3.0, "planned_available_s": 4.0, "groups_too_large": 2.0}
     reports = [UpdateReport(sums, 2.0, 0.1, False), UpdateReport(sums, 4.0, 0.05, True)]
     metrics = update_metrics(reports)
     assert metrics["loss"] == 0.5
@@ -69,3 +70,4 @@ def test_update_sums_become_means_per_token():
     assert metrics["clip_ratio/region_mean"] == pytest.approx(0.08)
     assert metrics["step_tokens/executed"] == 800.0
     assert metrics["step_tokens/unshared"] == 1800.0
+    assert (metrics["busy_frac"], metrics["groups_too_large"]) == (0.75, 4.0)

@@ -22,7 +22,7 @@ from vcr1_fast.fake_gpu import predict
 from vcr1_fast.fake_gpu.groups import GroupShape, make_group
 from vcr1_fast.fake_gpu.meter import Meter
 from vcr1_fast.fake_gpu.mode import FakeGpu
-from vcr1_fast.learner import step
+from vcr1_fast.learner import step, update_rows
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
 from vcr1_fast.learner.model import PolicyModel
@@ -101,9 +101,13 @@ class FakeLearner:
         def on_all_ranks(largest: Any) -> Any:
             return lambda value, world: max(largest(value, world), min_rows)
 
+        def of_all_ranks(_: Any) -> Any:  # each has such groups as this one, so none leaves its rank
+            return lambda sizes, world: [list(sizes)] * world.world_size
+
         began_s = time.perf_counter()
         self.gpu.meter.start()
-        with _marking(self.gpu), _replaced(step, "all_max_int", on_all_ranks):
+        others = (_replaced(step, "all_max_int", on_all_ranks), _replaced(update_rows, "gather_sizes", of_all_ranks))
+        with _marking(self.gpu), others[0], others[1]:
             if teaches:
                 self.learner.update_sft(groups)
             else:

@@ -8,18 +8,20 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from vcr1_kernels.losses import Aggregation, token_weights
+from vcr1_kernels.losses import Aggregation
 
 from vcr1_fast.learner.device_batch import DeviceBatch
 from vcr1_fast.learner.lora import adapters_off, add_adapters
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, resolve_dtype
 from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
-from vcr1_fast.learner.packing import assign_rows, num_packed_tokens, pack, placeholder
+from vcr1_fast.learner.packing import placeholder
+from vcr1_fast.learner.row_cost import GroupSize, RowCost, group_size
 from vcr1_fast.learner.sharding import World, all_max_float, all_max_int, all_reduce_sum, reduce_gradients, shard
 from vcr1_fast.learner.totals import Totals
+from vcr1_fast.learner.update_rows import UpdateRows, plan_and_pack
 from vcr1_fast.settings.config import Config
-from vcr1_fast.types import PackedBatch, RolloutGroup
+from vcr1_fast.types import PackedBatch, RolloutGroup, SampleError
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class UpdateReport:
     learning_rate: float
     skipped: bool  # the gradient was not finite, weights are unchanged
     largest_gap: float = 0.0  # of |log-prob - the engine's|, over all tokens
+    too_large: tuple[SampleError, ...] = ()  # groups of this rank above train.max_group_tokens, which were left out
 
 
 class Learner:
@@ -64,28 +67,23 @@ class Learner:
     def update_grpo(self, groups: Sequence[RolloutGroup]) -> list[UpdateReport]:
         """All updates of one rollout: this rank's groups, split into `minibatches_per_rollout` equal parts.
 
-        Groups whose advantages are all 0 still count in the denominators but go through the model only when a KL or
-        entropy term needs them.
+        Each update is planned over all ranks, and groups go to the rank that runs them. Groups whose advantages are all
+        0 still count in the denominators but go through the model only when a KL or entropy term needs them.
         """
         algorithm = self.config.algorithm
-        share = math.ceil(len(groups) / algorithm.minibatches_per_rollout)
-        minibatches = [
-            self._grpo_rows(groups[i * share : (i + 1) * share]) for i in range(algorithm.minibatches_per_rollout)
-        ]
+        runs_all = algorithm.beta > 0 or algorithm.entropy_coef != 0
+        sizes = [group_size(g, algorithm.mask_truncated, is_run=runs_all or g.is_trainable) for g in groups]
+        updates = self._rows(groups, sizes, algorithm.loss, algorithm.minibatches_per_rollout)
+        minibatches = self._with_old_logprobs([update.rows for update in updates])
 
         def objective(batch: DeviceBatch) -> Objective:
             return grpo_objective(batch, self._reference_logprobs(batch), algorithm)
 
         temperature = self.config.rollout.temperature
-        return [self._update(rows, objective, temperature) for rows in self._with_old_logprobs(minibatches)]
-
-    def _grpo_rows(self, groups: Sequence[RolloutGroup]) -> list[PackedBatch]:
-        """The groups of one update, packed."""
-        algorithm = self.config.algorithm
-        weights = self._weights(groups, algorithm.loss, mask_truncated=algorithm.mask_truncated)
-        has_other_terms = algorithm.beta > 0 or algorithm.entropy_coef != 0
-        needed = [i for i, g in enumerate(groups) if g.is_trainable or has_other_terms]
-        return self._pack_rows([groups[i] for i in needed], [weights[i] for i in needed])
+        return [
+            self._run(replace(update, rows=rows), objective, temperature)
+            for update, rows in zip(updates, minibatches, strict=True)
+        ]
 
     def _with_old_logprobs(self, minibatches: Sequence[Sequence[PackedBatch]]) -> list[list[PackedBatch]]:
         """The rows of one rollout with what their ratios are taken against.
@@ -112,32 +110,25 @@ class Learner:
 
     def update_sft(self, groups: Sequence[RolloutGroup]) -> UpdateReport:
         """One supervised update: each group holds the one completion to teach. Loss: mean over all taught tokens."""
-        weights = self._weights(groups, "dapo", mask_truncated=False)
-        return self._update(self._pack_rows(groups, weights), sft_objective, temperature=1.0)
+        sizes = [group_size(group, mask_truncated=False, is_run=True) for group in groups]
+        [update] = self._rows(groups, sizes, "dapo")
+        return self._run(update, sft_objective, temperature=1.0)
 
-    def _weights(
-        self, groups: Sequence[RolloutGroup], aggregation: Aggregation, mask_truncated: bool
-    ) -> list[list[float]]:
-        """Loss weight of one token of each completion, with the denominators of all ranks."""
-        lengths = [
-            [0 if mask_truncated and c.finish_reason == "length" else c.num_tokens for c in g.completions]
-            for g in groups
-        ]
-        flat = torch.tensor([n for group in lengths for n in group], dtype=torch.long)
-        totals = all_reduce_sum({"sequences": float(flat.numel()), "tokens": float(flat.sum())}, self.world)
-        weight_S = token_weights(
-            flat,
-            aggregation,
-            int(totals["sequences"]),
-            int(totals["tokens"]),
-            self.config.rollout.max_new_tokens,
-        )
-        return [w.tolist() for w in weight_S.split([len(group) for group in lengths])]
+    def _rows(
+        self,
+        groups: Sequence[RolloutGroup],
+        sizes: Sequence[GroupSize],
+        aggregation: Aggregation,
+        num_updates: int = 1,
+    ) -> list[UpdateRows]:
+        cost = RowCost.of(self.policy.hf.config, self.config.model)
+        return plan_and_pack(groups, sizes, aggregation, cost, self.config, self.world, num_updates)
 
-    def _pack_rows(self, groups: Sequence[RolloutGroup], weights: list[list[float]]) -> list[PackedBatch]:
-        sizes = [num_packed_tokens(group) for group in groups]
-        rows = assign_rows(sizes, self.config.train.tokens_per_microbatch)
-        return [pack([groups[i] for i in row], [weights[i] for i in row]) for row in rows]
+    def _run(
+        self, update: UpdateRows, objective: Callable[[DeviceBatch], Objective], temperature: float
+    ) -> UpdateReport:
+        report = self._update(update.rows, objective, temperature)
+        return replace(report, sums=report.sums | update.sums, too_large=update.too_large)
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: DeviceBatch) -> Tensor | None:

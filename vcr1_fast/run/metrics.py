@@ -102,7 +102,10 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:
         "skipped_updates": float(sum(report.skipped for report in reports)),
         "step_tokens/executed": total.get("tokens_executed", 0.0),
         "step_tokens/unshared": total.get("tokens_unshared", 0.0),
+        "groups_too_large": total.get("groups_too_large", 0.0),
     }
+    if total.get("planned_available_s"):  # work of all rows over the time of all ranks, as the step plan reckons it
+        metrics["busy_frac"] = total["planned_work_s"] / total["planned_available_s"]
     names = {
         "entropy": "entropy",
         "kl": "kl",

@@ -230,6 +230,9 @@ class TrainConfig:
     """Prompts per step over all ranks."""
     tokens_per_microbatch: int = 32768
     """Packed tokens that go through the model at once; a group larger than this goes alone."""
+    max_group_tokens: int | None = None
+    """Packed tokens of the largest group that the GPUs can hold; above it, a group is left out of its update and its
+    question is not asked again. Default: no limit."""
     seed: int = 0
     """Of data order, sampling and everything else random."""
     resume: str = "auto"
@@ -244,6 +247,10 @@ class TrainConfig:
         require(
             self.tokens_per_microbatch >= 1,
             f"train.tokens_per_microbatch is {self.tokens_per_microbatch}, wanted >= 1",
+        )
+        require(
+            self.max_group_tokens is None or self.max_group_tokens >= 1,
+            f"train.max_group_tokens is {self.max_group_tokens}, wanted >= 1",
         )
 
 

@@ -25,7 +25,7 @@ REASON_CLASSES = (
     ("empty", r"is empty|0 bytes|holds no image"),
     ("timeout", r"did not finish within"),
     ("crash", r"crashed on it|failed on it"),
-    ("too_large", r"max_source_pixels|sides that differ|MemoryError|Cannot allocate memory"),
+    ("too_large", r"max_source_pixels|max_group_tokens|sides that differ|MemoryError|Cannot allocate memory"),
     ("no_video", r"has no video track|is a directory|not a regular file"),
     ("not_a_video", r"is not a video file|is not an MP4"),
     ("damaged", r"damaged|cut short|wanted frames cannot be decoded|not one frame can be decoded|is missing"),
@@ -89,6 +89,10 @@ class Quarantine:
             # A writer may have died in the middle of a line.
             is_cut = size > 0 and os.pread(file, 1, size - 1) != b"\n"
             os.write(file, b"\n" * is_cut + line)  # one write: also without locks lines of several processes do not mix
+
+    def add_all(self, errors: Iterable[SampleError]) -> None:
+        for error in errors:
+            self.add(error)
 
     def forget(self, sources: Iterable[str]) -> None:
         """These are good by now: take them off the run's own list. The file is rewritten only if it named one."""

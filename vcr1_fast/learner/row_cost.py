@@ -1,0 +1,124 @@
+"""What a group costs the learner: its sizes, and the seconds they take by the model's formulas. Used by the step plan.
+
+A plan only compares rows with each other, so the rates need to be right relative to one another; absolute seconds are
+those of one H100 or H200 in bfloat16. A forward for a reference or for old log-probs is left out: it takes about the
+same share of every row.
+
+Letters: D hidden size, I MLP width, K key and value width, H head width x heads, V vocabulary; d, i width and MLP width
+of the vision tower; P prompt tokens, f fed tokens of a completion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vcr1_fast.learner.packing import num_fed_tokens, num_packed_tokens
+from vcr1_fast.settings.config import ModelConfig
+from vcr1_fast.types import RolloutGroup
+
+# Large bfloat16 matrix products: published fused heads reach 660 to 740 of the 989 TFLOP/s that an H100 has.
+GEMM_FLOP_PER_S = 680e12
+# FlashAttention-2 on an H100, forward and backward; a backward makes 5 products for the 2 of a forward.
+ATTENTION_FORWARD_FLOP_PER_S, ATTENTION_BACKWARD_FLOP_PER_S = 370e12, 300e12
+ATTENTION_BACKWARD_FLOP = 2.5
+# What a row takes however short it is. One row of the 7B model, 28 layers and 32 tower blocks under gradient
+# checkpointing, was counted to make 10,318 launches; 5 us of the host for each is an assumption.
+LAUNCHES_PER_BLOCK, LAUNCH_S = 172, 5e-6
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSize:
+    """All that the other ranks need to know of a group to plan with it."""
+
+    num_tokens: int  # in a packed row
+    num_pairs: int  # (query, key) pairs that see each other in one decoder layer
+    grid_thw: tuple[int, int, int]  # of the patches that go through the tower; zeros with a frozen tower's embeddings
+    counted: tuple[int, ...]  # tokens of each completion that count in the loss
+    num_scored: int  # tokens of all completions
+    is_run: bool  # whether it goes through the model, or only counts in the denominators
+
+
+def group_size(group: RolloutGroup, mask_truncated: bool, is_run: bool) -> GroupSize:
+    """Pairs: P (P + 1) / 2 of the prompt, and P f + f (f + 1) / 2 of each completion."""
+    prompt_len, patches = group.prompt.token_ids_L.numel(), group.prompt.patches
+    fed = [num_fed_tokens(c) for c in group.completions]
+    return GroupSize(
+        num_tokens=num_packed_tokens(group),
+        num_pairs=prompt_len * (prompt_len + 1) // 2 + sum(prompt_len * f + f * (f + 1) // 2 for f in fed),
+        grid_thw=patches.grid_thw if patches.embeddings_MD is None else (0, 0, 0),
+        counted=tuple(0 if mask_truncated and c.finish_reason == "length" else c.num_tokens for c in group.completions),
+        num_scored=sum(c.num_tokens for c in group.completions),
+        is_run=is_run,
+    )
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """Seconds of forward and backward for one of each thing a row is made of."""
+
+    token_s: float  # decoder's matrix products
+    pair_s: float  # decoder's attention, all layers
+    scored_s: float  # head
+    patch_s: float  # tower's matrix products and its attention within windows
+    tower_pair_s: float  # tower's attention within whole frame pairs
+    row_s: float  # of a row without any of them
+
+    @staticmethod
+    def of(config: Any, settings: ModelConfig) -> RowCost:
+        """`config`: a Qwen2_5_VLConfig.
+
+        Passes of a matrix product: 1 forward, 1 again under checkpointing, 1 for the input's gradient, 1 for the
+        weight's where it is trained. A tower that is not trained runs forward only, and mostly before the step: its
+        launches are not in row_s.
+        """
+        text, tower = config.text_config, config.vision_config
+        has_lora, recomputed = settings.lora.rank > 0, int(settings.gradient_checkpointing)
+        is_tower_trained = not settings.is_tower_frozen
+        passes = 2 if has_lora else 3
+        tower_passes = 3 + recomputed if is_tower_trained else 1
+
+        hidden, heads = text.hidden_size, text.num_attention_heads
+        head_width = getattr(text, "head_dim", None) or hidden // heads
+        width, key_width = heads * head_width, text.num_key_value_heads * head_width
+        layer = 2 * (2 * hidden * width + 2 * hidden * key_width + 3 * hidden * text.intermediate_size)
+
+        backward = int(is_tower_trained)
+        window = (tower.window_size // tower.patch_size) ** 2  # pairs of a patch, a little fewer at a frame's edges
+        num_full = len(tower.fullatt_block_indexes)
+        windowed = 4 * tower.hidden_size * window * (tower.depth - num_full)
+        return RowCost(
+            token_s=text.num_hidden_layers * layer * (passes + recomputed) / GEMM_FLOP_PER_S,
+            pair_s=text.num_hidden_layers * 4 * width * _attention_s(1 + recomputed, 1),
+            scored_s=2 * hidden * text.vocab_size * passes / GEMM_FLOP_PER_S,
+            patch_s=_patch_flop(tower) * tower_passes / GEMM_FLOP_PER_S
+            + windowed * _attention_s(1 + recomputed * backward, backward),
+            tower_pair_s=4 * tower.hidden_size * num_full * _attention_s(1 + recomputed * backward, backward),
+            row_s=(text.num_hidden_layers + tower.depth * backward) * LAUNCHES_PER_BLOCK * LAUNCH_S,
+        )
+
+    def seconds(self, size: GroupSize) -> float:
+        """Of one group, without its share of the row's own."""
+        pairs, height, width = size.grid_thw
+        num_patches = pairs * height * width
+        return (
+            self.token_s * size.num_tokens
+            + self.pair_s * size.num_pairs
+            + self.scored_s * size.num_scored
+            + self.patch_s * num_patches
+            + self.tower_pair_s * num_patches * height * width
+        )
+
+
+def _attention_s(forwards: int, backwards: int) -> float:
+    """Seconds for each FLOP of one forward."""
+    return forwards / ATTENTION_FORWARD_FLOP_PER_S + backwards * ATTENTION_BACKWARD_FLOP / ATTENTION_BACKWARD_FLOP_PER_S
+
+
+def _patch_flop(tower: Any) -> float:
+    """Matrix products of one patch, forward: embedding, blocks (4 d d + 3 d i), and its share of the merger."""
+    width, merge = tower.hidden_size, tower.spatial_merge_size**2
+    values = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+    block = 4 * width * width + 3 * width * tower.intermediate_size
+    merger = width * (merge * width) + width * tower.out_hidden_size
+    return 2.0 * (values * width + tower.depth * block + merger)
