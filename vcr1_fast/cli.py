@@ -28,7 +28,7 @@ class Command:
     help: str
     run: Callable[[Any], object]  # takes the settings; what it returns is printed as JSON, None prints nothing
     settings: Callable[[], type]  # the dataclass of its settings
-    plan: Callable[[Any, int | None], object] | None = None  # what --dry-run[=GPUS] does instead
+    plan: Callable[[Any, int | None, bool], object] | None = None  # what --dry-run[=GPUS] [--fast] does instead
 
 
 def _train(config: Config) -> object:
@@ -37,10 +37,10 @@ def _train(config: Config) -> object:
     return train(config)
 
 
-def _plan(config: Config, num_gpus: int | None) -> object:
+def _plan(config: Config, num_gpus: int | None, is_fast: bool) -> object:
     from vcr1_fast.commands.plan import plan_command
 
-    return plan_command(config, num_gpus)
+    return plan_command(config, num_gpus, is_fast)
 
 
 def _sft(config: Config) -> object:
@@ -89,7 +89,8 @@ HELP_EPILOG = "\n".join(
         "  compare A B  whether two samples.jsonl of eval differ, with intervals and p-values",
         "",
         "  vcr1-fast train CONFIG.yaml --train.num_steps=3 --rollout.group_size=8",
-        "  vcr1-fast train CONFIG.yaml --dry-run=8    tokens and memory of a run on 8 GPUs, without loading anything",
+        "  vcr1-fast train CONFIG.yaml --dry-run=8    memory, seconds and disk of a run on 8 GPUs, from its worst step",
+        "                                             on fake ones; with --fast from sums alone",
         "  vcr1-fast train --help        every setting, explained",
         "",
         "CONFIG is a YAML file or `tiny`, the example in the package. VCR1_DEBUG=1 shows the traceback of an error.",
@@ -131,12 +132,12 @@ def _run(name: str, tokens: list[str]) -> int:
         parser.print_help()
         return 0
     try:
-        is_dry_run, num_gpus, tokens = _take_dry_run(name, tokens)
+        is_dry_run, num_gpus, is_fast, tokens = _take_dry_run(name, tokens)
         path, overrides = split_config_path(tokens)
         settings = load_settings(settings_class, path, overrides)
         if name in ("train", "sft", "eval"):
             check_settings(settings, name)  # before torch is loaded
-        result = command.plan(settings, num_gpus) if is_dry_run and command.plan else command.run(settings)
+        result = command.plan(settings, num_gpus, is_fast) if is_dry_run and command.plan else command.run(settings)
     except (ConfigError, SampleError, OSError) as error:
         if os.environ.get("VCR1_DEBUG") == "1":
             raise
@@ -150,17 +151,24 @@ def _run(name: str, tokens: list[str]) -> int:
     return 0
 
 
-def _take_dry_run(name: str, tokens: list[str]) -> tuple[bool, int | None, list[str]]:
-    """Whether --dry-run[=GPUS] is among the tokens, its number of GPUs, and the other tokens. Raises UsageError."""
+def _take_dry_run(name: str, tokens: list[str]) -> tuple[bool, int | None, bool, list[str]]:
+    """Whether --dry-run[=GPUS] is among the tokens, its number of GPUs, whether --fast is, and the other tokens.
+
+    Raises UsageError.
+    """
     flags = [token for token in tokens if token.partition("=")[0] == "--dry-run"]
+    is_fast = "--fast" in tokens
     if not flags:
-        return False, None, tokens
+        if is_fast:
+            raise UsageError("--fast goes with --dry-run alone")
+        return False, None, False, tokens
     _, equals, value = flags[-1].partition("=")
     if COMMANDS[name].plan is None:
         raise UsageError(f"vcr1-fast {name} has no --dry-run, only train has")
     if equals and (not value.isdecimal() or int(value) < 1):
         raise UsageError(f"--dry-run is {value!r}, wanted a number of GPUs >= 1, or --dry-run alone")
-    return True, int(value) if equals else None, [token for token in tokens if token not in flags]
+    rest = [token for token in tokens if token not in flags and token != "--fast"]
+    return True, int(value) if equals else None, is_fast, rest
 
 
 def _run_doctor(tokens: list[str]) -> int:

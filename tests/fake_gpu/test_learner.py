@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from vcr1_fast.fake_gpu.process import Case, run
-from vcr1_fast.fake_gpu.sizes import whole_config, with_blocks
-from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
+from vcr1_fast.fake_gpu.sizes import with_blocks
+from vcr1_fast.learner.public_sizes import PUBLIC_SIZES, whole_config
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "qwen2_5_vl_7b_cotraining_8xh100.yaml")
 CLIP, SHORT_CLIP = (10, 34, 42), (2, 8, 12)  # 3,570 and 48 video tokens

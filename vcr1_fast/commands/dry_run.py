@@ -1,0 +1,193 @@
+"""A run's worst step on fake GPUs: measured with few blocks and rows, extrapolated to the whole model and its step.
+
+Seconds are predictions, by the rates of fake_gpu/predict.py. An update's kernels run one after the other and its
+collectives behind them; decoding is bound by reading weights and the cache, or by launches.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vcr1_fast.fake_gpu import predict
+from vcr1_fast.fake_gpu.extrapolate import SMALL, peak_of, sizes_to_run, to_blocks, to_rows
+from vcr1_fast.fake_gpu.process import Case, run
+from vcr1_fast.fake_gpu.shim import FakeGpuError
+from vcr1_fast.fake_gpu.sizes import num_blocks, with_blocks
+from vcr1_fast.learner.memory_sums import (
+    PATCH_VALUES,
+    PATCHES_PER_TOKEN,
+    ModelSize,
+    TokenPlan,
+    engine_bytes,
+    prompts_at_once,
+    video_tokens,
+)
+from vcr1_fast.run.telemetry import progress
+from vcr1_fast.settings.config import Config, VideoConfig
+from vcr1_fast.settings.io import config_to_yaml
+
+Size = tuple[int, int, int]
+GATHER_BYTES = 2_500_000_000  # at most, beside the shards, while weights are pushed or exported: learner/gathering.py
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the steps on fake GPUs came to, for the whole model."""
+
+    phases: dict[str, dict[str, float]]  # GB on each GPU by kind
+    learner: dict[str, float]
+    predicted: dict[str, float]  # seconds, hours
+
+
+def measure(
+    config: Config,
+    model: Mapping[str, Any],
+    size: ModelSize,
+    tokens: TokenPlan,
+    num_gpus: int,
+) -> Measured:
+    """Run the cases and put them together. `model`: config.json.
+
+    Raises FakeGpuError where no GPU can be played here, or when a case raises: then a run would, too.
+    """
+    blocks = num_blocks(model)
+    grid = worst_grid(config.video)
+    num_rows = math.ceil(tokens.groups_per_gpu / tokens.groups_per_row)
+    row = ((grid, (tokens.completion,) * config.rollout.group_size),) * tokens.groups_per_row
+    updates = (row, row, row * 2) if num_rows > 1 else (row, row)  # the first one makes the optimizer's moments
+    reports: dict[tuple[str, Size], dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "config.yaml"
+        settings.write_text(config_to_yaml(config), encoding="utf-8")
+        cases: dict[str, tuple[str, Size, Case]] = {}
+        for shrunk in sizes_to_run(blocks):
+            small = with_blocks(model, *shrunk)
+            kinds = {"learner": Case("", num_gpus, str(settings), small, updates, overrides=_ONE_UPDATE)}
+            if config.rollout.engine == "local":
+                for name, prompts, answers in _engine_chunks(config, tokens, num_gpus):
+                    kinds[name] = Case("", 1, str(settings), small, prompts=(grid,) * prompts, group_size=answers)
+            for kind, case in kinds.items():
+                name = f"{kind} with {shrunk[0]} layers, {shrunk[1]} + {shrunk[2]} tower blocks"
+                cases[name] = (kind, shrunk, replace(case, name=name))
+        reported = run([case for _, _, case in cases.values()])
+        for report in progress(reported, "the worst step, on fake GPUs", len(cases)):
+            if "error" in report:
+                raise FakeGpuError(f"{report['name']}: {report['error'].splitlines()[0]}")
+            kind, shrunk, _ = cases[report["name"]]
+            reports[kind, shrunk] = report
+    return _whole(config, size, tokens, num_gpus, reports, blocks, num_rows)
+
+
+_ONE_UPDATE = ("--algorithm.minibatches_per_rollout=1",)
+
+
+def worst_grid(config: VideoConfig) -> tuple[int, int, int]:
+    """Patches of the clip with most tokens: frame pairs, rows, columns."""
+    num_frames = max(range(config.min_frames, config.max_frames + 1, 2), key=lambda n: video_tokens(n, config))
+    per_pair = video_tokens(num_frames, config) // (num_frames // 2)
+    rows = math.isqrt(per_pair)
+    return num_frames // 2, 2 * rows, 2 * (per_pair // rows)
+
+
+def _engine_chunks(config: Config, tokens: TokenPlan, num_gpus: int) -> list[tuple[str, int, int]]:
+    """(phase, prompts, answers to each) of the largest chunks that the local engine puts together."""
+    group, per_gpu = config.rollout.group_size, config.train.prompts_per_step // num_gpus
+    together = min(per_gpu, prompts_at_once(config.rollout, tokens.prompt, group, tokens.completion))
+    chunks = [("rollout", together, group)]
+    if config.data.eval:
+        new_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
+        chunks.append(("evaluation", prompts_at_once(config.rollout, tokens.prompt, 1, new_tokens), 1))
+    return chunks
+
+
+def _whole(
+    config: Config,
+    size: ModelSize,
+    tokens: TokenPlan,
+    num_gpus: int,
+    reports: Mapping[tuple[str, Size], Mapping[str, Any]],
+    blocks: Size,
+    num_rows: int,
+) -> Measured:
+    sizes = sizes_to_run(blocks)
+
+    def grown(kind: str, part: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:
+        return to_blocks({shrunk: part(reports[kind, shrunk]) for shrunk in sizes}, blocks)
+
+    load = grown("learner", lambda report: report["load"])
+    one = grown("learner", lambda report: report["updates"][1])
+    two = grown("learner", lambda report: report["updates"][-1]) if num_rows > 1 else one
+    update, peak = to_rows(one, two, num_rows), peak_of(two)
+    width = 4 if config.model.compute_dtype == "float32" else 2
+    engine = engine_bytes(config.rollout, width * size.params)
+    clip = tokens.prompt * PATCHES_PER_TOKEN * PATCH_VALUES * 2
+    clips = clip * config.train.prompts_per_step // num_gpus
+    static = {kind: peak.kinds.get(kind, 0) for kind in ("weights", "moments")} | engine
+    phases: dict[str, dict[str, float]] = {
+        "load": dict(load["peaks"]["load"]),
+        "update": {**peak.kinds, "clips": clips, **engine},
+        "export": {**static, "gathered": min(GATHER_BYTES, width * size.params)},
+    }
+    seconds = {"update_s": max(update["predicted_s"], update["collective_s"])}
+    seconds["update_s"] *= config.algorithm.minibatches_per_rollout
+    rollout_s = _sglang_seconds(config, size, tokens, num_gpus)
+    for phase, prompts, answers in _engine_chunks(config, tokens, num_gpus) if config.rollout.engine == "local" else []:
+        few, more = (grown(phase, lambda report, n=n: report["answers"][n]) for n in ("2", "4"))
+        limit = tokens.completion if phase == "rollout" else config.eval.max_new_tokens or tokens.completion
+        cache = size.kv_bytes_per_token * prompts * (tokens.prompt + answers * limit)
+        working = max(cache, more["peaks"]["rollout"].get("KV cache and activations", 0))
+        phases[phase] = {**static, "clips": clip * prompts, "KV cache and activations": working}
+        if phase == "rollout":
+            per_token = max((more["predicted_s"] - few["predicted_s"]) / 2, cache / predict.H100_RATES.memory_bytes_s)
+            chunks = math.ceil(config.train.prompts_per_step / num_gpus / prompts)
+            rollout_s = chunks * (few["predicted_s"] + (tokens.completion - 2) * per_token)
+    push_s = 0.0 if num_gpus == 1 else predict.collective_seconds(width * size.params, num_gpus)
+    seconds |= {"rollout_s": rollout_s, "push_s": push_s}
+    work = (seconds["rollout_s"], seconds["update_s"])
+    seconds["step_s"] = push_s + (max(work) if config.rollout.max_policy_lag else sum(work))
+    seconds["run_h"] = seconds["step_s"] * config.train.num_steps / 3600
+    return Measured(_gb(phases), _learner(reports, sizes, load, update, peak.num_bytes), seconds)
+
+
+def _learner(
+    reports: Mapping[tuple[str, Size], Mapping[str, Any]],
+    sizes: list[Size],
+    load: Mapping[str, Any],
+    update: Mapping[str, Any],
+    peak_bytes: int,
+) -> dict[str, float]:
+    """Counts of one update on one GPU."""
+    deeper = next((size for size in sizes if size[0] != SMALL[0]), SMALL)
+    launches = [reports["learner", size]["updates"][1]["launches"] for size in (SMALL, deeper)]
+    flop = update["gemm_flop"] + update["attention_flop"]
+    return {
+        "syncs": sum(update["syncs"].values()),
+        "blocking_copies": sum(update["blocking_copies"].values()),
+        "launches": update["launches"],
+        "launches_per_decoder_layer": (launches[1] - launches[0]) / max(deeper[0] - SMALL[0], 1),
+        "collectives": update["collectives"],
+        "tflop": round(flop / 1e12, 1),
+        "elementwise_gb": round(update["moved_bytes"] / 1e9, 1),
+        "peak_gb": round(peak_bytes / 1e9, 2),
+        "load_peak_gb": round(peak_of(load).num_bytes / 1e9, 2),
+    }
+
+
+def _sglang_seconds(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: int) -> float:
+    """Of an engine that answers all of a GPU's groups at once: prefill, then weights and cache read for each token."""
+    rates, groups = predict.H100_RATES, config.train.prompts_per_step / num_gpus
+    prefill_s = 2 * size.params * groups * tokens.prompt / rates.gemm_flop_s
+    cache = size.kv_bytes_per_token * groups * (tokens.prompt + config.rollout.group_size * tokens.completion / 2)
+    return prefill_s + tokens.completion * (2 * size.params + cache) / rates.memory_bytes_s
+
+
+def _gb(phases: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    return {
+        phase: {kind: round(num_bytes / 1e9, 2) for kind, num_bytes in kinds.items() if num_bytes > 5e6}
+        for phase, kinds in phases.items()
+    }
