@@ -25,7 +25,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .prefix_attention_triton import ROW_LAUNCH, int32_on, row_options, unit_stride
+from .prefix_attention_launch import ROW_LAUNCH, row_options
+from .prefix_attention_triton import int32_on, unit_stride
 from .prefix_layout import PrefixLayout
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # query, key, value, out, lse

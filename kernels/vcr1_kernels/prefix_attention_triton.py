@@ -1,4 +1,4 @@
-"""Shared-prefix attention by own Triton kernels: host side. Tiles, launch configurations, forward and backward.
+"""Shared-prefix attention by own Triton kernels: host side. Tiles, forward and backward.
 
 One launch does both parts of every query row: its prefix and its own segment, so there is nothing to merge and the
 prompt's keys are read in place. Backward is three launches (delta, dQ, dK/dV) without atomics, so it is deterministic.
@@ -13,67 +13,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backend import is_interpreted
+from .prefix_attention_launch import ROW_LAUNCH, Launch, launch_of, launch_options, row_options
 from .prefix_layout import PrefixGroup, PrefixLayout
 
-MAX_HEAD_DIM = 128
 _WANTED_PROGRAMS = 8 * 132  # dK/dV: eight rounds of an H200's 132 multiprocessors even out tiles of unequal length
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Tile sizes and warps of one kernel: query rows and keys at a time, stages of the load pipeline."""
-
-    rows: int
-    keys: int
-    num_warps: int
-    stages: int
-
-
-# By kernel and by padded head dimension. Chosen by what compiles for sm_90 without spills and within 227 KB of shared
-# memory on Triton 3.6 and 3.7, with wgmma for every product (float32 has none); times are not measured.
-SHIPPED: dict[str, dict[int, Launch]] = {
-    "forward": {64: Launch(128, 64, 8, 3), 128: Launch(128, 64, 8, 3)},
-    "dq": {64: Launch(128, 64, 8, 3), 128: Launch(128, 64, 8, 2)},
-    "dkdv": {64: Launch(64, 128, 8, 2), 128: Launch(32, 128, 8, 2)},
-}
-SHIPPED_FLOAT32: dict[str, dict[int, Launch]] = {
-    "forward": {64: Launch(32, 32, 4, 1), 128: Launch(16, 64, 4, 1)},
-    "dq": {64: Launch(32, 32, 4, 1), 128: Launch(32, 32, 8, 1)},
-    "dkdv": {64: Launch(32, 32, 4, 1), 128: Launch(64, 32, 8, 1)},
-}
-ROW_LAUNCH = Launch(rows=64, keys=0, num_warps=8, stages=1)  # the delta and merge kernels, which have no keys
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The power of two in which a head is computed, 16 at least (the smallest product of `tl.dot`)."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def launch_of(kernel: str, head_dim: int, dtype: torch.dtype) -> Launch:
-    """The shipped configuration; in the interpreter small tiles, so that small tests have several of each kind."""
-    if is_interpreted():
-        return Launch(16, 32, 4, 1) if kernel != "dkdv" else Launch(32, 16, 4, 1)
-    table = SHIPPED_FLOAT32 if dtype == torch.float32 else SHIPPED
-    return table[kernel][max(64, padded_head_dim(head_dim))]
-
-
-def shipped_constants(kernel: str) -> Iterator[tuple[str, int, dict[str, int | bool], tuple[int, int]]]:
-    """(dtype, head dimension, constants, (num_warps, num_stages)) of the shipped builds; 80 is the padded case.
-
-    float16 differs from bfloat16 in the names of instructions only (same registers, counted), so it has one build here.
-    """
-    for dtype, head_dims in (("bf16", (64, 80, 128)), ("fp16", (128,)), ("fp32", (64, 80, 128))):
-        table = SHIPPED_FLOAT32 if dtype == "fp32" else SHIPPED
-        for head_dim in head_dims:
-            launch = table[kernel][max(64, padded_head_dim(head_dim))]
-            yield dtype, head_dim, _constants(head_dim, launch, dot_fp32=False), (launch.num_warps, launch.stages)
 
 
 def _segments(group: PrefixGroup) -> Iterator[tuple[int, int]]:
@@ -172,29 +120,6 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
-def _constants(head_dim: int, launch: Launch, dot_fp32: bool) -> dict[str, int | bool]:
-    return {
-        "HEAD_DIM": head_dim,
-        "C": padded_head_dim(head_dim),
-        "M": launch.rows,
-        "N": launch.keys,
-        "STAGES": launch.stages,
-        "DOT_FP32": dot_fp32,
-    }
-
-
-def _options(head_dim: int, launch: Launch) -> dict[str, Any]:
-    """Keyword arguments of a launch."""
-    constants = _constants(head_dim, launch, dot_fp32=is_interpreted())
-    return {**constants, "num_warps": launch.num_warps, "num_stages": launch.stages}
-
-
-def row_options(head_dim: int) -> dict[str, Any]:
-    """Keyword arguments of a launch of the delta or the merge kernel."""
-    padded = padded_head_dim(head_dim)
-    return {"HEAD_DIM": head_dim, "C": padded, "M": ROW_LAUNCH.rows, "num_warps": ROW_LAUNCH.num_warps}
-
-
 LOG2E = 1.4426950408889634
 
 
@@ -215,7 +140,7 @@ class TritonAttention:
         tiles, own_start = _tables(layout, "forward", launch, query.device)
         arguments: list[Any] = [query, key, value, out_THC, lse_HT, tiles, own_start, *_strides(query, key, value)]
         arguments += [num_heads * head_dim, num_tokens, num_heads // key.shape[1], scale * LOG2E]
-        prefix_forward_kernel[num_heads, len(tiles)](*arguments, **_options(head_dim, launch))
+        prefix_forward_kernel[num_heads, len(tiles)](*arguments, **launch_options(head_dim, launch))
         return out_THC, lse_HT
 
     def backward(
@@ -246,7 +171,7 @@ class TritonAttention:
         tiles, own_start = _tables(layout, "dq", launch, query.device)
         arguments: list[Any] = [query, key, value, grad, lse_HT, delta_HT, dq, tiles, own_start, *strides]
         arguments += [num_heads * head_dim, num_tokens, repeats, scale * LOG2E, scale]
-        prefix_dq_kernel[num_heads, len(tiles)](*arguments, **_options(head_dim, launch))
+        prefix_dq_kernel[num_heads, len(tiles)](*arguments, **launch_options(head_dim, launch))
 
         launch = launch_of("dkdv", head_dim, query.dtype)
         tiles, own_start = _tables(layout, "dkdv", launch, query.device)
@@ -257,6 +182,6 @@ class TritonAttention:
         arguments = [query, key, value, grad, lse_HT, delta_HT, dk, dv, tiles, own_start, *strides]
         arguments += [num_heads * head_dim, num_key_heads * head_dim, num_tokens, num_key_heads, repeats]
         arguments += [repeats // splits, scale * LOG2E, scale]
-        prefix_dkdv_kernel[splits * num_key_heads, len(tiles)](*arguments, **_options(head_dim, launch))
+        prefix_dkdv_kernel[splits * num_key_heads, len(tiles)](*arguments, **launch_options(head_dim, launch))
         dk, dv = (x[0] if splits == 1 else x.sum(0).to(key.dtype) for x in (dk, dv))
         return dq, dk, dv
