@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .backend import runs_triton
-from .head_rows import stats_dtype
+from .row_stats import stats_dtype
 
 NUM_SMS = 132  # H100 SXM and H200
 TILE_ROWS, TILE_COLS = 128, 256  # cuBLAS's usual bfloat16 tile on Hopper

@@ -29,7 +29,8 @@ from .head_chunks import (
     row_chunks,
     temperature_to_scale,
 )
-from .head_rows import RowStats, exp_rows, gradient_rows, stats_dtype
+from .head_rows import exp_rows, gradient_rows
+from .row_stats import RowStats, stats_dtype
 
 Keep = Literal["none", "probs"]
 

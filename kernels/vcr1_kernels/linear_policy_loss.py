@@ -34,8 +34,9 @@ from .head_chunks import (
     scale_unless_one_,
     temperature_to_scale,
 )
-from .head_rows import exp_rows, gradient_rows, stats_dtype
+from .head_rows import exp_rows, gradient_rows
 from .losses import LossFunction, TokenVectors
+from .row_stats import stats_dtype
 
 
 class Piece(NamedTuple):
