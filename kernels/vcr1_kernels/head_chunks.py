@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from .backend import runs_triton
 from .row_stats import stats_dtype
+from .upload import upload
 
 NUM_SMS = 132  # H100 SXM and H200
 TILE_ROWS, TILE_COLS = 128, 256  # cuBLAS's usual bfloat16 tile on Hopper
@@ -88,7 +90,7 @@ def temperature_to_scale(temperature: float | Tensor, num_rows: int, like: Tenso
     if isinstance(temperature, Tensor):
         if temperature.shape != (num_rows,):
             raise ValueError(f"temperature has shape {tuple(temperature.shape)}, wanted a number or [{num_rows}]")
-        return temperature.detach().to(device=like.device, dtype=dtype).reciprocal()
+        return upload(temperature.detach(), like.device).to(dtype).reciprocal()
     if not temperature > 0 or math.isinf(temperature):
         raise ValueError(f"temperature is {temperature}, wanted a finite number > 0")
     return torch.full((num_rows,), 1.0 / temperature, dtype=dtype, device=like.device)
@@ -117,6 +119,13 @@ def check_head_inputs(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, lo
         raise TypeError(f"logits_dtype is {logits_dtype}, wanted torch.float32 or torch.bfloat16")
     if not hidden_ND.device == weight_VD.device == target_N.device:
         raise ValueError(f"hidden, weight and target lie on {hidden_ND.device}, {weight_VD.device}, {target_N.device}")
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast would round float32 operands to bfloat16. Devices that have none, such as `meta`, pass."""
+    device_type = x.device.type
+    has_autocast = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
 
 
 def effective_logits_dtype(hidden_dtype: torch.dtype, logits_dtype: torch.dtype) -> torch.dtype:
@@ -181,5 +190,5 @@ def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
         from . import head_rows_launch
 
         head_rows_launch.scale_unless_one_(x, factor)
-    elif x.is_cuda or float(factor) != 1.0:
+    elif x.device.type != "cpu" or float(factor) != 1.0:
         x.mul_(factor)

@@ -28,6 +28,7 @@ from .head_chunks import (
     matmul,
     row_chunks,
     temperature_to_scale,
+    without_autocast,
 )
 from .head_rows import exp_rows, gradient_rows
 from .row_stats import RowStats, stats_dtype
@@ -153,7 +154,7 @@ class _LinearLogprob(torch.autograd.Function):
             logprob_grad_N = torch.zeros_like(stats_5N[0])
         if keep == "direction":
             return (kept * logprob_grad_N[:, None]).to(hidden_ND.dtype), *nothing[1:]
-        with torch.autocast(hidden_ND.device.type, enabled=False):
+        with without_autocast(hidden_ND):
             hidden_grad, weight_grad = _backward(
                 hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept, logprob_grad_N, entropy_grad_N,
                 keep, need_hidden, need_weight, logits_dtype, chunk_rows, triton,
@@ -213,7 +214,7 @@ def fused_linear_logprob(
     else:
         resolved_keep = keep
     triton = runs_triton(backend, hidden_ND)
-    with torch.autocast(hidden_ND.device.type, enabled=False):  # it would round float32 operands to bfloat16
+    with without_autocast(hidden_ND):
         logprob_N, entropy_N = _LinearLogprob.apply(  # pyright: ignore[reportGeneralTypeIssues]
             hidden_ND, weight_VD, target_N, scale_N, resolved_keep, dtype, chunk_rows, triton
         )
