@@ -25,17 +25,16 @@ from torch import Tensor
 
 from .backend import Backend, runs_triton
 from .head_chunks import (
+    Head,
     HeadGradients,
     auto_chunk_rows,
     check_head_inputs,
     effective_logits_dtype,
-    matmul,
     row_chunks,
     scale_unless_one_,
     temperature_to_scale,
     without_autocast,
 )
-from .head_rows import exp_rows, gradient_rows
 from .losses import LossFunction, TokenVectors
 from .row_stats import stats_dtype
 from .sequences import lens_on
@@ -129,6 +128,44 @@ def evaluate_loss(
         return Evaluated(value.detach(), sums, *torch.autograd.grad(value, leaves, allow_unused=True))
 
 
+def _score(
+    head: Head, rows: slice | Tensor, loss: LossFunction, tokens: TokenVectors, needs_gradient: bool
+) -> tuple[Evaluated, Tensor | None, Tensor | None]:
+    """The loss of a piece, and d(loss)/d(logits) as a matrix [C, V] and the factors [C] of its rows (None: 1)."""
+    logits_CV = head.logits(rows)
+    exp_CV = head.hidden_ND.new_empty(logits_CV.shape) if needs_gradient else None
+    stats = head.exp_rows(rows, logits_CV, exp_CV)
+    result = evaluate_loss(loss, stats.logprob, stats.entropy, tokens, needs_gradient)
+    if exp_CV is None or (result.logprob_grad is None and result.entropy_grad is None):
+        return result, None, None
+    logprob_grad_C = torch.zeros_like(stats.logprob) if result.logprob_grad is None else result.logprob_grad
+    if result.entropy_grad is None:
+        return result, exp_CV, -logprob_grad_C * head.scale_N[rows] * stats.inv_total
+    head.gradient_rows(rows, logits_CV, stats, logprob_grad_C, result.entropy_grad, exp_CV)
+    return result, exp_CV, None
+
+
+def _finish(
+    head: Head,
+    grads: HeadGradients,
+    rows: slice | Tensor,
+    loss: LossFunction,
+    tokens: TokenVectors,
+    needs_gradient: bool,
+) -> Evaluated:
+    """All there is to do for a piece: its loss, and its share of the gradients.
+
+    The logits are gone when the gradients' products begin, and the matrix [C, V] when the next piece does: in variables
+    of the loop over pieces both would live on beside the next logits.
+    """
+    result, matrix_CV, factor_C = _score(head, rows, loss, tokens, needs_gradient)
+    if matrix_CV is not None and factor_C is None:
+        grads.add_rows(rows, matrix_CV)
+    elif matrix_CV is not None and factor_C is not None:
+        grads.add_scaled_rows(rows, matrix_CV, factor_C)
+    return result
+
+
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -137,29 +174,17 @@ class _LinearPolicyLoss(torch.autograd.Function):
         wants_grad: bool, names: list[str],
     ) -> tuple[Tensor, ...]:  # fmt: skip
         need_hidden, need_weight = (wants_grad and needs for needs in ctx.needs_input_grad[:2])
+        head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton)
         grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
         total = torch.zeros((), dtype=stats_dtype(hidden_ND.dtype), device=hidden_ND.device)
         totals: dict[str, Tensor] = {}
-        for piece in pieces:
-            rows = slice(piece.start, piece.stop) if order_N is None else order_N[piece.start : piece.stop]
-            needs_gradient = piece.needs_gradient and (need_hidden or need_weight)
-            logits_CV = matmul(hidden_ND[rows], weight_VD.T, logits_dtype)
-            exp_CV = hidden_ND.new_empty(logits_CV.shape) if needs_gradient else None
-            stats = exp_rows(logits_CV, target_N[rows], scale_N[rows], exp_CV, True, triton)
-            piece_tokens = tokens.rows(piece.start, piece.stop)
-            result = evaluate_loss(loss, stats.logprob, stats.entropy, piece_tokens, needs_gradient)
+        for start, stop, has_coefficient in pieces:
+            rows = slice(start, stop) if order_N is None else order_N[start:stop]
+            needs_gradient = has_coefficient and (need_hidden or need_weight)
+            result = _finish(head, grads, rows, loss, tokens.rows(start, stop), needs_gradient)
             total += result.loss
             for name, value in result.sums.items():
                 totals[name] = totals[name] + value if name in totals else value
-            if exp_CV is not None and result.entropy_grad is not None:
-                logprob_grad_C = result.logprob_grad if result.logprob_grad is not None else torch.zeros_like(total)
-                gradient_rows(
-                    logits_CV, target_N[rows], scale_N[rows], stats, logprob_grad_C.expand_as(stats.logprob),
-                    result.entropy_grad, exp_CV, triton,
-                )  # fmt: skip
-                grads.add_rows(rows, exp_CV)
-            elif exp_CV is not None and result.logprob_grad is not None:
-                grads.add_scaled_rows(rows, exp_CV, -result.logprob_grad * scale_N[rows] * stats.inv_total)
         ctx.grads = grads
         names.extend(totals)
         outputs = tuple(totals.values())
