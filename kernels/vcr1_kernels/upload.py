@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,3 +19,18 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not x.is_pinned():
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
+
+
+def upload_ints(tables: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Each table as int32 on `device`, all of them in one copy.
+
+    They are views of one tensor, each from a multiple of 16 bytes on, which is what kernels are compiled for.
+    """
+    numbers: list[int] = []
+    starts: list[int] = []
+    for table in tables:
+        starts.append(len(numbers))
+        numbers += table
+        numbers += [0] * (-len(numbers) % 4)
+    sent = upload(torch.tensor(numbers, dtype=torch.int32), device)
+    return [sent[start : start + len(table)] for start, table in zip(starts, tables, strict=True)]

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from vcr1_kernels import PolicyLoss, TokenVectors, fused_linear_logprob, fused_linear_policy_loss
+from vcr1_kernels.device import prefix_attention, prefix_attention_backward
 from vcr1_kernels.loss_weights import trl_weights
+from vcr1_kernels.prefix_attention_flash import FlashAttention, make_plan
+from vcr1_kernels.prefix_attention_triton import TritonAttention, _tables
+from vcr1_kernels.prefix_layout import PrefixGroup, PrefixLayout
+from vcr1_kernels.upload import upload_ints
 
 from tests.kernels.device_traffic import DEVICE, watched
 
@@ -107,3 +115,57 @@ def test_tokens_chosen_on_the_device_are_counted_once():
         tokens.select(torch.ones(NUM_ROWS, dtype=torch.bool, device=DEVICE))
     # the mask to the host, and where its tokens lie back
     assert (len(traffic.copies), traffic.blocking, traffic.waits) == (1, [], ["_to_copy"])
+
+
+LAYOUTS = {
+    "one group": (PrefixGroup(0, 5, (3, 0, 4)),),
+    "three groups": (PrefixGroup(0, 6, (2, 5)), PrefixGroup(13, 4, ()), PrefixGroup(17, 1, (4, 1))),
+}
+NUM_LAYERS = 4
+
+
+class EmptyFlash:
+    """Flash attention of no values."""
+
+    name = "empty"
+
+    def forward(self, query_THC: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(query_THC), query_THC.new_empty(query_THC.shape[1], query_THC.shape[0])
+
+    def backward(self, grad_THC: Tensor, tensors: tuple[Tensor, ...], *_rest: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in tensors[:3])
+
+
+class EmptyKernel:
+    """A Triton kernel that is launched on any grid and does nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert min(grid) > 0
+        return lambda *_arguments, **_options: None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("name", ["flash", "triton"])
+def test_all_layers_read_tables_that_were_sent_once(monkeypatch: pytest.MonkeyPatch, name: str, layout: PrefixLayout):
+    for module in (prefix_attention, prefix_attention_backward):
+        for kernel in (k for k in vars(module) if k.startswith("prefix_") and k.endswith("_kernel")):
+            monkeypatch.setattr(module, kernel, EmptyKernel())
+    make_plan.cache_clear()
+    _tables.cache_clear()
+    attention: Any = FlashAttention(EmptyFlash()) if name == "flash" else TritonAttention()
+    query, key, value, grad = (torch.empty(layout[-1].end, n, 64, device=DEVICE) for n in (4, 2, 2, 4))
+    with watched() as traffic:
+        for _ in range(NUM_LAYERS):
+            attention.forward(query, key, value, layout, 0.1)
+        for _ in range(NUM_LAYERS):  # as with checkpointing: forward once more, then backward
+            out, lse = attention.forward(query, key, value, layout, 0.1)
+            attention.backward(grad, (query, key, value, out, lse), layout, 0.1)
+    assert (len(traffic.copies), traffic.blocking, traffic.waits) == (1, [], [])
+
+
+def test_tables_sent_together_begin_at_16_bytes():
+    tables = ([1, 2, 3, 4, 5], [], [6], [7, 8, 9, 10])
+    sent = upload_ints(tables, torch.device("cpu"))
+    assert [x.tolist() for x in sent] == [list(table) for table in tables]
+    assert [x.storage_offset() for x in sent] == [0, 8, 8, 12]
+    assert {x.dtype for x in sent} == {torch.int32}
