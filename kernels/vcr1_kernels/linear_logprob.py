@@ -205,7 +205,7 @@ def fused_linear_logprob(
     Returns: (logprob [N], entropy [N]) float32, or float64 for float64 inputs. Entropy in nats.
 
     FLOPs: 2, 3 or 4 times 2 N D V. Extra memory: a chunk's logits and their gradient, and the float32 gradient of the
-    weight. A row with a target >= V has log-prob NaN on CUDA and raises on the CPU.
+    weight (`head_chunks.head_peak_bytes`). A row with a target >= V has log-prob NaN on CUDA and raises on the CPU.
 
     Raises: ValueError or TypeError for inputs of wrong shape, dtype or device, and for keep="probs" with entropy_grad.
     """

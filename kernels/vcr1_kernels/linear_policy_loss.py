@@ -244,7 +244,7 @@ def fused_linear_policy_loss(
     sums of the loss function added up over chunks.
 
     FLOPs: 3 times 2 N D V (2 with a frozen weight, 1 without gradients). Extra memory: one chunk's logits and E, the
-    gradient of hidden, and a float32 gradient of the weight.
+    gradient of hidden, and a float32 gradient of the weight (`head_chunks.head_peak_bytes`).
 
     Raises: ValueError or TypeError for inputs of wrong shape, dtype or device; RuntimeError on a second backward.
     """
