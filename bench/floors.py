@@ -90,13 +90,6 @@ def measure_head_gemms(num_tokens: int, hidden: int, vocab: int, dtype: torch.dt
     return HeadGemms(*(timings[way.name].median_ms for way in ways))
 
 
-def head_memory_bytes(num_tokens: int, hidden: int, vocab: int, itemsize: int, chunk_rows: int) -> int:
-    """What a head that works in chunks needs besides its inputs: float32 logits and probabilities of one chunk, both
-    gradients accumulated in float32, and both as they are handed out in the inputs' type."""
-    chunk = min(chunk_rows, num_tokens) * vocab * (4 + itemsize)
-    return chunk + (vocab + num_tokens) * hidden * (4 + (itemsize if itemsize < 4 else 0))
-
-
 def logits_bytes(num_tokens: int, vocab: int, itemsize: int, passes: int) -> int:
     """Bytes of a logits-level op: 1 pass reads the logits (forward), 2 read and write them (forward and backward in
     place in a single sweep), 3 read them twice and write once (two sweeps)."""

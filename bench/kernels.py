@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from vcr1_kernels import reference
-from vcr1_kernels.head_chunks import auto_chunk_rows
+from vcr1_kernels.head_chunks import head_peak_bytes
 
 from bench import attention_problem as attention
 from bench import floors, peers
@@ -171,15 +171,9 @@ def measure_head(session: Session, size: head.HeadSize, num_tokens: int) -> None
         "floor": "3 matrix products",
         "floor_ms": gemms.train_ms,
         "gemms_ms": asdict(gemms),
-        "expected_extra_bytes": expected_head_bytes(size, num_tokens, session.dtype.itemsize),
+        "expected_extra_bytes": head_peak_bytes(num_tokens, size.hidden, size.vocab, session.dtype),
     }
     session.hold(head.head_ways(problem, runners), absent, head.head_reference(problem), labels)
-
-
-def expected_head_bytes(size: head.HeadSize, num_tokens: int, itemsize: int) -> int:
-    """One chunk of the fused head, as large as it chooses, and the gradients."""
-    chunk_rows = auto_chunk_rows(size.hidden, size.vocab, 4 + itemsize)
-    return floors.head_memory_bytes(num_tokens, size.hidden, size.vocab, itemsize, chunk_rows)
 
 
 def measure_frozen_head(session: Session, size: head.HeadSize, num_tokens: int) -> None:

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .backend import runs_triton
-from .head_rows import stats_dtype
+from .head_rows import exp_rows, gradient_rows
+from .row_stats import RowStats, stats_dtype
+from .upload import upload
 
 NUM_SMS = 132  # H100 SXM and H200
 TILE_ROWS, TILE_COLS = 128, 256  # cuBLAS's usual bfloat16 tile on Hopper
 CHUNK_BYTES = 4 << 30  # logits and their gradient of one chunk: 4,096 rows at V = 152k with float32 logits
 HEAD_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+VECTORS_PER_ROW = 64  # numbers of a row beside its matrices: statistics, the loss and its autograd; ours take 32
+HAS_MM_OUT_DTYPE = ("cuda", "meta")  # devices where torch.mm gives sums of bfloat16 products in float32
 
 
 def wave_efficiency(num_rows: int, hidden_size: int) -> float:
@@ -40,6 +46,45 @@ def auto_chunk_rows(hidden_size: int, vocab_size: int, bytes_per_logit: int) -> 
     most = max(CHUNK_BYTES // (vocab_size * bytes_per_logit) // TILE_ROWS * TILE_ROWS, TILE_ROWS)
     candidates = range(most, max(most // 2, TILE_ROWS) - 1, -TILE_ROWS)
     return max(candidates, key=lambda rows: (round(wave_efficiency(rows, hidden_size), 2), rows))
+
+
+def head_peak_bytes(
+    num_rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    *,
+    logits_dtype: torch.dtype = torch.float32,
+    chunk_rows: int | None = None,
+    trains_weight: bool = True,
+) -> int:
+    """Most bytes that a fused head holds at a time besides its inputs, over forward and backward, results included.
+
+        peak  = gradients + chunk + vectors, or what is handed out where that is more
+        chunk     C (V b + max(V l, D (s + 2 b)))   E or d(logits) beside the logits, or beside the scaled operands
+        gradients N D b + V D s                     of hidden; of the weight, summed in s
+                  N D s                             with a frozen weight (`fused_linear_logprob` keeps d(logprob) in s)
+        handed out, when no chunk is left: the gradient in s and its copy in b
+        vectors   64 N s                            at most
+
+    N rows, C those of the largest chunk (`auto_chunk_rows`, or the longest sequence of a sequence-level loss), D hidden
+    size, V vocabulary; bytes of an element: b of the inputs, l of the logits, s of sums (4, or 8 for float64). On CUDA,
+    without the allocator's rounding and cuBLAS's workspace. `keep="probs"` keeps N V b more. Scoring alone, without
+    gradients, takes C V l.
+    """
+    logits = effective_logits_dtype(dtype, logits_dtype).itemsize
+    size, sums = dtype.itemsize, stats_dtype(dtype).itemsize
+    if chunk_rows is None:
+        chunk_rows = auto_chunk_rows(hidden_size, vocab_size, logits + size)
+    chunk = vocab_size * size + max(vocab_size * logits, hidden_size * (sums + 2 * size))
+    chunk *= min(chunk_rows, num_rows)
+    hidden, weight = num_rows * hidden_size, vocab_size * hidden_size
+    rounded = size if size < sums else 0
+    if trains_weight:
+        peak = hidden * size + weight * sums + max(chunk, weight * rounded)
+    else:
+        peak = hidden * sums + max(chunk, hidden * size)
+    return peak + VECTORS_PER_ROW * num_rows * sums
 
 
 def row_chunks(num_rows: int, chunk_rows: int, sequence_lens: Sequence[int] | None = None) -> list[tuple[int, int]]:
@@ -64,7 +109,7 @@ def matmul(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     """a @ b rounded once, to `out_dtype`. bfloat16 operands are multiplied exactly and summed in float32."""
     if a.dtype == out_dtype:
         return a @ b
-    if a.is_cuda:
+    if a.device.type in HAS_MM_OUT_DTYPE:
         return torch.mm(a, b, out_dtype=out_dtype)
     return a.to(out_dtype) @ b.to(out_dtype)
 
@@ -76,7 +121,7 @@ def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
+    elif a.device.type in HAS_MM_OUT_DTYPE:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
@@ -88,7 +133,7 @@ def temperature_to_scale(temperature: float | Tensor, num_rows: int, like: Tenso
     if isinstance(temperature, Tensor):
         if temperature.shape != (num_rows,):
             raise ValueError(f"temperature has shape {tuple(temperature.shape)}, wanted a number or [{num_rows}]")
-        return temperature.detach().to(device=like.device, dtype=dtype).reciprocal()
+        return upload(temperature.detach(), like.device).to(dtype).reciprocal()
     if not temperature > 0 or math.isinf(temperature):
         raise ValueError(f"temperature is {temperature}, wanted a finite number > 0")
     return torch.full((num_rows,), 1.0 / temperature, dtype=dtype, device=like.device)
@@ -119,9 +164,49 @@ def check_head_inputs(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, lo
         raise ValueError(f"hidden, weight and target lie on {hidden_ND.device}, {weight_VD.device}, {target_N.device}")
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast would round float32 operands to bfloat16. Devices that have none, such as `meta`, pass."""
+    device_type = x.device.type
+    has_autocast = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
+
+
 def effective_logits_dtype(hidden_dtype: torch.dtype, logits_dtype: torch.dtype) -> torch.dtype:
     """`logits_dtype` chooses for bfloat16 inputs; wider inputs keep their own dtype."""
     return logits_dtype if hidden_dtype == torch.bfloat16 else hidden_dtype
+
+
+class Head(NamedTuple):
+    """The inputs of a fused head, and what is made of some rows of them."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    target_N: Tensor
+    scale_N: Tensor
+    logits_dtype: torch.dtype
+    triton: bool
+
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        return matmul(self.hidden_ND[rows], self.weight_VD.T, self.logits_dtype)
+
+    def exp_rows(
+        self, rows: slice | Tensor, logits_CV: Tensor, exp_CV: Tensor | None, with_entropy: bool = True
+    ) -> RowStats:
+        return exp_rows(logits_CV, self.target_N[rows], self.scale_N[rows], exp_CV, with_entropy, self.triton)
+
+    def gradient_rows(
+        self,
+        rows: slice | Tensor,
+        logits_CV: Tensor,
+        stats: RowStats,
+        logprob_grad_C: Tensor,
+        entropy_grad_C: Tensor | None,
+        grad_CV: Tensor,
+    ) -> None:
+        gradient_rows(
+            logits_CV, self.target_N[rows], self.scale_N[rows], stats, logprob_grad_C, entropy_grad_C, grad_CV,
+            self.triton,
+        )  # fmt: skip
 
 
 class HeadGradients:
@@ -164,8 +249,11 @@ class HeadGradients:
         So the [C, V] matrix that `exp_rows` wrote is multiplied as it is, with no second pass over it.
         """
         if self._need_hidden:
-            unscaled_CD = matmul(exp_CV, self._weight_in_VD, self._total_dtype)
-            self.hidden_ND[rows] = (unscaled_CD * coefficient_C[:, None]).to(self.hidden_ND.dtype)
+            self.hidden_ND[rows] = (
+                matmul(exp_CV, self._weight_in_VD, self._total_dtype)
+                .mul_(coefficient_C[:, None])
+                .to(self.hidden_ND.dtype)
+            )
         if self._need_weight:
             hidden_CD = self._hidden_in_ND[rows]
             self._add_to_weight(exp_CV.T, (hidden_CD * coefficient_C[:, None]).to(hidden_CD.dtype))
@@ -181,5 +269,5 @@ def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
         from . import head_rows_launch
 
         head_rows_launch.scale_unless_one_(x, factor)
-    elif x.is_cuda or float(factor) != 1.0:
+    elif x.device.type != "cpu" or float(factor) != 1.0:
         x.mul_(factor)

@@ -11,29 +11,14 @@ Shape letters: C rows (tokens of one chunk), V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
+from .row_stats import RowStats, stats_dtype
 
 IGNORED = -100  # a target that does not count: log-prob 0, entropy 0, no gradient
 GUARD = 60.0  # largest scaled distance from the target's logit to the row's maximum that exp() takes as it is
-
-
-class RowStats(NamedTuple):
-    """Per-row results, [C] float32 (float64 for float64 logits). s = 1 / temperature; c is the row's offset."""
-
-    logprob: Tensor
-    entropy: Tensor  # nats; 0 when it was not asked for
-    offset: Tensor  # c, a raw logit: the target's, or the row's maximum where that lies more than GUARD above
-    inv_total: Tensor  # 1 / sum_v exp(s (z_v - c))
-    others: Tensor  # sum over v != target of exp(s (z_v - c)); times inv_total it is 1 - p_target without cancellation
-
-
-def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def exp_rows(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .device.head_rows import LAUNCH, exp_rows_kernel, gradient_rows_kernel, scale_unless_one_kernel
-from .head_rows import RowStats
+from .row_stats import RowStats
 
 SCALE_PROGRAMS = 132 * 8  # enough to fill an H200 when the factor is not 1, few enough to end at once when it is
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from ._ops import add_op_namespace_prefix
 from .backend import Backend, runs_triton
 from .head_chunks import (
+    Head,
     HeadGradients,
     auto_chunk_rows,
     check_head_inputs,
@@ -28,8 +29,9 @@ from .head_chunks import (
     matmul,
     row_chunks,
     temperature_to_scale,
+    without_autocast,
 )
-from .head_rows import RowStats, exp_rows, gradient_rows, stats_dtype
+from .row_stats import RowStats, stats_dtype
 
 Keep = Literal["none", "probs"]
 
@@ -47,24 +49,28 @@ def _forward(
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """(stats [5, N], kept); kept is [N, V] for `probs`, [N, D] for `direction`, else empty."""
-    num_rows, vocab_size = hidden_ND.shape[0], weight_VD.shape[0]
-    stats_5N = hidden_ND.new_empty(5, num_rows, dtype=stats_dtype(hidden_ND.dtype))
-    kept = _empty_kept(hidden_ND, vocab_size, keep)
-    for start, stop in row_chunks(num_rows, chunk_rows):
-        rows = slice(start, stop)
-        logits_CV = matmul(hidden_ND[rows], weight_VD.T, logits_dtype)
-        exp_CV = None
-        if keep == "probs":
-            exp_CV = kept[rows]
-        elif keep == "direction":
-            exp_CV = hidden_ND.new_empty(stop - start, vocab_size)
-        stats = exp_rows(logits_CV, target_N[rows], scale_N[rows], exp_CV, with_entropy, triton)
-        torch.stack(tuple(stats), out=stats_5N[:, rows])
-        if keep == "direction":
-            assert exp_CV is not None
-            unit_CD = matmul(exp_CV, weight_VD, kept.dtype)
-            torch.mul(unit_CD, (-scale_N[rows] * stats.inv_total)[:, None], out=kept[rows])
+    head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton)
+    stats_5N = hidden_ND.new_empty(5, hidden_ND.shape[0], dtype=stats_dtype(hidden_ND.dtype))
+    kept = _empty_kept(hidden_ND, weight_VD.shape[0], keep)
+    for start, stop in row_chunks(hidden_ND.shape[0], chunk_rows):
+        _score(head, slice(start, stop), keep, with_entropy, stats_5N, kept)
     return stats_5N, kept
+
+
+def _score(head: Head, rows: slice, keep: str, with_entropy: bool, stats_5N: Tensor, kept: Tensor) -> None:
+    """Fills these rows of both results of `_forward`.
+
+    Its matrices [C, V] are gone when it returns: in variables of the loop they would live on beside the next ones.
+    """
+    exp_CV = kept[rows] if keep == "probs" else None
+    if keep == "direction":
+        exp_CV = head.hidden_ND.new_empty(rows.stop - rows.start, head.weight_VD.shape[0])
+    stats = head.exp_rows(rows, head.logits(rows), exp_CV, with_entropy)
+    torch.stack(tuple(stats), out=stats_5N[:, rows])
+    if keep == "direction":
+        assert exp_CV is not None
+        unit_CD = matmul(exp_CV, head.weight_VD, kept.dtype)
+        torch.mul(unit_CD, (-head.scale_N[rows] * stats.inv_total)[:, None], out=kept[rows])
 
 
 def _empty_kept(hidden_ND: Tensor, vocab_size: int, keep: str) -> Tensor:
@@ -100,22 +106,29 @@ def _backward(
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """(d hidden, d weight), empty where not needed."""
+    head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton)
     grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
     for start, stop in row_chunks(hidden_ND.shape[0], chunk_rows):
         rows = slice(start, stop)
         stats = RowStats(*stats_5N[:, rows].unbind())
         if keep == "probs":
             grads.add_scaled_rows(rows, kept[rows], -logprob_grad_N[rows] * scale_N[rows] * stats.inv_total)
-            continue
-        logits_CV = matmul(hidden_ND[rows], weight_VD.T, logits_dtype)
-        # the gradient overwrites the logits where both have the dtype of the GEMMs
-        grad_CV = logits_CV if logits_dtype == hidden_ND.dtype else hidden_ND.new_empty(logits_CV.shape)
-        entropy_grad_C = None if entropy_grad_N is None else entropy_grad_N[rows]
-        gradient_rows(
-            logits_CV, target_N[rows], scale_N[rows], stats, logprob_grad_N[rows], entropy_grad_C, grad_CV, triton
-        )
-        grads.add_rows(rows, grad_CV)
+        else:
+            entropy_grad_C = None if entropy_grad_N is None else entropy_grad_N[rows]
+            # no name for the gradient of the logits: it must be gone when the next logits are made
+            grads.add_rows(rows, _logits_gradient(head, rows, stats, logprob_grad_N[rows], entropy_grad_C))
     return grads.hidden_ND, grads.weight_VD
+
+
+def _logits_gradient(
+    head: Head, rows: slice, stats: RowStats, logprob_grad_C: Tensor, entropy_grad_C: Tensor | None
+) -> Tensor:
+    logits_CV = head.logits(rows)
+    # the gradient overwrites the logits where both have the dtype of the GEMMs
+    is_in_place = head.logits_dtype == head.hidden_ND.dtype
+    grad_CV = logits_CV if is_in_place else head.hidden_ND.new_empty(logits_CV.shape)
+    head.gradient_rows(rows, logits_CV, stats, logprob_grad_C, entropy_grad_C, grad_CV)
+    return grad_CV
 
 
 @_backward.register_fake
@@ -151,8 +164,9 @@ class _LinearLogprob(torch.autograd.Function):
         if logprob_grad_N is None:
             logprob_grad_N = torch.zeros_like(stats_5N[0])
         if keep == "direction":
-            return (kept * logprob_grad_N[:, None]).to(hidden_ND.dtype), *nothing[1:]
-        with torch.autocast(hidden_ND.device.type, enabled=False):
+            hidden_grad = torch.empty_like(hidden_ND)  # rounded as it is written: no product in float32 beside it
+            return torch.mul(kept, logprob_grad_N[:, None], out=hidden_grad), *nothing[1:]
+        with without_autocast(hidden_ND):
             hidden_grad, weight_grad = _backward(
                 hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept, logprob_grad_N, entropy_grad_N,
                 keep, need_hidden, need_weight, logits_dtype, chunk_rows, triton,
@@ -191,7 +205,7 @@ def fused_linear_logprob(
     Returns: (logprob [N], entropy [N]) float32, or float64 for float64 inputs. Entropy in nats.
 
     FLOPs: 2, 3 or 4 times 2 N D V. Extra memory: a chunk's logits and their gradient, and the float32 gradient of the
-    weight. A row with a target >= V has log-prob NaN on CUDA and raises on the CPU.
+    weight (`head_chunks.head_peak_bytes`). A row with a target >= V has log-prob NaN on CUDA and raises on the CPU.
 
     Raises: ValueError or TypeError for inputs of wrong shape, dtype or device, and for keep="probs" with entropy_grad.
     """
@@ -212,7 +226,7 @@ def fused_linear_logprob(
     else:
         resolved_keep = keep
     triton = runs_triton(backend, hidden_ND)
-    with torch.autocast(hidden_ND.device.type, enabled=False):  # it would round float32 operands to bfloat16
+    with without_autocast(hidden_ND):
         logprob_N, entropy_N = _LinearLogprob.apply(  # pyright: ignore[reportGeneralTypeIssues]
             hidden_ND, weight_VD, target_N, scale_N, resolved_keep, dtype, chunk_rows, triton
         )

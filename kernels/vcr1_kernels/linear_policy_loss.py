@@ -17,7 +17,7 @@ Shape letters: N tokens, C rows of one chunk, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,25 +25,36 @@ from torch import Tensor
 
 from .backend import Backend, runs_triton
 from .head_chunks import (
+    Head,
     HeadGradients,
     auto_chunk_rows,
     check_head_inputs,
     effective_logits_dtype,
-    matmul,
     row_chunks,
     scale_unless_one_,
     temperature_to_scale,
+    without_autocast,
 )
-from .head_rows import exp_rows, gradient_rows, stats_dtype
 from .losses import LossFunction, TokenVectors
+from .row_stats import stats_dtype
+from .sequences import lens_on
+from .upload import upload
 
 
 class Piece(NamedTuple):
-    """Rows that go through the head together."""
+    """Rows start to stop - 1, in the order of the plan, that go through the head together."""
 
-    rows: slice | Tensor  # positions in [N]
-    sequence_lens: tuple[int, ...] | None  # whole sequences of a sequence-level loss, else None
+    start: int
+    stop: int
     needs_gradient: bool  # False: log-prob and entropy are wanted for the sums, but every coefficient is 0
+
+
+class Plan(NamedTuple):
+    """Which rows go through the head when. Host values only."""
+
+    order_N: Tensor | None  # [N] int64, positions of the rows in the order of the pieces; None: as they come
+    sequence_lens: tuple[int, ...] | None  # in that order, where pieces hold whole sequences
+    pieces: list[Piece]
 
 
 def is_sequence_level(loss: LossFunction, tokens: TokenVectors) -> bool:
@@ -51,7 +62,7 @@ def is_sequence_level(loss: LossFunction, tokens: TokenVectors) -> bool:
     return bool(getattr(loss, "is_sequence_level", tokens.sequence_lens is not None))
 
 
-def plan_pieces(loss: LossFunction, tokens: TokenVectors, num_rows: int, chunk_rows: int) -> list[Piece]:
+def plan_pieces(loss: LossFunction, tokens: TokenVectors, num_rows: int, chunk_rows: int) -> Plan:
     """Chunks of the rows that have a coefficient, then chunks of those that have none (1 GEMM instead of 3).
 
     Which rows those are is read from `loss.zero_rows(tokens)`; on CUDA tensors that waits for the device once, on CPU
@@ -61,47 +72,33 @@ def plan_pieces(loss: LossFunction, tokens: TokenVectors, num_rows: int, chunk_r
     zero_rows: Callable[[TokenVectors], Tensor] | None = getattr(loss, "zero_rows", None)
     zero_N = zero_rows(tokens).cpu() if zero_rows is not None else torch.zeros(num_rows, dtype=torch.bool)
     if not bool(zero_N.any()):
-        return _pieces(slice(0, num_rows), lens, num_rows, chunk_rows, True)
+        chunks = row_chunks(num_rows, chunk_rows, lens) or [(0, 0)]
+        return Plan(None, lens, [Piece(start, stop, True) for start, stop in chunks])
+    live_lens = idle_lens = None
     if lens is not None:  # a sequence is dropped as a whole or not at all
-        zero_S = torch.stack([part.all() for part in zero_N.split(lens)])
-        zero_N = zero_S.repeat_interleave(torch.tensor(lens))
-        active_lens = tuple(n for n, zero in zip(lens, zero_S.tolist(), strict=True) if not zero)
-        idle_lens = tuple(n for n, zero in zip(lens, zero_S.tolist(), strict=True) if zero)
-    else:
-        active_lens = idle_lens = None
-    active, idle = (~zero_N).nonzero().squeeze(1), zero_N.nonzero().squeeze(1)
-    return [
-        *_pieces(active, active_lens, active.numel(), chunk_rows, True),
-        *_pieces(idle, idle_lens, idle.numel(), chunk_rows, False),
-    ]
+        is_zero_S = [bool(part.all()) for part in zero_N.split(lens)]
+        zero_N = torch.tensor(is_zero_S).repeat_interleave(torch.tensor(lens))
+        live_lens = tuple(n for n, is_zero in zip(lens, is_zero_S, strict=True) if not is_zero)
+        idle_lens = tuple(n for n, is_zero in zip(lens, is_zero_S, strict=True) if is_zero)
+        lens = (*live_lens, *idle_lens)
+    num_idle = int(zero_N.sum())
+    num_live = num_rows - num_idle
+    pieces = [Piece(start, stop, True) for start, stop in row_chunks(num_live, chunk_rows, live_lens)]
+    idle = row_chunks(num_idle, chunk_rows, idle_lens)
+    pieces += [Piece(num_live + start, num_live + stop, False) for start, stop in idle]
+    return Plan(zero_N.to(torch.uint8).argsort(stable=True), lens, pieces)
 
 
-def _pieces(
-    rows: slice | Tensor, lens: Sequence[int] | None, num_rows: int, chunk_rows: int, needs_gradient: bool
-) -> list[Piece]:
-    pieces = []
-    sequence = 0
-    for start, stop in row_chunks(num_rows, chunk_rows, lens):
-        chunk_lens = None
-        if lens is not None:
-            first, length = sequence, 0
-            while length < stop - start:
-                length += lens[sequence]
-                sequence += 1
-            chunk_lens = tuple(lens[first:sequence])
-        chunk = slice(start, stop) if isinstance(rows, slice) else rows[start:stop]
-        pieces.append(Piece(chunk, chunk_lens, needs_gradient))
-    return pieces
+def _in_order(tokens: TokenVectors, plan: Plan, device: torch.device) -> tuple[TokenVectors, Tensor | None]:
+    """The vectors in the order of the plan, and that order, on `device`: one copy for each, however many pieces."""
+    order_N = None if plan.order_N is None else upload(plan.order_N, device)
 
+    def in_order(vector_N: Tensor) -> Tensor:
+        vector_N = upload(vector_N, device)
+        return vector_N if order_N is None else vector_N[order_N]
 
-def _select(tokens: TokenVectors, piece: Piece, device: torch.device) -> TokenVectors:
-    """The vectors of one piece, on the device of the head."""
-
-    def rows_of(vector_N: Tensor) -> Tensor:
-        rows = piece.rows if isinstance(piece.rows, slice) else piece.rows.to(vector_N.device)
-        return vector_N[rows].to(device)
-
-    return tokens.map(rows_of, piece.sequence_lens)
+    lens = plan.sequence_lens
+    return tokens.map(in_order, lens, None if lens is None else lens_on(lens, device)), order_N
 
 
 class Evaluated(NamedTuple):
@@ -131,38 +128,63 @@ def evaluate_loss(
         return Evaluated(value.detach(), sums, *torch.autograd.grad(value, leaves, allow_unused=True))
 
 
+def _score(
+    head: Head, rows: slice | Tensor, loss: LossFunction, tokens: TokenVectors, needs_gradient: bool
+) -> tuple[Evaluated, Tensor | None, Tensor | None]:
+    """The loss of a piece, and d(loss)/d(logits) as a matrix [C, V] and the factors [C] of its rows (None: 1)."""
+    logits_CV = head.logits(rows)
+    exp_CV = head.hidden_ND.new_empty(logits_CV.shape) if needs_gradient else None
+    stats = head.exp_rows(rows, logits_CV, exp_CV)
+    result = evaluate_loss(loss, stats.logprob, stats.entropy, tokens, needs_gradient)
+    if exp_CV is None or (result.logprob_grad is None and result.entropy_grad is None):
+        return result, None, None
+    logprob_grad_C = torch.zeros_like(stats.logprob) if result.logprob_grad is None else result.logprob_grad
+    if result.entropy_grad is None:
+        return result, exp_CV, -logprob_grad_C * head.scale_N[rows] * stats.inv_total
+    head.gradient_rows(rows, logits_CV, stats, logprob_grad_C, result.entropy_grad, exp_CV)
+    return result, exp_CV, None
+
+
+def _finish(
+    head: Head,
+    grads: HeadGradients,
+    rows: slice | Tensor,
+    loss: LossFunction,
+    tokens: TokenVectors,
+    needs_gradient: bool,
+) -> Evaluated:
+    """All there is to do for a piece: its loss, and its share of the gradients.
+
+    The logits are gone when the gradients' products begin, and the matrix [C, V] when the next piece does: in variables
+    of the loop over pieces both would live on beside the next logits.
+    """
+    result, matrix_CV, factor_C = _score(head, rows, loss, tokens, needs_gradient)
+    if matrix_CV is not None and factor_C is None:
+        grads.add_rows(rows, matrix_CV)
+    elif matrix_CV is not None and factor_C is not None:
+        grads.add_scaled_rows(rows, matrix_CV, factor_C)
+    return result
+
+
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, scale_N: Tensor, loss: LossFunction,
-        tokens: TokenVectors, pieces: list[Piece], logits_dtype: torch.dtype, triton: bool, wants_grad: bool,
-        names: list[str],
+        tokens: TokenVectors, order_N: Tensor | None, pieces: list[Piece], logits_dtype: torch.dtype, triton: bool,
+        wants_grad: bool, names: list[str],
     ) -> tuple[Tensor, ...]:  # fmt: skip
         need_hidden, need_weight = (wants_grad and needs for needs in ctx.needs_input_grad[:2])
+        head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton)
         grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
         total = torch.zeros((), dtype=stats_dtype(hidden_ND.dtype), device=hidden_ND.device)
         totals: dict[str, Tensor] = {}
-        for piece in pieces:
-            rows = piece.rows if isinstance(piece.rows, slice) else piece.rows.to(hidden_ND.device)
-            needs_gradient = piece.needs_gradient and (need_hidden or need_weight)
-            logits_CV = matmul(hidden_ND[rows], weight_VD.T, logits_dtype)
-            exp_CV = hidden_ND.new_empty(logits_CV.shape) if needs_gradient else None
-            stats = exp_rows(logits_CV, target_N[rows], scale_N[rows], exp_CV, True, triton)
-            result = evaluate_loss(
-                loss, stats.logprob, stats.entropy, _select(tokens, piece, hidden_ND.device), needs_gradient
-            )
+        for start, stop, has_coefficient in pieces:
+            rows = slice(start, stop) if order_N is None else order_N[start:stop]
+            needs_gradient = has_coefficient and (need_hidden or need_weight)
+            result = _finish(head, grads, rows, loss, tokens.rows(start, stop), needs_gradient)
             total += result.loss
             for name, value in result.sums.items():
                 totals[name] = totals[name] + value if name in totals else value
-            if exp_CV is not None and result.entropy_grad is not None:
-                logprob_grad_C = result.logprob_grad if result.logprob_grad is not None else torch.zeros_like(total)
-                gradient_rows(
-                    logits_CV, target_N[rows], scale_N[rows], stats, logprob_grad_C.expand_as(stats.logprob),
-                    result.entropy_grad, exp_CV, triton,
-                )  # fmt: skip
-                grads.add_rows(rows, exp_CV)
-            elif exp_CV is not None and result.logprob_grad is not None:
-                grads.add_scaled_rows(rows, exp_CV, -result.logprob_grad * scale_N[rows] * stats.inv_total)
         ctx.grads = grads
         names.extend(totals)
         outputs = tuple(totals.values())
@@ -185,7 +207,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return (
             grads.hidden_ND if needs_hidden else None,
             grads.weight_VD if needs_weight else None,
-            *(None,) * 9,
+            *(None,) * 10,
         )
 
 
@@ -212,15 +234,17 @@ def fused_linear_policy_loss(
             its value over all tokens is the sum over chunks. Where the loss of a token depends on its whole sequence,
             `tokens.sequence_lens` must be given: chunks then end where sequences end. Autograd gives the coefficients,
             so any differentiable torch code will do; a gradient with respect to entropy is honoured.
-        tokens: advantages, weights and log-probs of the loss, [N] each, on any device. On the CPU they spare the device
-            a wait: rows whose coefficient is 0 (`loss.zero_rows`) take 1 GEMM instead of 3.
+        tokens: advantages, weights and log-probs of the loss, [N] each, on any device. Rows whose coefficient is 0
+            (`loss.zero_rows`) take 1 GEMM instead of 3. Which ones is decided on the host: vectors on the CPU are read
+            there and then sent once each, with no wait; vectors on the device are waited for once. Vectors in pinned
+            memory must not be overwritten before the device has read them.
         temperature, logits_dtype, chunk_rows, backend: as in `fused_linear_logprob`.
 
     Returns: (loss, sums): a float32 scalar (float64 for float64 inputs) to call backward on once, and the detached
     sums of the loss function added up over chunks.
 
     FLOPs: 3 times 2 N D V (2 with a frozen weight, 1 without gradients). Extra memory: one chunk's logits and E, the
-    gradient of hidden, and a float32 gradient of the weight.
+    gradient of hidden, and a float32 gradient of the weight (`head_chunks.head_peak_bytes`).
 
     Raises: ValueError or TypeError for inputs of wrong shape, dtype or device; RuntimeError on a second backward.
     """
@@ -232,11 +256,12 @@ def fused_linear_policy_loss(
     scale_N = temperature_to_scale(temperature, num_rows, hidden_ND)
     if chunk_rows is None:
         chunk_rows = auto_chunk_rows(hidden_ND.shape[1], weight_VD.shape[0], dtype.itemsize + hidden_ND.dtype.itemsize)
-    pieces = plan_pieces(loss, tokens, num_rows, chunk_rows) or [Piece(slice(0, 0), tokens.sequence_lens, True)]
+    plan = plan_pieces(loss, tokens, num_rows, chunk_rows)
+    ordered, order_N = _in_order(tokens, plan, hidden_ND.device)
     names: list[str] = []
-    with torch.autocast(hidden_ND.device.type, enabled=False):  # it would round float32 operands to bfloat16
+    with without_autocast(hidden_ND):
         value, *sums = _LinearPolicyLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            hidden_ND, weight_VD, target_N, scale_N, loss, tokens, pieces, dtype,
+            hidden_ND, weight_VD, target_N, scale_N, loss, ordered, order_N, plan.pieces, dtype,
             runs_triton(backend, hidden_ND), torch.is_grad_enabled(), names,
         )  # fmt: skip
     return value, dict(zip(names, sums, strict=True))

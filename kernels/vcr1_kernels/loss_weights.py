@@ -113,7 +113,10 @@ def trl_weights(
     num_sequences = lengths_S.numel()
     token_mean_S = torch.ones_like(lengths_S) / (lengths_S.sum().clamp(min=1.0) * accumulation)
     if variant in ("dapo", "cispo"):
-        items = torch.as_tensor(num_items_in_batch, dtype=torch.float64, device=lengths_S.device).clamp(min=1.0)
+        if isinstance(num_items_in_batch, Tensor):
+            items = num_items_in_batch.to(lengths_S).clamp(min=1.0)
+        else:  # as a tensor on a device it would be a copy to wait for
+            items = max(float(num_items_in_batch), 1.0)
         policy_S = torch.ones_like(lengths_S) / (items / num_processes * accumulation / steps_per_generation)
     elif variant == "bnpo":
         policy_S = token_mean_S

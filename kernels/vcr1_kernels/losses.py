@@ -227,8 +227,9 @@ class PolicyLoss:
         Raises ValueError when `tokens` lacks a vector that this loss needs.
         """
         self._require_vectors(tokens)
+        lens_S = tokens.lens_on(logprob_N.device) if self.is_sequence_level else None
         old_N = logprob_N.detach() if tokens.old_logprob_N is None else tokens.old_logprob_N
-        ratio_N = self._ratio(logprob_N, old_N, tokens.sequence_lens)
+        ratio_N = self._ratio(logprob_N, old_N, lens_S)
         term_N, sums = self._policy_term(logprob_N, ratio_N, tokens.advantage_N)
         sums["tokens"] = torch.full_like(sums["clipped_low"], logprob_N.numel())
         sums["entropy"] = entropy_N.detach().sum()
@@ -236,7 +237,7 @@ class PolicyLoss:
         if tokens.sampling_logprob_N is not None:
             sums["sampling_gap"] = (logprob_N.detach() - tokens.sampling_logprob_N).abs().sum()
         if tokens.sampling_logprob_N is not None and self.sampling_correction != "none":
-            scale_N, is_cut_N = self._correction.weights(old_N, tokens.sampling_logprob_N, tokens.sequence_lens)
+            scale_N, is_cut_N = self._correction.weights(old_N, tokens.sampling_logprob_N, lens_S)
             term_N = term_N * scale_N
             sums |= {"sampling_weight": scale_N.sum(), "sampling_cut": is_cut_N.sum()}
         loss = (tokens.weight_N * term_N).sum()
@@ -265,8 +266,7 @@ class PolicyLoss:
             is_live_N |= (tokens.weight_N if tokens.entropy_weight_N is None else tokens.entropy_weight_N) != 0
         if self.is_sequence_level:
             self._require_vectors(tokens)
-            assert tokens.sequence_lens is not None
-            is_live_N = sequence_sum(is_live_N.to(torch.float32), tokens.sequence_lens) > 0
+            is_live_N = sequence_sum(is_live_N.to(torch.float32), tokens.lens_on(is_live_N.device)) > 0
         return ~is_live_N
 
     def _require_vectors(self, tokens: TokenVectors) -> None:
@@ -281,14 +281,14 @@ class PolicyLoss:
             what = "gspo" if self.variant == "gspo" else self.sampling_correction
             raise ValueError(f"{what} is sequence-level and sequence_lens is None: give the tokens of each sequence")
 
-    def _ratio(self, logprob_N: Tensor, old_N: Tensor, sequence_lens: tuple[int, ...] | None) -> Tensor:
+    def _ratio(self, logprob_N: Tensor, old_N: Tensor, lens_S: Tensor | None) -> Tensor:
         """r of the module docstring: of the token, or for gspo of its sequence."""
         log_ratio_N = logprob_N - old_N
         if self.variant != "gspo":
             limit = LOG_RATIO_LIMIT.get(self.dialect)
             return torch.exp(log_ratio_N if limit is None else log_ratio_N.clamp(-limit, limit))
-        assert sequence_lens is not None
-        mean_N = sequence_mean(log_ratio_N, sequence_lens)
+        assert lens_S is not None
+        mean_N = sequence_mean(log_ratio_N, lens_S)
         if self.dialect == "verl":  # value of the sequence, gradient of the token
             mean_N = (logprob_N - logprob_N.detach() + mean_N.detach()).clamp(max=VERL_SEQUENCE_LOG_RATIO_LIMIT)
         return torch.exp(mean_N)

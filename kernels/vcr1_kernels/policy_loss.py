@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .backend import Backend, runs_triton
 from .head_chunks import temperature_to_scale
-from .head_rows import RowStats, exp_rows, gradient_rows
+from .head_rows import exp_rows, gradient_rows
 from .losses import LossFunction, TokenVectors
+from .row_stats import RowStats
 
 
 class _LogprobOfLogits(torch.autograd.Function):

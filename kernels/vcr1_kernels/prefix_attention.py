@@ -30,7 +30,8 @@ from ._ops import add_op_namespace_prefix, ops
 from .backend import runs_triton, unavailable_reason
 from .prefix_attention_dense import DENSE, FLASH_CPU, BatchedAttention
 from .prefix_attention_flash import HALF_TYPES, FlashAttention, flash_ops
-from .prefix_attention_triton import MAX_HEAD_DIM, TritonAttention
+from .prefix_attention_launch import MAX_HEAD_DIM
+from .prefix_attention_triton import TritonAttention
 from .prefix_layout import PrefixGroup, PrefixLayout, check_layout, layout_from_ints, layout_to_ints
 
 __all__ = [

@@ -20,13 +20,16 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .prefix_attention_triton import ROW_LAUNCH, int32_on, row_options, unit_stride
+from .prefix_attention_launch import ROW_LAUNCH, row_options
+from .prefix_attention_triton import unit_stride
 from .prefix_layout import PrefixLayout
+from .upload import upload_ints
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # query, key, value, out, lse
 HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -195,38 +198,37 @@ class Plan:
     prompts: slice | Tensor  # of the row: prompts that have completions
 
 
-def _cumulative(lengths: list[int]) -> list[int]:
-    total = [0]
-    for length in lengths:
-        total.append(total[-1] + length)
-    return total
+def _rows_of(spans: list[tuple[int, int]]) -> list[int]:
+    return [row for span in spans for row in range(*span)]
 
 
-def _select(spans: list[tuple[int, int]], device: torch.device) -> slice | Tensor:
-    if len(spans) == 1:
-        return slice(*spans[0])
-    return int32_on([i for span in spans for i in range(*span)], device).long()
+def _ends(spans: list[tuple[int, int]]) -> list[int]:
+    return list(accumulate((end - start for start, end in spans), initial=0))
 
 
-@functools.lru_cache(maxsize=64)
+def _longest(spans: list[tuple[int, int]]) -> int:
+    return max(end - start for start, end in spans)
+
+
+@functools.lru_cache(maxsize=16)
 def make_plan(layout: PrefixLayout, device: torch.device) -> Plan:
-    """Segment tables of both calls, copied to the device without a wait. Completions without tokens are left out."""
-    lengths = [n for group in layout for n in (group.prompt_len, *group.completion_lens) if n > 0]
-    cu = int32_on(_cumulative(lengths), device)
-    causal = Segments(cu, cu, max(lengths), max(lengths), causal=True)
+    """Segment tables of both calls, sent in one copy without a wait. Completions without tokens are left out."""
+    segments = [span for group in layout for span in group.segments()]
     groups = [group for group in layout if group.end > group.prompt_end]
+    queries = [(group.prompt_end, group.end) for group in groups]
+    keys = [(group.start, group.prompt_end) for group in groups]
+    tables = (_ends(segments), _ends(queries), _ends(keys), _rows_of(queries), _rows_of(keys))
+    cu, cu_q, cu_k, completion_rows, prompt_rows = upload_ints(tables, device)
+    causal = Segments(cu, cu, _longest(segments), _longest(segments), causal=True)
     if not groups:
-        return Plan(causal, None, cu.new_empty(0), slice(0, 0), slice(0, 0))
-    blocks = [group.end - group.prompt_end for group in groups]
-    prompts = [group.prompt_len for group in groups]
-    cu_q, cu_k = int32_on(_cumulative(blocks), device), int32_on(_cumulative(prompts), device)
-    spans = [(group.prompt_end, group.end) for group in groups]
+        return Plan(causal, None, completion_rows, slice(0, 0), slice(0, 0))
+    has_one_group = len(groups) == 1
     return Plan(
         causal,
-        Segments(cu_q, cu_k, max(blocks), max(prompts), causal=False),
-        int32_on([i for span in spans for i in range(*span)], device),
-        _select(spans, device),
-        _select([(group.start, group.prompt_end) for group in groups], device),
+        Segments(cu_q, cu_k, _longest(queries), _longest(keys), causal=False),
+        completion_rows,
+        slice(*queries[0]) if has_one_group else completion_rows.long(),
+        slice(*keys[0]) if has_one_group else prompt_rows.long(),
     )
 
 

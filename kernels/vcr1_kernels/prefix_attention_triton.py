@@ -1,4 +1,4 @@
-"""Shared-prefix attention by own Triton kernels: host side. Tiles, launch configurations, forward and backward.
+"""Shared-prefix attention by own Triton kernels: host side. Tiles, forward and backward.
 
 One launch does both parts of every query row: its prefix and its own segment, so there is nothing to merge and the
 prompt's keys are read in place. Backward is three launches (delta, dQ, dK/dV) without atomics, so it is deterministic.
@@ -12,82 +12,22 @@ Shape letters: T packed tokens, H query heads, K key/value heads, C head dimensi
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backend import is_interpreted
+from .prefix_attention_launch import ROW_LAUNCH, Launch, launch_of, launch_options, row_options
 from .prefix_layout import PrefixGroup, PrefixLayout
+from .upload import upload_ints
 
-MAX_HEAD_DIM = 128
 _WANTED_PROGRAMS = 8 * 132  # dK/dV: eight rounds of an H200's 132 multiprocessors even out tiles of unequal length
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Tile sizes and warps of one kernel: query rows and keys at a time, stages of the load pipeline."""
-
-    rows: int
-    keys: int
-    num_warps: int
-    stages: int
-
-
-# By kernel and by padded head dimension. Chosen by what compiles for sm_90 without spills and within 227 KB of shared
-# memory on Triton 3.6 and 3.7, with wgmma for every product (float32 has none); times are not measured.
-SHIPPED: dict[str, dict[int, Launch]] = {
-    "forward": {64: Launch(128, 64, 8, 3), 128: Launch(128, 64, 8, 3)},
-    "dq": {64: Launch(128, 64, 8, 3), 128: Launch(128, 64, 8, 2)},
-    "dkdv": {64: Launch(64, 128, 8, 2), 128: Launch(32, 128, 8, 2)},
-}
-SHIPPED_FLOAT32: dict[str, dict[int, Launch]] = {
-    "forward": {64: Launch(32, 32, 4, 1), 128: Launch(16, 64, 4, 1)},
-    "dq": {64: Launch(32, 32, 4, 1), 128: Launch(32, 32, 8, 1)},
-    "dkdv": {64: Launch(32, 32, 4, 1), 128: Launch(64, 32, 8, 1)},
-}
-ROW_LAUNCH = Launch(rows=64, keys=0, num_warps=8, stages=1)  # the delta and merge kernels, which have no keys
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The power of two in which a head is computed, 16 at least (the smallest product of `tl.dot`)."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def launch_of(kernel: str, head_dim: int, dtype: torch.dtype) -> Launch:
-    """The shipped configuration; in the interpreter small tiles, so that small tests have several of each kind."""
-    if is_interpreted():
-        return Launch(16, 32, 4, 1) if kernel != "dkdv" else Launch(32, 16, 4, 1)
-    table = SHIPPED_FLOAT32 if dtype == torch.float32 else SHIPPED
-    return table[kernel][max(64, padded_head_dim(head_dim))]
-
-
-def shipped_constants(kernel: str) -> Iterator[tuple[str, int, dict[str, int | bool], tuple[int, int]]]:
-    """(dtype, head dimension, constants, (num_warps, num_stages)) of the shipped builds; 80 is the padded case.
-
-    float16 differs from bfloat16 in the names of instructions only (same registers, counted), so it has one build here.
-    """
-    for dtype, head_dims in (("bf16", (64, 80, 128)), ("fp16", (128,)), ("fp32", (64, 80, 128))):
-        table = SHIPPED_FLOAT32 if dtype == "fp32" else SHIPPED
-        for head_dim in head_dims:
-            launch = table[kernel][max(64, padded_head_dim(head_dim))]
-            yield dtype, head_dim, _constants(head_dim, launch, dot_fp32=False), (launch.num_warps, launch.stages)
-
-
-def _segments(group: PrefixGroup) -> Iterator[tuple[int, int]]:
-    """First and last + 1 token of the prompt and of each completion with tokens."""
-    start = group.start
-    for length in (group.prompt_len, *group.completion_lens):
-        if length:
-            yield start, start + length
-        start += length
 
 
 def own_starts(layout: PrefixLayout) -> list[int]:
     """For every token of the row: first token of its prompt or completion."""
-    return [start for group in layout for start, end in _segments(group) for _ in range(start, end)]
+    return [start for group in layout for start, end in group.segments() for _ in range(start, end)]
 
 
 def _regions(layout: PrefixLayout) -> Iterator[tuple[PrefixGroup, int, int]]:
@@ -126,7 +66,7 @@ def key_tiles(layout: PrefixLayout, keys: int) -> list[tuple[int, ...]]:
     own = own_starts(layout)
     tiles: list[tuple[int, ...]] = []
     for group, begin, end in _regions(layout):
-        segment_end = {start: stop for start, stop in _segments(group)}
+        segment_end = {start: stop for start, stop in group.segments()}
         for first in range(begin, end, keys):
             last = min(first + keys, end)
             if begin == group.start:
@@ -138,22 +78,33 @@ def key_tiles(layout: PrefixLayout, keys: int) -> list[tuple[int, ...]]:
     return sorted(tiles, key=lambda tile: tile[2] - tile[4])
 
 
-def int32_on(numbers: Sequence[int] | Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
-    """Host integers as an int32 tensor on `device`, copied from pinned memory: the host does not wait for the GPU."""
-    tensor = torch.tensor(numbers, dtype=torch.int32)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+class Tables(NamedTuple):
+    """What the kernels read of a layout, int32."""
 
-
-@functools.lru_cache(maxsize=64)
-def _tables(layout: PrefixLayout, kind: str, launch: Launch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tile table and own_start [T]; cached, so that the 28-36 layers of a model share them."""
-    tiles = key_tiles(layout, launch.keys) if kind == "dkdv" else query_tiles(layout, launch.rows, launch.keys)
-    return int32_on(tiles, device), _own_start(layout, device)
+    forward: Tensor  # [tiles, 6], `query_tiles`
+    dq: Tensor  # [tiles, 6], likewise
+    dkdv: Tensor  # [tiles, 5], `key_tiles`
+    own_start: Tensor  # [T]
 
 
 @functools.lru_cache(maxsize=16)
-def _own_start(layout: PrefixLayout, device: torch.device) -> Tensor:
-    return int32_on(own_starts(layout), device)
+def _tables(layout: PrefixLayout, launches: tuple[Launch, Launch, Launch], device: torch.device) -> Tables:
+    forward, dq, dkdv = launches
+    tiles = [
+        query_tiles(layout, forward.rows, forward.keys),
+        query_tiles(layout, dq.rows, dq.keys),
+        key_tiles(layout, dkdv.keys),
+    ]
+    flat = [[number for tile in table for number in tile] for table in tiles]
+    *sent, own_start = upload_ints([*flat, own_starts(layout)], device)
+    forward_tiles, dq_tiles, dkdv_tiles = (x.view(len(table), -1) for x, table in zip(sent, tiles, strict=True))
+    return Tables(forward_tiles, dq_tiles, dkdv_tiles, own_start)
+
+
+def make_tables(layout: PrefixLayout, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tables:
+    """One copy for each layout and device, kept: all layers of a model, forward and backward, read the same tables."""
+    forward, dq, dkdv = (launch_of(kernel, head_dim, dtype) for kernel in ("forward", "dq", "dkdv"))
+    return _tables(layout, (forward, dq, dkdv), device)
 
 
 def head_splits(repeats: int, num_tiles: int, num_key_heads: int) -> int:
@@ -170,29 +121,6 @@ def unit_stride(x_THC: Tensor) -> Tensor:
 def _strides(*tensors: Tensor) -> list[int]:
     """Of rows and of heads, in elements."""
     return [stride for x in tensors for stride in x.stride()[:2]]
-
-
-def _constants(head_dim: int, launch: Launch, dot_fp32: bool) -> dict[str, int | bool]:
-    return {
-        "HEAD_DIM": head_dim,
-        "C": padded_head_dim(head_dim),
-        "M": launch.rows,
-        "N": launch.keys,
-        "STAGES": launch.stages,
-        "DOT_FP32": dot_fp32,
-    }
-
-
-def _options(head_dim: int, launch: Launch) -> dict[str, Any]:
-    """Keyword arguments of a launch."""
-    constants = _constants(head_dim, launch, dot_fp32=is_interpreted())
-    return {**constants, "num_warps": launch.num_warps, "num_stages": launch.stages}
-
-
-def row_options(head_dim: int) -> dict[str, Any]:
-    """Keyword arguments of a launch of the delta or the merge kernel."""
-    padded = padded_head_dim(head_dim)
-    return {"HEAD_DIM": head_dim, "C": padded, "M": ROW_LAUNCH.rows, "num_warps": ROW_LAUNCH.num_warps}
 
 
 LOG2E = 1.4426950408889634
@@ -212,10 +140,19 @@ class TritonAttention:
         out_THC = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         lse_HT = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
         launch = launch_of("forward", head_dim, query.dtype)
-        tiles, own_start = _tables(layout, "forward", launch, query.device)
-        arguments: list[Any] = [query, key, value, out_THC, lse_HT, tiles, own_start, *_strides(query, key, value)]
+        tables = make_tables(layout, head_dim, query.dtype, query.device)
+        arguments: list[Any] = [
+            query,
+            key,
+            value,
+            out_THC,
+            lse_HT,
+            tables.forward,
+            tables.own_start,
+            *_strides(query, key, value),
+        ]
         arguments += [num_heads * head_dim, num_tokens, num_heads // key.shape[1], scale * LOG2E]
-        prefix_forward_kernel[num_heads, len(tiles)](*arguments, **_options(head_dim, launch))
+        prefix_forward_kernel[num_heads, len(tables.forward)](*arguments, **launch_options(head_dim, launch))
         return out_THC, lse_HT
 
     def backward(
@@ -235,6 +172,7 @@ class TritonAttention:
         num_key_heads = key.shape[1]
         repeats = num_heads // num_key_heads
         strides = _strides(query, key, value)
+        tables = make_tables(layout, head_dim, query.dtype, query.device)
 
         delta_HT = torch.empty_like(lse_HT)
         prefix_delta_kernel[num_heads, -(-num_tokens // ROW_LAUNCH.rows)](
@@ -243,20 +181,18 @@ class TritonAttention:
 
         dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         launch = launch_of("dq", head_dim, query.dtype)
-        tiles, own_start = _tables(layout, "dq", launch, query.device)
-        arguments: list[Any] = [query, key, value, grad, lse_HT, delta_HT, dq, tiles, own_start, *strides]
+        arguments: list[Any] = [query, key, value, grad, lse_HT, delta_HT, dq, tables.dq, tables.own_start, *strides]
         arguments += [num_heads * head_dim, num_tokens, repeats, scale * LOG2E, scale]
-        prefix_dq_kernel[num_heads, len(tiles)](*arguments, **_options(head_dim, launch))
+        prefix_dq_kernel[num_heads, len(tables.dq)](*arguments, **launch_options(head_dim, launch))
 
         launch = launch_of("dkdv", head_dim, query.dtype)
-        tiles, own_start = _tables(layout, "dkdv", launch, query.device)
-        splits = head_splits(repeats, len(tiles), num_key_heads)
+        splits = head_splits(repeats, len(tables.dkdv), num_key_heads)
         # partial sums in float32: a bfloat16 rounding for each of the query heads would show in dK
         dtype = query.dtype if splits == 1 else torch.float32
         dk, dv = (torch.empty(splits, *key.shape, dtype=dtype, device=key.device) for _ in range(2))
-        arguments = [query, key, value, grad, lse_HT, delta_HT, dk, dv, tiles, own_start, *strides]
+        arguments = [query, key, value, grad, lse_HT, delta_HT, dk, dv, tables.dkdv, tables.own_start, *strides]
         arguments += [num_heads * head_dim, num_key_heads * head_dim, num_tokens, num_key_heads, repeats]
         arguments += [repeats // splits, scale * LOG2E, scale]
-        prefix_dkdv_kernel[splits * num_key_heads, len(tiles)](*arguments, **_options(head_dim, launch))
+        prefix_dkdv_kernel[splits * num_key_heads, len(tables.dkdv)](*arguments, **launch_options(head_dim, launch))
         dk, dv = (x[0] if splits == 1 else x.sum(0).to(key.dtype) for x in (dk, dv))
         return dq, dk, dv

@@ -10,7 +10,7 @@ Every completion sees the prompt of its group and itself, nothing else:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -29,6 +29,14 @@ class PrefixGroup:
     @property
     def end(self) -> int:
         return self.prompt_end + sum(self.completion_lens)
+
+    def segments(self) -> Iterator[tuple[int, int]]:
+        """First and last + 1 token of the prompt and of each completion with tokens."""
+        start = self.start
+        for length in (self.prompt_len, *self.completion_lens):
+            if length:
+                yield start, start + length
+            start += length
 
 
 PrefixLayout = tuple[PrefixGroup, ...]

@@ -82,19 +82,19 @@ class SamplingCorrection:
             raise ValueError(f"{bounds}: a divergence ({self.gate}) has an upper bound only")
 
     def weights(
-        self, old_logprob_N: Tensor, sampling_logprob_N: Tensor, sequence_lens: tuple[int, ...] | None
+        self, old_logprob_N: Tensor, sampling_logprob_N: Tensor, lens_S: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """([N] weights without gradient, [N] bool: truncated or masked). sequence_lens: for the sequence modes."""
+        """([N] weights without gradient, [N] bool: truncated or masked). lens_S: for the sequence modes."""
         log_rho_N = (old_logprob_N - sampling_logprob_N).detach()
         if self.dialect == "trl":
             log_rho_N = torch.nan_to_num(log_rho_N, nan=0.0)
         if self.dialect == "openrlhf":
             weight_N = torch.exp(log_rho_N)
-            statistic_N = self._gate_statistic(log_rho_N, old_logprob_N, sampling_logprob_N, sequence_lens)
+            statistic_N = self._gate_statistic(log_rho_N, old_logprob_N, sampling_logprob_N, lens_S)
         else:
             if self.is_sequence_level:
-                assert sequence_lens is not None
-                log_rho_N = sequence_sum(log_rho_N, sequence_lens)
+                assert lens_S is not None
+                log_rho_N = sequence_sum(log_rho_N, lens_S)
             if self.dialect == "verl":
                 log_rho_N = log_rho_N.clamp(-VERL_LOG_LIMIT, VERL_LOG_LIMIT)
             weight_N = statistic_N = torch.exp(log_rho_N)
@@ -112,7 +112,7 @@ class SamplingCorrection:
         log_rho_N: Tensor,
         old_logprob_N: Tensor,
         sampling_logprob_N: Tensor,
-        sequence_lens: tuple[int, ...] | None,
+        lens_S: Tensor | None,
     ) -> Tensor:
         """OpenRLHF's statistic of a token, with p = exp(sampling) and q = exp(old); for a sequence its mean.
 
@@ -130,6 +130,6 @@ class SamplingCorrection:
         else:
             statistic_N = (p_N - q_N).abs()
         if self.is_sequence_level:
-            assert sequence_lens is not None
-            statistic_N = sequence_mean(statistic_N, sequence_lens)
+            assert lens_S is not None
+            statistic_N = sequence_mean(statistic_N, lens_S)
         return statistic_N.exp() if self.gate == "ratio" else statistic_N

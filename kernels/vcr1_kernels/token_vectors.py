@@ -1,17 +1,21 @@
 """What a policy loss takes besides the log-probs: per-token vectors of whole sequences, to be cut into chunks.
 
-Shape letters: N tokens of all sequences one after the other, M chosen tokens.
+Shape letters: N tokens of all sequences one after the other, S sequences.
 """
 
 from __future__ import annotations
 
-from bisect import bisect
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from .sequences import lens_on
+from .upload import upload
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class TokenVectors:
     """Tokens of each sequence, >= 0, summing to N; for sequence-level losses."""
     kl_weight_N: Tensor | None = None
     entropy_weight_N: Tensor | None = None
+    lens_S: Tensor | None = None
+    """`sequence_lens` as int64 on the device of the vectors; None: sent there when a loss needs it."""
 
     def __post_init__(self) -> None:
         num_tokens = self.advantage_N.numel()
@@ -46,39 +52,49 @@ class TokenVectors:
             raise ValueError(f"sequence_lens sum to {sum(self.sequence_lens)}, wanted the {num_tokens} tokens given")
 
     def _vectors(self) -> dict[str, Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "sequence_lens"}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name.endswith("_N")}
         return {name: value for name, value in values.items() if value is not None}
 
-    def map(self, change: Callable[[Tensor], Tensor], sequence_lens: tuple[int, ...] | None) -> TokenVectors:
+    def map(
+        self,
+        change: Callable[[Tensor], Tensor],
+        sequence_lens: tuple[int, ...] | None,
+        lens_S: Tensor | None = None,
+    ) -> TokenVectors:
         """The same vectors after `change`, for sequences of the lengths that are then theirs."""
         changed: dict[str, Any] = {name: change(vector_N) for name, vector_N in self._vectors().items()}
-        return TokenVectors(**changed, sequence_lens=sequence_lens)
+        return TokenVectors(**changed, sequence_lens=sequence_lens, lens_S=lens_S)
+
+    def lens_on(self, device: torch.device) -> Tensor:
+        """`sequence_lens` as the functions of `sequences` take them."""
+        assert self.sequence_lens is not None
+        return lens_on(self.sequence_lens, device) if self.lens_S is None else upload(self.lens_S, device)
 
     def rows(self, start: int, stop: int) -> TokenVectors:
         """Tokens start to stop - 1 as views. Raises ValueError when sequence_lens are given and one would be cut."""
-        lens = None
-        if self.sequence_lens is not None:
-            ends = [0, *accumulate(self.sequence_lens)]
-            for place in (start, stop):
-                if place not in ends:
-                    after = bisect(ends, place)
-                    raise ValueError(
-                        f"rows({start}, {stop}) cuts a sequence at {place}, wanted ends of sequences, such as "
-                        f"{ends[max(after - 1, 0)]} or {ends[min(after, len(ends) - 1)]}; for a loss that is not "
-                        "sequence-level leave sequence_lens out"
-                    )
-            begins = zip(ends, self.sequence_lens, strict=False)
-            lens = tuple(size for begin, size in begins if size and start <= begin < stop)
-        return self.map(lambda vector_N: vector_N[start:stop], lens)
+        if self.sequence_lens is None:
+            return self.map(lambda vector_N: vector_N[start:stop], None)
+        ends = [0, *accumulate(self.sequence_lens)]
+        for place in (start, stop):
+            if place not in ends:
+                after = bisect_right(ends, place)
+                raise ValueError(
+                    f"rows({start}, {stop}) cuts a sequence at {place}, wanted ends of sequences, such as "
+                    f"{ends[max(after - 1, 0)]} or {ends[min(after, len(ends) - 1)]}; for a loss that is not "
+                    "sequence-level leave sequence_lens out"
+                )
+        sequences = slice(bisect_right(ends, start) - 1, bisect_left(ends, stop))  # without empty ones at either end
+        lens_S = None if self.lens_S is None else self.lens_S[sequences]
+        return self.map(lambda vector_N: vector_N[start:stop], self.sequence_lens[sequences], lens_S)
 
     def select(self, keep_N: Tensor) -> TokenVectors:
-        """The tokens where keep_N ([N] bool) is true. With sequence_lens one copy from device to host."""
+        """The tokens where keep_N ([N] bool) is true. From a device `keep_N` is copied to the host once."""
+        kept_N = keep_N.cpu()
         lens = None
         if self.sequence_lens is not None:
-            kept = keep_N.tolist()
-            ends = list(accumulate(self.sequence_lens))
-            lens = tuple(sum(kept[end - size : end]) for end, size in zip(ends, self.sequence_lens, strict=True))
-        return self.map(lambda vector_N: vector_N[keep_N], lens)
+            lens = tuple(int(part.sum()) for part in kept_N.split(self.sequence_lens))
+        places = upload(kept_N.nonzero().squeeze(1), self.advantage_N.device)
+        return self.map(lambda vector_N: vector_N[places.to(vector_N.device)], lens)
 
 
 LossFunction = Callable[[Tensor, Tensor, TokenVectors], tuple[Tensor, dict[str, Tensor]]]

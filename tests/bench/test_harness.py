@@ -87,9 +87,6 @@ def test_floor_arithmetic():
     limits = floors.Limits(copy_gb_s=4000.0, gemm_tflop_s=800.0, gemm_size=8192, dtype="bfloat16")
     assert limits.bytes_ms(4e9) == pytest.approx(1.0)  # 4 GB at 4000 GB/s
     assert limits.flop_ms(8e11) == pytest.approx(1.0)  # 0.8 TFLOP at 800 TFLOP/s
-    # bfloat16, 100 tokens in chunks of 64: 64 x 50 of 4 + 2 bytes, and (50 + 100) x 8 of 4 + 2 bytes
-    assert floors.head_memory_bytes(100, 8, 50, 2, 64) == 64 * 50 * 6 + 150 * 8 * 6
-    assert floors.head_memory_bytes(100, 8, 50, 4, 128) == 100 * 50 * 8 + 150 * 8 * 4
     assert floors.logits_bytes(8192, 151936, 2, 2) == 2 * 2 * 8192 * 151936
     # 3 frames of 28 x 28: 2 pairs of 4 patches of 1176 values
     assert floors.patchify_bytes(3, 28, 28, 2) == 3 * 28 * 28 * 3 + 2 * 4 * 1176 * 2

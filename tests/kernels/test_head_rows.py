@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from vcr1_kernels.head_rows import RowStats, exp_rows, gradient_rows
+from vcr1_kernels.head_rows import exp_rows, gradient_rows
 from vcr1_kernels.head_rows_launch import scale_unless_one_
+from vcr1_kernels.row_stats import RowStats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [pytest.param(False, id="torch"), pytest.param(True, id="triton")]

@@ -107,18 +107,17 @@ def test_rows_without_coefficient_are_scored_but_not_trained(zero: tuple[int, ..
 
 def test_plan_of_dropped_rows():
     *_, tokens = make(zero_sequences=(0, 2))
-    pieces = plan_pieces(PolicyLoss(), tokens, NUM_ROWS, 8)
+    plan = plan_pieces(PolicyLoss(), tokens, NUM_ROWS, 8)
     # 15 live rows (1 + 5 + 9), then the 19 of sequences 0 and 2
-    assert [(len(p.rows), p.needs_gradient) for p in pieces] == [
-        (8, True),
-        (7, True),
-        (8, False),
-        (8, False),
-        (3, False),
-    ]
-    pieces = plan_pieces(PolicyLoss("gspo"), tokens, NUM_ROWS, 8)
-    assert [p.sequence_lens for p in pieces] == [(1, 5), (9,), (7,), (12,)]
-    assert len(plan_pieces(PolicyLoss(beta=0.1), tokens, NUM_ROWS, 8)) == 5  # with a KL every row has a coefficient
+    assert plan.pieces == [(0, 8, True), (8, 15, True), (15, 23, False), (23, 31, False), (31, 34, False)]
+    assert plan.order_N is not None and plan.sequence_lens is None
+    assert plan.order_N.tolist() == [7, *range(20, 34), *range(7), *range(8, 20)]
+    plan = plan_pieces(PolicyLoss("gspo"), tokens, NUM_ROWS, 8)
+    # whole sequences: 1 + 5, 9, then 7 and 12; that without a token goes with the idle ones
+    assert plan.sequence_lens == (1, 5, 9, 7, 12, 0)
+    assert plan.pieces == [(0, 6, True), (6, 15, True), (15, 22, False), (22, 34, False)]
+    plan = plan_pieces(PolicyLoss(beta=0.1), tokens, NUM_ROWS, 8)  # with a KL every row has a coefficient
+    assert plan.order_N is None and [p.needs_gradient for p in plan.pieces] == [True] * 5
 
 
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])

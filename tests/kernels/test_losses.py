@@ -290,6 +290,10 @@ def test_rows_and_select_keep_sequences_together():
     with pytest.raises(ValueError, match=r"cuts a sequence at 3, wanted ends of sequences, such as 2 or 5"):
         tokens.rows(2, 3)
     assert replace(tokens, sequence_lens=None).rows(2, 3).advantage_N.tolist() == [2]
+    with_tensor = replace(tokens, lens_S=torch.tensor(tokens.sequence_lens))
+    for start, stop in ((2, 6), (0, 5), (2, 2), (6, 6)):
+        part = with_tensor.rows(start, stop)
+        assert part.lens_S is not None and tuple(part.lens_S.tolist()) == part.sequence_lens
     kept = tokens.select(torch.tensor([True, True, False, True, False, False]))
     assert kept.sequence_lens == (2, 0, 1, 0)
     assert kept.weight_N.tolist() == [0, 1, 3]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vcr1_kernels import prefix_attention_launch as launch
 from vcr1_kernels import prefix_attention_triton as host
 from vcr1_kernels import reference
 from vcr1_kernels.prefix_attention import prefix_attention
@@ -85,7 +86,7 @@ def test_equals_the_definition(poisoned_memory, layout, heads, kv_heads, head_di
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float16), (80, torch.float32)])
 def test_shipped_tile_sizes_equal_the_definition(monkeypatch, head_dim, dtype):
     """The constants a GPU runs with; the other tests here have smaller tiles."""
-    monkeypatch.setattr(host, "is_interpreted", lambda: False)
+    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
     layout = (PrefixGroup(0, 200, (130, 20, 50)),)
     assert_as_exact_as_the_plain_path(make_inputs(layout, 2, 1, head_dim, dtype), layout)
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..compile_cases import CompileCase
+from ..prefix_attention_launch import ROW_LAUNCH, shipped_constants
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -217,8 +218,6 @@ def kernel_case(
 
 def compile_cases() -> list[CompileCase]:
     """Forward for each dtype and head dimension of SHIPPED (80 is computed as 128), and the merge of two parts."""
-    from ..prefix_attention_triton import ROW_LAUNCH, shipped_constants
-
     cases = [
         kernel_case(f"prefix_forward {dtype} {head_dim}", prefix_forward_kernel, dtype, constants, launch)
         for dtype, head_dim, constants, launch in shipped_constants("forward")

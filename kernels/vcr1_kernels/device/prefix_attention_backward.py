@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..compile_cases import CompileCase
+from ..prefix_attention_launch import ROW_LAUNCH, shipped_constants
 from .prefix_attention import LOG2E, dot, kernel_case, load_rows, store_rows
 
 
@@ -215,8 +216,6 @@ def prefix_dkdv_kernel(
 
 def compile_cases() -> list[CompileCase]:
     """The three kernels for each dtype and head dimension of SHIPPED; dK and dV as float32 partial sums and direct."""
-    from ..prefix_attention_triton import ROW_LAUNCH, shipped_constants
-
     cases = [
         kernel_case(f"prefix_dq {dtype} {head_dim}", prefix_dq_kernel, dtype, constants, launch)
         for dtype, head_dim, constants, launch in shipped_constants("dq")

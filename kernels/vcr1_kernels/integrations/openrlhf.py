@@ -144,7 +144,7 @@ class PolicyLoss:
         vllm_kl = (rollout_N - old_N).sum() / num_tokens
         if not self._gate.is_sequence_level:
             return loss, clip_ratio, ppo_kl, vllm_kl, sums["sampling_cut"] / num_tokens
-        _, is_cut_N = self._gate.weights(old_N, rollout_N, lens)
+        _, is_cut_N = self._gate.weights(old_N, rollout_N, lengths_B)
         return loss, clip_ratio, ppo_kl, vllm_kl, _share_of_rows(mask_BA, is_cut_N)
 
     __call__ = forward
