@@ -65,12 +65,14 @@ def is_sequence_level(loss: LossFunction, tokens: TokenVectors) -> bool:
 def plan_pieces(loss: LossFunction, tokens: TokenVectors, num_rows: int, chunk_rows: int) -> Plan:
     """Chunks of the rows that have a coefficient, then chunks of those that have none (1 GEMM instead of 3).
 
-    Which rows those are is read from `loss.zero_rows(tokens)`; on CUDA tensors that waits for the device once, on CPU
-    tensors not at all.
+    Which rows those are is read from `tokens.is_zero_on_host`, else from `loss.zero_rows(tokens)`; on CUDA tensors that
+    waits for the device once, on CPU tensors not at all.
     """
     lens = tokens.sequence_lens if is_sequence_level(loss, tokens) else None
     zero_rows: Callable[[TokenVectors], Tensor] | None = getattr(loss, "zero_rows", None)
-    zero_N = zero_rows(tokens).cpu() if zero_rows is not None else torch.zeros(num_rows, dtype=torch.bool)
+    zero_N = tokens.is_zero_on_host
+    if zero_N is None:
+        zero_N = zero_rows(tokens).cpu() if zero_rows is not None else torch.zeros(num_rows, dtype=torch.bool)
     if not bool(zero_N.any()):
         chunks = row_chunks(num_rows, chunk_rows, lens) or [(0, 0)]
         return Plan(None, lens, [Piece(start, stop, True) for start, stop in chunks])
@@ -86,7 +88,8 @@ def plan_pieces(loss: LossFunction, tokens: TokenVectors, num_rows: int, chunk_r
     pieces = [Piece(start, stop, True) for start, stop in row_chunks(num_live, chunk_rows, live_lens)]
     idle = row_chunks(num_idle, chunk_rows, idle_lens)
     pieces += [Piece(num_live + start, num_live + stop, False) for start, stop in idle]
-    return Plan(zero_N.to(torch.uint8).argsort(stable=True), lens, pieces)
+    is_in_order = bool(zero_N[num_live:].all())  # the idle rows come last anyway
+    return Plan(None if is_in_order else zero_N.to(torch.uint8).argsort(stable=True), lens, pieces)
 
 
 def _in_order(tokens: TokenVectors, plan: Plan, device: torch.device) -> tuple[TokenVectors, Tensor | None]:
@@ -236,8 +239,8 @@ def fused_linear_policy_loss(
             so any differentiable torch code will do; a gradient with respect to entropy is honoured.
         tokens: advantages, weights and log-probs of the loss, [N] each, on any device. Rows whose coefficient is 0
             (`loss.zero_rows`) take 1 GEMM instead of 3. Which ones is decided on the host: vectors on the CPU are read
-            there and then sent once each, with no wait; vectors on the device are waited for once. Vectors in pinned
-            memory must not be overwritten before the device has read them.
+            there and then sent once each, with no wait; vectors on the device are waited for once, unless
+            `is_zero_on_host` says it. Vectors in pinned memory must not be overwritten before the device has read them.
         temperature, logits_dtype, chunk_rows, backend: as in `fused_linear_logprob`.
 
     Returns: (loss, sums): a float32 scalar (float64 for float64 inputs) to call backward on once, and the detached

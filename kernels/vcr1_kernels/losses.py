@@ -265,7 +265,7 @@ class PolicyLoss:
         if self.entropy_coef:
             is_live_N |= (tokens.weight_N if tokens.entropy_weight_N is None else tokens.entropy_weight_N) != 0
         if self.is_sequence_level:
-            self._require_vectors(tokens)
+            self._require_lens(tokens)
             is_live_N = sequence_sum(is_live_N.to(torch.float32), tokens.lens_on(is_live_N.device)) > 0
         return ~is_live_N
 
@@ -277,6 +277,9 @@ class PolicyLoss:
                 f"sampling_correction is {self.sampling_correction} and sampling_logprob_N is None: give the log-probs "
                 "that the rollout engine reported, or sampling_correction none"
             )
+        self._require_lens(tokens)
+
+    def _require_lens(self, tokens: TokenVectors) -> None:
         if self.is_sequence_level and tokens.sequence_lens is None:
             what = "gspo" if self.variant == "gspo" else self.sampling_correction
             raise ValueError(f"{what} is sequence-level and sequence_lens is None: give the tokens of each sequence")

@@ -42,6 +42,9 @@ class TokenVectors:
     entropy_weight_N: Tensor | None = None
     lens_S: Tensor | None = None
     """`sequence_lens` as int64 on the device of the vectors; None: sent there when a loss needs it."""
+    is_zero_on_host: Tensor | None = None
+    """`loss.zero_rows` of the same vectors, [N] bool on the host, where a caller has them there as well: the head then
+    need not wait for the device to know which rows to leave out. None: it asks the loss."""
 
     def __post_init__(self) -> None:
         num_tokens = self.advantage_N.numel()

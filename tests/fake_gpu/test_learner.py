@@ -53,7 +53,12 @@ def cases(num_gpus: int) -> list[Case]:
         one("plain", "--model.kernels=off", clip=SHORT_CLIP),
         taught,
         *(one(loss, f"--algorithm.loss={loss}", clip=SHORT_CLIP) for loss in LOSSES),
-        one("corrected", "--algorithm.sampling_correction=token_truncate", clip=SHORT_CLIP),
+        one(
+            "corrected",
+            "--algorithm.sampling_correction=token_truncate",
+            "--algorithm.sampling_cap=2.0",
+            clip=SHORT_CLIP,
+        ),
     ]
 
 

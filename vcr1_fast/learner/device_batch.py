@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vcr1_kernels.losses import TokenVectors
 from vcr1_kernels.prefix_attention import PrefixLayout
 
 from vcr1_fast.learner.families.family import ModelFamily, TowerInputs
@@ -48,6 +49,8 @@ class DeviceBatch:
     features_MW: Tensor | None  # what a frozen tower made of them
     layout: PrefixLayout
     sequence_lens: tuple[int, ...]  # scored tokens of each completion
+    lens_S: Tensor  # the same on the device
+    on_host: TokenVectors  # advantages, weights and lengths once more, where the host chooses rows by them
     num_tokens: int  # T
     num_unshared_tokens: int
 
@@ -74,7 +77,9 @@ def device_batch(
     features = [p.embeddings_MD for p in batch.patches if p.embeddings_MD is not None]
     if features and len(features) != len(batch.patches):
         raise ValueError(f"{len(features)} of {len(batch.patches)} clips come with embeddings, wanted all or none")
-    tensors = {name: getattr(batch, name) for name in _VECTORS} | {"video_row_M": video_row_M}
+    lens_S = torch.bincount(batch.sequence_N, minlength=batch.num_sequences)
+    sequence_lens = tuple(lens_S.tolist())
+    tensors = {name: getattr(batch, name) for name in _VECTORS} | {"video_row_M": video_row_M, "lens_S": lens_S}
     old_N = batch.old_logprob_N
     if old_N is not None and old_N.device != device:
         tensors["old_logprob_N"] = old_N
@@ -82,14 +87,14 @@ def device_batch(
     moved = send(tensors | dict(inputs.tensors if inputs else {}), device)
     values_PC = send_rows([p.values_PC for p in batch.patches], device, dtype) if inputs else None
     vectors: dict[str, Any] = {"old_logprob_N": old_N} | {name: moved[name] for name in tensors}
-    lengths = torch.bincount(batch.sequence_N, minlength=batch.num_sequences)
     return DeviceBatch(
         **vectors,
         values_PC=values_PC,
         tower=inputs.on(moved) if inputs else None,
         features_MW=send_rows(features, device, dtype) if features else None,
         layout=batch.layout,
-        sequence_lens=tuple(lengths.tolist()),
+        sequence_lens=sequence_lens,
+        on_host=TokenVectors(batch.advantage_N, batch.weight_N, sequence_lens=sequence_lens),
         num_tokens=batch.num_tokens,
         num_unshared_tokens=batch.num_unshared_tokens,
     )

@@ -97,6 +97,8 @@ def grpo_objective(batch: DeviceBatch, ref_logprob_N: Tensor | None, config: Alg
         ref_logprob_N=ref_logprob_N,
         sampling_logprob_N=batch.engine_logprob_N,
         sequence_lens=batch.sequence_lens,
+        lens_S=batch.lens_S,
+        is_zero_on_host=loss.zero_rows(batch.on_host),
     )
     return Objective(loss, tokens, loss.largest_gap)
 
