@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.tower_attention import use_varlen_tower
 from vcr1_fast.settings.config import ConfigError
 
@@ -50,8 +51,10 @@ class FrozenTower:
         return output.pooler_output
 
 
-def load_frozen_tower(folder: Path, dtype: torch.dtype, device: torch.device) -> FrozenTower:
-    """The tower of a Hugging Face checkpoint; nothing else of it is read.
+def load_frozen_tower(
+    folder: Path, dtype: torch.dtype, device: torch.device, kernels: KernelChoice | None = None
+) -> FrozenTower:
+    """The tower of a Hugging Face checkpoint; nothing else of it is read. `kernels` as for `PolicyModel`.
 
     Raises ConfigError when the checkpoint holds no tower or one of other shapes.
     """
@@ -74,6 +77,6 @@ def load_frozen_tower(folder: Path, dtype: torch.dtype, device: torch.device) ->
         problem = " ".join(str(error).split())[:200]
         raise ConfigError(f"the vision tower is frozen, but {folder} holds another one: {problem}") from error
     visual = visual.to(device, dtype).eval().requires_grad_(False)
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+    if (kernels or KernelChoice()).has_varlen_tower(device, dtype):
         use_varlen_tower(visual)
     return FrozenTower(visual, digest.hexdigest())
