@@ -5,9 +5,8 @@ rewards are compared before anything is timed: ours bit for bit, the original's 
 
 original  what VideoChat-R1 (arXiv 2504.06958) does: regular expressions, ast.literal_eval, a loop over the samples
 plain     the functions that define what is correct, `native.status()` aside
-tasks     lists in, lists out, as the tasks call them: compiled readers and overlaps
-arrays    one call reads, one call does overlap, reward and advantage; truths are arrays from the start
-cuda      the same with the second call on the GPU, transfers there and back included
+tasks     what a run does: compiled readers, overlaps and advantages of the CPU half
+cuda      what a run on a GPU does: the same with overlaps and advantages of the CUDA half, transfers included
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from rich.table import Table
 from bench import reward_answers
 from bench.harness import summarize
 from vcr1_fast import native
+from vcr1_fast.native_cuda import OnCuda
 from vcr1_fast.tasks import answers_batch, overlap, reward_groups
 from vcr1_fast.types import Box, Interval
 
@@ -95,48 +95,57 @@ def timed_s(way: Way, num_calls: int) -> float:
 
 def ways_of(task: str, count: int) -> tuple[dict[str, Way], int]:
     """The ways that can run here, and the number of characters of the batch."""
-    texts, ways, truth, truth_offsets = grounding_ways(count) if task == "grounding" else tracking_ways(count)
-    if native.is_available():
-        arrays = (truth, truth_offsets, group_offsets(count))
-        ways["arrays"] = lambda: arrays_way(task, texts, arrays)
-        if native.has_cuda() and torch.cuda.is_available():
-            on_gpu = tuple(torch.from_numpy(array).cuda() for array in arrays)
-            ways["cuda"] = lambda: cuda_way(task, texts, on_gpu)
-    else:
+    texts, ways = grounding_ways(count) if task == "grounding" else tracking_ways(count)
+    if not native.is_available():
         del ways["tasks"]
+    elif native.has_cuda() and torch.cuda.is_available():
+        ways["cuda"] = on_half(OnCuda(torch.device("cuda")), ways["tasks"])
     return ways, sum(map(len, texts))
 
 
-def grounding_ways(count: int) -> tuple[list[str], dict[str, Way], np.ndarray, np.ndarray]:
+def on_half(half: native.Half, way: Way) -> Way:
+    """The way with overlaps and advantages computed by `half`."""
+
+    def run_on_half() -> Scores:
+        native.use(half, "benchmark")
+        try:
+            return way()
+        finally:
+            native.use(native.on_cpu, "C++")
+
+    return run_on_half
+
+
+def grounding_ways(count: int) -> tuple[list[str], dict[str, Way]]:
     texts, truths = reward_answers.grounding(count, seed=count)
     ways: dict[str, Way] = {
         "original": lambda: original_grounding(texts, truths),
         "plain": lambda: plain_grounding(texts, truths),
         "tasks": lambda: tasks_grounding(texts, truths),
     }
-    return texts, ways, *overlap.ragged(truths, width=2)
+    return texts, ways
 
 
-def tracking_ways(count: int) -> tuple[list[str], dict[str, Way], np.ndarray, np.ndarray]:
+def tracking_ways(count: int) -> tuple[list[str], dict[str, Way]]:
     texts, truths = reward_answers.tracking(count, seed=count)
     ways: dict[str, Way] = {
         "original": lambda: original_tracking(texts, truths),
         "plain": lambda: plain_tracking(texts, truths),
         "tasks": lambda: tasks_tracking(texts, truths),
     }
-    return texts, ways, *overlap.ragged(truths, width=4)
+    return texts, ways
 
 
 def check_agreement(ways: dict[str, Way]) -> None:
     scores = {name: way() for name, way in ways.items()}
     for name, got in scores.items():
-        tolerance = 0.0 if name in ("tasks", "arrays") else 1e-6 if name == "cuda" else 1e-12
+        tolerance = 0.0 if name in ("tasks", "cuda") else 1e-12
         for what, ours, wanted in zip(("format", "iou", "advantage"), got, scores["plain"], strict=True):
             np.testing.assert_allclose(ours, wanted, rtol=tolerance, atol=tolerance, err_msg=f"{name}: {what}")
 
 
-def group_offsets(count: int) -> np.ndarray:
-    return np.arange(0, count + 1, GROUP_SIZE)
+def group_offsets(count: int) -> list[int]:
+    return list(range(0, count + 1, GROUP_SIZE))
 
 
 # The original's way, after its description: every sample on its own, patterns as strings, literals by Python's parser.
@@ -191,8 +200,15 @@ def original_advantages(formats: list[float], ious: list[float]) -> list[float]:
 
 
 def plain_advantages(formats: list[float], ious: list[float]) -> list[float]:
-    rewards = reward_groups.weighted_rewards([formats, ious], [1.0, 1.0])
-    return reward_groups.group_advantages_plain(rewards, group_offsets(len(ious)).tolist(), "group")
+    return reward_groups.group_advantages_plain(sums(formats, ious), group_offsets(len(ious)), "group")
+
+
+def task_advantages(formats: list[float], ious: list[float]) -> list[float]:
+    return reward_groups.group_advantages(sums(formats, ious), group_offsets(len(ious)), "group")
+
+
+def sums(formats: list[float], ious: list[float]) -> list[float]:
+    return [format_part + iou for format_part, iou in zip(formats, ious, strict=True)]
 
 
 def plain_grounding(texts: list[str], truths: list[list[Interval]]) -> Scores:
@@ -206,8 +222,7 @@ def tasks_grounding(texts: list[str], truths: list[list[Interval]]) -> Scores:
     formats = [float(ok) for ok in answers_batch.have_format(texts, "paper", True)]
     periods = answers_batch.read_periods(texts, "paper")
     ious = overlap.interval_iou_batch([unreversed(period) for period in periods], truths, "hull")
-    rewards = reward_groups.weighted_rewards([formats, ious], [1.0, 1.0])
-    return formats, ious, reward_groups.group_advantages(rewards, group_offsets(len(ious)).tolist(), "group")
+    return formats, ious, task_advantages(formats, ious)
 
 
 def unreversed(period: Interval | None) -> list[Interval]:
@@ -226,64 +241,13 @@ def tasks_tracking(texts: list[str], truths: list[list[Box]]) -> Scores:
     lists = answers_batch.read_box_lists(texts, "paper", pick="first")
     formats, tracks = tracks_of(lists, answers_batch.have_format(texts, "paper", True))
     ious = overlap.track_iou_batch(tracks, truths, 0)
-    rewards = reward_groups.weighted_rewards([formats, ious], [1.0, 1.0])
-    return formats, ious, reward_groups.group_advantages(rewards, group_offsets(len(ious)).tolist(), "group")
+    return formats, ious, task_advantages(formats, ious)
 
 
 def tracks_of(lists: Sequence[Any], has_tags: Sequence[bool]) -> tuple[list[float], list[Any]]:
     """Format reward, and the boxes of lists of the right length (all values in these answers are numbers)."""
     tracks = [rows if rows is not None and len(rows) == reward_answers.NUM_BOXES else [] for rows in lists]
     return [float(ok and bool(track)) for ok, track in zip(has_tags, tracks, strict=True)], tracks
-
-
-def read_arrays(task: str, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predicted rows [P, width], offsets [N + 1] and format rewards [1, N]."""
-    from vcr1_fast import _native
-
-    has_tags = np.array(_native.have_format(texts, ["think", "answer"], "paper"), np.float64)
-    if task == "grounding":
-        rows, offsets, _ = _native.period_rows(texts, "answer", "last", "paper")
-        is_reversed = rows[:, 0] > rows[:, 1]
-        if is_reversed.any():  # these answers lose their row
-            offsets = offsets - np.concatenate([[0], np.cumsum(is_reversed)])[offsets]
-            rows = rows[~is_reversed]
-        return rows, offsets, has_tags[None]
-    rows, offsets, lengths = _native.box_rows(texts, "answer", "first", "paper")
-    return rows, offsets, (has_tags * (lengths == reward_answers.NUM_BOXES))[None]
-
-
-def arrays_way(task: str, texts: list[str], arrays: tuple[np.ndarray, ...]) -> Scores:
-    from vcr1_fast import _native
-
-    truth, truth_offsets, groups = arrays
-    rows, offsets, formats = read_arrays(task, texts)
-    out = np.empty((3, len(texts)))
-    batch = (rows, offsets, truth, truth_offsets)
-    rest = (formats, np.ones(2), groups, "group", reward_groups.STD_FLOOR, out[0], out[1], out[2])
-    if task == "grounding":
-        _native.interval_advantages(*batch, "hull", *rest)
-    else:
-        _native.track_advantages(*batch, 0, "iou", *rest)
-    return formats[0].tolist(), out[0].tolist(), out[2].tolist()
-
-
-def cuda_way(task: str, texts: list[str], arrays: tuple[torch.Tensor, ...]) -> Scores:
-    from vcr1_fast import _native
-
-    truth, truth_offsets, groups = arrays
-    read = read_arrays(task, texts)
-    rows, offsets, formats = (torch.from_numpy(array).cuda(non_blocking=True) for array in read)
-    weights = torch.ones(2, dtype=torch.float64, device="cuda")
-    out = torch.empty(3, len(texts), dtype=torch.float64, device="cuda")
-    stream = torch.cuda.current_stream().cuda_stream
-    batch = (rows, offsets, truth, truth_offsets)
-    rest = (formats, weights, groups, "group", reward_groups.STD_FLOOR, out[0], out[1], out[2], stream)
-    if task == "grounding":
-        _native.interval_advantages_cuda(*batch, "hull", *rest)
-    else:
-        _native.track_advantages_cuda(*batch, 0, "iou", *rest)
-    ious, _, advantages = out.tolist()  # waits for the GPU
-    return read[2][0].tolist(), ious, advantages
 
 
 def main() -> None:

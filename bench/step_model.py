@@ -14,7 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from bench.groups import random_group
 from vcr1_fast.learner.model import load_hugging_face
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
-from vcr1_fast.learner.tower_attention import use_varlen_tower
+from vcr1_fast.learner.tower_attention import use_tower_attention
 from vcr1_fast.types import RolloutGroup
 
 CONFIG_3B: dict[str, Any] = {
@@ -98,5 +98,5 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> Qwen2_5_V
         finally:
             torch.set_default_dtype(default)
     if device.type == "cuda":
-        use_varlen_tower(hf)  # for every way alike: the original had flash-attn
+        use_tower_attention(hf.model.visual, "flash")  # for every way alike: the original had flash-attn
     return hf.train()

@@ -68,7 +68,7 @@ def losses(
     kernels = KernelChoice(Pick("plain"), Pick("plain")) if name == "packing" else KernelChoice()
     config = ModelConfig(gradient_checkpointing=options.gradient_checkpointing)
     policy = PolicyModel(hf, config, hf.dtype, kernels).train()
-    batch = pack([group], [token_weights_of(group)])
+    batch = policy.device_batch(pack([group], [token_weights_of(group)]))
     objective = grpo_objective(batch, None, AlgorithmConfig())
     yield lambda: policy(batch, TEMPERATURE, objective)[0]
 

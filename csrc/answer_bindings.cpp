@@ -1,9 +1,9 @@
-// Readers of answers in Python: a list of str in, a list of values or ragged arrays out. What they read is defined by
+// Readers of answers in Python: a list of str in, a list of values out. What they read is defined by
 // vcr1_fast/tasks/{answer,glue,choice}_format.py; only the first kMaxTextChars characters of a text count.
-#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <unordered_map>
 
@@ -193,78 +193,6 @@ py::list read_box_lists(const py::list& texts, const std::string& tag, const std
   return list_of(Texts(texts).read_all(box_reader(where)), boxes_of);
 }
 
-// Lists of `width` numbers a row -> rows [P, width], offsets [N + 1] and lengths [N]: -1 where nothing can be read.
-class RaggedArrays {
- public:
-  RaggedArrays(size_t num_lists, int64_t width) : offsets_(num_lists + 1), lengths_(num_lists), width_(width) {
-    offsets_.mutable_data()[0] = 0;
-  }
-  // `length` may exceed the rows added: of a list that is well formed, but cannot be scored.
-  void add(size_t n, int64_t length, const double* values, size_t num_values) {
-    values_.insert(values_.end(), values, values + num_values);
-    offsets_.mutable_data()[n + 1] = static_cast<int64_t>(values_.size()) / width_;
-    lengths_.mutable_data()[n] = length;
-  }
-  py::tuple take() const {
-    py::array_t<double> rows({static_cast<int64_t>(values_.size()) / width_, width_});
-    std::copy(values_.begin(), values_.end(), rows.mutable_data());
-    return py::make_tuple(rows, offsets_, lengths_);
-  }
-
- private:
-  std::vector<double> values_;
-  py::array_t<int64_t> offsets_, lengths_;
-  int64_t width_;
-};
-
-py::tuple period_rows(const py::list& texts, const std::string& tag, const std::string& pick, const std::string& rule) {
-  const Where where(tag, pick, rule);
-  const auto periods = Texts(texts).read_all(period_reader(where));
-  RaggedArrays arrays(periods.size(), 2);
-  for (size_t n = 0; n < periods.size(); ++n) {
-    const Period period = periods[n].value_or(Period{});
-    const double row[] = {period.first, period.second};
-    arrays.add(n, periods[n] ? 1 : -1, row, periods[n] ? 2 : 0);
-  }
-  return arrays.take();
-}
-
-py::tuple glue_rows(const py::list& texts, const std::string& tag, const std::string& pick, const std::string& rule) {
-  const Where where(tag, pick, rule);
-  auto glues = Texts(texts).read_all(glue_reader(where));
-  RaggedArrays arrays(glues.size(), 2);
-  std::vector<double> values;
-  for (size_t n = 0; n < glues.size(); ++n) {
-    values.clear();
-    if (glues[n]) {
-      std::sort(glues[n]->begin(), glues[n]->end());  // as the overlap wants them
-      for (const Period& period : *glues[n]) values.insert(values.end(), {period.first, period.second});
-    }
-    arrays.add(n, glues[n] ? static_cast<int64_t>(glues[n]->size()) : -1, values.data(), values.size());
-  }
-  return arrays.take();
-}
-
-py::tuple box_rows(const py::list& texts, const std::string& tag, const std::string& pick, const std::string& rule) {
-  const Where where(tag, pick, rule);
-  const auto lists = Texts(texts).read_all(box_reader(where));
-  RaggedArrays arrays(lists.size(), 4);
-  for (size_t n = 0; n < lists.size(); ++n) {
-    if (!lists[n]) {
-      arrays.add(n, -1, nullptr, 0);
-      continue;
-    }
-    const Boxes& values = *lists[n];
-    const bool are_numbers = std::none_of(values.begin(), values.end(), [](double x) { return std::isnan(x); });
-    const bool are_finite = std::all_of(values.begin(), values.end(), [](double x) { return std::isfinite(x); });
-    const bool is_scored = where.rule == Rule::kPaper ? are_numbers : are_finite;
-    const bool is_valid = where.rule == Rule::kPaper || are_finite;
-    arrays.add(n, is_valid ? static_cast<int64_t>(values.size() / 4) : -1, values.data(),
-               is_scored ? values.size() : 0);
-  }
-  return arrays.take();
-}
-
 py::list have_format(const py::list& texts, const Blocks& blocks, const std::string& rule) {
   const Rule which = Where::rule_of(rule);
   if (blocks.empty()) fail("blocks", "count", "0", "1 or more");
@@ -342,10 +270,6 @@ py::tuple read_choices(const py::list& texts, const py::list& options, const std
 
 constexpr const char* kListDoc =
     "One value a text, None where the block is missing or cannot be read. pick: 'first' or 'last' block of the tag.";
-constexpr const char* kRowsDoc =
-    "rows [P, width] float64, offsets [N + 1] and lengths [N] int64 of N texts, ready for the overlap functions.\n\n"
-    "lengths is -1 where nothing can be read. Intervals are sorted. Boxes, rule 'paper': a list that holds something\n"
-    "else than numbers has a length and no rows; rule 'fixed': a number that is not finite spoils the list.";
 
 }  // namespace
 
@@ -356,9 +280,6 @@ void bind_answers(py::module_& m) {
   def("read_periods", &read_periods, kListDoc);
   def("read_glues", &read_glues, kListDoc);
   def("read_box_lists", &read_box_lists, kListDoc);
-  def("period_rows", &period_rows, kRowsDoc);
-  def("glue_rows", &glue_rows, kRowsDoc);
-  def("box_rows", &box_rows, kRowsDoc);
   m.def("read_paper_choices", &read_paper_choices, py::arg("texts"), py::arg("tag"), py::arg("pick"), kListDoc);
   m.def("read_choices", &read_choices, py::arg("texts"), py::arg("options"), py::arg("tag"), py::arg("pick"),
         "Letters as read_choice names them (None: no letter), and the indices of the texts left to Python, which hold\n"

@@ -68,37 +68,18 @@ __global__ void overlap_kernel(Overlap overlap, int64_t num_lists, double* out) 
   if (n < num_lists) out[n] = checked(overlap, n);
 }
 
-// Stands for an overlap where there is none.
-struct NoOverlap {};
-
-__device__ double reward_of(const NoOverlap&, const RewardGroups& groups, const double*, double*, int64_t s) {
-  return groups.reward(s);
-}
-template <class Overlap>
-__device__ double reward_of(const Overlap& overlap, const RewardGroups& groups, const double* weight, double* overlaps,
-                            int64_t s) {
-  const double value = checked(overlap, s);
-  overlaps[s] = value;
-  return groups.reward(s) + product(*weight, value);
-}
-
 __device__ bool group_bounds(const RewardGroups& groups, int64_t g, int64_t& begin, int64_t& end) {
   begin = groups.group_offsets[g];
   end = groups.group_offsets[g + 1];
   return 0 <= begin && begin <= end && end <= groups.num_answers;
 }
 
-// One block a group: every thread computes rewards, one adds them up in the CPU's order, every thread writes.
-template <class Overlap>
-__global__ void group_kernel(Overlap overlap, RewardGroups groups, double* overlaps) {
+// One block a group: one thread adds its rewards up in the CPU's order, every thread writes.
+__global__ void group_kernel(RewardGroups groups) {
   __shared__ Moments group;
   for (int64_t g = blockIdx.x; g < groups.num_groups; g += gridDim.x) {
     int64_t begin, end;
     if (!group_bounds(groups, g, begin, end)) continue;  // the same for the whole block
-    for (int64_t s = begin + threadIdx.x; s < end; s += blockDim.x) {
-      groups.rewards[s] = reward_of(overlap, groups, groups.weights + groups.num_parts, overlaps, s);
-    }
-    __syncthreads();
     if (threadIdx.x == 0) group = moments(groups.rewards + begin, end - begin);
     __syncthreads();
     const double divisor = divisor_of(groups, group, 0.0);
@@ -109,14 +90,9 @@ __global__ void group_kernel(Overlap overlap, RewardGroups groups, double* overl
   }
 }
 
-// One block for everything, since all answers share one standard deviation; a thread per answer, then one per group.
-template <class Overlap>
-__global__ void batch_kernel(Overlap overlap, RewardGroups groups, double* overlaps) {
+// One block for everything, since all answers share one standard deviation; a thread per group.
+__global__ void batch_kernel(RewardGroups groups) {
   __shared__ double batch_std;
-  for (int64_t s = threadIdx.x; s < groups.num_answers; s += blockDim.x) {
-    groups.rewards[s] = reward_of(overlap, groups, groups.weights + groups.num_parts, overlaps, s);
-  }
-  __syncthreads();
   if (threadIdx.x == 0) batch_std = moments(groups.rewards, groups.num_answers).std;
   __syncthreads();
   for (int64_t g = threadIdx.x; g < groups.num_groups; g += blockDim.x) {
@@ -137,20 +113,6 @@ void launch_overlap(const Overlap& overlap, int64_t num_lists, double* out, Laun
   check_status(cudaGetLastError(), "overlap_cuda");
 }
 
-template <class Overlap>
-void launch_advantages(const Overlap& overlap, const RewardGroups& groups, double* overlaps, Launch launch) {
-  if (groups.num_answers == 0 || groups.num_groups == 0) return;
-  const DeviceGuard guard(launch.device_id);
-  const auto stream = reinterpret_cast<cudaStream_t>(launch.stream);
-  if (groups.scale == AdvantageScale::kBatch) {
-    batch_kernel<<<1, kBatchThreads, 0, stream>>>(overlap, groups, overlaps);
-  } else {
-    const auto num_blocks = static_cast<unsigned int>(groups.num_groups < kMaxBlocks ? groups.num_groups : kMaxBlocks);
-    group_kernel<<<num_blocks, kGroupThreads, 0, stream>>>(overlap, groups, overlaps);
-  }
-  check_status(cudaGetLastError(), "advantages_cuda");
-}
-
 }  // namespace
 
 void overlap_cuda(const IntervalOverlap& overlap, int64_t num_lists, double* out, Launch launch) {
@@ -161,16 +123,17 @@ void overlap_cuda(const TrackOverlap& overlap, int64_t num_lists, double* out, L
   launch_overlap(overlap, num_lists, out, launch);
 }
 
-void advantages_cuda(const IntervalOverlap& overlap, const RewardGroups& groups, double* overlaps, Launch launch) {
-  launch_advantages(overlap, groups, overlaps, launch);
-}
-
-void advantages_cuda(const TrackOverlap& overlap, const RewardGroups& groups, double* overlaps, Launch launch) {
-  launch_advantages(overlap, groups, overlaps, launch);
-}
-
-void advantages_cuda(const RewardGroups& groups, Launch launch) {
-  launch_advantages(NoOverlap{}, groups, nullptr, launch);
+void group_advantages_cuda(const RewardGroups& groups, Launch launch) {
+  if (groups.num_answers == 0 || groups.num_groups == 0) return;
+  const DeviceGuard guard(launch.device_id);
+  const auto stream = reinterpret_cast<cudaStream_t>(launch.stream);
+  if (groups.scale == AdvantageScale::kBatch) {
+    batch_kernel<<<1, kBatchThreads, 0, stream>>>(groups);
+  } else {
+    const auto num_blocks = static_cast<unsigned int>(groups.num_groups < kMaxBlocks ? groups.num_groups : kMaxBlocks);
+    group_kernel<<<num_blocks, kGroupThreads, 0, stream>>>(groups);
+  }
+  check_status(cudaGetLastError(), "group_advantages_cuda");
 }
 
 }  // namespace vcr1

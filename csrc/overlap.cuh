@@ -21,10 +21,6 @@ struct Launch {
 void overlap_cuda(const IntervalOverlap& overlap, int64_t num_lists, double* out, Launch launch);
 void overlap_cuda(const TrackOverlap& overlap, int64_t num_lists, double* out, Launch launch);
 
-// Overlap, reward and advantage of every answer, fused. overlaps [S] is written too.
-void advantages_cuda(const IntervalOverlap& overlap, const RewardGroups& groups, double* overlaps, Launch launch);
-void advantages_cuda(const TrackOverlap& overlap, const RewardGroups& groups, double* overlaps, Launch launch);
-// The same from parts alone.
-void advantages_cuda(const RewardGroups& groups, Launch launch);
+void group_advantages_cuda(const RewardGroups& groups, Launch launch);
 
 }  // namespace vcr1

@@ -1,5 +1,5 @@
-// Reward parts -> rewards -> advantages relative to the group of answers to the same prompt. The formulas, for the CPU
-// and for CUDA; each does the float64 operations of the Python definition in vcr1_fast/tasks/reward_groups.py in order.
+// Rewards -> advantages relative to the group of answers to the same prompt. The formulas, for the CPU and for CUDA;
+// each does the float64 operations of the Python definition in vcr1_fast/tasks/reward_groups.py in order.
 #pragma once
 
 #include <cmath>
@@ -14,20 +14,12 @@ namespace vcr1 {
 enum class AdvantageScale : int32_t { kGroup, kBatch, kNone };
 
 struct RewardGroups {
-  const double* parts;           // [K, S], part k of answer s at k * S + s
-  const double* weights;         // [K], or [K + 1] where an overlap is computed too: its weight comes last
+  const double* rewards;         // [S]
   const int64_t* group_offsets;  // [G + 1], answers of group g are group_offsets[g] .. group_offsets[g + 1]
-  int64_t num_parts, num_answers, num_groups;
+  int64_t num_answers, num_groups;
   AdvantageScale scale;
   double std_floor;
-  double* rewards;     // [S], written
   double* advantages;  // [S], written
-
-  VCR1_HD double reward(int64_t s) const {
-    double total = 0.0;
-    for (int64_t k = 0; k < num_parts; ++k) total += product(weights[k], parts[k * num_answers + s]);
-    return total;
-  }
 };
 
 struct Moments {

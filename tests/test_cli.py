@@ -58,7 +58,6 @@ def test_unknown_key_on_the_command_line(capsys, tokens):
     ("tokens", "code", "message"),
     [
         (["--rollout.group_size=0"], 1, "rollout.group_size is 0, wanted >= 1"),
-        (["--train.prompts_per_step=6", "--algorithm.minibatches_per_rollout=4"], 1, "make the first a multiple"),
         (["--train.seed=x"], 2, "train.seed is 'x' on the command line, wanted a whole number"),
         (["--algorithm.loss=foo"], 2, "algorithm.loss is 'foo' on the command line, wanted one of grpo, dr_grpo, dapo"),
         (["--train.seed"], 2, "--train.seed has no value"),
@@ -71,6 +70,16 @@ def test_wrong_settings_are_answered_in_one_line(in_folder: Path, capsys, tokens
     got_code, out, err = run(capsys, "config", *tokens)
     assert (got_code, out, err.count("\n")) == (code, "", 1)
     assert message in err
+
+
+def test_a_contradiction_stops_only_the_command_that_uses_its_settings(monkeypatch, capsys):
+    for name in ("train", "sft", "eval"):
+        monkeypatch.setitem(cli.COMMANDS, name, cli.Command("", lambda config: {"ran": True}, lambda: Config))
+    tokens = ["--train.prompts_per_step=6", "--algorithm.minibatches_per_rollout=4"]
+    code, out, err = run(capsys, "train", *tokens)
+    assert (code, out, err.count("\n")) == (1, "", 1) and "make the first a multiple of the second" in err
+    for name in ("sft", "eval", "config"):
+        assert run(capsys, name, *tokens)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 class _DLPack(Protocol):
     def __dlpack__(self, *, stream: Any = ...) -> Any: ...
     def __dlpack_device__(self) -> Any: ...
@@ -15,7 +13,6 @@ _Scale = Literal["group", "batch", "none"]
 _Pick = Literal["first", "last"]
 _Rule = Literal["fixed", "paper"]
 _Period = tuple[float, float]
-_Ragged = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 has_cuda: bool
 
@@ -28,9 +25,6 @@ def read_paper_choices(texts: list[str], tag: str, pick: _Pick) -> list[str | No
 def read_choices(
     texts: list[str], options: list[Sequence[str]], tag: str, pick: _Pick
 ) -> tuple[list[str | None], list[int]]: ...
-def period_rows(texts: list[str], tag: str, pick: _Pick, rule: _Rule) -> _Ragged: ...
-def glue_rows(texts: list[str], tag: str, pick: _Pick, rule: _Rule) -> _Ragged: ...
-def box_rows(texts: list[str], tag: str, pick: _Pick, rule: _Rule) -> _Ragged: ...
 def have_format(texts: list[str], blocks: list[str], rule: _Rule) -> list[bool]: ...
 def interval_overlap(
     predicted: _DLPack,
@@ -50,43 +44,10 @@ def track_overlap(
     out: _DLPack,
 ) -> None: ...
 def group_advantages(
-    parts: _DLPack,
-    weights: _DLPack,
+    rewards: _DLPack,
     group_offsets: _DLPack,
     scale: _Scale,
     std_floor: float,
-    rewards: _DLPack,
-    advantages: _DLPack,
-) -> None: ...
-def interval_advantages(
-    predicted: _DLPack,
-    predicted_offsets: _DLPack,
-    truth: _DLPack,
-    truth_offsets: _DLPack,
-    kind: _IntervalKind,
-    parts: _DLPack,
-    weights: _DLPack,
-    group_offsets: _DLPack,
-    scale: _Scale,
-    std_floor: float,
-    overlaps: _DLPack,
-    rewards: _DLPack,
-    advantages: _DLPack,
-) -> None: ...
-def track_advantages(
-    predicted: _DLPack,
-    predicted_offsets: _DLPack,
-    truth: _DLPack,
-    truth_offsets: _DLPack,
-    first_box: int,
-    kind: _BoxKind,
-    parts: _DLPack,
-    weights: _DLPack,
-    group_offsets: _DLPack,
-    scale: _Scale,
-    std_floor: float,
-    overlaps: _DLPack,
-    rewards: _DLPack,
     advantages: _DLPack,
 ) -> None: ...
 def interval_overlap_cuda(
@@ -109,45 +70,10 @@ def track_overlap_cuda(
     stream: int,
 ) -> None: ...
 def group_advantages_cuda(
-    parts: _DLPack,
-    weights: _DLPack,
+    rewards: _DLPack,
     group_offsets: _DLPack,
     scale: _Scale,
     std_floor: float,
-    rewards: _DLPack,
-    advantages: _DLPack,
-    stream: int,
-) -> None: ...
-def interval_advantages_cuda(
-    predicted: _DLPack,
-    predicted_offsets: _DLPack,
-    truth: _DLPack,
-    truth_offsets: _DLPack,
-    kind: _IntervalKind,
-    parts: _DLPack,
-    weights: _DLPack,
-    group_offsets: _DLPack,
-    scale: _Scale,
-    std_floor: float,
-    overlaps: _DLPack,
-    rewards: _DLPack,
-    advantages: _DLPack,
-    stream: int,
-) -> None: ...
-def track_advantages_cuda(
-    predicted: _DLPack,
-    predicted_offsets: _DLPack,
-    truth: _DLPack,
-    truth_offsets: _DLPack,
-    first_box: int,
-    kind: _BoxKind,
-    parts: _DLPack,
-    weights: _DLPack,
-    group_offsets: _DLPack,
-    scale: _Scale,
-    std_floor: float,
-    overlaps: _DLPack,
-    rewards: _DLPack,
     advantages: _DLPack,
     stream: int,
 ) -> None: ...

@@ -15,6 +15,7 @@ from typing import Any
 
 from vcr1_fast import __version__
 from vcr1_fast.run.telemetry import is_main_rank, to_json
+from vcr1_fast.settings.checks import check_settings
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import UsageError, config_to_yaml, load_settings, settings_parser, split_config_path
 from vcr1_fast.types import SampleError
@@ -133,6 +134,8 @@ def _run(name: str, tokens: list[str]) -> int:
         is_dry_run, num_gpus, tokens = _take_dry_run(name, tokens)
         path, overrides = split_config_path(tokens)
         settings = load_settings(settings_class, path, overrides)
+        if name in ("train", "sft", "eval"):
+            check_settings(settings, name)  # before torch is loaded
         result = command.plan(settings, num_gpus) if is_dry_run and command.plan else command.run(settings)
     except (ConfigError, SampleError, OSError) as error:
         if os.environ.get("VCR1_DEBUG") == "1":

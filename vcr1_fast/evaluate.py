@@ -300,7 +300,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
     """
     if config.eval.perceptions > 1 and config.task.recipe == "paper":
         raise ConfigError(f"eval.perceptions is {config.eval.perceptions}, but task.recipe is paper: set it to fixed")
-    with open_run(config, writes=False) as run:
+    with open_run(config, "eval") as run:
         examples = first_of_each_task(run.eval_examples(), config.eval.max_examples)
         if not examples:
             raise ConfigError("data.eval is empty, wanted at least one annotation file")

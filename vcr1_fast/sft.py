@@ -13,9 +13,8 @@ import torch
 from vcr1_fast.evaluate import evaluate, flat_scores, scores_as_dict
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.run.metrics import update_metrics
-from vcr1_fast.run.run import Run, due, export_model, load_state, open_run, save_state
+from vcr1_fast.run.run import Run, due, export_model, load_state, open_run, open_weight_sync, save_state
 from vcr1_fast.run.telemetry import Telemetry
-from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.config import Config
 from vcr1_fast.types import Completion, Prompt, RolloutGroup
 
@@ -25,7 +24,7 @@ def sft(config: Config) -> dict[str, Any]:
 
     Returns what the command prints last. Raises ConfigError, OSError or TooManyBadSamplesError, on every rank alike.
     """
-    with open_run(config) as run:
+    with open_run(config, "sft") as run:
         return _sft(run)
 
 
@@ -58,7 +57,7 @@ def _score(run: Run, learner: Learner, telemetry: Telemetry) -> dict[str, Any]:
     if not examples:
         return {}
     engine = run.open_engine()
-    WeightSync(learner.policy, engine).push()
+    open_weight_sync(run, learner, engine, policy_version=0).push()
     scores = evaluate(engine, examples, run.builder, run.tasks, run.config, run.world)
     telemetry.log_eval(run.config.sft.num_steps, flat_scores(scores))
     engine.close()

@@ -25,7 +25,7 @@ def train(config: Config) -> dict[str, Any]:
     Returns what the command prints last: the run's folder, its steps, held-out scores before and after.
     Raises ConfigError, OSError or TooManyBadSamplesError, on every rank alike.
     """
-    with open_run(config) as run:
+    with open_run(config, "train") as run:
         return _train(run)
 
 

@@ -225,6 +225,7 @@ class PackedBatch:
     engine_logprob_N: torch.Tensor  # [N] float32, what the rollout engine reported; NaN where it drew nothing
     num_sequences: int  # S
     num_unshared_tokens: int  # tokens of the S separate rows this batch stands for
+    old_logprob_N: torch.Tensor | None = None  # [N] float32, what ratios are taken against; None: the current policy
 
     @property
     def num_tokens(self) -> int:

@@ -39,7 +39,7 @@ def test_all_ways_agree_on_answers_of_every_kind(task):
     assert 0.6 < np.mean(formats) < 0.98  # some are cut off
     assert 0.2 < np.mean(np.array(ious) > 0.0) < 0.98
     assert 300 < num_chars / 256 < 1500
-    assert ("arrays" in ways) == native.is_available()
+    assert ("tasks" in ways) == native.is_available()
     ways["broken"] = lambda: (formats, [iou + 1e-9 for iou in ious], formats)
     with pytest.raises(AssertionError, match="broken: iou"):
         rewards.check_agreement(ways)

@@ -72,7 +72,7 @@ def test_an_optional_package_that_is_absent_is_called_not_installed():
 
 def test_kernels_are_compared_where_there_is_a_gpu(monkeypatch):
     """Without one it says why not; with one every kernel is compared in the sizes of a public model."""
-    from vcr1_fast import native
+    from vcr1_fast import native, native_cuda
     from vcr1_fast.learner import kernel_proof
     from vcr1_fast.learner.kernel_choice import KernelChoice
     from vcr1_fast.learner.kernel_memory import Verdict
@@ -82,19 +82,20 @@ def test_kernels_are_compared_where_there_is_a_gpu(monkeypatch):
         monkeypatch.setattr(kernel_proof, "prove", lambda *arguments, **options: (asked.append(arguments), found)[1])
         return examine(tuple(c for c in COMPONENTS if c.name == "kernels, compared"))[0]
 
-    asked = []
+    asked, chosen = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not row().usable and row().detail.startswith("not run: torch sees no GPU") and not row().required
     assert not asked
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(native_cuda, "choose_half", lambda world: chosen.append(world))
     numbers = {"output": "out", "distance": 1e-3, "plain_distance": 2e-3, "allowed": 1e-2}
     held = row(Verdict("attention", "flash", "held", **numbers), Verdict("patchify", "triton", "held", **numbers))
     assert held.usable and held.detail.startswith("Qwen2.5-VL-7B: kernel attention (flash) held: out 1.0e-03")
     assert held.detail.endswith("1.2 s, after 30.0 s of compilation")
-    subject, world, kernels = asked[0]
+    subject, world = asked[0]
     assert (subject.shapes.hidden_size, world.device) == (3584, torch.device("cuda", 0))
-    assert kernels == kernel_proof.RUN_KERNELS + (("rewards",) if native.has_cuda() else ())
+    assert f"rewards: {native.in_use()}" in held.detail and chosen[0] == world
     failed = row(
         Verdict("attention", "flash", "failed", "raised E: no"),
         Verdict("attention", "triton", "held", **numbers),

@@ -12,23 +12,6 @@ from vcr1_fast.learner.advantages import TaskScale, group_advantages, with_advan
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 
 
-def test_group_scale_by_hand():
-    # mean 1, unbiased std sqrt((1 + 0 + 1) / 2) = 1
-    [advantages] = group_advantages([[0.0, 1.0, 2.0]], "group")
-    assert advantages == pytest.approx([-1 / 1.0001, 0.0, 1 / 1.0001])
-
-
-def test_batch_scale_uses_the_spread_of_all_rewards():
-    rewards = [[0.0, 2.0], [4.0, 4.0]]
-    # mean 2.5, unbiased variance (6.25 + 0.25 + 2.25 + 2.25) / 3 = 11 / 3
-    std = math.sqrt(11 / 3) + 1e-4
-    assert group_advantages(rewards, "batch") == [pytest.approx([-1 / std, 1 / std]), [0.0, 0.0]]
-
-
-def test_no_scale_is_the_distance_from_the_group_mean():
-    assert group_advantages([[0.0, 3.0]], "none") == [[-1.5, 1.5]]
-
-
 def test_equal_rewards_and_single_completions_have_exactly_zero_advantage():
     # 0.1 + 0.1 + 0.1 is not 3 * 0.1 in binary: the mean must not leave a residue
     assert group_advantages([[0.1] * 3, [0.7], []]) == [[0.0] * 3, [0.0], []]

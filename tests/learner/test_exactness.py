@@ -1,6 +1,7 @@
 """The packed row is exact: loss and every gradient equal those of G separate rows through the stock model."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -43,9 +44,11 @@ def separate_rows_loss(hf, groups, weights, algorithm, temperature=TEMPERATURE):
 
 def packed_loss(hf, groups, weights, algorithm):
     policy = PolicyModel(hf, ModelConfig(), torch.float32)
-    batch = pack(groups, weights)
-    old_N = batch.engine_logprob_N if algorithm.minibatches_per_rollout > 1 else None
-    return policy(batch, TEMPERATURE, grpo_objective(batch, None, algorithm, old_N))[0]
+    row = pack(groups, weights)
+    if algorithm.minibatches_per_rollout > 1:
+        row = dataclasses.replace(row, old_logprob_N=row.engine_logprob_N)
+    batch = policy.device_batch(row)
+    return policy(batch, TEMPERATURE, grpo_objective(batch, None, algorithm))[0]
 
 
 def gradients(hf, loss):
@@ -127,7 +130,7 @@ def test_gradient_checkpointing_changes_nothing(make_model, make_group):
     plain, recomputed = make_model(), make_model()
     want = gradients(plain, packed_loss(plain, [group], [[0.1, 0.2]], AlgorithmConfig()))
     policy = PolicyModel(recomputed, ModelConfig(gradient_checkpointing=True), torch.float32).train()
-    batch = pack([group], [[0.1, 0.2]])
+    batch = policy.device_batch(pack([group], [[0.1, 0.2]]))
     loss, _ = policy(batch, TEMPERATURE, grpo_objective(batch, None, AlgorithmConfig()))
     got = gradients(recomputed, loss)
     for name in want:
@@ -144,7 +147,7 @@ def test_bfloat16_error_is_that_of_the_stock_path(make_model, make_group):
         stock_loss = separate_rows_loss(stock, [group], [[0.1] * 3], AlgorithmConfig())
     want = gradients(stock, stock_loss)
     policy = PolicyModel(ours, ModelConfig(), torch.bfloat16)
-    batch = pack([group], [[0.1] * 3])
+    batch = policy.device_batch(pack([group], [[0.1] * 3]))
     got = gradients(ours, policy(batch, TEMPERATURE, grpo_objective(batch, None, AlgorithmConfig()))[0])
 
     def error(of):
@@ -158,14 +161,16 @@ def test_fused_head_and_plain_head_give_the_same_update(make_model, make_group, 
     """Every variant, off-policy, with a KL and an entropy term; one group whose advantages are 0 among others."""
     groups = [make_group(seed=20, lengths=(4, 9, 1)), make_group(seed=21, lengths=(3, 2), advantages=(0.0, 0.0))]
     weights = [[0.1, 0.2, 0.3], [0.2, 0.1]]
-    batch = pack(groups, weights)
-    ref_logprob_N = batch.engine_logprob_N - 0.1
+    row = pack(groups, weights)
+    row = dataclasses.replace(row, old_logprob_N=row.engine_logprob_N)
+    ref_logprob_N = row.engine_logprob_N - 0.1
     results = []
     for kernels, beta, entropy_coef in itertools.product(("auto", "off"), (0.0, 0.2), (0.0, 0.01)):
         hf = make_model()
         policy = PolicyModel(hf, ModelConfig(kernels=kernels), torch.float32)
         algorithm = AlgorithmConfig(loss=loss, minibatches_per_rollout=2, beta=beta, entropy_coef=entropy_coef)
-        objective = grpo_objective(batch, ref_logprob_N if beta else None, algorithm, batch.engine_logprob_N)
+        batch = policy.device_batch(row)
+        objective = grpo_objective(batch, ref_logprob_N if beta else None, algorithm)
         value, sums = policy(batch, TEMPERATURE, objective)
         results.append((value.detach(), {k: float(v) for k, v in sums.items()}, gradients(hf, value)))
     for fused, plain in zip(results[:4], results[4:], strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from dataclasses import replace
@@ -19,14 +18,14 @@ from tests.learner import kernel_stand_ins
 from tests.learner.kernel_stand_ins import SMALL, SUBJECT, put_stand_ins
 from tests.learner.test_step import make_config, update_and_capture
 from tests.tiny_policy import run_ranks
-from vcr1_fast import native
 from vcr1_fast.learner import kernel_problems, kernel_proof
 from vcr1_fast.learner.kernel_choice import KernelChoice, Pick, cpu_choice, plain_choice
 from vcr1_fast.learner.kernel_memory import Verdict, cache_folder
-from vcr1_fast.learner.kernel_proof import RUN_KERNELS, Proof, Subject, choose_kernels, distance, prove
+from vcr1_fast.learner.kernel_proof import Proof, Subject, choose_kernels, distance, prove
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.learner.step import Learner
+from vcr1_fast.learner.tower_attention import NAMES
 from vcr1_fast.run.random_state import rng_state
 from vcr1_fast.run.run import open_source
 from vcr1_fast.settings.config import AlgorithmConfig, Config, ConfigError, ModelConfig, VideoConfig
@@ -319,13 +318,12 @@ def test_on_a_gpu_in_ten_seconds_with_the_same_first_step(make_model, make_group
     make_model().save_pretrained(tmp_path / "model")
     config = make_config(tmp_path / "model")
     config = replace(config, model=replace(config.model, compute_dtype="bfloat16", device="cuda"))
-    kernels = (*RUN_KERNELS, *(["rewards"] if native.has_cuda() else []))
     proof, losses = Proof(KernelChoice()), []
     for is_proven in (False, True):
         torch.manual_seed(3)
         if is_proven:
             before = rng_state()
-            proof = prove(Subject.of_public_model("Qwen2.5-VL-7B", device), World(device=device), kernels)
+            proof = prove(Subject.of_public_model("Qwen2.5-VL-7B", device), World(device=device))
             after = rng_state()
             assert all(torch.equal(before[name], after[name]) for name in before)
         learner = Learner(config, World(device=device), 10, KernelChoice())
@@ -345,14 +343,14 @@ def test_what_model_kernels_means(monkeypatch):
     for world in (SINGLE_PROCESS, cuda):  # off compares nothing, and needs no Triton
         assert ways(choose_kernels(off, world).choice) == ways(plain_choice())
     assert choose_kernels(off, cuda).choice.describe() == (
-        "head: plain torch, whole logits; attention: packed rows, dense scores in torch; tower: transformers' own; "
+        "head: plain torch, whole logits; attention: packed rows, dense scores in torch; tower: segment by segment; "
         "patchify: torch; model.kernels is off"
     )
     for each in (config, required):
         said = choose_kernels(each, SINGLE_PROCESS).choice.describe()
         assert said == (
             "head: fused, rows in torch; attention: packed rows, flash (torch's flash attention for CPUs); "
-            "tower: transformers' own; patchify: torch"
+            "tower: segment by segment; patchify: torch"
         )
     subjects = []
     reason = "triton raised RuntimeError: triton is not installed"
@@ -387,15 +385,24 @@ def test_policy_loss_of_the_definition_moves_its_vectors():
     assert loss.device.type == "meta" and loss.shape == ()
 
 
-@pytest.mark.parametrize(("way", "name"), [("flash", "vcr1_flash_varlen"), ("plain", "sdpa"), ("auto", "sdpa")])
-def test_a_policy_takes_its_tower_from_the_choice(way, name):
-    hf = load_hugging_face("tiny", torch.float32, torch.device("cpu"))
-    PolicyModel(hf, ModelConfig(), torch.float32, KernelChoice(tower=Pick(way)))
-    assert hf.model.visual.config._attn_implementation == name
+@pytest.mark.parametrize(
+    ("way", "dtype", "name"),
+    [
+        ("flash", torch.bfloat16, NAMES["flash"]), ("plain", torch.bfloat16, NAMES["plain"]),
+        ("auto", torch.bfloat16, NAMES["flash"]), ("auto", torch.float32, NAMES["plain"]),
+    ],
+)  # fmt: skip
+def test_a_tower_on_cuda_goes_the_way_of_the_choice(way, dtype, name):
+    tower = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
+    KernelChoice(tower=Pick(way)).switch_tower(tower, torch.device("cpu"), dtype)
+    assert tower.config._attn_implementation == "sdpa"
+    KernelChoice(tower=Pick(way)).switch_tower(tower, torch.device("cuda"), dtype)
+    assert tower.config._attn_implementation == name
 
 
-@pytest.mark.parametrize(("way", "name"), [("flash", "vcr1_flash_varlen"), ("plain", "sdpa")])
-def test_frames_and_a_frozen_tower_go_the_ways_of_the_choice(monkeypatch, way, name):
+def test_policy_frozen_tower_and_frames_take_theirs_from_the_choice(monkeypatch):
+    switched = []
+    monkeypatch.setattr(KernelChoice, "switch_tower", lambda choice, tower, *rest: switched.append((choice, *rest)))
     seen = []
 
     def stand_in(rgb_FHW3, dtype, *, backend):
@@ -405,36 +412,15 @@ def test_frames_and_a_frozen_tower_go_the_ways_of_the_choice(monkeypatch, way, n
     monkeypatch.setattr(patches_module, "patchify", stand_in)
     frames = Frames(torch.zeros(2, 28, 28, 3, dtype=torch.uint8), torch.zeros(2), 2.0, 1.0, reader="none")
     config = Config(model=ModelConfig(freeze_vision=True), video=VideoConfig(num_workers=0))
-    with contextlib.closing(open_source(config, torch.device("cpu"), KernelChoice(tower=Pick(way)))) as source:
-        assert cast(Any, source.tower).visual.config._attn_implementation == name
+    choice, on_cpu = KernelChoice(tower=Pick("plain")), torch.device("cpu")
+    PolicyModel(load_hugging_face("tiny", torch.float32, on_cpu), ModelConfig(), torch.float32, choice)
+    source = open_source(config, on_cpu, choice)
+    source.close()
+    assert switched == [(choice, on_cpu, torch.float32)] * 2
     loader = cast(Any, SimpleNamespace(get=lambda request: frames))
     for choice in (None, KernelChoice(patchify=Pick("torch"))):
         PatchSource(loader, source.cache, config.video, source.device, source.dtype, None, choice)("v.mp4")
     assert seen == ["auto", "torch"]
-
-
-@pytest.mark.skipif(not native.is_available(), reason=native.unavailable_reason() or "")
-@pytest.mark.parametrize("is_wrong", [False, True])
-def test_rewards_on_the_gpu_are_compared(monkeypatch, is_wrong):
-    """The CPU half stands for the CUDA half, whose arguments are the same with a stream at the end."""
-    from vcr1_fast import _native
-
-    def in_place(name):
-        def call(*arguments):
-            *arrays, stream = arguments
-            assert stream == 7
-            getattr(_native, name)(*(a.numpy() if isinstance(a, torch.Tensor) else a for a in arrays))
-            if is_wrong and name.startswith("track"):
-                arrays[-1][11] += 1e-6
-
-        return call
-
-    for name in ("interval_advantages", "track_advantages"):
-        monkeypatch.setattr(_native, f"{name}_cuda", in_place(name), raising=False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
-    [verdict] = prove(SUBJECT, kernels=("rewards",)).verdicts
-    assert (verdict.outcome, verdict.plain_distance) == ("failed" if is_wrong else "held", 0.0)
-    assert verdict.output == "track" or not is_wrong
 
 
 def test_a_verdict_names_both_numbers():

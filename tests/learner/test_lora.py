@@ -13,7 +13,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from tests.learner.conftest import random_group
 from tests.learner.test_step import LENGTHS, make_config, update_and_capture
 from tests.tiny_policy import run_ranks
-from vcr1_fast.learner.lora import LoRALinear, adapter_factors, add_adapters, lora_layers, merged, split_weights
+from vcr1_fast.learner.gathering import whole_weights
+from vcr1_fast.learner.lora import LoRALinear, adapter_factors, add_adapters, lora_layers, merged_parts, split_weights
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.learner.step import Learner
@@ -75,8 +76,8 @@ def test_gradients_follow_from_those_of_the_whole_model(model_path, groups):
 
     sums = Learner(config, World(), 10)
     with torch.no_grad():
-        for name, weight in split_weights(learner.policy.hf)[0].items():
-            sums.policy.hf.get_parameter(name).copy_(merged(name, weight, factors, LORA.scale))
+        for name, value in whole_weights(merged_parts(split_weights(learner.policy.hf)[0], factors, LORA.scale)):
+            sums.policy.hf.get_parameter(name).copy_(value)
     [want], whole = update_and_capture(sums, groups)
     [got], parts = update_and_capture(learner, groups)
 
@@ -106,7 +107,7 @@ def test_kl_is_taken_to_the_starting_weights_without_a_second_model(model_path, 
     assert learner.reference is None
     disturb(learner.policy)
     start = Learner(make_config(model_path), World(), 10)
-    row = pack(groups[:1], [[1.0] * 3])
+    row = learner.policy.device_batch(pack(groups[:1], [[1.0] * 3]))
     with torch.no_grad():
         want_N, other_N = start.policy(row, 1.0)[0], learner.policy(row, 1.0)[0]
     got_N = learner._reference_logprobs(row)

@@ -10,7 +10,7 @@ from vcr1_kernels.losses import TokenVectors
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.objective import grpo_objective, policy_loss
 from vcr1_fast.learner.packing import pack
-from vcr1_fast.settings.config import AlgorithmConfig, ConfigError, ModelConfig
+from vcr1_fast.settings.config import AlgorithmConfig, ModelConfig
 
 NAN = float("nan")
 
@@ -50,11 +50,12 @@ def test_a_row_with_a_ground_truth_learns_as_if_its_old_log_probs_were_the_curre
         policy = PolicyModel(hf, ModelConfig(kernels=kernels), torch.float32)
         batch = pack([members], [[0.2, 0.1, 0.3]])
         if members is group:  # the same by hand: what the policy gives its third completion now
-            current_N = policy(batch, 1.0)[0].detach()
+            current_N = policy(policy.device_batch(batch), 1.0)[0].detach()
             engine_N = torch.where(batch.sequence_N == 2, current_N, batch.engine_logprob_N)
             batch = dataclasses.replace(batch, engine_logprob_N=engine_N)
         old_N = batch.engine_logprob_N if minibatches > 1 else None
-        value, sums = policy(batch, 1.0, grpo_objective(batch, None, algorithm, old_N))
+        row = policy.device_batch(dataclasses.replace(batch, old_logprob_N=old_N))
+        value, sums = policy(row, 1.0, grpo_objective(row, None, algorithm))
         value.backward()
         gradient = hf.model.language_model.layers[0].self_attn.q_proj.weight.grad
         results.append((value.item(), float(sums["sampling_gap"]), gradient))
@@ -86,19 +87,5 @@ def test_the_largest_gap_is_over_all_chunks():
     for engine in (-1.5, -1.1, NAN):  # a token that no engine drew has no gap
         tokens = TokenVectors(torch.ones(1), torch.ones(1), sampling_logprob_N=torch.tensor([engine]))
         objective(torch.tensor([-1.0]), torch.zeros(1), tokens)
-    assert float(objective.largest_gap.value) == pytest.approx(0.5)
-    assert float(policy_loss(AlgorithmConfig()).largest_gap.value) == 0.0  # each objective has its own
-
-
-@pytest.mark.parametrize(
-    ("changes", "wanted"),
-    [
-        ({"sampling_cap": 2.0}, r"neither without algorithm\.sampling_correction"),
-        ({"sampling_correction": "token_mask"}, "at least one of them"),
-        ({"sampling_correction": "token_mask", "sampling_floor": 3.0, "sampling_cap": 2.0}, "0 <= floor < cap"),
-        ({"sampling_correction": "token_mask", "sampling_floor": -0.5}, "0 <= floor < cap"),
-    ],
-)
-def test_bounds_that_make_no_sense_are_refused(changes, wanted):
-    with pytest.raises(ConfigError, match=wanted):
-        AlgorithmConfig(**changes)
+    assert objective.largest_gap.value is not None and float(objective.largest_gap.value) == pytest.approx(0.5)
+    assert policy_loss(AlgorithmConfig()).largest_gap.value is None  # each objective has its own

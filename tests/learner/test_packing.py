@@ -8,6 +8,8 @@ from vcr1_kernels.prefix_attention import PrefixGroup
 
 from vcr1_fast.learner.packing import assign_rows, num_packed_tokens, num_unshared_tokens, pack, placeholder
 
+CPU = torch.device("cpu")
+
 
 def test_two_groups_by_hand(make_group):
     # prompt: 5 words + vision start + 3 * 4 * 8 / 4 = 24 video + vision end + 3 words = 34 tokens
@@ -66,8 +68,8 @@ def test_placeholder_runs_and_weighs_nothing(make_model):
     from vcr1_fast.settings.config import AlgorithmConfig, ModelConfig
 
     hf = make_model()
-    batch = placeholder(hf.config.video_token_id)
     policy = PolicyModel(hf, ModelConfig(), torch.float32)
+    batch = policy.device_batch(placeholder(policy.family, hf.config, False, CPU, torch.float32))
     loss, _ = policy(batch, 1.0, grpo_objective(batch, None, AlgorithmConfig()))
     loss.backward()
     assert loss.item() == 0.0

@@ -123,11 +123,10 @@ def test_what_ratios_are_taken_against(model_path, groups, algorithm, lag, what)
     learner = Learner(config, World(), 10)
     [row] = learner._grpo_rows(groups[:2])
     minibatches = [[row]] * config.algorithm.minibatches_per_rollout
-    old_logprobs = learner._old_logprobs(minibatches)
+    [old_N, *_] = [made.old_logprob_N for rows in learner._with_old_logprobs(minibatches) for made in rows]
     with torch.no_grad():
-        before_N = learner.policy(row, config.rollout.temperature)[0]
+        before_N = learner.policy(learner.policy.device_batch(row), config.rollout.temperature)[0]
     learner.update_grpo(groups)
-    old_N = old_logprobs(row)
     if what == "current":
         assert old_N is None
     else:
@@ -169,7 +168,7 @@ def test_update_raises_the_probability_of_rewarded_answers(model_path, groups):
 
     def sequence_logprob() -> float:
         with torch.no_grad():
-            return learner.policy(pack([group], [[1.0] * 3]), 1.0)[0][:5].sum().item()
+            return learner.policy(learner.policy.device_batch(pack([group], [[1.0] * 3])), 1.0)[0][:5].sum().item()
 
     before = sequence_logprob()
     for _ in range(5):

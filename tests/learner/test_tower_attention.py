@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vcr1_fast.learner import tower_attention
+from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.model import load_hugging_face
 
 
@@ -30,11 +31,23 @@ def test_the_tower_in_one_call_is_the_tower_window_by_window(monkeypatch):
     hf = load_hugging_face("tiny", torch.float32, torch.device("cpu"))
     grids, values = two_videos()
     expected = hf.model.visual(values, grid_thw=grids).pooler_output
-    tower_attention.use_varlen_tower(hf)
+    tower_attention.use_tower_attention(hf.model.visual, "flash")
     got = hf.model.visual(values, grid_thw=grids).pooler_output
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     # 2 videos of 4 frame pairs of 8 x 8 patches: windows of 4 x 4, or whole frames
     assert sorted(set(calls)) == [(8, 64), (32, 16)] and len(calls) == 4
+
+
+def test_segments_one_by_one_are_the_stock_tower():
+    """With lengths from the host, as a device batch gives them; a clip whose last windows are narrow."""
+    hf = load_hugging_face("tiny", torch.float32, torch.device("cpu"))
+    family, tower = family_of(hf.config), hf.model.visual
+    grids = [(2, 4, 10), (1, 6, 4)]
+    values_PC = torch.randn(80 + 24, 1176, generator=torch.Generator().manual_seed(0))
+    expected = tower(values_PC, grid_thw=torch.tensor(grids)).pooler_output
+    tower_attention.use_tower_attention(tower, "plain")
+    got = family.run_tower(tower, values_PC, family.tower_inputs(grids, tower.config))
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.gpu
@@ -46,7 +59,7 @@ def test_on_a_gpu_it_is_the_stock_tower_within_bfloat16():
     def run(dtype: torch.dtype, one_call: bool) -> list[torch.Tensor]:
         hf = load_hugging_face("tiny", dtype, torch.device("cuda"))
         if one_call:
-            tower_attention.use_varlen_tower(hf)
+            tower_attention.use_tower_attention(hf.model.visual, "flash")
         out = hf.model.visual(values.to(dtype), grid_thw=grids).pooler_output
         out.float().square().sum().backward()
         grads = [p.grad.double() for p in hf.model.visual.parameters() if p.grad is not None]

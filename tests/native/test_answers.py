@@ -5,7 +5,6 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -162,32 +161,6 @@ def test_time_is_linear_in_the_text(piece):
         compiled(batch)
     assert time.process_time() - began_s < 2.0
     assert differences(batch) == []
-
-
-def test_rows_are_the_lists_in_arrays():
-    from vcr1_fast import _native
-
-    generated = list(answers(3, 3000))
-    for rule in ("fixed", "paper"):
-        rows, offsets, lengths = _native.period_rows(generated, "answer", "last", rule)
-        periods = answers_batch.read_periods_plain(generated, rule, "answer", "last")
-        assert [tuple(row) for row in rows.tolist()] == [period for period in periods if period]
-        assert lengths.tolist() == [1 if period else -1 for period in periods]
-        assert offsets.tolist() == [0, *np.cumsum([period is not None for period in periods]).tolist()]
-
-        rows, offsets, lengths = _native.glue_rows(generated, "glue", "last", rule)
-        glues = answers_batch.read_glues_plain(generated, rule, "glue", "last")
-        assert lengths.tolist() == [-1 if glue is None else len(glue) for glue in glues]
-        for n, glue in enumerate(glues):
-            assert [tuple(row) for row in rows[offsets[n] : offsets[n + 1]].tolist()] == sorted(glue or [])
-
-        rows, offsets, lengths = _native.box_rows(generated, "answer", "last", rule)
-        for n, boxes in enumerate(answers_batch.read_box_lists_plain(generated, rule, "answer", "last")):
-            values = [value for box in boxes or [] for value in box]
-            is_finite = all(value is not None and math.isfinite(value) for value in values)
-            is_kept = is_finite or (rule == "paper" and None not in values)
-            assert lengths[n] == (len(boxes) if boxes is not None and (is_finite or rule == "paper") else -1)
-            assert rows[offsets[n] : offsets[n + 1]].ravel().tolist() == (values if is_kept else [])
 
 
 def test_the_number_of_threads_does_not_change_anything():

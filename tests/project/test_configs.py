@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from vcr1_fast.commands.plan import plan_command
+from vcr1_fast.settings.checks import RunCommand, check_settings
 from vcr1_fast.settings.config import Config
 from vcr1_fast.settings.io import load_config, load_settings
 from vcr1_fast.synth.config import SynthConfig
@@ -25,7 +27,8 @@ def test_config_loads(path: Path):
     config = load_config(str(path), [])
     assert isinstance(config, Config)
     assert config != Config(), "a config that changes nothing"
-    config.check_world_size(1)
+    for command in get_args(RunCommand):
+        check_settings(config, command)
 
 
 @pytest.mark.parametrize("config_class", [Config, SynthConfig])

@@ -24,6 +24,6 @@ def test_logprobs_agree_within_1e_4(tiny_model, tiny_tokenizer, make_prompt, tem
     groups = [RolloutGroup(p, tuple(completions), 1) for p, completions in zip(prompts, answers, strict=True)]
     batch = pack(groups, [[1.0] * 5] * 2)
     with torch.no_grad():
-        logprob_N, _ = policy(batch, temperature)
+        logprob_N, _ = policy(policy.device_batch(batch), temperature)
     assert batch.engine_logprob_N.std() > 0.5  # far from uniform, so agreement means something
     assert (logprob_N - batch.engine_logprob_N).abs().max() < 1e-4

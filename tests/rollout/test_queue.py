@@ -13,7 +13,7 @@ import torch
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.collect import Collector
 from vcr1_fast.rollout.queue import RolloutQueue
-from vcr1_fast.settings.config import Config, ConfigError, RolloutConfig, TaskConfig, TrainConfig
+from vcr1_fast.settings.config import Config, RolloutConfig, TaskConfig, TrainConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Completion, Example, IntervalTruth, Prompt, SamplingParams
 
@@ -263,8 +263,3 @@ def _flat_below(first: str):
         return {"iou": [float(a == GOOD) if e.id >= first else 0.0 for e, a in zip(examples, answers, strict=True)]}
 
     return score
-
-
-def test_interrupting_without_a_lag_is_refused():
-    with pytest.raises(ConfigError, match=r"rollout\.interrupt is true and rollout\.max_policy_lag is 0"):
-        RolloutConfig(interrupt=True)

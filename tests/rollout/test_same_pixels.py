@@ -51,8 +51,9 @@ def test_engine_and_learner_take_the_same_values() -> None:
     LocalEngine(engine_hf, load_tokenizer("tiny")).generate([prompt], SamplingParams(2, max_new_tokens=2))
     answer = Completion(torch.tensor([300, 301]), torch.full((2,), -1.0), "stop", "")
     group = RolloutGroup(prompt, (answer, answer), 0, advantages=(1.0, -1.0), rewards=(1.0, 0.0))
-    batch = pack([group], [[0.5, 0.5]])
-    PolicyModel(learner_hf, ModelConfig(), torch.float32)(batch, 1.0, grpo_objective(batch, None, AlgorithmConfig()))
+    policy = PolicyModel(learner_hf, ModelConfig(), torch.float32)
+    batch = policy.device_batch(pack([group], [[0.5, 0.5]]))
+    policy(batch, 1.0, grpo_objective(batch, None, AlgorithmConfig()))
     assert len(seen_by_engine) == len(seen_by_learner) == 1  # and the tower ran once for both answers
     assert torch.equal(seen_by_engine[0], values_PC) and torch.equal(seen_by_learner[0], values_PC)
 

@@ -15,6 +15,7 @@ import vcr1_fast.run.checkpoint as checkpoint
 from tests.tiny_policy import TinyPolicy, tiny_tokenizer, tokens
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import World, exit_rank, init_distributed, named_weights, shard, shutdown, whole_tensor
+from vcr1_fast.run import export
 from vcr1_fast.run.checkpoint import RunState, latest_checkpoint, load_checkpoint, save_checkpoint
 from vcr1_fast.run.export import export_hugging_face
 from vcr1_fast.run.folder import prepare_output_dir
@@ -58,6 +59,18 @@ def check_failure_on_one_rank(run: Path, parts: tuple, world: World) -> None:
         raise AssertionError("a folder in /proc was made")
 
 
+def check_failed_export(run: Path, policy: TinyPolicy, world: World) -> None:
+    """Only rank 0 writes, but all ranks are told, and none is left in a gather."""
+    if world.is_main:
+        (run / "photos").mkdir()
+    try:
+        export_hugging_face(policy, tiny_tokenizer(), run / "photos", world)
+    except OSError as error:
+        assert "has no config.json" in str(error) if world.is_main else "rank 0 failed" in str(error)
+    else:
+        raise AssertionError("a folder of something else was replaced")
+
+
 def main() -> None:
     run, world = Path(sys.argv[1]), init_distributed("cpu")
     policy = TinyPolicy(seed=5)
@@ -95,6 +108,8 @@ def main() -> None:
     assert wanted.keys() == again.keys()
     assert all(torch.equal(wanted[name], again[name]) for name in wanted)
     assert random.random() == draw  # each rank continues its own
+    check_failed_export(run, policy, world)
+    export.FILE_BYTES = 60_000  # of 200 KB: several files, as a 7B model has
     export_hugging_face(policy, tiny_tokenizer(), run / "model", world)
     if world.is_main:
         both = {f"loaded {name}": t for name, t in loaded.items()} | {f"saved {name}": t for name, t in wanted.items()}

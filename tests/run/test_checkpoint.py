@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 import vcr1_fast.run.checkpoint as checkpoint
-import vcr1_fast.run.folder as run_folder
 from tests.run.sharded_checkpoint import CONFIG, whole_state
-from tests.tiny_policy import TinyPolicy, run_ranks, tiny_tokenizer, tokens
+from tests.tiny_policy import TinyPolicy, run_ranks, tokens
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.run.checkpoint import (
@@ -28,7 +27,6 @@ from vcr1_fast.run.checkpoint import (
     resolve_resume,
     save_checkpoint,
 )
-from vcr1_fast.run.export import export_hugging_face
 from vcr1_fast.settings.config import ConfigError
 
 WORKER = Path(__file__).with_name("sharded_checkpoint.py")
@@ -296,54 +294,6 @@ def test_preparing_deletes_only_what_a_save_left(tmp_path: Path, caplog: pytest.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tmp-1", "checkpoints", "model", "notes.tmp-old"]
     assert list((tmp_path / "checkpoints").iterdir()) == []
     assert caplog.text.count("left by a save that did not finish") == 2
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_export_is_loaded_by_transformers_with_equal_weights(tmp_path: Path, tied: bool):
-    policy = TinyPolicy(tied=tied)
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "preprocessor_config.json").write_text("{}")
-    for _ in range(2):  # the second replaces the first
-        folder = export_hugging_face(policy, tiny_tokenizer(), tmp_path / "model", source=source)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "source"]
-    names = {p.name for p in folder.iterdir()}
-    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    assert "preprocessor_config.json" in names
-    # The names of the published checkpoints, which other engines expect.
-    assert "model.embed_tokens.weight" in load_file(folder / "model.safetensors")
-    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    wanted = policy.hf.state_dict()
-    assert model.state_dict().keys() == wanted.keys()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
-    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.encode("does the dog jump") == [2, 3, 4, 5]
-
-
-def test_export_in_bfloat16(tmp_path: Path):
-    policy = TinyPolicy()
-    folder = export_hugging_face(policy, tiny_tokenizer(), tmp_path / "model", dtype=torch.bfloat16)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
-    assert model.dtype == torch.bfloat16 and policy.hf.dtype == torch.float32
-    assert torch.equal(model.lm_head.weight, policy.hf.lm_head.weight.bfloat16())
-
-
-def test_export_does_not_replace_another_folder_and_leaves_nothing_after_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(FileExistsError, match=r"exists and has no config\.json; choose another path"):
-        export_hugging_face(TinyPolicy(), tiny_tokenizer(), tmp_path / "photos")
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(run_folder.os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        export_hugging_face(TinyPolicy(), tiny_tokenizer(), tmp_path / "model")
-    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
 
 
 def test_a_checkpoint_from_before_the_task_scale_still_loads(run: Path):

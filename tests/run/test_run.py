@@ -1,4 +1,5 @@
-"""What runs keep of each other: the reader that a model was trained with, the model that frozen weights are of."""
+"""What runs keep of each other: the reader that a model was trained with, the model that frozen weights are of, the
+dtype of weights."""
 
 from __future__ import annotations
 
@@ -9,14 +10,25 @@ from typing import cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.learner.conftest import random_model
+from tests.recording_engine import RecordingEngine
+from tests.tiny_policy import tiny_tokenizer
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.run.checkpoint import RunState
 from vcr1_fast.run.model_folder import model_digest
-from vcr1_fast.run.run import TRAINED_WITH, Run, load_state, save_state, warn_of_other_reader
-from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, ModelConfig, TrainConfig
+from vcr1_fast.run.run import (
+    TRAINED_WITH,
+    Run,
+    export_model,
+    load_state,
+    open_weight_sync,
+    save_state,
+    warn_of_other_reader,
+)
+from vcr1_fast.settings.config import CheckpointConfig, Config, ConfigError, LoRAConfig, ModelConfig, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -48,6 +60,39 @@ def test_a_models_digest_is_of_its_weights_alone(tmp_path: Path):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert model_digest(tmp_path / "b") != first
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "got"),
+    [("bfloat16", "auto", "bfloat16"), ("float32", "auto", "float32"), ("bfloat16", "float32", "float32")],
+)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_model_is_exported_in_the_dtype_it_came_in(tmp_path: Path, stored: str, wanted: str, got: str, rank: int):
+    random_model(seed=1).to(getattr(torch, stored)).save_pretrained(tmp_path / "start")
+    model = ModelConfig(path=str(tmp_path / "start"), device="cpu", lora=LoRAConfig(rank=rank))
+    config = Config(model=model, checkpoint=CheckpointConfig(export_dtype=wanted))  # type: ignore[arg-type]
+    where = {"folder": tmp_path / "run", "source": SimpleNamespace(name="pyav 18"), "world": SINGLE_PROCESS}
+    builder = SimpleNamespace(tokenizer=tiny_tokenizer())
+    run = cast(Run, SimpleNamespace(config=config, builder=builder, **where))
+    folder = export_model(run, Learner(config, SINGLE_PROCESS, 10))
+    weights = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {getattr(torch, got)}
+    start = load_file(tmp_path / "start" / "model.safetensors")  # nothing was trained, so every weight comes back
+    assert start.keys() == weights.keys()
+    assert all(torch.equal(weights[name], weight.to(weights[name].dtype)) for name, weight in start.items())
+    assert json.loads((folder / "config.json").read_text())["dtype"] == got
+
+
+def test_weights_are_pushed_in_the_dtype_that_the_engine_has(tmp_path: Path):
+    random_model(seed=1).save_pretrained(tmp_path / "start")
+    model = ModelConfig(path=str(tmp_path / "start"), compute_dtype="bfloat16", device="cpu")
+    config, engine = Config(model=model), RecordingEngine()
+    learner = Learner(config, SINGLE_PROCESS, 10)
+    sync = open_weight_sync(cast(Run, SimpleNamespace(config=config)), learner, engine, policy_version=5)
+    report = sync.push()
+    assert {weight.dtype for weight in engine.loaded.values()} == {torch.bfloat16}
+    assert report.num_bytes == 2 * sum(weight.numel() for weight in learner.policy.parameters())
+    assert report.policy_version == 5
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -1,4 +1,4 @@
-"""Rewards and advantages against numbers computed by hand, and against torch."""
+"""Advantages against numbers computed by hand, and against torch."""
 
 import math
 
@@ -6,16 +6,10 @@ import pytest
 import torch
 
 from vcr1_fast.learner import advantages
-from vcr1_fast.tasks.reward_groups import group_advantages, group_advantages_plain, weighted_rewards
+from vcr1_fast.tasks.reward_groups import group_advantages, group_advantages_plain
 
 REWARDS = [0.0, 1.0, 2.0, 1.0, 1.0, 3.0]
 OFFSETS = [0, 3, 5, 5, 6]  # groups of 3, 2, 0 and 1
-
-
-def test_rewards_are_weighted_sums():
-    assert weighted_rewards([[1.0, 0.0, 1.0], [0.5, 0.25, 0.0]], [1.0, 2.0]) == [2.0, 0.5, 1.0]
-    with pytest.raises(ValueError):
-        weighted_rewards([[1.0], [0.5, 0.25]], [1.0, 2.0])
 
 
 @pytest.mark.parametrize("function", [group_advantages, group_advantages_plain])

@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_those_of_a_frozen_tower_inside(
         policy = PolicyModel(
             load_hugging_face("tiny", torch.float32, CPU), ModelConfig(freeze_vision=True), torch.float32
         )
-        batch = pack([group], [[0.5, 0.5]])
+        batch = policy.device_batch(pack([group], [[0.5, 0.5]]))
         loss, _ = policy(batch, 1.0, grpo_objective(batch, None, AlgorithmConfig()))
         loss.backward()
         results.append({name: p.grad for name, p in policy.named_parameters()})

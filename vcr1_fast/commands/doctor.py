@@ -180,15 +180,16 @@ def _kernel_proof() -> str:
         raise UnusableError("not run: torch sees no GPU, where runs take the torch versions, with nothing to compare")
     from vcr1_fast.learner.kernel_proof import RUN_KERNELS, Subject, prove
     from vcr1_fast.learner.sharding import World
+    from vcr1_fast.native_cuda import choose_half
 
     world = World(device=torch.device("cuda", torch.cuda.current_device()))
-    kernels = (*RUN_KERNELS, *(["rewards"] if native.has_cuda() else []))
-    proof = prove(Subject.of_public_model(PROOF_MODEL, world.device), world, kernels, fresh=True)
-    lines = "; ".join(proof.lines())
+    proof = prove(Subject.of_public_model(PROOF_MODEL, world.device), world, fresh=True)
+    choose_half(world)
+    lines = "; ".join([*proof.lines(), f"rewards: {native.in_use()}"])
     held = {verdict.kernel for verdict in proof.verdicts if verdict.outcome == "held"}
     failed = [verdict for verdict in proof.verdicts if verdict.outcome != "held"]
     if failed:
-        without = "".join(f"; {name} takes its plain path" for name in kernels if name not in held)
+        without = "".join(f"; {name} takes its plain path" for name in RUN_KERNELS if name not in held)
         raise UnusableError(f"{len(failed)} of {len(proof.verdicts)} ways do not hold{without}: {lines}")
     return f"{PROOF_MODEL}: {lines}; {proof.check_s:.1f} s, after {proof.compile_s:.1f} s of compilation"
 

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
 from vcr1_fast.run.telemetry import console, is_main_rank, say
+from vcr1_fast.settings.checks import check_settings
 from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, RolloutConfig, VideoConfig
 from vcr1_fast.video.resolution import FACTOR_PX, max_pixels_per_frame
 
@@ -319,7 +320,7 @@ def default_num_gpus(config: Config) -> int:
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     try:
-        config.check_world_size(DEFAULT_NUM_GPUS)
+        check_settings(config, "train", DEFAULT_NUM_GPUS)
     except ConfigError:
         return 1
     return DEFAULT_NUM_GPUS
@@ -331,9 +332,8 @@ def plan_command(config: Config, num_gpus: int | None = None) -> dict[str, Any]:
     Raises ConfigError when the settings do not fit that number of GPUs or the checkpoint is no Qwen2.5-VL.
     """
     num_gpus = num_gpus or default_num_gpus(config)
-    config.check_world_size(num_gpus)
-    size = read_model_size(config.model.path)
-    tokens = plan_tokens(config, num_gpus)
+    check_settings(config, "train", num_gpus)
+    size, tokens = read_model_size(config.model.path), plan_tokens(config, num_gpus)
     memory = plan_memory(config, size, tokens, num_gpus)
     files = [file.path for file in (*config.data.sources("train"), *config.data.sources("eval"))]
     missing = [file for file in files if not Path(file).expanduser().is_file()]

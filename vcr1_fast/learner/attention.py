@@ -6,15 +6,12 @@ keyword argument `prefix_layout` of the text model's forward. No model code is f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout, prefix_attention
-
-if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLForConditionalGeneration
 
 PREFIX_ATTENTION = "vcr1_prefix"
 
@@ -48,7 +45,7 @@ def packed_attention(
     return out_THC.unsqueeze(0), None
 
 
-def use_packed_attention(hf: Qwen2_5_VLForConditionalGeneration) -> None:
-    """Switch the decoder of `hf` to packed rows; the vision tower keeps its own attention."""
+def use_packed_attention(decoder: Any) -> None:
+    """Switch a decoder to packed rows; the vision tower keeps its own attention."""
     AttentionInterface.register(PREFIX_ATTENTION, packed_attention)
-    hf.model.language_model.config._attn_implementation = PREFIX_ATTENTION
+    decoder.config._attn_implementation = PREFIX_ATTENTION

@@ -19,6 +19,8 @@ from vcr1_kernels.backend import Backend
 from vcr1_kernels.losses import LossFunction, TokenVectors
 from vcr1_kernels.prefix_attention import AttentionBackend, attention_backend
 
+from vcr1_fast.learner.tower_attention import TowerBackend, use_tower_attention
+
 HALF_TYPES = (torch.bfloat16, torch.float16)
 _HEAD_WORDS = {
     "auto": "fused",
@@ -35,7 +37,7 @@ _WORDS = {
         "triton": "packed rows, Triton",
         "torch": "packed rows, dense scores in torch",
     },
-    "tower": {"auto": "by device", "flash": "flash, one call a layer", "plain": "transformers' own"},
+    "tower": {"auto": "by device", "flash": "flash, one call a layer", "plain": "segment by segment"},
     "patchify": {"auto": "by device", "triton": "Triton", "torch": "torch"},
 }
 _LABELS = {"logprob": "log-probs", "policy_loss": "policy loss"}
@@ -99,11 +101,12 @@ class KernelChoice:
     def patchify_backend(self) -> Backend:
         return cast(Backend, self.patchify.way)
 
-    def has_varlen_tower(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether the vision tower attends in one flash call a layer."""
-        if self.tower.way == "auto":
-            return device.type == "cuda" and dtype in HALF_TYPES
-        return self.tower.way == "flash"
+    def switch_tower(self, tower: Any, device: torch.device, dtype: torch.dtype) -> None:
+        """Gives a vision tower on CUDA its attention; elsewhere it keeps transformers' own."""
+        if device.type != "cuda":
+            return
+        by_device: TowerBackend = "flash" if dtype in HALF_TYPES else "plain"
+        use_tower_attention(tower, by_device if self.tower.way == "auto" else cast(TowerBackend, self.tower.way))
 
     def describe(self) -> str:
         """For the line a run prints at its start."""

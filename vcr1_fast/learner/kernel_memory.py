@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 import vcr1_kernels
 
-from vcr1_fast import __version__, native
+from vcr1_fast import __version__
 
 PACKAGES = ("triton", "flash-attn", "flash-attn-3")
 OWN_SOURCES = ("attention.py", "tower_attention.py", "kernel_problems.py", "kernel_proof.py", "kernel_memory.py")
@@ -123,11 +123,9 @@ def _version(distribution: str) -> str | None:
 
 @functools.cache
 def sources_digest() -> str:
-    """Of the kernels' sources, of what compares them, and of the compiled module."""
+    """Of the kernels' sources and of what compares them."""
     package = Path(vcr1_kernels.__file__).parent
     paths = [*sorted(package.rglob("*.py")), *(Path(__file__).parent / name for name in OWN_SOURCES)]
-    if native.module is not None and native.module.__file__ is not None:
-        paths.append(Path(native.module.__file__))
     digest = hashlib.blake2b(digest_size=12)
     for path in paths:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

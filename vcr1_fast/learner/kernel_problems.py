@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from vcr1_kernels import fused_linear_logprob, fused_linear_policy_loss, patchify, prefix_attention, reference
@@ -24,7 +23,6 @@ from vcr1_kernels.prefix_attention import AttentionBackend, PrefixGroup, PrefixL
 
 from vcr1_fast.learner.kernel_choice import HALF_TYPES, on_device
 from vcr1_fast.learner.tower_attention import flash_varlen
-from vcr1_fast.tasks import overlap, reward_groups
 
 Outputs = dict[str, Tensor]
 VOCAB_STEP = 8192  # two blocks of the row kernels; 152,064 entries would be 4.4 GB of float64 for a 7B head
@@ -156,14 +154,15 @@ def _loss_vectors(head: _Head, beta: float) -> TokenVectors:
 def policy_loss_problem(shapes: Shapes, device: torch.device, losses: Mapping[str, LossFunction]) -> Problem:
     """Value and gradients of each of the run's losses, by the head that makes gradients in forward."""
     head = _Head.make(shapes, device)
-    vectors = {name: _loss_vectors(head, getattr(loss, "beta", 0.0)) for name, loss in losses.items()}
+    vectors = {
+        name: on_device(_loss_vectors(head, getattr(loss, "beta", 0.0)), device) for name, loss in losses.items()
+    }
 
-    def outputs(function: Callable[..., tuple[Tensor, Any]], dtype: torch.dtype, moves: bool) -> Outputs:
+    def outputs(function: Callable[..., tuple[Tensor, Any]], dtype: torch.dtype) -> Outputs:
         found: Outputs = {}
         for name, loss in losses.items():
             leaves = head.leaves(dtype)
-            tokens = on_device(vectors[name], device) if moves else vectors[name]  # a learner has them on the host
-            value = function(*leaves, head.target_N, loss, tokens, head.temperature)[0]
+            value = function(*leaves, head.target_N, loss, vectors[name], head.temperature)[0]
             found[f"{name} loss"] = value.detach()
             found |= {f"{name} {output}": grad for output, grad in head.gradients(value, leaves).items()}
         return found
@@ -173,9 +172,9 @@ def policy_loss_problem(shapes: Shapes, device: torch.device, losses: Mapping[st
         return lambda *inputs: fused_linear_policy_loss(*inputs, chunk_rows=CHUNK_ROWS, backend=backend)
 
     return Problem(
-        run=lambda way: outputs(fused(way), shapes.dtype, moves=False),
-        plain=lambda: outputs(reference.linear_policy_loss, shapes.dtype, moves=True),
-        exact=lambda: outputs(reference.linear_policy_loss, torch.float64, moves=True),
+        run=lambda way: outputs(fused(way), shapes.dtype),
+        plain=lambda: outputs(reference.linear_policy_loss, shapes.dtype),
+        exact=lambda: outputs(reference.linear_policy_loss, torch.float64),
     )
 
 
@@ -261,52 +260,6 @@ def patchify_problem(shapes: Shapes, device: torch.device) -> Problem:
     )
 
 
-def rewards_problem(device: torch.device) -> Problem:
-    """Overlaps, rewards and advantages by one launch of the compiled module's CUDA half, on intervals and on tracks."""
-    rng = np.random.default_rng(0)
-    num_groups, group_size, num_boxes = 5, 8, 4
-    count = num_groups * group_size
-    parts, weights = rng.integers(0, 2, (1, count)).astype(float), np.array([0.5, 1.0])
-    offsets = np.arange(0, count + 1, group_size)
-    starts = rng.random((count, 2)) * 20
-    intervals = [[(a, a + 6.0), (b + 20.0, b + 22.0)] for a, b in starts.tolist()]
-    corners = np.sort(rng.random((count, num_boxes, 2, 2)), axis=2).reshape(count, num_boxes, 4)
-    tracks: list[list[Any]] = [[tuple(box) for box in track] for track in corners.tolist()]
-    true_intervals, true_tracks = [[(5.0, 15.0), (25.0, 35.0)]] * count, [[(0.2, 0.3, 0.7, 0.8)] * num_boxes] * count
-    rest = ("group", reward_groups.STD_FLOOR)
-
-    def plain() -> Outputs:
-        overlaps = {
-            "interval": overlap.interval_iou_batch_plain(intervals, true_intervals, "set"),
-            "track": overlap.track_iou_batch_plain(tracks, true_tracks, 0, "giou"),
-        }
-        found: Outputs = {}
-        for name, values in overlaps.items():
-            rewards = reward_groups.weighted_rewards([*parts.tolist(), values], weights.tolist())
-            advantages = reward_groups.group_advantages_plain(rewards, offsets.tolist(), *rest)
-            found[name] = torch.tensor([values, rewards, advantages], dtype=torch.float64)
-        return found
-
-    def in_one_launch(way: str) -> Outputs:
-        from vcr1_fast import _native
-
-        stream = torch.cuda.current_stream().cuda_stream
-        shared = [torch.as_tensor(array, device=device) for array in (parts, weights, offsets)]
-        found: Outputs = {}
-        for name, width, sides, how in (
-            ("interval", 2, (intervals, true_intervals), ("set",)),
-            ("track", 4, (tracks, true_tracks), (0, "giou")),
-        ):
-            rows = [torch.as_tensor(a, device=device) for side in sides for a in overlap.ragged(side, width)]
-            out = torch.full((3, count), float("nan"), dtype=torch.float64, device=device)
-            function = getattr(_native, f"{name}_advantages_cuda")
-            function(*rows, *how, *shared, *rest, *out.unbind(), stream)
-            found[name] = out.cpu()
-        return found
-
-    return Problem(run=in_one_launch, plain=plain, exact=plain)
-
-
 def ways_of(kernel: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Names for `Problem.run`, fastest first; what is left when none of them holds needs no proof.
 
@@ -319,5 +272,4 @@ def ways_of(kernel: str, dtype: torch.dtype) -> tuple[str, ...]:
         "attention": ("flash", "triton") if half else ("triton",),  # no flash attention has float32
         "tower": ("flash",) if half else (),
         "patchify": ("triton",),
-        "rewards": ("cuda",),
     }[kernel]

@@ -13,6 +13,7 @@ median row: one wrong row is seen among thousands of right ones.
 
 A way that raises or is further off is not taken, on any rank, and the next one is tried: another kernel where there is
 one, in the end the plain path. Kernels stand or fall one by one. What held is remembered (`kernel_memory`).
+Rewards on the GPU, which must equal the CPU's bit for bit, are compared by `native_cuda.choose_half`.
 """
 
 from __future__ import annotations
@@ -44,8 +45,7 @@ from vcr1_fast.settings.config import AlgorithmConfig, Config, ConfigError, Mode
 MULTIPLE = 4.0
 MOST_ALLOWED = 0.1
 PLAIN_WAYS = {kernel: pick.way for kernel, pick in plain_choice().picks()}
-RUN_KERNELS = tuple(PLAIN_WAYS)  # rewards besides, which only callers of their own compute on a GPU
-REWARDS_FLOOR = 1e-9  # its plain path is float64 itself; one launch adds up in another order
+RUN_KERNELS = tuple(PLAIN_WAYS)
 _OUTCOMES = ("held", "failed", "crashed")  # the worst of all ranks counts
 
 
@@ -80,8 +80,6 @@ class Subject:
         if kernel == "policy_loss":
             losses = {self.algorithm.loss: policy_loss(self.algorithm), "sft": negative_log_likelihood}
             return kernel_problems.policy_loss_problem(self.shapes, device, losses)
-        if kernel == "rewards":
-            return kernel_problems.rewards_problem(device)
         return getattr(kernel_problems, f"{kernel}_problem")(self.shapes, device)
 
     def key(self) -> dict[str, str]:
@@ -149,7 +147,7 @@ def prove(
     set_rng_state(random_state)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # an engine may share the GPU
-    chosen: dict[str, Any] = {kernel: pick for kernel, pick in picks.items() if kernel in PLAIN_WAYS}
+    chosen: dict[str, Any] = picks
     clause = "kernels compared with their plain paths "
     if trial.new:
         clause += f"in {trial.check_s:.1f} s, after {trial.compile_s:.1f} s of compilation"
@@ -186,7 +184,7 @@ class _Trial:
                     "take another path"
                 )
             reasons.append(reason)
-        return Pick(PLAIN_WAYS.get(kernel, "plain"), "; ".join(reasons), is_fallback=bool(reasons))
+        return Pick(PLAIN_WAYS[kernel], "; ".join(reasons), is_fallback=bool(reasons))
 
     def _verdict(self, examination: _Examination, way: str) -> Verdict:
         verdict = self.known.get((examination.kernel, way))
@@ -255,8 +253,6 @@ class _Examination:
         return function()
 
     def _floor(self) -> float:
-        if self.kernel == "rewards":
-            return REWARDS_FLOOR
         return 64 * torch.finfo(torch.float32).eps + torch.finfo(self.subject.shapes.dtype).eps / 2
 
     def _answers(self) -> bool:

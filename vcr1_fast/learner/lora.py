@@ -2,8 +2,8 @@
 
     y = x W^T + b + (alpha / rank) (x A^T) B^T        W [N, K], A [rank, K], B [N, rank]; B = 0 at the start
 
-Two ways out of here: the weights of an ordinary model, each changed matrix W + (alpha / rank) B A (`merged`: export,
-rollout engines), and the factors alone (`adapter_factors`: checkpoints, rollout.sglang.adapters_only).
+Two ways out of here: the weights of an ordinary model, each changed matrix W + (alpha / rank) B A (`merged_parts`:
+export, rollout engines), and the factors alone (`adapter_factors`: checkpoints, rollout.sglang.adapters_only).
 
 Own code and not PEFT, because PEFT's layer casts the whole input to the adapter's float32 under autocast and adds the
 two products in a pass of their own; both are passes over a whole activation for each of 196 matrices. Its
@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.functional import linear
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from vcr1_fast.learner.gathering import Part, rows_here
 from vcr1_fast.learner.sharding import named_weights
 from vcr1_fast.settings.config import ConfigError, LoRAConfig
 
@@ -123,15 +124,30 @@ def has_adapter(name: str, factors: Mapping[str, Tensor]) -> bool:
     return f"{name.removesuffix('.weight')}.lora_A" in factors
 
 
-@torch.no_grad()
-def merged(name: str, base: Tensor, factors: Mapping[str, Tensor], scale: float) -> Tensor:
-    """W + scale B A in float32, for the weight `name`; `base` itself where it has no adapter.
+def parts_of(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> list[Part]:
+    """For `gathering.whole_weights`: each weight as it is, floating ones cast to `dtype` (None: as stored)."""
+    return [Part(name, weight, _handed_over(weight.dtype, dtype)) for name, weight in weights.items()]
 
-    Sharded weights stay sharded: rows of W and B are split alike, and A, rank rows, is gathered. A collective then.
-    """
-    if not has_adapter(name, factors):
-        return base
-    a_RK, b_NR = (factors[f"{name.removesuffix('.weight')}.{factor}"].detach() for factor in FACTORS)
-    if isinstance(a_RK, DTensor):
-        a_RK = a_RK.redistribute(placements=[Replicate()])
-    return base.detach() + scale * (b_NR @ a_RK)
+
+def merged_parts(
+    base: Mapping[str, Tensor], factors: Mapping[str, Tensor], scale: float, dtype: torch.dtype | None = None
+) -> list[Part]:
+    """`parts_of(base)` with W + scale B A, added up in float32, for each matrix that has an adapter."""
+    parts = []
+    for part in parts_of(base, dtype):
+        if has_adapter(part.name, factors):
+            a_RK, b_NR = (factors[f"{part.name.removesuffix('.weight')}.{factor}"] for factor in FACTORS)
+            summed = torch.promote_types(part.weight.dtype, b_NR.dtype)
+            rows = partial(_merged_rows, part.weight, b_NR, scale)
+            part = Part(part.name, part.weight, _handed_over(summed, dtype), a_RK, rows)
+        parts.append(part)
+    return parts
+
+
+def _merged_rows(base: Tensor, b_NR: Tensor, scale: float, a_RK: Tensor) -> Tensor:
+    """Of this rank: W and B are divided alike, and A is whole."""
+    return rows_here(base) + scale * (rows_here(b_NR) @ a_RK)
+
+
+def _handed_over(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and stored.is_floating_point else stored

@@ -1,4 +1,4 @@
-"""The policy: a Hugging Face Qwen2.5-VL whose forward takes one PackedBatch and gives log-probs or the loss."""
+"""The policy: a Hugging Face model whose forward takes one DeviceBatch and gives log-probs or the loss."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForCo
 from transformers.utils import logging as transformers_logging
 
 from vcr1_fast.learner.attention import use_packed_attention
+from vcr1_fast.learner.device_batch import DeviceBatch, device_batch
+from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.kernel_choice import KernelChoice, plain_choice
 from vcr1_fast.learner.objective import Objective, Sums
-from vcr1_fast.learner.tower_attention import use_varlen_tower
 from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import PackedBatch
-from vcr1_fast.video.embed import embed_videos
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -42,11 +42,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 class PolicyModel(nn.Module):
-    """forward(PackedBatch) -> (logprob_N, entropy_N), or with an objective -> (loss, sums).
+    """forward(DeviceBatch) -> (logprob_N, entropy_N), or with an objective -> (loss, sums).
 
     The vision tower runs once per prompt, the decoder once per row, the head on scored rows only.
 
-    Everything happens inside one forward so that FSDP's hooks on the root see every use of a weight.
+    Everything happens inside one forward so that FSDP's hooks on the root see every use of a weight, and nothing in it
+    reads from the device: what Python looks at is in the batch as host numbers.
     """
 
     def __init__(
@@ -59,22 +60,27 @@ class PolicyModel(nn.Module):
         """`kernels`: what a run has chosen; None: by the device, or plain where `config.kernels` is off."""
         super().__init__()
         self.hf = hf
+        self.family = family_of(hf.config)
         self.compute_dtype = compute_dtype
         self.kernels = kernels or (plain_choice() if config.kernels == "off" else KernelChoice())
-        use_packed_attention(hf)
-        if self.kernels.has_varlen_tower(hf.device, compute_dtype):
-            use_varlen_tower(hf.model.visual)
+        use_packed_attention(self.family.decoder(hf))
+        tower = self.family.tower(hf)
+        self.kernels.switch_tower(tower, hf.device, compute_dtype)
         if config.freeze_vision:
-            hf.model.visual.requires_grad_(False)
+            tower.requires_grad_(False)
         if config.gradient_checkpointing:
             hf.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def device_batch(self, batch: PackedBatch) -> DeviceBatch:
+        """`batch` on the device of the weights. Raises ValueError where it does not fit this model."""
+        return device_batch(batch, self.family, self.hf.config, self.hf.device, self.compute_dtype)
+
     @overload
-    def forward(self, batch: PackedBatch, temperature: float, objective: None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(self, batch: DeviceBatch, temperature: float, objective: None = None) -> tuple[Tensor, Tensor]: ...
     @overload
-    def forward(self, batch: PackedBatch, temperature: float, objective: Objective) -> tuple[Tensor, Sums]: ...
+    def forward(self, batch: DeviceBatch, temperature: float, objective: Objective) -> tuple[Tensor, Sums]: ...
     def forward(
-        self, batch: PackedBatch, temperature: float, objective: Objective | None = None
+        self, batch: DeviceBatch, temperature: float, objective: Objective | None = None
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Sums]:
         """Log-probability and entropy of each scored token, [N] each, at the sampling temperature.
 
@@ -82,35 +88,22 @@ class PolicyModel(nn.Module):
         """
         with self._autocast():
             hidden_TD = self._decode(batch)
-        device = hidden_TD.device
         # Under autocast the last hidden states and the weight are float32; the head multiplies what the decoder would.
-        scored_ND = hidden_TD[batch.scored_row_N.to(device)].to(self.compute_dtype)
-        head = (scored_ND, self.hf.lm_head.weight.to(self.compute_dtype), batch.target_N.to(device))
+        scored_ND = hidden_TD[batch.scored_row_N].to(self.compute_dtype)
+        head = (scored_ND, self.hf.lm_head.weight.to(self.compute_dtype), batch.target_N)
         if objective is None:
             return self.kernels.linear_logprob(*head, temperature)
         return self.kernels.linear_policy_loss(*head, objective.loss, objective.tokens, temperature)
 
-    def _decode(self, batch: PackedBatch) -> Tensor:
+    def _decode(self, batch: DeviceBatch) -> Tensor:
         """Final hidden states [T, D] of the packed row."""
-        device = self.hf.device
-        token_ids_1T = batch.token_ids_T.to(device).unsqueeze(0)
-        embeds_1TD = self.hf.get_input_embeddings()(token_ids_1T)
-        is_video_1T = token_ids_1T == self.hf.config.video_token_id
-        video_MD = embed_videos(self.hf, batch.patches, self.compute_dtype)
-        if int(is_video_1T.sum()) != video_MD.shape[0]:
-            raise ValueError(
-                f"the row has {int(is_video_1T.sum())} video placeholders, but the tower gave {video_MD.shape[0]} rows"
-            )
-        embeds_1TD = embeds_1TD.masked_scatter(is_video_1T.unsqueeze(-1), video_MD.to(embeds_1TD.dtype))
-        output = self.hf.model.language_model(
-            inputs_embeds=embeds_1TD,
-            position_ids=batch.position_ids_3T.to(device).unsqueeze(1),
-            attention_mask={"full_attention": None},  # as a dict it is taken as ready: no [T, T] mask is built
-            use_cache=False,
-            prefix_layout=batch.layout,
-            prefix_backend=self.kernels.prefix_backend,
-        )
-        return output.last_hidden_state[0]
+        embeds_TD = self.hf.get_input_embeddings()(batch.token_ids_T)
+        features_MW = batch.features_MW
+        if features_MW is None:
+            assert batch.values_PC is not None and batch.tower is not None, "pixels or features"
+            features_MW = self.family.run_tower(self.family.tower(self.hf), batch.values_PC, batch.tower)
+        row = (batch.position_ids_3T, features_MW, batch.video_row_M, batch.layout)
+        return self.family.decode(self.hf, embeds_TD, *row, self.kernels.prefix_backend)
 
     def _autocast(self) -> AbstractContextManager[object]:
         """bfloat16 matrix products on float32 master weights."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from vcr1_kernels.losses import LossFunction, PolicyLoss, TokenVectors
 
+from vcr1_fast.learner.device_batch import DeviceBatch
 from vcr1_fast.settings.config import AlgorithmConfig
-from vcr1_fast.types import PackedBatch
 
 Sums = dict[str, Tensor]  # scalars that add up over micro-batches and ranks
 
@@ -31,14 +31,14 @@ class Objective(NamedTuple):
 
 @dataclass
 class Largest:
-    """The largest of the values seen, 0 without any. A sum adds up over the chunks of a batch, this does not."""
+    """The largest of the values seen, None without any. A sum adds up over the chunks of a batch, this does not."""
 
-    value: Tensor = field(default_factory=lambda: torch.zeros(()))
+    value: Tensor | None = None
 
     def see(self, values_N: Tensor) -> None:
         if values_N.numel():
             largest = values_N.detach().max()
-            self.value = torch.maximum(self.value.to(largest), largest)
+            self.value = largest if self.value is None else torch.maximum(self.value, largest)
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,12 @@ def policy_loss(config: AlgorithmConfig) -> MixedPolicyLoss:
     )
 
 
-def grpo_objective(
-    batch: PackedBatch, ref_logprob_N: Tensor | None, config: AlgorithmConfig, old_logprob_N: Tensor | None = None
-) -> Objective:
+def grpo_objective(batch: DeviceBatch, ref_logprob_N: Tensor | None, config: AlgorithmConfig) -> Objective:
     """The policy loss of one micro-batch.
 
-    `old_logprob_N`: of the policy that ratios are taken against. None: the current one with its gradient stopped, ratio
-    1 and no extra forward, which is exact where the sampled tokens are on-policy. NaN in it stands for the current one.
+    `batch.old_logprob_N`: of the policy that ratios are taken against. None: the current one with its gradient stopped,
+    ratio 1 and no extra forward, which is exact where the sampled tokens are on-policy. NaN in it stands for the
+    current one.
 
     Sums: those of `PolicyLoss`, among them tokens, entropy, kl, clipped_low, clipped_high and sampling_gap, the sum of
     |log-prob - the engine's|.
@@ -94,10 +93,10 @@ def grpo_objective(
     tokens = TokenVectors(
         advantage_N=batch.advantage_N,
         weight_N=batch.weight_N,
-        old_logprob_N=None if old_logprob_N is None else old_logprob_N.cpu(),
-        ref_logprob_N=None if ref_logprob_N is None else ref_logprob_N.cpu(),
+        old_logprob_N=batch.old_logprob_N,
+        ref_logprob_N=ref_logprob_N,
         sampling_logprob_N=batch.engine_logprob_N,
-        sequence_lens=tuple(torch.bincount(batch.sequence_N, minlength=batch.num_sequences).tolist()),
+        sequence_lens=batch.sequence_lens,
     )
     return Objective(loss, tokens, loss.largest_gap)
 
@@ -105,13 +104,13 @@ def grpo_objective(
 def negative_log_likelihood(logprob_N: Tensor, entropy_N: Tensor, tokens: TokenVectors) -> tuple[Tensor, Sums]:
     """Weighted -logprob of the taught tokens; sums: tokens, entropy, nll."""
     sums = {
-        "tokens": torch.tensor(float(logprob_N.numel()), device=logprob_N.device),
+        "tokens": torch.full((), float(logprob_N.numel()), device=logprob_N.device),
         "entropy": entropy_N.detach().sum(),
         "nll": -logprob_N.detach().sum(),
     }
     return -(tokens.weight_N * logprob_N).sum(), sums
 
 
-def sft_objective(batch: PackedBatch) -> Objective:
+def sft_objective(batch: DeviceBatch) -> Objective:
     """Likelihood of the taught completions; the prompt has no scored rows, so it is masked already."""
     return Objective(negative_log_likelihood, TokenVectors(batch.advantage_N, batch.weight_N))

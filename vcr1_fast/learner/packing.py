@@ -6,14 +6,15 @@ last row (for the first token) and from the R - 1 fed rows, so the prompt's last
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from vcr1_kernels.prefix_attention import PrefixGroup
 
+from vcr1_fast.learner.families.family import ModelFamily
 from vcr1_fast.types import Completion, PackedBatch, Patches, RolloutGroup
-
-PATCH_VALUES = 3 * 2 * 14 * 14  # channels x frames x rows x columns of one patch
 
 
 def num_fed_tokens(completion: Completion) -> int:
@@ -102,17 +103,28 @@ def pack(groups: Sequence[RolloutGroup], weights: Sequence[Sequence[float]]) -> 
     )
 
 
-def placeholder(video_token_id: int) -> PackedBatch:
-    """The smallest row that runs tower, decoder and head; weight 0. For a rank that has fewer rows than another.
+def placeholder(
+    family: ModelFamily, config: Any, has_features: bool, device: torch.device, dtype: torch.dtype
+) -> PackedBatch:
+    """The smallest row that runs what a real one runs; weight 0. For a rank that has fewer rows than another.
 
     Every rank must run the same collectives, so a rank without work runs this one and adds exactly 0 to every gradient.
+
+    Args:
+        config: the Hugging Face configuration of the whole model.
+        has_features: clips come as a frozen tower left them, so no rank runs the tower; else every rank runs it.
+        device, dtype: of pixels or features, as those of real clips are.
     """
-    ids = torch.tensor([video_token_id])
+    ids = torch.tensor([family.video_token_id(config)])
+    where: Any = {"device": device, "dtype": dtype}
+    pixels = torch.zeros(0 if has_features else family.patches_per_token, family.patch_values, **where)
+    features_MW = torch.zeros(1, family.feature_width(config), **where) if has_features else None
+    side = math.isqrt(family.patches_per_token)
     return PackedBatch(
         token_ids_T=ids,
         position_ids_3T=torch.zeros(3, 1, dtype=torch.long),
         layout=(PrefixGroup(0, 1, ()),),
-        patches=(Patches(torch.zeros(4, PATCH_VALUES), (1, 2, 2), 1.0, 2, 1.0),),
+        patches=(Patches(pixels, (1, side, side), 1.0, 2, 1.0, features_MW),),
         scored_row_N=torch.tensor([0]),
         target_N=ids,
         sequence_N=torch.tensor([0]),

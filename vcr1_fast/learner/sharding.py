@@ -139,6 +139,16 @@ def shard(policy: nn.Module, world: World, compute_dtype: torch.dtype) -> None:
             module.set_force_sum_reduction_for_comms(True)  # the default scaled sum does not exist in gloo
 
 
+def reduce_gradients(policy: nn.Module, now: bool) -> None:
+    """Whether the backward that comes next adds its gradients up over ranks, or keeps them whole on each rank.
+
+    Of the rows of one update the last one alone needs to: one reduce-scatter a block instead of one a row and block, at
+    the price of whole float32 gradients, 4 bytes x trained weights, until then.
+    """
+    if isinstance(policy, FSDPModule):
+        policy.set_requires_gradient_sync(now)
+
+
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers under their state-dict names, each tensor once (tied ones: first name).
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from vcr1_kernels.losses import Aggregation, token_weights
 
+from vcr1_fast.learner.device_batch import DeviceBatch
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.lora import adapters_off, add_adapters
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, resolve_dtype
 from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
 from vcr1_fast.learner.packing import assign_rows, num_packed_tokens, pack, placeholder
-from vcr1_fast.learner.sharding import World, all_max_float, all_max_int, all_reduce_sum, shard
+from vcr1_fast.learner.sharding import World, all_max_float, all_max_int, all_reduce_sum, reduce_gradients, shard
+from vcr1_fast.learner.totals import Totals
 from vcr1_fast.settings.config import Config
 from vcr1_fast.types import PackedBatch, RolloutGroup
 
@@ -49,7 +51,9 @@ class Learner:
         self.reference = self._load().requires_grad_(False) if has_copy else None
         self.optimizer = build_optimizer(self.policy, config.optimizer)
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_updates)
-        self._placeholder = placeholder(self.policy.hf.config.video_token_id)
+        self.reduces_once = True
+        kind = (self.policy.family, self.policy.hf.config, config.model.is_tower_frozen)
+        self._placeholder = placeholder(*kind, world.device, self.dtype)
 
     def _load(self) -> PolicyModel:
         hf = load_hugging_face(self.config.model.path, torch.float32, self.world.device)
@@ -70,12 +74,12 @@ class Learner:
         minibatches = [
             self._grpo_rows(groups[i * share : (i + 1) * share]) for i in range(algorithm.minibatches_per_rollout)
         ]
-        old_logprobs = self._old_logprobs(minibatches)
 
-        def objective(batch: PackedBatch) -> Objective:
-            return grpo_objective(batch, self._reference_logprobs(batch), algorithm, old_logprobs(batch))
+        def objective(batch: DeviceBatch) -> Objective:
+            return grpo_objective(batch, self._reference_logprobs(batch), algorithm)
 
-        return [self._update(rows, objective, self.config.rollout.temperature) for rows in minibatches]
+        temperature = self.config.rollout.temperature
+        return [self._update(rows, objective, temperature) for rows in self._with_old_logprobs(minibatches)]
 
     def _grpo_rows(self, groups: Sequence[RolloutGroup]) -> list[PackedBatch]:
         """The groups of one update, packed."""
@@ -85,8 +89,8 @@ class Learner:
         needed = [i for i, g in enumerate(groups) if g.is_trainable or has_other_terms]
         return self._pack_rows([groups[i] for i in needed], [weights[i] for i in needed])
 
-    def _old_logprobs(self, minibatches: Sequence[Sequence[PackedBatch]]) -> Callable[[PackedBatch], Tensor | None]:
-        """What ratios are taken against, for the rows of one rollout.
+    def _with_old_logprobs(self, minibatches: Sequence[Sequence[PackedBatch]]) -> list[list[PackedBatch]]:
+        """The rows of one rollout with what their ratios are taken against.
 
         One update and no lag: the current policy (None), whose ratio is 1. Otherwise what the engine reported, unless
         `sampling_correction` treats the engine apart: then the policy as it stands before the first of these updates,
@@ -95,17 +99,18 @@ class Learner:
         algorithm = self.config.algorithm
         is_single, is_corrected = len(minibatches) == 1, algorithm.sampling_correction != "none"
         if is_single and (is_corrected or self.config.rollout.max_policy_lag == 0):
-            return lambda batch: None
+            return [list(rows) for rows in minibatches]
         if not is_corrected:
-            return lambda batch: batch.engine_logprob_N
-        known: dict[int, Tensor] = {}
+            return [[replace(row, old_logprob_N=row.engine_logprob_N) for row in rows] for rows in minibatches]
+        result: list[list[PackedBatch]] = []
         with torch.no_grad():
             for rows in minibatches:
+                result.append([])
                 for batch, is_real in self._with_placeholders(rows):
-                    logprob_N = self.policy(batch, self.config.rollout.temperature)[0]
+                    logprob_N = self.policy(self.policy.device_batch(batch), self.config.rollout.temperature)[0]
                     if is_real:
-                        known[id(batch)] = logprob_N
-        return lambda batch: known.get(id(batch))  # not of a placeholder
+                        result[-1].append(replace(batch, old_logprob_N=logprob_N))
+        return result
 
     def update_sft(self, groups: Sequence[RolloutGroup]) -> UpdateReport:
         """One supervised update: each group holds the one completion to teach. Loss: mean over all taught tokens."""
@@ -137,7 +142,7 @@ class Learner:
         return [pack([groups[i] for i in row], [weights[i] for i in row]) for row in rows]
 
     @torch.no_grad()
-    def _reference_logprobs(self, batch: PackedBatch) -> Tensor | None:
+    def _reference_logprobs(self, batch: DeviceBatch) -> Tensor | None:
         if self.config.algorithm.beta == 0:
             return None
         if self.reference is not None:
@@ -146,26 +151,21 @@ class Learner:
             return self.policy(batch, self.config.rollout.temperature)[0]
 
     def _update(
-        self, rows: list[PackedBatch], objective: Callable[[PackedBatch], Objective], temperature: float
+        self, rows: Sequence[PackedBatch], objective: Callable[[DeviceBatch], Objective], temperature: float
     ) -> UpdateReport:
-        totals: dict[str, float] = {"loss": 0.0}
-        largest_gap, num_rows = 0.0, 0
-        for batch, is_real in self._with_placeholders(rows):
-            num_rows += 1
+        totals = Totals(self.world.device)
+        num_rows = all_max_int(len(rows), self.world)
+        for index, (packed, is_real) in enumerate(self._with_placeholders(rows)):
+            batch = self.policy.device_batch(packed)
             wanted = objective(batch)
             loss, sums = self.policy(batch, temperature, wanted)
-            if is_real and wanted.largest_gap is not None:
-                largest_gap = max(largest_gap, float(wanted.largest_gap.value))
+            reduce_gradients(self.policy, now=index == num_rows - 1 or not self.reduces_once)
             loss.backward()  # gradients add up over rows, and over ranks (sharding.shard sums them)
-            counts = sums | {
-                "loss": loss.detach(),
-                "tokens_executed": torch.tensor(batch.num_tokens),
-                "tokens_unshared": torch.tensor(batch.num_unshared_tokens),
-            }
-            for name, value in counts.items():  # every rank must have the same names, so a placeholder adds its 0
-                totals[name] = totals.get(name, 0.0) + (float(value) if is_real else 0.0)
+            counts = {"tokens_executed": packed.num_tokens, "tokens_unshared": packed.num_unshared_tokens}
+            totals.add(sums | {"loss": loss.detach()}, counts, is_real, wanted.largest_gap)
+        sums, largest_gap = totals.read()
         largest_gap = all_max_float(largest_gap, self.world)
-        return self._apply(all_reduce_sum(totals, self.world), largest_gap, has_gradient=num_rows > 0)
+        return self._apply(all_reduce_sum(sums, self.world), largest_gap, has_gradient=num_rows > 0)
 
     def _with_placeholders(self, rows: Sequence[PackedBatch]) -> Iterator[tuple[PackedBatch, bool]]:
         """The rows, and then placeholders (False) until every rank had equally many."""

@@ -18,6 +18,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
+from vcr1_fast.learner.families import family_of
+from vcr1_fast.learner.tower_attention import use_tower_attention
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
@@ -56,7 +58,8 @@ class LocalEngine:
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens}, wanted >= 1")
         special = SpecialIds.of(tokenizer)
-        if special.video_pad != model.config.video_token_id:
+        self._family = family_of(model.config)
+        if special.video_pad != self._family.video_token_id(model.config):
             raise ValueError(
                 f"the tokenizer's <|video_pad|> is {special.video_pad}, but the model's video_token_id is "
                 f"{model.config.video_token_id}: load both from one checkpoint"
@@ -68,6 +71,9 @@ class LocalEngine:
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
         self._model: Qwen2_5_VLForConditionalGeneration | None = model.eval().requires_grad_(False)
         model.model.language_model.set_attn_implementation(GROUPED_ATTENTION)
+        if model.device.type == "cuda":
+            is_half = model.dtype in (torch.bfloat16, torch.float16)
+            use_tower_attention(self._family.tower(model), "flash" if is_half else "plain")
         self._stop_ids = torch.tensor(special.stop, device=model.device)
         self._suppressed_ids = torch.tensor(special.vision, device=model.device)
         self._is_whole = False  # every weight was loaded without an error
@@ -222,15 +228,17 @@ class LocalEngine:
         """Token embeddings [P, L, D] with the video embeddings in their places; one call of the vision tower."""
         model = self.model
         embeds_PLD = model.get_input_embeddings()(token_ids_PL)
-        is_video_PL = token_ids_PL == model.config.video_token_id
-        for prompt, count in zip(prompts, is_video_PL.sum(dim=1).tolist(), strict=True):
+        video_pad = self._family.video_token_id(model.config)
+        for prompt in prompts:
+            count = int((prompt.token_ids_L == video_pad).sum())
             if count != prompt.patches.num_tokens:
                 raise ValueError(
                     f"the prompt of example {prompt.example.id!r} has {count} video placeholders, but its grid "
                     f"{prompt.patches.grid_thw} stands for {prompt.patches.num_tokens} tokens: use PromptBuilder"
                 )
-        video_MD = embed_videos(model, [p.patches for p in prompts], model.dtype)
-        return embeds_PLD.masked_scatter(is_video_PL.unsqueeze(-1), video_MD.to(embeds_PLD.dtype))
+        tower, clips = self._family.tower(model), [p.patches for p in prompts]
+        video_MD = embed_videos(self._family, tower, clips, model.device, model.dtype)
+        return embeds_PLD.masked_scatter((token_ids_PL == video_pad).unsqueeze(-1), video_MD.to(embeds_PLD.dtype))
 
     def _next_logits(self, token_B: Tensor, position_B: Tensor, cache: GroupedCache) -> Tensor:
         """[B, V] after one more token per row."""

@@ -76,7 +76,7 @@ def check_parity(
     on_all_ranks("asking the rollout engine for a short answer", ask, world)
     batch = pack(groups, [[1.0] * NUM_COMPLETIONS])
     with torch.no_grad():
-        logprob_N, _ = policy(batch, config.temperature)  # gathers shards: every rank is here
+        logprob_N, _ = policy(policy.device_batch(batch), config.temperature)  # gathers shards: every rank is here
     gap_N = (logprob_N.float().cpu() - batch.engine_logprob_N.float().cpu()).abs()
     report = ParityReport(float(gap_N.mean()), float(gap_N.max()), gap_N.numel(), bound)
 

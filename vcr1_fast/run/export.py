@@ -5,20 +5,39 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vcr1_fast.learner.lora import adapter_factors, merged, scale_of, split_weights
-from vcr1_fast.learner.sharding import SINGLE_PROCESS, World, on_main_rank, whole_tensor
+from vcr1_fast.learner.gathering import Part, plan_buckets, whole_weights
+from vcr1_fast.learner.lora import adapter_factors, merged_parts, parts_of, scale_of, split_weights
+from vcr1_fast.learner.sharding import SINGLE_PROCESS, World, on_all_ranks
 from vcr1_fast.run.folder import replace_folder
 from vcr1_fast.settings.config import LoRAConfig
 
+FILE_BYTES = 4 << 30  # of weights in one file, and in the host memory of rank 0 at once: 4 files for 7B in bfloat16
 _EXTRA_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Of the floating-point weights in a model's folder: that of most numbers. float32 where it has no safetensors."""
+    counts: Counter[str] = Counter()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                entry = file.get_slice(name)
+                counts[entry.get_dtype()] += prod(entry.get_shape())
+    known = [dtype for dtype, _ in counts.most_common() if dtype in _DTYPES]
+    return _DTYPES[known[0]] if known else torch.float32
 
 
 def export_hugging_face(
@@ -34,34 +53,59 @@ def export_hugging_face(
 
     dtype: of the weights on disk; None keeps the float32 masters (bfloat16 halves the folder). source: folder of the
     starting model, whose image and video processor settings are copied when there are any. Adapters are added to the
-    matrices they belong to. A collective: call on all ranks; one weight at a time is gathered, rank 0 holds all of them
-    in host memory. The folder appears whole or not at all; an earlier export there is replaced. Raises OSError when it
-    cannot be written or is something else.
+    matrices they belong to. A collective: call on all ranks; weights are gathered as gathering.py says, and rank 0
+    holds those of one file in host memory. The folder appears whole or not at all; an earlier export there is replaced.
+    Raises OSError when it cannot be written or is something else.
     """
     final = Path(folder).absolute()
     hf = policy.get_submodule("hf")
     assert isinstance(hf, PreTrainedModel), f"policy.hf is {type(hf).__name__}, wanted a Hugging Face model"
-    whole: dict[str, Tensor] = {}
-    (base, factors), scale = split_weights(hf), scale_of(hf)
-    for name, weight in base.items():
-        value = whole_tensor(merged(name, weight, factors, scale))
-        if world.is_main:
-            whole[name] = value.to("cpu", dtype if value.is_floating_point() else None)
+    parts = merged_parts(*split_weights(hf), scale_of(hf), dtype)
 
-    def fill(aside: Path) -> None:
-        hf.save_pretrained(aside, state_dict=whole)
+    def fill(aside: Path, weights: Iterator[tuple[str, Tensor]]) -> None:
+        _save_weights(hf, aside, weights, parts)
         if dtype is not None:
-            config = json.loads((aside / "config.json").read_text(encoding="utf-8"))
-            config["dtype"] = str(dtype).removeprefix("torch.")
-            _write_json(aside / "config.json", config)
+            _say_dtype(aside / "config.json", dtype)
         tokenizer.save_pretrained(str(aside))
         extra = [Path(source) / name for name in _EXTRA_FILES] if source is not None else []
         for path in extra:
             if path.is_file():
                 shutil.copy2(path, aside / path.name)
 
-    on_main_rank("exporting the model", lambda: _publish(final, "config.json", fill), world)
+    _publish_gathered("exporting the model", parts, final, "config.json", fill, world)
     return final
+
+
+def _say_dtype(path: Path, dtype: torch.dtype) -> None:
+    """In config.json, where the masters' stands; in those of its sections that have one, too."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    sections = [section for section in config.values() if isinstance(section, dict) and "dtype" in section]
+    for section in (config, *sections):
+        section["dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(path, config)
+
+
+def _save_weights(
+    hf: PreTrainedModel, aside: Path, weights: Iterator[tuple[str, Tensor]], parts: Sequence[Part]
+) -> None:
+    """Config and weights into `aside`, by `save_pretrained` file for file; with several files their index, too."""
+    sizes = [part.weight.numel() * part.dtype.itemsize for part in parts]
+    files = plan_buckets(sizes, FILE_BYTES)
+    home: dict[str, str] = {}  # name -> file
+    for number, members in enumerate(files, start=1):
+        hf.save_pretrained(aside, state_dict={n: v.to("cpu", copy=True) for n, v in islice(weights, len(members))})
+        if len(files) == 1:
+            return
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        with safe_open(aside / "model.safetensors", "pt") as file:
+            home |= dict.fromkeys(file.keys(), name)  # as the published checkpoints have them
+        # save_pretrained deletes what it takes for another save's files, so they get their names at the end
+        os.rename(aside / "model.safetensors", aside / f"done-{name}")
+    for name in set(home.values()):
+        os.rename(aside / f"done-{name}", aside / name)
+    metadata = {"total_size": sum(sizes), "total_parameters": sum(part.weight.numel() for part in parts)}
+    index = {"metadata": metadata, "weight_map": dict(sorted(home.items()))}
+    _write_json(aside / "model.safetensors.index.json", index)
 
 
 def export_adapter(
@@ -73,10 +117,6 @@ def export_adapter(
     is replaced. Raises OSError when it cannot be written or is something else.
     """
     final = Path(folder).absolute()
-    whole = {
-        f"base_model.model.{name}.weight": whole_tensor(value).cpu().contiguous()
-        for name, value in adapter_factors(policy.get_submodule("hf")).items()
-    }
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -90,12 +130,37 @@ def export_adapter(
         "inference_mode": True,
     }
 
-    def fill(aside: Path) -> None:
+    def fill(aside: Path, factors: Iterator[tuple[str, Tensor]]) -> None:
+        whole = {f"base_model.model.{name}.weight": value.to("cpu", copy=True) for name, value in factors}
         save_file(whole, aside / "adapter_model.safetensors", {"format": "pt"})
         _write_json(aside / "adapter_config.json", settings)
 
-    on_main_rank("exporting the adapter", lambda: _publish(final, "adapter_config.json", fill), world)
+    parts = parts_of(adapter_factors(policy.get_submodule("hf")))
+    _publish_gathered("exporting the adapter", parts, final, "adapter_config.json", fill, world)
     return final
+
+
+def _publish_gathered(
+    what: str,
+    parts: Sequence[Part],
+    final: Path,
+    marker: str,
+    fill: Callable[[Path, Iterator[tuple[str, Tensor]]], None],
+    world: World,
+) -> None:
+    """`_publish` on rank 0, where `fill` gets the whole weights as well. A collective; what rank 0 raises is raised
+    after the remaining gathers, and on every rank."""
+    weights = whole_weights(parts)
+
+    def action() -> None:
+        try:
+            if world.is_main:
+                _publish(final, marker, lambda aside: fill(aside, weights))
+        finally:
+            for _ in weights:  # the other ranks wait in a gather for each rest
+                pass
+
+    on_all_ranks(what, action, world)
 
 
 def _publish(final: Path, marker: str, fill: Callable[[Path], None]) -> None:

@@ -5,6 +5,7 @@ Called by the training loop at start-up, and by the checkpoint and export code.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -50,8 +51,15 @@ def prepare_output_dir(path: str | Path, world: World = SINGLE_PROCESS) -> Path:
 
 
 def replace_folder(aside: Path, final: Path) -> None:
-    """Flush every file and folder below `aside` and rename it to `final`, in place of an older folder there."""
+    """Flush every file and folder below `aside` and rename it to `final`, in place of an older folder there.
+
+    Files get the mode that the umask gives, which that of `aside` shows: safetensors writes them for this user alone.
+    """
+    file_mode = aside.stat().st_mode & 0o666
     for path in (*aside.rglob("*"), aside):
+        if path.is_file():
+            with contextlib.suppress(PermissionError):  # of a file system that has no modes
+                path.chmod(file_mode)
         _flush(path)
     old = aside.with_name(f"{final.name}.tmp-old-{os.getpid()}")
     if final.exists():  # a folder cannot be renamed onto a full one

@@ -19,6 +19,7 @@ from vcr1_fast.learner.kernel_proof import choose_kernels
 from vcr1_fast.learner.model import load_hugging_face, load_tokenizer, resolve_dtype
 from vcr1_fast.learner.sharding import World, init_distributed, on_main_rank, shutdown
 from vcr1_fast.learner.step import Learner
+from vcr1_fast.native_cuda import choose_half
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.stream import PromptStream
@@ -26,11 +27,12 @@ from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run.checkpoint import RunState, load_checkpoint, resolve_resume, save_checkpoint
-from vcr1_fast.run.export import export_adapter, export_hugging_face
+from vcr1_fast.run.export import export_adapter, export_hugging_face, stored_dtype
 from vcr1_fast.run.folder import prepare_output_dir
 from vcr1_fast.run.model_folder import model_digest, model_folder
 from vcr1_fast.run.telemetry import say
 from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.checks import RunCommand, check_settings
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import config_to_yaml
 from vcr1_fast.tasks import make_tasks
@@ -99,7 +101,7 @@ class Run:
             f"vcr1-fast {__version__}: model {config.model.path} in {dtype} on {world.device.type}, {sharding}; "
             f"{self.kernels.describe()}; "
             f"engine: {config.rollout.engine}; video: {self.source.describe()}; "
-            f"overlaps: {'C++' if native.is_available() else native.status()}; recipe: {config.task.recipe}"
+            f"rewards: {native.in_use()}; recipe: {config.task.recipe}"
         )
 
     def state(self, step: int, position: int, num_tokens: int, policy_version: int, program: str) -> RunState:
@@ -145,17 +147,18 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config: Config, writes: bool = True) -> Iterator[Run]:
+def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
     """Join the process group, check and prepare the folder, open the video reader, say what is used.
 
-    `writes`: False leaves the run's folder alone (evaluation).
+    `command`: whose settings are checked; eval leaves the run's folder alone.
     Raises ConfigError or OSError before anything slow when settings, model or folder are unusable.
     """
-    world = init_distributed(config.model.device)
+    world, writes = init_distributed(config.model.device), command != "eval"
     try:
-        config.check_world_size(world.world_size)
+        check_settings(config, command, world.world_size)
         folder = prepare_output_dir(config.train.output_dir, world) if writes else Path(config.train.output_dir)
         torch.manual_seed(config.train.seed)
+        choose_half(world)
         tasks = make_tasks(config.task, judge=config.judge)
         proof = choose_kernels(config, world)
         with contextlib.closing(open_source(config, world.device, proof.choice)) as source:
@@ -262,6 +265,7 @@ def open_weight_sync(run: Run, learner: Learner, engine: RolloutEngine, policy_v
     return WeightSync(
         learner.policy,
         engine,
+        dtype=learner.dtype,  # which open_engine resolves, too
         policy_version=max(policy_version - 1, 0),
         skips_frozen=not rollout.sglang.release_memory,
         adapters_only=rollout.engine == "sglang" and rollout.sglang.adapters_only,
@@ -271,8 +275,8 @@ def open_weight_sync(run: Run, learner: Learner, engine: RolloutEngine, policy_v
 def export_model(run: Run, learner: Learner) -> Path:
     """Write the policy as a Hugging Face folder below the run's own, and its adapter beside it. A collective."""
     folder, source = run.folder / "model", model_folder(run.config.model.path)
-    lora = run.config.model.lora
-    dtype = learner.dtype if lora.rank else None  # frozen weights are in it, and have no float32 masters
+    lora, wanted = run.config.model.lora, run.config.checkpoint.export_dtype
+    dtype = stored_dtype(source) if wanted == "auto" else getattr(torch, wanted)
     export_hugging_face(learner.policy, run.builder.tokenizer, folder, run.world, dtype=dtype, source=source)
     record = json.dumps({"vcr1_fast": __version__, "reader": run.source.name})
     on_main_rank("saying what trained it", lambda: (folder / TRAINED_WITH).write_text(record + "\n"), run.world)

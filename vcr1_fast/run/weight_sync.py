@@ -2,14 +2,15 @@
 
 Called by the training loop after each round of updates, and once before the first rollout.
 
-Protocol. All ranks call `push` at the same point. In the order of the state dict, each weight is gathered whole
-(one collective per weight, the same order on every rank) and handed to this rank's engine through a lazy iterator, so
-that beside the shards and what the engine keeps (rollout/sgl/delivery.py) at most one whole tensor exists at a time.
+Protocol. All ranks call `push` at the same point. In the order of the state dict, weights are gathered in buckets (one
+collective for each, two where adapters are added; the same order on every rank; see learner/gathering.py) and handed to
+this rank's engine one at a time through a lazy iterator, so that beside the shards and what the engine keeps
+(rollout/sgl/delivery.py) there is at most one bucket and one whole tensor, 2.5 GB together.
 The first push carries every weight; later ones leave out what is frozen, so an engine keeps what a push does not name.
 With LoRA a matrix that has an adapter travels as the sum of both; with `adapters_only` the matrices travel once, as
 they were at the start, and the adapters' factors each time, behind them.
 Tied weights travel once, under the name that `save_pretrained` keeps. An engine must copy what it gets before it asks
-for the next tensor: on one process the tensors are the learner's own. The version counts pushes: 1 after the first.
+for the next tensor: its memory is used again, or is the learner's own. The version counts pushes: 1 after the first.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vcr1_fast.learner.lora import has_adapter, merged, scale_of, split_weights
-from vcr1_fast.learner.sharding import whole_tensor
+from vcr1_fast.learner.gathering import BUCKET_BYTES, whole_weights
+from vcr1_fast.learner.lora import has_adapter, merged_parts, scale_of, split_weights
 from vcr1_fast.rollout.engine import RolloutEngine
 
 
@@ -51,11 +52,14 @@ class WeightSync:
         policy_version: int = 0,
         skips_frozen: bool = True,
         adapters_only: bool = False,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        """`dtype`: cast floating weights to it before they are gathered (bfloat16 halves the traffic); None: as stored.
+        """`dtype`: the engine's, which floating weights are cast to before they are gathered; None: as stored, sums of
+        adapters in float32.
         `policy_version`: of the weights last pushed, from a checkpoint; the next push makes it one more.
         `skips_frozen`: False where the engine forgets between pushes (`rollout.sglang.release_memory`).
         `adapters_only`: the engine adds the adapters to their matrices itself (`rollout.sglang.adapters_only`).
+        `bucket_bytes`: of weights that are gathered together, see learner/gathering.py.
         """
         self._hf: nn.Module = policy.get_submodule("hf")
         self._engine = engine
@@ -64,6 +68,7 @@ class WeightSync:
         self._skips_frozen = skips_frozen
         self._merges = not adapters_only
         self._scale = scale_of(self._hf)
+        self._bucket_bytes = bucket_bytes
         self.policy_version = policy_version
 
     def push(self) -> PushReport:
@@ -75,12 +80,12 @@ class WeightSync:
         start_s = time.perf_counter()
         base, factors = split_weights(self._hf)
         weights = self._changed(base, factors)
+        parts = merged_parts(weights, factors if self._merges else {}, self._scale, self._dtype)
         num_bytes = 0
 
         def stream() -> Iterator[tuple[str, Tensor]]:
             nonlocal num_bytes
-            for name, weight in weights.items():
-                value = self._gather(merged(name, weight, factors, self._scale) if self._merges else weight)
+            for name, value in whole_weights(parts, self._bucket_bytes):
                 num_bytes += value.numel() * value.element_size()
                 yield name, value
 
@@ -105,13 +110,6 @@ class WeightSync:
                 if not _is_frozen(weight) or (self._merges and has_adapter(name, factors))
             }
         return base if self._merges else {**base, **factors}
-
-    @torch.no_grad()
-    def _gather(self, weight: Tensor) -> Tensor:
-        shard = weight.detach()
-        if self._dtype is not None and shard.is_floating_point():
-            shard = shard.to(self._dtype)
-        return whole_tensor(shard)
 
 
 def _is_frozen(weight: Tensor) -> bool:

@@ -137,10 +137,6 @@ class DataConfig:
             "data.mixture gives every task weight 0, wanted at least one above 0",
         )
         require(
-            (self.reward_range is None) == (self.rewards is None),
-            "data.reward_range and data.rewards go together: set both, or none",
-        )
-        require(
             self.reward_range is None or self.reward_range[0] <= self.reward_range[1],
             f"data.reward_range is {self.reward_range}, wanted [lowest, highest]",
         )
@@ -262,6 +258,8 @@ class CheckpointConfig:
     """Newest checkpoints to keep."""
     export: bool = True
     """Write a Hugging Face folder (safetensors, tokenizer, config) at the end."""
+    export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights in it. auto: that of the weights in model.path."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"checkpoint.every is {self.every}, wanted >= 0")
@@ -302,6 +300,10 @@ class SftConfig:
     examples_per_step: int = 16
     """Examples per step over all ranks."""
 
+    def __post_init__(self) -> None:
+        require(self.num_steps >= 0, f"sft.num_steps is {self.num_steps}, wanted >= 0")
+        require(self.examples_per_step >= 1, f"sft.examples_per_step is {self.examples_per_step}, wanted >= 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -319,35 +321,3 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft: SftConfig = field(default_factory=SftConfig)
-
-    def __post_init__(self) -> None:
-        prompts, minibatches = self.train.prompts_per_step, self.algorithm.minibatches_per_rollout
-        require(
-            prompts % minibatches == 0,
-            f"train.prompts_per_step is {prompts}, but algorithm.minibatches_per_rollout is {minibatches}: "
-            "make the first a multiple of the second",
-        )
-        require(
-            self.model.lora.rank > 0 or not self.rollout.sglang.adapters_only,
-            "rollout.sglang.adapters_only is true, but model.lora.rank is 0, so there are no adapters: set "
-            "model.lora.rank, or leave rollout.sglang.adapters_only out",
-        )
-
-    def check_world_size(self, world_size: int) -> None:
-        """Every rank takes the same share of each mini-batch, and has rollout workers of its own.
-
-        Raises ConfigError when prompts_per_step does not divide by ranks x mini-batches, or there are too few workers.
-        """
-        prompts, minibatches = self.train.prompts_per_step, self.algorithm.minibatches_per_rollout
-        require(
-            prompts % (world_size * minibatches) == 0,
-            f"train.prompts_per_step is {prompts}, but there are {world_size} ranks and "
-            f"algorithm.minibatches_per_rollout is {minibatches}: make it a multiple of {world_size * minibatches}",
-        )
-        per_step = self.sft.examples_per_step
-        require(
-            per_step % world_size == 0,
-            f"sft.examples_per_step is {per_step}, but there are {world_size} ranks: make it a multiple of that",
-        )
-        if self.rollout.engine == "sglang":
-            self.rollout.sglang.check_world_size(world_size)

@@ -1,7 +1,7 @@
 """How much a predicted interval or track overlaps the true one. Called by the tasks, once per batch of answers.
 
 The plain functions are the definition of correct, in float64. The batch functions hand all answers of a step to the
-compiled module in one call and equal the plain ones bit for bit; `native.status()` says whether it is in use.
+compiled module in one call and equal the plain ones bit for bit; `native.in_use()` says what computes them.
 """
 
 from __future__ import annotations
@@ -157,13 +157,11 @@ def interval_iou_batch_native(
     predicted: Sequence[Sequence[Interval]], truth: Sequence[Sequence[Interval]], kind: IntervalOverlap
 ) -> list[float]:
     """The same as `interval_iou_batch_plain` in one call of the compiled module, which must be there."""
-    from vcr1_fast import _native
-
     _check_lengths(predicted, truth)
     p_rows, p_offsets = ragged([sorted(intervals) for intervals in predicted], width=2)
     t_rows, t_offsets = ragged([sorted(intervals) for intervals in truth], width=2)
     out = np.empty(len(predicted), np.float64)
-    _native.interval_overlap(p_rows, p_offsets, t_rows, t_offsets, kind, out)
+    native.compute("interval_overlap", (p_rows, p_offsets, t_rows, t_offsets, kind), out)
     return out.tolist()
 
 
@@ -179,13 +177,11 @@ def track_iou_batch_native(
     predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int, kind: BoxOverlap = "iou"
 ) -> list[float]:
     """`track_iou_batch` in one call of the compiled module, which must be there."""
-    from vcr1_fast import _native
-
     _check_lengths(predicted, truth)
     p_rows, p_offsets = ragged(predicted, width=4)
     t_rows, t_offsets = ragged(truth, width=4)
     out = np.empty(len(predicted), np.float64)
-    _native.track_overlap(p_rows, p_offsets, t_rows, t_offsets, first_box, kind, out)
+    native.compute("track_overlap", (p_rows, p_offsets, t_rows, t_offsets, first_box, kind), out)
     return out.tolist()
 
 
@@ -216,7 +212,7 @@ def track_iou_batch(
 
 
 _INTERVAL_OVERLAPS = {"set": set_iou, "hull": hull_iou, "iop": set_iop}
-# which one is used is decided here, once
+# compiled or plain is decided here, once; which half of the compiled module, when a run starts
 _interval_iou_batch = interval_iou_batch_native if native.is_available() else interval_iou_batch_plain
 _track_iou_batch = track_iou_batch_native if native.is_available() else track_iou_batch_plain
 

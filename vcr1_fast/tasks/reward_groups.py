@@ -1,9 +1,7 @@
-"""Reward parts of a batch of answers -> rewards -> advantages relative to the group of answers to the same prompt.
+"""Rewards of a batch of answers -> advantages relative to the group of answers to the same prompt.
 
-`group_advantages` is what the trainer calls (learner/advantages.py). The plain functions are the definition of correct,
-in float64, with every sum from left to right; the compiled module equals them bit for bit.
-On CUDA it computes the overlap, the reward and the advantage of a whole batch in one launch
-(`_native.interval_advantages_cuda` and `track_advantages_cuda`).
+`group_advantages` is what the trainer calls (learner/advantages.py), once per step. The plain function is the
+definition of correct, in float64, with every sum from left to right; the compiled module equals it bit for bit.
 """
 
 from __future__ import annotations
@@ -18,17 +16,6 @@ from vcr1_fast import native
 
 AdvantageScale = Literal["group", "batch", "none"]
 STD_FLOOR = 1e-4  # added to the standard deviation, as the original and TRL do
-
-
-def weighted_rewards(parts: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
-    """reward_s = sum over k of weights[k] * parts[k][s]: K parts of S answers -> S rewards."""
-    rewards: list[float] = []
-    for values in zip(*parts, strict=True):
-        total = 0.0
-        for weight, value in zip(weights, values, strict=True):
-            total += weight * value
-        rewards.append(total)
-    return rewards
 
 
 def _moments(rewards: Sequence[float]) -> tuple[float, float, bool]:
@@ -68,12 +55,9 @@ def group_advantages_native(
     rewards: Sequence[float], group_offsets: Sequence[int], scale: AdvantageScale, std_floor: float = STD_FLOOR
 ) -> list[float]:
     """`group_advantages` by the compiled module, which must be there."""
-    from vcr1_fast import _native
-
-    parts = np.array([rewards], np.float64)
-    total, advantages = np.empty(parts.shape[1]), np.empty(parts.shape[1])
-    offsets = np.array(group_offsets, np.int64)
-    _native.group_advantages(parts, np.ones(1), offsets, scale, std_floor, total, advantages)
+    advantages = np.empty(len(rewards), np.float64)
+    arrays = np.array(rewards, np.float64), np.array(group_offsets, np.int64)
+    native.compute("group_advantages", (*arrays, scale, std_floor), advantages)
     return advantages.tolist()
 
 
@@ -89,7 +73,7 @@ def group_advantages(
     return _group_advantages(rewards, group_offsets, scale, std_floor)
 
 
-# which one is used is decided here, once
+# compiled or plain is decided here, once; which half of the compiled module, when a run starts
 _group_advantages = group_advantages_native if native.is_available() else group_advantages_plain
 
 

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from vcr1_fast.learner.families import family_of
+from vcr1_fast.learner.families.family import ModelFamily
 from vcr1_fast.learner.kernel_choice import KernelChoice
-from vcr1_fast.learner.tower_attention import use_varlen_tower
 from vcr1_fast.settings.config import ConfigError
+from vcr1_fast.video.embed import embed_videos
 
 if TYPE_CHECKING:
     from vcr1_fast.types import Patches
@@ -29,8 +31,9 @@ PREFIX = "visual."  # of the tower's weights in a checkpoint
 class FrozenTower:
     """`embed(patches)` -> [M, D]. A function of patches and weights alone, so that it can be kept on disk."""
 
-    def __init__(self, visual: nn.Module, digest: str) -> None:
+    def __init__(self, family: ModelFamily, visual: nn.Module, digest: str) -> None:
         """`digest`: of the weights, see `load_frozen_tower`; it belongs into the key of whatever is kept."""
+        self.family = family
         self.visual = visual
         self.digest = digest
         self._lock = threading.Lock()  # clips are read by several threads; two passes at once would double the memory
@@ -45,10 +48,8 @@ class FrozenTower:
 
     def embed(self, patches: Patches) -> Tensor:
         """[M, D] in the tower's dtype on its device, without gradient."""
-        values_PC = patches.values_PC.to(self.device, self.dtype)
         with self._lock, torch.no_grad():
-            output: Any = self.visual(values_PC, grid_thw=torch.tensor([patches.grid_thw]))
-        return output.pooler_output
+            return embed_videos(self.family, self.visual, [patches], self.device, self.dtype)
 
 
 def load_frozen_tower(
@@ -59,7 +60,8 @@ def load_frozen_tower(
     Raises ConfigError when the checkpoint holds no tower or one of other shapes.
     """
     files = sorted(folder.glob("*.safetensors"))
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True).vision_config
+    whole: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = whole.vision_config
     config._attn_implementation = "sdpa"
     visual: Any = Qwen2_5_VisionTransformerPretrainedModel(config)
     digest, state = hashlib.blake2b(digest_size=16), dict[str, Tensor]()
@@ -77,6 +79,5 @@ def load_frozen_tower(
         problem = " ".join(str(error).split())[:200]
         raise ConfigError(f"the vision tower is frozen, but {folder} holds another one: {problem}") from error
     visual = visual.to(device, dtype).eval().requires_grad_(False)
-    if (kernels or KernelChoice()).has_varlen_tower(device, dtype):
-        use_varlen_tower(visual)
-    return FrozenTower(visual, digest.hexdigest())
+    (kernels or KernelChoice()).switch_tower(visual, device, dtype)
+    return FrozenTower(family_of(whole), visual, digest.hexdigest())

@@ -34,7 +34,7 @@ def difference(
     groups = [RolloutGroup(p, tuple(completions), 1) for p, completions in zip(prompts, answers, strict=True)]
     batch = pack(groups, [[1.0] * len(answers[0])] * len(prompts))
     with torch.no_grad():
-        logprob_N, _ = policy(batch, temperature)
+        logprob_N, _ = policy(policy.device_batch(batch), temperature)
     return float((logprob_N - batch.engine_logprob_N).abs().max()), float(batch.engine_logprob_N.std())
 
 

@@ -374,17 +374,3 @@ def test_a_worker_that_dies_at_a_release_is_started_again_by_the_load(start_work
     assert workers.num_restarts == 1
     assert worker.log == ["weights"]  # a fresh one has nothing to resume
     assert_holds(worker, weights(2))
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"weights": "cuda_ipc", **FAR}, "cuda_ipc and rollout.sglang.placement is disaggregated"),
-        ({"weights": "disk", **FAR}, "set rollout.sglang.weights_dir"),
-        ({"weights_dir": "/shared"}, "weights_dir is set and rollout.sglang.weights is auto"),
-        ({"release_memory": True, **FAR}, "release_memory is true"),
-    ],
-)
-def test_settings_that_do_not_fit_together(changes, words):
-    with pytest.raises(ConfigError, match=words):
-        SGLangConfig(**changes)

@@ -19,7 +19,7 @@ SAMPLING = SamplingParams(4, 192)
 def logprobs_by(policy: PolicyModel, prompt, completions: list[Completion]) -> list[torch.Tensor]:
     batch = pack([RolloutGroup(prompt, tuple(completions), 0)], [[1.0] * len(completions)])
     with torch.no_grad():
-        logprob_N, _ = policy(batch, 1.0)
+        logprob_N, _ = policy(policy.device_batch(batch), 1.0)
     return list(logprob_N.split([c.num_tokens for c in completions]))
 
 

@@ -1,0 +1,109 @@
+"""The learner's real step on fake GPUs: every configuration runs, and what it costs stays within its budget.
+
+Not run here, because it needs values: which tokens are drawn, what a loss comes to, whether a gradient is finite.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vcr1_fast.fake_gpu.process import Case, run
+from vcr1_fast.fake_gpu.sizes import whole_config, with_blocks
+from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "qwen2_5_vl_7b_cotraining_8xh100.yaml")
+CLIP, SHORT_CLIP = (10, 34, 42), (2, 8, 12)  # 3,570 and 48 video tokens
+ANSWERS = (300, 330, 360, 390, 420, 450, 480, 512)
+WORLDS = (8, 64)
+LOSSES = ("dr_grpo", "dapo", "gspo", "cispo", "sapo")  # and grpo everywhere else
+
+
+def case(
+    name: str, num_gpus: int, *overrides: str, groups: int = 1, clip=CLIP, blocks: int = 2, num_updates: int = 1, **more
+) -> Case:
+    """7B with fewer blocks, `groups` groups of 8 answers on rank 0."""
+    model = with_blocks(whole_config(PUBLIC_SIZES["Qwen2.5-VL-7B"]), blocks, blocks - 1, 1)
+    all_overrides = (f"--train.prompts_per_step={num_gpus * max(groups, 1)}", *overrides)
+    updates = (((clip, ANSWERS),) * groups,) * num_updates
+    return Case(name, num_gpus, CONFIG, model, updates, overrides=all_overrides, **more)
+
+
+def cases(num_gpus: int) -> list[Case]:
+    def one(name: str, *overrides: str, **more: Any) -> Case:
+        return case(name, num_gpus, *overrides, **more)
+
+    lora, frozen, idle = "--model.lora.rank=32", "--model.freeze_vision=true", {"groups": 0, "min_rows": 1}
+    taught = Case("sft", num_gpus, CONFIG, one("sft").hf_config, (((CLIP, (400,)),) * 2,), teaches=True)
+    return [
+        one("full", num_updates=2),
+        one("full, placeholder", **idle),
+        one("lora", lora),
+        one("lora, placeholder", lora, **idle),
+        one("frozen tower", frozen),
+        one("frozen tower, placeholder", frozen, **idle),
+        one("kl", "--algorithm.beta=0.04"),
+        one("minibatches", "--algorithm.minibatches_per_rollout=2", groups=2),
+        one("rows", "--train.tokens_per_microbatch=8192", groups=3),
+        one("groups in a row", "--train.tokens_per_microbatch=32768", groups=3),
+        one("float32", "--model.compute_dtype=float32", clip=SHORT_CLIP),
+        one("plain", "--model.kernels=off", clip=SHORT_CLIP),
+        taught,
+        *(one(loss, f"--algorithm.loss={loss}", clip=SHORT_CLIP) for loss in LOSSES),
+        one("corrected", "--algorithm.sampling_correction=token_truncate", clip=SHORT_CLIP),
+    ]
+
+
+@functools.cache
+def reports(num_gpus: int) -> dict[str, dict[str, Any]]:
+    return {report["name"]: report for report in run(cases(num_gpus))}
+
+
+def last_update(num_gpus: int, name: str) -> dict[str, Any]:
+    report = reports(num_gpus)[name]
+    assert "error" not in report, report["traceback"]
+    return report["updates"][-1]
+
+
+def on_gpu(update: dict[str, Any]) -> list[list[Any]]:
+    return [[name, size] for name, size in update["collectives"] if not name.startswith("host ")]
+
+
+@pytest.mark.parametrize("name", [case.name for case in cases(8)])
+@pytest.mark.parametrize("num_gpus", WORLDS)
+def test_an_update_runs_and_the_host_waits_twice_at_most(num_gpus: int, name: str):
+    """Once for the sums, once for the gradient's norm; every copy is from pinned memory and waited for by nobody."""
+    update = last_update(num_gpus, name)
+    num_updates = 2 if name == "minibatches" else 1
+    num_rows = {"minibatches": 2, "rows": 3}.get(name, 1)
+    assert sum(update["syncs"].values()) <= 2 * num_updates, update["syncs"]
+    assert update["blocking_copies"] == {}
+    assert sum(update["copies"].values()) <= 2 * num_rows, update["copies"]
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "frozen tower"])
+@pytest.mark.parametrize("num_gpus", WORLDS)
+def test_a_rank_without_rows_runs_the_same_collectives(num_gpus: int, name: str):
+    """In number, kind, size and order: NCCL would wait an hour for one that the others do not join."""
+    busy, idle = last_update(num_gpus, name), last_update(num_gpus, f"{name}, placeholder")
+    assert on_gpu(idle) == on_gpu(busy) != []
+
+
+@pytest.mark.parametrize("num_gpus", WORLDS)
+def test_gradients_of_several_rows_are_reduced_once(num_gpus: int):
+    """One reduce-scatter for each block and the rest, all of them after the last gather."""
+    one, three = (on_gpu(last_update(num_gpus, name)) for name in ("full", "rows"))
+    reduced = [size for name, size in one if "reduce_scatter" in name]
+    assert [size for name, size in three if "reduce_scatter" in name] == reduced and len(reduced) == 5
+    first = next(index for index, (name, _) in enumerate(three) if "reduce_scatter" in name)
+    gathers = [index for index, (name, _) in enumerate(three) if "allgather" in name]
+    assert sum(index < first for index in gathers) >= 3 * sum("allgather" in name for name, _ in one) - 4
+
+
+def test_what_cannot_run_is_reported_with_its_error():
+    broken = case("broken", 8, "--model.lora.rank=8", "--model.lora.targets=[nowhere]")
+    [report] = run([broken])
+    assert report["name"] == "broken" and "model.lora.targets names nowhere" in report["error"]

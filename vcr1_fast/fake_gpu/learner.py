@@ -1,0 +1,184 @@
+"""A learner built and run on fake GPUs: one rank of a world, its loads and updates metered.
+
+Only rank 0 runs. The fake process group gives every collective its shapes and lets nobody wait.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers.initialization import no_init_weights
+
+from vcr1_fast.fake_gpu import predict
+from vcr1_fast.fake_gpu.groups import GroupShape, make_group
+from vcr1_fast.fake_gpu.meter import Meter
+from vcr1_fast.fake_gpu.mode import FakeGpu
+from vcr1_fast.learner import step
+from vcr1_fast.learner.families import family_of
+from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
+from vcr1_fast.learner.model import PolicyModel
+from vcr1_fast.learner.sharding import World
+from vcr1_fast.settings.config import Config
+from vcr1_fast.types import RolloutGroup
+
+DEVICE = torch.device("cuda", 0)
+
+
+@dataclass
+class Measured:
+    """What loading, or one update, cost on rank 0."""
+
+    seconds_here: float  # on this CPU
+    live_bytes: int  # afterwards
+    peaks: dict[str, dict[str, int]]  # phase -> bytes by kind, when most were alive in it
+    launches: int
+    gemm_flop: int
+    attention_flop: int
+    moved_bytes: int  # of kernels that are neither, see meter.Counts
+    predicted_s: float  # kernels one after the other
+    collective_s: float
+    syncs: dict[str, int]
+    blocking_copies: dict[str, int]
+    copies: dict[str, int]
+    collectives: list[tuple[str, int]]
+
+
+def measured(meter: Meter, began_s: float, num_gpus: int) -> Measured:
+    """The meter's counts since its last start."""
+    counts = list(meter.counts.values())
+    on_gpu = [size for name, size in meter.collectives if not name.startswith("host ")]
+    return Measured(
+        seconds_here=round(time.perf_counter() - began_s, 2),
+        live_bytes=meter.memory.now_bytes,
+        peaks={phase: {k: n for k, n in peak.kinds.items() if n} for phase, peak in meter.memory.peaks.items()},
+        launches=meter.launches,
+        gemm_flop=sum(c.gemm_flop for c in counts),
+        attention_flop=sum(c.attention_forward_flop + c.attention_backward_flop for c in counts),
+        moved_bytes=sum(c.moved_bytes for c in counts),
+        predicted_s=meter.seconds,
+        collective_s=sum(predict.collective_seconds(size, num_gpus) for size in on_gpu),
+        syncs=dict(meter.syncs),
+        blocking_copies=dict(meter.blocking_copies),
+        copies=dict(meter.copies),
+        collectives=list(meter.collectives),
+    )
+
+
+class FakeLearner:
+    """A `Learner` on fake GPU 0 of `num_gpus`. Make it inside the mode: `with gpu: FakeLearner(...)`."""
+
+    def __init__(self, gpu: FakeGpu, config: Config, hf_config: Any, num_gpus: int) -> None:
+        self.gpu, self.config, self.hf_config, self.num_gpus = gpu, config, hf_config, num_gpus
+        self.family = family_of(hf_config)
+        if num_gpus > 1 and not dist.is_initialized():
+            dist.init_process_group("fake", rank=0, world_size=num_gpus, store=FakeStore())
+        began_s = time.perf_counter()
+        gpu.meter.start()
+        gpu.meter.enter("load", "load")
+        with _loading(hf_config), _marking(gpu):
+            self.learner = step.Learner(config, World(0, num_gpus, 0, DEVICE), num_updates=100)
+        for parameter in self.learner.policy.parameters():
+            gpu.meter.memory.mark(_local(parameter), "weights")
+        self.load = measured(gpu.meter, began_s, num_gpus)
+
+    def groups(self, shapes: Sequence[GroupShape]) -> list[RolloutGroup]:
+        """As a rollout would leave them, on the GPU."""
+        self.gpu.meter.enter("rollout", "rollout")
+        return [make_group(shape, self.family, self.hf_config, DEVICE) for shape in shapes]
+
+    def update(self, groups: Sequence[RolloutGroup], teaches: bool = False, min_rows: int = 0) -> Measured:
+        """One `update_grpo` (or `update_sft`) of these groups. `min_rows`: what other ranks have at least."""
+
+        def on_all_ranks(largest: Any) -> Any:
+            return lambda value, world: max(largest(value, world), min_rows)
+
+        began_s = time.perf_counter()
+        self.gpu.meter.start()
+        with _marking(self.gpu), _replaced(step, "all_max_int", on_all_ranks):
+            if teaches:
+                self.learner.update_sft(groups)
+            else:
+                self.learner.update_grpo(groups)
+        for state in self.learner.optimizer.state.values():
+            for value in state.values():
+                self.gpu.meter.memory.mark(_local(value), "moments")
+        return measured(self.gpu.meter, began_s, self.num_gpus)
+
+
+def _local(tensor: Any) -> Any:
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+@contextmanager
+def _loading(hf_config: Any) -> Iterator[None]:
+    """Weights of that configuration in the place of a checkpoint's."""
+
+    def load(path: str, dtype: torch.dtype, device: torch.device) -> Any:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device), no_init_weights():
+                return family_of(hf_config).model_class(copy.deepcopy(hf_config))  # a policy writes into its own
+        finally:
+            torch.set_default_dtype(default)
+
+    with _replaced(step, "load_hugging_face", lambda _: load):
+        yield
+
+
+@contextmanager
+def _marking(gpu: FakeGpu) -> Iterator[None]:
+    """Tell the meter which part of an update runs."""
+    meter = gpu.meter
+
+    def during(phase: str, kind: str, afterwards: tuple[str, str]) -> Callable[[Any], Any]:
+        def wrap(function: Any) -> Any:
+            @functools.wraps(function)
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                meter.enter(phase, kind)
+                result = function(*args, **kwargs)
+                meter.enter(*afterwards)
+                return result
+
+            return wrapped
+
+        return wrap
+
+    def run_tower(function: Any) -> Any:
+        forward = during("tower forward", "activations", ("decoder forward", "activations"))(function)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            features_MW = forward(*args, **kwargs)
+            if features_MW.requires_grad:  # its gradient is what the decoder's backward ends with
+                features_MW.register_hook(lambda _: meter.enter("tower backward", "backward"))
+            return features_MW
+
+        return wrapped
+
+    with (
+        _replaced(PolicyModel, "device_batch", during("batch", "batch", ("decoder forward", "activations"))),
+        _replaced(PolicyModel, "__call__", during("decoder forward", "activations", ("decoder backward", "backward"))),
+        _replaced(Qwen25VL, "run_tower", run_tower),
+        _replaced(Qwen25VL, "decode", during("decoder forward", "activations", ("head", "head"))),
+        _replaced(step, "clip_grad_norm", during("optimizer", "optimizer", ("optimizer", "moments"))),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, wrap(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

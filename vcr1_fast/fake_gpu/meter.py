@@ -1,0 +1,74 @@
+"""What a run on fake GPUs costs, counted operation by operation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from vcr1_fast.fake_gpu.memory import Memory
+
+
+@dataclass
+class Counts:
+    """Of one phase."""
+
+    launches: int = 0
+    gemm_flop: int = 0
+    attention_forward_flop: int = 0
+    attention_backward_flop: int = 0
+    moved_bytes: int = 0  # read and written by kernels that are neither GEMM nor attention nor a copy of FSDP's
+    sharding_bytes: int = 0  # the same, of FSDP's copies in and out of its buffers
+    seconds: float = 0.0  # of the kernels one after the other, see predict.py
+    collective_bytes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def flop(self) -> int:
+        return self.gemm_flop + self.attention_forward_flop + self.attention_backward_flop
+
+
+@dataclass
+class Meter:
+    """Everything since the last `start`."""
+
+    memory: Memory = field(default_factory=Memory)
+    phase: str = "start"
+    counts: dict[str, Counts] = field(default_factory=dict)
+    kernels: dict[str, Counter[str]] = field(default_factory=dict)  # launches by phase and name
+    syncs: Counter[str] = field(default_factory=Counter)  # what the host waited for, and where in the code
+    blocking_copies: Counter[str] = field(default_factory=Counter)  # host to device, with a wait, and where
+    copies: Counter[str] = field(default_factory=Counter)  # host to device, without one
+    copied_bytes: int = 0
+    collectives: list[tuple[str, int]] = field(default_factory=list)  # in their order: name, bytes of the largest part
+
+    def start(self) -> None:
+        """Forget what was counted; live memory stays and is the new peak."""
+        fresh = Meter(memory=self.memory)
+        for name, value in vars(fresh).items():
+            setattr(self, name, value)
+        self.memory.forget_peaks()
+        self.enter("start", "other")
+
+    def enter(self, phase: str, kind: str) -> None:
+        """What follows belongs to this phase, and what it allocates is of this kind."""
+        self.phase, self.memory.kind = phase, kind
+        self.memory.enter(phase)
+
+    @property
+    def now(self) -> Counts:
+        return self.counts.setdefault(self.phase, Counts())
+
+    @property
+    def launches(self) -> int:
+        return sum(counts.launches for counts in self.counts.values())
+
+    @property
+    def flop(self) -> int:
+        return sum(counts.flop for counts in self.counts.values())
+
+    @property
+    def seconds(self) -> float:
+        return sum(counts.seconds for counts in self.counts.values())
+
+    def launch(self, name: str, times: int = 1) -> None:
+        self.now.launches += times
+        self.kernels.setdefault(self.phase, Counter())[name] += times

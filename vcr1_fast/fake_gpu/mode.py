@@ -1,0 +1,279 @@
+"""The dispatch mode: operations on CUDA tensors are done on their shapes, those on CPU tensors for real."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+import torch
+import torch._subclasses.fake_tensor as fake_tensor
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vcr1_fast.fake_gpu import costs, cuda_module, predict, triton_launches
+from vcr1_fast.fake_gpu.meter import Meter
+
+_KERNELS = "vcr1_kernels"  # namespace of our own operators
+_MAX_KNOWN_BYTES = 64 << 20  # of a host buffer whose values are remembered on the device
+
+
+class FakeGpu(TorchDispatchMode):
+    """Within it `device="cuda"` makes fake tensors. One for a process: cached tensors of a second one would mix.
+
+    Values are known of what was copied from the host and only viewed since: segment lengths of attention calls are read
+    back from there. Everything else reads as 0, or as a 1 where one number is asked for.
+    """
+
+    def __init__(self, gpu: cuda_module.GpuModel = cuda_module.H100, num_gpus: int = 8) -> None:
+        super().__init__()
+        self.meter = Meter()
+        self.unknown_int = 1  # what `.item()` of an integer gives whose value nobody knows
+        self.is_planning = False  # DTensor asks for the shape of a result by doing the operation on whole tensors
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.library = torch.library.Library("aten", "IMPL")  # what it registers lives as long as it
+        self._pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, Tensor] = weakref.WeakKeyDictionary()
+        cuda_module.install(gpu, num_gpus, self._waited)
+        triton_launches.install(self._launched)
+        _patch_torch(self)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it takes itself apart first
+        leaves = tree_leaves((args, kwargs))
+        namespace, _, name = func._schema.name.partition("::")
+        if not any(isinstance(x, FakeTensor) for x in leaves) and not _is_cuda(kwargs.get("device")):
+            return self._on_host(func, namespace, name, args, kwargs)
+        if namespace == _KERNELS:
+            return self._own_operator(func, args, kwargs)
+        if namespace == "aten" and _only_decomposes(func):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        read_back = self._reading(name, args, kwargs)
+        if read_back is not None:
+            return read_back
+        with self.fake:
+            out = func(*args, **kwargs)
+        if self.is_planning:
+            return out
+        self._remember(name, args, kwargs, out)
+        self._count(namespace, name, args, kwargs, out)
+        for x in tree_leaves(out):
+            if isinstance(x, FakeTensor) and x.device.type == "cuda":
+                self.meter.memory.see(x)
+        return out
+
+    def _on_host(self, func: Any, namespace: str, name: str, args: Any, kwargs: Any) -> Any:
+        if name in ("is_pinned", "pin_memory", "_pin_memory"):
+            if name == "is_pinned":
+                return args[0].untyped_storage() in self._pinned
+            self._pinned.add(args[0].untyped_storage())
+            return args[0]
+        is_pinned = kwargs.get("pin_memory", False)
+        out = func(*args, **(kwargs | {"pin_memory": False} if is_pinned else kwargs))
+        if is_pinned:
+            self._pinned.add(out.untyped_storage())
+        if namespace in ("c10d", "_c10d_functional"):
+            self.meter.collectives.append((f"host {name}", _largest_bytes((args, kwargs))))
+        return out
+
+    def _own_operator(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The operator's own code instead of its shapes: allocations, copies and launches in it then count."""
+        definition = OPDEFS[func._schema.name]
+        implementation = definition._backend_fns.get("cuda") or definition._backend_fns.get(None) or definition._init_fn
+        with self, torch.no_grad():
+            return implementation(*args, **kwargs)
+
+    def _reading(self, name: str, args: Any, kwargs: Any) -> Any:
+        """Note waits and copies between host and GPU; the value, where one is asked for on the host."""
+        if name == "_local_scalar_dense":
+            self._waited("item")
+            known = self.values(args[0])
+            if known is not None:
+                return known.item()
+            return 1.0 if args[0].dtype.is_floating_point else self.unknown_int * (args[0].dtype != torch.bool)
+        if name in ("_to_copy", "copy_"):
+            target, source = (args[0], args[1]) if name == "copy_" else (None, args[0])
+            device = torch.device(kwargs.get("device") or source.device) if target is None else target.device
+            if source.device.type == "cuda" and device.type == "cpu":
+                self._waited("copy to the host")
+                known = self.values(source)
+                if target is not None:
+                    return target.zero_() if known is None else target.copy_(known)
+                dtype = kwargs.get("dtype") or source.dtype
+                return torch.zeros(source.shape, dtype=dtype) if known is None else known.to(dtype)
+            if source.device.type == "cpu" and device.type == "cuda":
+                asked = kwargs.get("non_blocking", len(args) > 2 and args[2])
+                self._copied(source, bool(asked))
+        if name in costs.READS_VALUES or (name == "repeat_interleave" and kwargs.get("output_size") is None):
+            self._waited(name)
+        if name.startswith(("index", "_index_put_impl")) and len(args) > 1 and isinstance(args[1], list | tuple):
+            indices = [x for x in args[1] if isinstance(x, Tensor)]
+            if any(x.dtype == torch.bool for x in indices):
+                self._waited("index by bool")
+            for x in indices:
+                if x.device.type == "cpu" and x.ndim and args[0].device.type == "cuda":
+                    self._copied(x, False)
+        return None
+
+    def _copied(self, source: Tensor, is_asynchronous: bool) -> None:
+        """One copy to the GPU. It returns at once only from pinned memory."""
+        is_asynchronous = is_asynchronous and source.untyped_storage() in self._pinned
+        (self.meter.copies if is_asynchronous else self.meter.blocking_copies)[_site()] += 1
+        self.meter.copied_bytes += source.numel() * source.element_size()
+
+    def _waited(self, what: str) -> None:
+        self.meter.syncs[f"{what} at {_site()}"] += 1
+
+    def _remember(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        """Keep the values of a host buffer that was copied as it is; forget those of a storage that is written."""
+        if name in ("_to_copy", "copy_"):
+            target, source = (args[0], args[1]) if name == "copy_" else (out, args[0])
+            num_bytes = source.numel() * source.element_size()
+            is_same = source.dtype == target.dtype and source.is_contiguous() and target.storage_offset() == 0
+            is_whole = is_same and target.untyped_storage().nbytes() == num_bytes
+            if source.device.type == "cpu" and is_whole and num_bytes <= _MAX_KNOWN_BYTES:
+                self._known[target.untyped_storage()] = source.detach().clone().flatten().view(torch.uint8)
+                return
+        if name.endswith("_") and args and isinstance(args[0], Tensor):
+            self._known.pop(args[0].untyped_storage(), None)
+
+    def values(self, tensor: Tensor) -> Tensor | None:
+        """What a fake tensor holds, on the host; None where that is not known."""
+        if not isinstance(tensor, FakeTensor):
+            return tensor
+        known = self._known.get(tensor.untyped_storage())
+        if known is None or not tensor.is_contiguous():
+            return None
+        start = tensor.storage_offset() * tensor.element_size()
+        part = known[start : start + tensor.numel() * tensor.element_size()].clone()
+        return part.view(tensor.dtype).view(tensor.shape)
+
+    def _count(self, namespace: str, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        meter, counts = self.meter, self.meter.now
+        if namespace in ("c10d", "_c10d_functional"):
+            num_bytes = _largest_bytes((args, kwargs))
+            if "wrap_tensor" not in name and "wait_tensor" not in name:
+                meter.collectives.append((name, num_bytes))
+                counts.collective_bytes[name] += num_bytes
+            return
+        if name in costs.NO_KERNEL:
+            return
+        meter.launch(name, costs.num_launches(name, args))
+        if name.startswith("_flash_attention"):
+            self._count_attention(name, args)
+            return
+        flop, num_bytes = costs.gemm_flop(name, args), costs.moved_bytes(args, kwargs, out)
+        counts.gemm_flop += flop
+        if name in costs.SHARDING:
+            counts.sharding_bytes += num_bytes
+        elif not flop:
+            counts.moved_bytes += num_bytes
+        # the copy into an all-gather's buffer reads and writes a shard, not the whole buffer that it returns
+        counts.seconds += predict.kernel_seconds(flop, 0 if name == "all_gather_copy_in" else num_bytes)
+
+    def _count_attention(self, name: str, args: Any) -> None:
+        is_backward = "backward" in name
+        query = args[1] if is_backward else args[0]
+        cu_q, cu_k = args[6:8] if is_backward else args[3:5]
+        is_causal = args[11] if is_backward else args[8]
+        ends_q, ends_k = self.values(cu_q), self.values(cu_k)
+        if ends_q is None or ends_k is None:
+            raise RuntimeError("attention was called with segment lengths that were not sent from the host")
+        lengths_q, lengths_k = ends_q.diff().tolist(), ends_k.diff().tolist()
+        width = query.shape[-1] * query.shape[-2]
+        self.add_attention(costs.attention_flop(width, lengths_q, lengths_k, bool(is_causal)), is_backward)
+
+    def add_attention(self, forward_flop: int, is_backward: bool) -> None:
+        """Count one attention kernel by the FLOPs of its forward."""
+        counts = self.meter.now
+        flop = forward_flop * 5 // 2 if is_backward else forward_flop
+        if is_backward:
+            counts.attention_backward_flop += flop
+        else:
+            counts.attention_forward_flop += flop
+        counts.seconds += predict.attention_seconds(flop, is_backward)
+
+    def _launched(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """A Triton kernel: its traffic is that of its tensors, once each."""
+        num_bytes = costs.moved_bytes(arguments)
+        self.meter.launch(name)
+        self.meter.now.moved_bytes += num_bytes
+        self.meter.now.seconds += predict.kernel_seconds(0, num_bytes)
+
+
+def _is_cuda(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def _only_decomposes(func: Any) -> bool:
+    """Whether it is defined by other operations alone: these are then counted one by one."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    is_composite = func._can_decompose() and has(func.name(), "CompositeImplicitAutograd")
+    return is_composite and not has(func.name(), "CPU") and not has(func.name(), "CUDA")
+
+
+def _largest_bytes(values: Any) -> int:
+    return max((x.numel() * x.element_size() for x in tree_leaves(values) if isinstance(x, Tensor)), default=0)
+
+
+def _site() -> str:
+    """The innermost line of the product or of transformers."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        for package in ("vcr1_fast", "vcr1_kernels", "transformers"):
+            if f"/{package}/" in file and "/fake_gpu/" not in file:
+                return f"{package}/{file.split(f'/{package}/', 1)[1]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "autograd"
+
+
+def _patch_torch(gpu: FakeGpu) -> None:
+    """Places where torch would ask a real GPU, or where bytes change without an operation."""
+    FakeTensorMode.avoid_device_init = property(lambda self: True)  # pyright: ignore[reportAttributeAccessIssue]
+    fake_tensor.init_gpu_context = lambda device: None  # pyright: ignore[reportAttributeAccessIssue]
+    resize = torch.UntypedStorage.resize_
+
+    def resize_(self: torch.UntypedStorage, size: int) -> Any:
+        result = resize(self, size)
+        gpu.meter.memory.resized(self)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_
+    make = torch.tensor
+
+    def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        """`torch.tensor` copies to a GPU below the mode; so it is a copy here, with a wait, as it is there."""
+        return (
+            make(data, device="cpu", **options).to(device) if _is_cuda(device) else make(data, device=device, **options)
+        )
+
+    torch.tensor = tensor
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagate_uncounted(*args: Any, **kwargs: Any) -> Any:
+        gpu.is_planning = True
+        try:
+            return propagate(*args, **kwargs)
+        finally:
+            gpu.is_planning = False
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = propagate_uncounted
+    # Without a CUDA kernel these two are taken apart into elementary operations, which a GPU does in one launch each.
+    for name in ("silu_backward", "gelu_backward"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA"):
+            gpu.library.impl(name, _never_called, "CUDA")
+
+
+def _never_called(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a kernel was called on a fake GPU")

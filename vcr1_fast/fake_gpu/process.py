@@ -1,0 +1,87 @@
+"""Starts the process that plays the GPUs, and reads what it measured. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vcr1_fast.fake_gpu.shim import FakeGpuError
+
+# Of the parent's: a launcher's world, and Triton's interpreter, which would run kernels on tensors without values
+_NOT_INHERITED = (
+    "TRITON_INTERPRET",
+    "WORLD_SIZE",
+    "RANK",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+Group = tuple[tuple[int, int, int], tuple[int, ...]]  # grid of the clip, tokens of each completion
+
+
+@dataclass(frozen=True)
+class Case:
+    """One learner and what it does. Of a world of `num_gpus`, rank 0."""
+
+    name: str
+    num_gpus: int
+    config: str  # settings: a YAML file
+    hf_config: dict[str, Any]  # config.json of the model
+    updates: tuple[tuple[Group, ...], ...] = ()  # this rank's groups in each of them
+    teaches: bool = False  # supervised: each group holds the one completion to learn
+    prompts: tuple[tuple[int, int, int], ...] = ()  # clips that the local engine answers together, not a learner
+    group_size: int = 8  # answers to each of them
+    min_rows: int = 0  # rows that another rank has at least: this one runs placeholders
+    overrides: tuple[str, ...] = ()  # `--a.b=c`
+
+
+def run(cases: Sequence[Case], timeout_s: float = 600.0) -> Iterator[dict[str, Any]]:
+    """The reports of these cases, as each one ends: {"name", "load": Measured, "updates": [Measured]}; with `prompts`
+    {"name", "load", "answers": {number of new tokens: Measured}}; {"name", "error", "traceback"} for one that raised.
+
+    Raises FakeGpuError where no GPU can be played here, or when the process takes longer than `timeout_s` seconds.
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vcr1_fast.fake_gpu"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    errors: list[str] = []
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None, "all are pipes"
+    reader = threading.Thread(target=lambda stream: errors.append(stream.read()), args=(process.stderr,), daemon=True)
+    reader.start()
+    timer = threading.Timer(timeout_s, process.kill)
+    timer.start()
+    try:
+        process.stdin.write(json.dumps([asdict(case) for case in cases]))
+        process.stdin.close()
+        for line in process.stdout:
+            if line.startswith("{"):
+                report = json.loads(line)
+                if "unavailable" in report:
+                    raise FakeGpuError(report["unavailable"])
+                yield report
+        code = process.wait()
+        reader.join()
+        if code:
+            last = " ".join("".join(errors).strip().splitlines()[-1:])
+            limit = f" after {timeout_s:g} s" if code < 0 else ""
+            raise FakeGpuError(f"the process that plays GPUs ended with {code}{limit}: {last[:300]}")
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()

@@ -1,0 +1,99 @@
+"""What differs between architectures, one object for each; packing, loop and objective do not know which one it is.
+
+Two places are wider than the first family needs. What a tower gives has a width of its own, so that features for
+inner layers (Qwen3-VL's deepstack) can lie beside a video token's embedding and are kept with it. And `decode` gets the
+layout of the row, so that a recurrent layer can carry the state at a prompt's end into each of its completions.
+
+Shape letters: P patches, C values of a patch, M video tokens, W width of what the tower gives for one of them
+(D, and more where inner layers get features), T packed tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout
+
+Grid = tuple[int, int, int]  # (frame pairs, rows, columns) in patches
+
+
+@dataclass(frozen=True, slots=True)
+class TowerInputs:
+    """What a vision tower takes beside the pixels, made on the host from the grids alone."""
+
+    tensors: Mapping[str, Tensor]  # int32 and int64, on the host until `on` puts copies in their place
+    lengths: Mapping[str, tuple[int, ...]]  # host numbers: patches of each attention segment, by kind
+
+    def on(self, tensors: Mapping[str, Tensor]) -> TowerInputs:
+        """The same with the tensors of these names, from a device."""
+        return replace(self, tensors={name: tensors[name] for name in self.tensors})
+
+
+class ModelFamily(Protocol):
+    """One architecture of Hugging Face's transformers. Stateless."""
+
+    @property
+    def model_type(self) -> str: ...
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]: ...
+
+    @property
+    def patch_values(self) -> int:
+        """C: channels x frames x rows x columns of one patch."""
+        ...
+
+    @property
+    def patches_per_token(self) -> int:
+        """Patches that merge into one video token."""
+        ...
+
+    def video_token_id(self, config: Any) -> int:
+        """The placeholder of a video token in a prompt."""
+        ...
+
+    def feature_width(self, config: Any) -> int:
+        """W."""
+        ...
+
+    def tower(self, hf: nn.Module) -> Any:
+        """The vision tower of a whole model, a PreTrainedModel."""
+        ...
+
+    def decoder(self, hf: nn.Module) -> Any:
+        """The language model without its head, a PreTrainedModel."""
+        ...
+
+    def block_lists(self, hf: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+        """Name and list of the repeated blocks, tower first: what is sharded and recomputed block by block."""
+        ...
+
+    def tower_inputs(self, grids: Sequence[Grid], config: Any) -> TowerInputs:
+        """For videos of these grids, one after the other. `config`: of the tower. Nothing but host arithmetic."""
+        ...
+
+    def run_tower(self, tower: nn.Module, values_PC: Tensor, inputs: TowerInputs) -> Tensor:
+        """[M, W]. All tensors on the tower's device; waits for nothing."""
+        ...
+
+    def decode(
+        self,
+        hf: nn.Module,
+        embeds_TD: Tensor,
+        position_ids_3T: Tensor,
+        features_MW: Tensor,
+        video_row_M: Tensor,
+        layout: PrefixLayout,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        """Final hidden states [T, D] of a packed row.
+
+        Args:
+            embeds_TD: of the tokens; video tokens are put in here, from the first D columns of features_MW.
+            video_row_M: their places in the row.
+        """
+        ...

@@ -1,0 +1,102 @@
+"""Qwen2.5-VL: windowed vision tower, one embedding for a video token, M-RoPE.
+
+Shape letters: P patches, C values of a patch, M video tokens, T packed tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout
+
+from vcr1_fast.learner.families.family import Grid, TowerInputs
+from vcr1_fast.learner.tower_attention import TowerSegments
+
+
+class Qwen25VL:
+    """See `ModelFamily`."""
+
+    model_type = "qwen2_5_vl"
+    model_class: type[PreTrainedModel] = Qwen2_5_VLForConditionalGeneration
+    patch_values = 3 * 2 * 14 * 14
+    patches_per_token = 4
+
+    def video_token_id(self, config: Any) -> int:
+        return config.video_token_id
+
+    def feature_width(self, config: Any) -> int:
+        return config.text_config.hidden_size
+
+    def tower(self, hf: Any) -> Any:
+        return hf.model.visual
+
+    def decoder(self, hf: Any) -> Any:
+        return hf.model.language_model
+
+    def block_lists(self, hf: Any) -> list[tuple[str, nn.ModuleList]]:
+        return [
+            ("model.visual.blocks", hf.model.visual.blocks),
+            ("model.language_model.layers", hf.model.language_model.layers),
+        ]
+
+    def tower_inputs(self, grids: Sequence[Grid], config: Any) -> TowerInputs:
+        grid_thw = torch.tensor(grids, dtype=torch.long)
+        window_index, cu_window_seqlens = get_vision_window_index(
+            grid_thw,
+            spatial_merge_size=config.spatial_merge_size,
+            window_size=config.window_size,
+            patch_size=config.patch_size,
+        )
+        cu_seqlens = get_vision_cu_seqlens(grid_thw)
+        return TowerInputs(
+            tensors={
+                "grid_thw": grid_thw,
+                "position_ids": get_vision_position_ids(grid_thw, config.spatial_merge_size),
+                "window_index": window_index,
+                "cu_window_seqlens": cu_window_seqlens,
+                "cu_seqlens": cu_seqlens,
+            },
+            lengths={
+                "window": tuple(cu_window_seqlens.diff().tolist()),
+                "frame": tuple(cu_seqlens.diff().tolist()),
+            },
+        )
+
+    def run_tower(self, tower: nn.Module, values_PC: Tensor, inputs: TowerInputs) -> Tensor:
+        # Everything is given, so that nothing of it is computed from a grid on the device, which would wait for it.
+        # Newer releases take the longest lengths, older ones hand them on; our attention reads `tower_segments`.
+        window, frame = inputs.lengths["window"], inputs.lengths["frame"]
+        output = tower(
+            values_PC,
+            **inputs.tensors,
+            max_seqlen=max(frame),
+            max_window_seqlen=max(window),
+            tower_segments=TowerSegments(window, frame),
+        )
+        return output.pooler_output
+
+    def decode(
+        self,
+        hf: nn.Module,
+        embeds_TD: Tensor,
+        position_ids_3T: Tensor,
+        features_MW: Tensor,
+        video_row_M: Tensor,
+        layout: PrefixLayout,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        embeds_TD = embeds_TD.index_copy(0, video_row_M, features_MW.to(embeds_TD.dtype))
+        output = self.decoder(hf)(
+            inputs_embeds=embeds_TD.unsqueeze(0),
+            position_ids=position_ids_3T.unsqueeze(1),
+            attention_mask={"full_attention": None},  # as a dict it is taken as ready: no [T, T] mask is built
+            use_cache=False,
+            prefix_layout=layout,
+            prefix_backend=backend,
+        )
+        return output.last_hidden_state[0]

@@ -1,0 +1,139 @@
+"""Which settings must fit each other, for the command that is run: what it does not use cannot stop it.
+
+What a setting may be by itself is checked by its section, when it is made. Called before anything slow, and once more
+when the number of ranks is known. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from vcr1_fast.settings.config import Config
+from vcr1_fast.settings.error import require
+from vcr1_fast.settings.learning import AlgorithmConfig, RolloutConfig, SGLangConfig
+
+RunCommand = Literal["train", "sft", "eval"]
+
+
+def check_settings(config: Config, command: RunCommand, world_size: int = 1) -> None:
+    """Raises ConfigError for the first contradiction among the settings that `command` uses on so many ranks."""
+    if command == "train":
+        _check_share_of_prompts(config, world_size)
+        _check_objective(config.algorithm)
+        _check_groups(config.rollout)
+    if command == "sft":
+        per_step = config.sft.examples_per_step
+        require(
+            per_step % world_size == 0,
+            f"sft.examples_per_step is {per_step}, but there are {world_size} ranks: make it a multiple of that",
+        )
+    if command != "eval":
+        require(
+            (config.data.reward_range is None) == (config.data.rewards is None),
+            "data.reward_range and data.rewards go together: set both, or none",
+        )
+    opens_engine = command != "sft" or bool(config.data.eval)  # sft has one for the held-out score alone
+    if config.rollout.engine == "sglang" and opens_engine:
+        _check_workers(config.rollout.sglang, world_size)
+        require(
+            command == "eval" or config.model.lora.rank > 0 or not config.rollout.sglang.adapters_only,
+            "rollout.sglang.adapters_only is true, but model.lora.rank is 0, so there are no adapters: set "
+            "model.lora.rank, or leave rollout.sglang.adapters_only out",
+        )
+        if command == "train" and config.rollout.sglang.release_memory:
+            _check_lent_memory(config.rollout)
+
+
+def _check_share_of_prompts(config: Config, world_size: int) -> None:
+    """Every rank takes the same share of each mini-batch."""
+    prompts, minibatches = config.train.prompts_per_step, config.algorithm.minibatches_per_rollout
+    require(
+        prompts % minibatches == 0,
+        f"train.prompts_per_step is {prompts}, but algorithm.minibatches_per_rollout is {minibatches}: "
+        "make the first a multiple of the second",
+    )
+    require(
+        prompts % (world_size * minibatches) == 0,
+        f"train.prompts_per_step is {prompts}, but there are {world_size} ranks and "
+        f"algorithm.minibatches_per_rollout is {minibatches}: make it a multiple of {world_size * minibatches}",
+    )
+
+
+def _check_objective(algorithm: AlgorithmConfig) -> None:
+    bounds = (algorithm.sampling_floor, algorithm.sampling_cap)
+    if algorithm.sampling_correction == "none":
+        is_right, wanted = bounds == (None, None), "neither without algorithm.sampling_correction"
+    else:
+        floor, cap = algorithm.sampling_floor or 0.0, algorithm.sampling_cap or math.inf
+        is_right, wanted = bounds != (None, None) and 0 <= floor < cap, "0 <= floor < cap, and at least one of them"
+    require(is_right, f"algorithm.sampling_floor, algorithm.sampling_cap are {bounds}, wanted {wanted}")
+    has_clip = algorithm.loss not in ("cispo", "sapo")
+    require(
+        algorithm.dual_clip is None or (algorithm.dual_clip > 1 and has_clip),
+        f"algorithm.dual_clip is {algorithm.dual_clip} with loss {algorithm.loss}, wanted > 1 (a ratio of 1 must not "
+        "be cut) and a loss that clips: grpo, dr_grpo, dapo or gspo",
+    )
+
+
+def _check_groups(rollout: RolloutConfig) -> None:
+    require(
+        rollout.engine != "local" or rollout.max_batch_rows >= rollout.group_size,
+        f"rollout.max_batch_rows is {rollout.max_batch_rows}, less than rollout.group_size {rollout.group_size}",
+    )
+    require(
+        rollout.num_ground_truth < rollout.group_size,
+        f"rollout.num_ground_truth is {rollout.num_ground_truth} and rollout.group_size is {rollout.group_size}, "
+        "wanted 0, or 1 beside at least one sampled answer",
+    )
+    require(
+        not rollout.interrupt or rollout.max_policy_lag > 0,
+        "rollout.interrupt is true and rollout.max_policy_lag is 0, where nothing is drawn during an update: set "
+        "rollout.max_policy_lag to 1 or more, or leave rollout.interrupt out",
+    )
+
+
+def _check_workers(sglang: SGLangConfig, world_size: int) -> None:
+    """Where the workers of an engine are, and how weights reach them."""
+    is_remote = sglang.placement == "disaggregated"
+    require(
+        is_remote == bool(sglang.addresses),
+        "rollout.sglang.placement is disaggregated and rollout.sglang.addresses is empty: name the workers that "
+        "`vcr1-fast serve` printed"
+        if is_remote
+        else "rollout.sglang.addresses names workers elsewhere, but rollout.sglang.placement is colocated: set the "
+        "latter to disaggregated, or leave the addresses out",
+    )
+    sglang.check_world_size(world_size)
+    require(
+        not (is_remote and sglang.weights == "cuda_ipc"),
+        "rollout.sglang.weights is cuda_ipc and rollout.sglang.placement is disaggregated, wanted broadcast",
+    )
+    require(
+        sglang.weights_dir is not None or sglang.weights != "disk" or not is_remote,
+        "rollout.sglang.weights is disk and workers are on other machines: set rollout.sglang.weights_dir to a "
+        "folder that all of them see",
+    )
+    require(
+        sglang.weights_dir is None or sglang.weights == "disk",
+        f"rollout.sglang.weights_dir is set and rollout.sglang.weights is {sglang.weights}, wanted disk",
+    )
+
+
+def _check_lent_memory(rollout: RolloutConfig) -> None:
+    """What the engine needs while it has given its memory to the learner."""
+    require(
+        rollout.sglang.placement == "colocated",
+        "rollout.sglang.release_memory is true and rollout.sglang.placement is disaggregated, where workers share "
+        "no GPU with the learner: leave it out",
+    )
+    require(
+        not rollout.sglang.adapters_only,
+        "rollout.sglang.adapters_only and rollout.sglang.release_memory are both true, but a worker that gave its "
+        "weights back needs all of them again: set one of the two",
+    )
+    require(
+        rollout.max_policy_lag == 0,
+        f"rollout.sglang.release_memory is true and rollout.max_policy_lag is {rollout.max_policy_lag}: the engine "
+        "has no memory left to draw ahead in while the learner works; set one of them to its default",
+    )
