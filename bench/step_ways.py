@@ -26,6 +26,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from bench.floors import separate_pairs, shared_pairs
 from bench.flops import StepFlop, decoder_flop, head_flop, tower_flop
+from vcr1_fast.learner.kernel_choice import KernelChoice, Pick
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
@@ -63,9 +64,10 @@ def losses(
             rows = range(start, min(start + options.rows_per_microbatch, len(group.completions)))
             yield lambda rows=rows: loss_of(hf, group, rows)
         return
-    policy = PolicyModel(hf, ModelConfig(gradient_checkpointing=options.gradient_checkpointing), hf.dtype).train()
-    if name == "packing":  # attention as the kernels have it, so that the difference between the two is the head
-        policy.uses_kernels = False
+    # packing: attention as the kernels have it, so that the difference between the two is the head
+    kernels = KernelChoice(Pick("plain"), Pick("plain")) if name == "packing" else KernelChoice()
+    config = ModelConfig(gradient_checkpointing=options.gradient_checkpointing)
+    policy = PolicyModel(hf, config, hf.dtype, kernels).train()
     batch = policy.device_batch(pack([group], [token_weights_of(group)]))
     objective = grpo_objective(batch, None, AlgorithmConfig())
     yield lambda: policy(batch, TEMPERATURE, objective)[0]

@@ -31,7 +31,7 @@ def sft(config: Config) -> dict[str, Any]:
 def _sft(run: Run) -> dict[str, Any]:
     config = run.config
     prompts = run.train_stream()
-    learner = Learner(config, run.world, config.sft.num_steps)
+    learner = Learner(config, run.world, config.sft.num_steps, run.kernels)
     state = load_state(run, learner, "sft")
     prompts.position, num_tokens = state.position, state.num_tokens
     telemetry = Telemetry(run.folder, run.world.rank, resume_step=state.step)

@@ -32,7 +32,7 @@ def train(config: Config) -> dict[str, Any]:
 def _train(run: Run) -> dict[str, Any]:
     config, world = run.config, run.world
     prompts, held_out = run.train_stream(), run.eval_examples()
-    learner = Learner(config, world, config.train.num_steps * config.algorithm.minibatches_per_rollout)
+    learner = Learner(config, world, config.train.num_steps * config.algorithm.minibatches_per_rollout, run.kernels)
     state = load_state(run, learner, "train")  # step 0, or where a checkpoint stands
     prompts.position = state.position
     engine = run.open_engine()

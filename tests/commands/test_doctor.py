@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import vcr1_fast.commands.doctor as doctor_module
 from vcr1_fast.commands.doctor import COMPONENTS, Component, UnusableError, doctor, examine
@@ -59,8 +60,6 @@ def test_this_machine():
     findings = {finding.component: finding for finding in examine(COMPONENTS)}
     for name in ("python", "torch", "transformers", "PyAV", "tensorboard", "vcr1_kernels", "torch.distributed gloo"):
         assert findings[name].usable, findings[name].detail
-    import torch
-
     assert findings["torch"].detail == torch.__version__
     assert findings["CUDA device"].usable == torch.cuda.is_available()
     assert all(finding.detail and (finding.usable or finding.advice) for finding in findings.values())
@@ -69,6 +68,42 @@ def test_this_machine():
 def test_an_optional_package_that_is_absent_is_called_not_installed():
     with pytest.raises(UnusableError, match="not installed"):
         doctor_module._load("vcr1_no_such_package.inner", "vcr1-no-such-package")
+
+
+def test_kernels_are_compared_where_there_is_a_gpu(monkeypatch):
+    """Without one it says why not; with one every kernel is compared in the sizes of a public model."""
+    from vcr1_fast import native, native_cuda
+    from vcr1_fast.learner import kernel_proof
+    from vcr1_fast.learner.kernel_choice import KernelChoice
+    from vcr1_fast.learner.kernel_memory import Verdict
+
+    def row(*verdicts: Verdict):
+        found = kernel_proof.Proof(KernelChoice(), verdicts, 1.25, 30.0)
+        monkeypatch.setattr(kernel_proof, "prove", lambda *arguments, **options: (asked.append(arguments), found)[1])
+        return examine(tuple(c for c in COMPONENTS if c.name == "kernels, compared"))[0]
+
+    asked, chosen = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not row().usable and row().detail.startswith("not run: torch sees no GPU") and not row().required
+    assert not asked
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(native_cuda, "choose_half", lambda world: chosen.append(world))
+    numbers = {"output": "out", "distance": 1e-3, "plain_distance": 2e-3, "allowed": 1e-2}
+    held = row(Verdict("attention", "flash", "held", **numbers), Verdict("patchify", "triton", "held", **numbers))
+    assert held.usable and held.detail.startswith("Qwen2.5-VL-7B: kernel attention (flash) held: out 1.0e-03")
+    assert held.detail.endswith("1.2 s, after 30.0 s of compilation")
+    subject, world = asked[0]
+    assert (subject.shapes.hidden_size, world.device) == (3584, torch.device("cuda", 0))
+    assert f"rewards: {native.in_use()}" in held.detail and chosen[0] == world
+    failed = row(
+        Verdict("attention", "flash", "failed", "raised E: no"),
+        Verdict("attention", "triton", "held", **numbers),
+        Verdict("patchify", "triton", "failed", "disagrees", **numbers),
+    )
+    assert not failed.usable and failed.detail.startswith("2 of 3 ways do not hold; ")
+    assert "patchify takes its plain path" in failed.detail and "attention takes" not in failed.detail
+    assert "kernel attention (flash) failed: raised E: no" in failed.detail
 
 
 def fake_interpreter(folder: Path, script: str) -> str:

@@ -167,6 +167,33 @@ def _kernels() -> str:
     return f"{version}, Triton" if reason is None else f"{version}, torch versions only: {reason}"
 
 
+PROOF_MODEL = "Qwen2.5-VL-7B"
+
+
+def _kernel_proof() -> str:
+    """Each kernel against its plain path on this GPU, in the sizes of a public model; a run does it in its own."""
+    import torch
+
+    from vcr1_fast import native
+
+    if not torch.cuda.is_available():
+        raise UnusableError("not run: torch sees no GPU, where runs take the torch versions, with nothing to compare")
+    from vcr1_fast.learner.kernel_proof import RUN_KERNELS, Subject, prove
+    from vcr1_fast.learner.sharding import World
+    from vcr1_fast.native_cuda import choose_half
+
+    world = World(device=torch.device("cuda", torch.cuda.current_device()))
+    proof = prove(Subject.of_public_model(PROOF_MODEL, world.device), world, fresh=True)
+    choose_half(world)
+    lines = "; ".join([*proof.lines(), f"rewards: {native.in_use()}"])
+    held = {verdict.kernel for verdict in proof.verdicts if verdict.outcome == "held"}
+    failed = [verdict for verdict in proof.verdicts if verdict.outcome != "held"]
+    if failed:
+        without = "".join(f"; {name} takes its plain path" for name in RUN_KERNELS if name not in held)
+        raise UnusableError(f"{len(failed)} of {len(proof.verdicts)} ways do not hold{without}: {lines}")
+    return f"{PROOF_MODEL}: {lines}; {proof.check_s:.1f} s, after {proof.compile_s:.1f} s of compilation"
+
+
 def _triton() -> str:
     version = _load("triton", "triton")
     if not importlib.import_module("triton.runtime").driver.active.is_active():  # the CPU-only machine has no stubs
@@ -269,6 +296,7 @@ COMPONENTS = (
     Component("transformers", _transformers, "pip install 'transformers>=5.12,<6'", is_required=True),
     Component("vcr1_fast.native", _native, "a C++17 compiler, then VCR1_NATIVE=cpu pip install -e . to see why"),
     Component("vcr1_kernels", _kernels, "pip install -e .", is_required=True),
+    Component("kernels, compared", _kernel_proof, CUDA_TORCH + "; a run leaves out what does not hold, and says so"),
     Component("triton", _triton, CUDA_TORCH + "; torch brings its triton"),
     Component("PyAV", _pyav, "pip install 'av>=17'", is_required=True),
     Component("decord", lambda: _load("decord", "decord"), "pip install decord (x86-64 only)"),

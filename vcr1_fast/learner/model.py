@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
-from vcr1_kernels import fused_linear_logprob, fused_linear_policy_loss, reference, unavailable_reason
-from vcr1_kernels.prefix_attention import AttentionBackend, attention_backend
 
 from vcr1_fast.learner.attention import use_packed_attention
 from vcr1_fast.learner.device_batch import DeviceBatch, device_batch
 from vcr1_fast.learner.families import family_of
+from vcr1_fast.learner.kernel_choice import KernelChoice, plain_choice
 from vcr1_fast.learner.objective import Objective, Sums
-from vcr1_fast.learner.tower_attention import use_tower_attention
 from vcr1_fast.run.model_folder import model_folder
-from vcr1_fast.settings.config import ConfigError, ModelConfig
+from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import PackedBatch
 
 
@@ -27,22 +25,6 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     if config.compute_dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.compute_dtype == "bfloat16" else torch.float32
-
-
-def describe_kernels(config: ModelConfig, device: torch.device) -> str:
-    """What head and attention of the learner run on, for the line a run prints at its start.
-
-    Raises ConfigError on CUDA when the Triton kernels cannot run and `model.kernels` is not off.
-    """
-    if config.kernels == "off":
-        return "head: plain torch, attention: plain torch (model.kernels is off)"
-    if device.type != "cuda":
-        return "head: fused, in torch; attention: packed rows, torch's flash attention for CPUs"
-    reason = unavailable_reason()
-    if reason is not None:
-        raise ConfigError(f"model.kernels is auto, but the Triton kernels cannot run: {reason}; or set it to off")
-    attention = attention_backend(device, resolve_dtype(config, device))
-    return f"head: fused, 3 GEMMs, Triton rows; attention: packed rows, {attention.name}, {attention.reason}"
 
 
 transformers_logging.disable_progress_bar()  # it would tear our own lines apart
@@ -68,17 +50,22 @@ class PolicyModel(nn.Module):
     reads from the device: what Python looks at is in the batch as host numbers.
     """
 
-    def __init__(self, hf: Qwen2_5_VLForConditionalGeneration, config: ModelConfig, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        hf: Qwen2_5_VLForConditionalGeneration,
+        config: ModelConfig,
+        compute_dtype: torch.dtype,
+        kernels: KernelChoice | None = None,
+    ) -> None:
+        """`kernels`: what a run has chosen; None: by the device, or plain where `config.kernels` is off."""
         super().__init__()
         self.hf = hf
         self.family = family_of(hf.config)
         self.compute_dtype = compute_dtype
-        self.uses_kernels = config.kernels == "auto"
-        self.prefix_backend: AttentionBackend = "auto" if self.uses_kernels else "torch"
+        self.kernels = kernels or (plain_choice() if config.kernels == "off" else KernelChoice())
         use_packed_attention(self.family.decoder(hf))
         tower = self.family.tower(hf)
-        if hf.device.type == "cuda":
-            use_tower_attention(tower, "flash" if self.uses_kernels and compute_dtype == torch.bfloat16 else "plain")
+        self.kernels.switch_tower(tower, hf.device, compute_dtype)
         if config.freeze_vision:
             tower.requires_grad_(False)
         if config.gradient_checkpointing:
@@ -105,10 +92,8 @@ class PolicyModel(nn.Module):
         scored_ND = hidden_TD[batch.scored_row_N].to(self.compute_dtype)
         head = (scored_ND, self.hf.lm_head.weight.to(self.compute_dtype), batch.target_N)
         if objective is None:
-            linear_logprob = fused_linear_logprob if self.uses_kernels else reference.linear_logprob
-            return linear_logprob(*head, temperature)
-        linear_policy_loss = fused_linear_policy_loss if self.uses_kernels else reference.linear_policy_loss
-        return linear_policy_loss(*head, objective.loss, objective.tokens, temperature)
+            return self.kernels.linear_logprob(*head, temperature)
+        return self.kernels.linear_policy_loss(*head, objective.loss, objective.tokens, temperature)
 
     def _decode(self, batch: DeviceBatch) -> Tensor:
         """Final hidden states [T, D] of the packed row."""
@@ -118,7 +103,7 @@ class PolicyModel(nn.Module):
             assert batch.values_PC is not None and batch.tower is not None, "pixels or features"
             features_MW = self.family.run_tower(self.family.tower(self.hf), batch.values_PC, batch.tower)
         row = (batch.position_ids_3T, features_MW, batch.video_row_M, batch.layout)
-        return self.family.decode(self.hf, embeds_TD, *row, self.prefix_backend)
+        return self.family.decode(self.hf, embeds_TD, *row, self.kernels.prefix_backend)
 
     def _autocast(self) -> AbstractContextManager[object]:
         """bfloat16 matrix products on float32 master weights."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420}
+_TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
 PUBLIC_SIZES: dict[str, dict[str, Any]] = {
     "Qwen2.5-VL-3B": {
         "hidden_size": 2048,

@@ -11,6 +11,7 @@ from torch import Tensor
 from vcr1_kernels.losses import Aggregation
 
 from vcr1_fast.learner.device_batch import DeviceBatch
+from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.lora import adapters_off, add_adapters
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, resolve_dtype
 from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
@@ -39,13 +40,14 @@ class UpdateReport:
 class Learner:
     """Policy, optimizer and schedule of one rank; all ranks call the same methods in the same order."""
 
-    def __init__(self, config: Config, world: World, num_updates: int) -> None:
+    def __init__(self, config: Config, world: World, num_updates: int, kernels: KernelChoice | None = None) -> None:
         """Loads `config.model.path` with float32 master weights and shards it over the ranks.
 
         Args:
             num_updates: optimizer updates of the whole run, for the learning-rate schedule.
+            kernels: as for `PolicyModel`.
         """
-        self.config, self.world = config, world
+        self.config, self.world, self.kernels = config, world, kernels
         self.dtype = resolve_dtype(config.model, world.device)  # that forward and backward compute in
         self.policy = self._load()
         has_copy = config.algorithm.beta > 0 and not config.model.lora.rank  # adapters can be switched off instead
@@ -60,7 +62,7 @@ class Learner:
         hf = load_hugging_face(self.config.model.path, torch.float32, self.world.device)
         if self.config.model.lora.rank:
             add_adapters(hf, self.config.model.lora, self.config.train.seed, self.dtype)
-        policy = PolicyModel(hf, self.config.model, self.dtype)
+        policy = PolicyModel(hf, self.config.model, self.dtype, self.kernels)
         shard(policy, self.world, self.dtype)
         return policy.train()
 

@@ -14,7 +14,9 @@ from typing import Literal
 import torch
 
 from vcr1_fast import __version__, native
-from vcr1_fast.learner.model import describe_kernels, load_hugging_face, load_tokenizer, resolve_dtype
+from vcr1_fast.learner.kernel_choice import KernelChoice
+from vcr1_fast.learner.kernel_proof import choose_kernels
+from vcr1_fast.learner.model import load_hugging_face, load_tokenizer, resolve_dtype
 from vcr1_fast.learner.sharding import World, init_distributed, on_main_rank, shutdown
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.native_cuda import choose_half
@@ -57,6 +59,7 @@ class Run:
     source: PatchSource
     builder: PromptBuilder
     quarantine: Quarantine
+    kernels: KernelChoice
 
     def train_stream(self) -> PromptStream:
         self.source.loader.start()  # as in open_engine
@@ -96,7 +99,7 @@ class Run:
         sharding = f"FSDP2 over {world.world_size} ranks" if world.world_size > 1 else "one process"
         return (
             f"vcr1-fast {__version__}: model {config.model.path} in {dtype} on {world.device.type}, {sharding}; "
-            f"{describe_kernels(config.model, world.device)}; "
+            f"{self.kernels.describe()}; "
             f"engine: {config.rollout.engine}; video: {self.source.describe()}; "
             f"rewards: {native.in_use()}; recipe: {config.task.recipe}"
         )
@@ -157,19 +160,20 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         torch.manual_seed(config.train.seed)
         choose_half(world)
         tasks = make_tasks(config.task, judge=config.judge)
-        with contextlib.closing(open_source(config, world.device)) as source:
+        proof = choose_kernels(config, world)
+        with contextlib.closing(open_source(config, world.device, proof.choice)) as source:
             builder = PromptBuilder(load_tokenizer(config.model.path), tasks, source, prefetch=source.prefetch)
             if writes and world.is_main:
                 (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
             quarantine = open_quarantine(config, folder if writes else None)
-            run = Run(config, world, folder, tasks, source, builder, quarantine)
-            say(run.describe())
+            run = Run(config, world, folder, tasks, source, builder, quarantine, proof.choice)
+            say("\n".join([run.describe(), *proof.lines()]))
             yield run
     finally:
         shutdown(world)
 
 
-def open_source(config: Config, device: torch.device) -> PatchSource:
+def open_source(config: Config, device: torch.device, kernels: KernelChoice | None = None) -> PatchSource:
     """Reader, workers, cache and, where it is frozen, the vision tower. To be closed."""
     video, dtype = config.video, resolve_dtype(config.model, device)
     if decodes_on_gpu(video):
@@ -177,8 +181,10 @@ def open_source(config: Config, device: torch.device) -> PatchSource:
     folder = Path(video.cache_dir).expanduser() if video.cache_dir else None
     cache = TensorCache(folder, int(video.cache_ram_gib * 2**30), int(video.cache_disk_gib * 2**30))
     loader = FrameLoader(video, cache=cache, pin_memory=device.type == "cuda")
-    tower = load_frozen_tower(model_folder(config.model.path), dtype, device) if config.model.is_tower_frozen else None
-    return PatchSource(loader, cache, video, device, dtype, tower)
+    tower = None
+    if config.model.is_tower_frozen:
+        tower = load_frozen_tower(model_folder(config.model.path), dtype, device, kernels)
+    return PatchSource(loader, cache, video, device, dtype, tower, kernels)
 
 
 def open_quarantine(config: Config, folder: Path | None) -> Quarantine:

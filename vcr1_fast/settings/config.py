@@ -56,9 +56,10 @@ class ModelConfig:
     """Precision of forward and backward; master weights stay float32. auto: bfloat16 on CUDA, float32 on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs. auto: CUDA when torch sees a GPU."""
-    kernels: Literal["auto", "off"] = "auto"
-    """auto: the fused head and shared-prefix attention of vcr1_kernels, on CUDA as Triton and flash attention. off: the
-    plain torch definitions, for comparison."""
+    kernels: Literal["auto", "required", "off"] = "auto"
+    """auto: the fused head, shared-prefix attention and the rest of vcr1_kernels; on CUDA each of them is compared with
+    its plain path when a run starts, and one that does not hold is left out and named. required: the run then does not
+    start. off: the plain torch definitions, for comparison."""
     gradient_checkpointing: bool = False
     """Recompute decoder layers in the backward pass: less memory, about one third more time."""
     freeze_vision: bool = False

@@ -18,7 +18,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.families.family import ModelFamily
-from vcr1_fast.learner.tower_attention import use_tower_attention
+from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.video.embed import embed_videos
 
@@ -52,8 +52,10 @@ class FrozenTower:
             return embed_videos(self.family, self.visual, [patches], self.device, self.dtype)
 
 
-def load_frozen_tower(folder: Path, dtype: torch.dtype, device: torch.device) -> FrozenTower:
-    """The tower of a Hugging Face checkpoint; nothing else of it is read.
+def load_frozen_tower(
+    folder: Path, dtype: torch.dtype, device: torch.device, kernels: KernelChoice | None = None
+) -> FrozenTower:
+    """The tower of a Hugging Face checkpoint; nothing else of it is read. `kernels` as for `PolicyModel`.
 
     Raises ConfigError when the checkpoint holds no tower or one of other shapes.
     """
@@ -77,6 +79,5 @@ def load_frozen_tower(folder: Path, dtype: torch.dtype, device: torch.device) ->
         problem = " ".join(str(error).split())[:200]
         raise ConfigError(f"the vision tower is frozen, but {folder} holds another one: {problem}") from error
     visual = visual.to(device, dtype).eval().requires_grad_(False)
-    if device.type == "cuda":
-        use_tower_attention(visual, "flash" if dtype in (torch.bfloat16, torch.float16) else "plain")
+    (kernels or KernelChoice()).switch_tower(visual, device, dtype)
     return FrozenTower(family_of(whole), visual, digest.hexdigest())

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from vcr1_kernels import patchify
+from vcr1_kernels.backend import Backend
 
+from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, Patches, SampleError
 from vcr1_fast.video.cache import TensorCache, clip_key, tower_key
@@ -34,9 +36,12 @@ class PatchSource:
         device: torch.device,
         dtype: torch.dtype,
         tower: FrozenTower | None = None,
+        kernels: KernelChoice | None = None,
     ) -> None:
+        """`kernels`: what cuts frames into patches is read from it; None: by the device."""
         self.loader, self.cache, self.config = loader, cache, config
         self.device, self.dtype, self.tower = device, dtype, tower
+        self._backend: Backend = (kernels or KernelChoice()).patchify_backend
         self._waited_s = 0.0  # at the last call of metrics
 
     @property
@@ -54,13 +59,13 @@ class PatchSource:
         """Raises SampleError when the video cannot be used."""
         request = ClipRequest.of(video, self.config)
         if self.tower is None:
-            return to_patches(self.loader.get(request), self.dtype, self.device)
+            return to_patches(self.loader.get(request), self.dtype, self.device, self._backend)
         key = self._tower_key(request, self.tower)
         entry = self.cache.get(key)
         if entry is not None:
             self.loader.skip(request)  # it may have been named before another prompt of the same clip came by
             return _unpacked(entry.tensors["embeddings_MD"], entry.tensors["numbers"], self)
-        patches = to_patches(self.loader.get(request), self.tower.dtype, self.tower.device)
+        patches = to_patches(self.loader.get(request), self.tower.dtype, self.tower.device, self._backend)
         embeddings_MD = self.tower.embed(patches)
         numbers = torch.tensor(
             [*patches.grid_thw, patches.second_per_grid_s, patches.num_frames, patches.duration_s], dtype=torch.float64
@@ -99,7 +104,12 @@ class PatchSource:
         self.cache.close()
 
 
-def to_patches(frames: Frames, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Patches:
+def to_patches(
+    frames: Frames,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    backend: Backend = "auto",
+) -> Patches:
     """`Frames` [F, H, W, 3] -> `Patches` [F/2 * H/14 * W/14, 1176] in `dtype` on `device` (default: the frames').
 
     Frames cross to a GPU as bytes, half or a quarter of what patches would take. second_per_grid_s = 2 / sampled_fps,
@@ -113,7 +123,7 @@ def to_patches(frames: Frames, dtype: torch.dtype = torch.float32, device: torch
     if frames.rgb_FHW3.is_cuda:  # decoded there, on the stream of a thread that reads
         frames.rgb_FHW3.record_stream(torch.cuda.current_stream(frames.rgb_FHW3.device))
     return Patches(
-        values_PC=patchify(frames.rgb_FHW3.to(device, non_blocking=True), dtype),
+        values_PC=patchify(frames.rgb_FHW3.to(device, non_blocking=True), dtype, backend=backend),
         grid_thw=(num_pairs, height_px // PATCH_PX, width_px // PATCH_PX),
         second_per_grid_s=FRAMES_PER_PATCH / frames.sampled_fps,
         num_frames=num_frames,

@@ -1,0 +1,146 @@
+"""What each kernel of a run computes with: one value, made when the run starts and handed to whoever computes.
+
+`kernel_proof.choose_kernels` makes it; `KernelChoice()` is the choice without a proof, by the device of the tensors.
+The policy takes head, attention and tower from it, whoever cuts frames into patches takes `patchify_backend`.
+
+Shape letters: N scored tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from vcr1_kernels import fused_linear_logprob, fused_linear_policy_loss, reference
+from vcr1_kernels.backend import Backend
+from vcr1_kernels.losses import LossFunction, TokenVectors
+from vcr1_kernels.prefix_attention import AttentionBackend, attention_backend
+
+from vcr1_fast.learner.tower_attention import TowerBackend, use_tower_attention
+
+HALF_TYPES = (torch.bfloat16, torch.float16)
+_HEAD_WORDS = {
+    "auto": "fused",
+    "triton": "fused, Triton rows",
+    "torch": "fused, rows in torch",
+    "plain": "plain torch, whole logits",
+}
+_WORDS = {
+    "logprob": _HEAD_WORDS,
+    "policy_loss": _HEAD_WORDS,
+    "attention": {
+        "auto": "packed rows",
+        "flash": "packed rows, flash",
+        "triton": "packed rows, Triton",
+        "torch": "packed rows, dense scores in torch",
+    },
+    "tower": {"auto": "by device", "flash": "flash, one call a layer", "plain": "segment by segment"},
+    "patchify": {"auto": "by device", "triton": "Triton", "torch": "torch"},
+}
+_LABELS = {"logprob": "log-probs", "policy_loss": "policy loss"}
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """The way one kernel goes, and why."""
+
+    way: str = "auto"  # a key of _WORDS of that kernel; auto: by the tensors' device
+    reason: str = ""
+    is_fallback: bool = False  # a faster way raised or disagreed; `reason` says how
+
+
+@dataclass(frozen=True, slots=True)
+class KernelChoice:
+    """A way for each kernel. Example: `KernelChoice(patchify=Pick("torch"))`."""
+
+    logprob: Pick = Pick()
+    policy_loss: Pick = Pick()
+    attention: Pick = Pick()  # forward and backward together: backward takes what forward left
+    tower: Pick = Pick()
+    patchify: Pick = Pick()
+    proof: str = ""  # one clause for the run's header: what the choice rests on
+
+    def picks(self) -> Iterator[tuple[str, Pick]]:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Pick):
+                yield field.name, value
+
+    def linear_logprob(
+        self, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """(log-prob, entropy) [N] of the head: `fused_linear_logprob` or its definition."""
+        if self.logprob.way == "plain":
+            return reference.linear_logprob(hidden_ND, weight_VD, target_N, temperature)
+        backend = cast(Backend, self.logprob.way)
+        return fused_linear_logprob(hidden_ND, weight_VD, target_N, temperature, backend=backend)
+
+    def linear_policy_loss(
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        target_N: Tensor,
+        loss: LossFunction,
+        tokens: TokenVectors,
+        temperature: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, sums) of the head: `fused_linear_policy_loss` or its definition. `tokens` may lie on any device."""
+        head = (hidden_ND, weight_VD, target_N, loss)
+        if self.policy_loss.way == "plain":
+            return reference.linear_policy_loss(*head, on_device(tokens, hidden_ND.device), temperature)
+        return fused_linear_policy_loss(*head, tokens, temperature, backend=cast(Backend, self.policy_loss.way))
+
+    @property
+    def prefix_backend(self) -> AttentionBackend:
+        return cast(AttentionBackend, self.attention.way)
+
+    @property
+    def patchify_backend(self) -> Backend:
+        return cast(Backend, self.patchify.way)
+
+    def switch_tower(self, tower: Any, device: torch.device, dtype: torch.dtype) -> None:
+        """Gives a vision tower on CUDA its attention; elsewhere it keeps transformers' own."""
+        if device.type != "cuda":
+            return
+        by_device: TowerBackend = "flash" if dtype in HALF_TYPES else "plain"
+        use_tower_attention(tower, by_device if self.tower.way == "auto" else cast(TowerBackend, self.tower.way))
+
+    def describe(self) -> str:
+        """For the line a run prints at its start."""
+        named = dict(self.picks())
+        if named["logprob"] == named["policy_loss"]:
+            del named["policy_loss"]
+            labels: dict[str, str] = {"logprob": "head"}
+        else:
+            labels = _LABELS
+        parts = [f"{labels.get(name, name)}: {_words(name, pick)}" for name, pick in named.items()]
+        return "; ".join([*parts, *([self.proof] if self.proof else [])])
+
+
+def _words(kernel: str, pick: Pick) -> str:
+    words = _WORDS[kernel][pick.way]
+    if not pick.reason:
+        return words
+    return f"{words}, AS A FALLBACK: {pick.reason}" if pick.is_fallback else f"{words} ({pick.reason})"
+
+
+def on_device(tokens: TokenVectors, device: torch.device) -> TokenVectors:
+    """The vectors where the definitions, which are plain torch code, need them."""
+    move: Any = lambda vector_N: vector_N.to(device)  # noqa: E731
+    return tokens.map(move, tokens.sequence_lens)
+
+
+def plain_choice(reason: str = "") -> KernelChoice:
+    """No kernel at all: every definition in plain torch. `reason`: for the run's header."""
+    plain, in_torch = Pick("plain"), Pick("torch")
+    return KernelChoice(plain, plain, in_torch, plain, in_torch, reason)
+
+
+def cpu_choice(dtype: torch.dtype) -> KernelChoice:
+    """On the CPU: the torch twins of the kernels, with nothing to compare."""
+    attention = attention_backend("cpu", dtype)
+    in_torch = Pick("torch")
+    return KernelChoice(in_torch, in_torch, Pick(attention.name, attention.reason), Pick("plain"), in_torch)
