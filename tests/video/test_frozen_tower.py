@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer
 from vcr1_fast.learner.objective import grpo_objective
@@ -137,8 +138,12 @@ def test_other_weights_are_another_tower(tmp_path: Path) -> None:
         for folder in (model_folder("tiny"), model_folder("tiny"), tmp_path / "other")
     )
     assert tiny == again != other
+    language = {name: w for name, w in hf.state_dict().items() if "visual" not in name}
+    save_file(language, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"the vision tower is frozen, but .* holds another one.* lacks blocks\.0"):
+        load_frozen_tower(tmp_path / "other", torch.float32, CPU)
     (tmp_path / "other" / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"the vision tower is frozen, but .* holds another one"):
+    with pytest.raises(ConfigError, match="has no safetensors file"):
         load_frozen_tower(tmp_path / "other", torch.float32, CPU)
 
 

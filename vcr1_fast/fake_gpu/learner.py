@@ -11,20 +11,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig
 
 from vcr1_fast.fake_gpu import predict
 from vcr1_fast.fake_gpu.groups import GroupShape, make_group
 from vcr1_fast.fake_gpu.meter import Meter
 from vcr1_fast.fake_gpu.mode import FakeGpu
-from vcr1_fast.learner import step, update_rows
+from vcr1_fast.learner import loading, step, update_rows
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
+from vcr1_fast.learner.lora import is_factor
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.sharding import World
 from vcr1_fast.settings.config import Config
@@ -86,13 +88,14 @@ class FakeLearner:
         gpu.meter.enter("load", "load")
         with _loading(hf_config), _marking(gpu):
             self.learner = step.Learner(config, World(0, num_gpus, 0, DEVICE), num_updates=100)
-        for parameter in self.learner.policy.parameters():
-            gpu.meter.memory.mark(_local(parameter), "weights")
+        for policy in (self.learner.policy, self.learner.reference):
+            for parameter in policy.parameters() if policy else ():
+                gpu.meter.memory.mark(_local(parameter), "weights")
         self.load = measured(gpu.meter, began_s, num_gpus)
 
     def groups(self, shapes: Sequence[GroupShape]) -> list[RolloutGroup]:
         """As a rollout would leave them, on the GPU."""
-        self.gpu.meter.enter("rollout", "rollout")
+        self.gpu.meter.enter("clips", "clips")
         return [make_group(shape, self.family, self.hf_config, DEVICE) for shape in shapes]
 
     def update(self, groups: Sequence[RolloutGroup], teaches: bool = False, min_rows: int = 0) -> Measured:
@@ -122,20 +125,29 @@ def _local(tensor: Any) -> Any:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+class UnreadWeights:
+    """A checkpoint that fits: its rows are host memory that nobody has written. See `loading.WeightSource`."""
+
+    def __init__(self, hf: Any) -> None:
+        named = loading.weights_by_name(hf)
+        self.shapes = {name: tuple(weight.shape) for name, weight in named.items() if not is_factor(name)}
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        shape = self.shapes[name]
+        return torch.empty((stop - start, *shape[1:]) if shape else (), dtype=torch.bfloat16)
+
+    def close(self) -> None: ...
+
+
 @contextmanager
 def _loading(hf_config: Any) -> Iterator[None]:
     """Weights of that configuration in the place of a checkpoint's."""
 
-    def load(path: str, dtype: torch.dtype, device: torch.device) -> Any:
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(device), no_init_weights():
-                return family_of(hf_config).model_class(copy.deepcopy(hf_config))  # a policy writes into its own
-        finally:
-            torch.set_default_dtype(default)
-
-    with _replaced(step, "load_hugging_face", lambda _: load):
+    with (
+        _replaced(AutoConfig, "from_pretrained", lambda _: lambda *a, **k: copy.deepcopy(hf_config)),
+        _replaced(step, "model_folder", lambda _: Path),
+        _replaced(loading, "open_checkpoint", lambda _: lambda folder, hf: UnreadWeights(hf)),
+    ):
         yield
 
 

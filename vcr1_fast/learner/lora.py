@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vcr1_fast.learner.gathering import Part, rows_here
-from vcr1_fast.learner.sharding import named_weights
+from vcr1_fast.learner.sharding import first_row, named_weights
 from vcr1_fast.settings.config import ConfigError, LoRAConfig
 
 FACTORS = ("lora_A", "lora_B")
@@ -41,6 +41,7 @@ class LoRALinear(nn.Module):
         weight_NK = base_layer.weight
         bound = weight_NK.shape[1] ** -0.5
         a_RK = torch.empty(rank, weight_NK.shape[1]).uniform_(-bound, bound, generator=generator)
+        self.start_A = a_RK  # until `start_adapters`; a model that is not loaded yet has no memory for it
         self.lora_A = nn.Parameter(a_RK.to(weight_NK.device))
         self.lora_B = nn.Parameter(a_RK.new_zeros(weight_NK.shape[0], rank, device=weight_NK.device))
 
@@ -76,6 +77,17 @@ def add_adapters(
             owner = layer.get_submodule(parent)
             adapted = LoRALinear(getattr(owner, attribute), config.rank, config.scale, generator)
             setattr(owner, attribute, adapted)
+
+
+@torch.no_grad()
+def start_adapters(hf: nn.Module) -> None:
+    """Give the adapters of a model that got its memory after them the values that they start with."""
+    for layer in lora_layers(hf):
+        a_RK, b_NR = rows_here(layer.lora_A), rows_here(layer.lora_B)
+        first = first_row(layer.lora_A)
+        a_RK.copy_(layer.start_A[first : first + len(a_RK)])
+        b_NR.zero_()
+        del layer.start_A
 
 
 def lora_layers(module: nn.Module) -> list[LoRALinear]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from vcr1_fast.learner.attention import use_packed_attention
 from vcr1_fast.learner.device_batch import DeviceBatch, device_batch
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.kernel_choice import KernelChoice, plain_choice
+from vcr1_fast.learner.loading import load_whole
 from vcr1_fast.learner.objective import Objective, Sums
 from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.settings.config import ModelConfig
@@ -31,10 +32,11 @@ transformers_logging.disable_progress_bar()  # it would tear our own lines apart
 
 
 def load_hugging_face(path: str, dtype: torch.dtype, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
-    """A checkpoint's model on `device`, all weights in `dtype`. Nothing is downloaded."""
-    folder = model_folder(path)
-    hf: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return hf.to(device)
+    """A checkpoint's model on `device`, all weights in `dtype`, in eval mode. Nothing is downloaded.
+
+    Raises ConfigError when there is no such checkpoint or its weights are not those of its config.json.
+    """
+    return load_whole(model_folder(path), dtype, device)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -56,8 +58,10 @@ class PolicyModel(nn.Module):
         config: ModelConfig,
         compute_dtype: torch.dtype,
         kernels: KernelChoice | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """`kernels`: what a run has chosen; None: by the device, or plain where `config.kernels` is off."""
+        """`kernels`: what a run has chosen; None: by the device, or plain where `config.kernels` is off.
+        `device`: that it will run on, for a model without memory; None: where it is."""
         super().__init__()
         self.hf = hf
         self.family = family_of(hf.config)
@@ -65,7 +69,7 @@ class PolicyModel(nn.Module):
         self.kernels = kernels or (plain_choice() if config.kernels == "off" else KernelChoice())
         use_packed_attention(self.family.decoder(hf))
         tower = self.family.tower(hf)
-        self.kernels.switch_tower(tower, hf.device, compute_dtype)
+        self.kernels.switch_tower(tower, device or hf.device, compute_dtype)
         if config.freeze_vision:
             tower.requires_grad_(False)
         if config.gradient_checkpointing:

@@ -12,8 +12,9 @@ from vcr1_kernels.losses import Aggregation
 
 from vcr1_fast.learner.device_batch import DeviceBatch
 from vcr1_fast.learner.kernel_choice import KernelChoice
+from vcr1_fast.learner.loading import empty_model, load_into
 from vcr1_fast.learner.lora import adapters_off, add_adapters
-from vcr1_fast.learner.model import PolicyModel, load_hugging_face, resolve_dtype
+from vcr1_fast.learner.model import PolicyModel, resolve_dtype
 from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
 from vcr1_fast.learner.packing import placeholder
@@ -21,6 +22,7 @@ from vcr1_fast.learner.row_cost import GroupSize, RowCost, group_size
 from vcr1_fast.learner.sharding import World, all_max_float, all_max_int, all_reduce_sum, reduce_gradients, shard
 from vcr1_fast.learner.totals import Totals
 from vcr1_fast.learner.update_rows import UpdateRows, plan_and_pack
+from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.settings.config import Config
 from vcr1_fast.types import PackedBatch, RolloutGroup, SampleError
 
@@ -59,11 +61,13 @@ class Learner:
         self._placeholder = placeholder(*kind, world.device, self.dtype)
 
     def _load(self) -> PolicyModel:
-        hf = load_hugging_face(self.config.model.path, torch.float32, self.world.device)
+        folder = model_folder(self.config.model.path)
+        hf = empty_model(folder, torch.float32)
         if self.config.model.lora.rank:
             add_adapters(hf, self.config.model.lora, self.config.train.seed, self.dtype)
-        policy = PolicyModel(hf, self.config.model, self.dtype, self.kernels)
+        policy = PolicyModel(hf, self.config.model, self.dtype, self.kernels, self.world.device)
         shard(policy, self.world, self.dtype)
+        load_into(policy, hf, folder, self.world.device)
         return policy.train()
 
     def update_grpo(self, groups: Sequence[RolloutGroup]) -> list[UpdateReport]:

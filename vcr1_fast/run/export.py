@@ -21,6 +21,7 @@ from vcr1_fast.learner.gathering import Part, plan_buckets, whole_weights
 from vcr1_fast.learner.lora import adapter_factors, merged_parts, parts_of, scale_of, split_weights
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World, on_all_ranks
 from vcr1_fast.run.folder import replace_folder
+from vcr1_fast.run.model_folder import weight_files
 from vcr1_fast.settings.config import LoRAConfig
 
 FILE_BYTES = 4 << 30  # of weights in one file, and in the host memory of rank 0 at once: 4 files for 7B in bfloat16
@@ -29,9 +30,9 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Of the floating-point weights in a model's folder: that of most numbers. float32 where it has no safetensors."""
+    """Of the floating-point weights in a model's folder: that of most numbers."""
     counts: Counter[str] = Counter()
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 entry = file.get_slice(name)

@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.families.family import ModelFamily
 from vcr1_fast.learner.kernel_choice import KernelChoice
+from vcr1_fast.learner.loading import Checkpoint, empty_module, fill, weights_by_name
 from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.video.embed import embed_videos
 
 if TYPE_CHECKING:
     from vcr1_fast.types import Patches
 
-PREFIX = "visual."  # of the tower's weights in a checkpoint
+PREFIX = "model.visual."  # of the tower's weights in a whole model
 
 
 class FrozenTower:
@@ -59,25 +58,38 @@ def load_frozen_tower(
 
     Raises ConfigError when the checkpoint holds no tower or one of other shapes.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    whole: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config = whole.vision_config
-    config._attn_implementation = "sdpa"
-    visual: Any = Qwen2_5_VisionTransformerPretrainedModel(config)
-    digest, state = hashlib.blake2b(digest_size=16), dict[str, Tensor]()
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in sorted(file.keys()):
-                if PREFIX in name and not name.startswith("model.language_model."):
-                    state[name.split(PREFIX, 1)[1]] = file.get_tensor(name)
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].contiguous().view(torch.uint8).numpy().tobytes())
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    family = family_of(config)
+    source = _TowerWeights(Checkpoint(folder, family))
     try:
-        visual.load_state_dict(state)
-    except RuntimeError as error:
-        problem = " ".join(str(error).split())[:200]
-        raise ConfigError(f"the vision tower is frozen, but {folder} holds another one: {problem}") from error
-    visual = visual.to(device, dtype).eval().requires_grad_(False)
+        visual = empty_module(lambda: family.build_tower(config), dtype)
+        fill(visual, weights_by_name(visual), source, device)
+        digest = source.digest()
+    except ConfigError as error:
+        raise ConfigError(f"the vision tower is frozen, but {folder} holds another one: {error}") from None
+    finally:
+        source.checkpoint.close()
+    visual.eval().requires_grad_(False)
     (kernels or KernelChoice()).switch_tower(visual, device, dtype)
-    return FrozenTower(family_of(whole), visual, digest.hexdigest())
+    return FrozenTower(family, visual, digest)
+
+
+class _TowerWeights:
+    """The tower's part of a checkpoint, by the tower's own names. See `loading.WeightSource`."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        shapes = checkpoint.shapes.items()
+        self.shapes = {name.removeprefix(PREFIX): shape for name, shape in shapes if name.startswith(PREFIX)}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.checkpoint.rows(PREFIX + name, start, stop)
+
+    def digest(self) -> str:
+        """Of all names and bytes, as they are stored."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(self.shapes):
+            digest.update(name.encode())
+            rows = self.rows(name, 0, self.shapes[name][0])
+            digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()

@@ -52,12 +52,20 @@ class ModelFamily(Protocol):
         """Patches that merge into one video token."""
         ...
 
+    def weight_name(self, stored: str) -> str | None:
+        """The model's name of a weight that a checkpoint stores under this one; None for what is computed, not read."""
+        ...
+
     def video_token_id(self, config: Any) -> int:
         """The placeholder of a video token in a prompt."""
         ...
 
     def feature_width(self, config: Any) -> int:
         """W."""
+        ...
+
+    def build_tower(self, config: Any) -> Any:
+        """A vision tower alone, of the configuration of a whole model, with the attention that CPUs run."""
         ...
 
     def tower(self, hf: nn.Module) -> Any:

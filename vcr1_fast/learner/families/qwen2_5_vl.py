@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout
 
@@ -26,11 +27,25 @@ class Qwen25VL:
     patch_values = 3 * 2 * 14 * 14
     patches_per_token = 4
 
+    def weight_name(self, stored: str) -> str | None:
+        """The published checkpoints have the names of transformers before 4.52: `visual.*`, `model.layers.*`."""
+        if stored.endswith("rotary_emb.inv_freq"):
+            return None
+        if stored.startswith("visual."):
+            return f"model.{stored}"
+        if stored.startswith("model.") and not stored.startswith(("model.visual.", "model.language_model.")):
+            return f"model.language_model.{stored.removeprefix('model.')}"
+        return stored
+
     def video_token_id(self, config: Any) -> int:
         return config.video_token_id
 
     def feature_width(self, config: Any) -> int:
         return config.text_config.hidden_size
+
+    def build_tower(self, config: Any) -> Any:
+        config.vision_config._attn_implementation = "sdpa"
+        return Qwen2_5_VisionTransformerPretrainedModel(config.vision_config)
 
     def tower(self, hf: Any) -> Any:
         return hf.model.visual

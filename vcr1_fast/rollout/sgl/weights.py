@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vcr1_fast.rollout.sgl.check import checksum
 from vcr1_fast.rollout.sgl.messages import SharedBytes
+from vcr1_fast.run.model_folder import weight_files
 
 # transformers 5 names the parts of the model by its modules, the published checkpoints and SGLang by these.
 RENAMED = {"model.visual.": "visual.", "model.language_model.": "model."}
@@ -32,11 +33,8 @@ def checkpoint_name(name: str) -> str:
 
 
 def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a Hugging Face folder, one at a time. Raises FileNotFoundError without safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors in {folder}")
-    for path in files:
+    """The weights of a Hugging Face folder, one at a time. Raises ConfigError as `weight_files` does."""
+    for path in weight_files(folder):
         with safetensors.safe_open(path, framework="pt") as file:  # pyright: ignore[reportPrivateImportUsage]
             for name in file.keys():  # noqa: SIM118 - not a dict
                 yield name, file.get_tensor(name)
