@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu_summary import at_most, kernel_bars, read_stages, step_bars
+from bench.gpu_summary import at_most, kernel_bars, read_stages
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
@@ -71,14 +71,6 @@ def test_kernels_in_quick_mode(tmp_path: Path):
     assert len(ours) >= 6
     assert all(error < 1e-5 for row in ours for error in row["errors"].values())
     assert all(row["reason"] for row in result["absent"])
-
-
-def test_step_in_quick_mode(tmp_path: Path):
-    result = run_bench("step", tmp_path)
-    assert result["model"] == "tiny" and len(result["rows"]) == 4
-    assert result["check"]["gradient_errors"].keys() == {"original", "plain", "packing", "kernels"}
-    bars = step_bars(result)
-    assert len(bars) == 1 and bars[0].holds is None  # a CPU run holds or breaks no bar
 
 
 def kernel_row(op: str, way: str, ms: float, percent: float, errors: dict | None = None) -> dict:
