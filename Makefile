@@ -13,6 +13,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Files are shared out to two processes, the tests of a file run in order in one of them; empty: all in one process
+PYTEST_WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 # PyTorch's own index of CPU builds, asked only where pip's configured places do not have the pinned torch
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # the first interpreter that is new enough; PYTHON=/path/to/python chooses another
@@ -72,8 +74,11 @@ sglang:
 test: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	# beside the tests: half a minute of one core, and a core that waits while pytest collects
+	$(BIN)/pyright --pythonpath $(BIN)/python & types=$$!
+	trap 'kill $$types 2>/dev/null || true' EXIT
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	wait $$types || { echo "make test: the tests passed, pyright did not: see its lines above" >&2; exit 1; }
 
 demo: $(VENV)/.installed
 	@$(BIN)/python -m vcr1_fast.commands.demo $(DEMO_ARGS)

@@ -32,6 +32,7 @@ stages=$scratch/stages.tsv
 : > "$stages"
 export PYTHONPATH=$scratch/site:$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=$scratch/triton HF_HUB_OFFLINE=1
+export LC_ALL=C.UTF-8 # lines are cut by characters, not bytes, and everything prints UTF-8, also where there is no locale
 unset TRITON_INTERPRET # the tests set it themselves where there is no GPU
 
 left_s() { echo $((limit_s - SECONDS)); }
@@ -39,6 +40,15 @@ left_s() { echo $((limit_s - SECONDS)); }
 note() { # note NAME RESULT SECONDS DETAIL
   printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >> "$stages"
   printf '[%3d s] %-10s %-8s %4s s  %s\n' "$SECONDS" "$1" "$2" "$3" "$4"
+}
+
+# What a stage printed besides JSON lines, as text: grep would take odd bytes for a binary file. A tab or a carriage
+# return, which progress bars print, would end a field of $stages.
+said() { tr '\t\r' '  ' < "$scratch/output" | tr -d '\000' | grep -av '^{' | grep -av '^ *$'; }
+
+shortened() { # shortened CHARACTERS: each line; an odd byte counts as one
+  local line
+  while IFS= read -r line; do printf '%s\n' "${line:0:$1}"; done
 }
 
 stage() { # stage NAME MOST_SECONDS COMMAND...: runs it with what is left of the time, notes how it ended
@@ -59,8 +69,8 @@ stage() { # stage NAME MOST_SECONDS COMMAND...: runs it with what is left of the
     124 | 137) result="over $most_s s" ;;
     *) result="exit $code" ;;
   esac
-  note "$name" "$result" $((SECONDS - began_s)) "$(grep -v '^{' "$scratch/output" | grep -v '^ *$' | tail -n 1 | cut -c1-110)"
-  if [ $code -ne 0 ]; then grep -v '^{' "$scratch/output" | tail -n 25 | cut -c1-200; fi
+  note "$name" "$result" $((SECONDS - began_s)) "$(said | tail -n 1 | shortened 110)"
+  if [ $code -ne 0 ]; then said | tail -n 25 | shortened 200; fi
   return $code
 }
 

@@ -121,13 +121,14 @@ def decode_bars(result: Row) -> list[Bar]:
 
 
 def read_stages(path: Path) -> list[dict[str, str]]:
+    """The detail is some program's last line: any bytes but a line feed. splitlines() would split at others, too."""
     names = ("name", "result", "seconds", "detail")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [dict(zip(names, line.split("\t", 3), strict=True)) for line in lines]
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    return [dict(zip(names, line.split("\t", 3), strict=True)) for line in lines if line]
 
 
 def print_tables(stages: list[dict[str, str]], bars: list[Bar], left_out: list[str]) -> None:
-    console = Console(width=118)
+    console = Console(width=118, markup=False, emoji=False)  # a stage's last line may hold brackets
     table = Table(title="gpu_check: stages")
     for column in ("stage", "result", "s", "last line"):
         table.add_column(column, overflow="fold")

@@ -9,10 +9,11 @@ import torch
 
 from tests.judge.judge_server import judges_by_words, serving
 from tests.tiny_policy import run_ranks
-from vcr1_fast.evaluate import answer_all, evaluate, evaluate_command, flat_scores, print_scores
+from vcr1_fast.evaluate import answer_all, evaluate, evaluate_command
 from vcr1_fast.evaluation.answer_store import AnswerStore, checkpoint_identity, question_key
 from vcr1_fast.evaluation.samples import Answer, Sample, of_all, per_sample_metrics, read_samples, with_refused
-from vcr1_fast.evaluation.score_tables import category_means, print_categories
+from vcr1_fast.evaluation.score_tables import category_means, print_categories, print_scores
+from vcr1_fast.evaluation.scores import flat_scores
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.scripted_engine import ScriptedEngine

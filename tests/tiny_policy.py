@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -80,11 +82,18 @@ def patches(seed: int) -> Tensor:
     return torch.randn(16, 1176, generator=torch.Generator().manual_seed(seed))
 
 
+def free_port() -> int:
+    """Below those that the system hands out, so that no other test's connection takes it before the ranks have it."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def run_ranks(worker: Path, *arguments: str, num_ranks: int = 2, timeout_s: float = 120.0) -> None:
     """Run the script `worker` on `num_ranks` processes of this machine, as torchrun would; fail with their output."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")])
     processes = []
     for rank in range(num_ranks):

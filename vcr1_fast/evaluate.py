@@ -11,7 +11,6 @@ import functools
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,9 @@ import torch.distributed as dist
 
 from vcr1_fast.evaluation import perception
 from vcr1_fast.evaluation.answer_store import AnswerStore, answer_settings, checkpoint_identity, question_key
-from vcr1_fast.evaluation.samples import (
-    Answer,
-    Sample,
-    make_samples,
-    metric_intervals,
-    of_all,
-    per_sample_metrics,
-    samples_as_rows,
-    with_refused,
-    write_lines,
-)
+from vcr1_fast.evaluation.samples import Answer, Sample, samples_as_rows, write_lines
 from vcr1_fast.evaluation.score_tables import print_categories, print_scores
+from vcr1_fast.evaluation.scores import Scores, score_answers, scores_as_dict
 from vcr1_fast.learner.sharding import World, on_main_rank
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.batches import in_batches
@@ -42,36 +32,7 @@ from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, Prompt, RefusedTruth, SampleError, SamplingParams
 
-__all__ = ["Scores", "TaskScore", "evaluate", "evaluate_command", "flat_scores", "print_scores", "scores_as_dict"]
-
 REFUSED = "the annotation was refused"
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """Metrics of one task on one set of examples; every value in [0, 1], headline first."""
-
-    metrics: dict[str, float]
-    trivial: dict[str, dict[str, float]]  # baseline -> metrics, with the same denominator
-    num_examples: int  # all of them, the two kinds of failures included
-    num_bad: int  # examples whose video could not be read; they count as wrong
-    num_refused: int = 0  # examples whose annotation cannot be used; they count as wrong, for the baselines as well
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %, of metrics that are means
-
-    @property
-    def headline(self) -> float:
-        return next(iter(self.metrics.values()))
-
-    @property
-    def headline_name(self) -> str:
-        return next(iter(self.metrics))
-
-    @property
-    def best_trivial(self) -> float:
-        return max(next(iter(metrics.values())) for metrics in self.trivial.values())
-
-
-Scores = dict[str, TaskScore]
 READ_AHEAD = 64  # examples
 
 
@@ -240,56 +201,6 @@ def score_on_main_rank(
     if world.world_size > 1:
         dist.broadcast_object_list(found, src=0)
     return found[0], samples
-
-
-def score_answers(
-    tasks: Mapping[str, Task],
-    examples: Sequence[Example],
-    answers: Sequence[Answer],
-    seed: int,
-    *,
-    with_samples: bool = False,
-) -> tuple[Scores, list[Sample]]:
-    """Scores of every task, and with `with_samples` one sample per example, task after task.
-
-    A failure is scored as the empty answer, which is 0 in every metric, and stays in the denominator. A refused example
-    has no truth to score against: its 0 is averaged in. A task without a usable example has no score, and says so.
-    """
-    scores: Scores = {}
-    samples: list[Sample] = []
-    for name in dict.fromkeys(example.task for example in examples):
-        members = [i for i, example in enumerate(examples) if example.task == name]
-        usable = [i for i in members if not examples[i].is_refused]
-        if not usable:
-            print(f"no score of task {name}: all of its {len(members)} held-out rows are refused", file=sys.stderr)
-            continue
-        task, own, texts = tasks[name], [examples[i] for i in usable], [answers[i].text for i in usable]
-        metrics, share = task.metrics(own, texts), len(usable) / len(members)
-        columns = per_sample_metrics(task, own, texts, metrics)
-        everyone = [examples[i] for i in members]
-        values = {metric: with_refused(column, everyone, metric) for metric, column in columns.items()}
-        trivial = {label: task.metrics(own, given) for label, given in task.trivial_answers(own).items()}
-        scores[name] = TaskScore(
-            metrics=of_all(metrics, share),
-            trivial={label: of_all(baseline, share) for label, baseline in trivial.items()},
-            num_examples=len(members),
-            num_bad=sum(bool(answers[i].failure) for i in usable),
-            num_refused=len(members) - len(usable),
-            intervals=metric_intervals(values, [example.video for example in everyone], seed),
-        )
-        if with_samples:
-            samples += make_samples(task, everyone, [answers[i] for i in members], values)
-    return scores, samples
-
-
-def flat_scores(scores: Scores) -> dict[str, float]:
-    """`task/metric` -> value, for logs."""
-    return {f"{task}/{name}": value for task, score in scores.items() for name, value in score.metrics.items()}
-
-
-def scores_as_dict(scores: Scores) -> dict[str, Any]:
-    """For JSON: task -> metrics, their 95 % intervals, baselines and counts."""
-    return {task: asdict(score) for task, score in scores.items()}
 
 
 def evaluate_command(config: Config) -> dict[str, Any]:

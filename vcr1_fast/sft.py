@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from vcr1_fast.evaluate import evaluate, flat_scores, scores_as_dict
+from vcr1_fast.evaluate import evaluate
+from vcr1_fast.evaluation.scores import flat_scores, scores_as_dict
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.run.metrics import update_metrics
 from vcr1_fast.run.run import Run, due, export_model, load_state, open_run, open_weight_sync, save_state

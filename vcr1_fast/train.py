@@ -6,7 +6,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from vcr1_fast.evaluate import Scores, evaluate, flat_scores, print_scores, scores_as_dict
+from vcr1_fast.evaluate import evaluate
+from vcr1_fast.evaluation.score_tables import print_scores
+from vcr1_fast.evaluation.scores import Scores, flat_scores, scores_as_dict
 from vcr1_fast.learner.advantages import TaskScale, with_advantages
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.prompts.difficulty import log_rewards

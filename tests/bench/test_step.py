@@ -11,6 +11,7 @@ from transformers import Qwen2_5_VLConfig
 from bench import kernels, step
 from bench.floors import Limits
 from bench.flops import StepFlop
+from bench.gpu_summary import step_bars
 from bench.harness import Deadline
 from bench.step_model import CONFIG_3B, GPU_POINTS, TINY_CHECK, load_model
 from bench.step_timing import PARTS, PartMarks, predicted_parts_ms
@@ -40,6 +41,9 @@ def test_a_run_measures_four_ways_and_they_agree():
     result = step.run(quick())
     assert result["disagreements"] == [] and step.failed(result) is None
     assert [row["way"] for row in result["rows"]] == list(WAY_NAMES)
+    assert result["check"]["gradient_errors"].keys() == set(WAY_NAMES)
+    [bar] = step_bars({"is_gpu": False, **result})
+    assert bar.holds is None  # a CPU run holds or breaks no bar
     for row in result["rows"]:
         assert set(row) == ROW_FIELDS
         assert set(row["parts_ms"]) == set(PARTS)

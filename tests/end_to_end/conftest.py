@@ -5,11 +5,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from vcr1_fast.cli import main
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
+
+
+class Ended(NamedTuple):
+    code: object
+    out: str
+    err: str
 
 
 @pytest.fixture(scope="session")
@@ -23,13 +31,13 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train_command(data_folder: Path) -> Callable[..., list[str]]:
-    """train_command(run_folder, "--a.b=c", ...): `vcr1-fast train tiny` on the small data set."""
+def train_arguments(data_folder: Path) -> Callable[..., list[str]]:
+    """train_arguments(run_folder, "--a.b=c", ...): those of `vcr1-fast` to train `tiny` on the small data set."""
 
-    def command(run: Path, *overrides: str, program: str = "train") -> list[str]:
+    def arguments(run: Path, *overrides: str, program: str = "train") -> list[str]:
         files = [f"{data_folder}/{{}}_{kind}.jsonl" for kind in ("grounding", "tracking")]
         return [
-            *(sys.executable, "-m", "vcr1_fast", program, "tiny"),
+            *(program, "tiny"),
             f"--data.train=[{','.join(f.format('train') for f in files)}]",
             f"--data.eval=[{','.join(f.format('eval') for f in files)}]",
             f"--train.output_dir={run}",
@@ -38,15 +46,28 @@ def train_command(data_folder: Path) -> Callable[..., list[str]]:
             *overrides,
         ]
 
-    return command
+    return arguments
 
 
 @pytest.fixture
-def run_command() -> Callable[[list[str]], subprocess.CompletedProcess[str]]:
-    """One thread, so that floating-point sums have one order."""
+def run_here(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], Ended]:
+    """run_here(arguments): `vcr1-fast` in this process, which saves the 4 s of CPU that importing torch takes.
 
-    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    What is no clean end of the command is raised.
+    """
+
+    def run(arguments: list[str]) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        return Ended(ended.value.code, *capsys.readouterr())
 
     return run
+
+
+def run_on_two_ranks(arguments: list[str]) -> Ended:
+    """One thread each, so that floating-point sums have one order."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vcr1_fast"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=300, env=environment)
+    return Ended(done.returncode, done.stdout, done.stderr)

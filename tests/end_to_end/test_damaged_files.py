@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 
+from tests.end_to_end.conftest import Ended, run_on_two_ranks
 from tests.video import clips, damaged
 from vcr1_fast.video.quarantine import reason_class
 
-NUM_FILES = 2000
-PROMPTS_PER_STEP = 100
+NUM_FILES = 400
+PROMPTS_PER_STEP = 40
 BAD_EVERY = 20  # 5 %
 
 
@@ -45,6 +44,7 @@ def write_data(folder: Path) -> dict[str, str]:
             damaged.KINDS[kind][0](sound, templates[kind])
         if templates[kind].exists():  # "missing" has none
             os.link(templates[kind], folder / name)
+    rows.append(json.dumps(row | {"intervals": [[2.0, 1.0]]}) + "\n")
     (folder / "train.jsonl").write_text("".join(rows))
     return kinds
 
@@ -59,24 +59,21 @@ def check_list(run: Path, kinds: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_run_over_a_data_set_with_damaged_files_names_exactly_those(
-    tmp_path: Path, num_ranks: int, run_command: Callable[[list[str]], CompletedProcess[str]]
-):
+def test_a_run_over_a_data_set_with_damaged_files_names_exactly_those(tmp_path: Path):
     kinds = write_data(tmp_path)
-    assert len(kinds) == NUM_FILES // BAD_EVERY
+    assert len(kinds) == NUM_FILES // BAD_EVERY and set(kinds.values()) == damaged.KINDS.keys()
     run = tmp_path / "run"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    command = [
-        *(sys.executable, *(torchrun if num_ranks > 1 else []), "-m", "vcr1_fast", "train", "tiny"),
+    arguments = [
+        *("train", "tiny"),
         f"--data.train=[{tmp_path}/train.jsonl]", "--data.eval=[]", f"--train.output_dir={run}",
         f"--train.num_steps={NUM_FILES // PROMPTS_PER_STEP}", f"--train.prompts_per_step={PROMPTS_PER_STEP}",
         "--rollout.group_size=2", "--rollout.max_new_tokens=1", "--checkpoint.every=0",
         "--video.num_workers=1", f"--video.max_source_pixels={damaged.MAX_SOURCE_PIXELS}",
         "--video.max_frames=4", "--video.min_frame_pixels=784", "--video.max_frame_pixels=784",
     ]  # fmt: skip
-    done = run_command(command)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_on_two_ranks(arguments)
+    assert done.code == 0, done.err[-3000:]
+    assert f"train.jsonl:{NUM_FILES + 1}: interval 0 ends (1.0 s) before it starts (2.0 s)" in done.err
     check_list(run, kinds)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [record for record in records if "bad_samples" in record][-1]
@@ -86,9 +83,7 @@ def test_a_run_over_a_data_set_with_damaged_files_names_exactly_those(
     assert last["bad_samples/too_large"] == Counter(kinds.values())["huge"] + Counter(kinds.values())["bomb"]
 
 
-def test_too_many_damaged_files_stop_the_run_with_a_summary(
-    tmp_path: Path, run_command: Callable[[list[str]], CompletedProcess[str]]
-):
+def test_too_many_damaged_files_stop_the_run_with_a_summary(tmp_path: Path, run_here: Callable[[list[str]], Ended]):
     rows = [
         {
             "task": "temporal_grounding",
@@ -102,13 +97,13 @@ def test_too_many_damaged_files_stop_the_run_with_a_summary(
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for k in range(10):
         (tmp_path / f"{k}.mp4").touch()
-    command = [
-        *(sys.executable, "-m", "vcr1_fast", "train", "tiny", f"--data.train=[{tmp_path}/train.jsonl]"),
+    arguments = [
+        *("train", "tiny", f"--data.train=[{tmp_path}/train.jsonl]"),
         *("--data.eval=[]", f"--train.output_dir={tmp_path / 'run'}", "--train.num_steps=1"),
         *("--train.prompts_per_step=24", "--video.num_workers=1"),
     ]
-    done = run_command(command)
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "24 of 24 samples could not be used, more than train.max_bad_sample_frac = 0.5" in done.stderr
-    assert "24 files (14 missing, 10 empty):" in done.stderr
-    assert "  and 19 more" in done.stderr
+    done = run_here(arguments)
+    assert done.code == 1
+    assert "24 of 24 samples could not be used, more than train.max_bad_sample_frac = 0.5" in done.err
+    assert "24 files (14 missing, 10 empty):" in done.err
+    assert "  and 19 more" in done.err

@@ -15,7 +15,7 @@ from vcr1_fast.settings.io import load_settings
 from vcr1_fast.train import train
 from vcr1_fast.video.loader import FrameLoader
 
-NUM_STEPS, PROMPTS_PER_STEP, NUM_WORKERS = 10, 4, 4
+NUM_STEPS, PROMPTS_PER_STEP, NUM_WORKERS = 7, 4, 4
 WARM_UP = 3  # steps: the first wait for the workers to start, those after it for what could not be read ahead yet
 
 

@@ -77,7 +77,7 @@ def test_time_between_steps_is_not_the_next_steps(tmp_path: Path):
     telemetry.log_step(1, {}, num_steps=1)
     [record] = records(tmp_path)
     assert record["time/eval_s"] >= 0.2
-    assert 0 <= record["step_time"] < 0.1
+    assert 0 <= record["step_time"] < 0.2
 
 
 def test_a_span_counts_when_its_block_raises(tmp_path: Path):

@@ -133,6 +133,7 @@ CLIPS = (
     # sizes: not a multiple of a macroblock, odd, odd and turned, long lines
     Clip("h264-cropped.mp4", "h264", "mp4", size_px=(50, 70)),
     Clip("h264-odd-444.mp4", "h264", "mp4", size_px=(49, 65), pix_fmt="yuv444p"),
+    Clip("vp9-444.mkv", "vp9", "mkv", pix_fmt="yuv444p"),
     Clip("h264-10-bit.mp4", "h264", "mp4", pix_fmt="yuv420p10le"),
     Clip("mpeg4-odd.avi", "mpeg4", "avi", size_px=(49, 65)),
     Clip("vp8-odd.webm", "vp8", "webm", size_px=(49, 65)),
@@ -154,6 +155,7 @@ CLIPS = (
     Clip("h264-edit-start.mp4", "h264", "mp4", shift_s=-0.6),
     Clip("h264-edit-end.mp4", "h264", "mp4", edit_ms=400),
     Clip("vp9-edit-start.mp4", "vp9", "mp4", shift_s=-0.6),
+    Clip("vp9-edit-end.mp4", "vp9", "mp4", edit_ms=400),
     Clip("mpeg4-edit-start.mov", "mpeg4", "mov", shift_s=-0.6),
     Clip("h264-late.mp4", "h264", "mp4", shift_s=2.0),
     Clip("h264-late.mkv", "h264", "mkv", shift_s=2.0),

@@ -328,10 +328,11 @@ def test_threads_that_decode_on_a_gpu_have_a_stream_each(tmp_path: Path, monkeyp
     class Noting(injected_readers.MadeUpReader):
         def read(self, probe, frame_indices):  # type: ignore[no-untyped-def]
             seen.append(current.stream)
-            time.sleep(0.2)  # so that all four threads get a clip
+            all_read.wait(60)  # so that all four threads get a clip
             return super().read(probe, frame_indices)
 
     seen: list[tuple[int, object]] = []
+    all_read = threading.Barrier(4)
     monkeypatch.setattr(loader_module, "decodes_on_gpu", lambda config: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "Stream", lambda index: (index, object()))

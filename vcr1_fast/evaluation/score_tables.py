@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
+from vcr1_fast.evaluation.samples import Sample
+from vcr1_fast.evaluation.scores import TaskScore
 from vcr1_fast.run.telemetry import console
-
-if TYPE_CHECKING:
-    from vcr1_fast.evaluate import TaskScore
-    from vcr1_fast.evaluation.samples import Sample
 
 
 def print_scores(before: Mapping[str, TaskScore], after: Mapping[str, TaskScore]) -> None:

@@ -1,4 +1,4 @@
-"""The interpreters that have SGLang, and one engine per model for the whole folder: a start costs 15 to 30 s of CPU.
+"""The interpreters that have SGLang, and one engine for the whole folder: a start costs 15 to 30 s of CPU.
 
 Set VCR1_SGLANG_PYTHON to the interpreter of an environment made by install.sh, or make it at .venv-sglang. What needs
 one is marked `sglang`.
@@ -17,16 +17,11 @@ import pytest
 import torch
 
 from tests.rollout.sglang.forked_worker import Forked
-from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer
-from vcr1_fast.prompts.positions import mrope_positions
-from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.sgl import process as sglang_process
 from vcr1_fast.rollout.sgl import round as sglang_round
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
-from vcr1_fast.run.model_folder import model_folder
-from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.settings.learning import SGLangConfig
-from vcr1_fast.types import Completion, Example, IntervalTruth, Patches, Prompt
+from vcr1_fast.types import Completion, Prompt
 
 SCRIPTED_WEIGHTS = [("model.language_model.w", torch.ones(3)), ("model.visual.w", torch.ones(300, 300))]
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -87,14 +82,6 @@ def oldest_engine(oldest_python: str, random_folder: Path, tiny_tokenizer) -> It
 
 
 @pytest.fixture(scope="session")
-def packaged_engine(settings: SGLangConfig) -> Iterator[SGLangEngine]:
-    """SGLang with the tiny model of the package: tied weights, trained."""
-    engine = SGLangEngine(model_folder("tiny"), load_tokenizer("tiny"), settings)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="session")
 def random_folder(make_tiny_model, tiny_tokenizer, tmp_path_factory) -> Path:
     """A random model with a head of its own, written as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("random") / "model"
@@ -108,32 +95,6 @@ def random_engine(settings: SGLangConfig, random_folder: Path, tiny_tokenizer) -
     engine = SGLangEngine(random_folder, tiny_tokenizer, settings)
     yield engine
     engine.close()
-
-
-@pytest.fixture
-def packaged_policy() -> PolicyModel:
-    hf = load_hugging_face("tiny", torch.float32, torch.device("cpu"))
-    return PolicyModel(hf, ModelConfig(), torch.float32)
-
-
-@pytest.fixture(scope="session")
-def packaged_prompt() -> MakePrompt:
-    """packaged_prompt(grid, text, second_per_grid_s, seed): a prompt of the packaged model with random patches."""
-    tokenizer = load_tokenizer("tiny")
-    special = SpecialIds.of(tokenizer)
-
-    def make(grid: tuple[int, int, int], text: str, second_per_grid_s: float = 1.0, seed: int = 0) -> Prompt:
-        t, h, w = grid
-        values = torch.randn(t * h * w, 1176, generator=torch.Generator().manual_seed(seed))
-        patches = Patches(values, grid, second_per_grid_s, 2 * t, t * second_per_grid_s)
-        before: list[int] = tokenizer(text)["input_ids"]  # pyright: ignore
-        video = [special.vision_start, *[special.video_pad] * patches.num_tokens, special.vision_end]
-        ids = torch.tensor([special.im_start, *before, *video, special.im_end, special.im_start])
-        positions = mrope_positions(ids, [grid], [second_per_grid_s], special.video_pad, 2)
-        example = Example(f"{text}:{seed}", "echo", "/videos/e.mp4", text, 8.0, IntervalTruth(((1.0, 2.0),)))
-        return Prompt(example, ids, positions, patches)
-
-    return make
 
 
 @pytest.fixture

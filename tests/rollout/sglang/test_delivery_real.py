@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.rollout.sglang.test_real_engine import BOUND, difference, disturb, short_and_long
+from tests.rollout.sglang.parity import BOUND, difference, disturb, short_and_long
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.rollout.sgl.delivery import make_delivery
 from vcr1_fast.rollout.sgl.weights import WeightTable

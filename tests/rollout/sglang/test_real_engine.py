@@ -6,33 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.rollout.sglang.parity import BOUND, difference, disturb, short_and_long
+from tests.rollout.sglang.parity import BOUND, difference, short_and_long
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.rollout.local_engine import LocalEngine
-from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import SamplingParams
 
 GROUP_SIZE = 4
-
-
-def test_packaged_model_agrees_before_and_after_three_updates(packaged_engine, packaged_policy, packaged_prompt):
-    prompts = short_and_long(packaged_prompt)
-    sync, answers = WeightSync(packaged_policy, packaged_engine), []
-    for update in range(4):
-        report = sync.push()
-        assert packaged_engine.policy_version == report.policy_version == update + 1
-        answers = packaged_engine.generate(prompts, SamplingParams(GROUP_SIZE, 16))
-        assert [len(group) for group in answers] == [GROUP_SIZE] * len(prompts)
-        worst, spread = difference(packaged_policy, prompts, answers)
-        assert spread > 0.3  # far from uniform, so agreement means something
-        assert worst < BOUND
-        disturb(packaged_policy, update)
-    before, _ = difference(packaged_policy, prompts, answers)
-    assert before > 100 * BOUND  # the last disturbance was not pushed: a stale engine would be seen
-
-
 SAMPLINGS = (  # of each update, so that none is like the one before
     SamplingParams(GROUP_SIZE, 8),
     SamplingParams(3, 8, temperature=0.7),
@@ -108,24 +89,22 @@ def test_greedy_tokens_are_the_local_engines(random_engine, make_tiny_model, mak
         assert (sglang.logprobs_R - local.logprobs_R).abs().max() < BOUND
 
 
-def test_stop_id_ends_a_completion_and_stays(packaged_engine, packaged_policy, packaged_prompt):
+def test_stop_id_ends_a_completion_and_stays(random_engine, make_tiny_model, make_prompt):
     """All ids are made equally likely, so that the log-prob of each is known."""
-    tokenizer = packaged_engine.tokenizer
-    stops = {tokenizer.get_vocab()[token] for token in ("<|im_end|>", "<|endoftext|>")}
+    stops = {random_engine.tokenizer.get_vocab()[token] for token in ("<|im_end|>", "<|endoftext|>")}
+    model = make_tiny_model()
     with torch.no_grad():
-        policy = packaged_policy.hf
-        policy.model.language_model.norm.weight.zero_()  # all logits 0
-    packaged_engine.load_weights(policy.state_dict().items(), 20)
-    prompt = packaged_prompt((2, 4, 4), "when")
-    completions = packaged_engine.generate([prompt], SamplingParams(8, 512))[0]
+        model.model.language_model.norm.weight.zero_()  # all logits 0
+    random_engine.load_weights(model.state_dict().items(), 20)
+    completions = random_engine.generate([make_prompt((2, 4, 4), "when")], SamplingParams(8, 256))[0]
     stopped = [c for c in completions if c.finish_reason == "stop"]
-    assert stopped  # each is still going after 512 draws with probability (1 - 2 / 629) ** 512 = 0.2, all 8 with 2e-6
+    assert stopped  # each is still going after 256 draws with probability (1 - 2 / 283) ** 256 = 0.16, all 8 with 5e-7
     for completion in completions:
         ids = completion.token_ids_R.tolist()
         assert not set(ids[:-1]) & stops
-        assert (ids[-1] in stops) == (completion.finish_reason == "stop") or len(ids) == 512
+        assert (ids[-1] in stops) == (completion.finish_reason == "stop") or len(ids) == 256
         # 1 / vocabulary, although five ids cannot be drawn: they count in the softmax
-        uniform = torch.full((len(ids),), -math.log(policy.config.text_config.vocab_size))
+        uniform = torch.full((len(ids),), -math.log(model.config.text_config.vocab_size))
         torch.testing.assert_close(completion.logprobs_R, uniform, atol=1e-4, rtol=0)
 
 
