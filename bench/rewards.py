@@ -27,8 +27,8 @@ from rich.table import Table
 from bench import reward_answers
 from bench.harness import summarize
 from vcr1_fast import native
-from vcr1_fast.native_cuda import OnCuda
 from vcr1_fast.tasks import answers_batch, overlap, reward_groups
+from vcr1_fast.tasks.native_cuda import OnCuda
 from vcr1_fast.types import Box, Interval
 
 COUNTS = (64, 512, 4096)

@@ -72,10 +72,11 @@ def test_an_optional_package_that_is_absent_is_called_not_installed():
 
 def test_kernels_are_compared_where_there_is_a_gpu(monkeypatch):
     """Without one it says why not; with one every kernel is compared in the sizes of a public model."""
-    from vcr1_fast import native, native_cuda
+    from vcr1_fast import native
     from vcr1_fast.learner import kernel_proof
     from vcr1_fast.learner.kernel_choice import KernelChoice
     from vcr1_fast.learner.kernel_memory import Verdict
+    from vcr1_fast.tasks import native_cuda
 
     def row(*verdicts: Verdict):
         found = kernel_proof.Proof(KernelChoice(), verdicts, 1.25, 30.0)

@@ -11,12 +11,13 @@ from safetensors import safe_open
 from vcr1_kernels import head_chunks
 
 import vcr1_fast.cli as cli
-from vcr1_fast.commands import plan
-from vcr1_fast.commands.plan import (
+from vcr1_fast.commands.plan import plan_command
+from vcr1_fast.fake_gpu.shim import FakeGpuError
+from vcr1_fast.learner import memory_sums
+from vcr1_fast.learner.memory_sums import (
     clip_tokens,
     decoder_bytes,
     max_video_tokens,
-    plan_command,
     plan_memory,
     plan_tokens,
     read_model_size,
@@ -42,7 +43,7 @@ def test_parameters_are_counted_exactly():
     assert read_model_size("nowhere/Qwen2.5-VL-3B-Instruct").params == 3_754_622_976
     assert read_model_size("nowhere/Qwen2.5-VL-7B-Instruct").params == 8_292_166_656
     assert read_model_size("nowhere/Qwen2.5-VL-7B-Instruct").tower_params == 676_550_144
-    weights = safe_open(Path(plan.__file__).parents[1] / "tiny" / "model.safetensors", "pt")
+    weights = safe_open(Path(memory_sums.__file__).parents[1] / "tiny" / "model.safetensors", "pt")
     counted = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     assert read_model_size("tiny").params == counted == 1_112_000
 
@@ -61,7 +62,7 @@ def test_a_checkpoint_that_is_no_qwen(tmp_path: Path, content: str):
 
 
 def test_published_and_nested_configurations_read_alike(tmp_path: Path):
-    flat = plan.PUBLIC_SIZES["Qwen2.5-VL-3B"]
+    flat = memory_sums.PUBLIC_SIZES["Qwen2.5-VL-3B"]
     nested = {"vision_config": flat["vision_config"], "tie_word_embeddings": True, "text_config": flat}
     for name, content in (("flat", flat), ("nested", nested)):
         (tmp_path / name).mkdir()
@@ -127,7 +128,7 @@ def test_memory_of_7b_on_8_gpus_by_hand():
     assert memory.rollout["KV cache"] == pytest.approx(57344 * (3840 + 8 * 1024) / 1e9)
     assert memory.evaluation["KV cache"] == pytest.approx(57344 * 8 * (3840 + 1024) / 1e9)
     assert memory.rollout["prefill"] == pytest.approx(3840 * (8 * 3584 + 6 * 18944) / 1e9)
-    assert memory.phases()["rollout"] == pytest.approx(3.5 * params + sum(memory.rollout.values()))
+    assert sum(memory.by_phase()["rollout"].values()) == pytest.approx(3.5 * params + sum(memory.rollout.values()))
 
 
 def test_what_settings_add_and_save():
@@ -168,7 +169,7 @@ def test_adapters_need_no_masters_no_reference_and_no_copies():
 
 
 def test_the_head_chunk_is_the_kernels_own():
-    assert plan.HEAD_CHUNK_BYTES == head_chunks.CHUNK_BYTES
+    assert memory_sums.HEAD_CHUNK_BYTES == head_chunks.CHUNK_BYTES
 
 
 def saved_bytes(parameters: set[int], forward) -> int:
@@ -220,7 +221,7 @@ def test_activations_are_what_autograd_keeps():
 
 def test_dry_run_says_what_does_not_fit(tmp_path: Path, capsys):
     config = replace(config_7b(gradient_checkpointing=True), rollout=RolloutConfig(max_batch_tokens=1 << 22))
-    result = plan_command(config, 8)
+    result = plan_command(config, 8, is_fast=True)
     out = capsys.readouterr().out
     assert result["exceeds"] == {"80 GB (A100, H100)": ["evaluation"], "141 GB (H200)": ["evaluation"]}
     # 3.5 P = 29.0, KV 57,344 x 256 x 4,864 = 71.4, prefill 256 x 3,840 x 142,336 = 139.9
@@ -230,19 +231,54 @@ def test_dry_run_says_what_does_not_fit(tmp_path: Path, capsys):
     bounded = replace(config, rollout=RolloutConfig())
     memory = plan_memory(bounded, read_model_size("Qwen2.5-VL-7B"), plan_tokens(bounded, 8), 8)
     assert memory.evaluation["KV cache"] == pytest.approx(57344 * 13 * 4864 / 1e9)
-    assert plan_command(config_7b(gradient_checkpointing=True), 8)["exceeds"]["80 GB (A100, H100)"] == []
+    assert plan_command(config_7b(gradient_checkpointing=True), 8, is_fast=True)["exceeds"]["80 GB (A100, H100)"] == []
     with pytest.raises(ConfigError, match="there are 3 ranks"):
-        plan_command(config, 3)
+        plan_command(config, 3, is_fast=True)
 
 
-@pytest.mark.parametrize("tokens", [["--dry-run", "tiny"], ["tiny", "--dry-run=2", "--rollout.group_size=4"]])
-def test_dry_run_on_the_command_line(capsys, tokens):
+def dry_run(capsys, *tokens: str) -> tuple[dict, str]:
+    """What the command prints last, and everything before it."""
     with pytest.raises(SystemExit) as end:
         cli.main(["train", *tokens])
     assert end.value.code == 0
-    line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert line["num_gpus"] == (2 if "--dry-run=2" in tokens else 8)
-    assert line["num_params"] == 1_112_000
+    *told, line = capsys.readouterr().out.splitlines()
+    return json.loads(line), "\n".join(told)
+
+
+def test_a_fast_dry_run_says_that_it_is_sums(capsys):
+    line, _ = dry_run(capsys, "tiny", "--dry-run=2", "--fast", "--rollout.group_size=4")
+    assert (line["num_gpus"], line["num_params"], line["is_measured"]) == (2, 1_112_000, False)
+    assert line["learner"] is None and line["predicted"] is None
+
+
+def test_a_dry_run_runs_the_step(capsys, tmp_path: Path):
+    """The packaged model: its numbers by hand where they are simple, the rest must be there."""
+    (tmp_path / "rows.jsonl").write_text(
+        '{"id": "a", "task": "temporal_grounding", "video": "a.mp4", "query": "a dog barks", "duration_s": 8.0, '
+        '"intervals_s": [[1.0, 3.0]]}\n'
+    )
+    files = (f"--data.train=[{tmp_path}/rows.jsonl]", f"--data.eval=[{tmp_path}/none.jsonl]")
+    line, told = dry_run(capsys, "tiny", "--dry-run=8", *files)
+    assert line["is_measured"] and set(line["phases_gb"]) == {"load", "update", "rollout", "evaluation", "export"}
+    assert set(line["predicted"]) >= {"step_s", "run_h", "update_s", "rollout_s"}
+    assert line["predicted"]["run_h"] * 3600 == pytest.approx(line["predicted"]["step_s"] * line["steps"])
+    learner = line["learner"]
+    assert (learner["syncs"], learner["blocking_copies"]) == (2, 0)
+    assert learner["launches_per_decoder_layer"] > 50 and learner["collectives"] > 0 and learner["tflop"] >= 0
+    # 12 bytes a parameter, the checkpoints that are kept and one being written; bfloat16 export
+    assert line["disk_gb"]["export"] == pytest.approx(2 * 1_112_000 / 1e9, abs=0.005)
+    assert line["missing_files"] == [f"{tmp_path}/none.jsonl"] and line["missing_videos"] == 1
+    assert "predicted for H100s" in told and "nothing of it measured on a GPU" in told
+
+
+def test_without_a_compiler_the_sums_stand_in(capsys, monkeypatch):
+    def fail(*_):
+        raise FakeGpuError("found no C++ compiler: install g++, or name one in CXX")
+
+    monkeypatch.setattr("vcr1_fast.commands.plan.measure", fail)
+    line, told = dry_run(capsys, "tiny", "--dry-run=2")
+    assert not line["is_measured"] and line["phases_gb"]["update"] > 0
+    assert "no step was run on fake GPUs (found no C++ compiler" in told and "sums" in told
 
 
 @pytest.mark.parametrize(
@@ -251,6 +287,7 @@ def test_dry_run_on_the_command_line(capsys, tokens):
         (["eval", "tiny", "--dry-run"], "vcr1-fast eval has no --dry-run"),
         (["train", "tiny", "--dry-run=x"], "--dry-run is 'x', wanted a number of GPUs"),
         (["train", "tiny", "--dry-run=0"], "--dry-run is '0', wanted a number of GPUs"),
+        (["train", "tiny", "--fast"], "--fast goes with --dry-run alone"),
     ],
 )
 def test_dry_runs_that_make_no_sense(capsys, tokens, message):

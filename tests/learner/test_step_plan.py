@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2_5_VLConfig
 
-from vcr1_fast.commands.plan import clip_tokens
+from vcr1_fast.learner.memory_sums import clip_tokens
 from vcr1_fast.learner.packing import assign_rows
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
 from vcr1_fast.learner.row_cost import GroupSize, RowCost

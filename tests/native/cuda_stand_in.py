@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from vcr1_fast import native, native_cuda
+from vcr1_fast import native
+from vcr1_fast.tasks import native_cuda
 
 STREAM = 7
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.native.cuda_stand_in import install
-from vcr1_fast import native, native_cuda
+from vcr1_fast import native
 from vcr1_fast.learner.sharding import exit_rank, init_distributed, shutdown
+from vcr1_fast.tasks import native_cuda
 
 
 def main() -> None:

@@ -10,11 +10,11 @@ import torch
 
 from tests.native.cuda_stand_in import install
 from tests.tiny_policy import run_ranks
-from vcr1_fast import native, native_cuda
+from vcr1_fast import native
 from vcr1_fast.learner import advantages
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.settings.config import TaskConfig
-from vcr1_fast.tasks import make_tasks, overlap, reward_groups
+from vcr1_fast.tasks import make_tasks, native_cuda, overlap, reward_groups
 from vcr1_fast.types import Example, IntervalTruth
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.unavailable_reason() or "")

@@ -15,17 +15,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 PRODUCT = ("vcr1_fast", "kernels", "bench", "csrc", "setup.py")
-CIRCLES = {
-    frozenset({f"vcr1_fast.rollout.sgl.{name}" for name in ("adapters", "delivery", "feed", "workers")}),
-    frozenset({"vcr1_kernels.head_rows", "vcr1_kernels.head_rows_launch"}),
-    frozenset(
-        {
-            "vcr1_kernels.device.prefix_attention",
-            "vcr1_kernels.device.prefix_attention_backward",
-            "vcr1_kernels.prefix_attention_triton",
-        }
-    ),
-}
+CIRCLES = {frozenset({f"vcr1_fast.rollout.sgl.{name}" for name in ("adapters", "delivery", "feed", "workers")})}
 TEXT_SUFFIXES = {".py", ".pyi", ".cpp", ".cu", ".cuh", ".h", ".md", ".yaml", ".toml", ".txt", ".cfg", ""}
 
 

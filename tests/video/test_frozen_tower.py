@@ -138,7 +138,7 @@ def test_other_weights_are_another_tower(tmp_path: Path) -> None:
         for folder in (model_folder("tiny"), model_folder("tiny"), tmp_path / "other")
     )
     assert tiny == again != other
-    language = {name: w for name, w in hf.state_dict().items() if "visual" not in name}
+    language = {name: w.clone() for name, w in hf.state_dict().items() if "visual" not in name}
     save_file(language, tmp_path / "other" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"the vision tower is frozen, but .* holds another one.* lacks blocks\.0"):
         load_frozen_tower(tmp_path / "other", torch.float32, CPU)

@@ -180,7 +180,7 @@ def _kernel_proof() -> str:
         raise UnusableError("not run: torch sees no GPU, where runs take the torch versions, with nothing to compare")
     from vcr1_fast.learner.kernel_proof import RUN_KERNELS, Subject, prove
     from vcr1_fast.learner.sharding import World
-    from vcr1_fast.native_cuda import choose_half
+    from vcr1_fast.tasks.native_cuda import choose_half
 
     world = World(device=torch.device("cuda", torch.cuda.current_device()))
     proof = prove(Subject.of_public_model(PROOF_MODEL, world.device), world, fresh=True)

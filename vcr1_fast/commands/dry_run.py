@@ -131,7 +131,7 @@ def _whole(
     phases: dict[str, dict[str, float]] = {
         "load": dict(load["peaks"]["load"]),
         "update": {**peak.kinds, "clips": clips, **engine},
-        "export": {**static, "gathered": min(GATHER_BYTES, width * size.params)},
+        "export": {**static, "gathered": min(GATHER_BYTES, width * size.params) if num_gpus > 1 else 0},
     }
     seconds = {"update_s": max(update["predicted_s"], update["collective_s"])}
     seconds["update_s"] *= config.algorithm.minibatches_per_rollout

@@ -172,6 +172,14 @@ class FakeGpu(TorchDispatchMode):
         if name.startswith("_flash_attention"):
             self._count_attention(name, args)
             return
+        if name.startswith("_scaled_dot_product"):
+            is_backward = "backward" in name
+            query, key = args[1:3] if is_backward else args[:2]
+            batch, heads, num_queries, width = query.shape
+            is_causal = args[11] if is_backward else args[6] if "efficient" in name else args[4]
+            flop = costs.attention_flop(heads * width, [num_queries], [key.shape[2]], bool(is_causal))
+            self.add_attention(batch * flop, is_backward)
+            return
         flop, num_bytes = costs.gemm_flop(name, args), costs.moved_bytes(args, kwargs, out)
         counts.gemm_flop += flop
         if name in costs.SHARDING:
@@ -250,6 +258,7 @@ def _patch_torch(gpu: FakeGpu) -> None:
         return result
 
     torch.UntypedStorage.resize_ = resize_
+    _patch_dense_attention()
     make = torch.tensor
 
     def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
@@ -273,6 +282,33 @@ def _patch_torch(gpu: FakeGpu) -> None:
     for name in ("silu_backward", "gelu_backward"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA"):
             gpu.library.impl(name, _never_called, "CUDA")
+
+
+def _patch_dense_attention() -> None:
+    """Dense attention as the fused operators that CUDA takes; a build without them would write out the scores."""
+    functional, stock = torch.nn.functional, torch.nn.functional.scaled_dot_product_attention
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if query.device.type != "cuda" or attn_mask is not None:
+            return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if query.dtype in (torch.float16, torch.bfloat16):
+            fused = torch.ops.aten._scaled_dot_product_flash_attention
+            return fused(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (key, value))
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, None, query.requires_grad, dropout_p, is_causal, scale=scale)[0]
+
+    functional.scaled_dot_product_attention = attend  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _never_called(*_: Any, **__: Any) -> Any:

@@ -19,7 +19,6 @@ from vcr1_fast.learner.kernel_proof import choose_kernels
 from vcr1_fast.learner.model import load_hugging_face, load_tokenizer, resolve_dtype
 from vcr1_fast.learner.sharding import World, init_distributed, on_main_rank, shutdown
 from vcr1_fast.learner.step import Learner
-from vcr1_fast.native_cuda import choose_half
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.stream import PromptStream
@@ -36,6 +35,7 @@ from vcr1_fast.settings.checks import RunCommand, check_settings
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import config_to_yaml
 from vcr1_fast.tasks import make_tasks
+from vcr1_fast.tasks.native_cuda import choose_half
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, SamplingParams
 from vcr1_fast.video.cache import TensorCache
