@@ -17,26 +17,14 @@ from torch import Tensor
 
 from vcr1_fast.rollout.sgl.check import checksum
 from vcr1_fast.rollout.sgl.messages import SharedBytes
+from vcr1_fast.run.model_folder import checkpoint_name, weight_files
 
-# transformers 5 names the parts of the model by its modules, the published checkpoints and SGLang by these.
-RENAMED = {"model.visual.": "visual.", "model.language_model.": "model."}
 Weights = Iterable[tuple[str, Tensor]]
 
 
-def checkpoint_name(name: str) -> str:
-    """A weight's name in the published checkpoints, from its name in the model's state dict (or that name itself)."""
-    for prefix, replacement in RENAMED.items():
-        if name.startswith(prefix):
-            return replacement + name.removeprefix(prefix)
-    return name
-
-
 def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a Hugging Face folder, one at a time. Raises FileNotFoundError without safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors in {folder}")
-    for path in files:
+    """The weights of a Hugging Face folder, one at a time. Raises ConfigError as `weight_files` does."""
+    for path in weight_files(folder):
         with safetensors.safe_open(path, framework="pt") as file:  # pyright: ignore[reportPrivateImportUsage]
             for name in file.keys():  # noqa: SIM118 - not a dict
                 yield name, file.get_tensor(name)
