@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from vcr1_kernels import fused_linear_logprob, fused_linear_policy_loss, referen
 from vcr1_kernels.prefix_attention import AttentionBackend, attention_backend
 
 from vcr1_fast.learner.attention import use_packed_attention
+from vcr1_fast.learner.loading import empty_model, load_weights
 from vcr1_fast.learner.objective import Objective, Sums
 from vcr1_fast.learner.tower_attention import use_varlen_tower
 from vcr1_fast.run.model_folder import model_folder
@@ -48,10 +49,11 @@ transformers_logging.disable_progress_bar()  # it would tear our own lines apart
 
 
 def load_hugging_face(path: str, dtype: torch.dtype, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
-    """A checkpoint's model on `device`, all weights in `dtype`. Nothing is downloaded."""
+    """A checkpoint's whole model on `device`, all weights in `dtype`. Raises ConfigError as `load_weights` does."""
     folder = model_folder(path)
-    hf: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return hf.to(device)
+    hf = empty_model(folder, dtype)
+    load_weights(hf, folder, device)
+    return hf
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -66,14 +68,21 @@ class PolicyModel(nn.Module):
     Everything happens inside one forward so that FSDP's hooks on the root see every use of a weight.
     """
 
-    def __init__(self, hf: Qwen2_5_VLForConditionalGeneration, config: ModelConfig, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        hf: Qwen2_5_VLForConditionalGeneration,
+        config: ModelConfig,
+        compute_dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        """`device`: where the weights will be, when they are still on meta."""
         super().__init__()
         self.hf = hf
         self.compute_dtype = compute_dtype
         self.uses_kernels = config.kernels == "auto"
         self.prefix_backend: AttentionBackend = "auto" if self.uses_kernels else "torch"
         use_packed_attention(hf)
-        if self.uses_kernels and hf.device.type == "cuda" and compute_dtype == torch.bfloat16:
+        if self.uses_kernels and (device or hf.device).type == "cuda" and compute_dtype == torch.bfloat16:
             use_varlen_tower(hf.model.visual)
         if config.freeze_vision:
             hf.model.visual.requires_grad_(False)
