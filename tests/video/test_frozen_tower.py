@@ -138,8 +138,23 @@ def test_other_weights_are_another_tower(tmp_path: Path) -> None:
     )
     assert tiny == again != other
     (tmp_path / "other" / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"the vision tower is frozen, but .* holds another one"):
+    with pytest.raises(ConfigError, match=r"has no weights, wanted model\.safetensors"):
         load_frozen_tower(tmp_path / "other", torch.float32, CPU)
+    del hf.model.visual.merger.ln_q.weight
+    hf.save_pretrained(tmp_path / "part")
+    with pytest.raises(ConfigError, match=r"1 missing \(model\.visual\.merger\.ln_q\.weight\)"):
+        load_frozen_tower(tmp_path / "part", torch.float32, CPU)
+
+
+def test_a_tower_of_half_precision_has_float32_frequencies() -> None:
+    tower = load_frozen_tower(model_folder("tiny"), torch.bfloat16, CPU)
+    wanted = load_hugging_face("tiny", torch.bfloat16, CPU).model.visual
+    for named in ("named_parameters", "named_buffers"):
+        mine, other = (dict(getattr(module, named)()) for module in (tower.visual, wanted))
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) and value.dtype == other[name].dtype for name, value in mine.items())
+    assert all(buffer.dtype == torch.float32 for buffer in tower.visual.buffers())
+    assert not any(weight.requires_grad for weight in tower.visual.parameters())
 
 
 def test_a_run_with_a_frozen_tower_trains_the_rest(clips: Path, tmp_path: Path) -> None:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from vcr1_fast.learner.loading import compute_buffers, load_weights, read_config
 from vcr1_fast.learner.tower_attention import use_varlen_tower
-from vcr1_fast.settings.config import ConfigError
+from vcr1_fast.run.model_folder import module_name, stored_weights
 
 if TYPE_CHECKING:
     from vcr1_fast.types import Patches
 
-PREFIX = "visual."  # of the tower's weights in a checkpoint
+PREFIX = "model.visual."  # of the tower's weights in the model
 
 
 class FrozenTower:
@@ -55,25 +55,29 @@ def load_frozen_tower(folder: Path, dtype: torch.dtype, device: torch.device) ->
 
     Raises ConfigError when the checkpoint holds no tower or one of other shapes.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True).vision_config
+    config: Any = read_config(folder).vision_config
     config._attn_implementation = "sdpa"
-    visual: Any = Qwen2_5_VisionTransformerPretrainedModel(config)
-    digest, state = hashlib.blake2b(digest_size=16), dict[str, Tensor]()
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in sorted(file.keys()):
-                if PREFIX in name and not name.startswith("model.language_model."):
-                    state[name.split(PREFIX, 1)[1]] = file.get_tensor(name)
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].contiguous().view(torch.uint8).numpy().tobytes())
-    try:
-        visual.load_state_dict(state)
-    except RuntimeError as error:
-        problem = " ".join(str(error).split())[:200]
-        raise ConfigError(f"the vision tower is frozen, but {folder} holds another one: {problem}") from error
-    visual = visual.to(device, dtype).eval().requires_grad_(False)
+    with torch.device("meta"):
+        visual: Any = Qwen2_5_VisionTransformerPretrainedModel(config)
+    for weight in visual.parameters():  # rotary frequencies stay float32: bfloat16 ones have 8 bits of position
+        weight.data = weight.data.to(dtype)
+    compute_buffers(visual)
+    load_weights(visual, folder, device, PREFIX)
+    visual.eval().requires_grad_(False)
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         use_varlen_tower(visual)
-    return FrozenTower(visual, digest.hexdigest())
+    return FrozenTower(visual, _digest(visual, folder))
+
+
+def _digest(visual: nn.Module, folder: Path) -> str:
+    """Of the tower's weights as they are stored, and of its buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    stored = stored_weights(folder)
+    for name in sorted(name for name in stored if module_name(name).startswith(PREFIX)):
+        with safe_open(stored[name].file, "pt") as file:  # pyright: ignore[reportPrivateImportUsage]
+            value = file.get_tensor(name)
+        digest.update(module_name(name).encode())
+        digest.update(value.contiguous().view(torch.uint8).numpy())
+    for name, buffer in visual.named_buffers():
+        digest.update(f"{name} {buffer.tolist()}".encode())
+    return digest.hexdigest()
