@@ -1,121 +1,208 @@
-"""Weights from files, and nothing else: what transformers reads, to the bit, or an error that names what is wrong."""
+"""A model that is built empty and then filled is the one that `from_pretrained` gives, on one rank and on two."""
 
 import json
-import shutil
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vcr1_fast.learner.loading import empty_model, load_whole
-from vcr1_fast.run.model_folder import model_folder, weight_files
+from tests.learner.live_bytes import LiveBytes, held_bytes
+from tests.tiny_policy import run_ranks
+from vcr1_fast.learner import loading
+from vcr1_fast.learner.loading import empty_model, load_weights
+from vcr1_fast.learner.model import load_hugging_face
+from vcr1_fast.run.model_folder import SINGLE_FILE, model_folder, weight_files
 from vcr1_fast.settings.error import ConfigError
 
 CPU = torch.device("cpu")
-TINY = model_folder("tiny")
+RANKS = Path(__file__).with_name("loading_ranks.py")
 
 
-def published(name: str) -> str:
-    """A weight's name before transformers 4.52."""
-    return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path, form: str) -> Path:
+    """published: one file, old names. split: several, with an index, and a stale one. modules: transformers' names."""
+    model.save_pretrained(folder, max_shard_size="20KB" if form == "split" else "1GB")
+    if form == "split":
+        assert len(weight_files(folder)) > 3
+        stale = {name: value + 1 for name, value in read(folder).items()}
+        save_file(stale, folder / "model-00099-of-00099.safetensors")
+    else:
+        assert "model.norm.weight" in load_file(folder / SINGLE_FILE)
+    if form == "modules":
+        names = {name: value for name, value in model.state_dict().items() if name in dict(model.named_parameters())}
+        save_file(names, folder / SINGLE_FILE, {"format": "pt"})
+    return folder
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """The packaged model in two shards with an index, under the published names."""
-    target = tmp_path / "model"
-    target.mkdir()
-    for name in ("config.json", "generation_config.json"):
-        if (TINY / name).is_file():
-            shutil.copy(TINY / name, target)
-    weights = {published(name): value for name, value in load_file(TINY / "model.safetensors").items()}
-    names = sorted(weights)
-    shards = {"model-00001.safetensors": names[:30], "model-00002.safetensors": names[30:]}
-    for file, members in shards.items():
-        save_file({name: weights[name] for name in members}, target / file, {"format": "pt"})
-    index = {
-        "metadata": {"total_size": 1},
-        "weight_map": {name: file for file, members in shards.items() for name in members},
-    }
-    (target / "model.safetensors.index.json").write_text(json.dumps(index))
-    return target
+def read(folder: Path) -> dict[str, Tensor]:
+    return {name: value for path in weight_files(folder) for name, value in load_file(path).items()}
 
 
-def change(folder: Path, file: str, edit) -> None:
-    weights = load_file(folder / file)
-    edit(weights)
-    save_file(weights, folder / file, {"format": "pt"})
+def require_same(ours: Qwen2_5_VLForConditionalGeneration, theirs: Qwen2_5_VLForConditionalGeneration) -> None:
+    for named in ("state_dict", "named_parameters", "named_buffers", "named_non_persistent_buffers"):
+        mine, other = (dict(getattr(model, named)()) for model in (ours, theirs))
+        assert list(mine) == list(other)
+        for name, value in mine.items():
+            assert value.dtype == other[name].dtype and value.device.type == "cpu", name
+            assert value.requires_grad == other[name].requires_grad and torch.equal(value, other[name]), name
+    tied = [model.lm_head.weight is model.model.language_model.embed_tokens.weight for model in (ours, theirs)]
+    assert tied[0] == tied[1] == ours.config.tie_word_embeddings
+    assert ours.config.to_dict() | {"_name_or_path": ""} == theirs.config.to_dict() | {"_name_or_path": ""}
+    mine, other = ({k: v or None for k, v in m.generation_config.to_dict().items()} for m in (ours, theirs))
+    assert mine == other  # False and None are one: without a file of its own it is made from the model's configuration
+    assert not any(module.training for module in ours.modules())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_what_transformers_reads_to_the_bit(folder: Path, dtype: torch.dtype):
-    ours = load_whole(folder, dtype, CPU)
-    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-    named, wanted = dict(ours.named_parameters()), dict(theirs.named_parameters())
-    assert named.keys() == wanted.keys() and not ours.training
-    assert all(torch.equal(named[name], wanted[name]) and named[name].dtype == dtype for name in wanted)
-    buffers, wanted_buffers = dict(ours.named_buffers()), dict(theirs.named_buffers())
-    assert buffers.keys() == wanted_buffers.keys() and len(buffers) >= 4  # frequencies of both rotary embeddings
-    for name, buffer in wanted_buffers.items():
-        assert torch.equal(buffers[name], buffer) and buffers[name].dtype == buffer.dtype, name
-    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+@pytest.mark.parametrize("form", ["published", "split", "modules"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_loaded_is_what_from_pretrained_loads(make_model, tmp_path, tied, form):
+    folder = save(make_model(tied=tied), tmp_path / "model", form)
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = load_hugging_face(str(folder), dtype, CPU)
+        require_same(ours, Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype))
 
 
-def test_a_tied_head_stays_tied_with_or_without_its_weight_in_the_file(make_tiny_model, tmp_path: Path):
-    hf = make_tiny_model(tied=True)
-    hf.save_pretrained(tmp_path)
-    for has_head in (False, True):
-        if has_head:
-            change(tmp_path, "model.safetensors", lambda w: w.update({"lm_head.weight": torch.zeros(288, 64)}))
-        loaded = load_whole(tmp_path, torch.float32, CPU)
-        assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
-        assert torch.equal(loaded.lm_head.weight, hf.lm_head.weight)
+def test_the_packaged_model_and_one_without_generation_config(tmp_path):
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_folder("tiny"), dtype=torch.float32)
+    require_same(load_hugging_face("tiny", torch.float32, CPU), theirs)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    require_same(load_hugging_face(str(tmp_path), torch.float32, CPU), theirs)
 
 
-def test_parameters_have_no_memory_before_they_are_read():
-    hf = empty_model(TINY, torch.float32)
-    assert all(parameter.is_meta for parameter in hf.parameters())
-    assert not any(buffer.is_meta for buffer in hf.buffers())
+def test_weights_stored_in_half_precision_are_cast(make_model, tmp_path):
+    make_model().to(torch.float16).save_pretrained(tmp_path)
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    require_same(load_hugging_face(str(tmp_path), torch.float32, CPU), theirs)
 
 
-def test_files_that_the_index_does_not_name_are_never_read(folder: Path):
-    stale = {name: torch.full((2, 2), 9.0) for name in ("model.norm.weight", "nobody")}
-    save_file(stale, folder / "model-00003.safetensors", {"format": "pt"})
-    assert [path.name for path in weight_files(folder)] == ["model-00001.safetensors", "model-00002.safetensors"]
-    load_whole(folder, torch.float32, CPU)
+def test_a_tied_head_may_be_stored_under_either_name_or_both(make_model, tmp_path):
+    folder = save(make_model(tied=True), tmp_path, "published")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    stored = read(folder)
+    head = {"lm_head.weight": stored.pop("model.embed_tokens.weight")}
+    both = head | {"model.embed_tokens.weight": head["lm_head.weight"].clone()}
+    for names in (head, both):
+        save_file(stored | names, folder / SINGLE_FILE)
+        require_same(load_hugging_face(str(folder), torch.float32, CPU), model)
+    both["lm_head.weight"] = both["lm_head.weight"] + 1
+    save_file(stored | both, folder / SINGLE_FILE)
+    with pytest.raises(ConfigError, match=r"embed_tokens.weight and lm_head.weight in .* differ, but tie_word_embed"):
+        load_hugging_face(str(folder), torch.float32, CPU)
 
 
-BROKEN = {
-    "missing": (lambda w: w.pop("model.norm.weight"), r"lacks model\.language_model\.norm\.weight"),
-    "in excess": (lambda w: w.update({"base_model.x": torch.ones(1)}), r"has in excess base_model\.x"),
-    "shape": (lambda w: w.update({"model.norm.weight": torch.ones(3)}), r"norm\.weight is \[3\] in the checkpoint"),
-}
+GATES = {f"visual.blocks.{i}.mlp.{name}_proj.weight": None for i in (0, 1) for name in ("up", "down", "gate")}
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_weights_that_do_not_fit_are_named(folder: Path, what: str):
-    edit, message = BROKEN[what]
-    change(folder, "model-00002.safetensors", edit)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.norm.weight": None}, r"json: 1 missing \(model.language_model.norm.weight\): give a complete"),
+        ({"lm_head.weight": None}, r"json: 1 missing \(lm_head.weight\)"),
+        (GATES, r"json: 6 missing \(model.visual.blocks.0.mlp.gate_proj.weight, (model\S*weight, ){3}\.\.\.\)"),
+        ({"model.layers.2.x": torch.zeros(1)}, r"json: 1 unexpected \(model.language_model.layers.2.x\)"),
+        ({"model.norm.weight": torch.zeros(31)}, r"norm.weight is F32 \[31\], wanted floating \[32\]"),
+        ({"model.norm.weight": torch.zeros(32).char()}, r"norm.weight is I8 \[32\], wanted floating \[32\]"),
+        ({"model.visual.merger.ln_q.weight": torch.ones(16)}, r"1 given twice \(model.visual.merger.ln_q.weight\)"),
+    ],
+)
+def test_other_weights_are_refused_before_anything_is_allocated(make_model, tmp_path, changes, message):
+    folder = save(make_model(), tmp_path, "published")
+    stored = read(folder) | changes
+    save_file({name: value for name, value in stored.items() if value is not None}, folder / SINGLE_FILE)
+    hf = empty_model(folder, torch.float32)
     with pytest.raises(ConfigError, match=message):
-        load_whole(folder, torch.float32, CPU)
+        load_weights(hf, folder, CPU)
+    assert all(weight.is_meta for weight in hf.parameters())
 
 
-def test_folders_that_are_no_checkpoint(folder: Path):
-    def refused(message: str) -> None:
+def test_another_architecture_is_refused(make_model, tmp_path):
+    folder = save(make_model(), tmp_path, "published")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for content, message in (
+        (json.dumps(config | {"model_type": "qwen2_vl"}), "model_type in .* is 'qwen2_vl', wanted qwen2_5_vl: set"),
+        ("{}", "model_type in .* is None, wanted qwen2_5_vl"),
+        ("[]", r"config.json cannot be read \("),
+        ("{", r"config.json cannot be read \("),
+    ):
+        path.write_text(content)
         with pytest.raises(ConfigError, match=message):
-            load_whole(folder, torch.float32, CPU)
+            load_hugging_face(str(folder), torch.float32, CPU)
 
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
-    refused("model_type 'qwen2_vl', wanted one of qwen2_5_vl")
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model-00001.safetensors").rename(folder / "gone")
-    refused(r"names 2 files, but model-00001\.safetensors of them is not there")
-    (folder / "gone").rename(folder / "model-00001.safetensors")
-    (folder / "model.safetensors.index.json").unlink()
-    refused("has 2 safetensors files and no model.safetensors.index.json")
-    for path in folder.glob("*.safetensors"):
-        path.rename(path.with_suffix(".bin"))
-    refused(r"no safetensors file.*its \.bin files are not read: convert them")
+
+def test_a_buffer_that_transformers_does_not_compute_is_an_error(monkeypatch):
+    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "_init_weights", lambda self, module: None)
+    with pytest.raises(RuntimeError, match=r"_init_weights does not compute model.visual.rotary_pos_emb.inv_freq"):
+        empty_model(model_folder("tiny"), torch.float32)
+
+
+def test_an_empty_model_has_shapes_and_buffers_only():
+    with LiveBytes() as meter:
+        hf = empty_model(model_folder("tiny"), torch.float32)
+    buffers = dict(hf.named_buffers())
+    assert all(weight.is_meta for weight in hf.parameters()) and not any(b.is_meta for b in buffers.values())
+    head_size = 32
+    base = hf.config.text_config.rope_parameters["rope_theta"]
+    wanted = [base ** (-2 * i / head_size) for i in range(head_size // 2)]
+    assert buffers["model.language_model.rotary_emb.inv_freq"].tolist() == pytest.approx(wanted, rel=1e-6)
+    assert meter.peak < held_bytes(hf) / 100
+
+
+def test_pieces_do_not_change_what_is_read(monkeypatch, tmp_path):
+    whole = {"visual.x": torch.randn(7, 5), "visual.y": torch.randn(9), "visual.one": torch.randn(1, 40)}
+    save_file({name: value.bfloat16() for name, value in whole.items()}, tmp_path / SINGLE_FILE)
+    monkeypatch.setattr(loading, "PIECE_BYTES", 2 * 5 * 4)  # two rows of x, ten of y, less than the row of one
+    asked: list[int] = []
+    real = loading._pieces
+
+    def pieces(tensor: Tensor, first_row: int):
+        for here, there in real(tensor, first_row):
+            asked.append(there.stop - there.start)
+            yield here, there
+
+    monkeypatch.setattr(loading, "_pieces", pieces)
+    module = torch.nn.Module()
+    for name, value in whole.items():
+        module.register_parameter(name.removeprefix("visual."), torch.nn.Parameter(value.to("meta")))
+    load_weights(module, tmp_path, CPU, "model.visual.")
+    assert asked == [1, 2, 2, 2, 1, 9]  # one, x, y
+    assert all(torch.equal(w, whole[f"visual.{name}"].bfloat16().float()) for name, w in module.named_parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts mapped pages there")
+def test_only_the_rows_that_are_asked_for_are_read(tmp_path):
+    """So the ranks of one machine together read each byte of a file once."""
+
+    def mapped_kib() -> int:
+        found = re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())
+        assert found is not None
+        return int(found[1])
+
+    save_file({"a": torch.ones(4096, 4096, dtype=torch.bfloat16)}, tmp_path / SINGLE_FILE)  # 32 MiB
+    part = torch.empty(256, 4096)  # a sixteenth
+    with safe_open(tmp_path / SINGLE_FILE, "pt") as file:
+        before = mapped_kib()
+        loading._copy_rows(file.get_slice("a"), part)
+        assert 2048 <= mapped_kib() - before < 8192  # of 2 MiB; the kernel maps some pages around a fault
+    assert (part == 1).all()
+
+
+def test_one_process_holds_the_weights_and_nothing_else_while_it_loads():
+    with LiveBytes() as meter:
+        hf = load_hugging_face("tiny", torch.float32, CPU)
+    assert held_bytes(hf) <= meter.peak < 1.01 * held_bytes(hf)
+
+
+def test_two_ranks_hold_what_sharding_a_whole_model_gives(make_model, tmp_path):
+    folders = []
+    for tied in (False, True):
+        model = make_model(tied=tied)
+        model.resize_token_embeddings(67)  # odd: FSDP pads the shorter shard when the policy runs first
+        folders.append(str(save(model, tmp_path / str(tied), "split")))
+    run_ranks(RANKS, *folders)

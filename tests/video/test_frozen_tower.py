@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer
 from vcr1_fast.learner.objective import grpo_objective
@@ -138,13 +137,24 @@ def test_other_weights_are_another_tower(tmp_path: Path) -> None:
         for folder in (model_folder("tiny"), model_folder("tiny"), tmp_path / "other")
     )
     assert tiny == again != other
-    language = {name: w.clone() for name, w in hf.state_dict().items() if "visual" not in name}
-    save_file(language, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"the vision tower is frozen, but .* holds another one.* lacks blocks\.0"):
-        load_frozen_tower(tmp_path / "other", torch.float32, CPU)
     (tmp_path / "other" / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match="has no safetensors file"):
+    with pytest.raises(ConfigError, match=r"has no weights, wanted model\.safetensors"):
         load_frozen_tower(tmp_path / "other", torch.float32, CPU)
+    del hf.model.visual.merger.ln_q.weight
+    hf.save_pretrained(tmp_path / "part")
+    with pytest.raises(ConfigError, match=r"1 missing \(model\.visual\.merger\.ln_q\.weight\)"):
+        load_frozen_tower(tmp_path / "part", torch.float32, CPU)
+
+
+def test_a_tower_of_half_precision_has_float32_frequencies() -> None:
+    tower = load_frozen_tower(model_folder("tiny"), torch.bfloat16, CPU)
+    wanted = load_hugging_face("tiny", torch.bfloat16, CPU).model.visual
+    for named in ("named_parameters", "named_buffers"):
+        mine, other = (dict(getattr(module, named)()) for module in (tower.visual, wanted))
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) and value.dtype == other[name].dtype for name, value in mine.items())
+    assert all(buffer.dtype == torch.float32 for buffer in tower.visual.buffers())
+    assert not any(weight.requires_grad for weight in tower.visual.parameters())
 
 
 def test_a_run_with_a_frozen_tower_trains_the_rest(clips: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ needs values (which tokens are drawn, whether a loss falls) cannot be seen.
     predict.py     counts -> seconds, by stated rates
     sizes.py       config.json of the public models, and with fewer blocks
     groups.py      groups of given sizes
+    checkpoint.py  a checkpoint of such a model, its weights a hole in a file
     learner.py     a learner on them, its load and its updates
     cases.py       runs cases one after the other
     process.py     the process that does it, from outside

@@ -5,28 +5,27 @@ Only rank 0 runs. The fake process group gives every collective its shapes and l
 
 from __future__ import annotations
 
-import copy
 import functools
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig
 
 from vcr1_fast.fake_gpu import predict
+from vcr1_fast.fake_gpu.checkpoint import write_checkpoint
 from vcr1_fast.fake_gpu.groups import GroupShape, make_group
 from vcr1_fast.fake_gpu.meter import Meter
 from vcr1_fast.fake_gpu.mode import FakeGpu
-from vcr1_fast.learner import loading, step, update_rows
+from vcr1_fast.learner import step, update_rows
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
-from vcr1_fast.learner.lora import is_factor
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.sharding import World
 from vcr1_fast.settings.config import Config
@@ -86,7 +85,9 @@ class FakeLearner:
         began_s = time.perf_counter()
         gpu.meter.start()
         gpu.meter.enter("load", "load")
-        with _loading(hf_config), _marking(gpu):
+        with tempfile.TemporaryDirectory() as folder, _marking(gpu):
+            write_checkpoint(Path(folder), hf_config)
+            config = replace(config, model=replace(config.model, path=folder))
             self.learner = step.Learner(config, World(0, num_gpus, 0, DEVICE), num_updates=100)
         for policy in (self.learner.policy, self.learner.reference):
             for parameter in policy.parameters() if policy else ():
@@ -123,32 +124,6 @@ class FakeLearner:
 
 def _local(tensor: Any) -> Any:
     return getattr(tensor, "_local_tensor", tensor)
-
-
-class UnreadWeights:
-    """A checkpoint that fits: its rows are host memory that nobody has written. See `loading.WeightSource`."""
-
-    def __init__(self, hf: Any) -> None:
-        named = loading.weights_by_name(hf)
-        self.shapes = {name: tuple(weight.shape) for name, weight in named.items() if not is_factor(name)}
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        shape = self.shapes[name]
-        return torch.empty((stop - start, *shape[1:]) if shape else (), dtype=torch.bfloat16)
-
-    def close(self) -> None: ...
-
-
-@contextmanager
-def _loading(hf_config: Any) -> Iterator[None]:
-    """Weights of that configuration in the place of a checkpoint's."""
-
-    with (
-        _replaced(AutoConfig, "from_pretrained", lambda _: lambda *a, **k: copy.deepcopy(hf_config)),
-        _replaced(step, "model_folder", lambda _: Path),
-        _replaced(loading, "open_checkpoint", lambda _: lambda folder, hf: UnreadWeights(hf)),
-    ):
-        yield
 
 
 @contextmanager

@@ -141,7 +141,8 @@ class FakeGpu(TorchDispatchMode):
             num_bytes = source.numel() * source.element_size()
             is_same = source.dtype == target.dtype and source.is_contiguous() and target.storage_offset() == 0
             is_whole = is_same and target.untyped_storage().nbytes() == num_bytes
-            if source.device.type == "cpu" and is_whole and num_bytes <= _MAX_KNOWN_BYTES:
+            is_index = not source.is_floating_point() and num_bytes <= _MAX_KNOWN_BYTES
+            if source.device.type == "cpu" and is_whole and is_index:
                 self._known[target.untyped_storage()] = source.detach().clone().flatten().view(torch.uint8)
                 return
         if name.endswith("_") and args and isinstance(args[0], Tensor):

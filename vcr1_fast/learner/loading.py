@@ -1,225 +1,221 @@
-"""A checkpoint's weights -> a model that was built without any: each rank reads the rows that it keeps, no others.
+"""A checkpoint's folder -> a model with its weights, of which each rank reads and holds its own rows only.
 
-In: a Hugging Face folder. A model is built with parameters that have a shape and no memory (`empty_model`), wrapped and
-divided over the ranks like any other, and then filled (`fill`): memory on the device for this rank's rows, read from
-the files that the index names. So a device never holds more than its shards and the rows of one weight, and the ranks
-of a node read each byte once between them, from the page cache.
+In three steps, with FSDP between the first and the second:
+    empty_model      the architecture on the meta device: shapes without memory, and buffers with their real values
+    (sharding.shard  splits those shapes over the ranks)
+    load_weights     allocates this rank's part on its device and copies its rows from the files
 
-Nothing is random that was meant to be loaded: a weight that is missing or too many, or of another shape, is an error.
+Building the whole model before it is sharded costs each GPU 33 GB for 7 billion weights, and the host as much for each
+rank. Here a device holds its shards and 64 MiB, and the files are mapped: a rank's pages of them are read when they are
+copied, so the ranks of one machine together read each byte once.
+
+Nothing stays random that was meant to be loaded: names and shapes of checkpoint and model must be the same.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig
-from transformers.initialization import no_init_weights
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from vcr1_fast.learner.families import family_of
-from vcr1_fast.learner.families.family import ModelFamily
-from vcr1_fast.learner.gathering import rows_here
-from vcr1_fast.learner.lora import is_factor, start_adapters
-from vcr1_fast.learner.sharding import first_row
-from vcr1_fast.run.model_folder import weight_files
+from vcr1_fast.learner.families import FAMILIES, family_of
+from vcr1_fast.learner.lora import base_name
+from vcr1_fast.run.model_folder import StoredWeight, module_name, stored_weights
 from vcr1_fast.settings.error import ConfigError
 
-
-class WeightSource(Protocol):
-    """Weights by the names that a model has for them."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start to stop - 1, on the host; of a scalar all of it."""
-        ...
+PIECE_BYTES = 64 << 20  # of a file in one copy: beside its shards a device holds this much, and not a whole embedding
+_STORED_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
-class Checkpoint:
-    """The safetensors files of a folder, open. See `WeightSource`."""
-
-    def __init__(self, folder: Path, family: ModelFamily) -> None:
-        """Raises ConfigError for a file that cannot be read and a weight that two files hold."""
-        self._stack = ExitStack()
-        self._slices: dict[str, Any] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in weight_files(folder):
-            try:
-                file = self._stack.enter_context(safe_open(path, "pt"))
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(f"{path} cannot be read ({error}): fetch it again") from None
-            for stored in file.keys():  # noqa: SIM118 - not a mapping
-                name = family.weight_name(stored)
-                if name is None:
-                    continue
-                if name in self.shapes:
-                    raise ConfigError(f"{folder} holds {name} twice, the second time in {path.name}: fetch it again")
-                self._slices[name] = file.get_slice(stored)
-                self.shapes[name] = tuple(self._slices[name].get_shape())
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._slices[name][start:stop] if self.shapes[name] else self._slices[name][:]
-
-    def close(self) -> None:
-        self._slices.clear()
-        self._stack.close()
+def read_config(folder: Path) -> Any:
+    """The model's config.json. Raises ConfigError when it cannot be read or is of an architecture not known here."""
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): give the folder of a checkpoint") from error
+    if found not in FAMILIES:
+        raise ConfigError(
+            f"model_type in {path} is {found!r}, wanted {' or '.join(FAMILIES)}: set model.path to such a checkpoint"
+        )
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
 def empty_model(folder: Path, dtype: torch.dtype) -> Any:
-    """The model of a folder's config.json: parameters of `dtype` without memory, buffers as they are to be.
-
-    Raises ConfigError for an architecture that is not known here.
-    """
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    """The folder's model without its weights: parameters of `dtype` on the meta device, buffers real, on the CPU."""
+    config = read_config(folder)
     model_class: Any = family_of(config).model_class
-    hf = empty_module(lambda: model_class._from_config(config, dtype=dtype), dtype)
-    hf.tie_weights()
+    with torch.device("meta"):
+        hf = model_class._from_config(config, dtype=dtype)
+    compute_buffers(hf)
     if (folder / "generation_config.json").is_file():
         hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return hf.eval()
 
 
-def empty_module(build: Callable[[], Any], dtype: torch.dtype) -> Any:
-    """What `build` makes, with parameters of `dtype` without memory."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with _parameters_without_memory(), no_init_weights():
-            return build()
-    finally:
-        torch.set_default_dtype(default)
-
-
-@contextmanager
-def _parameters_without_memory() -> Iterator[None]:
-    """Modules made within it register their parameters on the meta device. Buffers, such as rotary frequencies, are
-    computed as always: on meta they would be lost."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, None if param is None else nn.Parameter(param.to("meta"), param.requires_grad))
-
-    nn.Module.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Give buffers that no checkpoint holds (rotary frequencies) the values that `from_pretrained` gives them."""
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, torch.full_like(buffer, torch.nan, device="cpu"))
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            model._init_weights(module)
+    for name, buffer in model.named_non_persistent_buffers():
+        if buffer.isnan().any():  # another transformers might have moved how it computes them
+            raise RuntimeError(f"transformers' _init_weights does not compute {name} of {type(model).__name__}")
 
 
 @torch.no_grad()
-def fill(module: nn.Module, weights: Mapping[str, Tensor], source: WeightSource, device: torch.device) -> None:
-    """Give `module` memory on `device` and these of its weights their values.
+def load_weights(module: nn.Module, folder: Path, device: torch.device, part: str = "") -> None:
+    """Bring `module`, of weights on meta, to `device` with the checkpoint's values, in the dtypes that it has.
+
+    Weights and buffers that are real already are moved. Sharded weights (DTensors of one dimension of the mesh, split
+    along rows) get this rank's rows. Tied weights stay tied. No collective; the optimizer is made after it.
 
     Args:
-        module: with parameters without memory, divided over the ranks or not.
-        weights: those that the source has, by its names: parameters and persistent buffers of `module`. Parameters that
-            are not among them are left with memory and no values.
+        part: the module's name in the model, with a dot, when it is a part of it: "model.visual.".
 
-    Raises ConfigError when the source lacks one of them, has others, or has one of another shape.
+    Raises ConfigError, before anything is allocated, when names, shapes or dtypes in the folder are not the module's.
     """
-    _check_names(weights, source.shapes)
-    names = {id(weight): name for name, weight in weights.items()}
-    filled: dict[int, nn.Parameter] = {}
-    for owner in module.modules():
-        for attribute, parameter in owner._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in filled:  # tied ones stay one
-                fresh = _with_memory(parameter, device)
-                filled[id(parameter)] = fresh
-                if id(parameter) in names:
-                    _read(fresh, names[id(parameter)], source)
-            owner._parameters[attribute] = filled[id(parameter)]
-        for attribute, buffer in owner._buffers.items():
-            if buffer is not None:
-                owner._buffers[attribute] = buffer.to(device)
-                if id(buffer) in names:
-                    _read(owner._buffers[attribute], names[id(buffer)], source)
+    wanted = {part + base_name(name): tensor for name, tensor in _tensors(module) if tensor.device.type == "meta"}
+    stored = stored_weights(folder)
+    sources = _sources(wanted, stored, part, folder)
+    tensors = _tensors(module)  # kept until the end: an id is of one tensor as long as that lives
+    new = _move(tensors, module, device)
+    copies = {first: new[id(tensor)] for tensor, (first, *_) in sources}
+    for file, names in _by_file(copies, stored):
+        for name in names:
+            _copy_rows(file.get_slice(name), copies[name])
+    for tensor, (first, *others) in sources:
+        for other in others:
+            _require_equal(stored, first, other, tensor)
 
 
-def _with_memory(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    if not parameter.is_meta:
-        return nn.Parameter(parameter.to(device), parameter.requires_grad)
-    return nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers under each of their names."""
+    buffers = module.named_buffers(remove_duplicate=False)
+    return [*module.named_parameters(remove_duplicate=False), *buffers]
 
 
-def _read(target: Any, name: str, source: WeightSource) -> None:
-    local, start = rows_here(target), first_row(target)
-    if local.numel():
-        local.copy_(source.rows(name, start, start + (local.shape[0] if local.ndim else 1)))
-
-
-def _check_names(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    missing, others = sorted(weights.keys() - shapes.keys()), sorted(shapes.keys() - weights.keys())
-    problems = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("has in excess", others)) if names]
-    if problems:
+def _sources(
+    wanted: dict[str, Tensor], stored: dict[str, StoredWeight], part: str, folder: Path
+) -> list[tuple[Tensor, list[str]]]:
+    """For each tensor the names under which the folder has it: one, or for tied weights at least one."""
+    given: dict[str, str] = {}
+    twice: list[str] = []
+    for name in stored:
+        own = module_name(name)
+        if own in given:
+            twice.append(own)
+        if own.startswith(part):
+            given[own] = name
+    tensors = {id(tensor): tensor for tensor in wanted.values()}
+    found: dict[int, list[str]] = {key: [] for key in tensors}
+    shapes: list[str] = []
+    for own, tensor in wanted.items():
+        if own not in given:
+            continue
+        found[id(tensor)].append(given[own])
+        weight = stored[given[own]]
+        if weight.shape != tuple(tensor.shape) or weight.dtype not in _STORED_DTYPES:
+            shapes.append(f"{own} is {weight.dtype} {list(weight.shape)}, wanted floating {list(tensor.shape)}")
+    missing = [own for own, tensor in wanted.items() if not found[id(tensor)]]
+    unexpected = [own for own in given if own not in wanted]
+    problems = {"missing": missing, "unexpected": unexpected, "given twice": twice, "of another shape or type": shapes}
+    said = [f"{len(names)} {what} ({_first(names)})" for what, names in problems.items() if names]
+    if said:
         raise ConfigError(
-            f"the checkpoint {' and '.join(problems)}: wanted the weights of the model that its config.json describes"
+            f"the weights in {folder} are not those of its config.json: {'; '.join(said)}: give a complete "
+            "checkpoint that is not quantized and whose config.json belongs to it"
         )
-    for name, weight in weights.items():
-        if tuple(weight.shape) != tuple(shapes[name]):
+    return [(tensors[key], names) for key, names in found.items()]
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def move_values(module: nn.Module, device: torch.device) -> None:
+    """Bring what has values already, buffers and the adapters' start, to `device`. To be called before sharding."""
+    _move([(name, tensor) for name, tensor in _tensors(module) if tensor.device.type != "meta"], module, device)
+
+
+def _move(tensors: Sequence[tuple[str, Tensor]], module: nn.Module, device: torch.device) -> dict[int, Tensor]:
+    """These of the module's tensors on the device, meta ones without values; gives the new ones by the old one's id."""
+    new: dict[int, Tensor] = {}
+    for name, tensor in tensors:
+        if id(tensor) not in new:
+            new[id(tensor)] = _on_device(tensor, device)
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, new[id(tensor)])
+    return new
+
+
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type != "meta":
+        value = tensor.detach().to(device)
+    elif isinstance(tensor, DTensor):
+        local = torch.empty(tensor.to_local().shape, dtype=tensor.dtype, device=device)
+        layout = (tensor.device_mesh, tensor.placements)
+        value = DTensor.from_local(local, *layout, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    else:
+        value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """What this rank holds of a tensor, and which row of the whole that begins with."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    [placement], mesh = tensor.placements, tensor.device_mesh
+    assert placement.is_shard(0), f"weights are split along rows, not as {placement}"
+    share = -(-tensor.shape[0] // mesh.size())  # as torch.chunk cuts: the last ranks may have fewer rows, or none
+    return tensor.to_local(), min(mesh.get_local_rank() * share, tensor.shape[0])
+
+
+def _pieces(tensor: Tensor, first_row: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of a tensor in pieces of at most PIECE_BYTES (or one row): in the tensor, and in the whole weight."""
+    num_rows = tensor.shape[0]
+    step = max(1, PIECE_BYTES // max(1, tensor.nbytes // max(1, num_rows)))
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        yield slice(start, stop), slice(first_row + start, first_row + stop)
+
+
+def _copy_rows(source: Any, tensor: Tensor) -> None:
+    """Fill this rank's rows from a slice of a file, which is read where it is asked for only."""
+    own, first_row = _own_rows(tensor)
+    for here, there in _pieces(own, first_row):
+        own[here].copy_(source[there].to(own.device))  # sent as it is stored, cast where it arrives
+
+
+def _by_file(names: Iterable[str], stored: dict[str, StoredWeight]) -> Iterator[tuple[Any, list[str]]]:
+    """Each file, open, with those of the names that are in it."""
+    by_file: dict[Path, list[str]] = {}
+    for name in sorted(names):
+        by_file.setdefault(stored[name].file, []).append(name)
+    for path, inside in sorted(by_file.items()):
+        with safe_open(path, "pt") as file:  # pyright: ignore[reportPrivateImportUsage]
+            yield file, inside
+
+
+def _require_equal(stored: dict[str, StoredWeight], first: str, other: str, tensor: Tensor) -> None:
+    """Both of two tied weights are in the checkpoint: then they must be one."""
+    own, first_row = _own_rows(tensor)
+    with safe_open(stored[first].file, "pt") as a, safe_open(stored[other].file, "pt") as b:  # pyright: ignore[reportPrivateImportUsage]
+        left, right = a.get_slice(first), b.get_slice(other)
+        if any(not torch.equal(left[there], right[there]) for _, there in _pieces(own, first_row)):
             raise ConfigError(
-                f"{name} is {list(shapes[name])} in the checkpoint, but {list(weight.shape)} in the model that its "
-                "config.json describes"
+                f"{first} and {other} in {stored[first].file.parent} differ, but tie_word_embeddings in config.json is "
+                "true: set it to false there"
             )
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return f"{', '.join(listed[:3])}{more}"
-
-
-def weights_by_name(hf: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers under their state-dict names, each once: tied ones under the first.
-
-    With adapters, those of the model without them. Before `fill`: FSDP's state-dict hooks want memory."""
-    persistent = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, owner in hf.named_modules()
-        for name in owner._buffers
-        if name not in owner._non_persistent_buffers_set
-    }
-    named: dict[str, Tensor] = dict(hf.named_parameters())
-    named |= {name: buffer for name, buffer in hf.named_buffers() if name in persistent}
-    return {name.replace(".base_layer.", "."): weight for name, weight in named.items()}
-
-
-def load_whole(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """A checkpoint's model, all of it on `device`, in eval mode.
-
-    Raises ConfigError when folder and model do not fit each other, see `fill`.
-    """
-    hf = empty_model(folder, dtype)
-    load_into(hf, hf, folder, device)
-    return hf
-
-
-def load_into(module: nn.Module, hf: Any, folder: Path, device: torch.device) -> None:
-    """`fill` `module`, a policy around `hf` or `hf` itself, from the folder; adapters get their starting values."""
-    weights = {name: weight for name, weight in weights_by_name(hf).items() if not is_factor(name)}
-    source = open_checkpoint(folder, hf)
-    try:
-        fill(module, weights, source, device)
-    finally:
-        source.close()
-    start_adapters(hf)
-    if device.type == "cuda":
-        # What casts and copies took goes back: a rollout engine on this GPU sizes itself by what is free.
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def open_checkpoint(folder: Path, hf: Any) -> Checkpoint:
-    """The weights of `folder` for the model `hf`; of a tied head only the embedding."""
-    source = Checkpoint(folder, family_of(hf.config))
-    if getattr(hf.config, "tie_word_embeddings", False):
-        source.shapes.pop("lm_head.weight", None)
-    return source

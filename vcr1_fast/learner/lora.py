@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vcr1_fast.learner.gathering import Part, rows_here
-from vcr1_fast.learner.sharding import first_row, named_weights
+from vcr1_fast.learner.sharding import named_weights
 from vcr1_fast.settings.config import ConfigError, LoRAConfig
 
 FACTORS = ("lora_A", "lora_B")
@@ -33,17 +33,20 @@ class LoRALinear(nn.Module):
     """A frozen `nn.Linear` and its adapter. See the module's docstring for the formula."""
 
     def __init__(self, base_layer: nn.Linear, rank: int, scale: float, generator: torch.Generator) -> None:
-        """`scale`: alpha / rank. `generator`: on the CPU, so that every rank and device begins with the same A."""
+        """`scale`: alpha / rank. `generator`: on the CPU, so that every rank and device begins with the same A.
+
+        Beside a matrix that is still on meta, A and B are real and on the CPU: no checkpoint will bring them.
+        """
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
         self.scale = scale
         self.is_on = True
         weight_NK = base_layer.weight
         bound = weight_NK.shape[1] ** -0.5
+        device = torch.device("cpu") if weight_NK.is_meta else weight_NK.device
         a_RK = torch.empty(rank, weight_NK.shape[1]).uniform_(-bound, bound, generator=generator)
-        self.start_A = a_RK  # until `start_adapters`; a model that is not loaded yet has no memory for it
-        self.lora_A = nn.Parameter(a_RK.to(weight_NK.device))
-        self.lora_B = nn.Parameter(a_RK.new_zeros(weight_NK.shape[0], rank, device=weight_NK.device))
+        self.lora_A = nn.Parameter(a_RK.to(device))
+        self.lora_B = nn.Parameter(a_RK.new_zeros(weight_NK.shape[0], rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
@@ -79,17 +82,6 @@ def add_adapters(
             setattr(owner, attribute, adapted)
 
 
-@torch.no_grad()
-def start_adapters(hf: nn.Module) -> None:
-    """Give the adapters of a model that got its memory after them the values that they start with."""
-    for layer in lora_layers(hf):
-        a_RK, b_NR = rows_here(layer.lora_A), rows_here(layer.lora_B)
-        first = first_row(layer.lora_A)
-        a_RK.copy_(layer.start_A[first : first + len(a_RK)])
-        b_NR.zero_()
-        del layer.start_A
-
-
 def lora_layers(module: nn.Module) -> list[LoRALinear]:
     """Those of the model; none where it is trained as a whole."""
     return [layer for layer in module.modules() if isinstance(layer, LoRALinear)]
@@ -117,13 +109,18 @@ def split_weights(hf: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """`sharding.named_weights` in two: the model's under the names that it has without adapters, and A and B of each
     adapter, `<matrix>.lora_A` [rank, K], `<matrix>.lora_B` [N, rank]. All live."""
     named = named_weights(hf)
-    base = {name.replace(".base_layer.", "."): value for name, value in named.items() if not is_factor(name)}
+    base = {base_name(name): value for name, value in named.items() if not is_factor(name)}
     return base, {name: value for name, value in named.items() if is_factor(name)}
 
 
 def adapter_factors(hf: nn.Module) -> dict[str, Tensor]:
     """The second part of `split_weights`."""
     return split_weights(hf)[1]
+
+
+def base_name(name: str) -> str:
+    """The name that a weight of the model has without adapters."""
+    return name.replace(".base_layer.", ".")
 
 
 def is_factor(name: str) -> bool:

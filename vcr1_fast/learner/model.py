@@ -14,7 +14,7 @@ from vcr1_fast.learner.attention import use_packed_attention
 from vcr1_fast.learner.device_batch import DeviceBatch, device_batch
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.kernel_choice import KernelChoice, plain_choice
-from vcr1_fast.learner.loading import load_whole
+from vcr1_fast.learner.loading import empty_model, load_weights
 from vcr1_fast.learner.objective import Objective, Sums
 from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.settings.config import ModelConfig
@@ -32,11 +32,11 @@ transformers_logging.disable_progress_bar()  # it would tear our own lines apart
 
 
 def load_hugging_face(path: str, dtype: torch.dtype, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
-    """A checkpoint's model on `device`, all weights in `dtype`, in eval mode. Nothing is downloaded.
-
-    Raises ConfigError when there is no such checkpoint or its weights are not those of its config.json.
-    """
-    return load_whole(model_folder(path), dtype, device)
+    """A checkpoint's whole model on `device`, all weights in `dtype`. Raises ConfigError as `load_weights` does."""
+    folder = model_folder(path)
+    hf = empty_model(folder, dtype)
+    load_weights(hf, folder, device)
+    return hf
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -61,7 +61,7 @@ class PolicyModel(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         """`kernels`: what a run has chosen; None: by the device, or plain where `config.kernels` is off.
-        `device`: that it will run on, for a model without memory; None: where it is."""
+        `device`: that it will run on, where its weights are still on meta; None: where they are."""
         super().__init__()
         self.hf = hf
         self.family = family_of(hf.config)

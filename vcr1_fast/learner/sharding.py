@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from vcr1_fast.settings.config import ConfigError
 
@@ -164,14 +163,6 @@ def named_weights(module: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             weights[name] = tensor
     return weights
-
-
-def first_row(tensor: Tensor) -> int:
-    """Which row of the whole tensor this rank's part begins with."""
-    if not isinstance(tensor, DTensor):
-        return 0
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return offset[0]
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

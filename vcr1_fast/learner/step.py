@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,14 +13,22 @@ from vcr1_kernels.losses import Aggregation
 
 from vcr1_fast.learner.device_batch import DeviceBatch
 from vcr1_fast.learner.kernel_choice import KernelChoice
-from vcr1_fast.learner.loading import empty_model, load_into
+from vcr1_fast.learner.loading import empty_model, load_weights, move_values
 from vcr1_fast.learner.lora import adapters_off, add_adapters
 from vcr1_fast.learner.model import PolicyModel, resolve_dtype
 from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
 from vcr1_fast.learner.packing import placeholder
 from vcr1_fast.learner.row_cost import GroupSize, RowCost, group_size
-from vcr1_fast.learner.sharding import World, all_max_float, all_max_int, all_reduce_sum, reduce_gradients, shard
+from vcr1_fast.learner.sharding import (
+    World,
+    all_max_float,
+    all_max_int,
+    all_reduce_sum,
+    on_all_ranks,
+    reduce_gradients,
+    shard,
+)
 from vcr1_fast.learner.totals import Totals
 from vcr1_fast.learner.update_rows import UpdateRows, plan_and_pack
 from vcr1_fast.run.model_folder import model_folder
@@ -53,21 +62,34 @@ class Learner:
         self.dtype = resolve_dtype(config.model, world.device)  # that forward and backward compute in
         self.policy = self._load()
         has_copy = config.algorithm.beta > 0 and not config.model.lora.rank  # adapters can be switched off instead
-        self.reference = self._load().requires_grad_(False) if has_copy else None
+        self.reference = self._load(is_trained=False) if has_copy else None
+        gc.collect()
+        torch.cuda.empty_cache()  # a colocated engine sizes itself by what is free, and cached memory is not
         self.optimizer = build_optimizer(self.policy, config.optimizer)
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_updates)
         self.reduces_once = True
         kind = (self.policy.family, self.policy.hf.config, config.model.is_tower_frozen)
         self._placeholder = placeholder(*kind, world.device, self.dtype)
 
-    def _load(self) -> PolicyModel:
-        folder = model_folder(self.config.model.path)
+    def _load(self, is_trained: bool = True) -> PolicyModel:
+        """The model of `config.model.path` with this rank's part of its weights: float32 where they are trained."""
+        model, world = self.config.model, self.world
+        folder = model_folder(model.path)
         hf = empty_model(folder, torch.float32)
-        if self.config.model.lora.rank:
-            add_adapters(hf, self.config.model.lora, self.config.train.seed, self.dtype)
-        policy = PolicyModel(hf, self.config.model, self.dtype, self.kernels, self.world.device)
-        shard(policy, self.world, self.dtype)
-        load_into(policy, hf, folder, self.world.device)
+        if model.lora.rank:
+            add_adapters(hf, model.lora, self.config.train.seed, self.dtype)
+        policy = PolicyModel(hf, model, self.dtype, self.kernels, world.device)
+        frozen = [weight for weight in policy.parameters() if not weight.requires_grad]
+        if not is_trained:
+            policy.requires_grad_(False)
+            # FSDP computes with weights of the compute dtype however they are kept. One process computes in autocast,
+            # and bfloat16 embeddings would give it other residuals than the policy's: a KL that does not begin at 0.
+            frozen = list(policy.parameters()) if world.world_size > 1 else frozen
+        for weight in frozen:
+            weight.data = weight.data.to(self.dtype)
+        move_values(hf, world.device)
+        shard(policy, world, self.dtype)
+        on_all_ranks("loading the model's weights", lambda: load_weights(hf, folder, world.device), world)
         return policy.train()
 
     def update_grpo(self, groups: Sequence[RolloutGroup]) -> list[UpdateReport]:

@@ -1,15 +1,30 @@
-"""Where the checkpoint of `model.path` lies. Imports neither torch nor transformers."""
+"""Where the checkpoint of `model.path` lies, and what its files hold. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from vcr1_fast.settings.error import ConfigError
 
+INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+# transformers 5 names the parts of the model by its modules, the published checkpoints and SGLang by these.
+RENAMED = {"model.visual.": "visual.", "model.language_model.": "model."}
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """One weight of a checkpoint, as the head of its file describes it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # in the words of safetensors, such as BF16
 
 
 def model_folder(path: str) -> Path:
@@ -30,42 +45,76 @@ def model_folder(path: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights, sorted: those that its index names, else its one safetensors file.
+    """The files that hold the model's weights, sorted: those that the index names, else the one file of a small model.
 
-    Others that lie there, such as shards of an earlier download, are not the checkpoint's. Raises ConfigError for a
-    folder without safetensors, an index that names missing files, and several files without an index.
+    Whatever else lies in the folder is not of the model. Raises ConfigError when a file is missing or there is none.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{index} cannot be read ({type(error).__name__}: {error}): fetch it again") from None
-        missing = [name for name in names if not (folder / name).is_file()]
+    if (folder / INDEX_FILE).is_file():
+        named = set(_index(folder).values())
+        missing = sorted(name for name in named if not (folder / name).is_file())
         if missing:
+            hint = f", or delete the index if {SINGLE_FILE} is the model" if (folder / SINGLE_FILE).is_file() else ""
             raise ConfigError(
-                f"{index} names {len(names)} files, but {', '.join(missing[:3])} of them "
-                f"{'is' if len(missing) == 1 else 'are'} not there: fetch the checkpoint again"
+                f"{folder / INDEX_FILE} names {_some(sorted(named))}, but {_some(missing)} is not there: download the "
+                f"missing files{hint}"
             )
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found
-    if found:
-        raise ConfigError(
-            f"{folder} has {len(found)} safetensors files and no {index.name}, which says what belongs to the "
-            "checkpoint: fetch it as well"
-        )
-    has_pickle = any(folder.glob("*.bin"))
-    how = (
-        "its .bin files are not read: convert them, AutoModelForImageTextToText.from_pretrained(...)"
-        ".save_pretrained(..., safe_serialization=True)"
-        if has_pickle
-        else "fetch the weights"
+        return sorted(folder / name for name in named)
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pth", ".pt", ".safetensors"))
+    raise ConfigError(
+        f"{folder} has {_some(others) if others else 'no weights'}, wanted {SINGLE_FILE}, or {INDEX_FILE} and the "
+        "files it names: download the checkpoint again, or load it with transformers and save_pretrained it to a new "
+        "folder"
     )
-    raise ConfigError(f"{folder} has no safetensors file, wanted model.safetensors or its parts with an index; {how}")
+
+
+def stored_weights(folder: Path) -> dict[str, StoredWeight]:
+    """Every weight of the checkpoint under the name it has there, read from the heads of `weight_files`.
+
+    Raises ConfigError as they do, and when a file is damaged, a weight is in two files, or the index says otherwise.
+    """
+    found: dict[str, StoredWeight] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "np") as file:  # pyright: ignore[reportPrivateImportUsage]
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    if name in found:
+                        raise ConfigError(
+                            f"{name} is in {found[name].file.name} and in {path.name} of {folder}, wanted each weight "
+                            "once: download the checkpoint again into an empty folder"
+                        )
+                    head = file.get_slice(name)
+                    found[name] = StoredWeight(path, tuple(head.get_shape()), str(head.get_dtype()))
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is damaged ({error}): download it again") from error
+    if (folder / INDEX_FILE).is_file():
+        index = _index(folder)
+        other = [name for name in {**index, **found} if name not in found or index.get(name) != found[name].file.name]
+        if other:
+            raise ConfigError(
+                f"{folder / INDEX_FILE} does not say where {_some(sorted(other))} is, or says it wrongly: download the "
+                "checkpoint again into an empty folder"
+            )
+    return found
+
+
+def module_name(name: str) -> str:
+    """A weight's name in the model's state dict, from its name in a checkpoint, old or new."""
+    if name.startswith(tuple(RENAMED)):
+        return name
+    for new, old in RENAMED.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def checkpoint_name(name: str) -> str:
+    """A weight's name in the published checkpoints, from its name in the model's state dict (or that name itself)."""
+    for new, old in RENAMED.items():
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    return name
 
 
 def model_digest(folder: Path) -> str:
@@ -82,3 +131,25 @@ def model_digest(folder: Path) -> str:
                 file.seek(max(0, size - _SAMPLE_BYTES) * index // (_NUM_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Weight -> name of its file."""
+    path = folder / INDEX_FILE
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = {str(weight): str(name) for weight, name in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({type(error).__name__} {error}): download it again") from error
+    outside = [name for name in index.values() if Path(name).name != name or not name.endswith(".safetensors")]
+    if outside or not index:
+        raise ConfigError(
+            f"{path} names {outside[0] if outside else 'no file'!r}, wanted safetensors files beside it: download it "
+            "again"
+        )
+    return index
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a list, and how many there are beyond them."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -8,23 +8,23 @@ from __future__ import annotations
 import hashlib
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.families.family import ModelFamily
 from vcr1_fast.learner.kernel_choice import KernelChoice
-from vcr1_fast.learner.loading import Checkpoint, empty_module, fill, weights_by_name
-from vcr1_fast.settings.config import ConfigError
+from vcr1_fast.learner.loading import compute_buffers, load_weights, read_config
+from vcr1_fast.run.model_folder import module_name, stored_weights
 from vcr1_fast.video.embed import embed_videos
 
 if TYPE_CHECKING:
     from vcr1_fast.types import Patches
 
-PREFIX = "model.visual."  # of the tower's weights in a whole model
+PREFIX = "model.visual."  # of the tower's weights in the model
 
 
 class FrozenTower:
@@ -58,38 +58,28 @@ def load_frozen_tower(
 
     Raises ConfigError when the checkpoint holds no tower or one of other shapes.
     """
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = read_config(folder)
     family = family_of(config)
-    source = _TowerWeights(Checkpoint(folder, family))
-    try:
-        visual = empty_module(lambda: family.build_tower(config), dtype)
-        fill(visual, weights_by_name(visual), source, device)
-        digest = source.digest()
-    except ConfigError as error:
-        raise ConfigError(f"the vision tower is frozen, but {folder} holds another one: {error}") from None
-    finally:
-        source.checkpoint.close()
+    with torch.device("meta"):
+        visual = family.build_tower(config)
+    for weight in visual.parameters():  # rotary frequencies stay float32: bfloat16 ones have 8 bits of position
+        weight.data = weight.data.to(dtype)
+    compute_buffers(visual)
+    load_weights(visual, folder, device, PREFIX)
     visual.eval().requires_grad_(False)
     (kernels or KernelChoice()).switch_tower(visual, device, dtype)
-    return FrozenTower(family, visual, digest)
+    return FrozenTower(family, visual, _digest(visual, folder))
 
 
-class _TowerWeights:
-    """The tower's part of a checkpoint, by the tower's own names. See `loading.WeightSource`."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        shapes = checkpoint.shapes.items()
-        self.shapes = {name.removeprefix(PREFIX): shape for name, shape in shapes if name.startswith(PREFIX)}
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.checkpoint.rows(PREFIX + name, start, stop)
-
-    def digest(self) -> str:
-        """Of all names and bytes, as they are stored."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name in sorted(self.shapes):
-            digest.update(name.encode())
-            rows = self.rows(name, 0, self.shapes[name][0])
-            digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+def _digest(visual: nn.Module, folder: Path) -> str:
+    """Of the tower's weights as they are stored, and of its buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    stored = stored_weights(folder)
+    for name in sorted(name for name in stored if module_name(name).startswith(PREFIX)):
+        with safe_open(stored[name].file, "pt") as file:  # pyright: ignore[reportPrivateImportUsage]
+            value = file.get_tensor(name)
+        digest.update(module_name(name).encode())
+        digest.update(value.contiguous().view(torch.uint8).numpy())
+    for name, buffer in visual.named_buffers():
+        digest.update(f"{name} {buffer.tolist()}".encode())
+    return digest.hexdigest()

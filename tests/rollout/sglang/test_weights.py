@@ -14,10 +14,11 @@ from vcr1_fast.rollout.sgl.weights import (
     Batch,
     WeightStore,
     WeightTable,
-    checkpoint_name,
     checkpoint_weights,
     in_batches,
 )
+from vcr1_fast.run.model_folder import checkpoint_name
+from vcr1_fast.settings.error import ConfigError
 
 
 def test_names_are_those_of_the_checkpoint(make_tiny_model, tmp_path):
@@ -34,7 +35,7 @@ def test_weights_of_a_folder_are_the_models(make_tiny_model, tmp_path):
     model.save_pretrained(tmp_path)
     read = dict(checkpoint_weights(tmp_path))
     assert all(torch.equal(read[checkpoint_name(name)], value) for name, value in model.state_dict().items())
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match="has no weights"):
         list(checkpoint_weights(tmp_path / "none"))
 
 

@@ -52,10 +52,6 @@ class ModelFamily(Protocol):
         """Patches that merge into one video token."""
         ...
 
-    def weight_name(self, stored: str) -> str | None:
-        """The model's name of a weight that a checkpoint stores under this one; None for what is computed, not read."""
-        ...
-
     def video_token_id(self, config: Any) -> int:
         """The placeholder of a video token in a prompt."""
         ...

@@ -27,16 +27,6 @@ class Qwen25VL:
     patch_values = 3 * 2 * 14 * 14
     patches_per_token = 4
 
-    def weight_name(self, stored: str) -> str | None:
-        """The published checkpoints have the names of transformers before 4.52: `visual.*`, `model.layers.*`."""
-        if stored.endswith("rotary_emb.inv_freq"):
-            return None
-        if stored.startswith("visual."):
-            return f"model.{stored}"
-        if stored.startswith("model.") and not stored.startswith(("model.visual.", "model.language_model.")):
-            return f"model.language_model.{stored.removeprefix('model.')}"
-        return stored
-
     def video_token_id(self, config: Any) -> int:
         return config.video_token_id
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vcr1_fast.learner.lora import is_factor
 from vcr1_fast.rollout.sgl.feed import Feed
-from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, checkpoint_name
+from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore
+from vcr1_fast.run.model_folder import checkpoint_name
 
 
 class Adapters:

@@ -17,19 +17,9 @@ from torch import Tensor
 
 from vcr1_fast.rollout.sgl.check import checksum
 from vcr1_fast.rollout.sgl.messages import SharedBytes
-from vcr1_fast.run.model_folder import weight_files
+from vcr1_fast.run.model_folder import checkpoint_name, weight_files
 
-# transformers 5 names the parts of the model by its modules, the published checkpoints and SGLang by these.
-RENAMED = {"model.visual.": "visual.", "model.language_model.": "model."}
 Weights = Iterable[tuple[str, Tensor]]
-
-
-def checkpoint_name(name: str) -> str:
-    """A weight's name in the published checkpoints, from its name in the model's state dict (or that name itself)."""
-    for prefix, replacement in RENAMED.items():
-        if name.startswith(prefix):
-            return replacement + name.removeprefix(prefix)
-    return name
 
 
 def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
