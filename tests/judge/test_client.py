@@ -209,8 +209,14 @@ def test_after_a_failure_others_fail_at_once():
 
 @pytest.mark.parametrize("trouble", [says("seven"), sends(500)])
 def test_a_question_that_alone_goes_wrong_does_not_stop_the_others(trouble):
+    is_answered = threading.Event()  # the question after it: without a success since it began all would be given up
+
     def answer(handler, prompt):
+        if prompt == "bad":
+            is_answered.wait(1.0)
         (trouble if prompt == "bad" else says("7"))(handler, prompt)
+        if prompt == "b":
+            is_answered.set()
 
     with serving(answer) as server:
         client = client_of(server.url, backoff_s=0.1)
