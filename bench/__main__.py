@@ -1,4 +1,4 @@
-"""`python -m bench NAME [--output FOLDER]`: decode, kernels, rewards, step, weight_sync. Each ends in one JSON line."""
+"""`python -m bench NAME [--output FOLDER]`: one of BENCHMARKS. Each ends in one JSON line."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bench.machine import machine_card
 
 BENCHMARKS = {
     "decode": "video files to patches with each reader, the cache and the workers, and qwen-vl-utils' way",
+    "learner": "an update of 7B counted on fake GPUs; no GPU needed",
     "kernels": "each kernel against its floor and against other projects' kernels",
     "rewards": "rewards of N completions, the original's way and ours",
     "step": "one policy update, the original's way and ours, on the same groups",

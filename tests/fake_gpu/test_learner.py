@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from vcr1_fast.fake_gpu.extrapolate import sizes_to_run, to_blocks
 from vcr1_fast.fake_gpu.process import Case, run
-from vcr1_fast.fake_gpu.sizes import with_blocks
+from vcr1_fast.fake_gpu.sizes import num_blocks, with_blocks
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES, whole_config
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "qwen2_5_vl_7b_cotraining_8xh100.yaml")
@@ -112,3 +113,36 @@ def test_what_cannot_run_is_reported_with_its_error():
     broken = case("broken", 8, "--model.lora.rank=8", "--model.lora.targets=[nowhere]")
     [report] = run([broken])
     assert report["name"] == "broken" and "model.lora.targets names nowhere" in report["error"]
+
+
+@pytest.mark.parametrize("num_gpus", WORLDS)
+def test_loading_takes_little_more_than_the_shards(num_gpus: int):
+    """A whole model on every GPU would be 33 GB for 7B, where an eighth of it is 4."""
+    report = reports(num_gpus)["full"]
+    shards = sum(report["load"]["peaks"]["load"].values()) - 64 * 2**20
+    one_block = 4 * 233_057_792  # a decoder layer of 7B in float32
+    weights = report["updates"][-1]["peaks"]["optimizer"]["weights"]
+    assert weights <= shards + 64 * 2**20 <= 1.25 * weights + one_block
+
+
+@pytest.mark.slow
+def test_the_whole_model_runs_and_is_what_few_blocks_foretell():
+    """28 + 32 blocks at world 8, every count and the peak of every phase within 1 % of the extrapolation."""
+    whole = whole_config(PUBLIC_SIZES["Qwen2.5-VL-7B"])
+    blocks = num_blocks(whole)
+    sizes = {f"{size}": size for size in sizes_to_run(blocks)}
+    row = (((CLIP, ANSWERS),),)
+    small = [Case(name, 8, CONFIG, with_blocks(whole, *size), row) for name, size in sizes.items()]
+    found = {report["name"]: report for report in run([*small, Case("whole", 8, CONFIG, whole, row)])}
+    assert "error" not in found["whole"], found["whole"]
+    for part in (lambda report: report["load"], lambda report: report["updates"][0]):
+        foretold = to_blocks({size: part(found[name]) for name, size in sizes.items()}, blocks)
+        measured = part(found["whole"])
+        for count in ("launches", "gemm_flop", "attention_flop", "moved_bytes", "live_bytes", "predicted_s"):
+            assert foretold[count] == pytest.approx(measured[count], rel=0.01, abs=1), count
+        assert foretold["collectives"] == len(measured["collectives"])
+        for phase, kinds in measured["peaks"].items():
+            assert sum(foretold["peaks"][phase].values()) == pytest.approx(sum(kinds.values()), rel=0.01, abs=1e7), (
+                phase
+            )
+    assert measured["gemm_flop"] + measured["attention_flop"] == pytest.approx(457e12, rel=0.01)

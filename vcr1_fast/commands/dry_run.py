@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vcr1_fast.fake_gpu import predict
-from vcr1_fast.fake_gpu.extrapolate import SMALL, peak_of, sizes_to_run, to_blocks, to_rows
+from vcr1_fast.fake_gpu.extrapolate import SMALL, Size, peak_of, sizes_to_run, to_blocks, to_rows
 from vcr1_fast.fake_gpu.process import Case, run
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 from vcr1_fast.fake_gpu.sizes import num_blocks, with_blocks
@@ -31,7 +31,6 @@ from vcr1_fast.run.telemetry import progress
 from vcr1_fast.settings.config import Config, VideoConfig
 from vcr1_fast.settings.io import config_to_yaml
 
-Size = tuple[int, int, int]
 GATHER_BYTES = 2_500_000_000  # at most, beside the shards, while weights are pushed or exported: learner/gathering.py
 
 

@@ -12,16 +12,22 @@ from typing import Any
 
 SMALL = (2, 1, 1)  # decoder layers, tower blocks with windows, and those that see whole frames
 STEP = 2  # blocks more of one kind
+Size = tuple[int, int, int]
 Report = Mapping[str, Any]  # dataclasses.asdict(learner.Measured), or a sum of such
 
 
-def sizes_to_run(blocks: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+def sizes_to_run(blocks: Size) -> list[Size]:
     """The models to run: a small one, and for each kind of block one with more of them."""
-    grown = [tuple(n + STEP * (kind == index) for index, n in enumerate(SMALL)) for kind in range(3)]
-    return [SMALL, *(size for size, whole, n in zip(grown, blocks, SMALL, strict=True) if whole != n)]  # type: ignore[list-item]
+    layers, windowed, full = SMALL
+    grown: list[Size] = [
+        (layers + STEP, windowed, full),
+        (layers, windowed + STEP, full),
+        (layers, windowed, full + STEP),
+    ]
+    return [SMALL, *(size for size, whole, n in zip(grown, blocks, SMALL, strict=True) if whole != n)]
 
 
-def to_blocks(reports: Mapping[tuple[int, int, int], Report], blocks: tuple[int, int, int]) -> dict[str, Any]:
+def to_blocks(reports: Mapping[Size, Report], blocks: Size) -> dict[str, Any]:
     """One phase of a model with `blocks`, from that of the models in `sizes_to_run`."""
     terms: list[tuple[float, Report]] = [(1.0, reports[SMALL])]
     for size, report in reports.items():
