@@ -198,16 +198,17 @@ def plan_memory(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: in
 
     SGLang has a pool of its own for weights, KV cache and prefill: nothing of it is on this GPU when it runs elsewhere.
 
-    weights 4 P / N, reference 4 P / N (beta > 0), AdamW 8 P' / N, gradients 4 P' / N (P': trainable), engine c P
+    weights 4 P / N, reference c P / N (beta > 0; 4 P on one GPU), AdamW 8 P' / N, gradients 4 P' / N, engine c P
     gathered  c (root + 2 blocks) + (c + 4) blocks of gradients; on one GPU: autocast's copies c P instead
-    c: bytes of compute_dtype, 2 for bfloat16
+    c: bytes of compute_dtype, 2 for bfloat16; P': trainable. A frozen tower is kept in c bytes
     LoRA: weights c P / N + 4 P' / N, no reference, gradients of blocks are adapters, no copies on one GPU
     """
     width = 4 if config.model.compute_dtype == "float32" else 2
     adapters, has_lora = adapter_params(size, config.model.lora), config.model.lora.rank > 0
     frozen_tower = size.tower_params if config.model.freeze_vision else 0
     trainable = size.layers * adapters if has_lora else size.params - frozen_tower
-    weights = width * size.params + 4 * trainable if has_lora else 4 * size.params
+    weights = width * size.params + 4 * trainable if has_lora else 4 * trainable + width * frozen_tower
+    reference = 0 if has_lora or not config.algorithm.beta else (4 if num_gpus == 1 else width) * size.params
     block = max(size.layer_params, size.tower_block_params)
     gathered = width * (size.root_params + 2 * block) + (width + 4) * (adapters if has_lora else block)
     if num_gpus == 1:  # float32 masters are used as they are, frozen weights are kept in compute_dtype
@@ -224,7 +225,7 @@ def plan_memory(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: in
             {
                 "frozen weights and adapters" if has_lora else "weights, float32": weights / num_gpus,
                 "AdamW, float32": 8 * trainable / num_gpus,
-                "reference, float32": 0 if has_lora or not config.algorithm.beta else 4 * size.params / num_gpus,
+                "reference": reference / num_gpus,
                 **engine_bytes(config.rollout, width * size.params),
             }
         ),
