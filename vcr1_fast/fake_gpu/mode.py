@@ -177,7 +177,8 @@ class FakeGpu(TorchDispatchMode):
             is_backward = "backward" in name
             query, key = args[1:3] if is_backward else args[:2]
             batch, heads, num_queries, width = query.shape
-            is_causal = args[11] if is_backward else args[6] if "efficient" in name else args[4]
+            place = 11 if is_backward else 6 if "efficient" in name else 4
+            is_causal = len(args) > place and args[place]  # trailing defaults are left out
             flop = costs.attention_flop(heads * width, [num_queries], [key.shape[2]], bool(is_causal))
             self.add_attention(batch * flop, is_backward)
             return

@@ -113,6 +113,8 @@ def _sources(
     twice: list[str] = []
     for name in stored:
         own = module_name(name)
+        if own.endswith("rotary_emb.inv_freq"):  # computed, not read; old checkpoints hold it
+            continue
         if own in given:
             twice.append(own)
         if own.startswith(part):
