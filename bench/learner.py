@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """One row for each number of GPUs and prompt length."""
     whole = whole_config(PUBLIC_SIZES["Qwen2.5-VL-7B"])
     blocks = num_blocks(whole)
-    sizes = {str(size): size for size in sizes_to_run(blocks)}
+    sizes = {str(size): size for size in sizes_to_run()}
     rows: list[dict[str, Any]] = []
     for num_gpus in WORLDS:
         for prompt, grid in CLIPS.items():

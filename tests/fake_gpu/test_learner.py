@@ -130,7 +130,7 @@ def test_the_whole_model_runs_and_is_what_few_blocks_foretell():
     """28 + 32 blocks at world 8, every count and the peak of every phase within 1 % of the extrapolation."""
     whole = whole_config(PUBLIC_SIZES["Qwen2.5-VL-7B"])
     blocks = num_blocks(whole)
-    sizes = {f"{size}": size for size in sizes_to_run(blocks)}
+    sizes = {f"{size}": size for size in sizes_to_run()}
     row = (((CLIP, ANSWERS),),)
     small = [Case(name, 8, CONFIG, with_blocks(whole, *size), row) for name, size in sizes.items()]
     found = {report["name"]: report for report in run([*small, Case("whole", 8, CONFIG, whole, row)])}

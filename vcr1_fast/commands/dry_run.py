@@ -64,7 +64,7 @@ def measure(
         settings = Path(folder) / "config.yaml"
         settings.write_text(config_to_yaml(config), encoding="utf-8")
         cases: dict[str, tuple[str, Size, Case]] = {}
-        for shrunk in sizes_to_run(blocks):
+        for shrunk in sizes_to_run():
             small = with_blocks(model, *shrunk)
             kinds = {"learner": Case("", num_gpus, str(settings), small, updates, overrides=_ONE_UPDATE)}
             if config.rollout.engine == "local":
@@ -113,7 +113,7 @@ def _whole(
     blocks: Size,
     num_rows: int,
 ) -> Measured:
-    sizes = sizes_to_run(blocks)
+    sizes = sizes_to_run()
 
     def grown(kind: str, part: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:
         return to_blocks({shrunk: part(reports[kind, shrunk]) for shrunk in sizes}, blocks)
@@ -161,14 +161,14 @@ def _learner(
     peak_bytes: int,
 ) -> dict[str, float]:
     """Counts of one update on one GPU."""
-    deeper = next((size for size in sizes if size[0] != SMALL[0]), SMALL)
+    deeper = next(size for size in sizes if size[0] != SMALL[0])
     launches = [reports["learner", size]["updates"][1]["launches"] for size in (SMALL, deeper)]
     flop = update["gemm_flop"] + update["attention_flop"]
     return {
         "syncs": sum(update["syncs"].values()),
         "blocking_copies": sum(update["blocking_copies"].values()),
         "launches": update["launches"],
-        "launches_per_decoder_layer": (launches[1] - launches[0]) / max(deeper[0] - SMALL[0], 1),
+        "launches_per_decoder_layer": (launches[1] - launches[0]) / (deeper[0] - SMALL[0]),
         "collectives": update["collectives"],
         "tflop": round(flop / 1e12, 1),
         "elementwise_gb": round(update["moved_bytes"] / 1e9, 1),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from vcr1_fast.learner.memory_sums import (
     TEXT_TOKENS,
     ModelSize,
     TokenPlan,
-    adapter_params,
     clip_tokens,
     model_size,
     plan_memory,
     plan_tokens,
     read_model_config,
+    reduces_once,
+    trained_params,
 )
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.run.telemetry import console, is_main_rank, say
@@ -67,8 +68,11 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
     check_settings(config, "train", num_gpus)
     model, source = read_model_config(config.model.path)
     size, tokens = model_size(model, source), plan_tokens(config, num_gpus)
-    sums = plan_memory(config, size, tokens, num_gpus)
-    measured = None if is_fast else _measured(config, model, size, tokens, num_gpus)
+    once = reduces_once(config, size, num_gpus, min(GPUS_GB.values()))
+    has_rows = num_gpus > 1 and tokens.groups_per_gpu > tokens.groups_per_row
+    sums = plan_memory(config, size, tokens, num_gpus, has_whole_gradients=once and has_rows)
+    decided = replace(config, train=replace(config.train, reduce_gradients="once" if once else "each_row"))
+    measured = None if is_fast else _measured(decided, model, size, tokens, num_gpus)
     memory = measured.phases if measured else sums.by_phase()
     phases = {phase: round(sum(kinds.values()), 2) for phase, kinds in memory.items()}
     too_large = {gpu: [name for name, gb in phases.items() if gb > room] for gpu, room in GPUS_GB.items()}
@@ -117,9 +121,7 @@ def disk_gb(config: Config, size: ModelSize) -> dict[str, float]:
     """Checkpoints: float32 weights and two moments of what is trained, `checkpoint.keep` of them and the one being
     written. Export: every weight in bfloat16, as public checkpoints have them, unless `checkpoint.export_dtype` says
     float32."""
-    frozen = size.tower_params if config.model.freeze_vision else 0
-    lora = config.model.lora
-    trained = size.layers * adapter_params(size, lora) if lora.rank else size.params - frozen
+    trained = trained_params(config, size)
     width = 4 if config.checkpoint.export_dtype == "float32" else 2
     checkpoints = 12 * trained * (config.checkpoint.keep + 1) if config.checkpoint.every else 12 * trained
     export = width * size.params if config.checkpoint.export else 0

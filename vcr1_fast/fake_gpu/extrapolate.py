@@ -16,15 +16,10 @@ Size = tuple[int, int, int]
 Report = Mapping[str, Any]  # dataclasses.asdict(learner.Measured), or a sum of such
 
 
-def sizes_to_run(blocks: Size) -> list[Size]:
+def sizes_to_run() -> list[Size]:
     """The models to run: a small one, and for each kind of block one with more of them."""
     layers, windowed, full = SMALL
-    grown: list[Size] = [
-        (layers + STEP, windowed, full),
-        (layers, windowed + STEP, full),
-        (layers, windowed, full + STEP),
-    ]
-    return [SMALL, *(size for size, whole, n in zip(grown, blocks, SMALL, strict=True) if whole != n)]
+    return [SMALL, (layers + STEP, windowed, full), (layers, windowed + STEP, full), (layers, windowed, full + STEP)]
 
 
 def to_blocks(reports: Mapping[Size, Report], blocks: Size) -> dict[str, Any]:

@@ -193,7 +193,30 @@ class MemoryPlan:
         return {name: {**self.static, **part} for name, part in parts.items() if part}
 
 
-def plan_memory(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: int) -> MemoryPlan:
+def trained_params(config: Config, size: ModelSize) -> int:
+    """P'."""
+    if config.model.lora.rank:
+        return size.layers * adapter_params(size, config.model.lora)
+    return size.params - (size.tower_params if config.model.freeze_vision else 0)
+
+
+def reduces_once(config: Config, size: ModelSize, num_gpus: int, gpu_gb: float) -> bool:
+    """Whether gradients wait, whole, for an update's last row (train.reduce_gradients).
+
+    They cost nothing where an update has one row. A tenth of the GPU is left for what the sums do not know.
+    """
+    if config.train.reduce_gradients != "auto":
+        return config.train.reduce_gradients == "once"
+    tokens = plan_tokens(config, num_gpus)
+    if num_gpus == 1 or tokens.groups_per_gpu <= tokens.groups_per_row:
+        return True
+    update = plan_memory(config, size, tokens, num_gpus).by_phase()["update"]
+    return sum(update.values()) + 4 * trained_params(config, size) / 1e9 <= 0.9 * gpu_gb
+
+
+def plan_memory(
+    config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: int, has_whole_gradients: bool = False
+) -> MemoryPlan:
     """Float32 masters and moments sharded by FSDP2 over N GPUs; the rollout engine keeps a whole copy on each GPU.
 
     SGLang has a pool of its own for weights, KV cache and prefill: nothing of it is on this GPU when it runs elsewhere.
@@ -201,12 +224,13 @@ def plan_memory(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: in
     weights 4 P / N, reference c P / N (beta > 0; 4 P on one GPU), AdamW 8 P' / N, gradients 4 P' / N, engine c P
     gathered  c (root + 2 blocks) + (c + 4) blocks of gradients; on one GPU: autocast's copies c P instead
     c: bytes of compute_dtype, 2 for bfloat16; P': trainable. A frozen tower is kept in c bytes
+    has_whole_gradients: of several rows, kept until the last one (`reduces_once`): 4 P' more
     LoRA: weights c P / N + 4 P' / N, no reference, gradients of blocks are adapters, no copies on one GPU
     """
     width = 4 if config.model.compute_dtype == "float32" else 2
     adapters, has_lora = adapter_params(size, config.model.lora), config.model.lora.rank > 0
     frozen_tower = size.tower_params if config.model.freeze_vision else 0
-    trainable = size.layers * adapters if has_lora else size.params - frozen_tower
+    trainable = trained_params(config, size)
     weights = width * size.params + 4 * trainable if has_lora else 4 * trainable + width * frozen_tower
     reference = 0 if has_lora or not config.algorithm.beta else (4 if num_gpus == 1 else width) * size.params
     block = max(size.layer_params, size.tower_block_params)
@@ -232,6 +256,7 @@ def plan_memory(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: in
         update=_gb(
             {
                 "gradients, float32": 4 * trainable / num_gpus,
+                "whole gradients until the last row": 4 * trainable if has_whole_gradients else 0,
                 "gathered blocks": gathered,
                 "decoder activations": decoder_bytes(size, tokens.row, config.model.gradient_checkpointing),
                 "tower activations": tower_bytes(size, tokens, config),

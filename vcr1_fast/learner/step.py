@@ -15,6 +15,7 @@ from vcr1_fast.learner.device_batch import DeviceBatch
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.loading import empty_model, load_weights, move_values
 from vcr1_fast.learner.lora import adapters_off, add_adapters
+from vcr1_fast.learner.memory_sums import read_model_size, reduces_once
 from vcr1_fast.learner.model import PolicyModel, resolve_dtype
 from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
@@ -67,9 +68,15 @@ class Learner:
         torch.cuda.empty_cache()  # a colocated engine sizes itself by what is free, and cached memory is not
         self.optimizer = build_optimizer(self.policy, config.optimizer)
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_updates)
-        self.reduces_once = True
+        self.reduces_once = self._reduces_once()
         kind = (self.policy.family, self.policy.hf.config, config.model.is_tower_frozen)
         self._placeholder = placeholder(*kind, world.device, self.dtype)
+
+    def _reduces_once(self) -> bool:
+        if self.world.device.type != "cuda":
+            return self.config.train.reduce_gradients != "each_row"
+        memory_gb = torch.cuda.get_device_properties(self.world.device).total_memory / 1e9
+        return reduces_once(self.config, read_model_size(self.config.model.path), self.world.world_size, memory_gb)
 
     def _load(self, is_trained: bool = True) -> PolicyModel:
         """The model of `config.model.path` with this rank's part of its weights: float32 where they are trained."""

@@ -234,6 +234,9 @@ class TrainConfig:
     max_group_tokens: int | None = None
     """Packed tokens of the largest group that the GPUs can hold; above it, a group is left out of its update and its
     question is not asked again. Default: no limit."""
+    reduce_gradients: Literal["auto", "once", "each_row"] = "auto"
+    """When gradients are added up over GPUs in an update of several rows: once, after the last row, which takes 4 bytes
+    more for each trained weight; after each row; or auto, once where the worst case then fits into the GPU."""
     seed: int = 0
     """Of data order, sampling and everything else random."""
     resume: str = "auto"
