@@ -22,8 +22,9 @@ def with_blocks(config: Mapping[str, Any], layers: int, windowed: int, full: int
     changed: dict[str, Any] = copy.deepcopy(dict(config))
     text, tower = changed.get("text_config") or changed, changed["vision_config"]
     text["num_hidden_layers"] = text["max_window_layers"] = layers
-    if text.get("layer_types"):
-        text["layer_types"] = text["layer_types"][:layers]
+    kinds = text.get("layer_types")
+    if kinds:
+        text["layer_types"] = [kinds[index % len(kinds)] for index in range(layers)]
     tower["depth"] = windowed + full
     tower["fullatt_block_indexes"] = list(range(windowed, windowed + full))
     return changed
