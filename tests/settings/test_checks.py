@@ -63,7 +63,11 @@ def changed(settings: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(settings, **values)
 
 
-@pytest.mark.parametrize(("changes", "message", "refusing"), CONTRADICTIONS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    ("changes", "message", "refusing"),
+    CONTRADICTIONS,
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value)[:60],
+)
 def test_a_contradiction_stops_the_commands_that_use_its_settings(changes, message, refusing):
     config = changed(Config(), changes)
     for command in get_args(RunCommand):

@@ -16,6 +16,8 @@ needs values (which tokens are drawn, whether a loss falls) cannot be seen.
     groups.py      groups of given sizes
     checkpoint.py  a checkpoint of such a model, its weights a hole in a file
     learner.py     a learner on them, its load and its updates
+    local_engine.py  the local rollout engine on them
+    whole_run.py   the whole of `train` on them
     cases.py       runs cases one after the other
     process.py     the process that does it, from outside
     extrapolate.py from models with few blocks to whole ones

@@ -77,7 +77,16 @@ def install(gpu: GpuModel, num_gpus: int, wait: Callable[[str], None]) -> None:
             "L2_cache_size": 50 << 20,
         },
     )
-    stream = _Stream(wait)
+
+    class Stream(_Stream):  # classes, because annotations of other packages name them
+        def __init__(self, *_: Any, **__: Any) -> None:
+            super().__init__(wait)
+
+    class Event(_Event):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            super().__init__(wait)
+
+    stream = Stream()
 
     @contextlib.contextmanager
     def nothing(*_: Any, **__: Any) -> Iterator[None]:
@@ -99,8 +108,8 @@ def install(gpu: GpuModel, num_gpus: int, wait: Callable[[str], None]) -> None:
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: wait("torch.cuda.synchronize"),
-        "Stream": lambda *_, **__: _Stream(wait),
-        "Event": lambda *_, **__: _Event(wait),
+        "Stream": Stream,
+        "Event": Event,
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
         "stream": nothing,

@@ -73,18 +73,19 @@ class FakeGpu(TorchDispatchMode):
         return out
 
     def _on_host(self, func: Any, namespace: str, name: str, args: Any, kwargs: Any) -> Any:
-        if name in ("is_pinned", "pin_memory", "_pin_memory"):
-            if name == "is_pinned":
-                return args[0].untyped_storage() in self._pinned
-            self._pinned.add(args[0].untyped_storage())
-            return args[0]
+        if name == "is_pinned":
+            return args[0].untyped_storage() in self._pinned
         is_pinned = kwargs.get("pin_memory", False)
         out = func(*args, **(kwargs | {"pin_memory": False} if is_pinned else kwargs))
         if is_pinned:
-            self._pinned.add(out.untyped_storage())
+            self.pin(out)
         if namespace in ("c10d", "_c10d_functional"):
             self.meter.collectives.append((f"host {name}", _largest_bytes((args, kwargs))))
         return out
+
+    def pin(self, tensor: Tensor) -> None:
+        """Its copies to the GPU wait for nobody."""
+        self._pinned.add(tensor.untyped_storage())
 
     def _own_operator(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operator's own code instead of its shapes: allocations, copies and launches in it then count."""
@@ -114,6 +115,9 @@ class FakeGpu(TorchDispatchMode):
             if source.device.type == "cpu" and device.type == "cuda":
                 asked = kwargs.get("non_blocking", len(args) > 2 and args[2])
                 self._copied(source, bool(asked))
+        if name == "nonzero":  # as if everything were: what follows is then as large as it can be
+            self._waited(name)
+            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
         if name in costs.READS_VALUES or (name == "repeat_interleave" and kwargs.get("output_size") is None):
             self._waited(name)
         if name.startswith(("index", "_index_put_impl")) and len(args) > 1 and isinstance(args[1], list | tuple):
@@ -260,6 +264,12 @@ def _patch_torch(gpu: FakeGpu) -> None:
         return result
 
     torch.UntypedStorage.resize_ = resize_
+
+    def pin_memory(self: Tensor, device: Any = None) -> Tensor:  # also in threads, where no mode is active
+        gpu.pin(self)
+        return self
+
+    torch.Tensor.pin_memory = pin_memory  # pyright: ignore[reportAttributeAccessIssue]
     _patch_dense_attention()
     make = torch.tensor
 

@@ -35,8 +35,9 @@ class Case:
     name: str
     num_gpus: int
     config: str  # settings: a YAML file
-    hf_config: dict[str, Any]  # config.json of the model
+    hf_config: dict[str, Any]  # config.json of the model; of a whole run it is the checkpoint's own
     updates: tuple[tuple[Group, ...], ...] = ()  # this rank's groups in each of them
+    trains: bool = False  # a whole run of `train` by these settings instead
     teaches: bool = False  # supervised: each group holds the one completion to learn
     prompts: tuple[tuple[int, int, int], ...] = ()  # clips that the local engine answers together, not a learner
     group_size: int = 8  # answers to each of them
@@ -46,7 +47,8 @@ class Case:
 
 def run(cases: Sequence[Case], timeout_s: float = 600.0) -> Iterator[dict[str, Any]]:
     """The reports of these cases, as each one ends: {"name", "load": Measured, "updates": [Measured]}; with `prompts`
-    {"name", "load", "answers": {number of new tokens: Measured}}; {"name", "error", "traceback"} for one that raised.
+    {"name", "load", "answers": {number of new tokens: Measured}}; with `trains` {"name", "result", "run": Measured};
+    {"name", "error", "traceback"} for one that raised.
 
     Raises FakeGpuError where no GPU can be played here, or when the process takes longer than `timeout_s` seconds.
     """
