@@ -27,7 +27,7 @@ def make_group(shape: GroupShape, family: ModelFamily, config: Any, device: torc
     t, h, w = shape.grid
     num_video = t * h * w // family.patches_per_token
     length = num_video + TEXT_TOKENS
-    ids_L = torch.full((length,), 1000)
+    ids_L = torch.full((length,), 20)  # an id that stands for no picture
     ids_L[TEXT_TOKENS // 2 : TEXT_TOKENS // 2 + num_video] = family.video_token_id(config)
     rows = 0 if shape.has_features else t * h * w
     values_PC = torch.zeros(rows, family.patch_values, dtype=torch.bfloat16, device=device)
