@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from tests.tiny_policy import TinyPolicy, patches, run_ranks, tokens
 from vcr1_fast.learner.optimizer import build_optimizer, clip_grad_norm
@@ -12,7 +11,6 @@ from vcr1_fast.learner.sharding import (
     all_max_int,
     all_reduce_sum,
     barrier,
-    block_lists,
     init_distributed,
     named_weights,
     on_all_ranks,
@@ -69,18 +67,7 @@ def test_two_ranks_compute_in_bfloat16_and_keep_float32_gradients(tmp_path: Path
     assert cosine > 0.999
 
 
-def test_block_lists_of_qwen():
-    found = [(name, len(blocks)) for name, blocks in block_lists(TinyPolicy())]
-    assert found == [("model.visual.blocks", 2), ("model.language_model.layers", 2)]
-
-
-def test_models_that_cannot_be_sharded_are_refused():
-    flat = nn.Module()
-    flat.hf = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"cannot shard Sequential: it has no list of blocks"):
-        block_lists(flat)
-    with pytest.raises(TypeError, match=r"cannot shard Linear: it has no Hugging Face model at \.hf"):
-        block_lists(nn.Linear(2, 2))
+def test_weights_that_are_not_float32_are_refused():
     with pytest.raises(TypeError, match=r"torch.bfloat16, wanted float32 masters"):
         shard(TinyPolicy().bfloat16(), TWO, torch.bfloat16)
 

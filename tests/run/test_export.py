@@ -85,10 +85,10 @@ def test_export_says_its_dtype_where_the_starting_model_said_one(tmp_path: Path)
 
 
 def test_the_dtype_of_a_folder_is_that_of_most_of_its_numbers(tmp_path: Path):
+    weights = {"a": torch.zeros(3), "b": torch.zeros(9, dtype=torch.int64)}
+    save_file(weights, tmp_path / "model.safetensors")
     assert stored_dtype(tmp_path) == torch.float32
-    save_file({"a": torch.zeros(3), "b": torch.zeros(9, dtype=torch.int64)}, tmp_path / "model-1.safetensors")
-    assert stored_dtype(tmp_path) == torch.float32
-    save_file({"c": torch.zeros(2, 2, dtype=torch.bfloat16)}, tmp_path / "model-2.safetensors")
+    save_file(weights | {"c": torch.zeros(2, 2, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
     assert stored_dtype(tmp_path) == torch.bfloat16
 
 

@@ -63,6 +63,25 @@ class _Stream:
     def __exit__(self, *_: Any) -> None: ...
 
 
+def _stream_and_event(wait: Callable[[str], None]) -> tuple[Callable[[], _Stream], Callable[[], _Event]]:
+    """Classes, because annotations of other packages name them."""
+
+    class Stream(_Stream):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            super().__init__(wait)
+
+    class Event(_Event):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            super().__init__(wait)
+
+    return Stream, Event
+
+
+@contextlib.contextmanager
+def _nothing(*_: Any, **__: Any) -> Iterator[None]:
+    yield
+
+
 def install(gpu: GpuModel, num_gpus: int, wait: Callable[[str], None]) -> None:
     """Have torch.cuda speak of this GPU from now on, in the whole process. `wait(what)` is told of each wait for it."""
     properties = type(
@@ -78,20 +97,8 @@ def install(gpu: GpuModel, num_gpus: int, wait: Callable[[str], None]) -> None:
         },
     )
 
-    class Stream(_Stream):  # classes, because annotations of other packages name them
-        def __init__(self, *_: Any, **__: Any) -> None:
-            super().__init__(wait)
-
-    class Event(_Event):
-        def __init__(self, *_: Any, **__: Any) -> None:
-            super().__init__(wait)
-
-    stream = Stream()
-
-    @contextlib.contextmanager
-    def nothing(*_: Any, **__: Any) -> Iterator[None]:
-        yield
-
+    stream_class, event_class = _stream_and_event(wait)
+    stream = stream_class()
     replaced: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -108,13 +115,13 @@ def install(gpu: GpuModel, num_gpus: int, wait: Callable[[str], None]) -> None:
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: wait("torch.cuda.synchronize"),
-        "Stream": Stream,
-        "Event": Event,
+        "Stream": stream_class,
+        "Event": event_class,
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
-        "stream": nothing,
-        "device": nothing,
-        "device_of": nothing,
+        "stream": _nothing,
+        "device": _nothing,
+        "device_of": _nothing,
         "is_bf16_supported": lambda *_, **__: True,
         "is_current_stream_capturing": lambda: False,
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),

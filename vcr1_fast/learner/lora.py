@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.gathering import Part, rows_here
 from vcr1_fast.learner.sharding import named_weights
 from vcr1_fast.settings.config import ConfigError, LoRAConfig
@@ -68,7 +69,7 @@ def add_adapters(
     for weight in hf.parameters():
         weight.data = weight.data.to(dtype)
     generator = torch.Generator().manual_seed(seed)
-    for layer in hf.model.language_model.layers:
+    for layer in family_of(hf.config).decoder(hf).layers:
         linears = {name.rsplit(".", 1)[-1]: name for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
         unknown = [target for target in config.targets if target not in linears]
         if unknown:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from vcr1_fast.learner.families import family_of
 from vcr1_fast.settings.config import ConfigError
 
 # A rank waits in a collective for the slowest rollout of the step; torch's default of 10 minutes for NCCL would kill a
@@ -85,32 +86,6 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
     return World(dist.get_rank(), world_size, local_rank, torch_device)
 
 
-def block_lists(policy: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The lists of repeated blocks of the Hugging Face model at `policy.hf`, outermost first, with their names.
-
-    Qwen2.5-VL has two: `model.visual.blocks` and `model.language_model.layers`. Lists of anything else than equal
-    blocks, and lists inside a block, are not taken.
-    Raises TypeError when the policy has no `hf`, or `hf` has no such list.
-    """
-    hf = getattr(policy, "hf", None)
-    if not isinstance(hf, nn.Module):
-        raise TypeError(f"cannot shard {type(policy).__name__}: it has no Hugging Face model at .hf")
-    found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in hf.named_modules():
-        is_inside = any(name.startswith(outer + ".") for outer, _ in found)
-        if is_inside or not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        is_repeated = len({type(block) for block in module}) == 1
-        if is_repeated and any(True for _ in module.parameters()):
-            found.append((name, module))
-    if not found:
-        raise TypeError(
-            f"cannot shard {type(hf).__name__}: it has no list of blocks (looked for non-empty ModuleLists such as "
-            "model.visual.blocks and model.language_model.layers); run it on one process"
-        )
-    return found
-
-
 def shard(policy: nn.Module, world: World, compute_dtype: torch.dtype) -> None:
     """Split the policy's weights over all ranks, in place: FSDP2 on each vision block, each decoder layer, the root.
 
@@ -118,7 +93,7 @@ def shard(policy: nn.Module, world: World, compute_dtype: torch.dtype) -> None:
     Gradients are SUMMED over ranks, not averaged: the token weights of a step are already normalised over all ranks
     (`PackedBatch.weight_N`), so a mean would divide the learning signal by the number of ranks.
     Everything that reads weights must run inside `policy.forward`, whose hooks gather them.
-    Raises TypeError for a trained weight that is not float32 or a model without blocks.
+    Raises TypeError for a trained weight that is not float32.
     """
     if world.world_size == 1:
         return
@@ -129,7 +104,8 @@ def shard(policy: nn.Module, world: World, compute_dtype: torch.dtype) -> None:
     # Inputs are not cast: the vision tower's rotary tables are float32 on purpose, and bfloat16 ones have 8 bits of
     # position. Hidden states already arrive in compute_dtype, from weights of that type.
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for _, blocks in block_lists(policy):
+    hf: Any = policy.get_submodule("hf")
+    for blocks in family_of(hf.config).block_lists(hf):
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)

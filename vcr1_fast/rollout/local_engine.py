@@ -64,13 +64,14 @@ class LocalEngine:
                 f"the tokenizer's <|video_pad|> is {special.video_pad}, but the model's video_token_id is "
                 f"{model.config.video_token_id}: load both from one checkpoint"
             )
-        if set(model.model.language_model.config.layer_types or ()) - {"full_attention"}:
+        decoder = self._family.decoder(model)
+        if set(decoder.config.layer_types or ()) - {"full_attention"}:
             raise ValueError("the model has sliding-window layers: set text_config.use_sliding_window to false")
         self.policy_version = 0
         self.tokenizer = tokenizer
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
         self._model: Qwen2_5_VLForConditionalGeneration | None = model.eval().requires_grad_(False)
-        model.model.language_model.set_attn_implementation(GROUPED_ATTENTION)
+        decoder.set_attn_implementation(GROUPED_ATTENTION)
         if model.device.type == "cuda":
             is_half = model.dtype in (torch.bfloat16, torch.float16)
             use_tower_attention(self._family.tower(model), "flash" if is_half else "plain")
@@ -214,7 +215,7 @@ class LocalEngine:
             token_ids_PL[index, : length_P[index]] = prompt.token_ids_L
             position_ids_3PL[:, index, : length_P[index]] = prompt.position_ids_3L
         cache = GroupedCache(length_P.to(model.device))
-        output = model.model.language_model(
+        output = self._family.decoder(model)(
             inputs_embeds=self._embed(prompts, token_ids_PL.to(model.device)),
             position_ids=position_ids_3PL.to(model.device),
             attention_mask=READY_MASK,
@@ -244,7 +245,7 @@ class LocalEngine:
         """[B, V] after one more token per row."""
         model = self.model
         cache.begin_token()
-        output = model.model.language_model(
+        output = self._family.decoder(model)(
             inputs_embeds=model.get_input_embeddings()(token_B).unsqueeze(1),
             position_ids=position_B.view(1, -1, 1).expand(3, -1, 1),
             attention_mask=READY_MASK,

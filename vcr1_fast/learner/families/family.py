@@ -72,8 +72,8 @@ class ModelFamily(Protocol):
         """The language model without its head, a PreTrainedModel."""
         ...
 
-    def block_lists(self, hf: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-        """Name and list of the repeated blocks, tower first: what is sharded and recomputed block by block."""
+    def block_lists(self, hf: nn.Module) -> list[nn.ModuleList]:
+        """The repeated blocks, tower first: what is sharded block by block."""
         ...
 
     def tower_inputs(self, grids: Sequence[Grid], config: Any) -> TowerInputs:

@@ -43,11 +43,8 @@ class Qwen25VL:
     def decoder(self, hf: Any) -> Any:
         return hf.model.language_model
 
-    def block_lists(self, hf: Any) -> list[tuple[str, nn.ModuleList]]:
-        return [
-            ("model.visual.blocks", hf.model.visual.blocks),
-            ("model.language_model.layers", hf.model.language_model.layers),
-        ]
+    def block_lists(self, hf: Any) -> list[nn.ModuleList]:
+        return [hf.model.visual.blocks, hf.model.language_model.layers]
 
     def tower_inputs(self, grids: Sequence[Grid], config: Any) -> TowerInputs:
         grid_thw = torch.tensor(grids, dtype=torch.long)
