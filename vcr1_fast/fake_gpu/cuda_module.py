@@ -21,7 +21,6 @@ class GpuModel:
 
 
 H100 = GpuModel("H100 SXM", 80 * 1000**3, (9, 0), 132)
-H200 = GpuModel("H200 SXM", 141 * 1000**3, (9, 0), 132)
 
 
 class _Event:

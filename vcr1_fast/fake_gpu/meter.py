@@ -17,13 +17,7 @@ class Counts:
     attention_forward_flop: int = 0
     attention_backward_flop: int = 0
     moved_bytes: int = 0  # read and written by kernels that are neither GEMM nor attention nor a copy of FSDP's
-    sharding_bytes: int = 0  # the same, of FSDP's copies in and out of its buffers
     seconds: float = 0.0  # of the kernels one after the other, see predict.py
-    collective_bytes: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def flop(self) -> int:
-        return self.gemm_flop + self.attention_forward_flop + self.attention_backward_flop
 
 
 @dataclass
@@ -33,11 +27,9 @@ class Meter:
     memory: Memory = field(default_factory=Memory)
     phase: str = "start"
     counts: dict[str, Counts] = field(default_factory=dict)
-    kernels: dict[str, Counter[str]] = field(default_factory=dict)  # launches by phase and name
     syncs: Counter[str] = field(default_factory=Counter)  # what the host waited for, and where in the code
     blocking_copies: Counter[str] = field(default_factory=Counter)  # host to device, with a wait, and where
     copies: Counter[str] = field(default_factory=Counter)  # host to device, without one
-    copied_bytes: int = 0
     collectives: list[tuple[str, int]] = field(default_factory=list)  # in their order: name, bytes of the largest part
 
     def start(self) -> None:
@@ -62,13 +54,5 @@ class Meter:
         return sum(counts.launches for counts in self.counts.values())
 
     @property
-    def flop(self) -> int:
-        return sum(counts.flop for counts in self.counts.values())
-
-    @property
     def seconds(self) -> float:
         return sum(counts.seconds for counts in self.counts.values())
-
-    def launch(self, name: str, times: int = 1) -> None:
-        self.now.launches += times
-        self.kernels.setdefault(self.phase, Counter())[name] += times

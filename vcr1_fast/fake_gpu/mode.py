@@ -133,7 +133,6 @@ class FakeGpu(TorchDispatchMode):
         """One copy to the GPU. It returns at once only from pinned memory."""
         is_asynchronous = is_asynchronous and source.untyped_storage() in self._pinned
         (self.meter.copies if is_asynchronous else self.meter.blocking_copies)[_site()] += 1
-        self.meter.copied_bytes += source.numel() * source.element_size()
 
     def _waited(self, what: str) -> None:
         self.meter.syncs[f"{what} at {_site()}"] += 1
@@ -166,14 +165,12 @@ class FakeGpu(TorchDispatchMode):
     def _count(self, namespace: str, name: str, args: Any, kwargs: Any, out: Any) -> None:
         meter, counts = self.meter, self.meter.now
         if namespace in ("c10d", "_c10d_functional"):
-            num_bytes = _largest_bytes((args, kwargs))
             if "wrap_tensor" not in name and "wait_tensor" not in name:
-                meter.collectives.append((name, num_bytes))
-                counts.collective_bytes[name] += num_bytes
+                meter.collectives.append((name, _largest_bytes((args, kwargs))))
             return
         if name in costs.NO_KERNEL:
             return
-        meter.launch(name, costs.num_launches(name, args))
+        counts.launches += costs.num_launches(name, args)
         if name.startswith("_flash_attention"):
             self._count_attention(name, args)
             return
@@ -188,9 +185,7 @@ class FakeGpu(TorchDispatchMode):
             return
         flop, num_bytes = costs.gemm_flop(name, args), costs.moved_bytes(args, kwargs, out)
         counts.gemm_flop += flop
-        if name in costs.SHARDING:
-            counts.sharding_bytes += num_bytes
-        elif not flop:
+        if not flop and name not in costs.SHARDING:
             counts.moved_bytes += num_bytes
         # the copy into an all-gather's buffer reads and writes a shard, not the whole buffer that it returns
         counts.seconds += predict.kernel_seconds(flop, 0 if name == "all_gather_copy_in" else num_bytes)
@@ -220,7 +215,7 @@ class FakeGpu(TorchDispatchMode):
     def _launched(self, name: str, arguments: tuple[Any, ...]) -> None:
         """A Triton kernel: its traffic is that of its tensors, once each."""
         num_bytes = costs.moved_bytes(arguments)
-        self.meter.launch(name)
+        self.meter.now.launches += 1
         self.meter.now.moved_bytes += num_bytes
         self.meter.now.seconds += predict.kernel_seconds(0, num_bytes)
 

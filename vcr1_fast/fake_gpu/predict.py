@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PEAK_FLOP_S = 989e12  # bfloat16, dense, H100 SXM: what MFU is taken of
 LAUNCH_S = 2.5e-6  # the shortest a kernel takes, its launch included
 
 
