@@ -18,15 +18,8 @@ from vcr1_fast.fake_gpu.extrapolate import SMALL, Size, peak_of, sizes_to_run, t
 from vcr1_fast.fake_gpu.process import Case, run
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 from vcr1_fast.fake_gpu.sizes import num_blocks, with_blocks
-from vcr1_fast.learner.memory_sums import (
-    PATCH_VALUES,
-    PATCHES_PER_TOKEN,
-    ModelSize,
-    TokenPlan,
-    engine_bytes,
-    prompts_at_once,
-    video_tokens,
-)
+from vcr1_fast.learner.memory_sums import TokenPlan, engine_bytes, prompts_at_once, video_tokens
+from vcr1_fast.learner.model_size import PATCH_VALUES, PATCHES_PER_TOKEN, ModelSize
 from vcr1_fast.run.telemetry import progress
 from vcr1_fast.settings.config import Config, VideoConfig
 from vcr1_fast.settings.io import config_to_yaml

@@ -18,18 +18,18 @@ from rich.table import Table
 from vcr1_fast.commands.dry_run import Measured, measure
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 from vcr1_fast.learner.memory_sums import (
+    ADVICE,
     GPUS_GB,
+    SMALLEST_GPU_GB,
     TEXT_TOKENS,
-    ModelSize,
     TokenPlan,
     clip_tokens,
-    model_size,
     plan_memory,
     plan_tokens,
-    read_model_config,
     reduces_once,
     trained_params,
 )
+from vcr1_fast.learner.model_size import ModelSize, model_size, read_model_config
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.run.telemetry import console, is_main_rank, say
 from vcr1_fast.settings.checks import check_settings
@@ -38,14 +38,6 @@ from vcr1_fast.tasks import make_tasks
 
 DEFAULT_NUM_GPUS = 8
 SHOWN_CLIPS_S = (10, 30, 120, 384)
-
-ADVICE = {
-    "load": "more GPUs, or model.lora.rank",
-    "export": "more GPUs, or model.lora.rank",
-    "update": "model.gradient_checkpointing=true, a smaller train.tokens_per_microbatch, or more GPUs",
-    "rollout": "a smaller rollout.max_batch_tokens, or more GPUs",
-    "evaluation": "a smaller rollout.max_batch_tokens",
-}
 
 
 def default_num_gpus(config: Config) -> int:
@@ -68,7 +60,7 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
     check_settings(config, "train", num_gpus)
     model, source = read_model_config(config.model.path)
     size, tokens = model_size(model, source), plan_tokens(config, num_gpus)
-    once = reduces_once(config, size, num_gpus, min(GPUS_GB.values()))
+    once = reduces_once(config, size, num_gpus, SMALLEST_GPU_GB)
     has_rows = num_gpus > 1 and tokens.groups_per_gpu > tokens.groups_per_row
     sums = plan_memory(config, size, tokens, num_gpus, has_whole_gradients=once and has_rows)
     decided = replace(config, train=replace(config.train, reduce_gradients="once" if once else "each_row"))

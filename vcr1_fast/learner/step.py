@@ -15,8 +15,9 @@ from vcr1_fast.learner.device_batch import DeviceBatch
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.loading import empty_model, load_weights, move_values
 from vcr1_fast.learner.lora import adapters_off, add_adapters
-from vcr1_fast.learner.memory_sums import read_model_size, reduces_once
+from vcr1_fast.learner.memory_sums import reduces_once
 from vcr1_fast.learner.model import PolicyModel, resolve_dtype
+from vcr1_fast.learner.model_size import read_model_size
 from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
 from vcr1_fast.learner.packing import placeholder

@@ -16,6 +16,7 @@ import torch
 from vcr1_fast import __version__, native
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.kernel_proof import choose_kernels
+from vcr1_fast.learner.memory_sums import check_memory
 from vcr1_fast.learner.model import load_hugging_face, load_tokenizer, resolve_dtype
 from vcr1_fast.learner.sharding import World, init_distributed, on_main_rank, shutdown
 from vcr1_fast.learner.step import Learner
@@ -156,6 +157,9 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
     world, writes = init_distributed(config.model.device), command != "eval"
     try:
         check_settings(config, command, world.world_size)
+        if command == "train" and world.device.type == "cuda":
+            memory_gb = torch.cuda.get_device_properties(world.device).total_memory / 1e9
+            check_memory(config, world.world_size, memory_gb)
         folder = prepare_output_dir(config.train.output_dir, world) if writes else Path(config.train.output_dir)
         torch.manual_seed(config.train.seed)
         choose_half(world)
