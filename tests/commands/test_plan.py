@@ -13,6 +13,7 @@ from vcr1_kernels.head_chunks import head_peak_bytes
 
 import vcr1_fast.cli as cli
 from vcr1_fast.commands.plan import plan_command
+from vcr1_fast.fake_gpu.predict import Rates
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 from vcr1_fast.learner import memory_sums
 from vcr1_fast.learner.memory_sums import (
@@ -295,13 +296,15 @@ def test_a_fast_dry_run_says_that_it_is_sums(capsys):
     assert line["learner"] is None and line["predicted"] is None
 
 
-def test_a_dry_run_runs_the_step(capsys, tmp_path: Path):
+def test_a_dry_run_runs_the_step(capsys, monkeypatch, tmp_path: Path):
     """The packaged model: its numbers by hand where they are simple, the rest must be there."""
     (tmp_path / "rows.jsonl").write_text(
         '{"id": "a", "task": "temporal_grounding", "video": "a.mp4", "query": "a dog barks", "duration_s": 8.0, '
         '"intervals_s": [[1.0, 3.0]]}\n'
     )
     files = (f"--data.train=[{tmp_path}/rows.jsonl]", f"--data.eval=[{tmp_path}/none.jsonl]")
+    slow = Rates(source="of a slow GPU", memory_bytes_s=1e8)
+    monkeypatch.setattr("vcr1_fast.commands.dry_run.present_rates", lambda: slow)
     line, told = dry_run(capsys, "tiny", "--dry-run=8", *files)
     assert line["is_measured"] and set(line["phases_gb"]) == {"load", "update", "rollout", "evaluation", "export"}
     assert set(line["predicted"]) >= {"step_s", "run_h", "update_s", "rollout_s"}
@@ -312,7 +315,9 @@ def test_a_dry_run_runs_the_step(capsys, tmp_path: Path):
     # 12 bytes a parameter, the checkpoints that are kept and one being written; bfloat16 export
     assert line["disk_gb"]["export"] == pytest.approx(2 * 1_112_000 / 1e9, abs=0.005)
     assert line["missing_files"] == [f"{tmp_path}/none.jsonl"] and line["missing_videos"] == 1
-    assert "predicted for H100s" in told and "nothing of it measured on a GPU" in told
+    assert "predicted by rates that are of a slow GPU (GEMM 680 TFLOP/s, attention 370" in " ".join(told.split())
+    # 0.1 GB/s: an update takes at least the time of its traffic, which is rounded to 0.1 GB
+    assert line["predicted"]["update_s"] >= (learner["elementwise_gb"] - 0.05) / 0.1 > 0
 
 
 def test_without_a_compiler_the_sums_stand_in(capsys, monkeypatch):

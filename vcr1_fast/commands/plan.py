@@ -142,7 +142,7 @@ def _print_limits(phases: Mapping[str, float], too_large: Mapping[str, list[str]
 def _print_prediction(measured: Measured, config: Config) -> None:
     s, counts = measured.predicted, measured.learner
     say(
-        f"predicted for H100s, by the rates of fake_gpu/predict.py, nothing of it measured on a GPU: a step "
+        f"predicted by rates that are {measured.rates.source} ({measured.rates.describe()}): a step "
         f"{s['step_s']:.1f} s (rollout {s['rollout_s']:.1f}, update {s['update_s']:.1f}, weights {s['push_s']:.1f}), "
         f"{config.train.num_steps:,} steps {s['run_h']:.1f} h"
     )

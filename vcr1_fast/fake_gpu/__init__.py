@@ -12,6 +12,7 @@ needs values (which tokens are drawn, whether a loss falls) cannot be seen.
     memory.py           live and peak bytes by kind
     meter.py            what was counted, by phase
     predict.py          counts -> seconds, by stated rates
+    present.py          the rates of a GPU that is there
     sizes.py            config.json of the public models, and with fewer blocks
     groups.py           groups of given sizes
     checkpoint.py       a checkpoint of such a model, its weights a hole in a file

@@ -16,7 +16,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vcr1_fast.fake_gpu import costs, cuda_module, predict, triton_launches
+from vcr1_fast.fake_gpu import costs, cuda_module, triton_launches
 from vcr1_fast.fake_gpu.meter import Meter
 
 _KERNELS = "vcr1_kernels"  # namespace of our own operators
@@ -188,7 +188,7 @@ class FakeGpu(TorchDispatchMode):
         if not flop and name not in costs.SHARDING:
             counts.moved_bytes += num_bytes
         # the copy into an all-gather's buffer reads and writes a shard, not the whole buffer that it returns
-        counts.seconds += predict.kernel_seconds(flop, 0 if name == "all_gather_copy_in" else num_bytes)
+        counts.seconds += self.meter.rates.kernel_seconds(flop, 0 if name == "all_gather_copy_in" else num_bytes)
 
     def _count_attention(self, name: str, args: Any) -> None:
         is_backward = "backward" in name
@@ -210,14 +210,14 @@ class FakeGpu(TorchDispatchMode):
             counts.attention_backward_flop += flop
         else:
             counts.attention_forward_flop += flop
-        counts.seconds += predict.attention_seconds(flop, is_backward)
+        counts.seconds += self.meter.rates.attention_seconds(flop, is_backward)
 
     def _launched(self, name: str, arguments: tuple[Any, ...]) -> None:
         """A Triton kernel: its traffic is that of its tensors, once each."""
         num_bytes = costs.moved_bytes(arguments)
         self.meter.now.launches += 1
         self.meter.now.moved_bytes += num_bytes
-        self.meter.now.seconds += predict.kernel_seconds(0, num_bytes)
+        self.meter.now.seconds += self.meter.rates.kernel_seconds(0, num_bytes)
 
 
 def _is_cuda(device: Any) -> bool:
