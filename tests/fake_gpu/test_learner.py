@@ -56,6 +56,8 @@ def cases(num_gpus: int) -> list[Case]:
         one("groups in a row", "--train.tokens_per_microbatch=32768", groups=3),
         one("float32", "--model.compute_dtype=float32", clip=SHORT_CLIP),
         one("plain", "--model.kernels=off", clip=SHORT_CLIP),
+        one("flash-attn 2", flash="flash_attn", clip=SHORT_CLIP),
+        one("flash-attn 3", flash="flash_attn_interface", clip=SHORT_CLIP),
         taught,
         *(one(loss, f"--algorithm.loss={loss}", clip=SHORT_CLIP) for loss in LOSSES),
         one(
@@ -100,6 +102,15 @@ def test_a_rank_without_rows_runs_the_same_collectives(num_gpus: int, name: str)
     """In number, kind, size and order: NCCL would wait an hour for one that the others do not join."""
     busy, idle = last_update(num_gpus, name), last_update(num_gpus, f"{name}, placeholder")
     assert on_gpu(idle) == on_gpu(busy) != []
+
+
+@pytest.mark.parametrize("package", ["flash-attn 2", "flash-attn 3"])
+def test_a_package_of_flash_attention_does_the_work_of_the_one_in_torch(package: str):
+    """The same operator calls it; only where the gradients are allocated differs. The loss does not matter here."""
+    own, other = last_update(8, "dr_grpo"), last_update(8, package)
+    assert other["attention_flop"] == own["attention_flop"] > 0 and other["gemm_flop"] == own["gemm_flop"]
+    own_peak, peak = (max(sum(kinds.values()) for kinds in update["peaks"].values()) for update in (own, other))
+    assert peak == pytest.approx(own_peak, rel=0.01)
 
 
 @pytest.mark.parametrize("num_gpus", WORLDS)

@@ -41,6 +41,7 @@ def run_cases(cases: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _run(gpu: FakeGpu, case: dict[str, Any]) -> dict[str, Any]:
     gpu.meter.rates = Rates(**case["rates"])
+    gpu.use_flash(case["flash"])
     if case["trains"]:
         return run_training(gpu, case["config"], case["overrides"], case["num_gpus"])
     config = load_config(case["config"], case["overrides"])

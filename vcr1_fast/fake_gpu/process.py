@@ -45,6 +45,7 @@ class Case:
     min_rows: int = 0  # rows that another rank has at least: this one runs placeholders
     overrides: tuple[str, ...] = ()  # `--a.b=c`
     rates: Rates = H100_RATES  # by which its seconds are predicted
+    flash: str | None = None  # package of flash-attn there seems to be, see flash_packages.py; None: what there is
 
 
 def run(cases: Sequence[Case], timeout_s: float = 600.0) -> Iterator[dict[str, Any]]:
