@@ -288,6 +288,12 @@ def test_a_checkpoint_is_known_by_its_contents(tmp_path):
     assert checkpoint_identity(a) == checkpoint_identity(b)
     (b / "model.safetensors").write_bytes(b"Weights")  # same length
     assert checkpoint_identity(a) != checkpoint_identity(b)
+    (b / "model.safetensors").write_bytes(b"weights")
+    (b / "README.md").write_text("what nobody loads")
+    (b / "model-00002-of-00002.safetensors").write_bytes(b"stale")
+    assert checkpoint_identity(a) == checkpoint_identity(b)
+    (b / "chat_template.jinja").write_text("other prompts")
+    assert checkpoint_identity(a) != checkpoint_identity(b)
 
 
 def test_categories_by_axis(capsys):

@@ -59,10 +59,19 @@ def test_what_is_assumed_is_said():
     assert read_model_size("tiny").source.endswith("config.json")
 
 
-@pytest.mark.parametrize("content", ["not json", "{}", '{"vision_config": {}, "hidden_size": 8}', "[1]"])
-def test_a_checkpoint_that_is_no_qwen(tmp_path: Path, content: str):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not json", "is damaged"),
+        ("[1]", "is damaged"),
+        ("{}", "model_type in .* is None, wanted qwen2_5_vl"),
+        ('{"model_type": "qwen3_vl"}', "model_type in .* is 'qwen3_vl', wanted qwen2_5_vl"),
+        ('{"model_type": "qwen2_5_vl", "vision_config": {}, "hidden_size": 8}', "does not describe a model"),
+    ],
+)
+def test_a_checkpoint_that_is_not_known(tmp_path: Path, content: str, message: str):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match="does not describe a Qwen"):
+    with pytest.raises(ConfigError, match=message):
         read_model_size(str(tmp_path))
 
 
@@ -71,7 +80,7 @@ def test_published_and_nested_configurations_read_alike(tmp_path: Path):
     nested = {"vision_config": flat["vision_config"], "tie_word_embeddings": True, "text_config": flat}
     for name, content in (("flat", flat), ("nested", nested)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(content))
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"} | content))
     read = [replace(read_model_size(str(tmp_path / name)), source="") for name in ("flat", "nested")]
     assert read[0] == read[1]
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 import vcr1_fast.run.checkpoint as checkpoint
-from tests.tiny_policy import TinyPolicy, tiny_tokenizer, tokens
+from tests.tiny_policy import TinyPolicy, tokens
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import World, exit_rank, init_distributed, named_weights, shard, shutdown, whole_tensor
 from vcr1_fast.run import export
 from vcr1_fast.run.checkpoint import RunState, latest_checkpoint, load_checkpoint, save_checkpoint
-from vcr1_fast.run.export import export_hugging_face
+from vcr1_fast.run.export import export_hugging_face, plan_export
 from vcr1_fast.run.folder import prepare_output_dir
 from vcr1_fast.settings.config import ConfigError, OptimizerConfig
 
@@ -64,7 +64,7 @@ def check_failed_export(run: Path, policy: TinyPolicy, world: World) -> None:
     if world.is_main:
         (run / "photos").mkdir()
     try:
-        export_hugging_face(policy, tiny_tokenizer(), run / "photos", world)
+        export_hugging_face(policy, plan_export(run / "start", run / "photos"), world)
     except OSError as error:
         assert "has no config.json" in str(error) if world.is_main else "rank 0 failed" in str(error)
     else:
@@ -110,7 +110,7 @@ def main() -> None:
     assert random.random() == draw  # each rank continues its own
     check_failed_export(run, policy, world)
     export.FILE_BYTES = 60_000  # of 200 KB: several files, as a 7B model has
-    export_hugging_face(policy, tiny_tokenizer(), run / "model", world)
+    export_hugging_face(policy, plan_export(run / "start", run / "model"), world)
     if world.is_main:
         both = {f"loaded {name}": t for name, t in loaded.items()} | {f"saved {name}": t for name, t in wanted.items()}
         save_file(both, run / "want.safetensors")

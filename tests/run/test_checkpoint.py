@@ -16,7 +16,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import vcr1_fast.run.checkpoint as checkpoint
 from tests.run.sharded_checkpoint import CONFIG, whole_state
-from tests.tiny_policy import TinyPolicy, run_ranks, tokens
+from tests.tiny_policy import TinyPolicy, run_ranks, tiny_folder, tokens
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.run.checkpoint import (
@@ -313,6 +313,7 @@ def test_checkpoints_move_between_one_process_and_two_ranks(run: Path):
     train(parts, 2)
     save(run, parts, 2)
     one = whole_state(parts[0], parts[1])
+    tiny_folder(run / "start")
     run_ranks(WORKER, str(run))
     want = load_file(run / "want.safetensors")
     assert {n.removeprefix("loaded ") for n in want if n.startswith("loaded ")} == one.keys()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,25 @@ def installed_package() -> str:
 
 def install(package: str, counted: Counted) -> None:
     """From now on importing `package` gives a stand-in, and importing another one fails. "": none is installed."""
+    for name in (*PACKAGES, "flash_attn.flash_attn_interface"):
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType]  # importing it is an ImportError
+    if not package:
+        return
+    modules = [ModuleType(package)]
+    if package == "flash_attn":
+        modules.append(ModuleType("flash_attn.flash_attn_interface"))
+        modules[0].__path__ = []
+    names = ("_flash_attn_forward", "_flash_attn_backward")
+    if package == "flash_attn":
+        names = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
+    for function, name in zip(_functions(counted), names, strict=True):
+        setattr(modules[-1], name, function)
+    for module in modules:
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        sys.modules[module.__name__] = module
 
+
+def _functions(counted: Counted) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def forward(
         q: Tensor,
         k: Tensor,
@@ -69,19 +88,4 @@ def install(package: str, counted: Counted) -> None:
     ) -> None:
         counted(q, cu_seqlens_q, cu_seqlens_k, causal, True)
 
-    for name in (*PACKAGES, "flash_attn.flash_attn_interface"):
-        sys.modules[name] = None  # pyright: ignore[reportArgumentType]  # importing it is an ImportError
-    if not package:
-        return
-    modules = [ModuleType(package)]
-    if package == "flash_attn":
-        modules.append(ModuleType("flash_attn.flash_attn_interface"))
-        modules[0].__path__ = []
-    names = ("_flash_attn_forward", "_flash_attn_backward")
-    if package == "flash_attn":
-        names = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
-    for function, name in zip((forward, backward), names, strict=True):
-        setattr(modules[-1], name, function)
-    for module in modules:
-        module.__spec__ = ModuleSpec(module.__name__, None)
-        sys.modules[module.__name__] = module
+    return forward, backward

@@ -222,11 +222,11 @@ def plan_memory(
 
 
 def adapter_params(size: ModelSize, config: LoRAConfig) -> int:
-    """Of one decoder layer: rank x (inputs + outputs) of each matrix that has one."""
+    """Of one decoder layer: rank x (inputs + outputs) of each matrix that has one; by default all have."""
     d, h, k, i = size.hidden, size.heads_width, size.key_width, size.mlp
     sides = {"q_proj": d + h, "k_proj": d + k, "v_proj": d + k, "o_proj": h + d}
     sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), d + i)
-    return config.rank * sum(sides.get(target, 0) for target in config.targets)
+    return config.rank * sum(sides.get(target, 0) for target in config.targets or sides)
 
 
 def engine_bytes(config: RolloutConfig, weight_bytes: int, gpu_gb: float = SMALLEST_GPU_GB) -> dict[str, float]:

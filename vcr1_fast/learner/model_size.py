@@ -5,13 +5,14 @@ Where `model.path` does not exist, the public sizes of Qwen2.5-VL-3B or -7B stan
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vcr1_fast.learner.families import require_known
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES, whole_config
+from vcr1_fast.run.model_folder import CONFIG_FILE, read_json
 from vcr1_fast.settings.config import ConfigError
 
 PATCHES_PER_TOKEN = 4
@@ -73,19 +74,20 @@ def read_model_config(path: str) -> tuple[dict[str, Any], str]:
     """config.json of the checkpoint at `path` (`tiny`: the packaged one), or one of a public size where there is no
     such folder; and which it is, in words.
 
-    Raises ConfigError when it cannot be read or is not of a Qwen2.5-VL.
+    Raises ConfigError when it cannot be read or is of an architecture not known here.
     """
     folder = Path(__file__).parents[1] / "tiny" if path == "tiny" else Path(path).expanduser()
-    file = folder / "config.json"
+    file = folder / CONFIG_FILE
     if not folder.exists():
         name = "Qwen2.5-VL-3B" if "3b" in Path(path).name.lower() else "Qwen2.5-VL-7B"
         return whole_config(PUBLIC_SIZES[name]), f"{name}, assumed because model.path {path!r} does not exist here"
+    config = read_json(file)
+    require_known(config.get("model_type"), file)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
         model_size(config, str(file))
-        return config, str(file)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file} does not describe a Qwen2.5-VL ({type(error).__name__}: {error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file} does not describe a model ({type(error).__name__}: {error})") from None
+    return config, str(file)
 
 
 def read_model_size(path: str) -> ModelSize:

@@ -97,7 +97,8 @@ class Learner:
             weight.data = weight.data.to(self.dtype)
         move_values(hf, world.device)
         shard(policy, world, self.dtype)
-        on_all_ranks("loading the model's weights", lambda: load_weights(hf, folder, world.device), world)
+        weights = (hf, folder, world.device, policy.family)
+        on_all_ranks("loading the model's weights", lambda: load_weights(*weights), world)
         return policy.train()
 
     def update_grpo(self, groups: Sequence[RolloutGroup]) -> list[UpdateReport]:

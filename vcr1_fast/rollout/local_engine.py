@@ -12,11 +12,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedTokenizerBase
 
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.tower_attention import use_tower_attention
@@ -42,7 +43,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        model: Qwen2_5_VLForConditionalGeneration,
+        model: Any,
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_batch_rows: int = 256,
@@ -70,7 +71,7 @@ class LocalEngine:
         self.policy_version = 0
         self.tokenizer = tokenizer
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
-        self._model: Qwen2_5_VLForConditionalGeneration | None = model.eval().requires_grad_(False)
+        self._model: Any = model.eval().requires_grad_(False)
         decoder.set_attn_implementation(GROUPED_ATTENTION)
         if model.device.type == "cuda":
             is_half = model.dtype in (torch.bfloat16, torch.float16)
@@ -81,7 +82,7 @@ class LocalEngine:
         self._is_interrupted = threading.Event()
 
     @property
-    def model(self) -> Qwen2_5_VLForConditionalGeneration:
+    def model(self) -> Any:
         if self._model is None:
             raise RuntimeError("the engine is closed: open a new one")
         return self._model

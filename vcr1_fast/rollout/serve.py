@@ -26,6 +26,7 @@ from rich import box
 from rich.table import Table
 
 from vcr1_fast import __version__
+from vcr1_fast.learner.loading import read_config
 from vcr1_fast.rollout.addresses import Address, as_setting, is_loopback, read_bind, show
 from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.rollout_key import read_or_make_key
@@ -289,6 +290,7 @@ def serve(config: Config, bind: str = "", logs: str = "", num_workers: int | Non
     key, place = read_or_make_key(settings.key_file)
     gpus = _gpus(config, num_workers)
     checkpoint = model_folder(config.model.path)
+    read_config(checkpoint)  # its architecture is one that trainers know
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; the workers must not outlive this process
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts it with & switches it off
     server = Server(settings, checkpoint, bind=address, gpus=gpus, key=key, logs=folder)

@@ -7,7 +7,6 @@ again: the caller sees only the time (sgl/round.py, sgl/workers.py).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vcr1_fast.learner.families import family_of
+from vcr1_fast.learner.loading import read_config
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
 from vcr1_fast.rollout.private_folder import PrivateFolder
@@ -60,16 +61,16 @@ class SGLangEngine:
         `adapter_scale`: alpha / rank where weights come as matrices and factors of adapters (`WeightSync`'s
         adapters_only), else 0.
 
-        Raises ValueError when the tokenizer does not fit, OSError when the interpreter or folder cannot be used, and
-        RuntimeError, with the end of the worker's log, when SGLang does not start.
+        Raises ConfigError when checkpoint or tokenizer do not fit, OSError when the interpreter or folder cannot be
+        used, and RuntimeError, with the end of the worker's log, when SGLang does not start.
         """
         special = SpecialIds.of(tokenizer)
         self.tokenizer = tokenizer
         self.config = config
         self._checkpoint = checkpoint
         self._stop_ids, self._suppressed_ids = special.stop, special.vision
-        settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-        self._is_tied = bool(settings.get("tie_word_embeddings", False))
+        model = read_config(checkpoint)
+        self._family, self._is_tied = family_of(model), bool(model.tie_word_embeddings)
         self._round: Round | None = None  # the call of generate that is running
         self._private = PrivateFolder("vcr1-sglang-")  # only this user reaches the sockets
         self._folder = self._private.path
@@ -136,9 +137,10 @@ class SGLangEngine:
         do not fit, and RuntimeError when SGLang's model does not hold what was sent; `policy_version` then stays, and
         the next load must be whole.
         """
-        if self._is_tied:  # the head travels as the embedding that it is
-            weights = ((name, value) for name, value in weights if name != "lm_head.weight")
-        self._workers.load(weights, policy_version)
+        named = ((self._family.checkpoint_name(name), value) for name, value in weights)
+        # a tied head travels as the embedding that it is
+        kept = ((name, value) for name, value in named if not (self._is_tied and name == "lm_head.weight"))
+        self._workers.load(kept, policy_version)
 
     def release_memory(self) -> None:
         """Lend the GPU memory of weights, KV cache and CUDA graphs to the learner, if `rollout.sglang.release_memory`.

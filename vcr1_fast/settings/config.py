@@ -32,13 +32,13 @@ class LoRAConfig:
     """Rank of the adapters, such as 32; everything else, the vision tower too, is frozen then. 0: no adapters."""
     alpha: float = 64.0
     """The product of an adapter's two matrices counts alpha / rank times."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the matrices that get one, in every decoder layer."""
+    targets: tuple[str, ...] | None = None
+    """Names of the matrices that get one, in every decoder layer, such as [q_proj, v_proj]. Default: all of them."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"model.lora.rank is {self.rank}, wanted >= 0 (0: no adapters)")
         require(0 < self.alpha < math.inf, f"model.lora.alpha is {self.alpha}, wanted a finite number > 0")
-        require(bool(self.targets), "model.lora.targets is empty, wanted at least one matrix, such as [q_proj, v_proj]")
+        require(self.targets != (), "model.lora.targets is empty, wanted at least one matrix, such as [q_proj, v_proj]")
 
     @property
     def scale(self) -> float:

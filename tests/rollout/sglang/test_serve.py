@@ -41,7 +41,7 @@ LOOPBACK = ("127.0.0.1", 0)
 def checkpoint(tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     return folder
 
 

@@ -16,6 +16,7 @@ import vcr1_fast
 from vcr1_fast.rollout.sgl.link import WorkerGoneError as WorkerGoneError
 from vcr1_fast.rollout.sgl.link import WorkerLink
 from vcr1_fast.rollout.sgl.messages import KEY_VARIABLE, Channel, Listener
+from vcr1_fast.run.model_folder import settings_files
 
 WORKER_MODULE = "vcr1_fast.rollout.sgl.worker"
 STOP_WAIT_S = 15.0
@@ -167,15 +168,14 @@ class WorkerProcess(WorkerLink):
 
 
 def prepare_model_folder(checkpoint: Path, folder: Path) -> Path:
-    """A folder of links to the checkpoint's files but its weights, which come by message, with processor settings.
+    """A folder of links to the checkpoint's settings files, with processor settings; its weights come by message.
 
     Without links to the weights SGLang cannot read stale ones: it starts with random numbers (load_format dummy), and
     the comparison after the first load shows if any of them is left.
     """
     folder.mkdir()
-    for path in checkpoint.iterdir():
-        if path.is_file() and ".safetensors" not in path.name and path.suffix not in (".bin", ".pth", ".py", ".yaml"):
-            (folder / path.name).symlink_to(path.resolve())
+    for path in settings_files(checkpoint):
+        (folder / path.name).symlink_to(path.resolve())
     if not (folder / "preprocessor_config.json").exists():
         (folder / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSOR), encoding="utf-8")
     return folder
