@@ -26,7 +26,7 @@ from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
 from vcr1_fast.rollout.grouped_cache import GROUPED_ATTENTION, GroupedCache
 from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, uniforms
-from vcr1_fast.types import Completion, FinishReason, Prompt, SamplingParams
+from vcr1_fast.types import Completion, FinishReason, Prompt, RunError, SamplingParams
 from vcr1_fast.video.embed import embed_videos
 
 READY_MASK = {"full_attention": None}  # as a dict it is taken as it is: causal in the prefill, no [L, L] mask is built
@@ -265,9 +265,7 @@ class LocalEngine:
             length = int(is_stop_S.int().argmax()) + 1 if has_stop else token_S.numel()
             rows.append((token_S[:length].clone(), logprob_S[:length].clone(), has_stop))
         if not all(bool(logprob_R.isfinite().all()) for _, logprob_R, _ in rows):
-            raise RuntimeError(
-                "the model's logits are not finite: its weights have diverged or are broken, load others"
-            )
+            raise RunError("the model's logits are not finite: its weights have diverged or are broken, load others")
         texts = self.tokenizer.batch_decode([token_R.tolist() for token_R, _, _ in rows], skip_special_tokens=True)
         without_stop: FinishReason = "length" if tokens_BS.shape[1] == max_new_tokens else "aborted"
         return [

@@ -28,7 +28,7 @@ from vcr1_fast.rollout.sgl.update import ADAPTER_LOADER, CHECK_LOADER
 from vcr1_fast.rollout.sgl.weights import checkpoint_weights
 from vcr1_fast.rollout.sgl.workers import Request, Workers
 from vcr1_fast.settings.learning import SGLangConfig
-from vcr1_fast.types import Completion, FinishReason, Prompt, SamplingParams
+from vcr1_fast.types import Completion, FinishReason, Prompt, RunError, SamplingParams
 
 CPU = torch.device("cpu")
 CPU_ARGS = {  # what runs without a GPU; on one, SGLang chooses
@@ -199,13 +199,13 @@ class SGLangEngine:
         lengths: list[int] = message.fields["lengths"]
         versions = set(message.fields["policy_versions"])
         if len(lengths) != request.num_completions or versions - {str(self.policy_version)}:
-            raise RuntimeError(
+            raise RunError(
                 f"SGLang gave {len(lengths)} completions by policy {sorted(versions)}, wanted "
                 f"{request.num_completions} by policy {self.policy_version}"
             )
         tokens, logprobs = message.tensors["token_ids"].split(lengths), message.tensors["logprobs"].split(lengths)
         if not all(bool(logprob_R.isfinite().all()) for logprob_R in logprobs):
-            raise RuntimeError("SGLang's log-probs are not finite: the weights have diverged or are broken")
+            raise RunError("SGLang's log-probs are not finite: the weights have diverged or are broken")
         before = request.begun or NOT_BEGUN
         whole = [
             (torch.cat([before.token_ids_R, token_R]), torch.cat([before.logprobs_R, logprob_R]))

@@ -18,15 +18,15 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vcr1_fast.run.terminal import console as console
 
 T = TypeVar("T")
 
 SECONDS_BETWEEN_PROGRESS_LINES = 10.0  # where stdout is a file: a log of a night stays readable
 BETWEEN_STEPS = ("eval", "checkpoint")  # spans that no step's own time or tokens/s should pay for
 
-console = Console()  # one for bars and lines, so that a line printed during a bar does not tear it
 _bar_is_live = False
 
 
