@@ -16,7 +16,8 @@ from tests.tiny_policy import TinyPolicy, tiny_tokenizer, tokens
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import World, exit_rank, init_distributed, named_weights, shard, shutdown, whole_tensor
 from vcr1_fast.run import export
-from vcr1_fast.run.checkpoint import RunState, latest_checkpoint, load_checkpoint, save_checkpoint
+from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
+from vcr1_fast.run.checkpoint_files import latest_checkpoint
 from vcr1_fast.run.export import export_hugging_face
 from vcr1_fast.run.folder import prepare_output_dir
 from vcr1_fast.settings.config import ConfigError, OptimizerConfig
@@ -49,7 +50,7 @@ def check_failure_on_one_rank(run: Path, parts: tuple, world: World) -> None:
     else:
         raise AssertionError("the failure of rank 1 was not seen")
     checkpoint.rng_state = original
-    latest = latest_checkpoint(run)
+    latest = latest_checkpoint(run, world)
     assert latest is not None and latest.name == "step_000002"
     try:
         prepare_output_dir("/proc/nothing/run", world)
