@@ -1,6 +1,6 @@
 """The command `vcr1-fast`: reads settings, calls one function, reports the outcome in one line.
 
-Exit codes: 0 done, 1 the run failed, 2 the command line or the config file is wrong, 130 interrupted.
+Exit codes: run/exit_codes.py.
 Commands import what they need when they run, so that `--help` and `config` answer without loading torch.
 """
 
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from vcr1_fast import __version__
+from vcr1_fast.run.exit_codes import STOPPED_BY_SIGNAL
+from vcr1_fast.run.stop_signals import StoppedBySignal, heed_usr1
 from vcr1_fast.run.telemetry import is_main_rank, to_json
 from vcr1_fast.settings.checks import check_settings
 from vcr1_fast.settings.config import Config, ConfigError
@@ -114,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     if parsed.command in PLAIN_COMMANDS:
         raise SystemExit(PLAIN_COMMANDS[parsed.command](parsed.rest))
+    heed_usr1()
     code = _run(parsed.command, parsed.rest)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
         from vcr1_fast.learner.sharding import exit_rank
@@ -145,7 +149,11 @@ def _run(name: str, tokens: list[str]) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         _report_error(InterruptedError("interrupted"))
-        return 130
+        return STOPPED_BY_SIGNAL + signal.SIGINT
+    except StoppedBySignal as stopped:
+        if is_main_rank():
+            print(f"vcr1-fast: {stopped}", file=sys.stderr, flush=True)
+        return STOPPED_BY_SIGNAL + stopped.signum
     if result is not None and is_main_rank():
         print(to_json(result), flush=True)
     return 0

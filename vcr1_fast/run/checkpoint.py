@@ -76,6 +76,7 @@ class RunState:
     program: str = "train"  # the command that made it, train or sft
     task_scale: Mapping[str, Sequence[float]] = field(default_factory=dict)  # advantages.TaskScale.moments
     pending: Sequence[Mapping[str, int]] = field(default_factory=list)  # steps drawn ahead, see RolloutQueue.pending
+    before: Mapping[str, Any] = field(default_factory=dict)  # held-out scores before the first step, scores_as_dict
     answers: Mapping[str, Tensor] = field(default_factory=dict)  # this rank's part of them; in a file of its own
 
 
