@@ -18,6 +18,7 @@ from typing import Any
 
 from vcr1_fast import __version__
 from vcr1_fast.run.exit_codes import FAILED, STOPPED_BY_SIGNAL, WRONG_USAGE
+from vcr1_fast.run.stop_signals import StoppedBySignal, heed_usr1
 from vcr1_fast.run.telemetry import is_main_rank, to_json
 from vcr1_fast.run.terminal import printable_output
 from vcr1_fast.settings.checks import check_settings
@@ -117,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("command", choices=choices, metavar="COMMAND", help="one of those below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
     parsed = parser.parse_args(arguments)
+    heed_usr1()
     run = PLAIN_COMMANDS.get(parsed.command) or partial(_run_with_settings, parsed.command)
     code = exit_code_of(lambda: run(parsed.rest))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
@@ -148,6 +150,10 @@ def _code_of(run: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         _report_error(InterruptedError("interrupted"))
         return STOPPED_BY_SIGNAL + signal.SIGINT
+    except StoppedBySignal as stopped:
+        if is_main_rank():
+            print(f"vcr1-fast: {stopped}", file=sys.stderr, flush=True)
+        return STOPPED_BY_SIGNAL + stopped.signum
     except Exception as error:
         is_foreseen = isinstance(error, ConfigError | SampleError | RunError | OSError)
         if not is_foreseen or os.environ.get("VCR1_DEBUG") == "1":

@@ -14,7 +14,8 @@ from vcr1_fast.evaluate import evaluate
 from vcr1_fast.evaluation.scores import flat_scores, scores_as_dict
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.run.metrics import update_metrics
-from vcr1_fast.run.run import Run, due, export_model, load_state, open_run, open_weight_sync, save_state
+from vcr1_fast.run.run import Run, export_model, load_state, open_run, open_weight_sync, save_state
+from vcr1_fast.run.stopping import Stopping
 from vcr1_fast.run.telemetry import Telemetry
 from vcr1_fast.settings.config import Config
 from vcr1_fast.types import Completion, Prompt, RolloutGroup
@@ -36,17 +37,19 @@ def _sft(run: Run) -> dict[str, Any]:
     state = load_state(run, learner, "sft")
     prompts.position, num_tokens = state.position, state.num_tokens
     telemetry = Telemetry(run.folder, run.world.rank, resume_step=state.step)
-    for step in range(state.step + 1, config.sft.num_steps + 1):
-        with telemetry.span("prompts"):
-            groups = [taught_group(prompt, run) for prompt in prompts.next(config.sft.examples_per_step)]
-        with telemetry.span("update"):
-            metrics = update_metrics([learner.update_sft(groups)])
-        num_tokens += int(metrics["step_tokens/executed"])
-        metrics |= {**prompts.metrics(), "num_tokens": num_tokens}
-        telemetry.log_step(step, metrics, config.sft.num_steps)
-        if due(config.checkpoint.every, step) or step == config.sft.num_steps:
-            with telemetry.span("checkpoint"):
-                save_state(run, learner, run.state(step, prompts.position, num_tokens, 0, "sft"))
+    with Stopping(config.checkpoint, config.sft.num_steps, run.world) as stopping:
+        for step in range(state.step + 1, config.sft.num_steps + 1):
+            with telemetry.span("prompts"):
+                groups = [taught_group(prompt, run) for prompt in prompts.next(config.sft.examples_per_step)]
+            with telemetry.span("update"):
+                metrics = update_metrics([learner.update_sft(groups)])
+            num_tokens += int(metrics["step_tokens/executed"])
+            metrics |= {**prompts.metrics(), "num_tokens": num_tokens}
+            telemetry.log_step(step, metrics, config.sft.num_steps)
+            if stopping.wants_checkpoint(step):
+                with telemetry.span("checkpoint"):
+                    save_state(run, learner, run.state(step, prompts.position, num_tokens, 0, "sft"))
+            stopping.end_if_asked(step)
     export_model(run, learner)
     scores = _score(run, learner, telemetry)
     telemetry.close()

@@ -4,8 +4,11 @@ Loads that checkpoint on two ranks, trains one update, saves, and exports. Rank 
 `want.safetensors`.
 """
 
+import os
 import random
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,10 +19,13 @@ from tests.tiny_policy import TinyPolicy, tokens
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import World, exit_rank, init_distributed, named_weights, shard, shutdown, whole_tensor
 from vcr1_fast.run import export
-from vcr1_fast.run.checkpoint import RunState, latest_checkpoint, load_checkpoint, save_checkpoint
+from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
+from vcr1_fast.run.checkpoint_files import latest_checkpoint
 from vcr1_fast.run.export import export_hugging_face, plan_export
 from vcr1_fast.run.folder import prepare_output_dir
-from vcr1_fast.settings.config import ConfigError, OptimizerConfig
+from vcr1_fast.run.stop_signals import StoppedBySignal
+from vcr1_fast.run.stopping import Stopping
+from vcr1_fast.settings.config import CheckpointConfig, ConfigError, OptimizerConfig
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, schedule="linear")
 
@@ -49,7 +55,7 @@ def check_failure_on_one_rank(run: Path, parts: tuple, world: World) -> None:
     else:
         raise AssertionError("the failure of rank 1 was not seen")
     checkpoint.rng_state = original
-    latest = latest_checkpoint(run)
+    latest = latest_checkpoint(run, world)
     assert latest is not None and latest.name == "step_000002"
     try:
         prepare_output_dir("/proc/nothing/run", world)
@@ -57,6 +63,23 @@ def check_failure_on_one_rank(run: Path, parts: tuple, world: World) -> None:
         assert "cannot be written" in str(error) or "rank 0 failed while preparing" in str(error)
     else:
         raise AssertionError("a folder in /proc was made")
+
+
+def check_stop_is_agreed_on(world: World) -> None:
+    """A signal that reaches one rank ends the run on both after the same step."""
+    try:
+        with Stopping(CheckpointConfig(every=0), 9, world) as stopping:
+            for step in range(1, 10):
+                if world.rank == 1 and step == 3:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                    while not stopping._signals.signum:
+                        time.sleep(0.005)
+                assert stopping.wants_checkpoint(step) == (step == 3)
+                stopping.end_if_asked(step)
+    except StoppedBySignal as ended:
+        assert ended.signum == signal.SIGUSR1 and "after step 3" in str(ended)
+    else:
+        raise AssertionError("the signal was not seen")
 
 
 def check_failed_export(run: Path, policy: TinyPolicy, world: World) -> None:
@@ -108,6 +131,7 @@ def main() -> None:
     assert wanted.keys() == again.keys()
     assert all(torch.equal(wanted[name], again[name]) for name in wanted)
     assert random.random() == draw  # each rank continues its own
+    check_stop_is_agreed_on(world)
     check_failed_export(run, policy, world)
     export.FILE_BYTES = 60_000  # of 200 KB: several files, as a 7B model has
     export_hugging_face(policy, plan_export(run / "start", run / "model"), world)

@@ -115,7 +115,7 @@ def disk_gb(config: Config, size: ModelSize) -> dict[str, float]:
     float32."""
     trained = trained_params(config, size)
     width = 4 if config.checkpoint.export_dtype == "float32" else 2
-    checkpoints = 12 * trained * (config.checkpoint.keep + 1) if config.checkpoint.every else 12 * trained
+    checkpoints = 12 * trained * (config.checkpoint.keep + 1)
     export = width * size.params if config.checkpoint.export else 0
     return {"checkpoints": round(checkpoints / 1e9, 2), "export": round(export / 1e9, 2)}
 

@@ -27,7 +27,8 @@ from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
-from vcr1_fast.run.checkpoint import RunState, load_checkpoint, resolve_resume, save_checkpoint
+from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
+from vcr1_fast.run.checkpoint_files import resolve_resume
 from vcr1_fast.run.export import (
     ADAPTER_CONFIG,
     ExportPlan,
@@ -232,7 +233,7 @@ def load_state(run: Run, learner: Learner, program: str) -> RunState:
     Raises ConfigError when it is of another program (`train` or `sft`), was read by another video reader, or belongs to
     other frozen weights.
     """
-    checkpoint = resolve_resume(run.config.train.resume, run.folder)
+    checkpoint = resolve_resume(run.config.train.resume, run.folder, run.world)
     if checkpoint is None:
         return run.state(step=0, position=0, num_tokens=0, policy_version=0, program=program)
     state = load_checkpoint(checkpoint, learner.policy, learner.optimizer, learner.schedule, run.world)

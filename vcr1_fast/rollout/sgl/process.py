@@ -17,6 +17,7 @@ from vcr1_fast.rollout.sgl.link import WorkerGoneError as WorkerGoneError
 from vcr1_fast.rollout.sgl.link import WorkerLink
 from vcr1_fast.rollout.sgl.messages import KEY_VARIABLE, Channel, Listener
 from vcr1_fast.run.model_folder import settings_files
+from vcr1_fast.run.stop_signals import kept_from_children
 
 WORKER_MODULE = "vcr1_fast.rollout.sgl.worker"
 STOP_WAIT_S = 15.0
@@ -65,7 +66,7 @@ class Child:
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         # Our package alone, through a link: its folder may hold all packages of the trainer, in the trainer's versions.
         environment |= {"PYTHONPATH": str(self._package_folder()), KEY_VARIABLE: self._listener.key.hex()}
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, kept_from_children():
             # An own session: Ctrl-C ends the run in order, and the process group can be killed as a whole.
             self._process = subprocess.Popen(
                 [self._python, "-m", WORKER_MODULE, self._listener.address],
