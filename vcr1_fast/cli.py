@@ -148,7 +148,7 @@ def _run(name: str, tokens: list[str]) -> int:
         return 130
     if result is not None and is_main_rank():
         print(to_json(result), flush=True)
-    return 0
+    return result.get("exit_code", 0) if isinstance(result, dict) else 0
 
 
 def _take_dry_run(name: str, tokens: list[str]) -> tuple[bool, int | None, bool, list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.run import exit_codes
 from vcr1_fast.run.checkpoint import RunState, load_checkpoint, resolve_resume, save_checkpoint
 from vcr1_fast.run.export import export_adapter, export_hugging_face, stored_dtype
 from vcr1_fast.run.folder import prepare_output_dir
@@ -61,9 +62,10 @@ class Run:
     quarantine: Quarantine
     kernels: KernelChoice
 
-    def train_stream(self) -> PromptStream:
+    def train_stream(self, *, needs_target: bool = False) -> PromptStream:
         self.source.loader.start()  # as in open_engine
-        return PromptStream(self._load("train"), self.builder, self.quarantine, self.config, self.world)
+        parts = (self.builder, self.quarantine, self.config, self.world)
+        return PromptStream(self._load("train"), *parts, needs_target=needs_target)
 
     def eval_examples(self) -> list[Example]:
         """Those of data.eval, refused rows included (RefusedTruth); [] without files."""
@@ -108,7 +110,7 @@ class Run:
         """What a checkpoint made now says about the run."""
         config_yaml = config_to_yaml(self.config)
         where = (step, position, num_tokens, policy_version)
-        return RunState(*where, self.source.name, config_yaml, self.base_digest, program)
+        return RunState(*where, self.source.name, config_yaml, self.base_digest, program, has_signal=False)
 
     @cached_property
     def base_digest(self) -> str:
@@ -167,7 +169,7 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
                 (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
             quarantine = open_quarantine(config, folder if writes else None)
             run = Run(config, world, folder, tasks, source, builder, quarantine, proof.choice)
-            say("\n".join([run.describe(), *proof.lines()]))
+            say("\n".join([run.describe(), *proof.lines(), *filter(None, [quarantine.describe()])]))
             yield run
     finally:
         shutdown(world)
@@ -236,6 +238,19 @@ def load_state(run: Run, learner: Learner, program: str) -> RunState:
         )
     say(f"resumed from {checkpoint} (step {state.step})")
     return state
+
+
+def outcome(run: Run, has_signal: bool, num_steps_done: int) -> dict[str, Any]:
+    """For the last line of training: exit_code, and, after a run without one gradient that is not 0, why that is."""
+    if has_signal or not num_steps_done:  # a run that was done before has said it then
+        return {"exit_code": 0}
+    reason = (
+        "no update of this run had a gradient that is not 0, so the model is as it was at the start: see bad samples, "
+        f"reward failures and zero-variance in the lines above and in {run.folder / 'metrics.jsonl'}"
+    )
+    if run.world.is_main:
+        print(f"vcr1-fast: no signal: {reason}", file=sys.stderr)
+    return {"exit_code": exit_codes.NO_SIGNAL, "no_signal": reason}
 
 
 def save_state(run: Run, learner: Learner, state: RunState) -> None:

@@ -185,6 +185,7 @@ def step_line(step: int, num_steps: int, record: Mapping[str, float]) -> str:
         ("truncated", "completions/clipped_ratio", ".0%"),
         ("zero-variance", "frac_reward_zero_std", ".0%"),
         ("bad samples", "bad_samples", ".0f"),
+        *([("reward failures", "reward_failures", ".0f")] if record.get("reward_failures") else []),
     )
     learned = shown(
         ("loss", "loss", ".4f"),
