@@ -250,8 +250,7 @@ def test_the_judge_is_asked_by_rank_0_alone(tmp_path):
     captioning = zero["scores"]["captioning"]
     assert captioning["metrics"] == pytest.approx({"f1": 0.75, "recall": 0.75, "precision": 0.75, "judged": 1.0})
     assert len(prompts) == len(set(prompts)) == 9
-    assert zero["raised"] == "KeyError: 'no such thing'"
-    assert one["raised"] == "OSError: rank 0 failed while scoring the answers; its own message says why"
+    assert zero["without"] == one["without"] == []  # where metrics raise there is no score, and the run goes on
 
 
 def test_an_answer_belongs_to_question_and_video_contents(tmp_path):
@@ -360,8 +359,10 @@ def test_eval_command_refuses_a_folder_with_answers_of_other_settings(tmp_path):
     row = {"task": "temporal_grounding", "video": "no.mp4", "query": "x", "duration_s": 4, "intervals": [[1, 2]]}
     (data / "eval.jsonl").write_text(json.dumps(row))
     overrides = [f"--data.eval={data / 'eval.jsonl'}", f"--eval.output_dir={tmp_path / 'mine'}"]
-    evaluate_command(load_config("tiny", overrides))
+    unreadable = r"none of the 1 held-out samples can be used; the first: .*no\.mp4: no such file"
+    with pytest.raises(SampleError, match=unreadable):  # a score of 0 would say nothing about the model
+        evaluate_command(load_config("tiny", overrides))
     with pytest.raises(ConfigError, match="max_new_tokens was 96, is 9"):
         evaluate_command(load_config("tiny", [*overrides, "--rollout.max_new_tokens=9"]))
-    result = evaluate_command(load_config("tiny", [*overrides, "--rollout.max_new_tokens=9", "--eval.restart=true"]))
-    assert result["folder"] == str(tmp_path / "mine")
+    with pytest.raises(SampleError, match=unreadable):
+        evaluate_command(load_config("tiny", [*overrides, "--rollout.max_new_tokens=9", "--eval.restart=true"]))

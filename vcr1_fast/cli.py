@@ -165,7 +165,7 @@ def _code_of(run: Callable[[], object]) -> int:
         return result
     if result is not None and is_main_rank():
         print(to_json(result), flush=True)
-    return 0
+    return result.get("exit_code", 0) if isinstance(result, dict) else 0
 
 
 def _run_with_settings(name: str, tokens: list[str]) -> object:

@@ -43,13 +43,17 @@ def evaluate(
     tasks: Mapping[str, Task],
     config: Config,
     world: World,
+    *,
+    must_read: bool = False,
 ) -> Scores:
     """Score of every task that has usable examples. Ranks answer disjoint shares; all return the same scores.
 
-    Refused examples are not asked and count as wrong. What a task's metrics raise is raised on every rank.
+    Refused examples are not asked and count as wrong. `must_read`: raises SampleError when no example could be asked.
     """
     examples = first_of_each_task(examples, config.eval.max_examples)
     answers = _with_refusals(examples, lambda usable: answer_all(lambda: engine, usable, builder, config, world))
+    if must_read:
+        _require_one_read(examples, answers)
     return score_on_main_rank(tasks, examples, answers, config.train.seed, world)[0]
 
 
@@ -73,6 +77,15 @@ def _with_refusals(examples: Sequence[Example], ask: Callable[[list[Example]], l
     ]
 
 
+def _require_one_read(examples: Sequence[Example], answers: Sequence[Answer]) -> None:
+    """A score of nothing but failures is 0, which says nothing about the model."""
+    failures = [answer.failure for example, answer in zip(examples, answers, strict=True) if not example.is_refused]
+    if failures and all(failures):
+        raise SampleError(
+            "data.eval", f"none of the {len(failures)} held-out samples can be used; the first: {failures[0]}"
+        )
+
+
 def answer_all(
     open_engine: Callable[[], RolloutEngine],
     examples: Sequence[Example],
@@ -86,14 +99,15 @@ def answer_all(
     The engine is opened when there is something to ask. Above temperature 0 a draw also depends on its place in the
     batch, so an interrupted evaluation then gives other draws than one in a single piece.
     """
-    keys = [question_key(_question(builder, example), example) if store else "" for example in examples]
-    known = [store.get(key) if store else None for key in keys]
+    keys = [_key(builder, example) if store else None for example in examples]
+    known = [store.get(key) if store and key else None for key in keys]
     pending = [i for i, answer in enumerate(known) if answer is None]
     share = pending[world.rank :: world.world_size]
 
     def keep(place: int, answer: Answer) -> None:
-        if store:
-            store.put(keys[share[place]], answer)
+        key = keys[share[place]]
+        if store and key:
+            store.put(key, answer)
 
     engine = open_engine() if pending else None
     answers = _ask(engine, [examples[i] for i in share], builder, config, keep) if engine else []
@@ -129,8 +143,12 @@ def answer_in_rounds(
     return [by_id[example.id] for example in examples]
 
 
-def _question(builder: PromptBuilder, example: Example) -> str:
-    return builder.tasks[example.task].question(example)
+def _key(builder: PromptBuilder, example: Example) -> str | None:
+    """Under which its answer is kept; None where a custom task cannot ask, which the builder will say."""
+    try:
+        return question_key(builder.tasks[example.task].question(example), example)
+    except (Exception, SystemExit):
+        return None
 
 
 def _ask(
@@ -188,7 +206,7 @@ def score_on_main_rank(
 ) -> tuple[Scores, list[Sample]]:
     """`score_answers` by rank 0, as a judge that every rank asks is asked that many times; the samples stay there.
 
-    All ranks return the same scores. What scoring raises is raised on every rank, as OSError on the others.
+    All ranks return the same scores.
     """
     found: list[Scores] = [{}]
     samples: list[Sample] = []
@@ -230,6 +248,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
             answers = _with_refusals(
                 examples, lambda usable: ask(open_engine, usable, run.builder, config, run.world, store)
             )
+        _require_one_read(examples, answers)
         scores, samples = score_on_main_rank(
             run.tasks, examples, answers, config.train.seed, run.world, with_samples=True
         )
@@ -249,6 +268,11 @@ def evaluate_command(config: Config) -> dict[str, Any]:
             print_scores({}, scores)
             print_categories(samples)
             say(f"samples: {store.folder / 'samples.jsonl'}")
+        missing = {example.task for example in examples if not example.is_refused} - scores.keys()
+        if missing:
+            raise SampleError(
+                "data.eval", f"no score of task {', '.join(sorted(missing))}, see above; answers are kept"
+            )
         return result
 
 

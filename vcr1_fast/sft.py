@@ -6,6 +6,7 @@ scored rows, so it is masked by construction.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from vcr1_fast.evaluate import evaluate
 from vcr1_fast.evaluation.scores import flat_scores, scores_as_dict
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.run.metrics import update_metrics
-from vcr1_fast.run.run import Run, export_model, load_state, open_run, open_weight_sync, save_state
+from vcr1_fast.run.run import Run, export_model, load_state, open_run, open_weight_sync, outcome, save_state
 from vcr1_fast.run.stopping import Stopping
 from vcr1_fast.run.telemetry import Telemetry
 from vcr1_fast.settings.config import Config
@@ -32,28 +33,32 @@ def sft(config: Config) -> dict[str, Any]:
 
 def _sft(run: Run) -> dict[str, Any]:
     config = run.config
-    prompts = run.train_stream()
+    prompts = run.train_stream(needs_target=True)
     learner = Learner(config, run.world, config.sft.num_steps, run.kernels)
     state = load_state(run, learner, "sft")
-    prompts.position, num_tokens = state.position, state.num_tokens
+    prompts.position, num_tokens, has_signal = state.position, state.num_tokens, state.has_signal
     telemetry = Telemetry(run.folder, run.world.rank, resume_step=state.step)
     with Stopping(config.checkpoint, config.sft.num_steps, run.world) as stopping:
         for step in range(state.step + 1, config.sft.num_steps + 1):
             with telemetry.span("prompts"):
                 groups = [taught_group(prompt, run) for prompt in prompts.next(config.sft.examples_per_step)]
             with telemetry.span("update"):
-                metrics = update_metrics([learner.update_sft(groups)])
+                report = learner.update_sft(groups)
+            has_signal |= report.has_signal
+            metrics = update_metrics([report])
             num_tokens += int(metrics["step_tokens/executed"])
             metrics |= {**prompts.metrics(), "num_tokens": num_tokens}
             telemetry.log_step(step, metrics, config.sft.num_steps)
             if stopping.wants_checkpoint(step):
                 with telemetry.span("checkpoint"):
-                    save_state(run, learner, run.state(step, prompts.position, num_tokens, 0, "sft"))
+                    now = run.state(step, prompts.position, num_tokens, 0, "sft")
+                    save_state(run, learner, replace(now, has_signal=has_signal))
             stopping.end_if_asked(step)
     export_model(run, learner)
     scores = _score(run, learner, telemetry)
     telemetry.close()
-    return {"run": str(run.folder), "steps": config.sft.num_steps, "scores": scores}
+    said = outcome(run, has_signal, config.sft.num_steps - state.step)
+    return {"run": str(run.folder), "steps": config.sft.num_steps, "scores": scores, **said}
 
 
 def _score(run: Run, learner: Learner, telemetry: Telemetry) -> dict[str, Any]:

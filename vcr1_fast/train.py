@@ -16,7 +16,17 @@ from vcr1_fast.rollout.collect import Collector
 from vcr1_fast.rollout.parity import check_parity, warn_of_gap
 from vcr1_fast.rollout.queue import RolloutQueue
 from vcr1_fast.run.metrics import rollout_metrics, update_metrics
-from vcr1_fast.run.run import Run, due, export_model, load_state, open_run, open_weight_sync, sampling_of, save_state
+from vcr1_fast.run.run import (
+    Run,
+    due,
+    export_model,
+    load_state,
+    open_run,
+    open_weight_sync,
+    outcome,
+    sampling_of,
+    save_state,
+)
 from vcr1_fast.run.stopping import Stopping
 from vcr1_fast.run.telemetry import Telemetry, say
 from vcr1_fast.settings.config import Config
@@ -39,7 +49,7 @@ def _train(run: Run) -> dict[str, Any]:
     state = load_state(run, learner, "train")  # step 0, or where a checkpoint stands
     prompts.position = state.position
     engine = run.open_engine()
-    collector = Collector(run.tasks, config, world, run.builder.completion_ids, run.quarantine.add)
+    collector = Collector(run.tasks, config, world, run.builder.completion_ids)
     queue = RolloutQueue(engine, collector, prompts, partial(sampling_of, config, world), run.builder.decode)
     task_scale = TaskScale(config.algorithm.scale_decay, state.task_scale)
     sync = open_weight_sync(run, learner, engine, state.policy_version)
@@ -47,16 +57,16 @@ def _train(run: Run) -> dict[str, Any]:
 
     def score(step: int) -> Scores:
         with telemetry.span("eval"), queue.paused():
-            scores = evaluate(engine, held_out, run.builder, run.tasks, config, world)
+            scores = evaluate(engine, held_out, run.builder, run.tasks, config, world, must_read=step == 0)
         telemetry.log_eval(step, flat_scores(scores))
         return scores
 
     sync.push()  # before the first step: a broken path fails now; after a resume it restores the version, too
     parity = check_parity(engine, learner.policy, prompts.sample(), config.rollout, learner.dtype, world)
     say(f"{engine.version}: {parity or 'not compared with the learner, no usable example comes next'}")
-    queue.restore(state.pending, state.answers)
+    queue.restore(state.pending, state.answers, state.again, state.failed_steps)
     before = score(0) if held_out and state.step == 0 else scores_from_dict(state.before)
-    num_tokens = state.num_tokens
+    num_tokens, has_signal = state.num_tokens, state.has_signal
     with Stopping(config.checkpoint, config.train.num_steps, world) as stopping:
         for step in range(state.step + 1, config.train.num_steps + 1):
             with telemetry.span("prompts"):
@@ -67,6 +77,7 @@ def _train(run: Run) -> dict[str, Any]:
             engine.release_memory()
             with telemetry.span("update"):
                 reports = learner.update_grpo(with_advantages(groups, config.algorithm.scale_advantages, task_scale))
+            has_signal |= any(report.has_signal for report in reports)
             run.quarantine.add_all(error for report in reports for error in report.too_large)
             with telemetry.span("weight_sync"), queue.paused():
                 sync.push()
@@ -81,8 +92,8 @@ def _train(run: Run) -> dict[str, Any]:
             if stopping.wants_checkpoint(step):
                 with telemetry.span("checkpoint"):
                     now = run.state(step, prompts.position, num_tokens, sync.policy_version, "train")
-                    beside = {"task_scale": task_scale.moments, "before": scores_as_dict(before), **queue.pending()}
-                    save_state(run, learner, replace(now, **beside))
+                    more = {"task_scale": task_scale.moments, "has_signal": has_signal, **queue.pending()}
+                    save_state(run, learner, replace(now, before=scores_as_dict(before), **more))
             stopping.end_if_asked(step)
             if due(config.eval.every, step) and step < config.train.num_steps and held_out:
                 score(step)
@@ -95,4 +106,5 @@ def _train(run: Run) -> dict[str, Any]:
     if config.checkpoint.export:
         export_model(run, learner)
     scores = {"before": scores_as_dict(before), "after": scores_as_dict(after)}
-    return {"run": str(run.folder), "steps": config.train.num_steps, "engine": engine.version, **scores}
+    said = outcome(run, has_signal, config.train.num_steps - state.step)
+    return {"run": str(run.folder), "steps": config.train.num_steps, "engine": engine.version, **scores, **said}

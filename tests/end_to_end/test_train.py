@@ -48,7 +48,11 @@ def test_run_writes_what_it_says(train_arguments, run_here, tmp_path):
     assert json.loads((run / "model" / "vcr1_fast.json").read_text())["reader"].startswith("pyav 1")
 
 
-LAG = ("--rollout.max_policy_lag=1", "--algorithm.sampling_correction=token_truncate", "--algorithm.sampling_cap=2.0")
+# With a reward that fails on some examples, which come again: in later steps, and after the kill in the same ones.
+LAG = (
+    *("--rollout.max_policy_lag=1", "--algorithm.sampling_correction=token_truncate", "--algorithm.sampling_cap=2.0"),
+    "--task.rewards={temporal_grounding: [tests.end_to_end.fragile_reward:fragile]}",
+)
 # `vcr1-fast` that is killed when it has logged step 3, whatever its threads are doing, and whose job is signalled at 1
 KILLED = """
 import os, signal, time
@@ -106,6 +110,48 @@ def test_ended_and_killed_run_resumes_to_the_same_bits(train_arguments, run_here
         assert [got[step]["sampling/policy_lag/mean"] for step in want] == [0.0, 1.0, 1.0, 1.0]
         assert got[3]["sampling/importance_sampling_ratio/mean"] != 1.0
         assert "time/draw_s" in got[3]
+        failed = [step["reward_failures"] for step in want.values()]
+        assert failed == [step["reward_failures"] for step in got.values()] and sum(failed) > 1
+        assert not (whole / "quarantine.jsonl").exists() and not (ended / "quarantine.jsonl").exists()
+
+
+def test_a_run_without_a_gradient_says_so_and_its_end_is_not_repeated(train_arguments, run_here, tmp_path):
+    """Answers of 2 tokens have no interval, so that all rewards are 0."""
+    arguments = train_arguments(
+        *(tmp_path / "run", "--rollout.max_new_tokens=2", "--data.eval=[]"),
+        *("--checkpoint.every=1", "--checkpoint.export=false"),
+    )
+    for num_steps, code in ((0, 0), (1, 3), (1, 0), (2, 3)):  # the third has no step left; the fourth goes on from it
+        done = run_here([*arguments, f"--train.num_steps={num_steps}"])
+        assert done.code == code, done.err
+        result = json.loads(done.out.splitlines()[-1])
+        assert result["exit_code"] == code
+        assert ("no update of this run had a gradient that is not 0" in result.get("no_signal", "")) == (code == 3)
+        assert done.err.splitlines()[-1:] == [f"vcr1-fast: no signal: {result['no_signal']}"] * (code == 3)
+
+
+def test_a_signal_of_an_earlier_start_counts(train_arguments, run_here, tmp_path):
+    arguments = train_arguments(tmp_path / "run", "--data.eval=[]", "--checkpoint.export=false")
+    assert run_here([*arguments, "--train.num_steps=1"]).code == 0
+    assert run_here([*arguments, "--train.num_steps=2", "--rollout.max_new_tokens=2"]).code == 0
+
+
+@pytest.mark.parametrize(
+    ("program", "override", "message"),
+    [
+        ("train", "--data.eval=[]", "nothing of the first step can be used"),
+        ("sft", "--data.eval=[]", "nothing of the first step can be used"),
+        ("train", "--eval.max_examples=2", "none of the 4 held-out samples can be used"),
+        ("eval", "--eval.max_examples=2", "none of the 4 held-out samples can be used"),
+    ],
+)
+def test_a_wrong_video_root_is_an_error_that_names_it(train_arguments, run_here, tmp_path, program, override, message):
+    arguments = train_arguments(tmp_path / "run", "--data.video_root=/their", override, program=program)
+    done = run_here(arguments)
+    assert done.code == 1
+    assert message in done.err.splitlines()[-1] or message in done.err
+    assert "/their" in done.err and "no such file" in done.err
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_supervised_steps_lower_the_loss(train_arguments, run_here, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.prompts.special_ids import TOKEN_TEXT
 from vcr1_fast.types import Example, IntervalTruth, Patches, SampleError
+from vcr1_fast.video.reader import ReaderError
 
 GRID = (3, 4, 6)
 MakeTokenizer = Callable[[list[str]], PreTrainedTokenizerFast]
@@ -46,6 +48,20 @@ def example(query: str = "when does it roll?", reasoning: str = "1 to 2", task: 
 def builder(tokenizer: Any, read: Callable[[str], Patches] = lambda path: patches()) -> PromptBuilder:
     tasks: Any = {"echo": EchoTask()}
     return PromptBuilder(tokenizer, tasks, read)
+
+
+def test_whatever_goes_wrong_is_blamed_on_the_example(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    def read(path: str) -> Patches:
+        raise {"type": TypeError("no"), "reader": ReaderError("no memory")}[path]
+
+    with pytest.raises(SampleError, match=r"clip:1: building its prompt raised TypeError: "):
+        builder(tiny_tokenizer).build(example("a dog \ud83d"))
+    with pytest.raises(SampleError, match=r"clip:1: making its target raised TypeError: "):
+        builder(tiny_tokenizer).completion_ids(example(reasoning="\ud83d"))
+    with pytest.raises(SampleError, match=r"clip:1: building its prompt raised TypeError: no"):
+        builder(tiny_tokenizer, read).build(dataclasses.replace(example(), video="type"))
+    with pytest.raises(ReaderError, match="no memory"):  # no file is to blame, and every other one would fail, too
+        builder(tiny_tokenizer, read).build(dataclasses.replace(example(), video="reader"))
 
 
 def test_layout_is_the_chat_template_with_the_text_before_the_video(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -76,6 +76,71 @@ def test_too_many_bad_samples_stop_the_run_with_a_reason(tiny_tokenizer, tmp_pat
     assert "  bad1.mp4: the file is empty" in caught.value.reason
 
 
+def test_a_first_step_without_anything_usable_names_the_cause(tiny_tokenizer, tmp_path):
+    stream = make_stream(
+        tiny_tokenizer, tmp_path, [f"bad{i}.mp4" for i in range(6)], data=DataConfig(video_root="/their")
+    )
+    with pytest.raises(TooManyBadSamplesError, match=r"nothing of the first step can be used") as caught:
+        stream.next(4)
+    assert "4 files (4 empty):" in caught.value.reason and "start from /their (data.video_root)" in caught.value.reason
+
+
+def test_a_small_first_step_may_be_out_of_luck(tiny_tokenizer, tmp_path):
+    videos = ["bad.mp4" if i == 0 else f"v{i}.mp4" for i in range(9)]
+    stream = make_stream(tiny_tokenizer, tmp_path, videos)
+    stream.position = next(p for p in range(9) if stream.order.indices(p, 1) == [0])
+    assert stream.next(1) == []
+    assert len(stream.next(1)) == 1
+
+
+def test_examples_without_a_score_come_again_after_1_4_16_and_64_steps(tiny_tokenizer, tmp_path, capsys):
+    stream = make_stream(tiny_tokenizer, tmp_path, [f"v{i}.mp4" for i in range(2000)])
+    first = ids(stream.next(4))
+    lost = first[1]
+    seen, steps = [], 0
+    stream.put_back([lost])
+    while stream.again:
+        names = ids(stream.next(4))
+        steps += 1
+        if lost in names:
+            assert names[0] == lost  # before those of the data's order
+            seen.append(steps)
+            stream.put_back([lost])
+    # the position stands still by one in a step in which it comes again: 0, 3, 15 and 63 steps of 4 further positions
+    assert seen == [1, 1 + 4, 5 + 16, 21 + 64]
+    assert f"{lost} failed 5 times in a row and is left out until its next turn" in capsys.readouterr().err
+
+
+def test_what_comes_again_is_part_of_the_state_and_loses_nothing(tiny_tokenizer, tmp_path):
+    def run(stream: PromptStream, num_steps: int) -> list[list[str]]:
+        steps = []
+        for _ in range(num_steps):
+            steps.append(ids(stream.next(4)))
+            stream.put_back([name for name in steps[-1] if name in ("e1", "e5", "e17")])  # these never have a score
+        return steps
+
+    videos = [f"v{i}.mp4" for i in range(20)]
+    whole = make_stream(tiny_tokenizer, tmp_path, videos)
+    steps = run(whole, 12)
+    assert set().union(*steps[:8]) == {f"e{i}" for i in range(20)}
+    first = make_stream(tiny_tokenizer, tmp_path, videos)
+    run(first, 5)
+    kept = json.loads(json.dumps({"position": first.position, "again": first.again | {"gone": (1, 3)}}))
+    second = make_stream(tiny_tokenizer, tmp_path, videos)
+    second.restore(**kept)
+    assert run(second, 7) == steps[5:]
+
+
+def test_a_target_that_has_no_tokens_is_a_bad_sample_where_it_is_taught(tiny_tokenizer, tmp_path):
+    stream = make_stream(tiny_tokenizer, tmp_path, [f"v{i}.mp4" for i in range(4)])
+    task = stream.builder.tasks["temporal_grounding"]
+    task.target = lambda example: "\ud83d" if example.id == "e2" else "<answer></answer>"
+    assert len(stream.next(4)) == 4
+    stream._needs_target = True
+    assert sorted(ids(stream.next(4))) == ["e0", "e1", "e3"]
+    assert stream.num_bad_by_reason["error"] == 1
+
+
 def test_no_examples_is_an_error(tiny_tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="no usable example"):
         make_stream(tiny_tokenizer, tmp_path, [])
@@ -151,17 +216,18 @@ def test_known_bad_clips_are_not_named(tiny_tokenizer, tmp_path):
     assert sorted(named) == sorted([*["a.mp4", "b.mp4", "c.mp4"] * 2, "bad.mp4"])
 
 
-def test_a_rank_names_its_own_share(tiny_tokenizer, tmp_path):
+def test_a_rank_names_its_own_share(tiny_tokenizer, tmp_path, monkeypatch):
     videos = [f"v{i}.mp4" for i in range(16)]
     shares = []
     for rank in range(2):
         named: list[str] = []
         world = World(rank, 2, rank, torch.device("cpu"))
+        monkeypatch.setattr("vcr1_fast.prompts.stream.all_reduce_sum", lambda values, world: values)
         stream = make_stream(
             tiny_tokenizer, tmp_path, videos, world=world, prefetch=named.extend, video=VideoConfig(prefetch_steps=1)
         )
         coming = names_of(stream, 8)
-        stream._name_next_clips(4)
+        stream.next(4)
         shares.append(named)
     assert shares == [[*coming[0:2], *coming[4:6]], [*coming[2:4], *coming[6:8]]]
 

@@ -11,11 +11,12 @@ import torch
 from tests.rollout.collecting import collected
 from tests.tiny_policy import run_ranks
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
-from vcr1_fast.rollout.collect import Collector, collect, weighted_sum
+from vcr1_fast.rollout.collect import Collector, RewardFailure, RewardsFailedError, collect, weighted_sum
 from vcr1_fast.rollout.scripted_engine import ScriptedEngine
 from vcr1_fast.run.metrics import rollout_metrics
 from vcr1_fast.settings.config import Config, ConfigError, RolloutConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
+from vcr1_fast.tasks.reward_process import RewardError, RewardTimeoutError
 from vcr1_fast.types import Example, IntervalTruth, Prompt, SampleError, SamplingParams
 
 GOOD, HALF, BAD = (f"<think>x</think><answer>{answer}</answer>" for answer in ("2.00 to 4.00", "2.00 to 3.00", "none"))
@@ -25,7 +26,7 @@ def make_example(name: str) -> Example:
     return Example(name, "temporal_grounding", f"{name}.mp4", "a red circle appears", 8.0, IntervalTruth(((2.0, 4.0),)))
 
 
-def unexpected(error: SampleError) -> None:
+def unexpected(error: RewardFailure) -> None:
     raise AssertionError(error)
 
 
@@ -49,26 +50,37 @@ def test_each_group_gets_the_scores_of_its_own_answers(tiny_tokenizer, make_prom
     assert [g.rewards for g in groups] == [(3.0, 0.0), (2.0, 3.0)]
 
 
-def test_a_reward_that_raises_loses_its_group_only(tiny_tokenizer, make_prompt, capsys):
+RAISED = "the reward of task temporal_grounding raised"
+LATER = "the reward of task temporal_grounding hung on another group of the step and was not asked about this one"
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"),
+    [
+        (ZeroDivisionError("no such length"), {"b": f"{RAISED} ZeroDivisionError: no such length"}),
+        (SystemExit(0), {"b": f"{RAISED} SystemExit: 0"}),  # not the end of the run, and not its success
+        (RewardError("reward x gave nan"), {"b": "reward x gave nan"}),  # says itself who it is
+        (RewardTimeoutError("reward x hung"), {"b": "reward x hung", "c": LATER}),  # else each group waits as long
+    ],
+)
+def test_a_reward_that_raises_loses_its_group_only(tiny_tokenizer, make_prompt, capsys, error, failed):
     tasks = make_tasks(TaskConfig())
     real = tasks["temporal_grounding"].score
 
     def fragile(examples, answers):
         if any(example.id == "b" for example in examples):
-            raise ZeroDivisionError("no such length")
+            raise error
         return real(examples, answers)
 
     tasks["temporal_grounding"].score = fragile
-    failures: list[SampleError] = []
+    failures: list[RewardFailure] = []
     engine = ScriptedEngine(tiny_tokenizer, {name: [GOOD, BAD] for name in "abc"})
     groups = collect(
         engine, prompts_of(make_prompt, *"abc"), SamplingParams(2, 200), tasks, TaskConfig(), failures.append
     )
-    assert [g.prompt.example.id for g in groups] == ["a", "c"]
-    assert [str(f) for f in failures] == [
-        "b: the reward of task temporal_grounding raised ZeroDivisionError: no such length"
-    ]
-    assert "reward failure: b" in capsys.readouterr().err
+    assert [g.prompt.example.id for g in groups] == [name for name in "abc" if name not in failed]
+    assert failures == [RewardFailure(name, "temporal_grounding", reason) for name, reason in failed.items()]
+    assert f"reward failure: b: {failed['b']}\n" in capsys.readouterr().err
 
 
 def test_no_prompts_no_groups(tiny_tokenizer):
@@ -85,10 +97,10 @@ def no_more(count: int) -> list[Prompt]:
 
 
 def make_collector(
-    tiny_tokenizer, scripts, tasks=None, on_failure=unexpected, **rollout
+    tiny_tokenizer, scripts, tasks=None, task_config=None, **rollout
 ) -> tuple[Collector, ScriptedEngine]:
     engine = ScriptedEngine(tiny_tokenizer, scripts)
-    config = Config(rollout=RolloutConfig(group_size=2, **rollout))
+    config = Config(rollout=RolloutConfig(group_size=2, **rollout), task=task_config or TaskConfig())
     tasks = tasks or make_tasks(TaskConfig())
 
     def target_ids(example):
@@ -96,7 +108,7 @@ def make_collector(
             raise SampleError("forged", "its text would become a control token")
         return torch.tensor(tiny_tokenizer(tasks[example.task].target(example))["input_ids"])
 
-    return Collector(tasks, config, SINGLE_PROCESS, target_ids, on_failure), engine
+    return Collector(tasks, config, SINGLE_PROCESS, target_ids), engine
 
 
 def test_shaping_changes_the_reward_and_not_the_logged_parts(tiny_tokenizer, make_prompt):
@@ -183,20 +195,47 @@ def test_rounds_draw_with_different_seeds_and_the_same_ones_again(tiny_tokenizer
     assert seeds()[0] == 7
 
 
-def test_reward_failures_are_counted(tiny_tokenizer, make_prompt):
+def test_steps_without_a_score_are_counted_task_by_task_and_end_the_run(tiny_tokenizer, make_prompt):
+    """Of three steps in a row: the grounding judge is back in the second, the tracking one never."""
     tasks = make_tasks(TaskConfig())
+    is_down = {"temporal_grounding": True, "object_tracking": True}
 
-    def broken(examples, answers):
-        raise ZeroDivisionError("no such length")
+    def score_of(name):
+        def score(examples, answers):
+            if is_down[name]:
+                raise ConnectionError(f"the judge of {examples[0].id} is down")
+            return {"iou": [1.0] * len(answers)}
 
-    tasks["temporal_grounding"].score = broken
-    failures: list[SampleError] = []
-    collector, engine = make_collector(tiny_tokenizer, {"a": [GOOD, BAD], "b": [GOOD, BAD]}, tasks, failures.append)
-    prompts = prompts_of(make_prompt, "a", "b")
-    for _ in range(2):  # counts are of one step
-        assert collected(collector, engine, prompts, SamplingParams(2, 200), no_more) == []
-        assert collector.metrics() == {"reward_failures": 2.0}
-    assert len(failures) == 4
+        return score
+
+    for name in is_down:
+        tasks[name].score = score_of(name)
+    collector, engine = make_collector(
+        tiny_tokenizer, {name: [GOOD, BAD] for name in "abc"}, tasks, TaskConfig(max_failed_steps=3)
+    )
+    prompts = prompts_of(make_prompt, *"abc")
+    prompts[2] = dataclasses.replace(prompts[2], example=dataclasses.replace(make_example("c"), task="object_tracking"))
+
+    def step() -> list[str]:
+        groups = collected(collector, engine, prompts, SamplingParams(2, 200), no_more)
+        return [group.prompt.example.id for group in groups]
+
+    assert step() == []
+    assert collector.failed_ids == ["c", "a", "b"]  # object_tracking is asked first
+    assert collector.metrics() == {"reward_failures": 3.0}
+    assert collector.failed_steps == {"": 1, "object_tracking": 1, "temporal_grounding": 1}
+    is_down["temporal_grounding"] = False
+    assert step() == ["a", "b"]
+    assert collector.failed_ids == ["c"]
+    assert collector.metrics() == {"reward_failures": 1.0}
+    assert collector.failed_steps == {"object_tracking": 2}
+    with pytest.raises(
+        RewardsFailedError, match=r"task object_tracking: no group could be scored in 3 steps"
+    ) as caught:
+        step()
+    assert f"the last error: c: {RAISED[:18]}object_tracking raised ConnectionError: the judge of c" in str(
+        caught.value
+    )
 
 
 def test_two_ranks_resample_in_step(tmp_path):
@@ -208,6 +247,18 @@ def test_two_ranks_resample_in_step(tmp_path):
     assert zero["kept"] == ["good-0", "round1-0", "round2-0", "round2-1"]
     assert one["kept"] == ["good-0", "good-1", "good-2", "good-3", "round2-0", "round2-1"]
     assert zero["metrics"] == one["metrics"] == {"reward_failures": 0.0, "sampling/resampled_groups": 6.0}
+    # Then rewards fail, for one group of rank 1, and for all but that of rank 0: with max_failed_steps 1 the end.
+    assert zero["failed"] == one["failed"] == ["good-3"]
+    assert zero["scored"] == ["flat-0", "flat-1", "flat-2", "good-0"] and one["scored"] == [
+        "good-0",
+        "good-1",
+        "good-2",
+    ]
+    assert zero["error"] == one["error"]
+    assert (
+        "all tasks: no group could be scored in 1 steps" in zero["error"]
+        and "the last error: good-3: " in zero["error"]
+    )
 
 
 def test_a_group_holds_one_ground_truth_at_most():

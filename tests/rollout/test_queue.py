@@ -66,7 +66,14 @@ class Stream:
 
     def __init__(self, make_prompt: Callable[..., Prompt]) -> None:
         self.position = 0
+        self.again: dict[str, tuple[int, int]] = {}
         self._make = make_prompt
+
+    def put_back(self, ids) -> None:
+        self.again |= dict.fromkeys(ids, (1, self.position))
+
+    def restore(self, position, again) -> None:
+        self.position, self.again = position, dict(again)
 
     def next(self, count: int) -> list[Prompt]:
         names = [f"a{i}" for i in range(self.position, self.position + count)]
@@ -94,7 +101,7 @@ def open_queue(make_prompt) -> Iterator[Open]:
             train=TrainConfig(num_steps=num_steps, prompts_per_step=2),
         )
         tasks = make_tasks(TaskConfig())
-        collector = Collector(tasks, config, SINGLE_PROCESS, lambda _: torch.zeros(0), lambda _: None)
+        collector = Collector(tasks, config, SINGLE_PROCESS, lambda _: torch.zeros(0))
         texts = {tuple(range(NUM_TOKENS)): GOOD}
         queue = RolloutQueue(
             engine,  # pyright: ignore[reportArgumentType]
@@ -134,7 +141,7 @@ def test_without_lag_the_newest_weights_draw_and_nothing_is_ahead(open_queue: Op
     assert (stream.position, engine.calls) == (2, [])  # drawn when they are wanted, in the caller's thread
     assert [(drew, now) for _, drew, now in run_steps(queue, engine, 3)] == [(1, 1), (2, 2), (3, 3)]
     assert [seed for _, seed, _ in engine.calls] == [100, 200, 300]
-    assert queue.pending() == {"pending": [], "answers": {}}
+    assert queue.pending() == {"pending": [], "answers": {}, "again": {}, "failed_steps": {}}
     assert queue.metrics() == {"engine/restarts": 0.0}
 
 
@@ -224,13 +231,16 @@ def test_a_restored_queue_asks_only_for_what_was_not_drawn(open_queue: Open, int
     while engine._tokens._value:
         time.sleep(0.01)
     with queue.paused():
-        steps, answers = queue.pending().values()
-    assert steps == [{"step": 2, "position": 2, "count": 2}]
+        queue._collector.failed_steps["captioning"] = 3
+        stream.again["a0"] = (1, 9)
+        kept = queue.pending()
+    assert kept["pending"] == [{"step": 2, "position": 2, "again": {}, "count": 2}]
     again, other, others_stream = open_queue(1, holds=False)
     others_stream.position = stream.position
     other.policy_version = 5
-    again.restore(steps, answers)
+    again.restore(kept["pending"], kept["answers"], kept["again"], kept["failed_steps"])
     assert others_stream.position == stream.position == 4
+    assert (others_stream.again, again._collector.failed_steps) == ({"a0": (1, 9)}, {"captioning": 3})
     again.fill(2)  # step 3 is new
     if not interrupt:
         other.policy_version = 2
@@ -256,6 +266,21 @@ def test_further_prompts_for_groups_without_a_signal_come_before_later_steps(ope
     assert stream.position == 6
     queue.fill(2)
     assert ids_of(queue.take(2))[0] >= "a6"
+
+
+def test_examples_without_a_score_are_given_back(open_queue: Open, monkeypatch):
+    queue, _, stream = open_queue(0)
+
+    def only_a1(examples, answers):
+        if {example.id for example in examples} != {"a1"}:
+            raise ConnectionError("the judge is down")
+        return {"iou": [1.0, 0.0]}
+
+    monkeypatch.setattr(queue._collector.tasks["temporal_grounding"], "score", only_a1)
+    queue.fill(1)
+    assert ids_of(queue.take(1)) == ["a1"]
+    assert stream.again == {"a0": (1, 2)}
+    assert queue.pending()["again"] == {"a0": (1, 2)}
 
 
 def _flat_below(first: str):

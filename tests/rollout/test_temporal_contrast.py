@@ -47,7 +47,6 @@ def test_order_part_by_hand(make_prompt):
     # in order (0.8 + 0 + 0.2) / 3 = 1/3; shuffled 0.41: 0.8 x 0.41 = 0.328 is less, 0.8 x 0.42 = 0.336 is more
     assert order_part(group, {"iou": (0.41,)}) == (1.0, 0.0, 1.0)
     assert order_part(group, {"iou": (0.42,)}) == (0.0, 0.0, 0.0)
-    assert order_part(group, None) == (0.0, 0.0, 0.0)
     # a ground truth says nothing about the policy: without the 0.8 the mean is 0.1, 0.8 x 0.2 = 0.16 is more
     mixed = dataclasses.replace(group, completions=(truth, answer, answer))
     assert order_part(mixed, {"iou": (0.2,)}) == (0.0, 0.0, 0.0)
@@ -81,7 +80,7 @@ def test_correct_answers_earn_the_part_only_where_order_helps(make_prompt):
     for shuffled, part in ((WRONG, (1.0, 0.0, 1.0, 0.0)), (RIGHT, (0.0, 0.0, 0.0, 0.0))):
         engine = ByOrder([prompt.patches], [HALF, WRONG], [shuffled])
         whole = Config(rollout=RolloutConfig(group_size=4), task=config)
-        collector = Collector(tasks, whole, SINGLE_PROCESS, lambda _: torch.zeros(0), lambda _: None)  # type: ignore[arg-type]
+        collector = Collector(tasks, whole, SINGLE_PROCESS, lambda _: torch.zeros(0))  # type: ignore[arg-type]
         [group] = collected(collector, engine, [prompt], SamplingParams(4, 9), lambda _: [])
         assert engine.asked == [(1, 4), (1, 2)]
         assert len(group.completions) == 4
@@ -89,3 +88,23 @@ def test_correct_answers_earn_the_part_only_where_order_helps(make_prompt):
         assert group.rewards == tuple(b + 0.3 * p for b, p in zip((1.5, 0.0, 1.5, 0.0), part, strict=True))
         metrics = rollout_metrics([group], tasks, SINGLE_PROCESS)
         assert metrics["rewards/temporal_grounding/order/mean"] == sum(part) / 4
+
+
+def test_a_group_is_scored_with_its_shuffled_clip_or_not_at_all(make_prompt):
+    example = Example("a", "temporal_grounding", "a.mp4", "a door opens", 8.0, IntervalTruth(((2.0, 4.0),)))
+    prompt = dataclasses.replace(make_prompt((3, 4, 4), "text"), example=example)
+    config = TaskConfig(temporal_contrast=True)
+    tasks = make_tasks(config)
+    real = tasks["temporal_grounding"].score
+
+    def fragile(examples, answers):
+        if WRONG in answers:
+            raise ZeroDivisionError("no such length")
+        return real(examples, answers)
+
+    tasks["temporal_grounding"].score = fragile
+    whole = Config(rollout=RolloutConfig(group_size=4), task=config)
+    collector = Collector(tasks, whole, SINGLE_PROCESS, lambda _: torch.zeros(0))
+    engine = ByOrder([prompt.patches], [HALF], [WRONG])
+    assert collected(collector, engine, [prompt], SamplingParams(4, 9), lambda _: []) == []
+    assert collector.failed_ids == ["a"]

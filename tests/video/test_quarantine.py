@@ -102,6 +102,28 @@ def test_on_retry_good_files_leave_the_list_and_bad_ones_stay_as_they_are(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["further.jsonl", "own.jsonl"]
 
 
+def test_reasons_that_may_be_over_are_looked_at_again_and_the_start_says_so(tmp_path: Path) -> None:
+    own, further = tmp_path / "own.jsonl", tmp_path / "further.jsonl"
+    Quarantine(further).add(SampleError("f.mp4", "the file cannot be opened: [Errno 5] Input/output error"))
+    first = Quarantine(own)
+    assert first.describe() == ""
+    first.add(SampleError("a.mp4", "no such file; check data.video_root and the annotation"))
+    first.add(SampleError("b.mp4", "the file is empty (0 bytes); fetch it again"))
+    first.add(SampleError("c", "the reward of task captioning raised JudgeUnavailableError: it is down"))
+    assert "a.mp4" in first and "c" in first  # once in one run is enough
+    lines = own.read_bytes()
+    again = Quarantine(own, further)
+    assert list(again.reasons) == ["b.mp4"]
+    assert again.describe() == (
+        "quarantine: 1 left out (1 empty), 3 looked at again (2 missing, 1 error); "
+        "data.retry_quarantined=true looks at all of them again"
+    )
+    again.add(SampleError("a.mp4", "no such file; check data.video_root and the annotation"))
+    assert "a.mp4" in again and own.read_bytes() == lines
+    again.forget(["c"])
+    assert Quarantine(own).describe().startswith("quarantine: 1 left out (1 empty), 1 looked at again (1 missing)")
+
+
 def _append_and_forget(path: Path, writer: int) -> None:
     quarantine = Quarantine(path, retry=True)
     for i in range(30):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -70,7 +71,7 @@ def per_sample_metrics(
         else:
             alone = [task.metrics([example], [text]) for example, text in zip(examples, texts, strict=True)]
             values = {name: [single[name] for single in alone] for name in metrics}
-    except Exception as error:  # user code, such as a correlation, which one example does not have
+    except (Exception, SystemExit) as error:  # user code, such as a correlation, which one example does not have
         print(f"no intervals: task {task.name}, one by one: {type(error).__name__}: {error}", file=sys.stderr)
         return {}
     return {
@@ -120,7 +121,7 @@ def make_samples(
     usable = [i for i, example in enumerate(examples) if not example.is_refused]
     try:
         scored = task.score([examples[i] for i in usable], [answers[i].text for i in usable])
-    except Exception as error:  # user code, or a judge
+    except (Exception, SystemExit) as error:  # user code, or a judge
         print(f"no reward parts in samples.jsonl: task {task.name}: {type(error).__name__}: {error}", file=sys.stderr)
         scored = {}
     parts = {name: with_refused(values, examples, name) for name, values in scored.items()}
@@ -129,7 +130,7 @@ def make_samples(
             id=example.id,
             task=task.name,
             video=example.video,
-            question=example.query if example.is_refused else task.question(example),
+            question=_question(task, example),
             answer=answer.text,
             parts={name: float(values[i]) for name, values in parts.items()},
             metrics={name: float(values[i]) for name, values in metrics.items()},
@@ -140,6 +141,14 @@ def make_samples(
         )
         for i, (example, answer) in enumerate(zip(examples, answers, strict=True))
     ]
+
+
+def _question(task: Task, example: Example) -> str:
+    """What was asked; the query where nothing could be."""
+    if not example.is_refused:
+        with contextlib.suppress(Exception, SystemExit):  # user code: the example's failure says what it raised
+            return task.question(example)
+    return example.query
 
 
 def _by_axis(categories: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

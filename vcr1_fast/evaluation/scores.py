@@ -58,33 +58,46 @@ def score_answers(
     """Scores of every task, and with `with_samples` one sample per example, task after task.
 
     A failure is scored as the empty answer, which is 0 in every metric, and stays in the denominator. A refused example
-    has no truth to score against: its 0 is averaged in. A task without a usable example has no score, and says so.
+    has no truth to score against: its 0 is averaged in. A task without a usable example, or whose metrics raise, has no
+    score, and says so.
     """
     scores: Scores = {}
     samples: list[Sample] = []
     for name in dict.fromkeys(example.task for example in examples):
         members = [i for i, example in enumerate(examples) if example.task == name]
-        usable = [i for i in members if not examples[i].is_refused]
-        if not usable:
+        everyone, said = [examples[i] for i in members], [answers[i] for i in members]
+        if all(example.is_refused for example in everyone):
             print(f"no score of task {name}: all of its {len(members)} held-out rows are refused", file=sys.stderr)
             continue
-        task, own, texts = tasks[name], [examples[i] for i in usable], [answers[i].text for i in usable]
-        metrics, share = task.metrics(own, texts), len(usable) / len(members)
-        columns = per_sample_metrics(task, own, texts, metrics)
-        everyone = [examples[i] for i in members]
-        values = {metric: with_refused(column, everyone, metric) for metric, column in columns.items()}
-        trivial = {label: task.metrics(own, given) for label, given in task.trivial_answers(own).items()}
-        scores[name] = TaskScore(
-            metrics=of_all(metrics, share),
-            trivial={label: of_all(baseline, share) for label, baseline in trivial.items()},
-            num_examples=len(members),
-            num_bad=sum(bool(answers[i].failure) for i in usable),
-            num_refused=len(members) - len(usable),
-            intervals=metric_intervals(values, [example.video for example in everyone], seed),
-        )
-        if with_samples:
-            samples += make_samples(task, everyone, [answers[i] for i in members], values)
+        try:
+            scores[name], columns = _score_task(tasks[name], everyone, said, seed)
+            if with_samples:
+                samples += make_samples(tasks[name], everyone, said, columns)
+        except (Exception, SystemExit) as error:  # user code; a score that is lost must not end the training
+            scores.pop(name, None)
+            print(f"no score of task {name}: {type(error).__name__}: {error}", file=sys.stderr)
     return scores, samples
+
+
+def _score_task(
+    task: Task, everyone: Sequence[Example], answers: Sequence[Answer], seed: int
+) -> tuple[TaskScore, dict[str, list[float]]]:
+    """The score, and the metrics of each example. At least one of them is not refused."""
+    usable = [i for i, example in enumerate(everyone) if not example.is_refused]
+    own, texts = [everyone[i] for i in usable], [answers[i].text for i in usable]
+    metrics, share = task.metrics(own, texts), len(usable) / len(everyone)
+    columns = per_sample_metrics(task, own, texts, metrics)
+    values = {metric: with_refused(column, everyone, metric) for metric, column in columns.items()}
+    trivial = {label: task.metrics(own, given) for label, given in task.trivial_answers(own).items()}
+    score = TaskScore(
+        metrics=of_all(metrics, share),
+        trivial={label: of_all(baseline, share) for label, baseline in trivial.items()},
+        num_examples=len(everyone),
+        num_bad=sum(bool(answers[i].failure) for i in usable),
+        num_refused=len(everyone) - len(usable),
+        intervals=metric_intervals(values, [example.video for example in everyone], seed),
+    )
+    return score, values
 
 
 def flat_scores(scores: Scores) -> dict[str, float]:

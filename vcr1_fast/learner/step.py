@@ -49,6 +49,11 @@ class UpdateReport:
     largest_gap: float = 0.0  # of |log-prob - the engine's|, over all tokens
     too_large: tuple[SampleError, ...] = ()  # groups of this rank above train.max_group_tokens, which were left out
 
+    @property
+    def has_signal(self) -> bool:
+        """Whether the weights followed a gradient that is not 0."""
+        return self.grad_norm > 0 and not self.skipped
+
 
 class Learner:
     """Policy, optimizer and schedule of one rank; all ranks call the same methods in the same order."""

@@ -5,7 +5,8 @@ Called by the prompt stream of a training run and by evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, Patches, Prompt, SampleError
+from vcr1_fast.video.reader import ReaderError
 
+MAX_REASON_LETTERS = 1000
 SYSTEM_MESSAGE = "You are a helpful assistant."  # the default of Qwen's chat template; the original trains with it
 
 
@@ -54,7 +57,12 @@ class PromptBuilder:
         self._prefetch([example.video for example in examples])
 
     def build(self, example: Example) -> Prompt:
-        """The prompt of one example. Raises SampleError when its video or its text cannot be used."""
+        """The prompt of one example. Raises SampleError when its video or its text cannot be used, whatever goes wrong,
+        and ReaderError when no video can be read any more."""
+        with _blamed_on(example, "building its prompt"):
+            return self._build(example)
+
+    def _build(self, example: Example) -> Prompt:
         question = self._task(example).question(example)
         patches = self._read(example.video)
         num_rows, (t, h, w) = patches.values_PC.shape[0], patches.grid_thw
@@ -76,8 +84,9 @@ class PromptBuilder:
 
     def completion_ids(self, example: Example) -> Tensor:
         """[R] int64: the answer that supervised training teaches, ended by <|im_end|>. Raises SampleError."""
-        target = self._task(example).target(example)
-        return torch.tensor([*self._safe_ids(target, example), self.special_ids.im_end], dtype=torch.int64)
+        with _blamed_on(example, "making its target"):
+            target = self._task(example).target(example)
+            return torch.tensor([*self._safe_ids(target, example), self.special_ids.im_end], dtype=torch.int64)
 
     def decode(self, token_ids: list[list[int]]) -> list[str]:
         """The texts of completions, without special tokens."""
@@ -119,3 +128,15 @@ class PromptBuilder:
             names = ", ".join(str(self.tokenizer.convert_ids_to_tokens(i)) for i in sorted(forged))
             raise SampleError(example.id, f"its text would become the control token {names}: remove it from the text")
         return ids
+
+
+@contextlib.contextmanager
+def _blamed_on(example: Example, doing: str) -> Iterator[None]:
+    """Make any error a SampleError: a bug that one example meets, ours or that of a user's task, must not end a run."""
+    try:
+        yield
+    except (SampleError, ReaderError):
+        raise
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{doing} raised {type(error).__name__}: {error}".split())
+        raise SampleError(example.id, reason[:MAX_REASON_LETTERS]) from error

@@ -9,6 +9,7 @@ a line and a count.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 from collections import Counter
@@ -149,6 +150,7 @@ class _Loader:
         refusing = (name for name in REFUSING if defects[name] and recipe == "fixed")
         kind = next(refusing, "invalid")
         try:
+            _require_utf8(where, row)
             example = _example(row, f"{self.label}:{where}", self.tasks, self.videos)
             taken_by = self.source_of_id.get(example.id)
             if taken_by is not None:
@@ -164,22 +166,23 @@ class _Loader:
             self.in_examples += defects
 
     def _refuse(self, where: str, row: Mapping[str, object], kind: str, error: ValueError) -> None:
+        where = _printable(where)
         source = f"{self.file}:{where}"
         self.errors.append(SampleError(source, str(error)))
         self.refused[kind] += 1
         task, video = row.get("task"), row.get("video")
         if not isinstance(task, str) or task not in self.tasks:
             return  # no score that it could count in
-        path = self.videos.find(video) if isinstance(video, str) and video.strip() else ""
+        path = self.videos.find(_printable(video)) if isinstance(video, str) and video.strip() else ""
         query = row.get("query")
         refused = Example(
             id=f"{self.label}:{where}",  # not the row's own id, which a usable row may have as well
             task=task,
             video=path,
-            query=query if isinstance(query, str) else "",
+            query=_printable(query) if isinstance(query, str) else "",
             duration_s=math.inf,
             truth=RefusedTruth(str(error)),
-            categories=_categories(row),
+            categories=tuple((_printable(axis), _printable(value)) for axis, value in _categories(row)),
         )
         self.rows.append(refused)
 
@@ -197,6 +200,32 @@ class _Loader:
             refused=dict(self.refused),
         )
         return AnnotationFile(self.rows, self.errors, summary)
+
+
+def _require_utf8(where: str, row: Row) -> None:
+    """Raises ValueError that names the key under which there is half of a surrogate pair: JSON can say it ("\\ud83d"),
+    but no tokenizer, path or terminal takes it."""
+    if _half_character([where, row]) is None:
+        return
+    for key, value in {"": where, **row}.items():
+        half = _half_character([key, value])
+        if half is not None:
+            name = f"key {_printable(key)!r}" if key else "the key of the row"
+            raise ValueError(f"{name} holds {half}, half of a character, which UTF-8 text cannot hold: write it anew")
+
+
+def _half_character(value: object) -> str | None:
+    """The first in any text of a JSON value."""
+    try:
+        json.dumps(value, ensure_ascii=False, skipkeys=True, default=str).encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(error.object[error.start]):04x}"
+    return None
+
+
+def _printable(text: str) -> str:
+    """With half characters as their escapes, so that a refused row can be named and counted."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _example(row: Row, default_id: str, tasks: Mapping[str, Task], videos: VideoFolder) -> Example:

@@ -1,14 +1,18 @@
-"""The endless stream of training prompts: data order -> example -> prompt, bad samples set aside and counted."""
+"""The endless stream of training prompts: data order -> example -> prompt, bad samples set aside and counted.
+
+Examples that could not be scored come again between the others (`put_back`): after 1, 4, 16 and 64 steps' worth of
+further examples, so that neither an outage loses data nor a reward that always fails on some of it takes the run over.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from vcr1_fast.learner.sharding import World, all_reduce_sum
+from vcr1_fast.learner.sharding import World, all_max_int, all_reduce_sum
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.dataset import shard
 from vcr1_fast.prompts.difficulty import read_rewards, select_by_reward
@@ -20,6 +24,8 @@ from vcr1_fast.video.quarantine import REASON_NAMES, Quarantine, reason_class
 NUM_BUILDERS = 4  # prompts built at once
 NUM_TRIED = 32  # examples that `sample` looks at
 MIN_SAMPLES_TO_JUDGE = 20  # a bad fraction of fewer samples says nothing
+WAITS_STEPS = (1, 4, 16, 64)  # before an example comes again after its first, second, ... failure in a row
+DRAWN = -1  # where it would be due, while it is being drawn
 
 
 class TooManyBadSamplesError(SampleError):
@@ -27,7 +33,8 @@ class TooManyBadSamplesError(SampleError):
 
 
 class PromptStream:
-    """Hands each rank its share of the next prompts. Its only state is `position`, the items handed out so far."""
+    """Hands each rank its share of the next prompts. Its only state is `position`, the items of the data order handed
+    out so far, and `again`, the same on all ranks."""
 
     def __init__(
         self,
@@ -36,8 +43,13 @@ class PromptStream:
         quarantine: Quarantine,
         config: Config,
         world: World,
+        *,
+        needs_target: bool = False,
     ) -> None:
-        """Raises ConfigError when there are no examples, also after data.reward_range, and for a wrong data.mixture."""
+        """`needs_target`: an example whose target cannot become tokens is a bad sample, too.
+
+        Raises ConfigError when there are no examples, also after data.reward_range, and for a wrong data.mixture.
+        """
         if not examples:
             raise ConfigError("data.train has no usable example: see the messages above, or name other files")
         if config.data.rewards is not None and config.data.reward_range is not None:
@@ -49,6 +61,9 @@ class PromptStream:
         self.config, self.world = config, world
         self.order = make_order(examples, config.data.mixture, config.train.seed)
         self.position = 0
+        self.again: dict[str, tuple[int, int]] = {}  # id -> failures in a row, position at which it comes again
+        self._index_of = {example.id: index for index, example in enumerate(examples)}
+        self._needs_target = needs_target
         # One torch thread each: an OpenMP team per thread would put libgomp above the number of cores, where it stops
         # spinning between operations and made the update of the tiny model twice as slow (0.35 s -> 0.8 s on 2 cores).
         self._pool = ThreadPoolExecutor(NUM_BUILDERS, "build-prompt", initializer=torch.set_num_threads, initargs=(1,))
@@ -73,9 +88,10 @@ class PromptStream:
 
         Raises TooManyBadSamplesError on every rank alike.
         """
-        self._name_next_clips(count)
-        share = [self.examples[i] for _, i in self._share(self.position, count)]
-        self.position += count
+        due = self._take_due(count)
+        self._name_next_clips(due, count)
+        share = [self.examples[index] for _, index in self._share(due, self.position, count)]
+        self.position += count - len(due)
         wanted = [example for example in share if self._reason(example) is None]
         built = list(self._pool.map(self._build, wanted))
         prompts = [result for result in built if isinstance(result, Prompt)]
@@ -91,34 +107,72 @@ class PromptStream:
         bad = all_reduce_sum(bad, self.world)
         for name, number in bad.items():
             self.num_bad_by_reason[name] += int(number)
+        is_first = self.num_read == 0
         self.num_read += count
         self.num_bad = sum(self.num_bad_by_reason.values())
+        if is_first and self.num_bad == count:
+            self._check_next_ones()
         self._check_bad_fraction()
         return prompts
+
+    def put_back(self, ids: Sequence[str]) -> None:
+        """These were handed out and could not be scored: they come again. The same on all ranks."""
+        per_step = self.config.train.prompts_per_step
+        for example_id in ids:
+            num_failures = self.again.pop(example_id, (0, DRAWN))[0] + 1
+            if num_failures <= len(WAITS_STEPS):
+                due = self.position + per_step * (WAITS_STEPS[num_failures - 1] - 1)
+                self.again[example_id] = (num_failures, due)
+            elif self.world.is_main:
+                print(
+                    f"reward failure: {example_id} failed {num_failures} times in a row and is left out until its next "
+                    "turn in the data",
+                    file=sys.stderr,
+                )
+
+    def restore(self, position: int, again: Mapping[str, Sequence[int]]) -> None:
+        """Go on where `position` and `again` say; of examples that are not there any more nothing is kept."""
+        self.position = position
+        self.again = {name: (n, due) for name, (n, due) in again.items() if name in self._index_of}
 
     def sample(self) -> Prompt | None:
         """One of the prompts that come next on this rank, without taking it; its clip is read twice where no cache
         keeps it. None when none of the next NUM_TRIED can be used: `next` will say why."""
         count = NUM_TRIED * self.world.world_size
-        for _, index in self._share(self.position, count):
-            built = self._build(self.examples[index])
+        for _, index in self._share([], self.position, count):
+            example = self.examples[index]
+            built = self._build(example) if self._reason(example) is None else None
             if isinstance(built, Prompt):
                 return built
         return None
 
-    def _share(self, start: int, count: int) -> list[tuple[int, int]]:
-        """(position, index of the example) of this rank's part of the `count` items from `start` on."""
-        positions = list(enumerate(self.order.indices(start, count), start=start))
-        return shard(positions, self.world.rank, self.world.world_size)
+    def _take_due(self, count: int) -> list[int]:
+        """Examples, `count` at most, that come again now. Those of the data's own order then begin anew."""
+        due = [name for name, (_, at) in self.again.items() if at != DRAWN and at <= self.position][:count]
+        for index in self.order.indices(self.position, count - len(due)):
+            if self.examples[index].id not in due:
+                self.again.pop(self.examples[index].id, None)
+        self.again |= {name: (self.again[name][0], DRAWN) for name in due}
+        return [self._index_of[name] for name in due]
 
-    def _name_next_clips(self, count: int) -> None:
+    def _share(self, due: Sequence[int], start: int, count: int) -> list[tuple[int, int]]:
+        """(position, index of the example) of this rank's part of `count` items: those due, at DRAWN, and then the data
+        order from `start` on."""
+        in_order = self.order.indices(start, count - len(due))
+        items = [*((DRAWN, index) for index in due), *enumerate(in_order, start=start)]
+        return shard(items, self.world.rank, self.world.world_size)
+
+    def _name_next_clips(self, due: Sequence[int], count: int) -> None:
         """Tell the builder of this step and the next ones, if these ask for `count` items too; each position once."""
         self._named = {position for position in self._named if position >= self.position}
+        share = self._share(due, self.position, count)
+        for step in range(1, self.config.video.prefetch_steps + 1):
+            share += self._share([], self.position - len(due) + step * count, count)
         coming = []
-        for step in range(self.config.video.prefetch_steps + 1):
-            for position, index in self._share(self.position + step * count, count):
-                if position not in self._named and self._reason(self.examples[index]) is None:
-                    coming.append(self.examples[index])
+        for position, index in share:
+            if position not in self._named and self._reason(self.examples[index]) is None:
+                coming.append(self.examples[index])
+            if position != DRAWN:
                 self._named.add(position)
         self.builder.read_ahead(coming)
 
@@ -138,9 +192,25 @@ class PromptStream:
 
     def _build(self, example: Example) -> Prompt | SampleError:
         try:
-            return self.builder.build(example)
+            prompt = self.builder.build(example)
+            if self._needs_target:
+                self.builder.completion_ids(example)
         except SampleError as error:
             return error
+        return prompt
+
+    def _check_next_ones(self) -> None:
+        """Nothing of the first step can be used: is there anything that can? A collective. Raises
+        TooManyBadSamplesError."""
+        if all_max_int(int(self.sample() is not None), self.world):
+            return  # a step of few prompts may be out of luck
+        root = self.config.data.video_root or "the folder of the annotation file"
+        raise TooManyBadSamplesError(
+            "data.train",
+            f"nothing of the first step can be used, nor of the {NUM_TRIED * self.world.world_size} samples after it: "
+            f"{self.quarantine.summary()}\nnames of videos that are no whole path start from {root} (data.video_root); "
+            "once the cause is mended, data.retry_quarantined=true tries all of them again",
+        )
 
     def _check_bad_fraction(self) -> None:
         limit = self.config.train.max_bad_sample_frac

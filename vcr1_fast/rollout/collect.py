@@ -6,6 +6,7 @@ mixes the ground truth in, and counts what went wrong. `collect` is one round of
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vcr1_fast.learner.sharding import World, all_reduce_sum
 from vcr1_fast.rollout.temporal_contrast import SHUFFLED_SEED, order_part, shuffled_prompt
 from vcr1_fast.settings.config import Config, TaskConfig
+from vcr1_fast.tasks.reward_process import RewardError, RewardTimeoutError
 from vcr1_fast.tasks.shaping import ORDER_PART, shaped, with_length_part
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Completion, Example, Prompt, RolloutGroup, SampleError, SamplingParams
@@ -26,6 +29,20 @@ RewardParts = dict[str, tuple[float, ...]]
 TargetIds = Callable[[Example], Tensor]
 
 ROUND_SEED = 1 << 56  # far from the seeds of all steps and ranks, so that no round draws what another one drew
+ANY_TASK = ""  # the name under which `Collector.failed_steps` counts the groups of all tasks together
+
+
+@dataclass(frozen=True)
+class RewardFailure:
+    """A group that could not be scored. That says nothing against the example, which is to come again."""
+
+    example_id: str
+    task: str
+    reason: str
+
+
+class RewardsFailedError(SampleError):
+    """No group, or none of a task, could be scored for task.max_failed_steps steps in a row."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,7 @@ class Drawn:
     """Answers to some prompts, scored, and the groups that could not be."""
 
     groups: list[RolloutGroup]
-    failures: tuple[SampleError, ...] = ()
+    failures: tuple[RewardFailure, ...] = ()
 
 
 class Answering(Protocol):
@@ -48,24 +65,18 @@ class Answering(Protocol):
 class Collector:
     """One step's groups from one step's prompts: `draw` on each rank alone, then `complete` on all ranks alike."""
 
-    def __init__(
-        self,
-        tasks: Mapping[str, Task],
-        config: Config,
-        world: World,
-        target_ids: TargetIds,
-        on_failure: Callable[[SampleError], None],
-    ) -> None:
-        """`target_ids` gives the tokens of an example's ground truth (PromptBuilder.completion_ids); `on_failure` takes
-        the groups whose reward raised."""
+    def __init__(self, tasks: Mapping[str, Task], config: Config, world: World, target_ids: TargetIds) -> None:
+        """`target_ids` gives the tokens of an example's ground truth (PromptBuilder.completion_ids)."""
         self.tasks, self.config, self.world = tasks, config, world
         self.target_ids = target_ids
-        self._on_failure = on_failure
-        self._counts: Counter[str] = Counter()  # of the last step, this rank's
+        self.failed_steps: dict[str, int] = {}  # task -> steps in a row in which none of its groups could be scored
+        self.failed_ids: list[str] = []  # examples of the last step without a score, over all ranks
+        self._failures: list[RewardFailure] = []  # of the last step, this rank's
+        self._counts: Counter[str] = Counter()  # the same
 
     def draw(self, engine: Answering, prompts: Sequence[Prompt], sampling: SamplingParams) -> Drawn:
         """G answers to each prompt, scored. No collective, and nothing of the collector changes: for any thread."""
-        failures: list[SampleError] = []
+        failures: list[RewardFailure] = []
         target_ids = self.target_ids if self.config.rollout.num_ground_truth else None
         groups = collect(
             engine, prompts, sampling, self.tasks, self.config.task, failures.append, target_ids=target_ids
@@ -81,7 +92,7 @@ class Collector:
         next_prompts: Callable[[int], list[Prompt]],
         draw: Callable[[list[Prompt], SamplingParams], Drawn],
     ) -> list[RolloutGroup]:
-        """This rank's groups of one step. A collective when `rollout.max_resample_rounds` > 0.
+        """This rank's groups of one step. A collective. Raises RewardsFailedError, on every rank alike.
 
         Dynamic sampling (DAPO, 2503.14476): groups whose rewards are all equal have advantage 0 and teach nothing. They
         are dropped for answers to as many further prompts, taken from the stream by `next_prompts(count)` as any other
@@ -90,7 +101,7 @@ class Collector:
         ranks: every rank answers equally many, and a step may hold up to ranks - 1 groups more than
         train.prompts_per_step.
         """
-        self._counts = Counter()
+        self._counts, self._failures = Counter(), []
         groups = self._counted(drawn)
         for round_index in range(self.config.rollout.max_resample_rounds):
             kept = [group for group in groups if len(set(group.rewards)) > 1]
@@ -102,30 +113,60 @@ class Collector:
             further = next_prompts(-(-num_flat // num_ranks) * num_ranks)
             seed = sampling.seed + (round_index + 1) * ROUND_SEED
             groups = kept + self._counted(draw(further, replace(sampling, seed=seed)))
+        self._judge_failures()
         return groups
 
     def metrics(self) -> dict[str, float]:
         """What the last `complete` counted, over all ranks. A collective."""
-        names = ["reward_failures"]
+        names = ["reward_failures"]  # groups without a score
         names += ["sampling/resampled_groups"] * (self.config.rollout.max_resample_rounds > 0)
         names += ["sampling/ground_truths"] * (self.config.rollout.num_ground_truth > 0)
         return all_reduce_sum({name: float(self._counts[name]) for name in names}, self.world)
 
     def _counted(self, drawn: Drawn) -> list[RolloutGroup]:
-        for error in drawn.failures:
-            self._on_failure(error)
+        self._failures += drawn.failures
+        self._counts.update(f"scored/{group.prompt.example.task}" for group in drawn.groups)
         self._counts["reward_failures"] += len(drawn.failures)
         self._counts["sampling/ground_truths"] += sum(not c.is_sampled for g in drawn.groups for c in g.completions)
         return drawn.groups
+
+    def _judge_failures(self) -> None:
+        """Agree over ranks which examples have no score, and end the run when there was none for too long."""
+        failed = Counter(failure.task for failure in self._failures)
+        counts = {f"{task}/failed": float(failed[task]) for task in self.tasks}
+        counts |= {f"{task}/scored": float(self._counts[f"scored/{task}"]) for task in self.tasks}
+        counts = all_reduce_sum(counts, self.world)
+        counts |= {
+            f"{ANY_TASK}/{kind}": sum(counts[f"{t}/{kind}"] for t in self.tasks) for kind in ("failed", "scored")
+        }
+        gathered = [self._failures]
+        if counts[f"{ANY_TASK}/failed"] and self.world.world_size > 1:
+            gathered = [[] for _ in range(self.world.world_size)]
+            dist.all_gather_object(gathered, self._failures)
+        failures = [failure for part in gathered for failure in part]
+        self.failed_ids = [failure.example_id for failure in failures]
+        for task in (ANY_TASK, *self.tasks):
+            if counts[f"{task}/scored"]:
+                self.failed_steps.pop(task, None)
+            elif counts[f"{task}/failed"]:
+                self.failed_steps[task] = self.failed_steps.get(task, 0) + 1
+            if self.failed_steps.get(task, 0) >= self.config.task.max_failed_steps:
+                last = [failure for failure in failures if task in (ANY_TASK, failure.task)][-1]
+                raise RewardsFailedError(
+                    f"task {task}" if task else "all tasks",
+                    f"no group could be scored in {self.failed_steps[task]} steps in a row (task.max_failed_steps); "
+                    f"the last error: {last.example_id}: {last.reason}; mend that and start again, no example is lost",
+                )
 
     def _contrasted(
         self,
         engine: Answering,
         groups: list[RolloutGroup],
         sampling: SamplingParams,
-        on_failure: Callable[[SampleError], None],
+        on_failure: Callable[[RewardFailure], None],
     ) -> list[RolloutGroup]:
-        """The groups with the part "order" (rollout/temporal_contrast.py), G // 2 answers to each shuffled clip."""
+        """The groups with the part "order" (rollout/temporal_contrast.py), G // 2 answers to each shuffled clip. Where
+        the shuffled clip has no score, the group has none."""
         shuffled = [shuffled_prompt(group.prompt, sampling.seed) for group in groups]
         half = replace(
             sampling, num_completions=max(1, sampling.num_completions // 2), seed=sampling.seed + SHUFFLED_SEED
@@ -135,10 +176,11 @@ class Collector:
         return [
             rewarded(
                 group,
-                {**group.reward_parts, ORDER_PART: order_part(group, parts_of.get(id(prompt)))},
+                {**group.reward_parts, ORDER_PART: order_part(group, parts_of[id(prompt)])},
                 self.config.task,
             )
             for group, prompt in zip(groups, shuffled, strict=True)
+            if id(prompt) in parts_of
         ]
 
 
@@ -148,7 +190,7 @@ def collect(
     sampling: SamplingParams,
     tasks: Mapping[str, Task],
     config: TaskConfig,
-    on_failure: Callable[[SampleError], None],
+    on_failure: Callable[[RewardFailure], None],
     *,
     target_ids: TargetIds | None = None,
 ) -> list[RolloutGroup]:
@@ -215,19 +257,32 @@ def weighted_sum(parts: Mapping[str, Sequence[float]], weights: Mapping[str, flo
 
 
 def score_groups(
-    task: Task, groups: Sequence[RolloutGroup], on_failure: Callable[[SampleError], None]
+    task: Task, groups: Sequence[RolloutGroup], on_failure: Callable[[RewardFailure], None]
 ) -> list[RewardParts | None]:
-    """Reward parts of each group, all groups in one call; if that call raises, group by group to find the culprit."""
-    try:
-        return _score(task, groups)
-    except Exception as error:  # a reward is user code: whatever it raises must not lose the run
-        if len(groups) == 1:
-            example = groups[0].prompt.example
-            reason = f"the reward of task {task.name} raised {type(error).__name__}: {error}"
-            on_failure(SampleError(example.id, reason))
-            print(f"reward failure: {example.id}: {reason}", file=sys.stderr)
-            return [None]
-        return [score_groups(task, [group], on_failure)[0] for group in groups]
+    """Reward parts of each group, all groups in one call; if that call raises, group by group to find the culprit.
+
+    Once a group alone took too long the others are not asked: 64 of them would wait 64 times. They come again.
+    """
+    if len(groups) > 1:
+        with contextlib.suppress(Exception, SystemExit):  # a reward is user code: whatever it raises, the run goes on
+            return _score(task, groups)
+    result: list[RewardParts | None] = []
+    has_hung = False
+    for group in groups:
+        reason = f"the reward of task {task.name} hung on another group of the step and was not asked about this one"
+        if not has_hung:
+            try:
+                result += _score(task, [group])
+                continue
+            except (Exception, SystemExit) as error:
+                raised = f"the reward of task {task.name} raised {type(error).__name__}: {error}"
+                reason = str(error) if isinstance(error, RewardError) else raised
+                has_hung = isinstance(error, RewardTimeoutError)
+        failure = RewardFailure(group.prompt.example.id, task.name, reason)
+        print(f"reward failure: {failure.example_id}: {failure.reason}", file=sys.stderr)
+        on_failure(failure)
+        result.append(None)
+    return result
 
 
 def _score(task: Task, groups: Sequence[RolloutGroup]) -> list[RewardParts | None]:

@@ -39,6 +39,7 @@ class _Step:
 
     number: int
     position: int  # of the stream before its prompts
+    again: dict[str, tuple[int, int]]  # the same
     count: int  # of items taken from it, over all ranks
     prompts: list[Prompt]
     sampling: SamplingParams
@@ -74,11 +75,13 @@ class RolloutQueue:
             self._begin(number, self._train.prompts_per_step, calls=())
 
     def take(self, step: int) -> list[RolloutGroup]:
-        """This rank's groups of one step, once they are there. Raises what drawing them raised."""
+        """This rank's groups of one step, once they are there. Those without a score are left out, and their prompts
+        come again. Raises what drawing them raised, and RewardsFailedError."""
         assert self._steps and self._steps[0].number == step, "fill(step) first; steps are taken in order"
         taken = self._steps.pop(0)
         drawn = taken.drawing.result()
         groups = self._collector.complete(drawn, taken.sampling, self._prompts.next, self._draw_now)
+        self._prompts.put_back(self._collector.failed_ids)
         self._measure(groups, taken.drawing.duration_s)
         return groups
 
@@ -105,35 +108,46 @@ class RolloutQueue:
         self._turns.close()
 
     def pending(self) -> dict[str, Any]:
-        """What a checkpoint must keep: {"pending": steps that wait in the queue, the same on all ranks, "answers": this
-        rank's tensors, its answers to them as far as they are drawn}."""
-        steps = [{"step": s.number, "position": s.position, "count": s.count} for s in self._steps]
+        """What a checkpoint must keep: {"pending": steps that wait in the queue, "answers": this rank's tensors, its
+        answers to them as far as they are drawn, "again" of the stream, "failed_steps" of the collector}. All but the
+        answers are the same on all ranks."""
+        steps = [
+            {"step": s.number, "position": s.position, "again": dict(s.again), "count": s.count} for s in self._steps
+        ]
         answers: dict[str, Tensor] = {}
         for step in self._steps:
             for index, call in enumerate(step.drawing.calls):
                 answers |= {f"{step.number}.{index}.{name}": value for name, value in call.as_tensors().items()}
-        return {"pending": steps, "answers": answers}
+        failures = {"again": dict(self._prompts.again), "failed_steps": dict(self._collector.failed_steps)}
+        return {"pending": steps, "answers": answers, **failures}
 
-    def restore(self, steps: Sequence[Mapping[str, int]], answers: Mapping[str, Tensor]) -> None:
+    def restore(
+        self,
+        steps: Sequence[Mapping[str, Any]],
+        answers: Mapping[str, Tensor],
+        again: Mapping[str, Sequence[int]],
+        failed_steps: Mapping[str, int],
+    ) -> None:
         """Go on with what `pending` gave. A collective. Answers that are not there, or do not fit the prompts because a
         video cannot be read any more, are drawn anew."""
         position = self._prompts.position
+        self._collector.failed_steps = dict(failed_steps)
         for step in steps:
-            self._prompts.position = step["position"]
+            self._prompts.restore(step["position"], step.get("again", {}))
             calls: list[Call] = []
             while f"{step['step']}.{len(calls)}.lengths" in answers:
                 prefix = f"{step['step']}.{len(calls)}."
                 parts = {name.removeprefix(prefix): value for name, value in answers.items() if name.startswith(prefix)}
                 calls.append(Call.of_tensors(parts, self._decode))
             self._begin(step["step"], step["count"], calls)
-        self._prompts.position = position
+        self._prompts.restore(position, again)
 
     def _begin(self, number: int, count: int, calls: Sequence[Call]) -> None:
-        position = self._prompts.position
+        position, again = self._prompts.position, dict(self._prompts.again)
         prompts = self._prompts.next(count)
         sampling = self._sampling_of(number)
         drawing = self._turns.begin(number, lambda engine: self._collector.draw(engine, prompts, sampling), calls)
-        self._steps.append(_Step(number, position, count, prompts, sampling, drawing))
+        self._steps.append(_Step(number, position, again, count, prompts, sampling, drawing))
 
     def _draw_now(self, prompts: list[Prompt], sampling: SamplingParams) -> Drawn:
         """Before what waits, but after what is being drawn."""

@@ -46,14 +46,12 @@ def _reordered(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return rows.reshape(len(order), -1, rows.shape[1])[order.to(rows.device)].reshape(rows.shape)
 
 
-def order_part(group: RolloutGroup, shuffled: Parts | None) -> tuple[float, ...]:
+def order_part(group: RolloutGroup, shuffled: Parts) -> tuple[float, ...]:
     """1 for the correct answers of a group that does well enough in order, else 0.
 
     Args:
-        shuffled: reward parts of the answers to the shuffled clip; None where they could not be scored: then all 0.
+        shuffled: reward parts of the answers to the shuffled clip.
     """
-    if shuffled is None:
-        return (0.0,) * len(group.completions)
     drawn = [s for s, c in zip(scores(group.reward_parts), group.completions, strict=True) if c.is_sampled]
     other = scores(shuffled)
     needs_order = sum(drawn) / len(drawn) >= MIN_RATIO * sum(other) / len(other)

@@ -75,8 +75,11 @@ class RunState:
     base: str = ""  # digest of the starting model, which frozen weights come from
     program: str = "train"  # the command that made it, train or sft
     task_scale: Mapping[str, Sequence[float]] = field(default_factory=dict)  # advantages.TaskScale.moments
-    pending: Sequence[Mapping[str, int]] = field(default_factory=list)  # steps drawn ahead, see RolloutQueue.pending
+    pending: Sequence[Mapping[str, Any]] = field(default_factory=list)  # steps drawn ahead, see RolloutQueue.pending
     before: Mapping[str, Any] = field(default_factory=dict)  # held-out scores before the first step, scores_as_dict
+    again: Mapping[str, Sequence[int]] = field(default_factory=dict)  # examples without a score, PromptStream.again
+    failed_steps: Mapping[str, int] = field(default_factory=dict)  # Collector.failed_steps
+    has_signal: bool = True  # whether any update so far had a gradient that is not 0; True where it was not noted
     answers: Mapping[str, Tensor] = field(default_factory=dict)  # this rank's part of them; in a file of its own
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,6 +27,7 @@ from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.run import exit_codes
 from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
 from vcr1_fast.run.checkpoint_files import resolve_resume
 from vcr1_fast.run.export import (
@@ -72,9 +73,10 @@ class Run:
     kernels: KernelChoice
     export: ExportPlan | None  # of a command that exports
 
-    def train_stream(self) -> PromptStream:
+    def train_stream(self, *, needs_target: bool = False) -> PromptStream:
         self.source.loader.start()  # as in open_engine
-        return PromptStream(self._load("train"), self.builder, self.quarantine, self.config, self.world)
+        parts = (self.builder, self.quarantine, self.config, self.world)
+        return PromptStream(self._load("train"), *parts, needs_target=needs_target)
 
     def eval_examples(self) -> list[Example]:
         """Those of data.eval, refused rows included (RefusedTruth); [] without files."""
@@ -120,7 +122,7 @@ class Run:
         """What a checkpoint made now says about the run."""
         config_yaml = config_to_yaml(self.config)
         where = (step, position, num_tokens, policy_version)
-        return RunState(*where, self.source.name, config_yaml, self.base_digest, program)
+        return RunState(*where, self.source.name, config_yaml, self.base_digest, program, has_signal=False)
 
     @cached_property
     def base_digest(self) -> str:
@@ -186,7 +188,7 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
             has_export = command == "sft" or (command == "train" and config.checkpoint.export)
             export = planned_export(config, folder, source.name, world) if has_export else None
             run = Run(config, world, folder, tasks, source, builder, quarantine, proof.choice, export)
-            say("\n".join([run.describe(), *proof.lines()]))
+            say("\n".join([run.describe(), *proof.lines(), *filter(None, [quarantine.describe()])]))
             yield run
     finally:
         shutdown(world)
@@ -255,6 +257,19 @@ def load_state(run: Run, learner: Learner, program: str) -> RunState:
         )
     say(f"resumed from {checkpoint} (step {state.step})")
     return state
+
+
+def outcome(run: Run, has_signal: bool, num_steps_done: int) -> dict[str, Any]:
+    """For the last line of training: exit_code, and, after a run without one gradient that is not 0, why that is."""
+    if has_signal or not num_steps_done:  # a run that was done before has said it then
+        return {"exit_code": 0}
+    reason = (
+        "no update of this run had a gradient that is not 0, so the model is as it was at the start: see bad samples, "
+        f"reward failures and zero-variance in the lines above and in {run.folder / 'metrics.jsonl'}"
+    )
+    if run.world.is_main:
+        print(f"vcr1-fast: no signal: {reason}", file=sys.stderr)
+    return {"exit_code": exit_codes.NO_SIGNAL, "no_signal": reason}
 
 
 def save_state(run: Run, learner: Learner, state: RunState) -> None:

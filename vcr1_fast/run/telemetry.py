@@ -211,6 +211,7 @@ def step_line(step: int, num_steps: int, record: Mapping[str, float]) -> str:
         ("truncated", "completions/clipped_ratio", ".0%"),
         ("zero-variance", "frac_reward_zero_std", ".0%"),
         ("bad samples", "bad_samples", ".0f"),
+        *([("reward failures", "reward_failures", ".0f")] if record.get("reward_failures") else []),
     )
     learned = shown(
         *([("skipped updates", "skipped_updates", ".0f")] if record.get("skipped_updates") else []),

@@ -15,6 +15,8 @@ from vcr1_fast.settings.error import require
 from vcr1_fast.settings.learning import AlgorithmConfig, OptimizerConfig, RolloutConfig
 from vcr1_fast.settings.video import VideoConfig as VideoConfig
 
+MAX_REWARD_WEIGHT = 1e6  # infinity times a part of 0 is NaN, and squares of 1e300 are infinite
+
 
 def _is_http_url(url: str) -> bool:
     try:
@@ -169,12 +171,27 @@ class TaskConfig:
     0.2). overlong: 1 up to the first of length_tokens, falling to 0 at the second (DAPO)."""
     length_tokens: tuple[int, int] = (320, 512)
     """The two lengths that length_reward needs, in tokens."""
+    reward_timeout_s: float = 300.0
+    """Longest time of one call of code of yours that scores answers: functions of task.rewards, score and metrics of
+    task.custom. They run in a process of their own, which is ended then. 0: in the trainer's process, without a limit.
+    """
+    max_failed_steps: int = 10
+    """Steps in a row in which no group, or none of a task, could be scored, after which the run ends. Until then groups
+    without a score are left out, and their questions come again later."""
 
     def __post_init__(self) -> None:
         for name, weight in self.reward_weights.items():
-            require(weight >= 0, f"task.reward_weights.{name} is {weight}, wanted a number >= 0")
+            require(
+                0 <= weight <= MAX_REWARD_WEIGHT,
+                f"task.reward_weights.{name} is {weight}, wanted a number in [0, {MAX_REWARD_WEIGHT:,.0f}]",
+            )
         low, high = self.length_tokens
         require(0 <= low < high, f"task.length_tokens is {self.length_tokens}, wanted 0 <= first < second")
+        require(
+            0 <= self.reward_timeout_s < math.inf,
+            f"task.reward_timeout_s is {self.reward_timeout_s}, wanted seconds >= 0 (0: no limit)",
+        )
+        require(self.max_failed_steps >= 1, f"task.max_failed_steps is {self.max_failed_steps}, wanted >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from vcr1_fast.tasks.custom import check_tasks, load_rewards, load_tasks, make_c
 from vcr1_fast.tasks.grounded_qa import GroundedQA
 from vcr1_fast.tasks.multiple_choice import MultipleChoice
 from vcr1_fast.tasks.object_tracking import ObjectTracking
+from vcr1_fast.tasks.reward_process import RewardProcess
 from vcr1_fast.tasks.shaping import added_parts
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.tasks.temporal_grounding import TemporalGrounding
@@ -53,7 +54,7 @@ def make_tasks(
             tasks[name] = make_custom(name, found, config)
         else:
             tasks[name] = Captioning(config, judge) if found is Captioning else found(config)
-    return check_tasks(tasks, rewards, custom)
+    return check_tasks(tasks, rewards, custom, RewardProcess(config) if config.reward_timeout_s else None)
 
 
 def _check_part_names(config: TaskConfig, known: Collection[str]) -> None:

@@ -2,7 +2,8 @@
 
 task.custom: ["my_task:Counting"] -> classes that fulfil task.Task. task.rewards: {"counting": ["my_task:brevity"]} ->
 functions (examples, answers) -> one number in [0, 1] per answer, which become reward parts of that task. What user code
-returns is checked on every call, so that a NaN is a named error and not a broken policy. Called by tasks/__init__.py.
+returns is checked on every call, so that a NaN is a named error and not a broken policy; what scores answers runs in a
+process of its own (reward_process.py), so that it may hang or crash. Called by tasks/__init__.py and reward_worker.py.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ import inspect
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from vcr1_fast.settings.config import ConfigError, TaskConfig
+from vcr1_fast.tasks.reward_process import RewardError, RewardProcess
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, Truth
 
 Reward = Callable[[Sequence[Example], Sequence[str]], Sequence[float]]
 
+MAX_MESSAGE = 1000  # letters of what a user's error says
 TASK_METHODS = ("parse_truth", "question", "target", "score", "metrics", "trivial_answers")
 
 
@@ -44,7 +49,7 @@ def make_custom(name: str, found: type[Task], config: TaskConfig) -> Task:
     """The task itself. Raises ConfigError when its constructor does not take the settings, or raises."""
     try:
         return found(config)
-    except Exception as error:  # user code runs here
+    except (Exception, SystemExit) as error:  # user code runs here
         reason = f"its constructor raised {type(error).__name__}: {error}"
         raise ConfigError(f"task.custom: {name}: {reason}; it gets the section task of the settings") from error
 
@@ -74,23 +79,30 @@ def load_rewards(settings: Mapping[str, Sequence[str]], task_names: Collection[s
 
 
 def check_tasks(
-    tasks: Mapping[str, Task], rewards: Mapping[str, Mapping[str, Reward]], custom: Collection[str]
+    tasks: Mapping[str, Task],
+    rewards: Mapping[str, Mapping[str, Reward]],
+    custom: Collection[str],
+    process: RewardProcess | None = None,
 ) -> dict[str, Task]:
     """The same tasks, those named in `rewards` or `custom` wrapped in CheckedTask. Raises ConfigError."""
     checked = dict(tasks)
     for name, task in tasks.items():
         if name in rewards or name in custom:
             # A Task in all but its constructor, which the protocol fixes for the registry's sake.
-            checked[name] = cast("Task", CheckedTask(task, rewards.get(name, {}), name in custom))
+            checked[name] = cast("Task", CheckedTask(task, rewards.get(name, {}), name in custom, process))
     return checked
 
 
 class CheckedTask:
     """A task with further reward parts; what user code returns is checked, what it raises on a row is a bad row."""
 
-    def __init__(self, task: Task, rewards: Mapping[str, Reward], is_custom: bool) -> None:
-        """`is_custom`: the task itself is the user's, so its own score is checked, too. Raises ConfigError."""
+    def __init__(
+        self, task: Task, rewards: Mapping[str, Reward], is_custom: bool, process: RewardProcess | None = None
+    ) -> None:
+        """`is_custom`: the task itself is the user's, so its own score is checked, too. `process`: where rewards, and
+        score and metrics of a custom task, run; None: here. Raises ConfigError."""
         self.task, self.rewards, self.is_custom = task, dict(rewards), is_custom
+        self._process = process
         self.name = task.name
         if twice := sorted(set(rewards) & set(task.part_names)):
             raise ConfigError(
@@ -108,7 +120,7 @@ class CheckedTask:
         """As the task does, but every error of a custom task is a ValueError: one bad row must not end the loading."""
         try:
             return self.task.parse_truth(row)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if not self.is_custom or isinstance(error, ValueError):
                 raise
             raise ValueError(f"parse_truth of task {self.name} raised {type(error).__name__}: {error}") from error
@@ -120,51 +132,85 @@ class CheckedTask:
         return self.task.target(example)
 
     def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
-        """The task's parts and the further ones. Raises ValueError that names who returned what, and for which item."""
-        parts = self.task.score(examples, answers)
-        if self.is_custom:
-            parts = self._checked_parts(parts, examples)
-        for part, reward in self.rewards.items():
-            values = reward(examples, answers)
-            parts[part] = checked_values(values, examples, f"reward {part} of task {self.name}")
-        return parts
+        """The task's parts and the further ones. Raises RewardError that names who gave what, and for which item."""
+        ask, own = self._ask, self.task.score
+        parts: dict[str, list[float]] = ask("score", examples, answers) if self.is_custom else own(examples, answers)
+        return parts | {part: ask(f"reward {part}", examples, answers) for part in self.rewards}
 
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-        return self.task.metrics(examples, answers)
+        return self._ask("metrics", examples, answers) if self.is_custom else self.task.metrics(examples, answers)
 
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
         return self.task.trivial_answers(examples)
+
+    def _ask(self, member: str, examples: Sequence[Example], answers: Sequence[str]) -> Any:
+        if self._process is None:
+            return self.call_here(member, examples, answers)
+        return self._process.ask(self.name, member, f"{member} of task {self.name}", examples, answers)
+
+    def call_here(self, member: str, examples: Sequence[Example], answers: Sequence[str]) -> Any:
+        """What the user's code says, checked. `member`: score, metrics, or "reward NAME". Raises RewardError."""
+        source = f"{member} of task {self.name}"
+        reward = self.rewards.get(member.removeprefix("reward "))
+        try:
+            if reward is not None and member.startswith("reward "):
+                return checked_values(reward(examples, answers), examples, source)
+            if member == "metrics":
+                return checked_metrics(self.task.metrics(examples, answers), source)
+            return self._checked_parts(self.task.score(examples, answers), examples)
+        except RewardError:
+            raise
+        except (Exception, SystemExit) as error:  # sys.exit in a reward must not pass for the end of a run
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(last.filename).name}, line {last.lineno}"
+            raise RewardError(f"{source} raised {type(error).__name__}: {error} ({where})"[:MAX_MESSAGE]) from error
 
     def _checked_parts(self, parts: object, examples: Sequence[Example]) -> dict[str, list[float]]:
         if not isinstance(parts, dict) or set(parts) != set(self.task.part_names):
             got = ", ".join(map(str, parts)) if isinstance(parts, dict) else type(parts).__name__
             wanted = f"a dict of its part_names {', '.join(self.task.part_names)}"
-            raise ValueError(f"score of task {self.name} gave {got}, wanted {wanted}")
+            raise RewardError(f"score of task {self.name} gave {got}, wanted {wanted}")
         return {
             part: checked_values(values, examples, f"part {part} of task {self.name}") for part, values in parts.items()
         }
 
 
+def checked_metrics(metrics: object, source: str) -> dict[str, float]:
+    """The metrics as floats. Raises RewardError unless there is at least one name, each with a finite number."""
+    if not isinstance(metrics, dict) or not metrics or not all(isinstance(name, str) for name in metrics):
+        raise RewardError(f"{source} gave {metrics!r:.60}, wanted a dict of names and numbers")
+    values = {name: _number(value) for name, value in metrics.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise RewardError(f"{source} gave {metrics[name]!r:.60} for {name}, wanted a finite number")
+    return values
+
+
 def checked_values(values: object, examples: Sequence[Example], source: str) -> list[float]:
-    """The values as floats. Raises ValueError unless there is one finite number in [0, 1] per example."""
+    """The values as floats. Raises RewardError unless there is one finite number in [0, 1] per example."""
     try:
         listed = list(values)  # type: ignore[call-overload]  # a list, a tuple, an array
     except TypeError:
-        raise ValueError(f"{source} gave {values!r:.60}, wanted a list of {len(examples)} numbers") from None
+        raise RewardError(f"{source} gave {values!r:.60}, wanted a list of {len(examples)} numbers") from None
     if len(listed) != len(examples):
-        raise ValueError(f"{source} gave {len(listed)} values for {len(examples)} answers, wanted one per answer")
+        raise RewardError(f"{source} gave {len(listed)} values for {len(examples)} answers, wanted one per answer")
     result: list[float] = []
     for index, (value, example) in enumerate(zip(listed, examples, strict=True)):
-        try:
-            number = math.nan if isinstance(value, str | bytes) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
+        number = _number(value)
         if not 0.0 <= number <= 1.0:
-            raise ValueError(
+            raise RewardError(
                 f"{source} gave {value!r:.60} for answer {index} (example {example.id}), wanted a number in [0, 1]"
             )
         result.append(number)
     return result
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number."""
+    try:
+        return math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _load(path: str, setting: str) -> Any:
@@ -179,7 +225,7 @@ def _load(path: str, setting: str) -> Any:
     except ModuleNotFoundError as error:
         advice = "install it, or start in the folder that holds it"
         raise ConfigError(f"{setting}: {path}: there is no module {error.name!r}: {advice}") from error
-    except Exception as error:  # user code runs here
+    except (Exception, SystemExit) as error:  # user code runs here
         raise ConfigError(f"{setting}: {path}: importing it raised {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         near = _nearest(attribute, [name for name in vars(module) if not name.startswith("_")])

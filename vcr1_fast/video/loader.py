@@ -132,7 +132,7 @@ class FrameLoader:
     def get(self, request: ClipRequest) -> Frames:
         """The clip, read ahead or now. The pixels are shared with others who get it: do not write to them.
 
-        Raises SampleError for a file that cannot be used, RuntimeError when the workers do not start or the reader
+        Raises SampleError for a file that cannot be used, ReaderError when the workers do not start or the reader
         cannot go on.
         """
         self.start()
@@ -152,8 +152,7 @@ class FrameLoader:
                 self._newest_got = max(self._newest_got, clip.place)
                 self._drop_what_no_one_wants(clip)
             if clip.state != "done":
-                kind = ReaderError if isinstance(self._failure, ReaderError) else RuntimeError
-                raise kind(str(self._failure or "the loader of videos was closed while a clip was waited for"))
+                raise ReaderError(str(self._failure or "the loader of videos was closed while a clip was waited for"))
             result = clip.result
         if isinstance(result, SampleError):  # anew, as threads must not share a traceback
             raise SampleError(result.source, result.reason)
@@ -184,7 +183,7 @@ class FrameLoader:
         return [slot.pid for slot in self._slots if slot.pid is not None]
 
     def close(self) -> None:
-        """Kill the workers, whatever they do. Threads in `get` get a RuntimeError."""
+        """Kill the workers, whatever they do. Threads in `get` get a ReaderError."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()

@@ -1,4 +1,7 @@
-"""The list of files that could not be used, kept on disk so that later runs do not try them again."""
+"""The list of files that could not be used, kept on disk so that later runs do not try them again.
+
+Apart from those whose reason may be over by then (`PASSING`), which every start looks at again.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Reason in words -> its class, for counts. The first pattern that is found decides.
 REASON_CLASSES = (
-    ("missing", r"no such file"),
+    ("error", r"\braised \w+: "),  # of a program, which says little about the file
+    ("missing", r"no such file|cannot be opened"),
     ("empty", r"is empty|0 bytes|holds no image"),
     ("timeout", r"did not finish within"),
     ("crash", r"crashed on it|failed on it"),
@@ -32,6 +36,7 @@ REASON_CLASSES = (
     ("not_decodable", r"no decoder for|cannot decode it|wrong frames|decoder"),
 )
 OTHER = "other"
+PASSING = ("error", "missing")  # a disk that is not mounted, for example
 REASON_NAMES = (*(name for name, _ in REASON_CLASSES), OTHER)
 NUM_NAMES_SHOWN = 5
 
@@ -50,8 +55,8 @@ class Quarantine:
     def __init__(self, path: Path | None, further: str | Path | None = None, retry: bool = False) -> None:
         """Load `path` if it exists; None keeps the list in memory only. Lines that cannot be read are reported.
 
-        `further` is one more list to honour, only read. With `retry` no entry of either counts, until its file fails
-        again. Raises ConfigError when `further` is not there.
+        `further` is one more list to honour, only read. Entries of either whose reason is in PASSING, with `retry` all
+        of them, do not count until their file fails again. Raises ConfigError when `further` is not there.
         """
         self.path = path
         self.reasons: dict[str, str] = {}  # source -> why, of those that are not to be read
@@ -62,8 +67,16 @@ class Quarantine:
             raise ConfigError(
                 f"data.quarantine is {further}, which is not there: name a quarantine.jsonl, or leave it out"
             )
-        if not retry:
-            self.reasons = {**(dict(read_list(Path(further))) if further is not None else {}), **self._on_disk}
+        known = {**(dict(read_list(Path(further))) if further is not None else {}), **self._on_disk}
+        self.retried = {source: why for source, why in known.items() if retry or reason_class(why) in PASSING}
+        self.reasons = {source: why for source, why in known.items() if source not in self.retried}
+
+    def describe(self) -> str:
+        """What it says at the start of a run, in one line; "" where it says nothing."""
+        left_out = f"{len(self.reasons)} left out ({_counts(self.reasons)})" if self.reasons else ""
+        again = f"{len(self.retried)} looked at again ({_counts(self.retried)})" if self.retried else ""
+        advice = "; data.retry_quarantined=true looks at all of them again" if self.reasons else ""
+        return f"quarantine: {', '.join(filter(None, (left_out, again)))}{advice}" if left_out or again else ""
 
     def __contains__(self, source: object) -> bool:
         return source in self.reasons
@@ -118,11 +131,15 @@ class Quarantine:
         reasons = self.reasons
         if self.path is not None and self.path.exists():
             reasons = {**reasons, **dict(read_list(self.path))}
-        counts = Counter(reason_class(reason) for reason in reasons.values())
-        classes = ", ".join(f"{count} {name}" for name, count in counts.most_common())
         lines = [f"  {source}: {reason}" for source, reason in list(reasons.items())[:NUM_NAMES_SHOWN]]
         more = [f"  and {len(reasons) - len(lines)} more"] if len(reasons) > len(lines) else []
-        return "\n".join([f"{len(reasons)} files ({classes}):", *lines, *more])
+        return "\n".join([f"{len(reasons)} files ({_counts(reasons)}):", *lines, *more])
+
+
+def _counts(reasons: Mapping[str, str]) -> str:
+    """Such as "3 missing, 1 empty"."""
+    counts = Counter(reason_class(reason) for reason in reasons.values())
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
 def read_list(path: Path) -> Iterator[tuple[str, str]]:
