@@ -178,7 +178,7 @@ def test_a_judge_that_is_down_never_loses_a_run(trouble, tiny_tokenizer, make_pr
         )
         assert time.monotonic() - started < 3.0
     assert [group.prompt.example.id for group in groups] == ["d"]
-    assert [failure.source for failure in failures] == ["a", "b", "c"]
+    assert [failure.example_id for failure in failures] == ["a", "b", "c"]
     assert all("the reward of task captioning raised JudgeUnavailableError" in str(failure) for failure in failures)
     assert capsys.readouterr().err.count("reward failure: ") == 3
 
@@ -217,7 +217,7 @@ def test_only_the_group_that_cannot_be_judged_is_lost(tiny_tokenizer, make_promp
         ("a", (1.0, pytest.approx(2 / 3))),
         ("c", pytest.approx((2 / 3, 2 / 3))),
     ]
-    assert [failure.source for failure in failures] == ["b"]
+    assert [failure.example_id for failure in failures] == ["b"]
     assert "its answer cannot be read" in failures[0].reason
     # ALL and HALF: check, split, check. The confusing one: two attempts, and two more when its group is scored alone.
     assert len(server.requests) == 3 + 3 + 2 + 2

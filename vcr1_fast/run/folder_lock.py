@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vcr1_fast.learner.sharding import World, on_main_rank
+from vcr1_fast.run.folder import unwritable
 from vcr1_fast.settings.config import ConfigError
 
 LOCK_FILE = "lock"
@@ -39,9 +40,12 @@ def locked_folder(folder: str | Path, world: World) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise unwritable(folder, error) from error
     try:
         has_flock = _take_flock(descriptor, path)
         other = _read(descriptor)
