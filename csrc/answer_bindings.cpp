@@ -28,7 +28,6 @@ struct Characters {
 // The byte that stands for a character beyond ASCII, see answer_text.h.
 char class_of(Py_UCS4 c) {
   if (c == 0x2212) return static_cast<char>(kMinusSign);
-  if (c == 0x17F) return static_cast<char>(kLongS);
   if (Py_UNICODE_ISSPACE(c)) return static_cast<char>(kOtherBlank);
   const int digit = Py_UNICODE_TODECIMAL(c);
   if (digit >= 0) return static_cast<char>(kOtherDigit0 + digit);

@@ -7,6 +7,7 @@
 
 #include "answer_numbers.h"
 #include "answer_parser.h"
+#include "answer_times.h"
 
 namespace vcr1 {
 
@@ -135,27 +136,30 @@ class BoxListReader {
   double value_ = 0.0;
 };
 
-// A pair "(1.5 s, 2)" or "[1.5, 2]" of the recipe fixed and one blank behind it; `end` is where it ends.
+// A pair "(1.5 s, 2)" or "[1.5, 2]" of the recipe fixed and one blank behind it; `end` is where it ends. NaN: its units
+// do not fit each other.
 bool match_pair(Text text, size_t begin, Period& pair, size_t& end) {
   const char opening = at(text, begin);
   if (opening != '(' && opening != '[') return false;
-  size_t i = begin + 1, whole_end = 0;
+  size_t i = begin + 1;
   const auto skip_blank = [&] { i += at(text, i) == ' ' ? 1 : 0; };
-  const auto take_number = [&](double& value) {
+  const auto take_time = [&](Time& time) {
     skip_blank();
-    const size_t stop = number_end(text, i, whole_end);
-    if (stop == i) return false;
-    value = parse_signed(text.substr(i, stop - i));
-    i = unit_end(text, stop);
+    const size_t stop = time_end(text, i, time);
+    const bool is_found = stop != i;
+    i = stop;
     skip_blank();
-    return true;
+    return is_found;
   };
-  if (!take_number(pair.first) || at(text, i) != ',') return false;
+  Time first, second;
+  if (!take_time(first) || at(text, i) != ',') return false;
   ++i;
-  if (!take_number(pair.second) || at(text, i) != (opening == '(' ? ')' : ']')) return false;
+  if (!take_time(second) || at(text, i) != (opening == '(' ? ')' : ']')) return false;
   ++i;
   skip_blank();
   end = i;
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  pair = to_interval(first, second).value_or(Period{kNaN, kNaN});
   return true;
 }
 

@@ -1,7 +1,6 @@
 #include "answer_numbers.h"
 
 #include <algorithm>
-#include <array>
 #include <charconv>
 #include <cstdint>
 #include <limits>
@@ -28,10 +27,6 @@ bool is_huge(Text digits) {
   return static_cast<int64_t>(point) - static_cast<int64_t>(first) + exponent > 0;
 }
 
-bool is_unit_letter(char c, char wanted) {
-  return lower(c) == wanted || (wanted == 's' && static_cast<unsigned char>(c) == kLongS);
-}
-
 }  // namespace
 
 size_t number_end(Text text, size_t i, size_t& whole_end) {
@@ -49,19 +44,6 @@ size_t number_end(Text text, size_t i, size_t& whole_end) {
   return i;
 }
 
-size_t unit_end(Text text, size_t i) {
-  static constexpr std::array<Text, 5> kUnits = {"seconds", "second", "secs", "sec", "s"};
-  const size_t begin = i;
-  if (at(text, i) == ' ') ++i;
-  if (!is_unit_letter(at(text, i), 's')) return begin;
-  for (const Text unit : kUnits) {
-    size_t k = 0;
-    while (k < unit.size() && is_unit_letter(at(text, i + k), unit[k])) ++k;
-    if (k == unit.size() && !is_word(at(text, i + k))) return i + k;
-  }
-  return begin;
-}
-
 double parse_unsigned(Text digits) {
   double value = 0.0;
   const auto result = std::from_chars(digits.data(), digits.data() + digits.size(), value);
@@ -75,16 +57,16 @@ double parse_signed(Text number) {
   return number.front() == '-' ? -value : value;
 }
 
-Text join_blanks(Text text, std::string& scratch) {
+Text join_blanks(Text text, std::string& scratch, bool keeps_lines) {
   scratch.clear();
-  bool had_blank = false;
+  char blank = '\0';  // of the run before the character
   for (const char c : text) {
     if (is_blank(c)) {
-      had_blank = true;
+      if (blank != '\n') blank = keeps_lines && c == '\n' ? '\n' : ' ';
       continue;
     }
-    if (had_blank && !scratch.empty()) scratch.push_back(' ');
-    had_blank = false;
+    if (blank != '\0' && !scratch.empty()) scratch.push_back(blank);
+    blank = '\0';
     scratch.push_back(static_cast<unsigned char>(c) == kMinusSign ? '-' : c);
   }
   return scratch;

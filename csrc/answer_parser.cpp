@@ -5,6 +5,7 @@
 #include <string>
 
 #include "answer_numbers.h"
+#include "answer_times.h"
 
 namespace vcr1 {
 
@@ -30,43 +31,47 @@ class PeriodScanner {
     for (; position_ < text_.size(); ++position_) {
       const char c = text_[position_];
       if (!is_ascii_digit(c) && c != '.' && c != '+' && c != '-') continue;
-      if (position_ > 0 && is_guard(text_[position_ - 1])) continue;
-      if (match(position_)) return true;
+      if (!is_inside(position_) && match(position_)) return true;
     }
     return false;
   }
-  Text first, second;  // of the last match
+  size_t begin = 0, end = 0;  // of the last match
+  Time first, second;
 
  private:
-  static bool is_guard(char c) { return is_word(c) || c == '.' || c == ':' || c == '+' || c == '-'; }
-
+  bool is_inside(size_t i) const {  // of something larger, such as "3-4", "1e3", "12/30" or "12,5"
+    if (i == 0) return false;
+    const char c = text_[i - 1];
+    if (is_word(c) || c == '.' || c == ':' || c == '+' || c == '-') return true;
+    return (c == ',' || c == '/') && i > 1 && is_ascii_digit(text_[i - 2]);
+  }
+  bool is_blank_at(size_t i) const { return at(text_, i) == ' ' || at(text_, i) == '\n'; }
   size_t joint_end(size_t i) const {  // "to" or "and"; i if neither is there
     if (lower(at(text_, i)) == 't' && lower(at(text_, i + 1)) == 'o') return i + 2;
     if (lower(at(text_, i)) == 'a' && lower(at(text_, i + 1)) == 'n' && lower(at(text_, i + 2)) == 'd') return i + 3;
     return i;
   }
-  bool is_closed(size_t i) const { return i >= text_.size() || (!is_word(text_[i]) && text_[i] != ':'); }
 
-  bool match(size_t begin) {
-    size_t whole_end = 0;
-    const size_t first_end = number_end(text_, begin, whole_end);
-    if (first_end == begin) return false;
-    size_t i = unit_end(text_, first_end);
-    if (at(text_, i) == ' ') ++i;
+  bool is_closed(size_t i) const {  // such a thing does not go on here
+    const char c = at(text_, i);
+    if (is_word(c) || c == ':') return false;
+    return !((c == '.' || c == ',' || c == '/' || c == '-') && is_ascii_digit(at(text_, i + 1)));
+  }
+
+  bool match(size_t start) {
+    Time from, to;
+    size_t i = time_end(text_, start, from);
+    if (i == start) return false;
+    if (is_blank_at(i)) ++i;
     const size_t joint = joint_end(i);
     if (joint == i) return false;
-    const size_t second_begin = joint + (at(text_, joint) == ' ' ? 1 : 0);
-    size_t end = number_end(text_, second_begin, whole_end);
-    if (end == second_begin) return false;
-    size_t next = unit_end(text_, end);
-    if (!is_closed(next)) next = end;
-    if (!is_closed(next)) {  // "2.5x": the pattern falls back to "2", which a point may follow
-      if (whole_end == end) return false;
-      next = end = whole_end;
-    }
-    first = text_.substr(begin, first_end - begin);
-    second = text_.substr(second_begin, end - second_begin);
-    position_ = next;
+    const size_t to_start = joint + (is_blank_at(joint) ? 1 : 0);
+    i = time_end(text_, to_start, to);
+    if (i == to_start || !is_closed(i)) return false;
+    begin = start;
+    position_ = end = i;
+    first = from;
+    second = to;
     return true;
   }
 
@@ -144,13 +149,13 @@ bool has_paper_format(Text text, const Blocks& blocks) {
 }
 
 std::optional<Period> read_fixed_period(Text text, Scratch& scratch) {
-  const Text joined = join_blanks(text, scratch.joined);
+  const Text joined = join_blanks(text, scratch.joined, /*keeps_lines=*/true);
   PeriodScanner scanner(joined);
   bool is_found = false;
   while (scanner.next()) is_found = true;
-  if (!is_found) return std::nullopt;
-  const Period period{parse_signed(scanner.first), parse_signed(scanner.second)};
-  if (!std::isfinite(period.first) || !std::isfinite(period.second)) return std::nullopt;
+  if (!is_found || has_other_unit(joined, scanner.begin, scanner.end, scanner.second)) return std::nullopt;
+  const auto period = to_interval(scanner.first, scanner.second);
+  if (!period || !std::isfinite(period->first) || !std::isfinite(period->second)) return std::nullopt;
   return period;
 }
 

@@ -12,9 +12,8 @@ using Text = std::string_view;
 // Bytes for characters outside of ASCII. The classes are Python's: str.isspace, \w and str.isdecimal of that character.
 constexpr unsigned char kOtherBlank = 0x80;
 constexpr unsigned char kMinusSign = 0x81;    // U+2212
-constexpr unsigned char kLongS = 0x82;        // U+017F, which re.IGNORECASE takes for an s
-constexpr unsigned char kOtherWord = 0x83;    // a letter or digit of another script
-constexpr unsigned char kOther = 0x84;        // all else
+constexpr unsigned char kOtherWord = 0x82;    // a letter or digit of another script
+constexpr unsigned char kOther = 0x83;        // all else
 constexpr unsigned char kOtherDigit0 = 0x90;  // 0x90 + d: a decimal digit d of another script
 
 inline bool is_blank(char c) {
@@ -32,7 +31,7 @@ inline char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 
 inline bool is_word(char c) {
   const auto b = static_cast<unsigned char>(c);
   const char l = lower(c);
-  return (l >= 'a' && l <= 'z') || is_decimal(c) || c == '_' || b == kLongS || b == kOtherWord;
+  return (l >= 'a' && l <= 'z') || is_decimal(c) || c == '_' || b == kOtherWord;
 }
 
 // str.rstrip() and str.strip()

@@ -1,14 +1,18 @@
 """The command line: what a wrong setting is answered with, what is printed, and what is not imported."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 import vcr1_fast.cli as cli
+from vcr1_fast.run.telemetry import console, say
 from vcr1_fast.settings.config import Config, ConfigError, DataFile, RolloutConfig
 from vcr1_fast.settings.io import UsageError, config_to_yaml, load_config, setting_types, settings_parser
 from vcr1_fast.types import SampleError
@@ -85,6 +89,9 @@ def test_a_contradiction_stops_only_the_command_that_uses_its_settings(monkeypat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("", "bad.yaml holds no setting, wanted sections of key: value; without a file all settings are the defaults"),
+        ("# rollout:\n", "bad.yaml holds no setting"),
+        ("[" * 500 + "]" * 500, "bad.yaml is nested too deeply"),
         ("- 1\n- 2\n", "bad.yaml holds a list, wanted sections"),
         ("rollout: 3\n", "rollout is 3, wanted a section"),
         ("a: [\n", "bad.yaml is not YAML"),
@@ -197,8 +204,28 @@ def test_a_failed_run_is_one_line_and_exit_1(monkeypatch, capsys, error, line):
     run_with(monkeypatch, fail)
     assert run(capsys, "train") == (1, "", line)
     monkeypatch.setenv("VCR1_DEBUG", "1")
-    with pytest.raises(type(error)):
-        cli.main(["train"])
+    code, _, err = run(capsys, "train")
+    assert code == 1 and err.startswith("Traceback (most recent call last)") and err.endswith(line)
+
+
+def test_what_no_one_foresaw_keeps_its_traceback_and_its_bytes_to_itself(monkeypatch, capsys):
+    """A model's answer, a file name and a library's error may hold anything."""
+    hostile = "\x1b]0;title\x07\x9b2J\rok\u202e\udcff"
+    shown = r"\x1b]0;title\x07\x9b2J\rok\u202e\udcff"
+
+    def fail(config):
+        print(f"answer: {hostile}")
+        say(f"say: {hostile}")
+        console.print(Table(hostile))
+        print(hostile, file=sys.stderr)
+        raise TypeError(hostile)
+
+    run_with(monkeypatch, fail)
+    code, out, err = run(capsys, "train")
+    assert code == 1 and not set(hostile) & set(out + err) - set("]0;title2Jok")
+    assert f"answer: {shown}\n" in out and r"\x1b]0;title" in out.partition("say: ")[2]
+    assert err.count(shown) >= 3 and err.count("Traceback") == 1
+    assert err.splitlines()[-1].startswith("vcr1-fast: error: unforeseen TypeError, please report it")
 
 
 def test_other_ranks_say_who_they_are_and_keep_quiet_about_the_command_line(monkeypatch, capsys):
@@ -226,6 +253,41 @@ def test_interrupt_is_exit_130(monkeypatch, capsys):
 
     run_with(monkeypatch, interrupt)
     assert run(capsys, "train") == (130, "", "vcr1-fast: error: interrupted\n")
+
+
+@pytest.mark.parametrize("name", cli.PLAIN_COMMANDS)
+def test_an_interrupt_of_any_command_is_one_line(monkeypatch, capsys, name):
+    def interrupt(tokens):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.PLAIN_COMMANDS, name, interrupt)
+    assert run(capsys, name) == (130, "", "vcr1-fast: error: interrupted\n")
+
+
+@pytest.mark.parametrize(("to", "code", "told"), [("| true", 141, ""), ("> /dev/full", 1, "No space left on device\n")])
+def test_output_that_cannot_be_written(to, code, told):
+    """`config` is the longest output without torch; a pipe that is closed says nothing, as with other programs."""
+    command = f"{sys.executable} -m vcr1_fast config {to}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr[-len(told) :] if told else done.stderr) == (code, told)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_goes_on_when_nobody_reads_it_any_more(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    steps = []
+
+    def train(config):
+        for step in range(3):
+            say(f"step {step}")
+            print("more")
+            steps.append(step)
+
+    run_with(monkeypatch, train)
+    with os.fdopen(write, "w") as stdout, contextlib.redirect_stdout(stdout), pytest.raises(SystemExit) as end:
+        cli.main(["train"])
+    assert (steps, end.value.code) == ([0, 1, 2], 141)
 
 
 def test_unknown_command_names_the_known_ones(capsys):

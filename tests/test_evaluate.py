@@ -287,6 +287,12 @@ def test_a_checkpoint_is_known_by_its_contents(tmp_path):
     assert checkpoint_identity(a) == checkpoint_identity(b)
     (b / "model.safetensors").write_bytes(b"Weights")  # same length
     assert checkpoint_identity(a) != checkpoint_identity(b)
+    (b / "model.safetensors").write_bytes(b"weights")
+    (b / "README.md").write_text("what nobody loads")
+    (b / "model-00002-of-00002.safetensors").write_bytes(b"stale")
+    assert checkpoint_identity(a) == checkpoint_identity(b)
+    (b / "chat_template.jinja").write_text("other prompts")
+    assert checkpoint_identity(a) != checkpoint_identity(b)
 
 
 def test_categories_by_axis(capsys):
@@ -295,14 +301,19 @@ def test_categories_by_axis(capsys):
         return Sample("i", "multiple_choice", "v", "q", "", {}, {"acc": acc}, "", "stop", 1, lists)
 
     samples = [sample(1.0, duration="short", kind="OCR"), sample(0.0, duration="long", kind="OCR"), sample(1.0)]
-    samples.append(sample(1.0, duration="short", kind="OCR+count"))
+    samples.append(sample(1.0, duration="short", kind="OCR+[/b]"))
     assert category_means(samples) == {
         "duration": {"long": (1, {"acc": 0.0}), "short": (2, {"acc": 1.0})},
-        "kind": {"OCR": (3, {"acc": pytest.approx(2 / 3)}), "count": (1, {"acc": 1.0})},
+        "kind": {"OCR": (3, {"acc": pytest.approx(2 / 3)}), "[/b]": (1, {"acc": 1.0})},
     }
     print_categories(samples)
     out = " ".join(capsys.readouterr().out.split())
-    assert "multiple_choice by duration" in out and "short 2 1.000" in out and "OCR 3 0.667" in out
+    assert (
+        "multiple_choice by duration" in out
+        and "short 2 1.000" in out
+        and "OCR 3 0.667" in out
+        and "[/b] 1 1.000" in out
+    )
 
 
 def test_eval_command_writes_samples_and_goes_on_from_them(tmp_path, monkeypatch, capsys):

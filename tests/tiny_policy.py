@@ -133,3 +133,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+def tiny_folder(folder: Path, *, tied: bool = False) -> Path:
+    """Where such a policy started from: a model's folder."""
+    tiny_hf(tied=tied, seed=1).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,6 +1,6 @@
 """The command `vcr1-fast`: reads settings, calls one function, reports the outcome in one line.
 
-Exit codes: 0 done, 1 the run failed, 2 the command line or the config file is wrong, 130 interrupted.
+Exit codes are those of run/exit_codes.py.
 Commands import what they need when they run, so that `--help` and `config` answer without loading torch.
 """
 
@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vcr1_fast import __version__
+from vcr1_fast.run.exit_codes import FAILED, STOPPED_BY_SIGNAL, WRONG_USAGE
+from vcr1_fast.run.stop_signals import StoppedBySignal, heed_usr1
 from vcr1_fast.run.telemetry import is_main_rank, to_json
+from vcr1_fast.run.terminal import printable_output
 from vcr1_fast.settings.checks import check_settings
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import UsageError, config_to_yaml, load_settings, settings_parser, split_config_path
-from vcr1_fast.types import SampleError
+from vcr1_fast.types import RunError, SampleError
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +118,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("command", choices=choices, metavar="COMMAND", help="one of those below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
     parsed = parser.parse_args(arguments)
-    if parsed.command in PLAIN_COMMANDS:
-        raise SystemExit(PLAIN_COMMANDS[parsed.command](parsed.rest))
-    code = _run(parsed.command, parsed.rest)
+    heed_usr1()
+    run = PLAIN_COMMANDS.get(parsed.command) or partial(_run_with_settings, parsed.command)
+    code = exit_code_of(lambda: run(parsed.rest))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
         from vcr1_fast.learner.sharding import exit_rank
 
@@ -122,33 +128,61 @@ def main(arguments: list[str] | None = None) -> None:
     raise SystemExit(code)
 
 
-def _run(name: str, tokens: list[str]) -> int:
-    """Exit code of one command. The rank is in every error of a torchrun process but the first."""
+def exit_code_of(run: Callable[[], object]) -> int:
+    """Does what every command does around its work: the result in one line of JSON, an error in one line on stderr.
+
+    `run` gives the result, None for none, or an exit code. What it raises unforeseen is shown with its traceback.
+    """
+    with printable_output() as stdout:
+        code = _code_of(run)
+        stdout.flush()
+        if isinstance(stdout.error, BrokenPipeError):  # `vcr1-fast compare A B | head -1`
+            return code or STOPPED_BY_SIGNAL + signal.SIGPIPE
+        if stdout.error is not None and code == 0:
+            _report_error(OSError(f"done, but not all of the output could be written: {stdout.error.strerror}"))
+            return FAILED
+        return code
+
+
+def _code_of(run: Callable[[], object]) -> int:
+    try:
+        result = run()
+    except KeyboardInterrupt:
+        _report_error(InterruptedError("interrupted"))
+        return STOPPED_BY_SIGNAL + signal.SIGINT
+    except StoppedBySignal as stopped:
+        if is_main_rank():
+            print(f"vcr1-fast: {stopped}", file=sys.stderr, flush=True)
+        return STOPPED_BY_SIGNAL + stopped.signum
+    except Exception as error:
+        is_foreseen = isinstance(error, ConfigError | SampleError | RunError | OSError)
+        if not is_foreseen or os.environ.get("VCR1_DEBUG") == "1":
+            traceback.print_exc()
+        kind = f"unforeseen {type(error).__name__}, please report it with the lines above: "
+        _report_error(error, "" if is_foreseen else kind)
+        return WRONG_USAGE if isinstance(error, UsageError) else FAILED
+    if isinstance(result, int):
+        return result
+    if result is not None and is_main_rank():
+        print(to_json(result), flush=True)
+    return result.get("exit_code", 0) if isinstance(result, dict) else 0
+
+
+def _run_with_settings(name: str, tokens: list[str]) -> object:
+    """One of COMMANDS. Returns its result; raises as `load_settings`, and what the command raises."""
     command = COMMANDS[name]
     settings_class = command.settings()
     if {"-h", "--help"} & set(tokens):
         parser = settings_parser(settings_class, f"vcr1-fast {name}")
         parser.description = command.help
         parser.print_help()
-        return 0
-    try:
-        is_dry_run, num_gpus, is_fast, tokens = _take_dry_run(name, tokens)
-        path, overrides = split_config_path(tokens)
-        settings = load_settings(settings_class, path, overrides)
-        if name in ("train", "sft", "eval"):
-            check_settings(settings, name)  # before torch is loaded
-        result = command.plan(settings, num_gpus, is_fast) if is_dry_run and command.plan else command.run(settings)
-    except (ConfigError, SampleError, OSError) as error:
-        if os.environ.get("VCR1_DEBUG") == "1":
-            raise
-        _report_error(error)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        _report_error(InterruptedError("interrupted"))
-        return 130
-    if result is not None and is_main_rank():
-        print(to_json(result), flush=True)
-    return result.get("exit_code", 0) if isinstance(result, dict) else 0
+        return None
+    is_dry_run, num_gpus, is_fast, tokens = _take_dry_run(name, tokens)
+    path, overrides = split_config_path(tokens)
+    settings = load_settings(settings_class, path, overrides)
+    if name in ("train", "sft", "eval"):
+        check_settings(settings, name)  # before torch is loaded
+    return command.plan(settings, num_gpus, is_fast) if is_dry_run and command.plan else command.run(settings)
 
 
 def _take_dry_run(name: str, tokens: list[str]) -> tuple[bool, int | None, bool, list[str]]:
@@ -171,7 +205,7 @@ def _take_dry_run(name: str, tokens: list[str]) -> tuple[bool, int | None, bool,
     return True, int(value) if equals else None, is_fast, rest
 
 
-def _run_doctor(tokens: list[str]) -> int:
+def _run_doctor(tokens: list[str]) -> object:
     parser = argparse.ArgumentParser(prog="vcr1-fast doctor", description="Says which components are usable.")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--sglang-python", metavar="PATH", help="look for SGLang there (rollout.sglang.python)")
@@ -181,7 +215,7 @@ def _run_doctor(tokens: list[str]) -> int:
     return doctor(as_json=arguments.json, sglang_python=arguments.sglang_python)
 
 
-def _run_baselines(tokens: list[str]) -> int:
+def _run_baselines(tokens: list[str]) -> object:
     parser = argparse.ArgumentParser(
         prog="vcr1-fast baselines",
         description="Scores answers that need no model (whole video, first box, most frequent answer, ...).",
@@ -199,18 +233,10 @@ def _run_baselines(tokens: list[str]) -> int:
     options, overrides = parser.parse_known_args(tokens)
     from vcr1_fast.commands.baselines import baselines_command
 
-    try:
-        result = baselines_command(options.task, options.annotations, options.recipe, options.json, overrides)
-    except ConfigError as error:
-        if os.environ.get("VCR1_DEBUG") == "1":
-            raise
-        _report_error(error)
-        return 2 if isinstance(error, UsageError) else 1
-    print(to_json(result), flush=True)
-    return 0
+    return baselines_command(options.task, options.annotations, options.recipe, options.json, overrides)
 
 
-def _run_compare(tokens: list[str]) -> int:
+def _run_compare(tokens: list[str]) -> object:
     parser = argparse.ArgumentParser(
         prog="vcr1-fast compare",
         description="Says whether run B scores the same examples differently from run A: paired bootstrap interval of "
@@ -221,18 +247,10 @@ def _run_compare(tokens: list[str]) -> int:
     options = parser.parse_args(tokens)
     from vcr1_fast.evaluation.compare import compare_command, comparison_as_dict
 
-    try:
-        result = comparison_as_dict(compare_command(options.a, options.b))
-    except ConfigError as error:
-        if os.environ.get("VCR1_DEBUG") == "1":
-            raise
-        _report_error(error)
-        return 1
-    print(to_json(result), flush=True)
-    return 0
+    return comparison_as_dict(compare_command(options.a, options.b))
 
 
-def _run_suite(tokens: list[str]) -> int:
+def _run_suite(tokens: list[str]) -> object:
     parser = argparse.ArgumentParser(
         prog="vcr1-fast suite",
         description="Reads a multiple-choice benchmark as it is published and writes one JSONL for data.eval.",
@@ -248,18 +266,10 @@ def _run_suite(tokens: list[str]) -> int:
     from vcr1_fast.evaluation.suites import suite_command
 
     only = dict(wanted.split("=", 1) for wanted in options.only)
-    try:
-        result = suite_command(options.suite, options.files, options.output, options.videos, only)
-    except (ConfigError, OSError) as error:
-        if os.environ.get("VCR1_DEBUG") == "1":
-            raise
-        _report_error(error)
-        return 1
-    print(to_json(result), flush=True)
-    return 0
+    return suite_command(options.suite, options.files, options.output, options.videos, only)
 
 
-def _run_serve(tokens: list[str]) -> int:
+def _run_serve(tokens: list[str]) -> object:
     parser = argparse.ArgumentParser(
         prog="vcr1-fast serve",
         allow_abbrev=False,
@@ -273,20 +283,12 @@ def _run_serve(tokens: list[str]) -> int:
     parser.add_argument("--workers", type=int, help="fewer than there are GPUs; without GPUs, how many")
     parser.add_argument("--logs", default="", help="folder of the workers' logs; default: serve/ in train.output_dir")
     options, rest = parser.parse_known_args(tokens)
-    try:
-        path, overrides = split_config_path(rest)
-        config = load_settings(Config, path, overrides)
-        from vcr1_fast.rollout.serve import serve
+    path, overrides = split_config_path(rest)
+    config = load_settings(Config, path, overrides)
+    from vcr1_fast.rollout.serve import serve
 
-        serve(config, options.bind, options.logs, options.workers)
-    except (ConfigError, OSError, RuntimeError) as error:
-        if os.environ.get("VCR1_DEBUG") == "1":
-            raise
-        _report_error(error)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:  # before the workers were there
-        return 130
-    return 0
+    serve(config, options.bind, options.logs, options.workers)
+    return None
 
 
 PLAIN_COMMANDS = {  # those without settings alone
@@ -298,7 +300,7 @@ PLAIN_COMMANDS = {  # those without settings alone
 }
 
 
-def _report_error(error: BaseException) -> None:
+def _report_error(error: BaseException, kind: str = "") -> None:
     """One line on stderr. A wrong command line is the same on all ranks, so the first alone reports it."""
     if isinstance(error, UsageError) and not is_main_rank():
         return
@@ -306,4 +308,4 @@ def _report_error(error: BaseException) -> None:
     if isinstance(error, OSError) and error.strerror:  # without the number that str() puts before it
         message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     rank = "" if is_main_rank() else f" (rank {os.environ['RANK']})"
-    print(f"vcr1-fast: error{rank}: {message}", file=sys.stderr, flush=True)
+    print(f"vcr1-fast: error{rank}: {kind}{message}", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vcr1_fast.evaluate import evaluate
 from vcr1_fast.evaluation.score_tables import print_scores
-from vcr1_fast.evaluation.scores import Scores, flat_scores, scores_as_dict
+from vcr1_fast.evaluation.scores import Scores, flat_scores, scores_as_dict, scores_from_dict
 from vcr1_fast.learner.advantages import TaskScale, with_advantages
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.prompts.difficulty import log_rewards
@@ -27,6 +27,7 @@ from vcr1_fast.run.run import (
     sampling_of,
     save_state,
 )
+from vcr1_fast.run.stopping import Stopping
 from vcr1_fast.run.telemetry import Telemetry, say
 from vcr1_fast.settings.config import Config
 
@@ -64,35 +65,38 @@ def _train(run: Run) -> dict[str, Any]:
     parity = check_parity(engine, learner.policy, prompts.sample(), config.rollout, learner.dtype, world)
     say(f"{engine.version}: {parity or 'not compared with the learner, no usable example comes next'}")
     queue.restore(state.pending, state.answers, state.again, state.failed_steps)
-    before = score(0) if held_out and state.step == 0 else {}
+    before = score(0) if held_out and state.step == 0 else scores_from_dict(state.before)
     num_tokens, has_signal = state.num_tokens, state.has_signal
-    for step in range(state.step + 1, config.train.num_steps + 1):
-        with telemetry.span("prompts"):
-            queue.fill(step)
-        with telemetry.span("rollout"):
-            groups = queue.take(step)
-            task_scale.update(groups, run.tasks, world)
-        engine.release_memory()
-        with telemetry.span("update"):
-            reports = learner.update_grpo(with_advantages(groups, config.algorithm.scale_advantages, task_scale))
-        has_signal |= any(report.has_signal for report in reports)
-        run.quarantine.add_all(error for report in reports for error in report.too_large)
-        with telemetry.span("weight_sync"), queue.paused():
-            sync.push()
-        metrics = rollout_metrics(groups, run.tasks, world) | update_metrics(reports)
-        num_tokens += int(metrics["step_tokens/executed"])
-        metrics |= {"num_tokens": num_tokens} | prompts.metrics() | collector.metrics() | queue.metrics()
-        metrics |= task_scale.metrics() | run.source.metrics()
-        warn_of_gap(step, metrics, config, learner.dtype)
-        log_rewards(run.folder / "rewards.jsonl", step, groups, world)
-        telemetry.log_step(step, metrics, config.train.num_steps)
-        if due(config.eval.every, step) and step < config.train.num_steps and held_out:
-            score(step)
-        if due(config.checkpoint.every, step) or step == config.train.num_steps:
-            with telemetry.span("checkpoint"):
-                now = run.state(step, prompts.position, num_tokens, sync.policy_version, "train")
-                more = {"task_scale": task_scale.moments, "has_signal": has_signal, **queue.pending()}
-                save_state(run, learner, replace(now, **more))
+    with Stopping(config.checkpoint, config.train.num_steps, world) as stopping:
+        for step in range(state.step + 1, config.train.num_steps + 1):
+            with telemetry.span("prompts"):
+                queue.fill(step)
+            with telemetry.span("rollout"):
+                groups = queue.take(step)
+                task_scale.update(groups, run.tasks, world)
+            engine.release_memory()
+            with telemetry.span("update"):
+                reports = learner.update_grpo(with_advantages(groups, config.algorithm.scale_advantages, task_scale))
+            has_signal |= any(report.has_signal for report in reports)
+            run.quarantine.add_all(error for report in reports for error in report.too_large)
+            with telemetry.span("weight_sync"), queue.paused():
+                sync.push()
+            metrics = rollout_metrics(groups, run.tasks, world) | update_metrics(reports)
+            num_tokens += int(metrics["step_tokens/executed"])
+            metrics |= {"num_tokens": num_tokens} | prompts.metrics() | collector.metrics() | queue.metrics()
+            metrics |= task_scale.metrics() | run.source.metrics()
+            warn_of_gap(step, metrics, config, learner.dtype)
+            with telemetry.forgiven("rewards.jsonl"):
+                log_rewards(run.folder / "rewards.jsonl", step, groups, world)
+            telemetry.log_step(step, metrics, config.train.num_steps)
+            if stopping.wants_checkpoint(step):
+                with telemetry.span("checkpoint"):
+                    now = run.state(step, prompts.position, num_tokens, sync.policy_version, "train")
+                    more = {"task_scale": task_scale.moments, "has_signal": has_signal, **queue.pending()}
+                    save_state(run, learner, replace(now, before=scores_as_dict(before), **more))
+            stopping.end_if_asked(step)
+            if due(config.eval.every, step) and step < config.train.num_steps and held_out:
+                score(step)
     after = score(config.train.num_steps) if held_out else {}
     if after and world.is_main:
         print_scores(before, after)

@@ -36,6 +36,11 @@ class SampleError(Exception):
         return type(self), (self.source, self.reason)
 
 
+class RunError(RuntimeError):
+    """The run cannot go on, and neither a setting nor one item is to blame: a process that does not start, an engine
+    that answers something else. The message says what happened and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class IntervalTruth:
     """What temporal grounding asks for: when the event happens. Example: `IntervalTruth(((2.0, 4.5),))`."""

@@ -53,50 +53,66 @@ LAG = (
     *("--rollout.max_policy_lag=1", "--algorithm.sampling_correction=token_truncate", "--algorithm.sampling_cap=2.0"),
     "--task.rewards={temporal_grounding: [tests.end_to_end.fragile_reward:fragile]}",
 )
-# `vcr1-fast` that is killed when it has logged step 3, whatever its threads are doing
+# `vcr1-fast` that is killed when it has logged step 3, whatever its threads are doing, and whose job is signalled at 1
 KILLED = """
-import os, signal
+import os, signal, time
 from vcr1_fast.cli import main
 from vcr1_fast.run.telemetry import Telemetry
 
 log_step = Telemetry.log_step
 def log_or_die(self, step, *rest):
     log_step(self, step, *rest)
+    if step == 1 and "JOB" in os.environ:
+        os.kill(int(os.environ["JOB"]), signal.SIGUSR1)
+        time.sleep(1)
     if step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 
 Telemetry.log_step = log_or_die
 main()
 """
+SLURM = Path(__file__).parents[2] / "configs" / "slurm.sh"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [("--algorithm.beta=0.01",), LAG], ids=["synchronous", "one step ahead"])
-def test_killed_run_resumes_to_the_same_bits(train_arguments, run_here, tmp_path, how):
-    """One step ahead, the answers to step 3 are in the checkpoint of step 2: drawn anew they would be newer."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+def test_ended_and_killed_run_resumes_to_the_same_bits(train_arguments, run_here, tmp_path, how):
+    """One step ahead, the answers to step 3 are in the checkpoint of step 2: drawn anew they would be newer. That run
+    first was a Slurm job whose time was up in step 1."""
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
     options = ("--train.num_steps=4", "--checkpoint.every=2", *how)
-    assert run_here(train_arguments(whole, *options)).code == 0
+    result = run_here(train_arguments(whole, *options))
+    assert result.code == 0
 
-    command = [sys.executable, "-c", KILLED, *train_arguments(killed, *options)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked')
+    (tmp_path / "scontrol").chmod(0o755)
+    command = [sys.executable, "-c", KILLED, *train_arguments(ended, *options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    if how is LAG:
+        job = ["bash", "-c", f'export JOB=$$ SLURM_JOB_ID=7; . {SLURM} "$@"', "slurm", *command]
+        stopped = subprocess.run(job, capture_output=True, text=True, timeout=300, env=environment)
+        assert stopped.returncode == 128 + signal.SIGUSR1, stopped.stderr[-3000:]
+        assert "ended by SIGUSR1 after step 1, which is saved" in stopped.stderr
+        assert (tmp_path / "asked").read_text() == "requeue 7\n"
     dead = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert dead.returncode == -signal.SIGKILL, dead.stderr[-3000:]
-    assert list(steps_of(killed)) == [1, 2, 3] and not (killed / "model").exists()
-    done = run_here(train_arguments(killed, *options))
+    assert list(steps_of(ended)) == [1, 2, 3] and not (ended / "model").exists()
+    done = run_here(train_arguments(ended, *options))
     assert done.code == 0 and "resumed from" in done.out, done.err
-    want, got = steps_of(whole), steps_of(killed)
+    want, got = steps_of(whole), steps_of(ended)
     assert list(got) == list(want) == [1, 2, 3, 4]
     for step in want:
         assert {k: got[step][k] for k in SAME_ON_EVERY_RUN} == {k: want[step][k] for k in SAME_ON_EVERY_RUN}
-    assert bytes_of_weights(killed) == bytes_of_weights(whole)
+    assert bytes_of_weights(ended) == bytes_of_weights(whole)
+    before, after = (json.loads(done.out.splitlines()[-1])[name] for name in ("before", "after"))
+    assert (before, after) == tuple(json.loads(result.out.splitlines()[-1])[name] for name in ("before", "after"))
     if how is LAG:
         assert [got[step]["sampling/policy_lag/mean"] for step in want] == [0.0, 1.0, 1.0, 1.0]
         assert got[3]["sampling/importance_sampling_ratio/mean"] != 1.0
         assert "time/draw_s" in got[3]
         failed = [step["reward_failures"] for step in want.values()]
         assert failed == [step["reward_failures"] for step in got.values()] and sum(failed) > 1
-        assert not (whole / "quarantine.jsonl").exists() and not (killed / "quarantine.jsonl").exists()
+        assert not (whole / "quarantine.jsonl").exists() and not (ended / "quarantine.jsonl").exists()
 
 
 def test_a_run_without_a_gradient_says_so_and_its_end_is_not_repeated(train_arguments, run_here, tmp_path):

@@ -19,6 +19,10 @@ def sample(name: str, score: float, video: str | None = None, task: str = "multi
     return Sample(name, task, video, "which?", "<answer>A</answer>", {}, {"acc": score}, "", "stop", 5)
 
 
+def line(**changes: object) -> str:
+    return json.dumps({**samples_as_rows([sample("p", 0.5)])[0], **changes}) + "\n"
+
+
 def test_differences_by_hand():
     """A: 0 0 0 1, B: 1 1 1 1. Three videos rise by 1, one stays: of the 16 sign choices 4 reach |sum| 3."""
     a = [sample(name, score) for name, score in zip("pqrs", (0, 0, 0, 1), strict=True)]
@@ -86,6 +90,14 @@ def test_command_prints_a_table_and_one_json_line(tmp_path: Path, capsys):
     assert (line["num_only_in_a"], line["only_in_b"]) == (1, ["multiple_choice:u"])
 
 
+def test_names_that_rich_would_take_for_markup(tmp_path: Path, capsys):
+    (tmp_path / "a.jsonl").write_text(line(task="[/b]", metrics={"[/x]": 1.0}))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["compare", str(tmp_path / "a.jsonl"), str(tmp_path / "a.jsonl")])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and "[/b]: 1 examples" in out and "[/x]" in out.partition("metric")[2]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -94,6 +106,11 @@ def test_command_prints_a_table_and_one_json_line(tmp_path: Path, capsys):
         ('{"id": "p"}\n', "bad.jsonl:1 is no line of a samples.jsonl"),
         ("[1]\n", "bad.jsonl:1 is no line of a samples.jsonl"),
         ("not json\n", "bad.jsonl:1 is no line of a samples.jsonl"),
+        ("[" * 5000, "bad.jsonl:1 is no line of a samples.jsonl"),
+        (line(video=3), "bad.jsonl:1 is no line of a samples.jsonl: id, task, video or metrics are of the wrong type"),
+        (line(metrics={"m": 10**400}), "bad.jsonl:1 is no line of a samples.jsonl: int too large"),
+        (line(metrics={"m": float("nan")}), "bad.jsonl:1 is no line of a samples.jsonl"),
+        (line(metrics={"m": "1"}), "bad.jsonl:1 is no line of a samples.jsonl"),
     ],
 )
 def test_files_that_hold_no_samples(tmp_path: Path, capsys, content, message):

@@ -6,6 +6,7 @@ Not run here, because it needs values: which tokens are drawn, what a loss comes
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import pytest
 from vcr1_fast.fake_gpu.extrapolate import sizes_to_run, to_blocks
 from vcr1_fast.fake_gpu.process import Case, run
 from vcr1_fast.fake_gpu.sizes import num_blocks, with_blocks
+from vcr1_fast.learner.memory_sums import plan_memory, plan_tokens
+from vcr1_fast.learner.model_size import read_model_size
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES, whole_config
+from vcr1_fast.settings.io import load_config
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "qwen2_5_vl_7b_cotraining_8xh100.yaml")
 CLIP, SHORT_CLIP = (10, 34, 42), (2, 8, 12)  # 3,570 and 48 video tokens
@@ -52,6 +56,8 @@ def cases(num_gpus: int) -> list[Case]:
         one("groups in a row", "--train.tokens_per_microbatch=32768", groups=3),
         one("float32", "--model.compute_dtype=float32", clip=SHORT_CLIP),
         one("plain", "--model.kernels=off", clip=SHORT_CLIP),
+        one("flash-attn 2", flash="flash_attn", clip=SHORT_CLIP),
+        one("flash-attn 3", flash="flash_attn_interface", clip=SHORT_CLIP),
         taught,
         *(one(loss, f"--algorithm.loss={loss}", clip=SHORT_CLIP) for loss in LOSSES),
         one(
@@ -96,6 +102,15 @@ def test_a_rank_without_rows_runs_the_same_collectives(num_gpus: int, name: str)
     """In number, kind, size and order: NCCL would wait an hour for one that the others do not join."""
     busy, idle = last_update(num_gpus, name), last_update(num_gpus, f"{name}, placeholder")
     assert on_gpu(idle) == on_gpu(busy) != []
+
+
+@pytest.mark.parametrize("package", ["flash-attn 2", "flash-attn 3"])
+def test_a_package_of_flash_attention_does_the_work_of_the_one_in_torch(package: str):
+    """The same operator calls it; only where the gradients are allocated differs. The loss does not matter here."""
+    own, other = last_update(8, "dr_grpo"), last_update(8, package)
+    assert other["attention_flop"] == own["attention_flop"] > 0 and other["gemm_flop"] == own["gemm_flop"]
+    own_peak, peak = (max(sum(kinds.values()) for kinds in update["peaks"].values()) for update in (own, other))
+    assert peak == pytest.approx(own_peak, rel=0.01)
 
 
 @pytest.mark.parametrize("num_gpus", WORLDS)
@@ -145,3 +160,10 @@ def test_the_whole_model_runs_and_is_what_few_blocks_foretell():
             total = sum(foretold["peaks"][phase].values())
             assert total == pytest.approx(sum(kinds.values()), rel=0.01, abs=1e7), phase
     assert measured["gemm_flop"] + measured["attention_flop"] == pytest.approx(457e12, rel=0.01)
+    # And the sums over the model's sizes, for a row of 7,006 tokens of which 3,570 are of 20 frames
+    config = load_config(CONFIG, ("--train.prompts_per_step=8", "--video.min_frames=20", "--video.max_frames=20"))
+    tokens = replace(plan_tokens(config, 8), row=7006, scored_rows=sum(ANSWERS))
+    memory = plan_memory(config, read_model_size("Qwen2.5-VL-7B"), tokens, 8)
+    summed = memory.static["weights, float32"] + sum(memory.update.values())  # moments come after the first update
+    peak = max(sum(kinds.values()) for phase, kinds in measured["peaks"].items() if phase != "optimizer")
+    assert 1e9 * summed == pytest.approx(peak, rel=0.1)

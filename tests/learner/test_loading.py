@@ -14,12 +14,14 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from tests.learner.live_bytes import LiveBytes, held_bytes
 from tests.tiny_policy import run_ranks
 from vcr1_fast.learner import loading
-from vcr1_fast.learner.loading import empty_model, load_weights
-from vcr1_fast.learner.model import load_hugging_face
+from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
+from vcr1_fast.learner.loading import check_weights, empty_model, load_weights
+from vcr1_fast.learner.model import load_hugging_face, load_tokenizer
 from vcr1_fast.run.model_folder import SINGLE_FILE, model_folder, weight_files
 from vcr1_fast.settings.error import ConfigError
 
 CPU = torch.device("cpu")
+FAMILY = Qwen25VL()
 RANKS = Path(__file__).with_name("loading_ranks.py")
 
 
@@ -52,8 +54,6 @@ def require_same(ours: Qwen2_5_VLForConditionalGeneration, theirs: Qwen2_5_VLFor
     tied = [model.lm_head.weight is model.model.language_model.embed_tokens.weight for model in (ours, theirs)]
     assert tied[0] == tied[1] == ours.config.tie_word_embeddings
     assert ours.config.to_dict() | {"_name_or_path": ""} == theirs.config.to_dict() | {"_name_or_path": ""}
-    mine, other = ({k: v or None for k, v in m.generation_config.to_dict().items()} for m in (ours, theirs))
-    assert mine == other  # False and None are one: without a file of its own it is made from the model's configuration
     assert not any(module.training for module in ours.modules())
 
 
@@ -66,13 +66,9 @@ def test_what_is_loaded_is_what_from_pretrained_loads(make_model, tmp_path, tied
         require_same(ours, Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype))
 
 
-def test_the_packaged_model_and_one_without_generation_config(tmp_path):
+def test_the_packaged_model():
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_folder("tiny"), dtype=torch.float32)
     require_same(load_hugging_face("tiny", torch.float32, CPU), theirs)
-    theirs.save_pretrained(tmp_path)
-    (tmp_path / "generation_config.json").unlink()
-    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
-    require_same(load_hugging_face(str(tmp_path), torch.float32, CPU), theirs)
 
 
 def test_weights_stored_in_half_precision_are_cast(make_model, tmp_path):
@@ -117,8 +113,27 @@ def test_other_weights_are_refused_before_anything_is_allocated(make_model, tmp_
     save_file({name: value for name, value in stored.items() if value is not None}, folder / SINGLE_FILE)
     hf = empty_model(folder, torch.float32)
     with pytest.raises(ConfigError, match=message):
-        load_weights(hf, folder, CPU)
+        load_weights(hf, folder, CPU, FAMILY)
     assert all(weight.is_meta for weight in hf.parameters())
+
+
+@pytest.mark.parametrize(("content", "message"), [("{}", "the tokenizer in .* cannot be read"), (None, "no tokenizer")])
+def test_a_tokenizer_that_cannot_be_used_is_said_so(make_model, tmp_path, content, message):
+    folder = save(make_model(), tmp_path, "published")
+    if content:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_tokenizer(str(folder))
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_are_checked_without_loading_them(make_model, tmp_path):
+    """For an engine that passes over names that it does not know, and keeps random numbers for others."""
+    folder = save(make_model(), tmp_path, "published")
+    check_weights(folder)
+    save_file({f"module.{name}": value for name, value in read(folder).items()}, folder / SINGLE_FILE)
+    with pytest.raises(ConfigError, match=r"\d+ missing \(model.visual.*; \d+ unexpected \(module\.lm_head"):
+        check_weights(folder)
 
 
 def test_another_architecture_is_refused(make_model, tmp_path):
@@ -127,9 +142,14 @@ def test_another_architecture_is_refused(make_model, tmp_path):
     config = json.loads(path.read_text())
     for content, message in (
         (json.dumps(config | {"model_type": "qwen2_vl"}), "model_type in .* is 'qwen2_vl', wanted qwen2_5_vl: set"),
+        (
+            json.dumps(config | {"quantization_config": {"quant_method": "awq"}}),
+            r"quantized \(awq, .* in bfloat16",
+        ),
+        (json.dumps(config | {"text_config": {"hidden_size": "big"}}), "config.json does not describe a model"),
         ("{}", "model_type in .* is None, wanted qwen2_5_vl"),
-        ("[]", r"config.json cannot be read \("),
-        ("{", r"config.json cannot be read \("),
+        ("[]", r"config.json is damaged \(a JSON list, wanted an object\): download"),
+        ("{", r"config.json is damaged \("),
     ):
         path.write_text(content)
         with pytest.raises(ConfigError, match=message):
@@ -170,7 +190,7 @@ def test_pieces_do_not_change_what_is_read(monkeypatch, tmp_path):
     module = torch.nn.Module()
     for name, value in whole.items():
         module.register_parameter(name.removeprefix("visual."), torch.nn.Parameter(value.to("meta")))
-    load_weights(module, tmp_path, CPU, "model.visual.")
+    load_weights(module, tmp_path, CPU, FAMILY, "model.visual.")
     assert asked == [1, 2, 2, 2, 1, 9]  # one, x, y
     assert all(torch.equal(w, whole[f"visual.{name}"].bfloat16().float()) for name, w in module.named_parameters())
 

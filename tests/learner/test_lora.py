@@ -20,7 +20,7 @@ from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
-from vcr1_fast.run.export import export_adapter, export_hugging_face
+from vcr1_fast.run.export import export_adapter, export_hugging_face, plan_export
 from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.config import ConfigError, LoRAConfig
 from vcr1_fast.types import RolloutGroup, SamplingParams
@@ -186,12 +186,12 @@ def logits(model, group: RolloutGroup) -> torch.Tensor:
         ).logits
 
 
-def test_exported_model_and_adapter_say_what_the_policy_says(model_path, groups, make_tokenizer, tmp_path):
+def test_exported_model_and_adapter_say_what_the_policy_says(model_path, groups, tmp_path):
     peft = pytest.importorskip("peft")
     learner = Learner(with_lora(make_config(model_path)), World(), 10)
     disturb(learner.policy)
     policy = learner.policy
-    whole = export_hugging_face(policy, make_tokenizer([]), tmp_path / "whole")
+    whole = export_hugging_face(policy, plan_export(model_path, tmp_path / "whole"))
     adapter = export_adapter(policy, tmp_path / "adapter", LORA, str(model_path))
     load = Qwen2_5_VLForConditionalGeneration.from_pretrained
     sums, stock = load(whole), load(model_path)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 WORDS = r"""
     <think> </think> <answer> </answer> <glue> </glue> < > / to and TO And s sec secs seconds second S 1 0 9 00 012 1.5
     .5 5. 1e5 1E-400 1e999 -0 +7 - + . : , ( ) [ ] [[ ]] ' " \ True False None nan inf x _ A C (B) A. option answer Best
+    m min MIN mins minutes 0:12 1:02:03.5 :05 % frames hours h percent in the 1m30s
 """
 SCRAPS = [
     *WORDS.split(), " ", "  ", "\n", "\t", "\r", "\f", "\v", "\x1c", "\x85", "\u00a0", "\u2003", "\u200b", "\ufeff",
@@ -18,11 +19,56 @@ SCRAPS = [
     "\U0001f600", "\ud800",
 ]  # fmt: skip
 BLANKS = ("",) * 24 + (" ", "\n", "  ", " ", "\n\n", "\t", "\u00a0")
-UNITS = ("", "", "", "s", " s", " sec", " seconds", "S", "\u017f", " secs.")
+UNITS = ("",) * 9 + ("s", " s", " sec", " seconds", "S", "\u017f", " secs.", " min", "m", " frames", "%", "\nminutes")
+UNITS += (" min 7 s", "m5.5s", " minute and 59 seconds", ", 30 s", " in it", ") of", ") frames", ",5", "/3")
+LEADS = ("",) * 3 + ("From ", "1 to 2, no: ", "(", "frames ", "1 hour, ", "2 minutes and ", "minutesand\n", "7,", "7/")
+# Pieces of times, of which any order may come.
+TIMES = (
+    "0",
+    "7",
+    "30",
+    "60",
+    "1.5",
+    ".",
+    ":",
+    ":05",
+    ":59",
+    "0:12",
+    " ",
+    " ",
+    "\n",
+    ",",
+    " to ",
+    " to ",
+    "and",
+    " and ",
+)
+TIMES += (
+    "s",
+    "sec",
+    "m",
+    "min",
+    "minutes",
+    "h",
+    "frame",
+    "%",
+    "-",
+    "+",
+    "/",
+    ")",
+    "in",
+    "the",
+    "x",
+    "\u0663",
+    "\u4e2d",
+)
 
 
 def number(rng: random.Random) -> str:
     kind = rng.random()
+    if kind < 0.12:
+        clock = [f"{rng.randrange(70):02d}" for _ in range(rng.choice((2, 2, 2, 3, 4)))]
+        return ":".join(clock) + rng.choice(("", "", ".5", ".", "s", " min", ":"))
     if kind < 0.6:
         return f"{rng.uniform(0, 200):.{rng.randrange(4)}f}"
     if kind < 0.7:
@@ -39,10 +85,11 @@ def number(rng: random.Random) -> str:
 
 
 def period(rng: random.Random) -> str:
+    if rng.random() < 0.2:
+        return "".join(rng.choices(TIMES, k=rng.randrange(3, 16)))
     joint = rng.choice((" to ", " to ", " and ", "to", " TO ", "  to ", " To\n"))
-    lead = rng.choice(("", "", "", "From ", "1 to 2, no: ", "("))
     end = rng.choice(("", "", ".", "x", ":"))
-    return f"{lead}{number(rng)}{rng.choice(UNITS)}{joint}{number(rng)}{rng.choice(UNITS)}{end}"
+    return f"{rng.choice(LEADS)}{number(rng)}{rng.choice(UNITS)}{joint}{number(rng)}{rng.choice(UNITS)}{end}"
 
 
 def boxes(rng: random.Random) -> str:

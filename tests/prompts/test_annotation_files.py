@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +69,12 @@ def test_a_broken_line_is_one_entry(tmp_path: Path):
         ("[" + "9" * 5000 + "]", "is not valid JSON: Exceeds the limit"),
         (b'[{"a": "x"},\n {"a": "caf\xe9"}]', "is not UTF-8 text: line 2 holds the byte 0xe9: save it as UTF-8"),
         ("[1]".encode("utf-16"), "is not UTF-8 text: line 1 holds the byte 0xff"),
+        (gzip.compress(b"[1]" * 99)[:-9], "is packed by gzip, but cut short or damaged (Compressed file ended before"),
+        (gzip.compress(b"[1]")[:-8] + b"12345678", "is packed by gzip, but cut short or damaged (CRC check failed"),
+        (bz2.compress(b"[1]"), "is packed by bzip2: unpack it"),
+        (lzma.compress(b"[1]"), "is packed by xz: unpack it"),
+        (b"PK\x03\x04" + b"x" * 40, "is a ZIP archive"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a pointer of Git LFS"),
     ],
 )
 def test_a_broken_file_is_answered_with_line_and_column(tmp_path: Path, content, message):
@@ -92,6 +102,9 @@ def test_missing_unreadable_and_huge_files(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(annotation_files, "MAX_TEXT_BYTES", 9)
     assert entries(tmp_path, "[1, 2, 3]").items
     assert "has 10 bytes, wanted at most 9" in failure(tmp_path, "[1, 2, 34]")
+    monkeypatch.setattr(annotation_files, "MAX_TEXT_BYTES", 99)
+    packed = gzip.compress(b" " * 100)  # few bytes on disk
+    assert len(packed) < 99 and "has 100 bytes, wanted at most 99" in failure(tmp_path, packed)
 
 
 def csv_text() -> str:
@@ -110,7 +123,10 @@ def test_json_csv_and_parquet_give_the_same_examples(tmp_path: Path):
     files[0].write_text(json.dumps([*ROWS, {"id": "only"}]))
     files[1].write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, {"id": "only"}]))
     files[2].write_text(csv_text() + "only,,,,,\n")
-    files.append(write_parquet(tmp_path / "d.parquet"))
+    packed = [file.with_name(f"{file.name}.gz") for file in files[1:]]
+    for file, whole in zip(packed, files[1:], strict=True):
+        file.write_bytes(gzip.compress(whole.read_bytes()))
+    files += [write_parquet(tmp_path / "d.parquet"), *packed]
     contents = [read_annotation_files([AnnotationSource(f)], make_tasks(TaskConfig()))[0] for f in files]
     for content in contents:
         assert content.examples == contents[0].examples
@@ -119,7 +135,7 @@ def test_json_csv_and_parquet_give_the_same_examples(tmp_path: Path):
     assert (first.id, first.query, first.truth) == ("0012", "NA", IntervalTruth(((1.0, 2.0), (4.0, 5.0))))
     assert (second.query, second.duration_s) == ("x, y", 8.0)
     assert [content.errors[0].source for content in contents] == [
-        f"{file}:{row}" for file, row in zip(files, (3, 3, 4, 3), strict=True)
+        f"{file}:{row}" for file, row in zip(files, (3, 3, 4, 3, 3, 4), strict=True)
     ]
 
 
@@ -133,7 +149,15 @@ def test_broken_csv(tmp_path: Path):
     assert entries(tmp_path, "", "set.csv").items == entries(tmp_path, "id\n", "set.csv").items == []
 
 
+def test_a_cell_of_any_length(tmp_path: Path):
+    """Python's csv takes 131,072 characters by default."""
+    ((_, row),) = entries(tmp_path, f'id,intervals\n{"x" * 200_000},"[{"1, " * 70_000}1]"\n', "set.csv").items
+    assert isinstance(row, dict) and (len(row["id"]), len(row["intervals"])) == (200_000, 70_001)
+    assert csv.field_size_limit() == 131_072  # of others in this process
+
+
 def test_broken_parquet(tmp_path: Path):
+    assert "is packed by gzip, and parquet is not read so" in failure(tmp_path, gzip.compress(b"PAR1"), "a.parquet.gz")
     assert "is not readable as parquet after row 0: " in failure(tmp_path, b"PAR1 and no more", "set.parquet")
     assert "is not readable as parquet after row 0: " in failure(tmp_path, b"", "set.parquet")
     whole = write_parquet(tmp_path / "whole.parquet").read_bytes()

@@ -79,6 +79,12 @@ def test_jsonl_counts_lines_and_skips_blank_ones(tmp_path: Path) -> None:
         ({k: v for k, v in GOOD.items() if k != "duration_s"}, "key 'duration_s' is missing, wanted the seconds"),
         ({**GOOD, "reasoning": None}, "reasoning is None, wanted text"),
         ("a row", "the row is a str, wanted an object"),
+        ({**GOOD, "query": "a dog \ud83d"}, r"query holds half of a character, U+D83D behind 'a dog ': write it anew"),
+        ({**GOOD, "video": "\udc00.mp4"}, "video holds half of a character, U+DC00 behind ''"),
+        ({**GOOD, "options": ["a", {"b": ["\ud800"]}]}, "options holds half of a character, U+D800"),
+        ({**GOOD, "categories": {"kind\ud83d": "x"}}, "categories holds half of a character, U+D83D behind 'kind'"),
+        ({**GOOD, "\ud83d": 1}, r"\ud83d holds half of a character"),
+        ({**GOOD, "video": "https://host/a.mp4"}, "wanted a file on this machine"),
     ],
 )
 def test_a_bad_row_is_one_error_and_the_others_stay(tmp_path: Path, row: object, reason: str) -> None:
@@ -87,6 +93,38 @@ def test_a_bad_row_is_one_error_and_the_others_stay(tmp_path: Path, row: object,
     assert [e.id for e in examples] == ["x", "y"]
     assert [e.source for e in errors] == [f"{file}:2"]
     assert reason in errors[0].reason
+    str(errors[0]).encode()
+
+
+def test_what_utf8_cannot_hold_never_reaches_a_file(tmp_path: Path) -> None:
+    """Refused rows count in the scores and stand in samples.jsonl; ids and places come from keys."""
+    entry = {"duration": 4, "timestamps": [[0, 1], [1, 2]], "sentences": ["a dog \ud83d", "a cat"]}
+    file = write(tmp_path, json.dumps({"v": entry, "w\ud83d": entry}))
+    (content,) = read_annotation_files([AnnotationSource(file)], make_tasks(TaskConfig()))
+    assert [row.id for row in content.examples] == ["train:v:2"]
+    assert [error.source for error in content.errors] == [
+        f"{file}:{row}" for row in ("v:1", r"w\ud83d:1", r"w\ud83d:2")
+    ]
+    assert [row.query for row in content.rows] == [r"a dog \ud83d", "a cat", r"a dog \ud83d", "a cat"]
+    for row in content.rows:
+        f"{row.id} {row.video} {row.query} {row.categories} {row.truth}".encode()
+
+
+def test_videos_that_cannot_be_told_apart_are_bad_rows(tmp_path: Path) -> None:
+    for name in ("flat/1.mp4", "a/2.mp4", "b/2.mp4", "b/3.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    videos = ("/x/a/1.mp4", "/x/b/1.mp4", "/x/2.mp4", "/x/b/2.mp4", "/x/3.mp4")
+    file = write(tmp_path, json.dumps([{**GOOD, "video": video} for video in videos]))
+    (content,) = read_annotation_files([AnnotationSource(file)], TASKS)
+    assert [row.video for row in content.examples] == [str(tmp_path / name) for name in ("b/2.mp4", "b/3.mp4")]
+    assert [error.source for error in content.errors] == [f"{file}:{row}" for row in (1, 2, 3)]
+    assert f"2 others may be meant: {tmp_path}/a/2.mp4, {tmp_path}/b/2.mp4" in content.errors[2].reason
+    found = f"2 videos found by the end of their path, such as {tmp_path}/b/2.mp4 for /x/b/2.mp4"
+    assert str(content.summary) == (f"train.json (schema rows): 5 rows, 2 examples; refused: 3 invalid; {found}")
+    again = write(tmp_path, json.dumps([{**GOOD, "video": "/x/a/1.mp4"}]), "other.json")  # another file's names
+    for content in read_annotation_files([AnnotationSource(file), AnnotationSource(again)], TASKS):
+        assert len(content.examples) == (2 if content.summary.file == "train.json" else 1)
 
 
 @pytest.mark.parametrize(

@@ -4,22 +4,28 @@ Loads that checkpoint on two ranks, trains one update, saves, and exports. Rank 
 `want.safetensors`.
 """
 
+import os
 import random
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 import vcr1_fast.run.checkpoint as checkpoint
-from tests.tiny_policy import TinyPolicy, tiny_tokenizer, tokens
+from tests.tiny_policy import TinyPolicy, tokens
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import World, exit_rank, init_distributed, named_weights, shard, shutdown, whole_tensor
 from vcr1_fast.run import export
-from vcr1_fast.run.checkpoint import RunState, latest_checkpoint, load_checkpoint, save_checkpoint
-from vcr1_fast.run.export import export_hugging_face
+from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
+from vcr1_fast.run.checkpoint_files import latest_checkpoint
+from vcr1_fast.run.export import export_hugging_face, plan_export
 from vcr1_fast.run.folder import prepare_output_dir
-from vcr1_fast.settings.config import ConfigError, OptimizerConfig
+from vcr1_fast.run.stop_signals import StoppedBySignal
+from vcr1_fast.run.stopping import Stopping
+from vcr1_fast.settings.config import CheckpointConfig, ConfigError, OptimizerConfig
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, schedule="linear")
 
@@ -49,7 +55,7 @@ def check_failure_on_one_rank(run: Path, parts: tuple, world: World) -> None:
     else:
         raise AssertionError("the failure of rank 1 was not seen")
     checkpoint.rng_state = original
-    latest = latest_checkpoint(run)
+    latest = latest_checkpoint(run, world)
     assert latest is not None and latest.name == "step_000002"
     try:
         prepare_output_dir("/proc/nothing/run", world)
@@ -59,12 +65,29 @@ def check_failure_on_one_rank(run: Path, parts: tuple, world: World) -> None:
         raise AssertionError("a folder in /proc was made")
 
 
+def check_stop_is_agreed_on(world: World) -> None:
+    """A signal that reaches one rank ends the run on both after the same step."""
+    try:
+        with Stopping(CheckpointConfig(every=0), 9, world) as stopping:
+            for step in range(1, 10):
+                if world.rank == 1 and step == 3:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                    while not stopping._signals.signum:
+                        time.sleep(0.005)
+                assert stopping.wants_checkpoint(step) == (step == 3)
+                stopping.end_if_asked(step)
+    except StoppedBySignal as ended:
+        assert ended.signum == signal.SIGUSR1 and "after step 3" in str(ended)
+    else:
+        raise AssertionError("the signal was not seen")
+
+
 def check_failed_export(run: Path, policy: TinyPolicy, world: World) -> None:
     """Only rank 0 writes, but all ranks are told, and none is left in a gather."""
     if world.is_main:
         (run / "photos").mkdir()
     try:
-        export_hugging_face(policy, tiny_tokenizer(), run / "photos", world)
+        export_hugging_face(policy, plan_export(run / "start", run / "photos"), world)
     except OSError as error:
         assert "has no config.json" in str(error) if world.is_main else "rank 0 failed" in str(error)
     else:
@@ -108,9 +131,10 @@ def main() -> None:
     assert wanted.keys() == again.keys()
     assert all(torch.equal(wanted[name], again[name]) for name in wanted)
     assert random.random() == draw  # each rank continues its own
+    check_stop_is_agreed_on(world)
     check_failed_export(run, policy, world)
     export.FILE_BYTES = 60_000  # of 200 KB: several files, as a 7B model has
-    export_hugging_face(policy, tiny_tokenizer(), run / "model", world)
+    export_hugging_face(policy, plan_export(run / "start", run / "model"), world)
     if world.is_main:
         both = {f"loaded {name}": t for name, t in loaded.items()} | {f"saved {name}": t for name, t in wanted.items()}
         save_file(both, run / "want.safetensors")

@@ -3,8 +3,11 @@ import json
 import logging
 import os
 import random
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,17 +19,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import vcr1_fast.run.checkpoint as checkpoint
 from tests.run.sharded_checkpoint import CONFIG, whole_state
-from tests.tiny_policy import TinyPolicy, run_ranks, tokens
+from tests.tiny_policy import TinyPolicy, run_ranks, tiny_folder, tokens
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
-from vcr1_fast.run.checkpoint import (
-    RunState,
-    latest_checkpoint,
-    load_checkpoint,
-    prepare_output_dir,
-    resolve_resume,
-    save_checkpoint,
-)
+from vcr1_fast.run import checkpoint_files, folder
+from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
+from vcr1_fast.run.checkpoint_files import latest_checkpoint, resolve_resume
+from vcr1_fast.run.folder import prepare_output_dir
 from vcr1_fast.settings.config import ConfigError
 
 WORKER = Path(__file__).with_name("sharded_checkpoint.py")
@@ -146,24 +145,54 @@ def test_loading_moments_into_a_used_optimizer_forgets_its_own(run: Path):
     assert not used[1].state
 
 
-@pytest.mark.parametrize("moment", ["save_file", "replace_folder", "rename"])
-def test_a_crash_while_saving_leaves_the_previous_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch, moment: str):
-    parts = make()
-    first = save(run, parts, 1)
+MOMENTS = [("save_file", 1), ("write_state", 1), ("_flush", 1), ("rename", 1), ("rename", 2)]
 
-    def kill(*_: object) -> None:
-        raise Killed
+
+@pytest.mark.parametrize(("operation", "number"), MOMENTS, ids=lambda part: str(part))
+@pytest.mark.parametrize("has_older", [False, True])
+def test_a_save_killed_at_any_moment_loses_no_checkpoint(
+    run: Path, monkeypatch: pytest.MonkeyPatch, operation: str, number: int, has_older: bool
+):
+    """Before it is complete the previous one stands; afterwards the next start gives it its name.
+
+    At the second rename an older one of that step has made room: neither has the name then.
+    """
+    if number == 2 and not has_older:
+        return  # there is only one rename
+    is_complete = operation in ("_flush", "rename")
+    parts, older = make(), make(seed=3)
+    first, second = save(run, parts, 1), save(run, older, 2)
+    if not has_older:
+        shutil.rmtree(second)
+    train(parts, 1)
+    calls: list[str] = []
+
+    def mortal(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*arguments: Any, **options: Any) -> Any:
+            if calls.count(operation) >= number or (calls.append(name), calls.count(operation))[1] >= number:
+                raise Killed  # and from then on whatever is asked for
+            return action(*arguments, **options)
+
+        return act
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((os, "rename") if moment == "rename" else (checkpoint, moment)), kill)
+        for module, name in ((checkpoint, "save_file"), (checkpoint, "write_state"), (folder, "_flush")):
+            patch.setattr(module, name, mortal(name, getattr(module, name)))
+        patch.setattr(os, "rename", mortal("rename", os.rename))
+        patch.setattr(shutil, "rmtree", mortal("rmtree", shutil.rmtree))
         with pytest.raises(Killed):
             save(run, parts, 2)
-    left = [p.name for p in (run / "checkpoints").iterdir() if p != first]
-    assert left == [f"step_000002.tmp-{os.getpid()}"]
-    assert latest_checkpoint(run) == first
+    assert latest_checkpoint(run) == (second if has_older and number == 1 else first)
     prepare_output_dir(run)
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000001"]
-    assert latest_checkpoint(run) == first
+    want = parts if is_complete else older
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    if not is_complete and not has_older:
+        assert names == ["step_000001"]
+        return
+    assert names == ["step_000001", "step_000002"]
+    fresh = make(seed=9)
+    load_checkpoint(second, *fresh, SINGLE_PROCESS)
+    assert torch.equal(fresh[0].hf.lm_head.weight, want[0].hf.lm_head.weight)
 
 
 def test_a_failed_save_gives_its_space_back(run: Path, monkeypatch: pytest.MonkeyPatch):
@@ -208,10 +237,6 @@ def test_saving_a_step_again_replaces_it(run: Path):
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000001"]
 
 
-def damage_state(path: Path) -> None:
-    (path / "state.json").write_text("{")
-
-
 def cut_tensors(path: Path) -> None:
     file = next(path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
@@ -221,33 +246,79 @@ def lose_tensors(path: Path) -> None:
     next(path.glob("*.safetensors")).unlink()
 
 
-def raise_format(path: Path) -> None:
-    document = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(document | {"format": 2}))
+def flip_bit(file: Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (damage_state, "state.json is damaged"),
-        (cut_tensors, r"bytes, wanted \d+"),
-        (lose_tensors, r"no file .*\.safetensors"),
-        (raise_format, "format 2, wanted 1"),
-    ],
-)
-def test_a_damaged_checkpoint_is_passed_over_and_refused(
-    run: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], reason: str
-):
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "state.json is damaged: JSONDecodeError": lambda path: (path / "state.json").write_text("{"),
+    "state.json is damaged: it does not fit": lambda path: flip_bit(
+        path / "state.json", 8 * (path / "state.json").read_bytes().index(b'"position": ') + 8 * 12
+    ),
+    r"bytes, wanted \d+": cut_tensors,
+    r"no file .*\.safetensors": lose_tensors,
+    r"shard-00001.* has CRC-32 \w{8}, wanted \w{8}": lambda path: flip_bit(next(path.glob("*.safetensors")), 800_000),
+    "rng/rank_00000.safetensors has CRC-32": lambda path: flip_bit(path / "rng" / "rank_00000.safetensors", 8_001),
+}
+
+
+@pytest.mark.parametrize("reason", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_refused(run: Path, caplog: pytest.LogCaptureFixture, reason: str):
     parts = make()
     first, second = save(run, parts, 1), save(run, parts, 2)
-    damage(second)
+    DAMAGE[reason](second)
     with caplog.at_level(logging.WARNING):
         assert latest_checkpoint(run) == first
-    assert "passing over checkpoint" in caplog.text and "step_000002" in caplog.text
+    assert re.search(f"passing over checkpoint .*step_000002: .*{reason}", caplog.text)
     with pytest.raises(ConfigError, match=f"is not a complete checkpoint .*{reason}"):
         resolve_resume(str(second), run)
-    with pytest.raises(ConfigError, match=f"is not a complete checkpoint .*{reason}"):
-        load_checkpoint(second, *parts, SINGLE_PROCESS)
+    DAMAGE[reason](first)
+    with pytest.raises(
+        ConfigError, match=r"no checkpoint that can be read .*restore one from a copy, or to start anew"
+    ):
+        resolve_resume("auto", run)
+    with pytest.raises(ConfigError, match=r"train.resume is never, but .* holds checkpoints"):
+        resolve_resume("never", run)
+
+
+def test_no_flipped_bit_is_loaded(run: Path):
+    """Of all files of a checkpoint, state.json most: its bits are few, and each of them means something."""
+    path = save(run, make(), 1)
+    rng = random.Random(5)
+    files = [(path / "state.json", 150), *((file, 25) for file in path.rglob("*.safetensors"))]
+    for file, count in files:
+        whole = file.read_bytes()
+        for bit in rng.sample(range(8 * len(whole)), count):
+            flip_bit(file, bit)
+            if checkpoint_files.is_intact(path):  # white space of state.json alone means nothing
+                assert file.name == "state.json" and json.loads(file.read_bytes()) == json.loads(whole), bit
+            file.write_bytes(whole)
+    assert checkpoint_files.is_intact(path)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads((path / "state.json").read_text())
+    change(document)
+    del document["crc32"]
+    document["crc32"] = checkpoint_files._crc32_of(document)
+    (path / "state.json").write_text(json.dumps(document))
+
+
+def test_checkpoints_of_other_formats(run: Path):
+    """Those of before the digests are read; one of a newer version is neither read nor replaced."""
+    parts = make()
+    first, second = save(run, parts, 1), save(run, parts, 2)
+    document = json.loads((first / "state.json").read_text()) | {"format": 1}
+    document["files"] = {name: entry["bytes"] for name, entry in document["files"].items()}
+    del document["crc32"]
+    (first / "state.json").write_text(json.dumps(document))
+    assert resolve_resume(str(first), run) == first
+    assert load_checkpoint(first, *parts, SINGLE_PROCESS) == state(1)
+    rewrite(second, lambda document: document.update(format=3))
+    with pytest.raises(ConfigError, match=r"step_000002 has format 3, this version .* up to 2: install 0\."):
+        resolve_resume("auto", run)
 
 
 def test_a_checkpoint_of_another_model_is_refused(run: Path):
@@ -286,12 +357,15 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path: Path):
 
 
 def test_preparing_deletes_only_what_a_save_left(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    for name in ("model.tmp-12", "notes.tmp-old", "model", "checkpoints/step_000001.tmp-old-3"):
+    """`adapter` was killed between the two renames of its replacement."""
+    names = ("model.tmp-12", "notes.tmp-old", "model", "checkpoints/step_000001.tmp-old-3", "adapter.tmp-old-12")
+    for name in (*names, "adapter.tmp-12/new"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "a.tmp-1").write_text("a file")
     with caplog.at_level(logging.WARNING):
         assert prepare_output_dir(tmp_path) == tmp_path
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tmp-1", "checkpoints", "model", "notes.tmp-old"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tmp-1", "adapter", "checkpoints", "model", "notes.tmp-old"]
+    assert (tmp_path / "adapter" / "new").is_dir()
     assert list((tmp_path / "checkpoints").iterdir()) == []
     assert caplog.text.count("left by a save that did not finish") == 2
 
@@ -302,9 +376,7 @@ def test_a_checkpoint_from_before_the_task_scale_still_loads(run: Path):
     scaled = dataclasses.replace(state(1), task_scale={"video_quality": [0.5, 0.25]})
     path = save_checkpoint(run, *parts, scaled, SINGLE_PROCESS, keep=2)
     assert load_checkpoint(path, *parts, SINGLE_PROCESS) == scaled
-    document = json.loads((path / "state.json").read_text())
-    del document["task_scale"]
-    (path / "state.json").write_text(json.dumps(document))
+    rewrite(path, lambda document: document.pop("task_scale"))
     assert load_checkpoint(path, *parts, SINGLE_PROCESS) == state(1)
 
 
@@ -313,6 +385,7 @@ def test_checkpoints_move_between_one_process_and_two_ranks(run: Path):
     train(parts, 2)
     save(run, parts, 2)
     one = whole_state(parts[0], parts[1])
+    tiny_folder(run / "start")
     run_ranks(WORKER, str(run))
     want = load_file(run / "want.safetensors")
     assert {n.removeprefix("loaded ") for n in want if n.startswith("loaded ")} == one.keys()

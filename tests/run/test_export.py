@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,27 +14,34 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import vcr1_fast.run.folder as run_folder
 from tests.run.test_checkpoint import make, state, train
-from tests.tiny_policy import TinyPolicy, tiny_tokenizer
+from tests.tiny_policy import TinyPolicy, tiny_folder
 from vcr1_fast.learner.lora import add_adapters
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.run import export
 from vcr1_fast.run.checkpoint import save_checkpoint
-from vcr1_fast.run.export import export_adapter, export_hugging_face, stored_dtype
-from vcr1_fast.settings.config import LoRAConfig
+from vcr1_fast.run.export import (
+    ExportPlan,
+    export_adapter,
+    export_hugging_face,
+    plan_export,
+    stored_dtype,
+    try_export,
+    with_dtype,
+)
+from vcr1_fast.run.run import open_run
+from vcr1_fast.settings.config import CheckpointConfig, Config, LoRAConfig, TrainConfig, VideoConfig
+
+
+def plan(tmp_path: Path, name: str = "model", dtype: torch.dtype | None = None, *, tied: bool = False) -> ExportPlan:
+    return plan_export(tiny_folder(tmp_path / "source", tied=tied), tmp_path / name, dtype)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_export_is_loaded_by_transformers_with_equal_weights(tmp_path: Path, tied: bool):
     policy = TinyPolicy(tied=tied)
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "preprocessor_config.json").write_text("{}")
     for _ in range(2):  # the second replaces the first
-        folder = export_hugging_face(policy, tiny_tokenizer(), tmp_path / "model", source=source)
+        folder = export_hugging_face(policy, plan(tmp_path, tied=tied))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "source"]
-    names = {p.name for p in folder.iterdir()}
-    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    assert "preprocessor_config.json" in names
     # The names of the published checkpoints, which other engines expect.
     assert "model.embed_tokens.weight" in load_file(folder / "model.safetensors")
     model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
@@ -45,9 +54,25 @@ def test_export_is_loaded_by_transformers_with_equal_weights(tmp_path: Path, tie
     assert tokenizer.encode("does the dog jump") == [2, 3, 4, 5]
 
 
+def test_all_but_the_weights_is_the_starting_models_byte_for_byte(tmp_path: Path):
+    source = tiny_folder(tmp_path / "source")
+    odd = b'{"do_sample": false,   "temperature": 1e-06}'  # what save_pretrained refuses to write
+    for name in ("generation_config.json", "processor_config.json", "preprocessor_config.json"):
+        (source / name).write_bytes(odd)
+    (source / "README.md").write_text("of the starting model")
+    export = plan_export(source, tmp_path / "model", further={"vcr1_fast.json": b"{}"})
+    kept = {path.name: path.read_bytes() for path in source.iterdir() if path.suffix in (".json", ".jinja")}
+    shutil.rmtree(source)  # what is exported days later was read when the run started
+    folder = export_hugging_face(TinyPolicy(), export)
+    names = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert kept.keys() >= names | {"processor_config.json", "preprocessor_config.json"}
+    written = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".safetensors"}
+    assert written == kept | {"vcr1_fast.json": b"{}"}
+
+
 def test_export_in_bfloat16(tmp_path: Path):
     policy = TinyPolicy()
-    folder = export_hugging_face(policy, tiny_tokenizer(), tmp_path / "model", dtype=torch.bfloat16)
+    folder = export_hugging_face(policy, plan(tmp_path, dtype=torch.bfloat16))
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
     assert model.dtype == torch.bfloat16 and policy.hf.dtype == torch.float32
     assert torch.equal(model.lm_head.weight, policy.hf.lm_head.weight.bfloat16())
@@ -56,9 +81,9 @@ def test_export_in_bfloat16(tmp_path: Path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_export_in_several_files_is_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
     policy = TinyPolicy(tied=True)
-    one = export_hugging_face(policy, tiny_tokenizer(), tmp_path / "one", dtype=dtype)
+    one = export_hugging_face(policy, plan(tmp_path, "one", dtype, tied=True))
     monkeypatch.setattr(export, "FILE_BYTES", 30_000 * dtype.itemsize)  # of 47,536 weights
-    two = export_hugging_face(policy, tiny_tokenizer(), tmp_path / "two", dtype=dtype)
+    two = export_hugging_face(policy, plan(tmp_path, "two", dtype, tied=True))
     files = [f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)]
     assert sorted(path.name for path in two.glob("*.safetensors")) == files
     parts = [load_file(two / name) for name in files]
@@ -68,20 +93,24 @@ def test_export_in_several_files_is_the_same_model(tmp_path: Path, monkeypatch: 
     index = json.loads((two / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {name: file for file, part in zip(files, parts, strict=True) for name in part}
     assert index["metadata"]["total_size"] == dtype.itemsize * sum(tensor.numel() for tensor in whole.values())
-    for name in ("config.json", "generation_config.json"):
-        assert (two / name).read_text() == (one / name).read_text()
     model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(two, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and model.dtype == dtype
 
 
-def test_export_says_its_dtype_where_the_starting_model_said_one(tmp_path: Path):
-    """Sections of config.json have a dtype of their own in folders that newer transformers wrote."""
-    policy = TinyPolicy()
-    policy.hf.config.text_config.dtype = torch.float32
-    folder = export_hugging_face(policy, tiny_tokenizer(), tmp_path / "model", dtype=torch.bfloat16)
-    config = json.loads((folder / "config.json").read_text())
-    assert (config["dtype"], config["text_config"]["dtype"]) == ("bfloat16", "bfloat16")
-    assert "dtype" not in config["vision_config"]
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b'{"torch_dtype": "float32", "a": "dtype"}', b'{"torch_dtype": "bfloat16", "a": "dtype"}'),
+        (b'{"dtype" :"float16",\n "v": {"dtype": null}}', b'{"dtype" :"bfloat16",\n "v": {"dtype": "bfloat16"}}'),
+        (b'{"v": {"torch_dtype": "float32"}}', b'{\n  "torch_dtype": "bfloat16","v": {"torch_dtype": "bfloat16"}}'),
+        (b'{\n  "a": "\\"dtype\\": null"\n}', b'{\n  "torch_dtype": "bfloat16",\n  "a": "\\"dtype\\": null"\n}'),
+    ],
+)
+def test_the_config_says_the_dtype_of_the_weights(before: bytes, after: bytes):
+    """Sections have one of their own in folders that newer transformers wrote; the oldest have none."""
+    assert with_dtype(before, torch.bfloat16) == after
+    assert with_dtype(after, torch.bfloat16) == after
+    json.loads(after)
 
 
 def test_the_dtype_of_a_folder_is_that_of_most_of_its_numbers(tmp_path: Path):
@@ -101,7 +130,7 @@ def test_what_is_written_has_the_mode_that_the_umask_gives(
         parts = make()
         train(parts, 1)
         folders = [save_checkpoint(tmp_path / "run", *parts, state(1), SINGLE_PROCESS, keep=2)]
-        folders.append(export_hugging_face(parts[0], tiny_tokenizer(), tmp_path / "model"))
+        folders.append(export_hugging_face(parts[0], plan(tmp_path)))
         add_adapters(parts[0].hf, LoRAConfig(rank=2), 0)
         folders.append(export_adapter(parts[0], tmp_path / "adapter", LoRAConfig(rank=2), "base"))
     finally:
@@ -117,13 +146,33 @@ def test_export_does_not_replace_another_folder_and_leaves_nothing_after_a_failu
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(FileExistsError, match=r"exists and has no config\.json; choose another path"):
-        export_hugging_face(TinyPolicy(), tiny_tokenizer(), tmp_path / "photos")
+    for attempt in (
+        lambda: try_export(tmp_path / "photos", "config.json", {}),
+        lambda: export_hugging_face(TinyPolicy(), plan(tmp_path, "photos")),
+    ):
+        with pytest.raises(FileExistsError, match=r"exists and has no config\.json; choose another path"):
+            attempt()
+    try_export(tmp_path / "model", "config.json", {"config.json": b"{}"})
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_folder.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        export_hugging_face(TinyPolicy(), tiny_tokenizer(), tmp_path / "model")
-    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+        export_hugging_face(TinyPolicy(), plan(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "source"]
+
+
+def test_what_cannot_be_exported_is_known_before_the_first_step(tmp_path: Path):
+    """Through `open_run`, which every command that trains begins with."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    config = Config(train=TrainConfig(output_dir=str(tmp_path / "run")), video=VideoConfig(num_workers=0))
+    with pytest.raises(FileExistsError, match=r"cannot export to .*model: it exists and has no config\.json"):  # noqa: SIM117
+        with open_run(config, "train"):
+            pass
+    with open_run(replace(config, checkpoint=CheckpointConfig(export=False)), "train") as run:
+        assert run.export is None
+    (tmp_path / "run" / "model").rmdir()
+    with open_run(config, "sft") as run:
+        assert run.export is not None and json.loads(run.export.files["vcr1_fast.json"])["reader"] == run.source.name
+    assert not (tmp_path / "run" / "model").exists()

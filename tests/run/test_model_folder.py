@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 from vcr1_fast.run.model_folder import (
     INDEX_FILE,
     SINGLE_FILE,
-    checkpoint_name,
     model_digest,
-    module_name,
+    require_tokenizer,
+    settings_files,
     stored_weights,
     weight_files,
 )
@@ -22,6 +22,7 @@ from vcr1_fast.settings.error import ConfigError
 def write(folder: Path, index: dict[str, str] | None = None, **files: tuple[str, ...]) -> Path:
     """`files`: of each file the weights in it, [2, 3] each."""
     folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
     for stem, names in files.items():
         save_file({name: np.zeros((2, 3), np.float16) for name in names}, folder / f"{stem}.safetensors")
     if index is not None:
@@ -29,6 +30,7 @@ def write(folder: Path, index: dict[str, str] | None = None, **files: tuple[str,
     return folder
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 INDEX = {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}
 
 
@@ -47,6 +49,8 @@ def test_without_an_index_the_single_file_counts(tmp_path):
     digest = model_digest(folder)
     (folder / "stale.safetensors").unlink()
     assert model_digest(folder) == digest
+    (folder / "config.json").write_text('{"rope_theta": 2}')
+    assert model_digest(folder) != digest
 
 
 @pytest.mark.parametrize(
@@ -83,21 +87,42 @@ def test_damaged_files_are_named(tmp_path):
     (folder / SINGLE_FILE).write_bytes(whole[:-1])
     with pytest.raises(ConfigError, match=r"model.safetensors is damaged \(.*\): download it again"):
         stored_weights(folder)
+    (folder / SINGLE_FILE).write_bytes(LFS_POINTER)
+    with pytest.raises(ConfigError, match=r"model.safetensors is a Git LFS pointer .*: run `git lfs pull` in"):
+        stored_weights(folder)
     for content in ("{", "[]", '{"weight_map": [1]}'):
         (folder / INDEX_FILE).write_text(content)
         with pytest.raises(ConfigError, match=r"index.json is damaged \(.*\): download it again"):
             weight_files(folder)
 
 
+def test_the_settings_of_a_model_are_the_files_that_are_read(tmp_path):
+    names = ["config.json", "generation_config.json", "merges.txt", "processor_config.json", "vocab.json"]
+    others = ["README.md", "optimizer.json", "trainer_state.json", "model.safetensors.index.json", "modeling.py"]
+    for name in (*names, *others):
+        (tmp_path / name).write_text("{}")
+    assert sorted(path.name for path in settings_files(tmp_path)) == names
+    require_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(ConfigError, match=r"has no tokenizer, wanted tokenizer.json, or vocab.json and merges.txt"):
+        require_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("name", "content", "message"),
     [
-        ("visual.blocks.0.norm1.weight", "model.visual.blocks.0.norm1.weight"),
-        ("model.layers.3.mlp.up_proj.weight", "model.language_model.layers.3.mlp.up_proj.weight"),
-        ("model.norm.weight", "model.language_model.norm.weight"),
-        ("lm_head.weight", "lm_head.weight"),
+        ("config.json", LFS_POINTER, "config.json is a Git LFS pointer"),
+        ("merges.txt", LFS_POINTER, "merges.txt is a Git LFS pointer"),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": 1, "b"', r"tokenizer.json is damaged \(.*char"),
+        ("tokenizer_config.json", b"[]", r"tokenizer_config.json is damaged \(a JSON list, wanted an object\)"),
+        ("generation_config.json", b"\xff", r"generation_config.json is damaged \(.*decode"),
+        ("chat_template.jinja", None, r"chat_template.jinja cannot be read \(Is a directory\)"),
     ],
 )
-def test_old_and_new_names(old, new):
-    assert module_name(old) == module_name(new) == new
-    assert checkpoint_name(old) == checkpoint_name(new) == old
+def test_damaged_settings_are_named(tmp_path, name, content, message):
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        settings_files(tmp_path)

@@ -25,6 +25,7 @@ from vcr1_fast.run.run import (
     export_model,
     load_state,
     open_weight_sync,
+    planned_export,
     save_state,
     warn_of_other_reader,
 )
@@ -69,11 +70,11 @@ def test_a_models_digest_is_of_its_weights_alone(tmp_path: Path):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_model_is_exported_in_the_dtype_it_came_in(tmp_path: Path, stored: str, wanted: str, got: str, rank: int):
     random_model(seed=1).to(getattr(torch, stored)).save_pretrained(tmp_path / "start")
+    tiny_tokenizer().save_pretrained(tmp_path / "start")
     model = ModelConfig(path=str(tmp_path / "start"), device="cpu", lora=LoRAConfig(rank=rank))
     config = Config(model=model, checkpoint=CheckpointConfig(export_dtype=wanted))  # type: ignore[arg-type]
-    where = {"folder": tmp_path / "run", "source": SimpleNamespace(name="pyav 18"), "world": SINGLE_PROCESS}
-    builder = SimpleNamespace(tokenizer=tiny_tokenizer())
-    run = cast(Run, SimpleNamespace(config=config, builder=builder, **where))
+    plan = planned_export(config, tmp_path / "run", "pyav 18", SINGLE_PROCESS)
+    run = cast(Run, SimpleNamespace(config=config, folder=tmp_path / "run", world=SINGLE_PROCESS, export=plan))
     folder = export_model(run, Learner(config, SINGLE_PROCESS, 10))
     weights = load_file(folder / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {getattr(torch, got)}

@@ -29,7 +29,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, set[str]]] = [
     ({"algorithm.loss": "cispo", "algorithm.dual_clip": 3.0}, "a loss that clips", TRAIN),
     ({"algorithm.dual_clip": 1.0}, "wanted > 1", TRAIN),
     ({"rollout.max_batch_rows": 4}, r"max_batch_rows is 4, less than rollout\.group_size 8", TRAIN),
-    ({"rollout.num_ground_truth": 1, "rollout.group_size": 1}, "beside at least one sampled answer", TRAIN),
+    ({"rollout.group_size": 1}, "alone its advantage, and so its gradient, is 0", TRAIN),
     ({"rollout.interrupt": True}, r"interrupt is true and rollout\.max_policy_lag is 0", TRAIN),
     ({"data.rewards": "r.jsonl"}, r"data\.reward_range and data\.rewards go together", LEARNS),
     ({"data.reward_range": (0.0, 1.0)}, r"data\.reward_range and data\.rewards go together", LEARNS),

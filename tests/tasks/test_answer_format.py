@@ -72,13 +72,14 @@ def test_paper_period_equals_the_pattern_on_number_soup(text):
         ("\N{MINUS SIGN}3 to 5", (-3.0, 5.0), (3.0, 5.0)),
         ("9 to 2", (9.0, 2.0), (9.0, 2.0)),  # order is the caller's business
         ("1e3 to 4", None, (3.0, 4.0)),
-        ("0:02 to 0:04", None, (2.0, 0.0)),
+        ("0:02 to 0:04", (2.0, 4.0), (2.0, 0.0)),
         ("1 to 4e9", None, (1.0, 4.0)),
         ("inf to 3", None, None),
         ("nan to nan", None, None),
         ("9" * 400 + " to 1", None, (math.inf, 1.0)),  # overflows
         (".5 to 1.", (0.5, 1.0), (5.0, 1.0)),
         ("1 to 2 and 3", (1.0, 2.0), (1.0, 2.0)),  # matches do not overlap
+        ("1 to 2.5x", None, (1.0, 2.5)),
         ("one to two", None, None),
         ("", None, None),
     ],
@@ -86,6 +87,52 @@ def test_paper_period_equals_the_pattern_on_number_soup(text):
 def test_periods(text, fixed, paper):
     assert read_period(text) == fixed
     assert read_paper_period(text) == paper
+
+
+@pytest.mark.parametrize(
+    ("text", "period"),
+    [
+        ("00:12 to 1:20.5", (12.0, 80.5)),
+        ("0:00:12 to 1:02:03.25", (12.0, 3723.25)),
+        ("0:12 s and 75:00", (12.0, 4500.0)),
+        ("0 to 1:30", (0.0, 90.0)),  # a plain number is seconds
+        ("1:60 to 2:00", None),
+        ("0:5 to 0:9", None),  # 5 or 50 seconds?
+        ("1:02:03:04 to 2", None),
+        ("12 to 20 minutes", (720.0, 1200.0)),  # the unit of both
+        ("1.5 min to 2mins", (90.0, 120.0)),
+        ("30 s to 2 m", (30.0, 120.0)),
+        ("1 min to 90", None),  # minutes or seconds?
+        ("1 min 30 s to 2m5.5s", (90.0, 125.5)),
+        ("1 Minute and 30 seconds and 2 minutes, 5 sec", (90.0, 125.0)),
+        ("1 minute and 90 seconds", (60.0, 90.0)),  # not 150 s: 90 does not go with minutes
+        ("2 min 30 to 3 min", None),
+        ("12 to 20 frames", None),
+        ("12 to 20\nFrames show it", (12.0, 20.0)),  # another line
+        ("12 to 20 it is, in the video", (12.0, 20.0)),
+        ("Frames 12 to 20", None),
+        ("frame 12 to frame 20", None),
+        ("2 to 4 s, so 48 to 96 frames", None),  # the last one counts
+        ("25 to 50%", None),
+        ("25% to 50%", None),
+        ("1 to 2 or 25 to 50 %", None),
+        ("25 to 50 percent", None),
+        ("(12 to 20) seconds", (12.0, 20.0)),
+        ("(12 to 20) minutes", None),
+        ("12 to 20 ms", None),
+        ("1 to 2 hours", None),
+        ("1 hour, 2 min to 65 min", None),
+        ("1 hour and 2 minutes to 65 minutes", None),
+        ("12,0 to 20,0", None),  # once read as 0 to 20
+        ("1,250.5 to 1,300", None),
+        ("12/30 to 20/30", None),
+        ("3 to 12-15", None),
+        ("1 to 1.2.3", None),
+        ("9" * 308 + " to 2 min", None),  # overflows as seconds
+    ],
+)
+def test_units(text, period):
+    assert read_period(text) == period
 
 
 @pytest.mark.parametrize(
@@ -177,6 +224,10 @@ WORST = {
     "number blank": "1 ",
     "number to": "1 to ",
     "number unit": "1 s ",
+    "minutes": "1 min 2",
+    "clocks": "1:02:",
+    "commas": "1,",
+    "words behind": "1 to 2 aaaa",
     "open tags": "<answer>",
     "think ends": "</think> ",
     "brackets": "[",

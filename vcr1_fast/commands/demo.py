@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vcr1_fast.run.telemetry import say, to_json
+from vcr1_fast.cli import exit_code_of
+from vcr1_fast.run.telemetry import say
 from vcr1_fast.settings.config import Config, DataFile
 from vcr1_fast.settings.io import load_settings
 from vcr1_fast.synth.config import Kind, SynthConfig
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help=f"{SHORT_STEPS} steps on few clips")
     arguments = parser.parse_args()
     folder = arguments.folder or Path("runs", "demo-short" if arguments.short else "demo")
-    print(to_json(demo(folder, arguments.seed, arguments.short)), flush=True)
+    raise SystemExit(exit_code_of(lambda: demo(folder, arguments.seed, arguments.short)))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from vcr1_fast.run.terminal import console
 
 TINY_FOLDER = Path(__file__).parents[1] / "tiny"
 TINY_FILES = ("train.yaml", "synth.yaml", "config.json", "model.safetensors", "tokenizer.json")
@@ -103,10 +104,8 @@ def _print_table(findings: list[Finding]) -> None:
         mark = "[green]yes[/]" if finding.usable else ("[bold red]NO[/]" if finding.required else "[yellow]no[/]")
         detail, advice = (text.replace("[", r"\[") for text in (finding.detail, finding.advice))
         table.add_row(finding.component, mark, detail, advice)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # a log file has no width of its own; at the default 80 every reason would wrap
-    console.print(table)
+    # A log file has no width of its own; at the default 80 every reason would wrap.
+    console.print(table, width=None if console.is_terminal else 160)
 
 
 def _load(module: str, distribution: str) -> str:

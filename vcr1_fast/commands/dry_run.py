@@ -1,7 +1,8 @@
 """A run's worst step on fake GPUs: measured with few blocks and rows, extrapolated to the whole model and its step.
 
-Seconds are predictions, by the rates of fake_gpu/predict.py. An update's kernels run one after the other and its
-collectives behind them; decoding is bound by reading weights and the cache, or by launches.
+Seconds are predictions, by the rates of the GPU that is present, or those of fake_gpu/predict.py. An update's kernels
+run one after the other and its collectives behind them; decoding is bound by reading weights and the cache, or by
+launches.
 """
 
 from __future__ import annotations
@@ -13,20 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vcr1_fast.fake_gpu import predict
 from vcr1_fast.fake_gpu.extrapolate import SMALL, Size, peak_of, sizes_to_run, to_blocks, to_rows
+from vcr1_fast.fake_gpu.predict import Rates
+from vcr1_fast.fake_gpu.present import present_rates
 from vcr1_fast.fake_gpu.process import Case, run
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 from vcr1_fast.fake_gpu.sizes import num_blocks, with_blocks
-from vcr1_fast.learner.memory_sums import (
-    PATCH_VALUES,
-    PATCHES_PER_TOKEN,
-    ModelSize,
-    TokenPlan,
-    engine_bytes,
-    prompts_at_once,
-    video_tokens,
-)
+from vcr1_fast.learner.memory_sums import TokenPlan, engine_bytes, prompts_at_once, video_tokens
+from vcr1_fast.learner.model_size import PATCH_VALUES, PATCHES_PER_TOKEN, ModelSize
 from vcr1_fast.run.telemetry import progress
 from vcr1_fast.settings.config import Config, VideoConfig
 from vcr1_fast.settings.io import config_to_yaml
@@ -41,6 +36,7 @@ class Measured:
     phases: dict[str, dict[str, float]]  # GB on each GPU by kind
     learner: dict[str, float]
     predicted: dict[str, float]  # seconds, hours
+    rates: Rates  # by which
 
 
 def measure(
@@ -54,7 +50,7 @@ def measure(
 
     Raises FakeGpuError where no GPU can be played here, or when a case raises: then a run would, too.
     """
-    blocks = num_blocks(model)
+    blocks, rates = num_blocks(model), present_rates()
     grid = worst_grid(config.video)
     num_rows = math.ceil(tokens.groups_per_gpu / tokens.groups_per_row)
     row = ((grid, (tokens.completion,) * config.rollout.group_size),) * tokens.groups_per_row
@@ -72,14 +68,14 @@ def measure(
                     kinds[name] = Case("", 1, str(settings), small, prompts=(grid,) * prompts, group_size=answers)
             for kind, case in kinds.items():
                 name = f"{kind} with {shrunk[0]} layers, {shrunk[1]} + {shrunk[2]} tower blocks"
-                cases[name] = (kind, shrunk, replace(case, name=name))
+                cases[name] = (kind, shrunk, replace(case, name=name, rates=rates))
         reported = run([case for _, _, case in cases.values()])
         for report in progress(reported, "the worst step, on fake GPUs", len(cases)):
             if "error" in report:
                 raise FakeGpuError(f"{report['name']}: {report['error'].splitlines()[0]}")
             kind, shrunk, _ = cases[report["name"]]
             reports[kind, shrunk] = report
-    return _whole(config, size, tokens, num_gpus, reports, blocks, num_rows)
+    return _whole(config, size, tokens, num_gpus, reports, blocks, num_rows, rates)
 
 
 _ONE_UPDATE = ("--algorithm.minibatches_per_rollout=1",)
@@ -112,6 +108,7 @@ def _whole(
     reports: Mapping[tuple[str, Size], Mapping[str, Any]],
     blocks: Size,
     num_rows: int,
+    rates: Rates,
 ) -> Measured:
     sizes = sizes_to_run()
 
@@ -134,7 +131,7 @@ def _whole(
     }
     seconds = {"update_s": max(update["predicted_s"], update["collective_s"])}
     seconds["update_s"] *= config.algorithm.minibatches_per_rollout
-    rollout_s = _sglang_seconds(config, size, tokens, num_gpus)
+    rollout_s = _sglang_seconds(config, size, tokens, num_gpus, rates)
     for phase, prompts, answers in _engine_chunks(config, tokens, num_gpus) if config.rollout.engine == "local" else []:
         few, more = (grown(phase, lambda report, n=n: report["answers"][n]) for n in ("2", "4"))
         limit = tokens.completion if phase == "rollout" else config.eval.max_new_tokens or tokens.completion
@@ -142,15 +139,15 @@ def _whole(
         working = max(cache, more["peaks"]["rollout"].get("KV cache and activations", 0))
         phases[phase] = {**static, "clips": clip * prompts, "KV cache and activations": working}
         if phase == "rollout":
-            per_token = max((more["predicted_s"] - few["predicted_s"]) / 2, cache / predict.H100_RATES.memory_bytes_s)
+            per_token = max((more["predicted_s"] - few["predicted_s"]) / 2, cache / rates.memory_bytes_s)
             chunks = math.ceil(config.train.prompts_per_step / num_gpus / prompts)
             rollout_s = chunks * (few["predicted_s"] + (tokens.completion - 2) * per_token)
-    push_s = 0.0 if num_gpus == 1 else predict.collective_seconds(width * size.params, num_gpus)
+    push_s = 0.0 if num_gpus == 1 else rates.collective_seconds(width * size.params, num_gpus)
     seconds |= {"rollout_s": rollout_s, "push_s": push_s}
     work = (seconds["rollout_s"], seconds["update_s"])
     seconds["step_s"] = push_s + (max(work) if config.rollout.max_policy_lag else sum(work))
     seconds["run_h"] = seconds["step_s"] * config.train.num_steps / 3600
-    return Measured(_gb(phases), _learner(reports, sizes, load, update, peak.num_bytes), seconds)
+    return Measured(_gb(phases), _learner(reports, sizes, load, update, peak.num_bytes), seconds, rates)
 
 
 def _learner(
@@ -177,9 +174,9 @@ def _learner(
     }
 
 
-def _sglang_seconds(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: int) -> float:
+def _sglang_seconds(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: int, rates: Rates) -> float:
     """Of an engine that answers all of a GPU's groups at once: prefill, then weights and cache read for each token."""
-    rates, groups = predict.H100_RATES, config.train.prompts_per_step / num_gpus
+    groups = config.train.prompts_per_step / num_gpus
     prefill_s = 2 * size.params * groups * tokens.prompt / rates.gemm_flop_s
     cache = size.kv_bytes_per_token * groups * (tokens.prompt + config.rollout.group_size * tokens.completion / 2)
     return prefill_s + tokens.completion * (2 * size.params + cache) / rates.memory_bytes_s

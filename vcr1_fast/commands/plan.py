@@ -18,18 +18,18 @@ from rich.table import Table
 from vcr1_fast.commands.dry_run import Measured, measure
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 from vcr1_fast.learner.memory_sums import (
+    ADVICE,
     GPUS_GB,
+    SMALLEST_GPU_GB,
     TEXT_TOKENS,
-    ModelSize,
     TokenPlan,
     clip_tokens,
-    model_size,
     plan_memory,
     plan_tokens,
-    read_model_config,
     reduces_once,
     trained_params,
 )
+from vcr1_fast.learner.model_size import ModelSize, model_size, read_model_config
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.run.telemetry import console, is_main_rank, say
 from vcr1_fast.settings.checks import check_settings
@@ -38,14 +38,6 @@ from vcr1_fast.tasks import make_tasks
 
 DEFAULT_NUM_GPUS = 8
 SHOWN_CLIPS_S = (10, 30, 120, 384)
-
-ADVICE = {
-    "load": "more GPUs, or model.lora.rank",
-    "export": "more GPUs, or model.lora.rank",
-    "update": "model.gradient_checkpointing=true, a smaller train.tokens_per_microbatch, or more GPUs",
-    "rollout": "a smaller rollout.max_batch_tokens, or more GPUs",
-    "evaluation": "a smaller rollout.max_batch_tokens",
-}
 
 
 def default_num_gpus(config: Config) -> int:
@@ -68,7 +60,7 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
     check_settings(config, "train", num_gpus)
     model, source = read_model_config(config.model.path)
     size, tokens = model_size(model, source), plan_tokens(config, num_gpus)
-    once = reduces_once(config, size, num_gpus, min(GPUS_GB.values()))
+    once = reduces_once(config, size, num_gpus, SMALLEST_GPU_GB)
     has_rows = num_gpus > 1 and tokens.groups_per_gpu > tokens.groups_per_row
     sums = plan_memory(config, size, tokens, num_gpus, has_whole_gradients=once and has_rows)
     decided = replace(config, train=replace(config.train, reduce_gradients="once" if once else "each_row"))
@@ -123,7 +115,7 @@ def disk_gb(config: Config, size: ModelSize) -> dict[str, float]:
     float32."""
     trained = trained_params(config, size)
     width = 4 if config.checkpoint.export_dtype == "float32" else 2
-    checkpoints = 12 * trained * (config.checkpoint.keep + 1) if config.checkpoint.every else 12 * trained
+    checkpoints = 12 * trained * (config.checkpoint.keep + 1)
     export = width * size.params if config.checkpoint.export else 0
     return {"checkpoints": round(checkpoints / 1e9, 2), "export": round(export / 1e9, 2)}
 
@@ -150,7 +142,7 @@ def _print_limits(phases: Mapping[str, float], too_large: Mapping[str, list[str]
 def _print_prediction(measured: Measured, config: Config) -> None:
     s, counts = measured.predicted, measured.learner
     say(
-        f"predicted for H100s, by the rates of fake_gpu/predict.py, nothing of it measured on a GPU: a step "
+        f"predicted by rates that are {measured.rates.source} ({measured.rates.describe()}): a step "
         f"{s['step_s']:.1f} s (rollout {s['rollout_s']:.1f}, update {s['update_s']:.1f}, weights {s['push_s']:.1f}), "
         f"{config.train.num_steps:,} steps {s['run_h']:.1f} h"
     )

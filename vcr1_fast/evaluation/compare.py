@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from vcr1_fast.evaluation.samples import Sample, read_samples
@@ -133,14 +134,14 @@ def compare_command(file_a: str, file_b: str) -> Comparison:
 
 
 def _table(task: str, result: TaskComparison) -> Table:
-    title = f"{task}: {result.num_matched:,} examples, {result.num_videos:,} videos"
+    title = f"{escape(task)}: {result.num_matched:,} examples, {result.num_videos:,} videos"
     table = Table("metric", title=title, title_justify="left", box=box.SIMPLE)
     for column in ("A", "B", "B - A", "95 % interval", "p"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, d in result.metrics.items():
         interval = "" if d.interval is None else f"{d.interval[0]:+.3f} .. {d.interval[1]:+.3f}"
         p_value = "< 0.001" if d.p_value < 0.001 else f"{d.p_value:.3f}"
-        table.add_row(name, f"{d.a:.3f}", f"{d.b:.3f}", f"{d.difference:+.3f}", interval, p_value)
+        table.add_row(escape(name), f"{d.a:.3f}", f"{d.b:.3f}", f"{d.difference:+.3f}", interval, p_value)
     return table
 
 

@@ -194,10 +194,10 @@ def _sample(line: str, where: str) -> Sample:
         row: Any = json.loads(line)
         known = {key: value for key, value in row.items() if key in wanted}
         sample = Sample(**known)
-        has_types = all(isinstance(value, int | float) for value in sample.metrics.values())
-        if not isinstance(sample.id, str) or not isinstance(sample.task, str) or not has_types:
-            raise ValueError("id, task or metrics are of the wrong type")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        are_texts = all(isinstance(text, str) for text in (sample.id, sample.task, sample.video))
+        if not are_texts or not all(math.isfinite(value) for value in sample.metrics.values()):
+            raise ValueError("id, task, video or metrics are of the wrong type")
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{where} is no line of a samples.jsonl: {error}") from None
     return sample
 

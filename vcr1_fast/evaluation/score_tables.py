@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from vcr1_fast.evaluation.samples import Sample
@@ -50,9 +51,10 @@ def print_categories(samples: Sequence[Sample]) -> None:
         own = [sample for sample in samples if sample.task == task]
         for axis, rows in category_means(own).items():
             metrics = list(own[0].metrics)
+            axis = escape(axis)  # of the annotation file, as the values are: `[/x]` would be a wrong tag to rich
             table = Table(axis, "number", *metrics, title=f"{task} by {axis}", title_justify="left", box=box.SIMPLE)
             for value, (count, means) in rows.items():
-                table.add_row(value, f"{count:,}", *(f"{means[name]:.3f}" for name in metrics))
+                table.add_row(escape(value), f"{count:,}", *(f"{means[name]:.3f}" for name in metrics))
             console.print(table)
 
 

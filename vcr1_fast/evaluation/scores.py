@@ -108,3 +108,8 @@ def flat_scores(scores: Scores) -> dict[str, float]:
 def scores_as_dict(scores: Scores) -> dict[str, Any]:
     """For JSON: task -> metrics, their 95 % intervals, baselines and counts."""
     return {task: asdict(score) for task, score in scores.items()}
+
+
+def scores_from_dict(scores: Mapping[str, Any]) -> Scores:
+    """What `scores_as_dict` was given, from JSON."""
+    return {task: TaskScore(**score) for task, score in scores.items()}

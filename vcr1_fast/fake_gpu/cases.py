@@ -16,6 +16,7 @@ from vcr1_fast.fake_gpu.groups import GroupShape
 from vcr1_fast.fake_gpu.learner import FakeLearner
 from vcr1_fast.fake_gpu.local_engine import answer
 from vcr1_fast.fake_gpu.mode import FakeGpu
+from vcr1_fast.fake_gpu.predict import Rates
 from vcr1_fast.fake_gpu.whole_run import run_training
 from vcr1_fast.settings.io import load_config
 
@@ -39,6 +40,8 @@ def run_cases(cases: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _run(gpu: FakeGpu, case: dict[str, Any]) -> dict[str, Any]:
+    gpu.meter.rates = Rates(**case["rates"])
+    gpu.use_flash(case["flash"])
     if case["trains"]:
         return run_training(gpu, case["config"], case["overrides"], case["num_gpus"])
     config = load_config(case["config"], case["overrides"])

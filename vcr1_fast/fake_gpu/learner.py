@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from vcr1_fast.fake_gpu import predict
 from vcr1_fast.fake_gpu.checkpoint import write_checkpoint
 from vcr1_fast.fake_gpu.groups import GroupShape, make_group
 from vcr1_fast.fake_gpu.meter import Meter
@@ -66,7 +65,7 @@ def measured(meter: Meter, began_s: float, num_gpus: int) -> Measured:
         attention_flop=sum(c.attention_forward_flop + c.attention_backward_flop for c in counts),
         moved_bytes=sum(c.moved_bytes for c in counts),
         predicted_s=meter.seconds,
-        collective_s=sum(predict.collective_seconds(size, num_gpus) for size in on_gpu),
+        collective_s=sum(meter.rates.collective_seconds(size, num_gpus) for size in on_gpu),
         syncs=dict(meter.syncs),
         blocking_copies=dict(meter.blocking_copies),
         copies=dict(meter.copies),

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from vcr1_fast.fake_gpu.memory import Memory
+from vcr1_fast.fake_gpu.predict import H100_RATES, Rates
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Meter:
     """Everything since the last `start`."""
 
     memory: Memory = field(default_factory=Memory)
+    rates: Rates = H100_RATES  # by which seconds are predicted
     phase: str = "start"
     counts: dict[str, Counts] = field(default_factory=dict)
     syncs: Counter[str] = field(default_factory=Counter)  # what the host waited for, and where in the code
@@ -34,7 +36,7 @@ class Meter:
 
     def start(self) -> None:
         """Forget what was counted; live memory stays and is the new peak."""
-        fresh = Meter(memory=self.memory)
+        fresh = Meter(memory=self.memory, rates=self.rates)
         for name, value in vars(fresh).items():
             setattr(self, name, value)
         self.memory.forget_peaks()

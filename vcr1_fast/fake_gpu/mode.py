@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from vcr1_kernels.prefix_attention_flash import flash_ops
 
-from vcr1_fast.fake_gpu import costs, cuda_module, predict, triton_launches
+from vcr1_fast.fake_gpu import costs, cuda_module, flash_packages, triton_launches
 from vcr1_fast.fake_gpu.meter import Meter
 
 _KERNELS = "vcr1_kernels"  # namespace of our own operators
@@ -41,7 +42,13 @@ class FakeGpu(TorchDispatchMode):
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, Tensor] = weakref.WeakKeyDictionary()
         cuda_module.install(gpu, num_gpus, self._waited)
         triton_launches.install(self._launched)
+        self._installed_flash = flash_packages.installed_package()
         _patch_torch(self)
+
+    def use_flash(self, package: str | None) -> None:
+        """Which flash-attn package there seems to be ("": none). None: what this environment has."""
+        flash_packages.install(self._installed_flash if package is None else package, self._package_attention)
+        flash_ops.cache_clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -172,7 +179,9 @@ class FakeGpu(TorchDispatchMode):
             return
         counts.launches += costs.num_launches(name, args)
         if name.startswith("_flash_attention"):
-            self._count_attention(name, args)
+            is_backward = "backward" in name
+            query, (cu_q, cu_k) = args[is_backward], args[6:8] if is_backward else args[3:5]
+            self._count_attention(query, cu_q, cu_k, args[11 if is_backward else 8], is_backward)
             return
         if name.startswith("_scaled_dot_product"):
             is_backward = "backward" in name
@@ -188,19 +197,20 @@ class FakeGpu(TorchDispatchMode):
         if not flop and name not in costs.SHARDING:
             counts.moved_bytes += num_bytes
         # the copy into an all-gather's buffer reads and writes a shard, not the whole buffer that it returns
-        counts.seconds += predict.kernel_seconds(flop, 0 if name == "all_gather_copy_in" else num_bytes)
+        counts.seconds += self.meter.rates.kernel_seconds(flop, 0 if name == "all_gather_copy_in" else num_bytes)
 
-    def _count_attention(self, name: str, args: Any) -> None:
-        is_backward = "backward" in name
-        query = args[1] if is_backward else args[0]
-        cu_q, cu_k = args[6:8] if is_backward else args[3:5]
-        is_causal = args[11] if is_backward else args[8]
+    def _package_attention(self, query: Tensor, cu_q: Tensor, cu_k: Tensor, is_causal: bool, is_backward: bool) -> None:
+        self.meter.now.launches += 1
+        self._count_attention(query, cu_q, cu_k, is_causal, is_backward)
+
+    def _count_attention(self, query: Tensor, cu_q: Tensor, cu_k: Tensor, is_causal: bool, is_backward: bool) -> None:
+        """Variable-length attention between segments."""
         ends_q, ends_k = self.values(cu_q), self.values(cu_k)
         if ends_q is None or ends_k is None:
             raise RuntimeError("attention was called with segment lengths that were not sent from the host")
         lengths_q, lengths_k = ends_q.diff().tolist(), ends_k.diff().tolist()
         width = query.shape[-1] * query.shape[-2]
-        self.add_attention(costs.attention_flop(width, lengths_q, lengths_k, bool(is_causal)), is_backward)
+        self.add_attention(costs.attention_flop(width, lengths_q, lengths_k, bool(is_causal)), bool(is_backward))
 
     def add_attention(self, forward_flop: int, is_backward: bool) -> None:
         """Count one attention kernel by the FLOPs of its forward."""
@@ -210,14 +220,14 @@ class FakeGpu(TorchDispatchMode):
             counts.attention_backward_flop += flop
         else:
             counts.attention_forward_flop += flop
-        counts.seconds += predict.attention_seconds(flop, is_backward)
+        counts.seconds += self.meter.rates.attention_seconds(flop, is_backward)
 
     def _launched(self, name: str, arguments: tuple[Any, ...]) -> None:
         """A Triton kernel: its traffic is that of its tensors, once each."""
         num_bytes = costs.moved_bytes(arguments)
         self.meter.now.launches += 1
         self.meter.now.moved_bytes += num_bytes
-        self.meter.now.seconds += predict.kernel_seconds(0, num_bytes)
+        self.meter.now.seconds += self.meter.rates.kernel_seconds(0, num_bytes)
 
 
 def _is_cuda(device: Any) -> bool:

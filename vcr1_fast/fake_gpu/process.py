@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vcr1_fast.fake_gpu.predict import H100_RATES, Rates
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 
 # Of the parent's: a launcher's world, and Triton's interpreter, which would run kernels on tensors without values
@@ -43,6 +44,8 @@ class Case:
     group_size: int = 8  # answers to each of them
     min_rows: int = 0  # rows that another rank has at least: this one runs placeholders
     overrides: tuple[str, ...] = ()  # `--a.b=c`
+    rates: Rates = H100_RATES  # by which its seconds are predicted
+    flash: str | None = None  # package of flash-attn there seems to be, see flash_packages.py; None: what there is
 
 
 def run(cases: Sequence[Case], timeout_s: float = 600.0) -> Iterator[dict[str, Any]]:

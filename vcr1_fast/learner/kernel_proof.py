@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 from vcr1_kernels.prefix_attention import attention_backend
 
 from vcr1_fast.learner import kernel_problems
 from vcr1_fast.learner.kernel_choice import KernelChoice, Pick, cpu_choice, plain_choice
 from vcr1_fast.learner.kernel_memory import Memory, Verdict, machine_key
 from vcr1_fast.learner.kernel_problems import Outputs, Problem, Shapes, ways_of
+from vcr1_fast.learner.loading import read_config
 from vcr1_fast.learner.model import resolve_dtype
 from vcr1_fast.learner.objective import negative_log_likelihood, policy_loss
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
@@ -58,7 +58,7 @@ class Subject:
 
     @classmethod
     def of_run(cls, config: Config, dtype: torch.dtype) -> Subject:
-        checkpoint: Any = AutoConfig.from_pretrained(model_folder(config.model.path), local_files_only=True)
+        checkpoint = read_config(model_folder(config.model.path))
         shapes = Shapes.of_model(
             checkpoint.get_text_config(),
             checkpoint.vision_config,

@@ -14,7 +14,6 @@ Nothing stays random that was meant to be loaded: names and shapes of checkpoint
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from vcr1_fast.learner.families import FAMILIES, family_of
+from vcr1_fast.learner.families import family_of, require_known
+from vcr1_fast.learner.families.family import ModelFamily
 from vcr1_fast.learner.lora import base_name
-from vcr1_fast.run.model_folder import StoredWeight, module_name, stored_weights
+from vcr1_fast.run.model_folder import CONFIG_FILE, StoredWeight, read_json, stored_weights
 from vcr1_fast.settings.error import ConfigError
 
 PIECE_BYTES = 64 << 20  # of a file in one copy: beside its shards a device holds this much, and not a whole embedding
@@ -35,17 +35,30 @@ _STORED_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 def read_config(folder: Path) -> Any:
-    """The model's config.json. Raises ConfigError when it cannot be read or is of an architecture not known here."""
-    path = folder / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): give the folder of a checkpoint") from error
-    if found not in FAMILIES:
+    """The model's config.json.
+
+    Raises ConfigError when it cannot be read, is of an architecture not known here, or of quantized weights.
+    """
+    path = folder / CONFIG_FILE
+    content = read_json(path)
+    require_known(content.get("model_type"), path)
+    if content.get("quantization_config"):
+        method = content["quantization_config"]
+        method = method.get("quant_method", method) if isinstance(method, dict) else method
         raise ConfigError(
-            f"model_type in {path} is {found!r}, wanted {' or '.join(FAMILIES)}: set model.path to such a checkpoint"
+            f"the weights in {folder} are quantized ({method}, says quantization_config in {CONFIG_FILE}), which "
+            "cannot be trained: set model.path to the checkpoint in bfloat16 that they were made of"
         )
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever its checks of single fields raise
+        raise ConfigError(f"{path} does not describe a model ({' '.join(str(error).split())}): download it") from error
+
+
+def check_weights(folder: Path) -> None:
+    """Raises ConfigError as `load_weights` does for the whole model; nothing but the heads of the files is read."""
+    hf = empty_model(folder, torch.float32)
+    _sources(dict(_meta_tensors(hf)), stored_weights(folder), family_of(hf.config), "", folder)
 
 
 def empty_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -55,8 +68,6 @@ def empty_model(folder: Path, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         hf = model_class._from_config(config, dtype=dtype)
     compute_buffers(hf)
-    if (folder / "generation_config.json").is_file():
-        hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return hf.eval()
 
 
@@ -74,20 +85,21 @@ def compute_buffers(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def load_weights(module: nn.Module, folder: Path, device: torch.device, part: str = "") -> None:
+def load_weights(module: nn.Module, folder: Path, device: torch.device, family: ModelFamily, part: str = "") -> None:
     """Bring `module`, of weights on meta, to `device` with the checkpoint's values, in the dtypes that it has.
 
     Weights and buffers that are real already are moved. Sharded weights (DTensors of one dimension of the mesh, split
     along rows) get this rank's rows. Tied weights stay tied. No collective; the optimizer is made after it.
 
     Args:
-        part: the module's name in the model, with a dot, when it is a part of it: "model.visual.".
+        family: whose names the checkpoint may have, beside those of the model's modules.
+        part: the module's name in the model, with a dot, when it is a part of it, such as the tower's.
 
     Raises ConfigError, before anything is allocated, when names, shapes or dtypes in the folder are not the module's.
     """
-    wanted = {part + base_name(name): tensor for name, tensor in _tensors(module) if tensor.device.type == "meta"}
+    wanted = {part + base_name(name): tensor for name, tensor in _meta_tensors(module)}
     stored = stored_weights(folder)
-    sources = _sources(wanted, stored, part, folder)
+    sources = _sources(wanted, stored, family, part, folder)
     tensors = _tensors(module)  # kept until the end: an id is of one tensor as long as that lives
     new = _move(tensors, module, device)
     copies = {first: new[id(tensor)] for tensor, (first, *_) in sources}
@@ -105,14 +117,19 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(remove_duplicate=False), *buffers]
 
 
+def _meta_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Those that a checkpoint is to give."""
+    return [(name, tensor) for name, tensor in _tensors(module) if tensor.device.type == "meta"]
+
+
 def _sources(
-    wanted: dict[str, Tensor], stored: dict[str, StoredWeight], part: str, folder: Path
+    wanted: dict[str, Tensor], stored: dict[str, StoredWeight], family: ModelFamily, part: str, folder: Path
 ) -> list[tuple[Tensor, list[str]]]:
     """For each tensor the names under which the folder has it: one, or for tied weights at least one."""
     given: dict[str, str] = {}
     twice: list[str] = []
     for name in stored:
-        own = module_name(name)
+        own = family.module_name(name)
         if own.endswith("rotary_emb.inv_freq"):  # computed, not read; old checkpoints hold it
             continue
         if own in given:

@@ -20,9 +20,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from vcr1_fast.learner.families import family_of
+from vcr1_fast.learner.families.family import ModelFamily
 from vcr1_fast.learner.gathering import Part, rows_here
 from vcr1_fast.learner.sharding import named_weights
 from vcr1_fast.settings.config import ConfigError, LoRAConfig
@@ -57,10 +58,13 @@ class LoRALinear(nn.Module):
         return torch.addmm(y.flatten(0, -2), low_TR, self.lora_B.t()).view_as(y)
 
 
-def add_adapters(
-    hf: Qwen2_5_VLForConditionalGeneration, config: LoRAConfig, seed: int, dtype: torch.dtype = torch.float32
-) -> None:
-    """Freeze the whole model and put an adapter beside each matrix that `config.targets` names, in place.
+def targets_of(config: LoRAConfig, family: ModelFamily) -> tuple[str, ...]:
+    """Names of the matrices that get an adapter."""
+    return family.lora_targets if config.targets is None else config.targets
+
+
+def add_adapters(hf: PreTrainedModel, config: LoRAConfig, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    """Freeze the whole model and put an adapter beside each matrix that `targets_of` names, in place.
 
     dtype: that is computed in, and that frozen weights are kept in: in bfloat16 17 GB for 7B instead of 33, and no
     copies for autocast. The adapters are float32. Raises ConfigError for a target that a decoder layer does not have.
@@ -69,14 +73,16 @@ def add_adapters(
     for weight in hf.parameters():
         weight.data = weight.data.to(dtype)
     generator = torch.Generator().manual_seed(seed)
-    for layer in family_of(hf.config).decoder(hf).layers:
+    family = family_of(hf.config)
+    targets = targets_of(config, family)
+    for layer in hf.get_submodule(family.layers_name).children():
         linears = {name.rsplit(".", 1)[-1]: name for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
-        unknown = [target for target in config.targets if target not in linears]
+        unknown = [target for target in targets if target not in linears]
         if unknown:
             raise ConfigError(
                 f"model.lora.targets names {', '.join(unknown)}, but a decoder layer has {', '.join(linears)}"
             )
-        for target in config.targets:
+        for target in targets:
             parent, _, attribute = linears[target].rpartition(".")
             owner = layer.get_submodule(parent)
             adapted = LoRALinear(getattr(owner, attribute), config.rank, config.scale, generator)

@@ -1,7 +1,6 @@
 """Tokens and memory of a run as sums over the sizes of its model: what takes how many bytes, in the worst case.
 
-Only `config.json` of the checkpoint is read; where `model.path` does not exist, the public sizes of Qwen2.5-VL-3B or
--7B stand in. Everything is the worst case the settings allow: the longest video, all completions at full length. Left
+Everything is the worst case the settings allow: the longest video, all completions at full length. Left
 out: the CUDA context (about 1 GB), fragmentation (allow 5 to 10 %), NCCL's buffers, and where NVDEC decodes, clips read
 ahead (2 GB at most) and frames being decoded (1 GB for each of 4 threads at worst).
 
@@ -11,118 +10,30 @@ d, i width and MLP width of the vision tower, P parameters, N GPUs, T tokens of 
 
 from __future__ import annotations
 
-import json
+import bisect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
-from vcr1_fast.learner.public_sizes import PUBLIC_SIZES, whole_config
+import torch
+from vcr1_kernels.head_chunks import head_peak_bytes
+
+from vcr1_fast.learner.model_size import PATCH_VALUES, PATCHES_PER_TOKEN, ModelSize, read_model_size
 from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, RolloutConfig, VideoConfig
 from vcr1_fast.video.resolution import FACTOR_PX, max_pixels_per_frame
 
 GPUS_GB = {"80 GB (A100, H100)": 80.0, "141 GB (H200)": 141.0}
+SMALLEST_GPU_GB = min(GPUS_GB.values())
+USABLE_FRAC = 0.9  # of a GPU's memory: a tenth is left for what the sums do not know
+ADVICE = {  # what makes a phase smaller
+    "load": "more GPUs, or model.lora.rank",
+    "export": "more GPUs, or model.lora.rank",
+    "update": "model.gradient_checkpointing=true, a smaller train.tokens_per_microbatch, video.total_pixels or "
+    "rollout.max_new_tokens, or more GPUs",
+    "rollout": "a smaller rollout.max_batch_tokens, or more GPUs",
+    "evaluation": "a smaller rollout.max_batch_tokens",
+}
 TEXT_TOKENS = 256  # system message, question and options; the longest of NExT-GQA takes about 180
-PATCHES_PER_TOKEN = 4
-PATCH_VALUES = 3 * 2 * 14 * 14  # channels x frames x rows x columns
-HEAD_CHUNK_BYTES = 4 << 30  # vcr1_kernels.head_chunks.CHUNK_BYTES; the tests hold the two equal
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Widths and depths of a Qwen2.5-VL, and the parameter counts that follow."""
-
-    source: str  # where the numbers are from
-    hidden: int
-    mlp: int
-    layers: int
-    heads_width: int  # H
-    key_width: int  # K, of the keys; the values have as many
-    vocab: int
-    is_tied: bool
-    tower_depth: int
-    tower_width: int
-    tower_mlp: int
-
-    @property
-    def layer_params(self) -> int:
-        """q, k, v with bias, o, gate, up, down, two norms: 2DH + H + 2(DK + K) + 3DI + 2D."""
-        d, h, k = self.hidden, self.heads_width, self.key_width
-        return 2 * d * h + h + 2 * (d * k + k) + 3 * d * self.mlp + 2 * d
-
-    @property
-    def tower_block_params(self) -> int:
-        """qkv and projection 4d(d + 1), three MLP matrices with bias 3di + 2i + d, two norms 2d."""
-        d, i = self.tower_width, self.tower_mlp
-        return 4 * d * (d + 1) + 3 * d * i + 2 * i + d + 2 * d
-
-    @property
-    def tower_params(self) -> int:
-        """Patch embedding 1176 d, blocks, and the merger: norm d, then (4d)^2 + 4d + 4dD + D."""
-        d, merged = self.tower_width, PATCHES_PER_TOKEN * self.tower_width
-        merger = d + merged * merged + merged + merged * self.hidden + self.hidden
-        return PATCH_VALUES * d + self.tower_depth * self.tower_block_params + merger
-
-    @property
-    def root_params(self) -> int:
-        """What FSDP2 keeps gathered from forward to backward: embedding, head, last norm, ends of the tower."""
-        words = self.vocab * self.hidden * (1 if self.is_tied else 2)
-        return words + self.hidden + self.tower_params - self.tower_depth * self.tower_block_params
-
-    @property
-    def params(self) -> int:
-        return self.root_params + self.layers * self.layer_params + self.tower_depth * self.tower_block_params
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Keys and values of all layers in bfloat16: 2 x 2 bytes x layers x K."""
-        return 4 * self.layers * self.key_width
-
-
-def read_model_config(path: str) -> tuple[dict[str, Any], str]:
-    """config.json of the checkpoint at `path` (`tiny`: the packaged one), or one of a public size where there is no
-    such folder; and which it is, in words.
-
-    Raises ConfigError when it cannot be read or is not of a Qwen2.5-VL.
-    """
-    folder = Path(__file__).parents[1] / "tiny" if path == "tiny" else Path(path).expanduser()
-    file = folder / "config.json"
-    if not folder.exists():
-        name = "Qwen2.5-VL-3B" if "3b" in Path(path).name.lower() else "Qwen2.5-VL-7B"
-        return whole_config(PUBLIC_SIZES[name]), f"{name}, assumed because model.path {path!r} does not exist here"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        model_size(config, str(file))
-        return config, str(file)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file} does not describe a Qwen2.5-VL ({type(error).__name__}: {error})") from None
-
-
-def read_model_size(path: str) -> ModelSize:
-    """The sizes in `read_model_config`, and what it raises."""
-    return model_size(*read_model_config(path))
-
-
-def model_size(config: Mapping[str, Any], source: str) -> ModelSize:
-    """Newer files nest the decoder's numbers under text_config, the published ones do not."""
-    text, tower = config.get("text_config") or config, config["vision_config"]
-    hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
-    head_width = int(text.get("head_dim") or hidden // heads)
-    is_tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
-    return ModelSize(
-        source=source,
-        hidden=hidden,
-        mlp=int(text["intermediate_size"]),
-        layers=int(text["num_hidden_layers"]),
-        heads_width=heads * head_width,
-        key_width=int(text["num_key_value_heads"]) * head_width,
-        vocab=int(text["vocab_size"]),
-        is_tied=is_tied,
-        tower_depth=int(tower.get("depth", 32)),
-        tower_width=int(tower.get("hidden_size", 1280)),
-        tower_mlp=int(tower.get("intermediate_size", 3420)),
-    )
 
 
 def video_tokens(num_frames: int, config: VideoConfig) -> int:
@@ -149,7 +60,8 @@ def max_video_tokens(config: VideoConfig) -> int:
 class TokenPlan:
     """Worst-case tokens of a step."""
 
-    prompt: int
+    video: int
+    prompt: int  # text included
     completion: int
     group: int  # [prompt | c_1 | ... | c_G], the last token of each completion is not fed
     unshared_group: int  # the same as G separate rows
@@ -162,11 +74,13 @@ class TokenPlan:
 def plan_tokens(config: Config, num_gpus: int) -> TokenPlan:
     """Groups go into rows of at most train.tokens_per_microbatch; a larger group has a row of its own."""
     size, completion = config.rollout.group_size, config.rollout.max_new_tokens
-    prompt = max_video_tokens(config.video) + TEXT_TOKENS
+    video = max_video_tokens(config.video)
+    prompt = video + TEXT_TOKENS
     group = prompt + size * (completion - 1)
     per_gpu = config.train.prompts_per_step // config.algorithm.minibatches_per_rollout // num_gpus
     per_row = min(max(1, config.train.tokens_per_microbatch // group), per_gpu)
     return TokenPlan(
+        video=video,
         prompt=prompt,
         completion=completion,
         group=group,
@@ -183,7 +97,7 @@ class MemoryPlan:
     """GB on each GPU, by what takes them; a phase is the sum of what is there at the same time."""
 
     static: dict[str, float]
-    update: dict[str, float]
+    update: dict[str, float]  # at its largest moment: at the head, or in backward of a decoder layer or a tower block
     rollout: dict[str, float]
     evaluation: dict[str, float]
 
@@ -203,19 +117,66 @@ def trained_params(config: Config, size: ModelSize) -> int:
 def reduces_once(config: Config, size: ModelSize, num_gpus: int, gpu_gb: float) -> bool:
     """Whether gradients wait, whole, for an update's last row (train.reduce_gradients).
 
-    They cost nothing where an update has one row. A tenth of the GPU is left for what the sums do not know.
+    They cost nothing where an update has one row.
     """
     if config.train.reduce_gradients != "auto":
         return config.train.reduce_gradients == "once"
     tokens = plan_tokens(config, num_gpus)
     if num_gpus == 1 or tokens.groups_per_gpu <= tokens.groups_per_row:
         return True
-    update = plan_memory(config, size, tokens, num_gpus).by_phase()["update"]
-    return sum(update.values()) + 4 * trained_params(config, size) / 1e9 <= 0.9 * gpu_gb
+    update = plan_memory(config, size, tokens, num_gpus, gpu_gb).by_phase()["update"]
+    return sum(update.values()) + 4 * trained_params(config, size) / 1e9 <= USABLE_FRAC * gpu_gb
+
+
+def check_memory(config: Config, num_gpus: int, gpu_gb: float) -> None:
+    """Raises ConfigError when the worst case that the settings allow does not fit into GPUs of so many GB.
+
+    A number in train.max_group_tokens is believed: what is larger is not run, and the rest is the user's to know.
+    """
+    size, tokens = read_model_size(config.model.path), plan_tokens(config, num_gpus)
+    phases = plan_memory(config, size, tokens, num_gpus, gpu_gb).by_phase()
+    needed = {phase: sum(parts.values()) for phase, parts in phases.items()}
+    if config.train.max_group_tokens is None and needed["update"] > USABLE_FRAC * gpu_gb:
+        largest = _largest_group(config, size, tokens, num_gpus, gpu_gb)
+        what = f"a group of {tokens.group:,} tokens, the largest that video and rollout allow"
+        what += f", in rows of {tokens.row:,}" if tokens.row > tokens.group else ""
+        advice = ADVICE["update"] + (
+            f"; or train.max_group_tokens={largest}, above which a group is left out and counted" if largest else ""
+        )
+        _raise_too_large("update", what, needed["update"], gpu_gb, advice)
+    for phase in ("rollout", "evaluation"):
+        if needed.get(phase, 0) > gpu_gb:
+            _raise_too_large(phase, "the largest batch", needed[phase], gpu_gb, ADVICE[phase])
+
+
+def _raise_too_large(phase: str, what: str, needed_gb: float, gpu_gb: float, advice: str) -> None:
+    raise ConfigError(
+        f"{phase} needs about {needed_gb:.0f} GB for {what}, but a GPU here has {gpu_gb:.0f}: set {advice}; "
+        "`vcr1-fast train CONFIG --dry-run` shows what takes it"
+    )
+
+
+def _largest_group(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: int, gpu_gb: float) -> int:
+    """Tokens of the largest group that fits with a row of its own, in hundreds; 0 where none does."""
+    video, scored = tokens.video, config.rollout.group_size * tokens.completion
+
+    def fits(hundreds: int) -> bool:
+        row = 100 * hundreds
+        alone = replace(tokens, groups_per_row=1, row=row, video=min(video, row), scored_rows=min(scored, row))
+        update = plan_memory(config, size, alone, num_gpus, gpu_gb).by_phase()["update"]
+        return sum(update.values()) <= USABLE_FRAC * gpu_gb
+
+    return 100 * (bisect.bisect_left(range(1, tokens.group // 100 + 1), True, key=lambda n: not fits(n)))
 
 
 def plan_memory(
-    config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: int, has_whole_gradients: bool = False
+    config: Config,
+    size: ModelSize,
+    tokens: TokenPlan,
+    num_gpus: int,
+    gpu_gb: float = SMALLEST_GPU_GB,
+    *,
+    has_whole_gradients: bool = False,
 ) -> MemoryPlan:
     """Float32 masters and moments sharded by FSDP2 over N GPUs; the rollout engine keeps a whole copy on each GPU.
 
@@ -224,6 +185,7 @@ def plan_memory(
     weights 4 P / N, reference c P / N (beta > 0; 4 P on one GPU), AdamW 8 P' / N, gradients 4 P' / N, engine c P
     gathered  c (root + 2 blocks) + (c + 4) blocks of gradients; on one GPU: autocast's copies c P instead
     c: bytes of compute_dtype, 2 for bfloat16; P': trainable. A frozen tower is kept in c bytes
+    at the head: its peak (vcr1_kernels.head_chunks); gradients of earlier rows only. In a block: its activations
     has_whole_gradients: of several rows, kept until the last one (`reduces_once`): 4 P' more
     LoRA: weights c P / N + 4 P' / N, no reference, gradients of blocks are adapters, no copies on one GPU
     """
@@ -237,7 +199,7 @@ def plan_memory(
     gathered = width * (size.root_params + 2 * block) + (width + 4) * (adapters if has_lora else block)
     if num_gpus == 1:  # float32 masters are used as they are, frozen weights are kept in compute_dtype
         gathered = 0 if width == 4 or has_lora else width * size.params
-    head = min(HEAD_CHUNK_BYTES, tokens.scored_rows * size.vocab * (width + 4)) + 4 * size.vocab * size.hidden
+    whole = 4 * trainable if has_whole_gradients else 0
     per_gpu, group = config.train.prompts_per_step // num_gpus, config.rollout.group_size
     prompts = min(per_gpu, prompts_at_once(config.rollout, tokens.prompt, group, tokens.completion))
     eval_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
@@ -250,71 +212,86 @@ def plan_memory(
                 "frozen weights and adapters" if has_lora else "weights, float32": weights / num_gpus,
                 "AdamW, float32": 8 * trainable / num_gpus,
                 "reference": reference / num_gpus,
-                **engine_bytes(config.rollout, width * size.params),
+                **engine_bytes(config.rollout, width * size.params, gpu_gb),
             }
         ),
-        update=_gb(
-            {
-                "gradients, float32": 4 * trainable / num_gpus,
-                "whole gradients until the last row": 4 * trainable if has_whole_gradients else 0,
-                "gathered blocks": gathered,
-                "decoder activations": decoder_bytes(size, tokens.row, config.model.gradient_checkpointing),
-                "tower activations": tower_bytes(size, tokens, config),
-                "head chunk": head,
-            }
-        ),
+        update=_gb(_update_bytes(config, size, tokens, gathered, 4 * trainable / num_gpus, whole)),
         rollout={} if config.rollout.engine == "sglang" else _gb(rollout),
         evaluation={} if config.rollout.engine == "sglang" else _gb(evaluation),
     )
 
 
 def adapter_params(size: ModelSize, config: LoRAConfig) -> int:
-    """Of one decoder layer: rank x (inputs + outputs) of each matrix that has one."""
+    """Of one decoder layer: rank x (inputs + outputs) of each matrix that has one; by default all have."""
     d, h, k, i = size.hidden, size.heads_width, size.key_width, size.mlp
     sides = {"q_proj": d + h, "k_proj": d + k, "v_proj": d + k, "o_proj": h + d}
     sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), d + i)
-    return config.rank * sum(sides.get(target, 0) for target in config.targets)
+    return config.rank * sum(sides.get(target, 0) for target in config.targets or sides)
 
 
-def engine_bytes(config: RolloutConfig, weight_bytes: int) -> dict[str, float]:
-    """Of the learner's GPU. SGLang's share is of what is free when it starts; here of the smallest GPU, all of it."""
+def engine_bytes(config: RolloutConfig, weight_bytes: int, gpu_gb: float = SMALLEST_GPU_GB) -> dict[str, float]:
+    """Of the learner's GPU. SGLang's share is of what is free when it starts; here of the whole GPU."""
     if config.engine == "local":
         return {"rollout engine": weight_bytes}
     share = config.sglang.mem_fraction if config.sglang.placement == "colocated" else 0.0
-    smallest = min(GPUS_GB.values())
-    return {f"SGLang, {share:g} of {smallest:g} GB": share * smallest * 1e9}
+    return {f"SGLang, {share:g} of {gpu_gb:g} GB": share * gpu_gb * 1e9}
 
 
-def decoder_bytes(size: ModelSize, num_tokens: int, is_checkpointed: bool) -> int:
-    """What backward needs of the decoder, in bfloat16, per token:
+def _update_bytes(
+    config: Config, size: ModelSize, tokens: TokenPlan, gathered: float, gradients: float, whole: float
+) -> dict[str, float]:
+    """Of a row, beside what is always there: at the moment that has most. No two of them are at the same time."""
+    dtype = torch.float32 if config.model.compute_dtype == "float32" else torch.bfloat16
+    has_lora, has_rows = config.model.lora.rank > 0, tokens.groups_per_gpu > tokens.groups_per_row
+    head = head_peak_bytes(tokens.scored_rows, size.hidden, size.vocab, dtype, trains_weight=not has_lora)
+    head_gradient = 0 if has_lora else 4 * size.vocab * size.hidden  # whole until backward reaches the embedding
+    decoder_kept, layer = decoder_bytes(size, tokens.row, config.model.gradient_checkpointing)
+    tower_kept, block = tower_bytes(size, tokens, config)
+    always = {"gathered blocks": gathered, "whole gradients until the last row": whole}
+    kept = {"decoder activations": decoder_kept, "tower activations": tower_kept}
+    earlier = {"gradients, float32": gradients if has_rows else 0}
+    complete = {"head": head_gradient, "gradients, float32": gradients}
+    moments = [
+        {**kept, "head": head, **earlier},
+        {**kept, "a decoder layer": layer, "head": head_gradient, **earlier},  # its gradients come as activations go:
+        {"tower activations": tower_kept, "a decoder layer": layer, **complete},  # most at one of the two ends
+        {"tower activations": tower_kept, "a tower block": block, **complete},
+    ]
+    return always | max(moments, key=lambda parts: sum(parts.values()))
 
-        layer = 20 D + 2 H + 4 K + 8 I       two norms (float32 input 4D, scaled 2D, output 2D), q and attention output,
-                                             keys and values, four MLP products; the residual is the norm's input
-        all   = layers x layer;  checkpointed = layers x 2 D + one layer
+
+def decoder_bytes(size: ModelSize, num_tokens: int, is_checkpointed: bool) -> tuple[int, int]:
+    """What backward needs of the decoder, in bfloat16: (kept of all layers, of one layer while it is recomputed).
+
+        layer = 20 D + 2 H + 4 K + 8 I       per token: two norms (float32 input 4D, scaled 2D, output 2D), q and
+                                             attention output, keys and values, four MLP products; the residual is the
+                                             norm's input
+        kept  = layers x layer;  checkpointed = layers x 2 D
 
     An estimate from the operators' saved tensors; on one GPU the residual is float32 and takes 2 D more a layer.
     """
     d = size.hidden
-    layer = 16 * d + 4 * size.heads_width + 4 * size.key_width + 8 * size.mlp
-    per_token = size.layers * 2 * d + layer if is_checkpointed else size.layers * layer
-    return num_tokens * per_token
+    layer = num_tokens * (16 * d + 4 * size.heads_width + 4 * size.key_width + 8 * size.mlp)
+    return (num_tokens * size.layers * 2 * d, layer) if is_checkpointed else (size.layers * layer, 0)
 
 
-def tower_bytes(size: ModelSize, tokens: TokenPlan, config: Config) -> int:
-    """What backward needs of the tower, per patch (4 to a video token, all videos of a row at once), in bfloat16:
+def tower_bytes(size: ModelSize, tokens: TokenPlan, config: Config) -> tuple[int, int]:
+    """What backward needs of the tower, in bfloat16: (kept of all blocks, of one block while it is recomputed).
 
-        block = 30 d + 8 i                   as in the decoder, with q, k, v kept whole and attention output kept twice
-        all   = 2352 + depth x block;  checkpointed = 2352 + depth x 2 d + one block;  frozen: one block
+        block = 30 d + 8 i                   per patch (4 to a video token, all videos of a row at once): as in the
+                                             decoder, with q, k, v kept whole and attention output kept twice
+        kept  = 2352 + depth x block;  checkpointed = 2352 + depth x 2 d;  frozen: one block, before the decoder
 
     2352 bytes are the pixels of a patch, which the gradient of the patch embedding needs.
     """
-    num_patches = tokens.groups_per_row * max_video_tokens(config.video) * PATCHES_PER_TOKEN
-    d, block = size.tower_width, 30 * size.tower_width + 8 * size.tower_mlp
+    num_patches = tokens.groups_per_row * tokens.video * PATCHES_PER_TOKEN
+    d, block = size.tower_width, num_patches * (30 * size.tower_width + 8 * size.tower_mlp)
     if config.model.is_tower_frozen:
-        return num_patches * block
-    is_checkpointed = config.model.gradient_checkpointing
-    kept = size.tower_depth * 2 * d + block if is_checkpointed else size.tower_depth * block
-    return num_patches * (2 * PATCH_VALUES + kept)
+        return 0, block
+    pixels = num_patches * 2 * PATCH_VALUES
+    if config.model.gradient_checkpointing:
+        return pixels + num_patches * size.tower_depth * 2 * d, block
+    return pixels + size.tower_depth * block, 0
 
 
 def prompts_at_once(config: RolloutConfig, prompt: int, group: int, new_tokens: int) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from vcr1_fast.learner.attention import use_packed_attention
@@ -16,8 +16,8 @@ from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.kernel_choice import KernelChoice, plain_choice
 from vcr1_fast.learner.loading import empty_model, load_weights
 from vcr1_fast.learner.objective import Objective, Sums
-from vcr1_fast.run.model_folder import model_folder
-from vcr1_fast.settings.config import ModelConfig
+from vcr1_fast.run.model_folder import model_folder, require_tokenizer, settings_files
+from vcr1_fast.settings.config import ConfigError, ModelConfig
 from vcr1_fast.types import PackedBatch
 
 
@@ -31,16 +31,24 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 transformers_logging.disable_progress_bar()  # it would tear our own lines apart
 
 
-def load_hugging_face(path: str, dtype: torch.dtype, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
+def load_hugging_face(path: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A checkpoint's whole model on `device`, all weights in `dtype`. Raises ConfigError as `load_weights` does."""
     folder = model_folder(path)
     hf = empty_model(folder, dtype)
-    load_weights(hf, folder, device)
+    load_weights(hf, folder, device, family_of(hf.config))
     return hf
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(model_folder(path), local_files_only=True)
+    """Raises ConfigError when the folder has no tokenizer, or one that cannot be read."""
+    folder = model_folder(path)
+    settings_files(folder)
+    require_tokenizer(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever the tokenizer's own reader raises
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the tokenizer in {folder} cannot be read ({reason}): copy its files there again") from error
 
 
 class PolicyModel(nn.Module):
@@ -54,13 +62,14 @@ class PolicyModel(nn.Module):
 
     def __init__(
         self,
-        hf: Qwen2_5_VLForConditionalGeneration,
+        hf: Any,
         config: ModelConfig,
         compute_dtype: torch.dtype,
         kernels: KernelChoice | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """`kernels`: what a run has chosen; None: by the device, or plain where `config.kernels` is off.
+        """`hf`: a Hugging Face model of a known family.
+        `kernels`: what a run has chosen; None: by the device, or plain where `config.kernels` is off.
         `device`: that it will run on, where its weights are still on meta; None: where they are."""
         super().__init__()
         self.hf = hf

@@ -4,8 +4,8 @@ A plan only compares rows with each other, so the rates need to be right relativ
 those of one H100 or H200 in bfloat16. A forward for a reference or for old log-probs is left out: it takes about the
 same share of every row.
 
-Letters: D hidden size, I MLP width, K key and value width, H head width x heads, V vocabulary; d, i width and MLP width
-of the vision tower; P prompt tokens, f fed tokens of a completion.
+Letters: D hidden size, I MLP width, K key and value width, H head width x heads, V vocabulary; P prompt tokens, f fed
+tokens of a completion.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.packing import num_fed_tokens, num_packed_tokens
 from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import RolloutGroup
@@ -66,13 +67,13 @@ class RowCost:
 
     @staticmethod
     def of(config: Any, settings: ModelConfig) -> RowCost:
-        """`config`: a Qwen2_5_VLConfig.
+        """`config`: of the whole model.
 
         Passes of a matrix product: 1 forward, 1 again under checkpointing, 1 for the input's gradient, 1 for the
         weight's where it is trained. A tower that is not trained runs forward only, and mostly before the step: its
         launches are not in row_s.
         """
-        text, tower = config.text_config, config.vision_config
+        text, tower = config.get_text_config(), family_of(config).tower_work(config)
         has_lora, recomputed = settings.lora.rank > 0, int(settings.gradient_checkpointing)
         is_tower_trained = not settings.is_tower_frozen
         passes = 2 if has_lora else 3
@@ -84,17 +85,14 @@ class RowCost:
         layer = 2 * (2 * hidden * width + 2 * hidden * key_width + 3 * hidden * text.intermediate_size)
 
         backward = int(is_tower_trained)
-        window = (tower.window_size // tower.patch_size) ** 2  # pairs of a patch, a little fewer at a frame's edges
-        num_full = len(tower.fullatt_block_indexes)
-        windowed = 4 * tower.hidden_size * window * (tower.depth - num_full)
         return RowCost(
             token_s=text.num_hidden_layers * layer * (passes + recomputed) / GEMM_FLOP_PER_S,
             pair_s=text.num_hidden_layers * 4 * width * _attention_s(1 + recomputed, 1),
             scored_s=2 * hidden * text.vocab_size * passes / GEMM_FLOP_PER_S,
-            patch_s=_patch_flop(tower) * tower_passes / GEMM_FLOP_PER_S
-            + windowed * _attention_s(1 + recomputed * backward, backward),
-            tower_pair_s=4 * tower.hidden_size * num_full * _attention_s(1 + recomputed * backward, backward),
-            row_s=(text.num_hidden_layers + tower.depth * backward) * LAUNCHES_PER_BLOCK * LAUNCH_S,
+            patch_s=tower.patch_flop * tower_passes / GEMM_FLOP_PER_S
+            + tower.window_flop * _attention_s(1 + recomputed * backward, backward),
+            tower_pair_s=tower.pair_flop * _attention_s(1 + recomputed * backward, backward),
+            row_s=(text.num_hidden_layers + tower.num_blocks * backward) * LAUNCHES_PER_BLOCK * LAUNCH_S,
         )
 
     def seconds(self, size: GroupSize) -> float:
@@ -113,12 +111,3 @@ class RowCost:
 def _attention_s(forwards: int, backwards: int) -> float:
     """Seconds for each FLOP of one forward."""
     return forwards / ATTENTION_FORWARD_FLOP_PER_S + backwards * ATTENTION_BACKWARD_FLOP / ATTENTION_BACKWARD_FLOP_PER_S
-
-
-def _patch_flop(tower: Any) -> float:
-    """Matrix products of one patch, forward: embedding, blocks (4 d d + 3 d i), and its share of the merger."""
-    width, merge = tower.hidden_size, tower.spatial_merge_size**2
-    values = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
-    block = 4 * width * width + 3 * width * tower.intermediate_size
-    merger = width * (merge * width) + width * tower.out_hidden_size
-    return 2.0 * (values * width + tower.depth * block + merger)

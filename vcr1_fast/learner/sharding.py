@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.settings.config import ConfigError
+
+T = TypeVar("T")
 
 # A rank waits in a collective for the slowest rollout of the step; torch's default of 10 minutes for NCCL would kill a
 # run in which one rank draws long completions.
@@ -188,6 +190,15 @@ def _largest(value: Tensor, world: World) -> Tensor:
     if world.world_size > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value
+
+
+def gather_all(value: T, world: World) -> list[T]:
+    """The value of every rank, in the order of ranks: anything that can be pickled. A collective."""
+    if world.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * world.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def barrier(world: World) -> None:

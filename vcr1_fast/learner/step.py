@@ -15,8 +15,9 @@ from vcr1_fast.learner.device_batch import DeviceBatch
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.loading import empty_model, load_weights, move_values
 from vcr1_fast.learner.lora import adapters_off, add_adapters
-from vcr1_fast.learner.memory_sums import read_model_size, reduces_once
+from vcr1_fast.learner.memory_sums import reduces_once
 from vcr1_fast.learner.model import PolicyModel, resolve_dtype
+from vcr1_fast.learner.model_size import read_model_size
 from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
 from vcr1_fast.learner.packing import placeholder
@@ -101,7 +102,8 @@ class Learner:
             weight.data = weight.data.to(self.dtype)
         move_values(hf, world.device)
         shard(policy, world, self.dtype)
-        on_all_ranks("loading the model's weights", lambda: load_weights(hf, folder, world.device), world)
+        weights = (hf, folder, world.device, policy.family)
+        on_all_ranks("loading the model's weights", lambda: load_weights(*weights), world)
         return policy.train()
 
     def update_grpo(self, groups: Sequence[RolloutGroup]) -> list[UpdateReport]:

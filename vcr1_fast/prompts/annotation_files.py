@@ -1,15 +1,18 @@
 """An annotation file on disk -> its entries: JSON list, JSON object, JSONL, CSV or parquet. Called by `dataset`.
 
-What an entry means is for `schemas` to say; here a file is only taken apart, and what cannot be read is named.
+All but parquet may be packed by gzip. What an entry means is for `schemas` to say; here a file is only taken apart, and
+what cannot be read is named.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,16 @@ from vcr1_fast.settings.config import ConfigError
 # Parsed JSON takes about 8 times its size on disk. The largest public file of the original has 10 MB.
 MAX_TEXT_BYTES = 1 << 30
 PARQUET_ROWS_AT_ONCE = 1024
+GZIP = b"\x1f\x8b"
+# What else a file begins with that is not text, and what to do about it.
+NOT_TEXT = {
+    b"BZh": "is packed by bzip2: unpack it (bunzip2)",
+    b"\xfd7zXZ\0": "is packed by xz: unpack it (unxz)",
+    b"\x28\xb5\x2f\xfd": "is packed by Zstandard: unpack it (unzstd)",
+    b"PK\x03\x04": "is a ZIP archive: unpack it and name the file in it",
+    b"PAR1": "is parquet: give it a name that ends in .parquet",
+    b"version https://git-lfs": "is a pointer of Git LFS and not the file itself: git lfs pull",
+}
 # Columns of a CSV file whose cells hold JSON. All others are text: a type guess would turn "0012" into 12.
 JSON_COLUMNS = ("duration_s", "duration", "intervals", "boxes", "times_s", "options", "glue", "gt")
 
@@ -30,32 +43,31 @@ class Entries:
     is_mapping: bool  # where is the key of a JSON object; else the number of the row or line, from 1
 
 
+def plain_name(file: Path) -> str:
+    """The file's name without the .gz of a packed one."""
+    return file.name[:-3] if file.name.lower().endswith(".gz") else file.name
+
+
 def read_entries(file: Path) -> Entries:
-    """All entries of a file; parquet and CSV by suffix, JSON and JSONL by content.
+    """All entries of a file; parquet and CSV by suffix, gzip, JSON and JSONL by content.
 
     Raises ConfigError when the file is missing, unreadable, too large, not UTF-8, or not of its format as a whole. A
     single broken line of JSONL or cell of CSV is an entry that holds its ValueError.
     """
-    if file.suffix.lower() == ".parquet":
+    suffix = Path(plain_name(file)).suffix.lower()
+    if suffix == ".parquet":
         return Entries(list(_parquet_rows(file)), is_mapping=False)
     text = _read_text(file)
-    if file.suffix.lower() == ".csv":
+    if suffix == ".csv":
         return Entries(list(_csv_rows(file, text)), is_mapping=False)
     return _parse_text(file, text)
 
 
 def _read_text(file: Path) -> str:
-    try:
-        num_bytes = file.stat().st_size
-        if num_bytes > MAX_TEXT_BYTES:
-            raise ConfigError(
-                f"annotation file {file} has {num_bytes:,} bytes, wanted at most {MAX_TEXT_BYTES:,}, as it is read as "
-                "a whole: split it into several files or write it as parquet"
-            )
-        raw = file.read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"annotation file {file} cannot be read: {reason}: check the path") from error
+    raw = _read_bytes(file)
+    for start, what in NOT_TEXT.items():
+        if raw.startswith(start):
+            raise ConfigError(f"annotation file {file} {what}")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -64,6 +76,30 @@ def _read_text(file: Path) -> str:
             f"annotation file {file} is not UTF-8 text: line {line} holds the byte 0x{raw[error.start]:02x}: save it "
             "as UTF-8 (iconv -t UTF-8)"
         ) from error
+
+
+def _read_bytes(file: Path) -> bytes:
+    """Unpacked; at most MAX_TEXT_BYTES."""
+    try:
+        num_bytes, raw = file.stat().st_size, b""
+        if num_bytes <= MAX_TEXT_BYTES:
+            raw = file.read_bytes()
+        if raw.startswith(GZIP):
+            raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(MAX_TEXT_BYTES + 1)
+            num_bytes = len(raw)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ConfigError(
+            f"annotation file {file} is packed by gzip, but cut short or damaged ({error}): fetch it again"
+        ) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"annotation file {file} cannot be read: {reason}: check the path") from error
+    if num_bytes > MAX_TEXT_BYTES:
+        raise ConfigError(
+            f"annotation file {file} has {num_bytes:,} bytes, wanted at most {MAX_TEXT_BYTES:,}, as it is read as "
+            "a whole: split it into several files or write it as parquet"
+        )
+    return raw
 
 
 def _parse_text(file: Path, text: str) -> Entries:
@@ -136,6 +172,7 @@ def _lost(repeated: list[str]) -> Iterator[tuple[str, object]]:
 def _csv_rows(file: Path, text: str) -> Iterator[tuple[str, object]]:
     """Rows under a header line; `where` is the line on which a row ends. Empty cells count as missing."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    limit = csv.field_size_limit(MAX_TEXT_BYTES)  # of the whole process; by default 131,072 characters a cell
     try:
         header = next(reader, [])
         for cells in reader:
@@ -143,6 +180,8 @@ def _csv_rows(file: Path, text: str) -> Iterator[tuple[str, object]]:
                 yield str(reader.line_num), _csv_row(header, cells)
     except csv.Error as error:
         raise ConfigError(f"annotation file {file} is not CSV: line {reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _csv_row(header: list[str], cells: list[str]) -> object:
@@ -164,6 +203,11 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, object]]:
     if not file.is_file():
         reason = "Is a directory" if file.is_dir() else "No such file or directory"
         raise ConfigError(f"annotation file {file} cannot be read: {reason}: check the path")
+    with file.open("rb") as raw:
+        if raw.read(len(GZIP)) == GZIP:
+            raise ConfigError(
+                f"annotation file {file} is packed by gzip, and parquet is not read so: unpack it (gunzip)"
+            )
     import datasets  # 1 s, so not at import
     from datasets.exceptions import DatasetsError
 
@@ -181,3 +225,30 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, object]]:
     except (ValueError, OSError, DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"annotation file {file} is not readable as parquet after row {number}: {reason}") from error
+
+
+def printable(text: str) -> str:
+    """The text with what UTF-8 cannot hold as an escape, such as \\ud83d, for messages and files."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def require_text(row: Mapping[str, object]) -> None:
+    """Raise ValueError that names the key under which a text holds half of a character (a lone surrogate).
+
+    JSON's "\\ud83d" is one: an emoji cut in two. No tokenizer takes it, and no file of results can hold it.
+    """
+    waiting = [(printable(str(key)), part) for key, value in row.items() for part in (key, value)]
+    while waiting:  # no recursion: lists may be nested as deeply as JSON's reader goes
+        key, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(key, part) for item in value.items() for part in item]
+        elif isinstance(value, list | tuple):
+            waiting += [(key, part) for part in value]
+        elif isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                half, before = ord(value[error.start]), value[max(0, error.start - 20) : error.start]
+                raise ValueError(
+                    f"{key} holds half of a character, U+{half:X} behind {before!r}: write it anew"
+                ) from error

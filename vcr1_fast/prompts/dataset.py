@@ -8,8 +8,8 @@ a line and a count.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import json
 import math
 import os
 from collections import Counter
@@ -21,11 +21,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from vcr1_fast.prompts.annotation_files import read_entries
+from vcr1_fast.prompts.annotation_files import plain_name, printable, read_entries, require_text
 from vcr1_fast.prompts.interval_defects import REFUSING, find_interval_defects
 from vcr1_fast.prompts.schemas import find_schema
 from vcr1_fast.prompts.schemas.schema import Recipe, Row, Schema, read_text
-from vcr1_fast.prompts.video_files import VideoFolder
+from vcr1_fast.prompts.video_files import VideoFolder, VideoTree
 from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, RefusedTruth, SampleError
@@ -55,6 +55,7 @@ class FileSummary:
     repaired: dict[str, int]  # recipe fixed: of those, the ones in rows that became examples
     kept: dict[str, int]  # recipe paper: the same
     refused: dict[str, int]  # kind -> rows left out; they are the errors, one for one
+    moved: str = ""  # how many videos are not where the file says
 
     def __str__(self) -> str:
         parts = [f"{self.file} (schema {self.schema}): {self.num_rows:,} rows, {self.num_examples:,} examples"]
@@ -62,6 +63,7 @@ class FileSummary:
         for what, counts in named.items():
             if counts:
                 parts.append(f"{what}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
+        parts += [self.moved] if self.moved else []
         return "; ".join(parts)
 
 
@@ -96,8 +98,9 @@ def read_annotation_files(
     for (file, _, _), count in uses.items():
         if count > 1:
             raise ConfigError(f"annotation file {file} is named {count} times: name it once")
-    num_of_stem = Counter(file.stem for file in set(files))
+    num_of_stem = Counter(_stem(file) for file in set(files))
     source_of_id: dict[str, str] = {}
+    trees: dict[str, VideoTree] = {}
     result: list[AnnotationFile] = []
     for source in sources:
         file = Path(os.path.expanduser(source.path))
@@ -105,12 +108,17 @@ def read_annotation_files(
         if not entries.items:
             raise ConfigError(f"annotation file {file} holds no row: name another file")
         schema = find_schema(file, entries, source.schema, source.task)
-        label = file.stem if num_of_stem[file.stem] == 1 else os.path.abspath(file)
-        loader = _Loader(file, label, tasks, VideoFolder(source.video_root or file.parent), source_of_id)
-        for where, entry in entries.items:
-            loader.add_entry(where, entry, schema, recipe)
+        label = _stem(file) if num_of_stem[_stem(file)] == 1 else os.path.abspath(file)
+        tree = VideoTree(source.video_root or file.parent)
+        videos = VideoFolder(tree.root, trees.setdefault(tree.root, tree))
+        loader = _Loader(file, label, tasks, videos, source_of_id)
+        loader.add_all(entries.items, schema, recipe)
         result.append(loader.finish(schema, recipe))
     return result
+
+
+def _stem(file: Path) -> str:
+    return Path(plain_name(file)).stem
 
 
 class _Loader:
@@ -127,7 +135,20 @@ class _Loader:
         self.in_examples: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
 
-    def add_entry(self, where: str, entry: object, schema: Schema, recipe: Recipe) -> None:
+    def add_all(self, entries: Sequence[tuple[str, object]], schema: Schema, recipe: Recipe) -> None:
+        rows = [row for where, entry in entries for row in self._rows(where, entry, schema, recipe)]
+        names = (row.get("video") for _, row, error in rows if error is None)
+        self.videos.tell_apart(name for name in names if isinstance(name, str) and name.strip())
+        for where, row, error in rows:
+            if error is None:
+                self._add_row(printable(where), row, recipe)
+            else:
+                self._refuse(printable(where), row, "invalid", error)
+
+    def _rows(
+        self, where: str, entry: object, schema: Schema, recipe: Recipe
+    ) -> list[tuple[str, Row, ValueError | None]]:
+        """The rows of an entry, or the one thing that is wrong with it."""
         try:
             if isinstance(entry, ValueError):
                 raise entry
@@ -135,13 +156,10 @@ class _Loader:
                 raise ValueError(
                     f"the row is a {type(entry).__name__}, wanted an object with the keys {', '.join(schema.keys)}"
                 )
-            rows = list(schema.to_rows(where, entry, recipe))
+            return [(row_where, row, None) for row_where, row in schema.to_rows(where, entry, recipe)]
         except ValueError as error:
-            keys = dict(entry) if isinstance(entry, Mapping) else {}
-            self._refuse(where, keys | {"task": schema.task or keys.get("task")}, "invalid", error)
-            return
-        for row_where, row in rows:
-            self._add_row(row_where, row, recipe)
+            keys: dict[str, object] = dict(entry) if isinstance(entry, Mapping) else {}
+            return [(where, keys | {"task": schema.task or keys.get("task")}, error)]
 
     def _add_row(self, where: str, row: Row, recipe: Recipe) -> None:
         defects = find_interval_defects(row)
@@ -150,7 +168,7 @@ class _Loader:
         refusing = (name for name in REFUSING if defects[name] and recipe == "fixed")
         kind = next(refusing, "invalid")
         try:
-            _require_utf8(where, row)
+            require_text(row)
             example = _example(row, f"{self.label}:{where}", self.tasks, self.videos)
             taken_by = self.source_of_id.get(example.id)
             if taken_by is not None:
@@ -166,23 +184,24 @@ class _Loader:
             self.in_examples += defects
 
     def _refuse(self, where: str, row: Mapping[str, object], kind: str, error: ValueError) -> None:
-        where = _printable(where)
-        source = f"{self.file}:{where}"
-        self.errors.append(SampleError(source, str(error)))
+        reason = printable(str(error))
+        self.errors.append(SampleError(f"{self.file}:{where}", reason))
         self.refused[kind] += 1
         task, video = row.get("task"), row.get("video")
         if not isinstance(task, str) or task not in self.tasks:
             return  # no score that it could count in
-        path = self.videos.find(_printable(video)) if isinstance(video, str) and video.strip() else ""
+        path = video if isinstance(video, str) and video.strip() else ""
+        with contextlib.suppress(ValueError):
+            path = self.videos.find(path) if path else ""
         query = row.get("query")
         refused = Example(
             id=f"{self.label}:{where}",  # not the row's own id, which a usable row may have as well
             task=task,
-            video=path,
-            query=_printable(query) if isinstance(query, str) else "",
+            video=printable(path),
+            query=printable(query) if isinstance(query, str) else "",
             duration_s=math.inf,
-            truth=RefusedTruth(str(error)),
-            categories=tuple((_printable(axis), _printable(value)) for axis, value in _categories(row)),
+            truth=RefusedTruth(reason),
+            categories=tuple((printable(axis), printable(value)) for axis, value in _categories(row)),
         )
         self.rows.append(refused)
 
@@ -198,34 +217,9 @@ class _Loader:
             repaired=kept_or_repaired if recipe == "fixed" else {},
             kept=kept_or_repaired if recipe == "paper" else {},
             refused=dict(self.refused),
+            moved=self.videos.describe_moved(),
         )
         return AnnotationFile(self.rows, self.errors, summary)
-
-
-def _require_utf8(where: str, row: Row) -> None:
-    """Raises ValueError that names the key under which there is half of a surrogate pair: JSON can say it ("\\ud83d"),
-    but no tokenizer, path or terminal takes it."""
-    if _half_character([where, row]) is None:
-        return
-    for key, value in {"": where, **row}.items():
-        half = _half_character([key, value])
-        if half is not None:
-            name = f"key {_printable(key)!r}" if key else "the key of the row"
-            raise ValueError(f"{name} holds {half}, half of a character, which UTF-8 text cannot hold: write it anew")
-
-
-def _half_character(value: object) -> str | None:
-    """The first in any text of a JSON value."""
-    try:
-        json.dumps(value, ensure_ascii=False, skipkeys=True, default=str).encode()
-    except UnicodeEncodeError as error:
-        return f"\\u{ord(error.object[error.start]):04x}"
-    return None
-
-
-def _printable(text: str) -> str:
-    """With half characters as their escapes, so that a refused row can be named and counted."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _example(row: Row, default_id: str, tasks: Mapping[str, Task], videos: VideoFolder) -> Example:
@@ -243,6 +237,8 @@ def _example(row: Row, default_id: str, tasks: Mapping[str, Task], videos: Video
     if math.isinf(duration_s) and hasattr(truth, "intervals_s"):
         raise ValueError("key 'duration_s' is missing, wanted the seconds of the video that the intervals lie in")
     name, path = _id(row, default_id), videos.find(video)
+    if printable(path) != path:
+        raise ValueError(f"its video is {printable(path)}, a path that is not UTF-8: rename it")
     return Example(name, task, path, query, duration_s, truth, reasoning, _categories(row))
 
 

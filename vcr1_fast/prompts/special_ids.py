@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 from transformers import PreTrainedTokenizerBase
 
+from vcr1_fast.settings.error import ConfigError
+
 TOKEN_TEXT = {
     "im_start": "<|im_start|>",
     "im_end": "<|im_end|>",
@@ -33,12 +35,12 @@ class SpecialIds:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
-        """Look every token up. Raises ValueError naming those that the tokenizer lacks."""
+        """Look every token up. Raises ConfigError naming those that the tokenizer lacks."""
         vocabulary = tokenizer.get_vocab()
         missing = [text for text in TOKEN_TEXT.values() if text not in vocabulary]
         if missing:
             name = tokenizer.name_or_path or type(tokenizer).__name__
-            raise ValueError(
+            raise ConfigError(
                 f"the tokenizer {name} has no token {', '.join(missing)}: use the tokenizer of a Qwen2.5-VL checkpoint"
             )
         return cls(**{name: vocabulary[text] for name, text in TOKEN_TEXT.items()})

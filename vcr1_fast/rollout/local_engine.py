@@ -12,11 +12,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedTokenizerBase
 
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.tower_attention import use_tower_attention
@@ -25,7 +26,7 @@ from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
 from vcr1_fast.rollout.grouped_cache import GROUPED_ATTENTION, GroupedCache
 from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, uniforms
-from vcr1_fast.types import Completion, FinishReason, Prompt, SamplingParams
+from vcr1_fast.types import Completion, FinishReason, Prompt, RunError, SamplingParams
 from vcr1_fast.video.embed import embed_videos
 
 READY_MASK = {"full_attention": None}  # as a dict it is taken as it is: causal in the prefill, no [L, L] mask is built
@@ -42,7 +43,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        model: Qwen2_5_VLForConditionalGeneration,
+        model: Any,
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_batch_rows: int = 256,
@@ -70,7 +71,7 @@ class LocalEngine:
         self.policy_version = 0
         self.tokenizer = tokenizer
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
-        self._model: Qwen2_5_VLForConditionalGeneration | None = model.eval().requires_grad_(False)
+        self._model: Any = model.eval().requires_grad_(False)
         decoder.set_attn_implementation(GROUPED_ATTENTION)
         if model.device.type == "cuda":
             is_half = model.dtype in (torch.bfloat16, torch.float16)
@@ -81,7 +82,7 @@ class LocalEngine:
         self._is_interrupted = threading.Event()
 
     @property
-    def model(self) -> Qwen2_5_VLForConditionalGeneration:
+    def model(self) -> Any:
         if self._model is None:
             raise RuntimeError("the engine is closed: open a new one")
         return self._model
@@ -264,9 +265,7 @@ class LocalEngine:
             length = int(is_stop_S.int().argmax()) + 1 if has_stop else token_S.numel()
             rows.append((token_S[:length].clone(), logprob_S[:length].clone(), has_stop))
         if not all(bool(logprob_R.isfinite().all()) for _, logprob_R, _ in rows):
-            raise RuntimeError(
-                "the model's logits are not finite: its weights have diverged or are broken, load others"
-            )
+            raise RunError("the model's logits are not finite: its weights have diverged or are broken, load others")
         texts = self.tokenizer.batch_decode([token_R.tolist() for token_R, _, _ in rows], skip_special_tokens=True)
         without_stop: FinishReason = "length" if tokens_BS.shape[1] == max_new_tokens else "aborted"
         return [

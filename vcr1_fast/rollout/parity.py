@@ -19,7 +19,7 @@ from vcr1_fast.learner.sharding import World, all_max_int, on_all_ranks
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.run.telemetry import is_main_rank
 from vcr1_fast.settings.config import Config, RolloutConfig
-from vcr1_fast.types import Prompt, RolloutGroup, SamplingParams
+from vcr1_fast.types import Prompt, RolloutGroup, RunError, SamplingParams
 
 NUM_COMPLETIONS = 4
 MAX_NEW_TOKENS = 16
@@ -28,7 +28,7 @@ MAX_GAP = {torch.float32: 1e-3}  # measured with SGLang on a CPU: 2e-6 to 2e-5
 MAX_GAP_ROUNDED = 0.1
 
 
-class ParityError(RuntimeError):
+class ParityError(RunError):
     """The engine's log-probs are not the learner's."""
 
 

@@ -18,36 +18,28 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from vcr1_fast import __version__
+from vcr1_fast.learner.loading import read_config
 from vcr1_fast.rollout.addresses import Address, as_setting, is_loopback, read_bind, show
+from vcr1_fast.rollout.door import Door, Visitor
 from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.rollout_key import read_or_make_key
 from vcr1_fast.rollout.sgl.messages import HANDSHAKE_S, Channel
 from vcr1_fast.rollout.sgl.process import STOP_WAIT_S, Child, prepare_model_folder
-from vcr1_fast.rollout.sgl.tcp import TcpChannel, TcpListener
+from vcr1_fast.rollout.sgl.tcp import TcpListener
 from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.run.telemetry import console, say
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.learning import SGLangConfig
+from vcr1_fast.types import RunError
 
 POLL_S = 0.25
 MAX_BACKOFF_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Visitor:
-    """A trainer at the door, with the right key and version."""
-
-    channel: TcpChannel
-    trainer: str  # random name of its link
-    peer: str
 
 
 class Station:
@@ -60,13 +52,15 @@ class Station:
         self.failure = ""  # why this station gave up
         self.is_waiting = threading.Event()  # a worker was once ready for a trainer
         self.num_workers = 0  # that became ready, so far
-        self._listener, self._key, self._child, self._order, self._config = listener, key, child, order, config
+        self._child, self._order, self._config = child, order, config
+        self._door = Door(listener, key, self._say)
         self._stopping = threading.Event()
         self._parent: Channel | None = None
         self._num_failures = 0
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
+        self._door.open()
         self._thread.start()
 
     def ask_to_stop(self) -> None:
@@ -81,10 +75,10 @@ class Station:
             while not self._stopping.is_set():
                 self._serve_one()
         except Exception as error:
-            self.failure = str(error) or type(error).__name__
+            self.failure = str(error) if isinstance(error, RunError | OSError) else f"{type(error).__name__}: {error}"
         finally:
             self._end_worker()
-            self._listener.close()
+            self._door.close()
 
     def _serve_one(self) -> None:
         """A worker's life."""
@@ -114,6 +108,8 @@ class Station:
                         self._parent.send("serve", self._order, timeout_s=HANDSHAKE_S)
                 elif select.select([self._parent], [], [], POLL_S)[0]:
                     waiting = self._parent.receive(HANDSHAKE_S)
+                    if waiting.kind == "absent":  # the next one would say the same
+                        raise RunError(str(waiting.fields["reason"]))
                     self.facts = waiting.fields
                     return waiting.kind == "waiting"
             except (OSError, EOFError, ValueError):
@@ -125,7 +121,7 @@ class Station:
         self._end_worker()
         self._num_failures += 1
         if self._num_failures > self._config.max_restarts:
-            raise RuntimeError(
+            raise RunError(
                 f"the worker for {show(self.address)} failed to start {self._num_failures} times in a row "
                 f"(rollout.sglang.max_restarts is {self._config.max_restarts}){words}"
             )
@@ -134,7 +130,7 @@ class Station:
 
     def _first_visitor(self) -> Visitor | None:
         while self._is_alive():
-            visitor = self._admit()
+            visitor = self._door.next_visitor(POLL_S)
             if visitor is not None:
                 return visitor
         return None
@@ -151,7 +147,7 @@ class Station:
     def _guard(self, owner: Visitor) -> None:
         """Until the worker ends. Others are told to come later; its own trainer comes back only if it hangs."""
         while self._is_alive():
-            visitor = self._admit()
+            visitor = self._door.next_visitor(POLL_S)
             if visitor is None:
                 continue
             is_back = visitor.trainer == owner.trainer
@@ -162,30 +158,6 @@ class Station:
             if is_back:
                 self._say(f"trainer {visitor.peer} is back: its last worker hangs, and is ended")
                 return
-
-    def _admit(self) -> Visitor | None:
-        """Who knocks within POLL_S, if it has the key and the version."""
-        try:
-            found = self._listener.accept(self._key, POLL_S)
-        except (OSError, EOFError) as error:
-            self._say(f"turned somebody away: {error}")
-            return None
-        if found is None:
-            return None
-        channel, peer = found
-        try:
-            hello = channel.receive(HANDSHAKE_S)
-            if hello.kind != "hello":
-                raise ValueError(f"it began with {hello.kind!r}, wanted hello")
-            if hello.fields["package"] != __version__:
-                reason = f"vcr1-fast is {__version__} there and {hello.fields['package']} here: install the same one"
-                channel.send("unfit", {"reason": reason}, timeout_s=HANDSHAKE_S)
-                raise ValueError(reason)
-            return Visitor(channel, str(hello.fields["trainer"]), show(peer))
-        except (OSError, EOFError, ValueError, KeyError) as error:
-            self._say(f"sent {show(peer)} away: {error}")
-            channel.close()
-            return None
 
     def _end_worker(self) -> None:
         """At the end of serve in order, if it listens: SGLang then gives its memory and processes back itself."""
@@ -248,7 +220,7 @@ class Server:
             raise
 
     def start(self, timeout_s: float) -> None:
-        """All workers; waits until each waits for a trainer. Raises RuntimeError, with the end of its log, if one does
+        """All workers; waits until each waits for a trainer. Raises RunError, with the end of its log, if one does
         not."""
         for station in self.stations:
             station.start()
@@ -256,14 +228,14 @@ class Server:
         while not all(station.is_waiting.is_set() for station in self.stations):
             self.check()
             if time.monotonic() > deadline:
-                raise RuntimeError(f"a worker was not ready for trainers within {timeout_s:g} s")
+                raise RunError(f"a worker was not ready for trainers within {timeout_s:g} s")
             time.sleep(0.05)
 
     def check(self) -> None:
-        """Raises RuntimeError when a station gave up."""
+        """Raises RunError when a station gave up."""
         for station in self.stations:
             if station.failure:
-                raise RuntimeError(station.failure)
+                raise RunError(station.failure)
 
     def close(self) -> None:
         """End all workers, and wait for that."""
@@ -278,7 +250,7 @@ def serve(config: Config, bind: str = "", logs: str = "", num_workers: int | Non
     """Until Ctrl-C or SIGTERM. `bind`: see `addresses.read_bind`; `logs`: folder, by default below train.output_dir;
     `num_workers`: by default one for each GPU, without GPUs rollout.sglang.num_workers.
 
-    Raises ConfigError for settings that cannot work here, OSError, and RuntimeError when a worker does not start.
+    Raises ConfigError for settings that cannot work here, OSError, and RunError when a worker does not start.
     """
     try:
         address = read_bind(bind or "127.0.0.1")
@@ -289,6 +261,7 @@ def serve(config: Config, bind: str = "", logs: str = "", num_workers: int | Non
     key, place = read_or_make_key(settings.key_file)
     gpus = _gpus(config, num_workers)
     checkpoint = model_folder(config.model.path)
+    read_config(checkpoint)  # its architecture is one that trainers know
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; the workers must not outlive this process
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts it with & switches it off
     server = Server(settings, checkpoint, bind=address, gpus=gpus, key=key, logs=folder)
@@ -318,12 +291,14 @@ def _gpus(config: Config, num_workers: int | None) -> list[int | None]:
     """One entry for each worker: its GPU, or None. Raises ConfigError for more workers than GPUs."""
     import torch
 
+    if num_workers is not None and num_workers < 1:
+        raise ConfigError(f"--workers is {num_workers}, wanted >= 1")
     if config.model.device == "cpu" or not torch.cuda.is_available():
         if config.model.device == "cuda":
             raise ConfigError("model.device is cuda, but torch sees no GPU here")
         return [None] * (num_workers or config.rollout.sglang.num_workers)
     num_gpus = torch.cuda.device_count()
-    if num_workers is not None and not 1 <= num_workers <= num_gpus:
+    if num_workers is not None and num_workers > num_gpus:
         raise ConfigError(f"--workers is {num_workers}, wanted 1 .. {num_gpus}: each needs a GPU of its own")
     return list(range(num_workers or num_gpus))
 

@@ -7,7 +7,6 @@ again: the caller sees only the time (sgl/round.py, sgl/workers.py).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vcr1_fast.learner.families import family_of
+from vcr1_fast.learner.loading import read_config
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
 from vcr1_fast.rollout.private_folder import PrivateFolder
@@ -27,7 +28,7 @@ from vcr1_fast.rollout.sgl.update import ADAPTER_LOADER, CHECK_LOADER
 from vcr1_fast.rollout.sgl.weights import checkpoint_weights
 from vcr1_fast.rollout.sgl.workers import Request, Workers
 from vcr1_fast.settings.learning import SGLangConfig
-from vcr1_fast.types import Completion, FinishReason, Prompt, SamplingParams
+from vcr1_fast.types import Completion, FinishReason, Prompt, RunError, SamplingParams
 
 CPU = torch.device("cpu")
 CPU_ARGS = {  # what runs without a GPU; on one, SGLang chooses
@@ -60,16 +61,16 @@ class SGLangEngine:
         `adapter_scale`: alpha / rank where weights come as matrices and factors of adapters (`WeightSync`'s
         adapters_only), else 0.
 
-        Raises ValueError when the tokenizer does not fit, OSError when the interpreter or folder cannot be used, and
-        RuntimeError, with the end of the worker's log, when SGLang does not start.
+        Raises ConfigError when checkpoint or tokenizer do not fit, OSError when the interpreter or folder cannot be
+        used, and RuntimeError, with the end of the worker's log, when SGLang does not start.
         """
         special = SpecialIds.of(tokenizer)
         self.tokenizer = tokenizer
         self.config = config
         self._checkpoint = checkpoint
         self._stop_ids, self._suppressed_ids = special.stop, special.vision
-        settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-        self._is_tied = bool(settings.get("tie_word_embeddings", False))
+        model = read_config(checkpoint)
+        self._family, self._is_tied = family_of(model), bool(model.tie_word_embeddings)
         self._round: Round | None = None  # the call of generate that is running
         self._private = PrivateFolder("vcr1-sglang-")  # only this user reaches the sockets
         self._folder = self._private.path
@@ -136,9 +137,10 @@ class SGLangEngine:
         do not fit, and RuntimeError when SGLang's model does not hold what was sent; `policy_version` then stays, and
         the next load must be whole.
         """
-        if self._is_tied:  # the head travels as the embedding that it is
-            weights = ((name, value) for name, value in weights if name != "lm_head.weight")
-        self._workers.load(weights, policy_version)
+        named = ((self._family.checkpoint_name(name), value) for name, value in weights)
+        # a tied head travels as the embedding that it is
+        kept = ((name, value) for name, value in named if not (self._is_tied and name == "lm_head.weight"))
+        self._workers.load(kept, policy_version)
 
     def release_memory(self) -> None:
         """Lend the GPU memory of weights, KV cache and CUDA graphs to the learner, if `rollout.sglang.release_memory`.
@@ -197,13 +199,13 @@ class SGLangEngine:
         lengths: list[int] = message.fields["lengths"]
         versions = set(message.fields["policy_versions"])
         if len(lengths) != request.num_completions or versions - {str(self.policy_version)}:
-            raise RuntimeError(
+            raise RunError(
                 f"SGLang gave {len(lengths)} completions by policy {sorted(versions)}, wanted "
                 f"{request.num_completions} by policy {self.policy_version}"
             )
         tokens, logprobs = message.tensors["token_ids"].split(lengths), message.tensors["logprobs"].split(lengths)
         if not all(bool(logprob_R.isfinite().all()) for logprob_R in logprobs):
-            raise RuntimeError("SGLang's log-probs are not finite: the weights have diverged or are broken")
+            raise RunError("SGLang's log-probs are not finite: the weights have diverged or are broken")
         before = request.begun or NOT_BEGUN
         whole = [
             (torch.cat([before.token_ids_R, token_R]), torch.cat([before.logprobs_R, logprob_R]))

@@ -4,7 +4,7 @@
         shard-*.safetensors     trained weights and AdamW moments (torch.distributed.checkpoint, resharded on load)
         rng/rank_00000.safetensors
         answers/rank_00000.safetensors    drawn ahead of the learner, with rollout.max_policy_lag
-        state.json              written last: step, data position, schedule, versions, size of every file
+        state.json              written last: step, data position, schedule, versions, size and CRC-32 of every file
 
 Called by the training loop. A checkpoint is written aside as `step_000010.tmp-<pid>`, flushed, and renamed, so a crash
 at any point leaves only complete checkpoints under their final names. Nothing is pickled: all files are safetensors or
@@ -13,11 +13,9 @@ JSON, so a checkpoint from somebody else cannot run code. Frozen weights are not
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
-import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,27 +40,25 @@ from vcr1_fast.learner.sharding import (
     World,
     all_max_int,
     barrier,
+    gather_all,
     named_weights,
     on_all_ranks,
     on_main_rank,
 )
-from vcr1_fast.run.folder import CHECKPOINTS_FOLDER, prepare_output_dir, replace_folder
+from vcr1_fast.run.checkpoint_files import (
+    CHECKPOINTS_FOLDER,
+    DamagedError,
+    crc32_of_files,
+    read_state,
+    scan,
+    shard_files,
+    write_state,
+)
+from vcr1_fast.run.folder import replace_folder
 from vcr1_fast.run.random_state import rng_state, set_rng_state
 from vcr1_fast.settings.config import ConfigError
 
-__all__ = [
-    "RunState",
-    "latest_checkpoint",
-    "load_checkpoint",
-    "prepare_output_dir",
-    "resolve_resume",
-    "save_checkpoint",
-]
-
 _LOG = logging.getLogger(__name__)
-_FORMAT = 1  # of state.json and the tensor names; raise it with every change that old code cannot read
-_STATE = "state.json"
-_STEP_NAME = re.compile(r"step_\d{6,}")
 _MAX_FILE_BYTES = 2 << 30  # the writer holds one file in memory: a 7B run's 84 GB of state need 2 GiB beside it
 
 
@@ -80,87 +76,11 @@ class RunState:
     program: str = "train"  # the command that made it, train or sft
     task_scale: Mapping[str, Sequence[float]] = field(default_factory=dict)  # advantages.TaskScale.moments
     pending: Sequence[Mapping[str, Any]] = field(default_factory=list)  # steps drawn ahead, see RolloutQueue.pending
+    before: Mapping[str, Any] = field(default_factory=dict)  # held-out scores before the first step, scores_as_dict
     again: Mapping[str, Sequence[int]] = field(default_factory=dict)  # examples without a score, PromptStream.again
     failed_steps: Mapping[str, int] = field(default_factory=dict)  # Collector.failed_steps
     has_signal: bool = True  # whether any update so far had a gradient that is not 0; True where it was not noted
     answers: Mapping[str, Tensor] = field(default_factory=dict)  # this rank's part of them; in a file of its own
-
-
-# ---- finding checkpoints -------------------------------------------------------------------------------------------
-
-
-def latest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The complete checkpoint that was saved last, or None. Damaged ones are passed over with a warning.
-
-    Last saved, not highest step: after a resume from an older step, the new branch counts.
-    """
-    found = _complete_checkpoints(Path(output_dir))
-    return found[-1] if found else None
-
-
-def resolve_resume(resume: str, output_dir: str | Path) -> Path | None:
-    """What `train.resume` means: the checkpoint to load, or None to start anew.
-
-    auto: the latest in output_dir, if any. never: None. Else the path of one checkpoint.
-    Raises ConfigError for `never` with checkpoints present, and for a path that is not a complete checkpoint.
-    """
-    if resume == "auto":
-        return latest_checkpoint(output_dir)
-    if resume == "never":
-        latest = latest_checkpoint(output_dir)
-        if latest is not None:
-            raise ConfigError(
-                f"train.resume is never, but {latest.parent} holds checkpoints (latest: {latest.name}): "
-                "choose another train.output_dir, delete that folder, or set train.resume=auto"
-            )
-        return None
-    path = Path(resume)
-    problem = _problem(path)
-    if problem is not None:
-        raise ConfigError(
-            f"train.resume is {resume}, which is not a complete checkpoint ({problem}): "
-            f"wanted a folder such as {Path(output_dir) / CHECKPOINTS_FOLDER / 'step_000010'}, auto, or never"
-        )
-    return path
-
-
-def _problem(checkpoint: Path) -> str | None:
-    """Why a folder is not a complete checkpoint, or None."""
-    try:
-        state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-        if state["format"] != _FORMAT:
-            return f"format {state['format']}, wanted {_FORMAT}"
-        for name, num_bytes in state["files"].items():
-            if (checkpoint / name).stat().st_size != num_bytes:
-                return f"{name} has {(checkpoint / name).stat().st_size} bytes, wanted {num_bytes}"
-    except FileNotFoundError as error:
-        return f"no file {Path(error.filename).name}"
-    except OSError as error:
-        return f"{error.strerror}: {error.filename}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{_STATE} is damaged: {type(error).__name__} {error}"
-    return None
-
-
-def _complete_checkpoints(output_dir: Path) -> list[Path]:
-    """In the order in which they were saved."""
-    found: list[tuple[int, Path]] = []
-    for path in sorted((output_dir / CHECKPOINTS_FOLDER).glob("step_*")):
-        if not _STEP_NAME.fullmatch(path.name):
-            continue
-        problem = _problem(path)
-        if problem is None:
-            found.append((_read_state(path)["save_index"], path))
-        else:
-            _LOG.warning("passing over checkpoint %s: %s", path, problem)
-    return [path for _, path in sorted(found)]
-
-
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-
-
-# ---- saving and loading --------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -181,25 +101,27 @@ def save_checkpoint(
     final = parent / f"step_{state.step:06d}"
     pid = all_max_int(os.getpid() if world.is_main else 0, world)
     aside = parent / f"{final.name}.tmp-{pid}"
-    earlier = _complete_checkpoints(parent.parent) if world.is_main else []
-    document = {
-        "format": _FORMAT,
-        **asdict(replace(state, answers={})),
-        "save_index": 1 + max((_read_state(path)["save_index"] for path in earlier), default=0),
+    document = asdict(replace(state, answers={})) | {
         "num_updates": schedule.last_epoch,
         "world_size": world.world_size,
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("vcr1-fast", "torch", "transformers")},
+        "versions": installed_versions(),
     }
     try:
         on_main_rank("making the checkpoint folder", lambda: _make_folders(aside), world)
         _save_tensors(aside, _tensors(policy, optimizer), world)
-        rng_path = aside / "rng" / f"rank_{world.rank:05d}.safetensors"
-        on_all_ranks("saving the random state", lambda: save_file(rng_state(), rng_path), world)
-        if state.pending:
-            path = _answers_path(aside, world)
-            on_all_ranks("saving answers drawn ahead", lambda: save_file(dict(state.answers), path), world)
-        on_main_rank("publishing the checkpoint", lambda: _publish(aside, final, document), world)
+        mine: dict[str, str] = {}  # of this rank: name of a file -> CRC-32
+
+        def save_rest() -> None:
+            own = {_rng_name(world): rng_state()} | (
+                {_answers_name(world): dict(state.answers)} if state.pending else {}
+            )
+            for name, tensors in own.items():
+                save_file(tensors, aside / name)
+            mine.update(crc32_of_files(aside, [*shard_files(aside, world.rank), *own]))
+
+        on_all_ranks("saving the random state and answers, and reading all files back", save_rest, world)
+        crc32 = {name: crc for part in gather_all(mine, world) for name, crc in part.items()}
+        on_main_rank("publishing the checkpoint", lambda: _publish(aside, final, document, crc32), world)
     except Exception:
         if world.is_main:  # a full disk must not stay full
             shutil.rmtree(aside, ignore_errors=True)
@@ -222,13 +144,16 @@ def load_checkpoint(
     The number of ranks may differ from that at saving; ranks beyond the saved ones keep the random state they have.
     The learning rate follows from the number of updates done and the schedule given here. Without an optimizer only
     the weights are loaded, and the random state is left alone.
-    Raises ConfigError when the checkpoint is not complete or is of a model with other weights.
+    Contents are not compared with their CRC-32 again: `resolve_resume` does. Raises ConfigError when the checkpoint is
+    not complete or is of a model with other weights.
     """
     checkpoint = Path(checkpoint)
-    problem = _problem(checkpoint)
-    if problem is not None:
-        raise ConfigError(f"{checkpoint} is not a complete checkpoint ({problem}): give another, or train.resume=auto")
-    document = _read_state(checkpoint)
+    try:
+        document = read_state(checkpoint)
+    except DamagedError as error:
+        raise ConfigError(
+            f"{checkpoint} is not a complete checkpoint ({error}): give another, or train.resume=auto"
+        ) from None
     reader = HuggingFaceStorageReader(str(checkpoint))
     entries = reader.read_metadata().state_dict_metadata
     saved = {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
@@ -245,13 +170,13 @@ def load_checkpoint(
         dcp_load(wanted, storage_reader=reader, no_dist=world.world_size == 1)
     if schedule is not None:
         _set_num_updates(schedule, document["num_updates"])
-    rng_path = checkpoint / "rng" / f"rank_{world.rank:05d}.safetensors"
+    rng_path = checkpoint / _rng_name(world)
     if optimizer is not None and rng_path.exists():
         set_rng_state(load_file(rng_path))
     known = {f.name for f in fields(RunState)} & set(document)  # an older checkpoint may lack a field
     state = RunState(**{name: document[name] for name in known})
     if state.pending and document["world_size"] == world.world_size:  # else each rank has other prompts
-        state = replace(state, answers=load_file(_answers_path(checkpoint, world)))
+        state = replace(state, answers=load_file(checkpoint / _answers_name(world)))
     return state
 
 
@@ -260,8 +185,18 @@ def _make_folders(aside: Path) -> None:
         (aside / name).mkdir(parents=True)
 
 
-def _answers_path(checkpoint: Path, world: World) -> Path:
-    return checkpoint / "answers" / f"rank_{world.rank:05d}.safetensors"
+def installed_versions() -> dict[str, str]:
+    """Of what a run's numbers depend on."""
+    packages = ("vcr1-fast", "torch", "transformers")
+    return {"python": platform.python_version()} | {package: version(package) for package in packages}
+
+
+def _rng_name(world: World) -> str:
+    return f"rng/rank_{world.rank:05d}.safetensors"
+
+
+def _answers_name(world: World) -> str:
+    return f"answers/rank_{world.rank:05d}.safetensors"
 
 
 def _tensors(policy: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
@@ -335,16 +270,17 @@ def _dcp_errors(action: str, folder: Path) -> Iterator[None]:
         raise OSError(f"cannot {action} checkpoint {folder}: {reasons}") from error
 
 
-def _publish(aside: Path, final: Path, document: dict[str, Any]) -> None:
+def _publish(aside: Path, final: Path, document: dict[str, Any], crc32: dict[str, str]) -> None:
     """Complete the folder `aside` with state.json, flush it, and give it its final name."""
-    files = {str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*.safetensors"))}
-    (aside / _STATE).write_text(json.dumps(document | {"files": files}, indent=2) + "\n", encoding="utf-8")
+    earlier = scan(final.parent.parent)[0]
+    save_index = 1 + max((read_state(path)["save_index"] for path in earlier), default=0)
+    write_state(aside, document | {"save_index": save_index}, crc32)
     replace_folder(aside, final)
 
 
 def _prune(output_dir: Path, keep: int) -> None:
     """Delete all but the `keep` >= 1 checkpoints saved last. A folder that cannot be deleted is only warned about."""
-    for path in _complete_checkpoints(output_dir)[: -max(1, keep)]:
+    for path in scan(output_dir)[0][: -max(1, keep)]:
         try:
             # Renamed first: a deletion that is cut short must not leave a folder that looks like a checkpoint.
             doomed = path.with_name(f"{path.name}.tmp-old-{os.getpid()}")

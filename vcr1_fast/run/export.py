@@ -1,112 +1,128 @@
-"""The trained policy -> a folder that Hugging Face's `from_pretrained` loads, and its adapter as PEFT reads it."""
+"""The trained policy -> a folder that Hugging Face's `from_pretrained` loads, and its adapter as PEFT reads it.
+
+Training changes weights and nothing else, so all other files are those of the starting model, byte for byte but for the
+dtype in config.json, and weights have the names of the published checkpoints: what could read the starting model, of
+whatever release, reads the trained one. Those files are read and tried when a run starts, not at its end.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vcr1_fast.learner.families import family_of
+from vcr1_fast.learner.families.family import ModelFamily
 from vcr1_fast.learner.gathering import Part, plan_buckets, whole_weights
-from vcr1_fast.learner.lora import adapter_factors, merged_parts, parts_of, scale_of, split_weights
+from vcr1_fast.learner.lora import adapter_factors, merged_parts, parts_of, scale_of, split_weights, targets_of
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World, on_all_ranks
 from vcr1_fast.run.folder import replace_folder
-from vcr1_fast.run.model_folder import weight_files
+from vcr1_fast.run.model_folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, settings_files, stored_weights
 from vcr1_fast.settings.config import LoRAConfig
 
 FILE_BYTES = 4 << 30  # of weights in one file, and in the host memory of rank 0 at once: 4 files for 7B in bfloat16
-_EXTRA_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json")
+ADAPTER_CONFIG = "adapter_config.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
+_SAID_DTYPE = re.compile(rb'("(?:torch_)?dtype"\s*:\s*)(?:"[^"]*"|null)')
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """An export but for its weights."""
+
+    folder: Path
+    files: Mapping[str, bytes]  # by name
+    dtype: torch.dtype  # of floating weights
+
+
+def plan_export(
+    source: Path, folder: Path, dtype: torch.dtype | None = None, further: Mapping[str, bytes] | None = None
+) -> ExportPlan:
+    """What a run from the model in `source` will put into `folder`; `source` is not read again.
+
+    dtype: None is that of the starting weights. further: files beside those of the starting model.
+    Raises ConfigError as `settings_files` and `stored_weights` do, and OSError.
+    """
+    dtype = dtype or stored_dtype(source)
+    files = {path.name: path.read_bytes() for path in settings_files(source)}
+    files[CONFIG_FILE] = with_dtype(files[CONFIG_FILE], dtype)
+    return ExportPlan(folder.absolute(), {**files, **(further or {})}, dtype)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Of the floating-point weights in a model's folder: that of most numbers."""
     counts: Counter[str] = Counter()
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                entry = file.get_slice(name)
-                counts[entry.get_dtype()] += prod(entry.get_shape())
+    for weight in stored_weights(folder).values():
+        counts[weight.dtype] += prod(weight.shape)
     known = [dtype for dtype, _ in counts.most_common() if dtype in _DTYPES]
     return _DTYPES[known[0]] if known else torch.float32
 
 
-def export_hugging_face(
-    policy: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-    world: World = SINGLE_PROCESS,
-    *,
-    dtype: torch.dtype | None = None,
-    source: str | Path | None = None,
-) -> Path:
-    """Write `policy.hf` as a folder that `from_pretrained` loads: safetensors, config, generation config, tokenizer.
+def with_dtype(config_json: bytes, dtype: torch.dtype) -> bytes:
+    """A config.json that says `dtype` where it said another, in its sections as well; its other bytes stay."""
+    name = str(dtype).removeprefix("torch.").encode()
+    changed = _SAID_DTYPE.sub(rb'\1"' + name + rb'"', config_json)
+    if {"dtype", "torch_dtype"} & json.loads(changed).keys():
+        return changed
+    return changed.replace(b"{", b'{\n  "torch_dtype": "' + name + b'",', 1)  # the older key, which all releases read
 
-    dtype: of the weights on disk; None keeps the float32 masters (bfloat16 halves the folder). source: folder of the
-    starting model, whose image and video processor settings are copied when there are any. Adapters are added to the
-    matrices they belong to. A collective: call on all ranks; weights are gathered as gathering.py says, and rank 0
-    holds those of one file in host memory. The folder appears whole or not at all; an earlier export there is replaced.
-    Raises OSError when it cannot be written or is something else.
+
+def try_export(folder: Path, marker: str, files: Mapping[str, bytes]) -> None:
+    """Write these files beside `folder` and delete them again.
+
+    Raises OSError when they cannot be written, or when `folder` is something else: it exists without the file `marker`.
     """
-    final = Path(folder).absolute()
+    with _aside(folder, marker) as aside:
+        _write_files(aside, files)
+
+
+def export_hugging_face(policy: nn.Module, plan: ExportPlan, world: World = SINGLE_PROCESS) -> Path:
+    """Write `policy.hf` as the folder that `plan` says, its adapters added to the matrices they belong to.
+
+    A collective: call on all ranks; weights are gathered as gathering.py says, and rank 0 holds those of one file in
+    host memory. The folder appears whole or not at all; an earlier export there is replaced. Raises OSError when it
+    cannot be written or is something else.
+    """
     hf = policy.get_submodule("hf")
-    assert isinstance(hf, PreTrainedModel), f"policy.hf is {type(hf).__name__}, wanted a Hugging Face model"
-    parts = merged_parts(*split_weights(hf), scale_of(hf), dtype)
+    family = family_of(hf.config)
+    parts = merged_parts(*split_weights(hf), scale_of(hf), plan.dtype)
 
     def fill(aside: Path, weights: Iterator[tuple[str, Tensor]]) -> None:
-        _save_weights(hf, aside, weights, parts)
-        if dtype is not None:
-            _say_dtype(aside / "config.json", dtype)
-        tokenizer.save_pretrained(str(aside))
-        extra = [Path(source) / name for name in _EXTRA_FILES] if source is not None else []
-        for path in extra:
-            if path.is_file():
-                shutil.copy2(path, aside / path.name)
+        _write_files(aside, plan.files)
+        _save_weights(aside, weights, parts, family)
 
-    _publish_gathered("exporting the model", parts, final, "config.json", fill, world)
-    return final
-
-
-def _say_dtype(path: Path, dtype: torch.dtype) -> None:
-    """In config.json, where the masters' stands; in those of its sections that have one, too."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    sections = [section for section in config.values() if isinstance(section, dict) and "dtype" in section]
-    for section in (config, *sections):
-        section["dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(path, config)
+    _publish_gathered("exporting the model", parts, plan.folder, CONFIG_FILE, fill, world)
+    return plan.folder
 
 
 def _save_weights(
-    hf: PreTrainedModel, aside: Path, weights: Iterator[tuple[str, Tensor]], parts: Sequence[Part]
+    aside: Path, weights: Iterator[tuple[str, Tensor]], parts: Sequence[Part], family: ModelFamily
 ) -> None:
-    """Config and weights into `aside`, by `save_pretrained` file for file; with several files their index, too."""
+    """Weights into `aside`, file for file; with several files their index, too."""
     sizes = [part.weight.numel() * part.dtype.itemsize for part in parts]
     files = plan_buckets(sizes, FILE_BYTES)
     home: dict[str, str] = {}  # name -> file
     for number, members in enumerate(files, start=1):
-        hf.save_pretrained(aside, state_dict={n: v.to("cpu", copy=True) for n, v in islice(weights, len(members))})
-        if len(files) == 1:
-            return
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        with safe_open(aside / "model.safetensors", "pt") as file:
-            home |= dict.fromkeys(file.keys(), name)  # as the published checkpoints have them
-        # save_pretrained deletes what it takes for another save's files, so they get their names at the end
-        os.rename(aside / "model.safetensors", aside / f"done-{name}")
-    for name in set(home.values()):
-        os.rename(aside / f"done-{name}", aside / name)
-    metadata = {"total_size": sum(sizes), "total_parameters": sum(part.weight.numel() for part in parts)}
-    index = {"metadata": metadata, "weight_map": dict(sorted(home.items()))}
-    _write_json(aside / "model.safetensors.index.json", index)
+        file = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        taken = islice(weights, len(members))
+        whole = {family.checkpoint_name(name): value.to("cpu", copy=True).contiguous() for name, value in taken}
+        save_file(whole, aside / file, {"format": "pt"})
+        home |= dict.fromkeys(whole, file)
+    if len(files) > 1:
+        metadata = {"total_size": sum(sizes), "total_parameters": sum(part.weight.numel() for part in parts)}
+        _write_json(aside / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(home.items()))})
 
 
 def export_adapter(
@@ -118,6 +134,8 @@ def export_adapter(
     is replaced. Raises OSError when it cannot be written or is something else.
     """
     final = Path(folder).absolute()
+    hf = policy.get_submodule("hf")
+    family = family_of(hf.config)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -125,7 +143,7 @@ def export_adapter(
         "r": config.rank,
         "lora_alpha": config.alpha,
         # a pattern, because the vision tower's MLP has matrices of the same names
-        "target_modules": rf".*language_model\.layers\.\d+\..*\.({'|'.join(config.targets)})",
+        "target_modules": rf".*{re.escape(family.layers_name)}\.\d+\..*\.({'|'.join(targets_of(config, family))})",
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
@@ -134,10 +152,10 @@ def export_adapter(
     def fill(aside: Path, factors: Iterator[tuple[str, Tensor]]) -> None:
         whole = {f"base_model.model.{name}.weight": value.to("cpu", copy=True) for name, value in factors}
         save_file(whole, aside / "adapter_model.safetensors", {"format": "pt"})
-        _write_json(aside / "adapter_config.json", settings)
+        _write_json(aside / ADAPTER_CONFIG, settings)
 
-    parts = parts_of(adapter_factors(policy.get_submodule("hf")))
-    _publish_gathered("exporting the adapter", parts, final, "adapter_config.json", fill, world)
+    parts = parts_of(adapter_factors(hf))
+    _publish_gathered("exporting the adapter", parts, final, ADAPTER_CONFIG, fill, world)
     return final
 
 
@@ -166,15 +184,27 @@ def _publish_gathered(
 
 def _publish(final: Path, marker: str, fill: Callable[[Path], None]) -> None:
     """Have `fill` write a folder, which then appears whole; it replaces one that holds the file `marker`."""
+    with _aside(final, marker) as aside:
+        fill(aside)
+        replace_folder(aside, final)
+
+
+@contextmanager
+def _aside(final: Path, marker: str) -> Iterator[Path]:
+    """A new folder beside `final`, which goes with what is still in it. Raises OSError as `try_export` does."""
     if final.exists() and not (final / marker).is_file():
         raise FileExistsError(f"cannot export to {final}: it exists and has no {marker}; choose another path")
     aside = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     aside.mkdir(parents=True)
     try:
-        fill(aside)
-        replace_folder(aside, final)
+        yield aside
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

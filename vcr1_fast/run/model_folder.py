@@ -1,4 +1,8 @@
-"""Where the checkpoint of `model.path` lies, and what its files hold. Imports neither torch nor transformers."""
+"""Where the checkpoint of `model.path` lies, and what its files hold. Imports neither torch nor transformers.
+
+Two lists say which files a model consists of, whatever else lies in its folder: `weight_files` and `settings_files`.
+What is loaded, hashed, exported or handed to another engine is what they name, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,21 @@ import json
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from vcr1_fast.settings.error import ConfigError
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-# transformers 5 names the parts of the model by its modules, the published checkpoints and SGLang by these.
-RENAMED = {"model.visual.": "visual.", "model.language_model.": "model."}
+CONFIG_FILE = "config.json"
+SETTINGS_FILES = (  # beside the weights: what model, tokenizer, processor and generation are read from
+    *(CONFIG_FILE, "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+)
+_LFS_POINTER = b"version https://git-lfs"
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file
 
 
@@ -36,12 +47,48 @@ def model_folder(path: str) -> Path:
         with as_file(files("vcr1_fast.tiny")) as folder:
             return Path(folder)
     folder = Path(path).expanduser()
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(
-            f"model.path is {path!r}, but {folder / 'config.json'} does not exist: give the folder of a Hugging Face "
-            "Qwen2.5-VL checkpoint, or `tiny`"
+            f"model.path is {path!r}, but {folder / CONFIG_FILE} does not exist: give the folder of a Hugging Face "
+            "checkpoint, or `tiny`"
         )
     return folder
+
+
+def settings_files(folder: Path) -> list[Path]:
+    """Those of `SETTINGS_FILES` that the folder has. Raises ConfigError for one that cannot be read or is damaged."""
+    found = [folder / name for name in SETTINGS_FILES if (folder / name).exists()]
+    for path in found:
+        if path.suffix == ".json":
+            read_json(path)
+        else:
+            _require_content(path)
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint that holds a JSON object. Raises ConfigError."""
+    try:
+        _require_content(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        problem = f"a JSON {type(content).__name__}, wanted an object"
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        problem = str(error)
+    raise ConfigError(f"{path} is damaged ({problem}): download it again")
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Raises ConfigError when the folder has no tokenizer."""
+    has = {name: (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")}
+    if not (has["tokenizer.json"] or (has["vocab.json"] and has["merges.txt"])):
+        raise ConfigError(
+            f"{folder} has no tokenizer, wanted tokenizer.json, or vocab.json and merges.txt: copy the files of the "
+            "tokenizer there from the checkpoint that the model was made of"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -77,6 +124,7 @@ def stored_weights(folder: Path) -> dict[str, StoredWeight]:
     found: dict[str, StoredWeight] = {}
     for path in weight_files(folder):
         try:
+            _require_content(path)
             with safe_open(path, "np") as file:  # pyright: ignore[reportPrivateImportUsage]
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     if name in found:
@@ -87,7 +135,7 @@ def stored_weights(folder: Path) -> dict[str, StoredWeight]:
                     head = file.get_slice(name)
                     found[name] = StoredWeight(path, tuple(head.get_shape()), str(head.get_dtype()))
         except SafetensorError as error:
-            raise ConfigError(f"{path} is damaged ({error}): download it again") from error
+            raise ConfigError(f"{path} is damaged ({error}): download it again") from None
     if (folder / INDEX_FILE).is_file():
         index = _index(folder)
         other = [name for name in {**index, **found} if name not in found or index.get(name) != found[name].file.name]
@@ -99,30 +147,13 @@ def stored_weights(folder: Path) -> dict[str, StoredWeight]:
     return found
 
 
-def module_name(name: str) -> str:
-    """A weight's name in the model's state dict, from its name in a checkpoint, old or new."""
-    if name.startswith(tuple(RENAMED)):
-        return name
-    for new, old in RENAMED.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
-
-
-def checkpoint_name(name: str) -> str:
-    """A weight's name in the published checkpoints, from its name in the model's state dict (or that name itself)."""
-    for new, old in RENAMED.items():
-        if name.startswith(new):
-            return old + name.removeprefix(new)
-    return name
-
-
 def model_digest(folder: Path) -> str:
-    """Tells one checkpoint from another: names, sizes and evenly spread samples of its weight files.
+    """Tells one checkpoint from another: names, sizes and evenly spread samples of its weight files, and config.json.
 
     Two fine-tunings of a model differ nearly everywhere, so 256 KiB of each file are enough, and 16 GB are not read.
     """
     digest = hashlib.blake2b(digest_size=16)
+    digest.update((folder / CONFIG_FILE).read_bytes())
     for path in weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
@@ -136,11 +167,10 @@ def model_digest(folder: Path) -> str:
 def _index(folder: Path) -> dict[str, str]:
     """Weight -> name of its file."""
     path = folder / INDEX_FILE
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        index = {str(weight): str(name) for weight, name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged ({type(error).__name__} {error}): download it again") from error
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ConfigError(f"{path} is damaged (its weight_map is {weight_map!r}): download it again")
+    index = {str(weight): str(name) for weight, name in weight_map.items()}
     outside = [name for name in index.values() if Path(name).name != name or not name.endswith(".safetensors")]
     if outside or not index:
         raise ConfigError(
@@ -148,6 +178,19 @@ def _index(folder: Path) -> dict[str, str]:
             "again"
         )
     return index
+
+
+def _require_content(path: Path) -> None:
+    """Raises ConfigError for a file that is not there, cannot be read, or is Git LFS's note of where its content is."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): download it, or allow it to be read") from None
+    if start == _LFS_POINTER:
+        raise ConfigError(
+            f"{path} is a Git LFS pointer and not the file itself: run `git lfs pull` in {path.parent}, or download it"
+        )
 
 
 def _some(names: list[str]) -> str:

@@ -16,6 +16,8 @@ import torch
 from vcr1_fast import __version__, native
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.kernel_proof import choose_kernels
+from vcr1_fast.learner.loading import check_weights, read_config
+from vcr1_fast.learner.memory_sums import check_memory
 from vcr1_fast.learner.model import load_hugging_face, load_tokenizer, resolve_dtype
 from vcr1_fast.learner.sharding import World, init_distributed, on_main_rank, shutdown
 from vcr1_fast.learner.step import Learner
@@ -26,10 +28,18 @@ from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run import exit_codes
-from vcr1_fast.run.checkpoint import RunState, load_checkpoint, resolve_resume, save_checkpoint
-from vcr1_fast.run.export import export_adapter, export_hugging_face, stored_dtype
+from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
+from vcr1_fast.run.checkpoint_files import resolve_resume
+from vcr1_fast.run.export import (
+    ADAPTER_CONFIG,
+    ExportPlan,
+    export_adapter,
+    export_hugging_face,
+    plan_export,
+    try_export,
+)
 from vcr1_fast.run.folder import prepare_output_dir
-from vcr1_fast.run.model_folder import model_digest, model_folder
+from vcr1_fast.run.model_folder import CONFIG_FILE, model_digest, model_folder
 from vcr1_fast.run.telemetry import say
 from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.checks import RunCommand, check_settings
@@ -61,6 +71,7 @@ class Run:
     builder: PromptBuilder
     quarantine: Quarantine
     kernels: KernelChoice
+    export: ExportPlan | None  # of a command that exports
 
     def train_stream(self, *, needs_target: bool = False) -> PromptStream:
         self.source.loader.start()  # as in open_engine
@@ -77,6 +88,7 @@ class Run:
         dtype = resolve_dtype(self.config.model, self.world.device)
         rollout = self.config.rollout
         if rollout.engine == "sglang":
+            check_weights(model_folder(self.config.model.path))  # SGLang passes over names that it does not know
             return SGLangEngine(
                 model_folder(self.config.model.path),
                 self.builder.tokenizer,
@@ -158,17 +170,24 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
     world, writes = init_distributed(config.model.device), command != "eval"
     try:
         check_settings(config, command, world.world_size)
+        if command == "train" and world.device.type == "cuda":
+            memory_gb = torch.cuda.get_device_properties(world.device).total_memory / 1e9
+            check_memory(config, world.world_size, memory_gb)
+        read_config(model_folder(config.model.path))
+        tokenizer = load_tokenizer(config.model.path)
         folder = prepare_output_dir(config.train.output_dir, world) if writes else Path(config.train.output_dir)
         torch.manual_seed(config.train.seed)
         choose_half(world)
         tasks = make_tasks(config.task, judge=config.judge)
         proof = choose_kernels(config, world)
         with contextlib.closing(open_source(config, world.device, proof.choice)) as source:
-            builder = PromptBuilder(load_tokenizer(config.model.path), tasks, source, prefetch=source.prefetch)
+            builder = PromptBuilder(tokenizer, tasks, source, prefetch=source.prefetch)
             if writes and world.is_main:
                 (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
             quarantine = open_quarantine(config, folder if writes else None)
-            run = Run(config, world, folder, tasks, source, builder, quarantine, proof.choice)
+            has_export = command == "sft" or (command == "train" and config.checkpoint.export)
+            export = planned_export(config, folder, source.name, world) if has_export else None
+            run = Run(config, world, folder, tasks, source, builder, quarantine, proof.choice, export)
             say("\n".join([run.describe(), *proof.lines(), *filter(None, [quarantine.describe()])]))
             yield run
     finally:
@@ -216,7 +235,7 @@ def load_state(run: Run, learner: Learner, program: str) -> RunState:
     Raises ConfigError when it is of another program (`train` or `sft`), was read by another video reader, or belongs to
     other frozen weights.
     """
-    checkpoint = resolve_resume(run.config.train.resume, run.folder)
+    checkpoint = resolve_resume(run.config.train.resume, run.folder, run.world)
     if checkpoint is None:
         return run.state(step=0, position=0, num_tokens=0, policy_version=0, program=program)
     state = load_checkpoint(checkpoint, learner.policy, learner.optimizer, learner.schedule, run.world)
@@ -287,15 +306,28 @@ def open_weight_sync(run: Run, learner: Learner, engine: RolloutEngine, policy_v
     )
 
 
+def planned_export(config: Config, folder: Path, reader: str, world: World) -> ExportPlan:
+    """Everything but the weights, tried now: after days of training is too late to hear that it cannot be written."""
+    wanted, source = config.checkpoint.export_dtype, model_folder(config.model.path)
+    record = json.dumps({"vcr1_fast": __version__, "reader": reader}) + "\n"
+    dtype = None if wanted == "auto" else getattr(torch, wanted)
+    plan = plan_export(source, folder / "model", dtype, {TRAINED_WITH: record.encode()})
+
+    def try_all() -> None:
+        try_export(plan.folder, CONFIG_FILE, plan.files)
+        if config.model.lora.rank:
+            try_export(folder / "adapter", ADAPTER_CONFIG, {})
+
+    on_main_rank("trying the export", try_all, world)
+    return plan
+
+
 def export_model(run: Run, learner: Learner) -> Path:
     """Write the policy as a Hugging Face folder below the run's own, and its adapter beside it. A collective."""
-    folder, source = run.folder / "model", model_folder(run.config.model.path)
-    lora, wanted = run.config.model.lora, run.config.checkpoint.export_dtype
-    dtype = stored_dtype(source) if wanted == "auto" else getattr(torch, wanted)
-    export_hugging_face(learner.policy, run.builder.tokenizer, folder, run.world, dtype=dtype, source=source)
-    record = json.dumps({"vcr1_fast": __version__, "reader": run.source.name})
-    on_main_rank("saying what trained it", lambda: (folder / TRAINED_WITH).write_text(record + "\n"), run.world)
+    assert run.export is not None, "of a command that exports"
+    folder = export_hugging_face(learner.policy, run.export, run.world)
     say(f"Hugging Face model: {folder}")
+    lora = run.config.model.lora
     if lora.rank:
         adapter = export_adapter(learner.policy, run.folder / "adapter", lora, run.config.model.path, run.world)
         say(f"adapter for PEFT: {adapter}")

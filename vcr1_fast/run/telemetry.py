@@ -18,15 +18,15 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vcr1_fast.run.terminal import console as console
 
 T = TypeVar("T")
 
 SECONDS_BETWEEN_PROGRESS_LINES = 10.0  # where stdout is a file: a log of a night stays readable
 BETWEEN_STEPS = ("eval", "checkpoint")  # spans that no step's own time or tokens/s should pay for
 
-console = Console()  # one for bars and lines, so that a line printed during a bar does not tear it
 _bar_is_live = False
 
 
@@ -38,8 +38,19 @@ def is_main_rank() -> bool:
 def say(message: str) -> None:
     """One plain line on stdout, from rank 0 alone, never wrapped."""
     if is_main_rank():
-        console.print(message, soft_wrap=True, highlight=False, markup=False)
-        sys.stdout.flush()
+        try:
+            console.print(message, soft_wrap=True, highlight=False, markup=False)
+            sys.stdout.flush()
+        except OSError as error:  # the terminal, or what reads the pipe, is gone: that ends no run
+            silence(1)
+            print(f"nobody reads stdout any more ({error.strerror}); the run goes on", file=sys.stderr, flush=True)
+
+
+def silence(descriptor: int) -> None:
+    """What is written to it from now on goes nowhere and raises nothing."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def to_json(value: object) -> str:
@@ -70,13 +81,14 @@ class Telemetry:
 
     `resume_step` is the last step of the checkpoint that the run goes on from (0: a new run). What an earlier process
     wrote about later steps is dropped, so a killed run has no step twice. Raises OSError when `output_dir` cannot be
-    written.
+    written; what fails later is warned about once.
     """
 
     def __init__(self, output_dir: str | Path, rank: int = 0, resume_step: int = 0) -> None:
         self.is_writing = rank == 0
         self._span_s: dict[str, float] = defaultdict(float)
         self._step_began = time.perf_counter()
+        self._failed: set[str] = set()
         if not self.is_writing:
             return
         from torch.utils.tensorboard import SummaryWriter  # 3 s, so not at import
@@ -128,17 +140,31 @@ class Telemetry:
     def _write(self, step: int, record: Mapping[str, float]) -> None:
         if not self.is_writing:
             return
-        self._jsonl.write(to_json({"step": step, **record}) + "\n")
-        self._jsonl.flush()  # a killed process loses no finished step
-        for name, value in record.items():
-            if math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, step)
+        with self.forgiven("metrics.jsonl"):
+            self._jsonl.write(to_json({"step": step, **record}) + "\n")
+            self._jsonl.flush()  # a killed process loses no finished step
+        with self.forgiven("tensorboard", Exception):  # it raises here what its own thread met
+            for name, value in record.items():
+                if math.isfinite(value):
+                    self._tensorboard.add_scalar(name, value, step)
+
+    @contextmanager
+    def forgiven(self, name: str, kind: type[Exception] = OSError) -> Iterator[None]:
+        """What the block cannot write is warned about once: a full disk may be empty again at the next checkpoint."""
+        try:
+            yield
+        except kind as error:
+            if name not in self._failed:
+                self._failed.add(name)
+                print(f"cannot write {name} ({error}); the run goes on without it", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Flushes and closes the files."""
         if self.is_writing:
-            self._jsonl.close()
-            self._tensorboard.close()
+            with self.forgiven("metrics.jsonl"):
+                self._jsonl.close()
+            with self.forgiven("tensorboard", Exception):
+                self._tensorboard.close()
 
 
 def keep_steps_up_to(path: Path, step: int) -> None:
@@ -188,6 +214,7 @@ def step_line(step: int, num_steps: int, record: Mapping[str, float]) -> str:
         *([("reward failures", "reward_failures", ".0f")] if record.get("reward_failures") else []),
     )
     learned = shown(
+        *([("skipped updates", "skipped_updates", ".0f")] if record.get("skipped_updates") else []),
         ("loss", "loss", ".4f"),
         ("kl", "kl", ".2g"),
         ("entropy", "entropy", ".2f"),

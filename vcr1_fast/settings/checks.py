@@ -82,9 +82,9 @@ def _check_groups(rollout: RolloutConfig) -> None:
         f"rollout.max_batch_rows is {rollout.max_batch_rows}, less than rollout.group_size {rollout.group_size}",
     )
     require(
-        rollout.num_ground_truth < rollout.group_size,
-        f"rollout.num_ground_truth is {rollout.num_ground_truth} and rollout.group_size is {rollout.group_size}, "
-        "wanted 0, or 1 beside at least one sampled answer",
+        rollout.group_size >= 2,
+        f"rollout.group_size is {rollout.group_size}, wanted >= 2: an answer is compared with the others of its group, "
+        "and alone its advantage, and so its gradient, is 0",
     )
     require(
         not rollout.interrupt or rollout.max_policy_lag > 0,

@@ -143,8 +143,11 @@ def read_yaml(file: Path, path: str) -> dict[str, Any]:
         raise UsageError(f"cannot read the config {path}: {error.strerror}; {wanted}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UsageError(f"{path} is nested too deeply, wanted sections of key: value") from None
     if content is None:
-        return {}
+        wanted = "wanted sections of key: value; without a file all settings are the defaults"
+        raise UsageError(f"{path} holds no setting, {wanted}")
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, wanted sections of key: value")
     return content

@@ -6,10 +6,10 @@ the text, and only the first MAX_TEXT_CHARS characters count. Nothing here raise
 
 from __future__ import annotations
 
-import math
 import re
 from itertools import pairwise
 
+from vcr1_fast.tasks.answer_times import TIME, are_finite, has_other_unit, one_blank_each, to_interval
 from vcr1_fast.types import Interval
 
 MAX_TEXT_CHARS = 65536  # a longest sane completion, 2,048 tokens, is about 8,000 characters
@@ -85,24 +85,22 @@ def has_paper_format(text: str, think: bool, blocks: tuple[str, ...] = ("answer"
     return text.endswith(closing) and len(text) - len(closing) >= position
 
 
-# The two sides are guarded, so that nothing is read out of the middle of "1e3", "0:12", "3-4" or "5x". Quantifiers are
-# possessive (++, *+): without backtracking a run of n digits costs n, not n squared.
-_NUMBER = r"([+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))"
-_UNIT = r"(?: ?(?:seconds|second|secs|sec|s)(?![\w]))?"
-_PERIOD = re.compile(rf"(?<![\w.:+-]){_NUMBER}{_UNIT} ?(?:to|and) ?{_NUMBER}{_UNIT}(?![\w:])", re.IGNORECASE)
+# Nothing is read out of the middle of "1e3", "3-4", "1.2.3", "12/30" or "12,5". (?ai:) keeps the words ASCII.
+_PERIOD = re.compile(rf"(?<![\w.:+-])(?<![0-9][,/])({TIME})[ \n]?(?ai:to|and)[ \n]?({TIME})(?![\w:]|[.,/-][0-9])")
 
 
 def read_period(text: str) -> Interval | None:
     """The last "X to Y" (or "X and Y") of the text in seconds, as written: signs kept, order not checked.
 
-    Units and any blanks are tolerated ("2.5s to 4 s"). None when there is none or a number is not finite.
+    X and Y are seconds, mm:ss, hh:mm:ss or minutes, see `answer_times`; any blanks are tolerated ("2.5s to 4 s"). None
+    when there is none, it is in another unit ("12 to 20 frames", "25 to 50 percent"), or a number is not finite.
     """
-    text = " ".join(text.replace("\N{MINUS SIGN}", "-").split())  # runs of blanks would cost their length squared
-    matches = _PERIOD.findall(text)
-    if not matches:
+    text = one_blank_each(text)
+    matches = list(_PERIOD.finditer(text))
+    if not matches or has_other_unit(text, *matches[-1].span()):
         return None
-    start_s, end_s = (float(number) for number in matches[-1])
-    return (start_s, end_s) if math.isfinite(start_s) and math.isfinite(end_s) else None
+    interval = to_interval(*matches[-1].groups())
+    return interval if interval is not None and are_finite(interval) else None
 
 
 _PAPER_SEPARATOR = re.compile(r" (?:to|and) ", re.IGNORECASE)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 
 from vcr1_fast.tasks.answer_format import has_paper_format, tag_blocks
+from vcr1_fast.tasks.answer_times import TIME, are_finite, one_blank_each, to_interval
 from vcr1_fast.types import Interval
 
 MAX_INTERVALS = 64  # NExT-GQA has at most 16 in one answer
@@ -21,34 +22,40 @@ def glue_text(intervals: Sequence[Interval]) -> str:
     return "[" + ", ".join(f"({start_s:.2f}, {end_s:.2f})" for start_s, end_s in intervals) + "]"
 
 
-_NUMBER = r"([+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))(?: ?(?:seconds|second|secs|sec|s)(?!\w))?"
-_PAIR = re.compile(rf"(?:\( ?{_NUMBER} ?, ?{_NUMBER} ?\)|\[ ?{_NUMBER} ?, ?{_NUMBER} ?\]) ?", re.IGNORECASE)
+_PAIR = re.compile(rf"([(\[]) ?({TIME}) ?, ?({TIME}) ?([)\]]) ?")
 
 
 def read_glue(text: str) -> list[Interval] | None:
     """One to MAX_INTERVALS intervals in seconds, signs kept; None for anything else, or if one is reversed or infinite.
 
-    "[(1, 2.5), (3, 4)]", with any blanks, units ("1.5 s") and a comma at the end; pairs may stand in square brackets,
-    and without the outer ones ("(1, 2.5)").
+    "[(1, 2.5), (3, 4)]", with any blanks, units ("1.5 s", "0:12", "2 min", see `answer_times`) and a comma at the end;
+    pairs may stand in square brackets, and without the outer ones ("(1, 2.5)").
     """
-    text = " ".join(text.replace("\N{MINUS SIGN}", "-").split())  # runs of blanks would cost their length squared
+    text = one_blank_each(text).replace("\n", " ")
     position, end = 0, len(text)
-    if text.startswith("[") and text.endswith("]") and not _PAIR.match(text):
+    if text.startswith("[") and text.endswith("]") and _read_pair(text, 0, end) is None:
         position, end = 1 + text.startswith(" ", 1), end - 1
     intervals: list[Interval] = []
     while position < end:
-        pair = _PAIR.match(text, position, end)
+        pair = _read_pair(text, position, end)
         if pair is None or len(intervals) == MAX_INTERVALS:
             return None
-        start_s, end_s = (float(number) for number in pair.groups() if number is not None)
-        if not (math.isfinite(start_s) and math.isfinite(end_s)) or start_s > end_s:
+        interval, position = pair
+        if interval is None or not are_finite(interval) or interval[0] > interval[1]:
             return None
-        intervals.append((start_s, end_s))
-        position = pair.end()
+        intervals.append(interval)
         if position < end and text[position] != ",":
             return None
         position += 1 + text.startswith(" ", position + 1)
     return intervals or None
+
+
+def _read_pair(text: str, position: int, end: int) -> tuple[Interval | None, int] | None:
+    """A pair in brackets at `position`, and where it ends; None where there is none."""
+    match = _PAIR.match(text, position, end)
+    if match is None or match[1] + match[4] not in ("()", "[]"):
+        return None
+    return to_interval(match[2], match[3]), match.end()
 
 
 # After a comma the original's pattern takes any blank, but Python then evaluates only these.

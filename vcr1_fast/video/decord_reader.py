@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from vcr1_fast.run.stop_signals import kept_from_children
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.pyav_reader import PyavReader
@@ -144,14 +145,15 @@ class _Worker:
     def __init__(self, command: tuple[str, ...]) -> None:
         """Raises ReaderError when the process does not report ready."""
         # An own session, so that Ctrl-C ends the run in order and does not tear the worker away in the middle.
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            start_new_session=True,
-        )
+        with kept_from_children():
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                start_new_session=True,
+            )
         assert self.process.stdin is not None and self.process.stdout is not None
         self._stdin, self._stdout_fd = self.process.stdin, self.process.stdout.fileno()
         self._selector = selectors.DefaultSelector()

@@ -18,13 +18,11 @@ from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.families.family import ModelFamily
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.loading import compute_buffers, load_weights, read_config
-from vcr1_fast.run.model_folder import module_name, stored_weights
+from vcr1_fast.run.model_folder import stored_weights
 from vcr1_fast.video.embed import embed_videos
 
 if TYPE_CHECKING:
     from vcr1_fast.types import Patches
-
-PREFIX = "model.visual."  # of the tower's weights in the model
 
 
 class FrozenTower:
@@ -65,20 +63,21 @@ def load_frozen_tower(
     for weight in visual.parameters():  # rotary frequencies stay float32: bfloat16 ones have 8 bits of position
         weight.data = weight.data.to(dtype)
     compute_buffers(visual)
-    load_weights(visual, folder, device, PREFIX)
+    load_weights(visual, folder, device, family, f"{family.tower_name}.")
     visual.eval().requires_grad_(False)
     (kernels or KernelChoice()).switch_tower(visual, device, dtype)
-    return FrozenTower(family, visual, _digest(visual, folder))
+    return FrozenTower(family, visual, _digest(visual, folder, family))
 
 
-def _digest(visual: nn.Module, folder: Path) -> str:
+def _digest(visual: nn.Module, folder: Path, family: ModelFamily) -> str:
     """Of the tower's weights as they are stored, and of its buffers."""
     digest = hashlib.blake2b(digest_size=16)
     stored = stored_weights(folder)
-    for name in sorted(name for name in stored if module_name(name).startswith(PREFIX)):
+    own = {name: family.module_name(name) for name in sorted(stored)}
+    for name in (name for name in own if own[name].startswith(f"{family.tower_name}.")):
         with safe_open(stored[name].file, "pt") as file:  # pyright: ignore[reportPrivateImportUsage]
             value = file.get_tensor(name)
-        digest.update(module_name(name).encode())
+        digest.update(own[name].encode())
         digest.update(value.contiguous().view(torch.uint8).numpy())
     for name, buffer in visual.named_buffers():
         digest.update(f"{name} {buffer.tolist()}".encode())

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vcr1_fast.types import SampleError
+from vcr1_fast.types import RunError, SampleError
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Probe:
     images: tuple[str, ...] = ()  # file names of the N frames, for a folder of images
 
 
-class ReaderError(RuntimeError):
+class ReaderError(RunError):
     """The reader cannot go on, and no file is to blame: no memory on the GPU, a worker that does not start."""
 
 

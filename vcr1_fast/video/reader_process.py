@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from vcr1_fast.run.stop_signals import kept_from_children
 from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.loader_worker import MAX_MESSAGE_BYTES, Answer, Ready, WorkerSettings
@@ -34,7 +35,7 @@ class ReaderProcess:
     def __init__(self, settings: WorkerSettings) -> None:
         """Starts the process and does not wait for it, see `wait_until_ready`. Raises OSError when there is none."""
         self._connection, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with child:
+        with child, kept_from_children():
             self._process = subprocess.Popen(
                 (sys.executable, "-m", "vcr1_fast.video.loader_worker", str(child.fileno()), str(os.getpid())),
                 stdin=subprocess.DEVNULL,

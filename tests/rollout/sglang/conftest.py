@@ -103,7 +103,7 @@ def start(tmp_path, tiny_tokenizer, monkeypatch):
     engines = []
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     monkeypatch.setenv("SCRIPTED_WORKER_FOLDER", str(tmp_path))
     monkeypatch.setattr(sglang_round, "ABORT_GRACE_S", 0.5)
     monkeypatch.setattr(sglang_round, "SEND_LIMIT_S", 2.0)

@@ -9,6 +9,7 @@
     refuse      refuses a request
     unusable    does not start
     crash       ends before it connects
+    absent      is the real worker, in an interpreter without SGLang
     silent      never connects
     wrong       holds other weights than it was sent
     deaf        takes weights and says nothing
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from vcr1_fast.rollout.sgl import worker
 from vcr1_fast.rollout.sgl.messages import KEY_VARIABLE, Channel, Message, connect
 from vcr1_fast.rollout.sgl.serving import adopted
 
@@ -55,6 +57,9 @@ def main(address: str) -> None:
         sys.exit("this worker was told to crash")
     if how == "silent":
         time.sleep(3600)
+    if how == "absent":
+        sys.argv[1:] = [address]
+        sys.exit(worker.main())
     parent = channel = connect(address, bytes.fromhex(os.environ[KEY_VARIABLE]))
     if channel.receive(60).kind == "serve":
         parent.send("waiting", {"sglang": "scripted", "torch": torch.__version__, "gpu": "none"})

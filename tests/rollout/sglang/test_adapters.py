@@ -132,11 +132,8 @@ class AdapterWorker(Worker):
         return bytes_B if isinstance(bytes_B, torch.Tensor) else bytes_B.bytes_B
 
 
-MATRIX = [("model.language_model.q_proj.weight", torch.ones(4, 3)), ("model.visual.w", torch.ones(2))]
-FACTORS = [
-    ("model.language_model.q_proj.lora_A", torch.ones(2, 3)),
-    ("model.language_model.q_proj.lora_B", torch.ones(4, 2)),
-]
+MATRIX = [("model.q_proj.weight", torch.ones(4, 3)), ("visual.w", torch.ones(2))]
+FACTORS = [("model.q_proj.lora_A", torch.ones(2, 3)), ("model.q_proj.lora_B", torch.ones(4, 2))]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """`vcr1-fast serve`, and trainers that reach its workers by TCP: scripted workers in the place of SGLang."""
 
+import contextlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import torch
 from tests.rollout.sglang import scripted_worker
 from tests.rollout.sglang.conftest import first_ids, wanted
 from tests.rollout.sglang.forked_worker import Forked
-from vcr1_fast.rollout import serve
+from vcr1_fast.rollout import door, serve
 from vcr1_fast.rollout.addresses import show
 from vcr1_fast.rollout.serve import Server
 from vcr1_fast.rollout.sgl import process as sglang_process
@@ -29,7 +30,7 @@ from vcr1_fast.rollout.sgl.handshake import GREETING
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.settings.learning import SGLangConfig
-from vcr1_fast.types import SamplingParams
+from vcr1_fast.types import RunError, SamplingParams
 
 SAMPLING = SamplingParams(3, 4)
 WEIGHTS = [("model.language_model.w", torch.ones(3)), ("model.visual.w", torch.ones(300, 300))]
@@ -41,7 +42,7 @@ LOOPBACK = ("127.0.0.1", 0)
 def checkpoint(tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     return folder
 
 
@@ -195,6 +196,62 @@ def test_strangers_do_no_harm(begin_serve, begin_trainer, prompts, monkeypatch):
     assert engine.num_restarts == 0
 
 
+def test_silent_connections_delay_no_trainer(begin_serve, begin_trainer, prompts):
+    """More than are heard at once: the oldest of them is sent away."""
+    server = begin_serve(["ok"])
+    silent = [socket.create_connection(server.stations[0].address) for _ in range(door.MAX_HEARD + 6)]
+    began = time.monotonic()
+    assert first_ids(begin_trainer(server).generate(prompts, SAMPLING)) == wanted(prompts)
+    assert time.monotonic() - began < sglang_tcp.HANDSHAKE_S / 2
+    silent[0].settimeout(5)
+    while silent[0].recv(1000):
+        pass
+    for connection in silent:
+        connection.close()
+
+
+def hello(**tensor) -> bytes:
+    tensors = [{"name": "t", "dtype": "uint8", "shape": [1], **tensor}] if tensor else []
+    return json.dumps({"kind": "hello", "fields": {}, "tensors": tensors}).encode()
+
+
+HOSTILE_HEADERS = [  # each signed with the right key; those with a tensor of one byte are followed by it
+    b"",
+    b"[" * 100_000,
+    b'{"kind": "hello", "fields": {"package": ' + b"9" * 5000 + b'}, "tensors": []}',
+    b'{"kind": "hello", "fields": {"package": "\\ud800\\u001b[31m", "trainer": "t"}, "tensors": []}',
+    hello(),
+    hello(name=["t"]),
+    hello(dtype="no_grad"),
+    hello(shape=[1] * 50_000),
+    hello(shape=[0, 2**70]),
+    hello(shape=[0, 2**39, 2**39]),
+]
+
+
+def test_hostile_messages_of_one_with_the_key_end_that_connection_alone(begin_serve, begin_trainer, prompts, capsys):
+    server = begin_serve(["ok"])
+    for header in HOSTILE_HEADERS:
+        channel = sglang_tcp.connect_tcp(server.stations[0].address, KEY, 5)
+        body = b"0" if b'"shape"' in header and b"[0," not in header else b""
+        tag = sglang_tcp._tag(channel._keys.send, 0)
+        frame = sglang_tcp._FRAME.pack(sglang_tcp._MAGIC, len(header), len(body)) + header
+        tag.update(frame)
+        frame += tag.digest()
+        tag.update(body)
+        channel.connection.setblocking(True)
+        channel.connection.sendall(frame + (body + tag.digest() if body else b""))
+        channel.connection.settimeout(5)
+        with contextlib.suppress(ConnectionError):
+            while channel.connection.recv(1000):  # its end comes, perhaps after what is wrong with it
+                pass
+        channel.close()
+    assert first_ids(begin_trainer(server).generate(prompts, SAMPLING)) == wanted(prompts)
+    told = capsys.readouterr().out
+    assert told.count(" away: ") == len(HOSTILE_HEADERS)
+    assert "\x1b" not in told and r"there and \ud800\x1b[31m here" in told
+
+
 def test_garbage_in_the_connection_costs_the_worker_and_not_the_run(begin_serve, begin_trainer, prompts):
     server = begin_serve(["ok"])
     engine = begin_trainer(server)
@@ -242,6 +299,11 @@ def test_an_address_that_cannot_be_had_is_named(checkpoint, tmp_path, what):
 def test_serve_says_why_a_worker_does_not_start(begin_serve):
     with pytest.raises(RuntimeError, match=r"failed to start 2 times in a row(.|\n)*told to crash"):
         begin_serve(["crash"], max_restarts=1)
+
+
+def test_serve_without_sglang_says_so_at_once(begin_serve):
+    with pytest.raises(RunError, match=r"^SGLang cannot be imported by \S+ \(No module .*\): run `make sglang`"):
+        begin_serve(["absent"])
 
 
 def test_a_worker_that_cannot_start_sglang_says_so_to_the_trainer(begin_serve, begin_trainer, prompts):

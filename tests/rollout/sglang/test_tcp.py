@@ -13,7 +13,7 @@ from vcr1_fast.rollout.sgl import messages as sglang_messages
 from vcr1_fast.rollout.sgl import tcp as sglang_tcp
 from vcr1_fast.rollout.sgl.handshake import GREETING, SessionKeys
 from vcr1_fast.rollout.sgl.messages import SharedBytes
-from vcr1_fast.rollout.sgl.tcp import TcpChannel, TcpListener, connect_tcp
+from vcr1_fast.rollout.sgl.tcp import TcpChannel, TcpListener, connect_tcp, greeted
 
 KEY = b"k" * 32
 LOOPBACK = ("127.0.0.1", 0)
@@ -32,12 +32,17 @@ def ends(listener):
     made: list[TcpChannel] = []
     thread = threading.Thread(target=lambda: made.append(connect_tcp(listener.address, KEY, 5)))
     thread.start()
-    found = listener.accept(KEY, 5)
+    accepted = greet_next(listener)
     thread.join()
-    assert found is not None and found[1][0] == "127.0.0.1"
-    yield made[0], found[0]
+    yield made[0], accepted
     made[0].close()
-    found[0].close()
+    accepted.close()
+
+
+def greet_next(listener: TcpListener) -> TcpChannel:
+    found = listener.accept(5)
+    assert found is not None and found[1][0] == "127.0.0.1"
+    return greeted(found[0], KEY)
 
 
 def in_thread(action):
@@ -212,10 +217,10 @@ def test_only_who_knows_the_key_is_let_in(listener):
 
     thread = in_thread(knock)
     with pytest.raises(PermissionError, match="turned away"):
-        listener.accept(KEY, 5)
+        greet_next(listener)
     thread.join()
     assert "another key" in str(refused[0])
-    assert listener.accept(KEY, 0.05) is None
+    assert listener.accept(0.05) is None
 
 
 def test_a_listener_without_the_key_is_not_trusted(listener):
@@ -255,7 +260,7 @@ def test_a_stranger_holds_nobody_up(listener, monkeypatch, how):
     thread = in_thread(drip) if how == "slow" else None
     began = time.monotonic()
     with pytest.raises(TimeoutError):
-        listener.accept(KEY, 5)
+        greet_next(listener)
     assert time.monotonic() - began < 3
     is_over.set()
     if thread:

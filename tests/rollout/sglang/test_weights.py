@@ -1,14 +1,18 @@
 """The store of weights, the names they get, and the comparison inside SGLang's process, on modules of its layout."""
 
 import json
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
+from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
+from vcr1_fast.rollout import sglang_engine
 from vcr1_fast.rollout.sgl import check as sglang_check
 from vcr1_fast.rollout.sgl.weights import (
     Batch,
@@ -17,8 +21,10 @@ from vcr1_fast.rollout.sgl.weights import (
     checkpoint_weights,
     in_batches,
 )
-from vcr1_fast.run.model_folder import checkpoint_name
 from vcr1_fast.settings.error import ConfigError
+from vcr1_fast.settings.learning import SGLangConfig
+
+checkpoint_name = Qwen25VL().checkpoint_name
 
 
 def test_names_are_those_of_the_checkpoint(make_tiny_model, tmp_path):
@@ -37,6 +43,24 @@ def test_weights_of_a_folder_are_the_models(make_tiny_model, tmp_path):
     assert all(torch.equal(read[checkpoint_name(name)], value) for name, value in model.state_dict().items())
     with pytest.raises(ConfigError, match="has no weights"):
         list(checkpoint_weights(tmp_path / "none"))
+
+
+def test_the_engine_sends_weights_and_factors_under_the_names_of_the_checkpoint(
+    make_tiny_model, tiny_tokenizer, tmp_path, monkeypatch
+):
+    class Noting:
+        def __init__(self, *_: object) -> None:
+            self.came: list[str] = []
+
+        def load(self, weights: Iterable[tuple[str, torch.Tensor]], _: int) -> None:
+            self.came = [name for name, _ in weights]
+
+    make_tiny_model(tied=True).save_pretrained(tmp_path)
+    monkeypatch.setattr(sglang_engine, "Workers", Noting)
+    engine = sglang_engine.SGLangEngine(tmp_path, tiny_tokenizer, SGLangConfig())
+    given = ("model.visual.w", "visual.v", "model.language_model.q_proj.lora_A", "lm_head.weight")
+    engine.load_weights([(name, torch.ones(1)) for name in given], 1)
+    assert cast(Noting, engine._workers).came == ["visual.w", "visual.v", "model.q_proj.lora_A"]
 
 
 def weights(seed: int = 0, **shapes: tuple[int, ...]) -> list[tuple[str, torch.Tensor]]:

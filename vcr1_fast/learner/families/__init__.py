@@ -1,14 +1,17 @@
-"""The architectures that can be trained, by the `model_type` of their config.json."""
+"""The architectures that can be trained, by the `model_type` of their config.json. Only `family_of` imports torch."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from vcr1_fast.learner.families.family import ModelFamily
-from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
 from vcr1_fast.settings.error import ConfigError
 
-FAMILIES: dict[str, ModelFamily] = {family.model_type: family for family in (Qwen25VL(),)}
+if TYPE_CHECKING:
+    from vcr1_fast.learner.families.family import ModelFamily
+
+_CLASSES = {"qwen2_5_vl": "Qwen25VL"}  # model_type, which names the module here, and the family's class
+MODEL_TYPES = tuple(_CLASSES)
 
 
 def family_of(config: Any) -> ModelFamily:
@@ -17,9 +20,14 @@ def family_of(config: Any) -> ModelFamily:
     Raises ConfigError for an architecture that is not known here.
     """
     model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
+    require_known(model_type, "the model's config.json")
+    return getattr(importlib.import_module(f"{__name__}.{model_type}"), _CLASSES[str(model_type)])()
+
+
+def require_known(model_type: Any, file: object) -> None:
+    """Raises ConfigError for a `model_type` without a family; `file`: where it stands."""
+    if model_type not in MODEL_TYPES:
         raise ConfigError(
-            f"the model's config.json says model_type {model_type!r}, wanted one of {', '.join(FAMILIES)}: "
-            "set model.path to the folder of such a checkpoint"
+            f"model_type in {file} is {model_type!r}, wanted {' or '.join(MODEL_TYPES)}: set model.path to the folder "
+            "of such a checkpoint"
         )
-    return FAMILIES[model_type]

@@ -33,6 +33,16 @@ class TowerInputs:
         return replace(self, tensors={name: tensors[name] for name in self.tensors})
 
 
+@dataclass(frozen=True, slots=True)
+class TowerWork:
+    """What a vision tower does for its clips, forward."""
+
+    num_blocks: int
+    patch_flop: float  # matrix products of a patch
+    window_flop: float  # attention of a patch within its window, over all blocks that have windows
+    pair_flop: float  # attention of a pair of patches of one frame pair, over all blocks that see whole ones
+
+
 class ModelFamily(Protocol):
     """One architecture of Hugging Face's transformers. Stateless."""
 
@@ -50,6 +60,29 @@ class ModelFamily(Protocol):
     @property
     def patches_per_token(self) -> int:
         """Patches that merge into one video token."""
+        ...
+
+    @property
+    def tower_name(self) -> str:
+        """Of the vision tower among the model's modules."""
+        ...
+
+    @property
+    def layers_name(self) -> str:
+        """Of the list of decoder layers among the model's modules."""
+        ...
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """The matrices of a decoder layer that get an adapter where no setting says which."""
+        ...
+
+    def module_name(self, name: str) -> str:
+        """A weight's name in the model's state dict, from its name in a checkpoint, published or saved by modules."""
+        ...
+
+    def checkpoint_name(self, name: str) -> str:
+        """A weight's name in the published checkpoints, from its name in the state dict (or that name itself)."""
         ...
 
     def video_token_id(self, config: Any) -> int:
@@ -74,6 +107,10 @@ class ModelFamily(Protocol):
 
     def block_lists(self, hf: nn.Module) -> list[nn.ModuleList]:
         """The repeated blocks, tower first: what is sharded block by block."""
+        ...
+
+    def tower_work(self, config: Any) -> TowerWork:
+        """`config`: of a whole model."""
         ...
 
     def tower_inputs(self, grids: Sequence[Grid], config: Any) -> TowerInputs:

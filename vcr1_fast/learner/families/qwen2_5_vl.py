@@ -15,8 +15,11 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout
 
-from vcr1_fast.learner.families.family import Grid, TowerInputs
+from vcr1_fast.learner.families.family import Grid, TowerInputs, TowerWork
 from vcr1_fast.learner.tower_attention import TowerSegments
+
+# transformers names the parts of the model by its modules, the published checkpoints and other engines by these.
+_RENAMED = {"model.visual.": "visual.", "model.language_model.": "model."}
 
 
 class Qwen25VL:
@@ -26,6 +29,23 @@ class Qwen25VL:
     model_class: type[PreTrainedModel] = Qwen2_5_VLForConditionalGeneration
     patch_values = 3 * 2 * 14 * 14
     patches_per_token = 4
+    tower_name = "model.visual"
+    layers_name = "model.language_model.layers"
+    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def module_name(self, name: str) -> str:
+        if name.startswith(tuple(_RENAMED)):
+            return name
+        for new, old in _RENAMED.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
+
+    def checkpoint_name(self, name: str) -> str:
+        for new, old in _RENAMED.items():
+            if name.startswith(new):
+                return old + name.removeprefix(new)
+        return name
 
     def video_token_id(self, config: Any) -> int:
         return config.video_token_id
@@ -45,6 +65,22 @@ class Qwen25VL:
 
     def block_lists(self, hf: Any) -> list[nn.ModuleList]:
         return [hf.model.visual.blocks, hf.model.language_model.layers]
+
+    def tower_work(self, config: Any) -> TowerWork:
+        """Letters: d width, i MLP width. A patch's products: embedding, blocks (4 d d + 3 d i), its share of the
+        merger. Pairs of a patch: its window, where a few are fewer at a frame's edges."""
+        tower = config.vision_config
+        width, merged = tower.hidden_size, tower.spatial_merge_size**2 * tower.hidden_size
+        values = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+        block = 4 * width * width + 3 * width * tower.intermediate_size
+        merger = width * merged + width * tower.out_hidden_size
+        window, num_full = (tower.window_size // tower.patch_size) ** 2, len(tower.fullatt_block_indexes)
+        return TowerWork(
+            num_blocks=tower.depth,
+            patch_flop=2.0 * (values * width + tower.depth * block + merger),
+            window_flop=4.0 * width * window * (tower.depth - num_full),
+            pair_flop=4.0 * width * num_full,
+        )
 
     def tower_inputs(self, grids: Sequence[Grid], config: Any) -> TowerInputs:
         grid_thw = torch.tensor(grids, dtype=torch.long)

@@ -14,7 +14,6 @@ from torch import Tensor
 from vcr1_fast.learner.lora import is_factor
 from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore
-from vcr1_fast.run.model_folder import checkpoint_name
 
 
 class Adapters:
@@ -36,8 +35,8 @@ class Adapters:
             if not is_factor(name):
                 yield name, value
                 continue
-            came[checkpoint_name(name)] = tuple(value.shape)
-            self._store.place(checkpoint_name(name), value)
+            came[name] = tuple(value.shape)
+            self._store.place(name, value)
         different = dict(came.items() ^ self._shapes.items())
         if self._shapes and different:
             raise ValueError(

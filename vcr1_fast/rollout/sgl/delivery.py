@@ -35,6 +35,7 @@ from vcr1_fast.rollout.sgl.group import UpdateGroup
 from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, WeightTable, in_batches
 from vcr1_fast.settings.error import require
 from vcr1_fast.settings.learning import SGLangConfig
+from vcr1_fast.types import RunError
 
 if TYPE_CHECKING:
     from vcr1_fast.rollout.sgl.workers import Seat
@@ -96,7 +97,7 @@ class _Streamed:
 
     def refeed(self, feed: Feed) -> None:
         if self._copy is None:
-            raise RuntimeError(
+            raise RunError(
                 "a worker was lost and there is no copy of the weights to start another one with "
                 "(rollout.sglang.keep_host_copy is false): set it to true, and resume the run from its last checkpoint"
             )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from vcr1_fast.rollout.sgl.link import WorkerGoneError
 from vcr1_fast.rollout.sgl.messages import Message
+from vcr1_fast.types import RunError
 
 if TYPE_CHECKING:
     from vcr1_fast.rollout.sgl.workers import Seat
@@ -103,7 +104,7 @@ class Feed:
                 wrong += asked.result().fields["wrong"]
         self._asked = {}
         if wrong:
-            raise RuntimeError("SGLang's model does not hold the weights it was sent: " + "; ".join(wrong))
+            raise RunError("SGLang's model does not hold the weights it was sent: " + "; ".join(wrong))
 
     def finish_together(self, is_broken: Callable[[], bool] = lambda: False) -> None:
         """`finish` for workers that wait for each other: when one fails, or `is_broken`, none of them comes back."""

@@ -82,6 +82,9 @@ class WorkerLink(ABC):
             ready = channel.receive(timeout_s)
         except (OSError, EOFError, ValueError) as error:
             raise self._gone(f"did not get ready within {timeout_s:g} s ({error})") from error
+        if ready.kind == "absent":  # the worker's log says no more than this
+            self.kill()
+            raise WorkerGoneError(f"cannot run: {ready.fields['reason']}")
         if ready.kind != "ready":
             raise self._gone(f"cannot run: {ready.fields.get('reason', ready.kind)}")
         self.limits, self.version = ready.fields["limits"], ready.fields["version"]

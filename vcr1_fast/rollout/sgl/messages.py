@@ -35,6 +35,7 @@ KEY_VARIABLE = "VCR1_WORKER_KEY"  # environment variable of the worker that hold
 SHARED_FROM_BYTES = 1 << 16
 MAX_HEADER_BYTES = 1 << 24
 MAX_INLINE_BYTES = 1 << 28
+MAX_DIMENSIONS = 8  # of a tensor; pixels of a clip have 5
 MAX_FILES = 64  # Linux passes at most 253 descriptors at once
 STALL_S = 60.0  # a peer that says nothing for so long in the middle of a message is taken for dead
 HANDSHAKE_S = 10.0  # a stranger that says nothing must not hold the run up
@@ -283,10 +284,10 @@ def header_bytes(kind: str, fields: Mapping[str, Any] | None, entries: list[dict
 
 def parse_header(data: bytes) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
     """Kind, fields and entries of the tensors. Raises ValueError for anything else."""
-    header = json.loads(data)
     try:
+        header = json.loads(data)
         kind, fields, entries = header["kind"], header["fields"], header["tensors"]
-    except (TypeError, LookupError):
+    except (TypeError, LookupError, RecursionError):
         raise ValueError(f"got the header {data[:80]!r}, wanted kind, fields and tensors") from None
     if not (isinstance(kind, str) and isinstance(fields, dict) and isinstance(entries, list)):
         raise ValueError(f"got the header {data[:80]!r}, wanted a text, an object and a list")
@@ -302,15 +303,23 @@ def tensor_layout(entry: Any) -> tuple[torch.dtype, int]:
     """Data type and bytes of the tensor that an entry describes. Raises ValueError when it describes none."""
     try:
         name, dtype, shape = entry["name"], getattr(torch, entry["dtype"], None), entry["shape"]
-        is_shape = isinstance(shape, list) and all(isinstance(size, int) and size >= 0 for size in shape)
+        is_shape = isinstance(shape, list) and all(type(size) is int and 0 <= size < 1 << 40 for size in shape)
     except (TypeError, LookupError):
-        raise ValueError(f"got {entry!r}, wanted a tensor's name, dtype and shape") from None
-    if not isinstance(dtype, torch.dtype) or not is_shape:
-        raise ValueError(f"tensor {name!r} has dtype {entry['dtype']!r} and shape {shape}")
+        raise ValueError(f"got {entry!r:.80}, wanted a tensor's name, dtype and shape") from None
+    if not isinstance(name, str) or not isinstance(dtype, torch.dtype) or not is_shape or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name!r:.80} has dtype {entry['dtype']!r:.80} and shape {shape!r:.80}")
     num_bytes = dtype.itemsize
     for size in shape:
         num_bytes *= size
     return dtype, num_bytes
+
+
+def shaped(flat_B: Tensor, entry: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+    """The tensor that an entry describes, of its bytes. Raises ValueError for one that torch cannot have."""
+    try:
+        return flat_B.view(dtype).reshape(entry["shape"])
+    except (RuntimeError, TypeError, OverflowError) as error:  # a quantised type, [0, 2**39, 2**39]
+        raise ValueError(f"tensor {entry['name']!r:.80}: {error}") from None
 
 
 def flat_bytes(value: Tensor) -> Tensor:
@@ -346,7 +355,7 @@ def _unpacked(entries: list[dict[str, Any]], inline: bytes, descriptors: list[in
             part = bytearray(inline[offset : offset + num_bytes])
             flat_B = torch.frombuffer(part, dtype=torch.uint8) if part else torch.empty(0, dtype=torch.uint8)
             offset += num_bytes
-        tensors[entry["name"]] = flat_B.view(dtype).reshape(entry["shape"])
+        tensors[entry["name"]] = shaped(flat_B, entry, dtype)
     return tensors
 
 

@@ -16,6 +16,8 @@ import vcr1_fast
 from vcr1_fast.rollout.sgl.link import WorkerGoneError as WorkerGoneError
 from vcr1_fast.rollout.sgl.link import WorkerLink
 from vcr1_fast.rollout.sgl.messages import KEY_VARIABLE, Channel, Listener
+from vcr1_fast.run.model_folder import settings_files
+from vcr1_fast.run.stop_signals import kept_from_children
 
 WORKER_MODULE = "vcr1_fast.rollout.sgl.worker"
 STOP_WAIT_S = 15.0
@@ -64,7 +66,7 @@ class Child:
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         # Our package alone, through a link: its folder may hold all packages of the trainer, in the trainer's versions.
         environment |= {"PYTHONPATH": str(self._package_folder()), KEY_VARIABLE: self._listener.key.hex()}
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, kept_from_children():
             # An own session: Ctrl-C ends the run in order, and the process group can be killed as a whole.
             self._process = subprocess.Popen(
                 [self._python, "-m", WORKER_MODULE, self._listener.address],
@@ -167,15 +169,14 @@ class WorkerProcess(WorkerLink):
 
 
 def prepare_model_folder(checkpoint: Path, folder: Path) -> Path:
-    """A folder of links to the checkpoint's files but its weights, which come by message, with processor settings.
+    """A folder of links to the checkpoint's settings files, with processor settings; its weights come by message.
 
     Without links to the weights SGLang cannot read stale ones: it starts with random numbers (load_format dummy), and
     the comparison after the first load shows if any of them is left.
     """
     folder.mkdir()
-    for path in checkpoint.iterdir():
-        if path.is_file() and ".safetensors" not in path.name and path.suffix not in (".bin", ".pth", ".py", ".yaml"):
-            (folder / path.name).symlink_to(path.resolve())
+    for path in settings_files(checkpoint):
+        (folder / path.name).symlink_to(path.resolve())
     if not (folder / "preprocessor_config.json").exists():
         (folder / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSOR), encoding="utf-8")
     return folder

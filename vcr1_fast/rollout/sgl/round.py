@@ -15,7 +15,7 @@ from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.process import WorkerGoneError
 from vcr1_fast.rollout.sgl.workers import Request, Seat, Workers
 from vcr1_fast.settings.learning import SGLangConfig
-from vcr1_fast.types import Completion
+from vcr1_fast.types import Completion, RunError
 
 POLL_S = 0.1  # between two looks at deadlines and interruptions; answers wake it at once
 SEND_LIMIT_S = 60.0  # a worker reads in a thread of its own; one that takes nothing for so long is stopped
@@ -124,7 +124,7 @@ class Round:
         request.num_attempts += 1
         if request.num_attempts >= self._config.max_attempts:
             name = request.prompt.example.id
-            raise RuntimeError(
+            raise RunError(
                 f"the answers to example {name!r} failed {request.num_attempts} times (rollout.sglang.max_attempts), "
                 f"the last time because: {reason}"
             )

@@ -1,7 +1,7 @@
 """The worker's side of `vcr1-fast serve`: everything is imported, then it waits for the trainer that serve.py brings.
 
     serve  -> worker   serve {engine_args, gpu}
-    worker -> serve    waiting {sglang, torch, gpu}
+    worker -> serve    waiting {sglang, torch, gpu}, or absent {reason}
     serve  -> worker   adopt {state of the TCP connection}, and the connection itself; or close
     serve  -> worker   close: end in order
 

@@ -18,6 +18,7 @@ Runs in the trainer, in `vcr1-fast serve` and in the worker's interpreter: only 
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import socket
 import struct
@@ -38,6 +39,7 @@ from vcr1_fast.rollout.sgl.messages import (
     flat_bytes,
     header_bytes,
     parse_header,
+    shaped,
     tensor_entry,
     tensor_layout,
 )
@@ -47,7 +49,7 @@ MAX_TENSOR_BYTES = 8 << 30  # of one message; the largest weight of a 7B model h
 _FRAME = struct.Struct("<4sIQ")  # magic, bytes of the header, bytes of the tensors
 _MAGIC = b"vcrT"
 _PIECE_BYTES = 1 << 20  # signed while it is in the cache
-_BACKLOG = 16
+_BACKLOG = 128  # beyond it a connection is tried again 1 s later
 # A peer whose machine is gone sends nothing at all. Unused, a connection ends 60 s later; with bytes on their way after
 # 300 s, because a trainer that computes may leave full buffers for a while.
 _KEEPALIVE = {
@@ -126,7 +128,7 @@ class TcpChannel(Channel):
                 view = piece.numpy().data
                 self._fill(view, deadline)
                 tag.update(view)
-            tensors[entry["name"]] = flat_B.view(dtype).reshape(entry["shape"])
+            tensors[entry["name"]] = shaped(flat_B, entry, dtype)
         if num_bytes:
             self._require(tag, deadline)
         return Message(kind, fields, tensors)
@@ -165,28 +167,29 @@ class TcpListener:
         self._socket = socket.create_server(address, family=family, backlog=_BACKLOG)
         self.address: Address = self._socket.getsockname()[:2]
 
-    def accept(self, key: bytes, timeout_s: float) -> tuple[TcpChannel, Address] | None:
-        """A peer that knows the key, and its address; None when nobody came in time.
-
-        Raises OSError or EOFError for one without the key, or one that says nothing; the next can be accepted.
-        """
+    def accept(self, timeout_s: float) -> tuple[socket.socket, Address] | None:
+        """Somebody, see `greeted`, and the address; None when nobody came in time. Raises OSError."""
         self._socket.settimeout(timeout_s)
         try:
             connection, peer = self._socket.accept()
         except TimeoutError:
             return None
-        try:
-            return TcpChannel(connection, greet(connection, key, HANDSHAKE_S)), peer[:2]
-        except BaseException:
-            connection.close()
-            raise
+        return connection, peer[:2]
 
     def close(self) -> None:
+        """Also wakes a thread that waits in `accept`; it gets OSError."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
 
+def greeted(connection: socket.socket, key: bytes) -> TcpChannel:
+    """The listener's side of `handshake.greet`; raises as that does. Takes HANDSHAKE_S at most."""
+    return TcpChannel(connection, greet(connection, key, HANDSHAKE_S))
+
+
 def connect_tcp(address: Address, key: bytes, timeout_s: float) -> TcpChannel:
-    """The trainer's side of `TcpListener.accept`. Raises as `handshake.introduce`, and OSError when nobody
+    """The trainer's side of `greeted`. Raises as `handshake.introduce`, and OSError when nobody
     listens there; `timeout_s` for each of the two steps."""
     connection = socket.create_connection(address, timeout=timeout_s)
     try:

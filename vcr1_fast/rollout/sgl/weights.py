@@ -1,6 +1,6 @@
-"""The weights an SGLang worker gets: checkpoint names, checked, and laid one after the other into buckets of bytes.
+"""The weights an SGLang worker gets: checked, and laid one after the other into buckets of bytes.
 
-In: `(name, tensor)` pairs of `RolloutEngine.load_weights`. Out: buckets, each of one dtype and without gaps, because
+In: `(name, tensor)` pairs under checkpoint names. Out: buckets, each of one dtype and without gaps, because
 SGLang lays the buckets that it receives by broadcast out in that way. delivery.py brings them to the workers.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vcr1_fast.rollout.sgl.check import checksum
 from vcr1_fast.rollout.sgl.messages import SharedBytes
-from vcr1_fast.run.model_folder import checkpoint_name, weight_files
+from vcr1_fast.run.model_folder import weight_files
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -43,7 +43,7 @@ class WeightTable:
         self.is_whole = False
 
     def checked(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-        """`weights` under their checkpoint names.
+        """`weights` as they come.
 
         The first load names every weight, later ones may leave out what did not change. Raises ValueError for a weight
         that is new later, comes twice, or has another shape, and at the end for one that is missing; the next load must
@@ -53,15 +53,15 @@ class WeightTable:
         if not self.is_named:
             self._shapes = {}
         came: set[str] = set()
-        for given_name, value in weights:
-            name, shape = checkpoint_name(given_name), tuple(value.shape)
+        for name, value in weights:
+            shape = tuple(value.shape)
             if name in came:
-                raise ValueError(f"weight {given_name!r} was given twice")
+                raise ValueError(f"weight {name!r} was given twice")
             if self.is_named and name not in self._shapes:
-                raise ValueError(f"weight {given_name!r} was not among the first ones: send the same names each time")
+                raise ValueError(f"weight {name!r} was not among the first ones: send the same names each time")
             if self._shapes.setdefault(name, shape) != shape:
                 raise ValueError(
-                    f"weight {given_name!r} has shape {shape}, wanted {self._shapes[name]}: send whole tensors of the "
+                    f"weight {name!r} has shape {shape}, wanted {self._shapes[name]}: send whole tensors of the "
                     "same architecture"
                 )
             came.add(name)

@@ -50,6 +50,10 @@ def main() -> int:
     parent = channel = connect(sys.argv[1], bytes.fromhex(os.environ.pop(KEY_VARIABLE)))
     start = channel.receive(START_WAIT_S)
     own_args: Mapping[str, Any] = {}
+    absent = _why_sglang_is_absent()
+    if absent:
+        channel.send("absent", {"reason": absent})
+        return 1
     if start.kind == "serve":
         own_args = start.fields["engine_args"]  # what only this node knows
         channel = await_trainer(parent, start)
@@ -67,6 +71,18 @@ def main() -> int:
     except OSError:  # the trainer left while the engine started
         _end_group()
     return 0
+
+
+def _why_sglang_is_absent() -> str:
+    """Empty when it can be imported."""
+    try:
+        import sglang  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        return (
+            f"SGLang cannot be imported by {sys.executable} ({error}): run `make sglang`, and set "
+            "rollout.sglang.python to the interpreter that has it"
+        )
+    return ""
 
 
 class Worker:

@@ -23,7 +23,7 @@ from vcr1_fast.rollout.sgl.process import WorkerProcess
 from vcr1_fast.rollout.sgl.remote import RemoteWorker
 from vcr1_fast.rollout.sgl.weights import WeightTable
 from vcr1_fast.settings.learning import SGLangConfig
-from vcr1_fast.types import Completion, Prompt
+from vcr1_fast.types import Completion, Prompt, RunError
 
 MAX_BACKOFF_S = 30.0
 MEMORY_TAGS = ["weights", "kv_cache", "cuda_graph"]
@@ -86,7 +86,7 @@ class Workers:
                 seat.worker.wait_ready(config.start_timeout_s)
         except WorkerGoneError as error:
             self.close()
-            raise RuntimeError(f"SGLang does not start: its worker {error}") from error
+            raise RunError(f"SGLang does not start: its worker {error}") from error
         except BaseException:
             self.close()
             raise
@@ -140,7 +140,7 @@ class Workers:
     def revive(self, seat: Seat, reason: str) -> list[Request]:
         """Start the worker again, with the current weights, and give back the requests that it had.
 
-        Raises RuntimeError after `max_restarts` starts in a row without one answer.
+        Raises RunError after `max_restarts` starts in a row without one answer.
         """
         lost = list(seat.requests.values())
         seat.requests.clear()
@@ -148,7 +148,7 @@ class Workers:
             self._failures_in_a_row += 1
             if self._failures_in_a_row > self._config.max_restarts:
                 seat.worker.kill()
-                raise RuntimeError(
+                raise RunError(
                     f"SGLang workers failed {self._failures_in_a_row} times in a row (rollout.sglang.max_restarts is "
                     f"{self._config.max_restarts}), the last one because it {reason}"
                 )
