@@ -98,13 +98,17 @@ def _train(run: Run) -> dict[str, Any]:
             if due(config.eval.every, step) and step < config.train.num_steps and held_out:
                 score(step)
     after = score(config.train.num_steps) if held_out else {}
-    if after and world.is_main:
+    for used in (telemetry, queue, engine):
+        used.close()
+    result = {"run": str(run.folder), "steps": config.train.num_steps, "engine": engine.version}
+    result |= _left_behind(run, learner, before, after)
+    return result | outcome(run, has_signal, config.train.num_steps - state.step)
+
+
+def _left_behind(run: Run, learner: Learner, before: Scores, after: Scores) -> dict[str, Any]:
+    """Held-out scores as a table for people, the model as a folder; returns the scores for the last line."""
+    if after and run.world.is_main:
         print_scores(before, after)
-    telemetry.close()
-    queue.close()
-    engine.close()
-    if config.checkpoint.export:
+    if run.config.checkpoint.export:
         export_model(run, learner)
-    scores = {"before": scores_as_dict(before), "after": scores_as_dict(after)}
-    said = outcome(run, has_signal, config.train.num_steps - state.step)
-    return {"run": str(run.folder), "steps": config.train.num_steps, "engine": engine.version, **scores, **said}
+    return {"before": scores_as_dict(before), "after": scores_as_dict(after)}
