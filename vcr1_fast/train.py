@@ -100,15 +100,15 @@ def _train(run: Run) -> dict[str, Any]:
     after = score(config.train.num_steps) if held_out else {}
     for used in (telemetry, queue, engine):
         used.close()
-    result = {"run": str(run.folder), "steps": config.train.num_steps, "engine": engine.version}
-    result |= _left_behind(run, learner, before, after)
+    result = _left_behind(run, learner, before, after) | {"engine": engine.version}
     return result | outcome(run, has_signal, config.train.num_steps - state.step)
 
 
 def _left_behind(run: Run, learner: Learner, before: Scores, after: Scores) -> dict[str, Any]:
-    """Held-out scores as a table for people, the model as a folder; returns the scores for the last line."""
+    """Held-out scores as a table for people, the model as a folder; returns what the last line says of both."""
     if after and run.world.is_main:
         print_scores(before, after)
     if run.config.checkpoint.export:
         export_model(run, learner)
-    return {"before": scores_as_dict(before), "after": scores_as_dict(after)}
+    scores = {"before": scores_as_dict(before), "after": scores_as_dict(after)}
+    return {"run": str(run.folder), "steps": run.config.train.num_steps, **scores}
