@@ -150,7 +150,7 @@ def test_a_wrong_video_root_is_an_error_that_names_it(train_arguments, run_here,
     done = run_here(arguments)
     assert done.code == 1
     assert message in done.err and "/their" in done.err and "no such file" in done.err
-    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+    assert not list((tmp_path / "run").glob("checkpoints/*")) and not (tmp_path / "run" / "model").exists()
 
 
 def test_supervised_steps_lower_the_loss(train_arguments, run_here, tmp_path):
