@@ -41,7 +41,7 @@ BOX = (0.2, 0.2, 0.4, 0.4)
 def read(path: str) -> Patches:
     if path == "bad.mp4":
         raise SampleError(path, "the file is empty")
-    return Patches(torch.zeros(16, 1176), (1, 4, 4), 1.0, 2, 1.0)
+    return Patches(torch.zeros(16, 1176), (1, 4, 4), 1.0, 2, 8.0)
 
 
 def grounding(name: str, video: str = "a.mp4") -> Example:
@@ -136,6 +136,7 @@ def test_files_with_folders_and_tasks_of_their_own_and_refused_rows_in_samples(t
     assert (bad.categories, letter.categories) == ({"kind": ["late", "odd"]}, {"type": ["CW"]})
     out, err = capsys.readouterr()
     assert "data.eval: 2 of 4 rows left out, of which 1 count as wrong answers" in err
+    assert "warning: 2 examples so far have another length than their video" in err  # 4 s and not 8
     assert "temporal_grounding by kind" in out and "multiple_choice by type" in out
 
 

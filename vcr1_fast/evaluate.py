@@ -21,7 +21,7 @@ from vcr1_fast.evaluation.answer_store import AnswerStore, answer_settings, chec
 from vcr1_fast.evaluation.samples import Answer, Sample, samples_as_rows, write_lines
 from vcr1_fast.evaluation.score_tables import print_categories, print_scores
 from vcr1_fast.evaluation.scores import Scores, score_answers, scores_as_dict
-from vcr1_fast.learner.sharding import World, on_main_rank
+from vcr1_fast.learner.sharding import World, all_reduce_sum, gather_all, on_main_rank
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.engine import RolloutEngine
@@ -111,6 +111,11 @@ def answer_all(
 
     engine = open_engine() if pending else None
     answers = _ask(engine, [examples[i] for i in share], builder, config, keep) if engine else []
+    if builder.limits is not None and pending:
+        num_off = all_reduce_sum({"num_off": float(builder.limits.num_off)}, world)["num_off"]
+        line = builder.limits.report(int(num_off), lambda worst: gather_all(worst, world))
+        if line and world.is_main:
+            print(f"warning: {line}", file=sys.stderr)
     by_index = dict(zip(share, answers, strict=True))
     if world.world_size > 1:
         gathered: list[dict[int, Answer]] = [{} for _ in range(world.world_size)]

@@ -122,6 +122,10 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         (folder / name).write_bytes(content)
     (folder / "headless.mp4").write_bytes(plain.read_bytes()[: plain.stat().st_size // 2])
     (folder / "short.mkv").write_bytes(matroska.read_bytes()[: matroska.stat().st_size // 2])
+    live = clips.copy_packets(plain, folder / "live.mkv", options={"live": "1"})
+    (folder / "cut_live.mkv").write_bytes(live.read_bytes()[: live.stat().st_size * 7 // 10])
+    webp = b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\x37\0\0\x37\0\0"
+    (folder / "animated.mp4").write_bytes(webp)
     damaged = bytearray(fast.read_bytes())
     middle = (damaged.find(b"mdat") + len(damaged)) // 2
     damaged[middle : middle + 200] = bytes(range(7, 207))
@@ -139,6 +143,8 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "header lost": (folder / "headless.mp4", "not a video file"),
         "cut mp4": (clips.cut_in_half(fast, folder / "cut.mp4"), "missing or damaged|damaged or cut short"),
         "cut mkv": (folder / "short.mkv", r"cut short: its header says 3.00 s"),
+        "cut live mkv": (folder / "cut_live.mkv", r"cut short: 1\.\d\d s can be shown, and its end is not whole"),
+        "animated WebP": (folder / "animated.mp4", "animated WebP, which FFmpeg cannot decode: convert it|not an MP4"),
         "damaged": (folder / "damaged.mp4", "damaged or cut short|(decord|torchcodec) cannot decode"),
     }
 
@@ -151,6 +157,23 @@ def test_each_kind_of_broken_file_gives_one_clear_reason(tmp_path: Path, reader:
         assert "\n" not in caught.value.reason and len(caught.value.reason) < 300, kind
     good = clips.write_clip(tmp_path / "good.mp4", num_frames=30)
     assert len(read_frames(str(good), CONFIG, reader).times_s) == 4  # and the reader goes on
+
+
+def test_a_live_recording_that_is_whole_is_read(tmp_path: Path) -> None:
+    live = clips.copy_packets(clips.write_clip(tmp_path / "a.mp4"), tmp_path / "live.mkv", options={"live": "1"})
+    assert len(PyavReader().probe(str(live)).times_s) == 90
+
+
+def test_an_animated_avif_is_no_still_picture(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    if not pytest.importorskip("PIL.features").check("avif"):
+        pytest.skip("this PIL writes no AVIF")
+    shades = [image.new("RGB", (64, 64), (40 * k,) * 3) for k in range(6)]
+    shades[0].save(tmp_path / "a.avif", save_all=True, append_images=shades[1:], duration=250)
+    reader = PyavReader()
+    probe = reader.probe(str(tmp_path / "a.avif"))
+    assert probe.times_s.tolist() == [0.25 * k for k in range(6)]
+    assert [round(float(rgb.mean()) / 40) for rgb in reader.read(probe, range(6))] == [*range(6)]
 
 
 def test_frames_built_on_a_damaged_one_are_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vcr1_fast.prompts.limits import PromptLimits
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.tasks.task import Task
@@ -37,10 +38,11 @@ class PromptBuilder:
         prefetch: Callable[[Sequence[str]], None] = lambda videos: None,
         tokens_per_second: float = 2.0,
         merge: int = 2,
+        limits: PromptLimits | None = None,
     ) -> None:
         """`read` gives the patches of an `Example.video` and raises SampleError if it cannot; `prefetch` has such
         videos read ahead. `tokens_per_second` and `merge` are `vision_config.tokens_per_second` and
-        `.spatial_merge_size` of the model, 2 in every published Qwen2.5-VL.
+        `.spatial_merge_size` of the model, 2 in every published Qwen2.5-VL. `limits` None: nothing is too long.
 
         Raises ValueError when the tokenizer lacks a special token.
         """
@@ -50,6 +52,7 @@ class PromptBuilder:
         self._read, self._prefetch = read, prefetch
         self._tokens_per_second = tokens_per_second
         self._merge = merge
+        self.limits = limits
         self._newline = self._text_ids("\n")
 
     def read_ahead(self, examples: Sequence[Example]) -> None:
@@ -80,7 +83,11 @@ class PromptBuilder:
             )
         except ValueError as error:
             raise SampleError(example.video, str(error)) from error
-        return Prompt(example, token_ids_L, positions_3L, patches)
+        prompt = Prompt(example, token_ids_L, positions_3L, patches)
+        if self.limits is not None:
+            self.limits.check_length(prompt)
+            self.limits.check_duration(example, patches.duration_s)
+        return prompt
 
     def completion_ids(self, example: Example) -> Tensor:
         """[R] int64: the answer that supervised training teaches, ended by <|im_end|>. Raises SampleError."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from vcr1_fast.learner.sharding import World, all_max_int, all_reduce_sum
+from vcr1_fast.learner.sharding import World, all_max_int, all_reduce_sum, gather_all
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.dataset import shard
 from vcr1_fast.prompts.difficulty import read_rewards, select_by_reward
@@ -73,7 +73,7 @@ class PromptStream:
         self._pool = ThreadPoolExecutor(NUM_BUILDERS, "build-prompt", initializer=torch.set_num_threads, initargs=(1,))
         self._named: set[int] = set()  # positions not handed out yet whose clips the builder knows of
         # Since this process started, over all ranks:
-        self.num_read = self.num_bad = 0
+        self.num_read = self.num_bad = self.num_durations_off = 0
         self.num_bad_by_reason = dict.fromkeys(REASON_NAMES, 0)
 
     @cached_property
@@ -88,10 +88,12 @@ class PromptStream:
         return self.position / len(self.examples)
 
     def metrics(self) -> dict[str, float]:
-        """epoch, `epoch/{task}` (passes through the examples of a task), bad_samples, `bad_samples/{reason class}`."""
+        """epoch, `epoch/{task}` (passes through the examples of a task), bad_samples, `bad_samples/{reason class}`,
+        durations_off (examples whose annotated length is not that of the file)."""
         by_task = {f"epoch/{task}": epoch for task, epoch in self.order.epochs(self.position).items()}
         reasons = {f"bad_samples/{name}": float(n) for name, n in self.num_bad_by_reason.items() if n > 0}
-        return {"epoch": self.epoch, **by_task, "bad_samples": float(self.num_bad), **reasons}
+        off = {"durations_off": float(self.num_durations_off)} if self.num_durations_off else {}
+        return {"epoch": self.epoch, **by_task, "bad_samples": float(self.num_bad), **reasons, **off}
 
     def next(self, count: int) -> list[Prompt]:
         """This rank's share of the next `count` items over all ranks, without those that cannot be used.
@@ -114,7 +116,14 @@ class PromptStream:
             reason = self._reason(example)
             if reason is not None:
                 bad[reason_class(reason)] += 1.0
+        limits = self.builder.limits
+        bad["durations_off"] = float(limits.num_off) if limits is not None else 0.0
         bad = all_reduce_sum(bad, self.world)
+        self.num_durations_off = int(bad.pop("durations_off"))
+        if limits is not None:
+            line = limits.report(self.num_durations_off, lambda worst: gather_all(worst, self.world))
+            if line and self.world.is_main:
+                print(f"warning: {line}", file=sys.stderr)
         for name, number in bad.items():
             self.num_bad_by_reason[name] += int(number)
         is_first = self.num_read == 0
@@ -204,7 +213,9 @@ class PromptStream:
         try:
             prompt = self.builder.build(example)
             if self._needs_target:
-                self.builder.completion_ids(example)
+                num_target_tokens = len(self.builder.completion_ids(example))
+                if self.builder.limits is not None:
+                    self.builder.limits.check_length(prompt, num_target_tokens)
         except SampleError as error:
             return error
         return prompt

@@ -23,6 +23,7 @@ from vcr1_fast.learner.sharding import World, init_distributed, on_main_rank, sh
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
+from vcr1_fast.prompts.limits import PromptLimits
 from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
@@ -174,7 +175,7 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         if command == "train" and world.device.type == "cuda":
             memory_gb = torch.cuda.get_device_properties(world.device).total_memory / 1e9
             check_memory(config, world.world_size, memory_gb)
-        read_config(model_folder(config.model.path))
+        limits = _prompt_limits(config, command)
         tokenizer = load_tokenizer(config.model.path)
         folder = Path(config.train.output_dir)
         if writes:
@@ -185,7 +186,7 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         tasks = make_tasks(config.task, judge=config.judge)
         proof = choose_kernels(config, world)
         source = opened.enter_context(contextlib.closing(open_source(config, world.device, proof.choice)))
-        builder = PromptBuilder(tokenizer, tasks, source, prefetch=source.prefetch)
+        builder = PromptBuilder(tokenizer, tasks, source, prefetch=source.prefetch, limits=limits)
         if writes and world.is_main:
             (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
         quarantine = open_quarantine(config, folder if writes else None)
@@ -194,6 +195,18 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         run = Run(config, world, folder, tasks, source, builder, quarantine, proof.choice, export)
         say("\n".join([run.describe(), *proof.lines(), *filter(None, [quarantine.describe()])]))
         yield run
+
+
+def _prompt_limits(config: Config, command: RunCommand) -> PromptLimits:
+    """Raises ConfigError when the model's config.json is unusable."""
+    max_positions = read_config(model_folder(config.model.path)).get_text_config().max_position_embeddings
+    num_answer_tokens = config.rollout.max_new_tokens
+    if command == "sft":
+        num_answer_tokens = 0  # its answers are there, and are counted
+    elif command == "eval":
+        num_answer_tokens = config.eval.max_new_tokens or num_answer_tokens
+    is_fixed = config.task.recipe == "fixed"
+    return PromptLimits(max_positions, num_answer_tokens, config.data.max_prompt_tokens, refuses_periods=is_fixed)
 
 
 def open_source(config: Config, device: torch.device, kernels: KernelChoice | None = None) -> PatchSource:

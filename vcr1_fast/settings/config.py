@@ -114,6 +114,9 @@ class DataConfig:
     """[lowest, highest] mean reward in data.rewards of an example to train on; the others are left out."""
     rewards: str | None = None
     """rewards.jsonl of an earlier run, for data.reward_range."""
+    max_prompt_tokens: int | None = None
+    """An example whose prompt, video included, has more tokens is left out and counted. Default: what the positions of
+    the model leave beside the longest answer."""
     quarantine: str | None = None
     """Further list of files not to read, such as quarantine.jsonl of an earlier run. The run's own list is
     quarantine.jsonl in train.output_dir."""
@@ -137,6 +140,10 @@ class DataConfig:
         require(
             not self.mixture or sum(self.mixture.values()) > 0,
             "data.mixture gives every task weight 0, wanted at least one above 0",
+        )
+        require(
+            self.max_prompt_tokens is None or self.max_prompt_tokens >= 1,
+            f"data.max_prompt_tokens is {self.max_prompt_tokens}, wanted at least 1 token, or nothing",
         )
         require(
             self.reward_range is None or self.reward_range[0] <= self.reward_range[1],

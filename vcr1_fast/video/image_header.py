@@ -14,6 +14,10 @@ JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of fra
 JPEG_ALONE = frozenset(range(0xD0, 0xD9)) | {0x01}  # markers without a length
 
 
+class AnimatedImageError(ValueError):
+    """Several pictures in a form that FFmpeg does not decode; the message says "it is ..."."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
     """Of one image file."""
@@ -35,7 +39,7 @@ class ImageHeader:
 
 
 def read_image_header(data: bytes) -> ImageHeader:
-    """Raises ValueError when this is none of the four kinds or its header is cut short."""
+    """Raises ValueError when this is none of the four kinds or its header is cut short, AnimatedImageError for WebP."""
     try:
         if data.startswith(b"\xff\xd8"):
             return _jpeg(data)
@@ -91,7 +95,7 @@ def _webp(data: bytes) -> ImageHeader:
         body = at + 8
         if kind == b"VP8X":
             if data[body] & 2:
-                raise ValueError("it is an animated WebP")
+                raise AnimatedImageError("it is an animated WebP")
             size_px = _uint24(data, body + 4) + 1, _uint24(data, body + 7) + 1
         elif kind == b"VP8 ":
             width, height = struct.unpack_from("<HH", data, body + 6)

@@ -11,7 +11,7 @@ and none of 60 in HEVC, VP8 and VP9. err_detect=explode, crccheck, bitstream, ca
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fractions import Fraction
 
 import av
@@ -26,7 +26,8 @@ from av.video.stream import VideoStream
 
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
-from vcr1_fast.video.image_header import read_image_header
+from vcr1_fast.video.image_header import AnimatedImageError, read_image_header
+from vcr1_fast.video.matroska import is_cut_short
 from vcr1_fast.video.reader import Probe, decoder_limit, require_pixels, require_video_file, upright
 
 # A stream may end this much before the length in its header (rounding, a dropped last frame); more is a cut file.
@@ -74,12 +75,19 @@ class PyavReader:
             is_by_order = container.format.name == "avi" or first.interlaced_frame or len(distinct) < len(spans)
             time_base, rate = stream.time_base, stream.guessed_rate  # of raw H.264 the average is FFmpeg's default, 25
             declared_s = _declared_duration_s(stream, first)
+            is_endless = declared_s == 0 and "matroska" in container.format.name
         if is_by_order:
             with self.open(path) as (container, stream):
                 spans = [(frame.pts, frame.duration) for frame in _decode(container, stream, path)]
         if not spans:
             raise SampleError(path, NO_FRAME)
         times_s, ticks, duration_s = _times(spans, time_base, rate, path)
+        if is_endless and is_cut_short(path):
+            raise SampleError(
+                path,
+                f"the file is cut short: {duration_s:.2f} s can be shown, and its end is not whole; fetch it again, or "
+                "write it anew up to there (ffmpeg -i OLD -c copy NEW.mkv)",
+            )
         if declared_s - duration_s > max(MISSING_END_S, MISSING_END_FRAC * declared_s):
             raise SampleError(
                 path,
@@ -160,13 +168,21 @@ class PyavReader:
         """An image under the name of a video: FFmpeg decodes it to find its size, and 100 KB of PNG can be 2.7 GB."""
         with open(path, "rb") as file:
             start = file.read(1 << 16)
-        with suppress(ValueError):
+        try:
             header = read_image_header(start)
+        except AnimatedImageError as error:
+            raise SampleError(path, f"{error}, which FFmpeg cannot decode: convert it to MP4") from error
+        except ValueError:
+            return  # no image
+        else:
             require_pixels(path, header.width_px, header.height_px, self.max_source_pixels)
 
 
 def _video_stream(container: InputContainer, path: str) -> VideoStream:
-    for stream in container.streams.video:
+    streams = list(container.streams.video)
+    if container.metadata.get("major_brand") == "avis":  # animated AVIF: its first track is a still picture
+        streams.sort(key=lambda stream: -stream.frames)
+    for stream in streams:
         if not stream.disposition & Disposition.attached_pic:  # the cover picture of a music file
             if stream.codec_context is None:
                 raise SampleError(path, "its video is in a codec that FFmpeg has no decoder for; convert it to H.264")

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 # Reason in words -> its class, for counts. The first pattern that is found decides.
 REASON_CLASSES = (
     ("error", r"\braised \w+: "),  # of a program, which says little about the file
+    ("annotation", r"^its period (begins|ends) at|^its prompt is too long"),
     ("missing", r"no such file|cannot be opened"),
     ("empty", r"is empty|0 bytes|holds no image"),
     ("timeout", r"did not finish within"),
@@ -36,7 +37,7 @@ REASON_CLASSES = (
     ("not_decodable", r"no decoder for|cannot decode it|wrong frames|decoder"),
 )
 OTHER = "other"
-PASSING = ("error", "missing")  # a disk that is not mounted, for example
+PASSING = ("error", "missing", "annotation")  # a disk that is not mounted, a file or setting that was mended
 REASON_NAMES = (*(name for name, _ in REASON_CLASSES), OTHER)
 NUM_NAMES_SHOWN = 5
 
