@@ -23,12 +23,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of everything random; a trial follows from it")
     parser.add_argument("--only", nargs="+", choices=sorted(KINDS), default=sorted(KINDS), metavar="KIND")
     parser.add_argument("--trials", type=int, help="so many of each kind, instead of a time")
+    parser.add_argument("--short", action="store_true", help="the few trials of `make test`")
     parser.add_argument("--trial", type=int, help="this one alone, as the line of a failure says")
     parser.add_argument("--out", type=Path, help="JSON of the table and of each failure")
     parser.add_argument("--keep", action="store_true", help="keep the folder of the last trial, and say where it is")
     options = parser.parse_args()
-    if options.minutes == float("inf") and options.trials is None and options.trial is None:
-        parser.error("give --minutes, --trials or --trial")
+    if options.minutes == float("inf") and options.trials is None and options.trial is None and not options.short:
+        parser.error("give --minutes, --trials, --trial or --short")
     folder = Path(os.environ.get("FAULTS_FOLDER") or tempfile.mkdtemp(prefix="vcr1-faults-"))
     os.environ |= {"FAULTS_FOLDER": str(folder), "OMP_NUM_THREADS": "1"}
     file_operations.start_again_with_it("tests.faults", folder)
@@ -48,14 +49,18 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
     missing = [] if file_operations.is_loaded() else [kind for kind in options.only if KINDS[kind].needs_library]
     if missing:
         print(f"faults: no C compiler, so not tried: {', '.join(missing)}", file=sys.stderr)
-    kinds = make_kinds(folder, [kind for kind in options.only if kind not in missing])
+    names = [kind for kind in options.only if kind not in missing and (KINDS[kind].num_short or not options.short)]
+    kinds = make_kinds(folder, names, ["lag"] if options.short else None)
     num_each = 1 if options.trial is not None else options.trials
+    counts = None if num_each is None else dict.fromkeys(names, num_each)
+    if options.short:
+        counts = {kind: KINDS[kind].num_short for kind in names}
     tallies, failures = run_trials(
         kinds,
         Bench(folder),
         options.seed,
         limit_s=options.minutes * 60,
-        num_each=num_each,
+        counts=counts,
         only_number=options.trial,
     )
     print(table(tallies), flush=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from tests.faults import damage
 from tests.faults.runs import Started, run
-from tests.faults.trials import Bench, Lost, Raised
+from tests.faults.trials import Bench, CrashedError, LostError
 from tests.faults.undisturbed import Runs
 from tests.video import damaged
 from vcr1_fast.settings.config import VideoConfig
@@ -45,14 +45,14 @@ def read_a_mutated_clip(bench: Bench, runs: Runs, rng: random.Random) -> None:
     said = [_Reader.shared(runs).read(path) for _ in range(2)]
     for one in said:
         if "raised" in one:
-            raise Raised(one["raised"])
+            raise CrashedError(one["raised"])
         if "\n" in one.get("refused", ""):
-            raise Lost(f"a reason of several lines: {one['refused']!r}")
+            raise LostError(f"a reason of several lines: {one['refused']!r}")
     if said[0] != said[1]:
-        raise Lost(f"read twice: {said[0]} and {said[1]}")
+        raise LostError(f"read twice: {said[0]} and {said[1]}")
     good = _sound(runs) / rng.choice([name for name, _ in CODECS.values()])
     if "frames" not in _Reader.shared(runs).read(good) or _Reader.shared(runs).read(good) != _reference(runs, good):
-        raise Lost(f"after it, {good.name} is read otherwise than before")
+        raise LostError(f"after it, {good.name} is read otherwise than before")
 
 
 def train_on_a_mutated_clip(bench: Bench, runs: Runs, rng: random.Random) -> None:
@@ -70,11 +70,11 @@ def train_on_a_mutated_clip(bench: Bench, runs: Runs, rng: random.Random) -> Non
     options = (f"--video.max_source_pixels={damaged.MAX_SOURCE_PIXELS}",)
     ended = run(runs.arguments("train", folder / "run", *options, data=data), folder / "log").checked()
     if ended.code != 0:
-        raise Lost(f"the run ended: {ended.refusal()}")
+        raise LostError(f"the run ended: {ended.refusal()}")
     path = folder / "run" / "quarantine.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if blamed := [line["source"] for line in lines if line["source"] != str(victim)]:
-        raise Lost(f"other files are blamed: {blamed}")
+        raise LostError(f"other files are blamed: {blamed}")
 
 
 def mutate(rng: random.Random, source: Path, target: Path) -> str:
@@ -160,7 +160,7 @@ class _Reader:
             part = os.read(self._said, 65536)
             if not part:
                 _Reader.shared.cache_clear()
-                raise Raised(f"the reading process ended: {self._process.text()[-300:]}")
+                raise CrashedError(f"the reading process ended: {self._process.text()[-300:]}")
             self._buffer += part
         line, self._buffer = self._buffer.split(b"\n", 1)
         return json.loads(line)

@@ -7,8 +7,8 @@ import shutil
 
 from tests.faults import damage
 from tests.faults.runs import run
-from tests.faults.trials import Bench, Lost
-from tests.faults.undisturbed import VARIANTS, Runs, check_is_refused_or_same, check_same, resumed_step, what_is_left
+from tests.faults.trials import Bench, LostError
+from tests.faults.undisturbed import Runs, check_is_refused_or_same, check_same, resumed_step, what_is_left
 from vcr1_fast.run.model_folder import model_folder
 
 HISTORY = ("metrics.jsonl", "rewards.jsonl", "config.yaml", "quarantine.jsonl")  # beside the checkpoints
@@ -16,7 +16,7 @@ HISTORY = ("metrics.jsonl", "rewards.jsonl", "config.yaml", "quarantine.jsonl") 
 
 def damage_a_run(bench: Bench, runs: Runs, rng: random.Random) -> None:
     """Killed after three steps, then damaged: the weights at its end must be those of the undisturbed run."""
-    variant = rng.choice(list(VARIANTS))
+    variant = rng.choice(runs.variants)
     undisturbed = runs.undisturbed(variant)
     folder = shutil.copytree(undisturbed.after_three, bench.empty_folder() / "run")
     bench.fault = f"{variant}: {damage.damage_a_file(rng, folder)}"
@@ -24,11 +24,11 @@ def damage_a_run(bench: Bench, runs: Runs, rng: random.Random) -> None:
     if ended.code != 0:
         ended.refusal()
         if len(list((folder / "checkpoints").glob("step_*"))) > 1:
-            raise Lost(f"refused, though another checkpoint is good: {ended.refusal()}")
+            raise LostError(f"refused, though another checkpoint is good: {ended.refusal()}")
         return
     is_checkpoint = "checkpoints/" in bench.fault
     if resumed_step(ended) < (1 if variant != "lora" else 0) + (0 if is_checkpoint else 2):
-        raise Lost(f"it went on from step {resumed_step(ended)}")
+        raise LostError(f"it went on from step {resumed_step(ended)}")
     want = undisturbed.left
     if is_checkpoint:
         check_same(what_is_left(folder, ended), want)
@@ -37,12 +37,12 @@ def damage_a_run(bench: Bench, runs: Runs, rng: random.Random) -> None:
 
         weights = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
         if weights != want.weights:
-            raise Lost("damage beside the checkpoints changed the weights")
+            raise LostError("damage beside the checkpoints changed the weights")
 
 
 def damage_a_model(bench: Bench, runs: Runs, rng: random.Random) -> None:
     """A file of model.path is cut, emptied, deleted, or a pointer of git-lfs: one line, or all as it was."""
-    variant, folder = rng.choice(list(VARIANTS)), bench.empty_folder()
+    variant, folder = rng.choice(runs.variants), bench.empty_folder()
     model = folder / "model"
     shutil.copytree(model_folder("tiny"), model, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.yaml"))
     path = rng.choice(sorted(model.iterdir()))

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 
 from tests.faults.runs import forked
-from tests.faults.trials import Bench, Lost
+from tests.faults.trials import Bench, LostError
 from tests.faults.undisturbed import Runs
 from vcr1_fast import __version__
 
@@ -69,9 +69,9 @@ def be_hostile(bench: Bench, runs: Runs, rng: random.Random) -> None:
     bench.fault += f" ({detail.read_text()[:100]})" if detail.exists() else ""
     ended.checked()
     if ended.code != 0:
-        raise Lost(f"serve or its trainer failed: {ended.err[-300:]}")
+        raise LostError(f"serve or its trainer failed: {ended.err[-300:]}")
     if float(took.read_text()) > SOON_S:
-        raise Lost(f"an honest trainer waited {float(took.read_text()):.1f} s")
+        raise LostError(f"an honest trainer waited {float(took.read_text()):.1f} s")
 
 
 class _Serve:

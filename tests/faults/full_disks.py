@@ -14,13 +14,13 @@ from pathlib import Path
 from tests.faults import file_operations
 from tests.faults.runs import Ended, Started, run
 from tests.faults.trials import Bench
-from tests.faults.undisturbed import VARIANTS, Runs, check_goes_on, check_same, what_is_left
+from tests.faults.undisturbed import Runs, check_goes_on, check_same, what_is_left
 
 ENOUGH_BYTES = 64 << 20
 
 
 def fill_a_disk(bench: Bench, runs: Runs, rng: random.Random) -> None:
-    variant = rng.choice(list(VARIANTS))
+    variant = rng.choice(runs.variants)
     folder = bench.empty_folder()
     needed = _bytes_below(runs.undisturbed(variant).after_three.parent / "whole")
     size = rng.randrange(4096, int(1.3 * needed))
@@ -32,7 +32,7 @@ def fill_a_disk(bench: Bench, runs: Runs, rng: random.Random) -> None:
 
 def fail_operations(bench: Bench, runs: Runs, rng: random.Random) -> None:
     """From one operation on, or just once, every writer gets ENOSPC, EIO or EDQUOT."""
-    variant = rng.choice(list(VARIANTS))
+    variant = rng.choice(runs.variants)
     folder = bench.empty_folder()
     at = rng.randint(1, runs.undisturbed(variant).num_operations)
     action = rng.choice([file_operations.FAIL_FROM, file_operations.FAIL_FROM, file_operations.FAIL_ONCE])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.faults.rewards import FAILURES
 from tests.faults.runs import Ended, Started, run
-from tests.faults.trials import Bench, Lost
+from tests.faults.trials import Bench, LostError
 from tests.faults.undisturbed import NUM_STEPS, Runs
 from tests.judge import judge_server
 from tests.judge.judge_server import Behaviour, judges_by_words, says, sends, serving, waits
@@ -142,28 +142,28 @@ def _check_nothing_is_lost(folder: Path, ended: Ended) -> None:
         ended.refusal()
     _check_no_quarantine(folder)
     if "\x1b" in ended.err + ended.out:
-        raise Lost("an escape byte of the judge reached the terminal")
+        raise LostError("an escape byte of the judge reached the terminal")
     steps = _steps(folder)
     failures = sum(step.get("reward_failures", 0) for step in steps)
     trained = [step for step in steps if step.get("grad_norm")]
     if ended.code == 0 and not trained and failures:
-        raise Lost(f"exit code 0 though no step of {len(steps)} was trained ({failures:.0f} groups not scored)")
+        raise LostError(f"exit code 0 though no step of {len(steps)} was trained ({failures:.0f} groups not scored)")
 
 
 def _check_goes_on(folder: Path, ended: Ended) -> None:
     if ended.checked().code != 0:
-        raise Lost(f"with everything well again it ended with {ended.code}: {ended.err[-300:]!r}")
+        raise LostError(f"with everything well again it ended with {ended.code}: {ended.err[-300:]!r}")
     _check_no_quarantine(folder)
     last = _steps(folder)[-1]
     if last["step"] != NUM_STEPS + 2 or last.get("reward_failures") or not last.get("grad_norm"):
-        raise Lost(f"with everything well again the last step is {last['step']}, gradient {last.get('grad_norm')}")
+        raise LostError(f"with everything well again the last step is {last['step']}, gradient {last.get('grad_norm')}")
 
 
 def _check_no_quarantine(folder: Path) -> None:
     path = folder / "quarantine.jsonl"
     if path.exists() and path.read_text().strip():
         lines = path.read_text().splitlines()
-        raise Lost(f"{len(lines)} rows of training data are quarantined for it: {lines[0]:.150}")
+        raise LostError(f"{len(lines)} rows of training data are quarantined for it: {lines[0]:.150}")
 
 
 def _steps(folder: Path) -> list[dict[str, float]]:

@@ -9,11 +9,11 @@ from pathlib import Path
 from tests.faults import file_operations
 from tests.faults.runs import Started
 from tests.faults.trials import Bench
-from tests.faults.undisturbed import VARIANTS, Runs, check_goes_on
+from tests.faults.undisturbed import Runs, check_goes_on
 
 
 def kill_at_a_moment(bench: Bench, runs: Runs, rng: random.Random) -> None:
-    variant = rng.choice(list(VARIANTS))
+    variant = rng.choice(runs.variants)
     folder = bench.empty_folder()
     seconds = rng.uniform(0.0, runs.undisturbed(variant).seconds)
     bench.fault = f"kill -9 of {variant} after {seconds:.2f} s"
@@ -24,7 +24,7 @@ def kill_at_a_moment(bench: Bench, runs: Runs, rng: random.Random) -> None:
 
 
 def kill_at_an_operation(bench: Bench, runs: Runs, rng: random.Random) -> None:
-    variant = rng.choice(list(VARIANTS))
+    variant = rng.choice(runs.variants)
     folder = bench.empty_folder()
     at = rng.randint(1, runs.undisturbed(variant).num_operations)
     bench.fault = f"kill -9 of {variant} at operation {at} on its files"

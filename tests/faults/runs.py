@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from tests.faults.trials import Lost, Raised
+from tests.faults.trials import CrashedError, LostError
 from vcr1_fast.cli import main
 from vcr1_fast.run import exit_codes
 
@@ -38,24 +38,25 @@ class Ended:
     err: str
 
     def checked(self) -> Ended:
-        """This, if it ended as a command may: raises Raised for a traceback, a crash or a code that is not listed."""
+        """This, if it ended as a command may. Raises CrashedError for a traceback, a crash, an unlisted code."""
         text = self.err + self.out
         if found := _TRACEBACK.search(text):
-            lines = [line for line in text[found.start() :].splitlines() if line and not line.startswith(" ")]
-            raise Raised(" ".join(lines[1:2] or lines[:1])[:300] + _place(text[found.start() :]))
+            rest = text[found.start() :]
+            lines = [line for line in rest.splitlines() if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+            raise CrashedError((lines or rest.splitlines())[0][:300] + _place(rest))
         if self.code < 0 and self.code != -signal.SIGKILL:
-            raise Raised(f"killed by {signal.Signals(-self.code).name}")
+            raise CrashedError(f"killed by {signal.Signals(-self.code).name}")
         known = (0, exit_codes.FAILED, exit_codes.WRONG_USAGE, exit_codes.NO_SIGNAL)
         if self.code not in known and not 0x80 < self.code < 0xA0 and self.code >= 0:
-            raise Raised(f"exit code {self.code}, which is not listed")
+            raise CrashedError(f"exit code {self.code}, which is not listed")
         return self
 
     def refusal(self) -> str:
-        """The line on stderr that says why it did not go on. Raises Lost unless it is exactly one."""
+        """The line on stderr that says why it did not go on. Raises LostError unless it is exactly one."""
         self.checked()
         lines = _ERROR_LINE.findall(self.err)
         if len(lines) != 1 or len(lines[0]) < 20:
-            raise Lost(f"exit code {self.code} with {len(lines)} lines of error: {self.err[-300:]!r}")
+            raise LostError(f"exit code {self.code} with {len(lines)} lines of error: {self.err[-300:]!r}")
         return lines[0]
 
 
@@ -95,14 +96,14 @@ class Started:
         return self.wait()
 
     def wait(self, limit_s: float = LIMIT_S) -> Ended:
-        """Until it ends. Raises Lost when it does not."""
+        """Until it ends. Raises LostError when it does not."""
         end = time.monotonic() + limit_s
         while (code := self.poll()) is None:
             if time.monotonic() > end:
                 self._end_all()
                 os.waitpid(self.pid, 0)
                 self._status = -signal.SIGKILL
-                raise Lost(f"it did not end within {limit_s:g} s: {self.text()[-300:]!r}")
+                raise LostError(f"it did not end within {limit_s:g} s: {self.text()[-300:]!r}")
             time.sleep(POLL_S)
         self._end_all()
         return Ended(code, *(path.read_text(errors="replace") for path in self._logs))

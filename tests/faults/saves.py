@@ -19,7 +19,7 @@ import torch
 
 from tests.faults import damage, file_operations
 from tests.faults.runs import Ended, forked
-from tests.faults.trials import Bench, Lost
+from tests.faults.trials import Bench, LostError
 from tests.faults.undisturbed import Runs, steps_with_checkpoints
 from tests.run.sharded_checkpoint import CONFIG, whole_state
 from tests.tiny_policy import TinyPolicy
@@ -118,9 +118,9 @@ def kill_in_a_save(bench: Bench, runs: Runs, rng: random.Random) -> None:
     newest = max(steps_with_checkpoints(run), default=0)
     step = _load(lab, run, folder / "loaded")
     if ended.code == 0:
-        raise Lost("nothing was killed")
+        raise LostError("nothing was killed")
     if step < max(newest, NUM_STEPS if again else NUM_STEPS - 1):
-        raise Lost(f"after the kill step {step} was loaded, though step {max(newest, NUM_STEPS - 1)} was saved")
+        raise LostError(f"after the kill step {step} was loaded, though step {max(newest, NUM_STEPS - 1)} was saved")
 
 
 @functools.cache
@@ -149,11 +149,11 @@ def damage_a_checkpoint(bench: Bench, runs: Runs, rng: random.Random) -> None:
     bench.fault = damage.damage_a_file(rng, victim)
     step = _load(lab, run, folder / "loaded")
     if step == 0:
-        raise Lost("it began anew, though the other checkpoint is good")
+        raise LostError("it began anew, though the other checkpoint is good")
 
 
 def _load(lab: Saving, run: Path, log: Path) -> int:
-    """The step that a start finds, 0 for none or a refusal. Raises Lost when what it loads is not what was saved."""
+    """The step that a start finds; 0 for none, -1 for a refusal. Raises LostError when it loads other bits."""
     result = log.with_suffix(".json")
 
     def load() -> None:
@@ -170,16 +170,16 @@ def _load(lab: Saving, run: Path, log: Path) -> int:
 
     ended: Ended = forked(load, log).checked()
     if ended.code != 0:
-        raise Lost(f"loading ended with {ended.code}: {ended.err[-300:]}")
+        raise LostError(f"loading ended with {ended.code}: {ended.err[-300:]}")
     got = json.loads(result.read_text())
     if got["step"] < 0:
         return _refused(got["refused"])
     if got["step"] and lab.digests[got["step"]] != got["digest"]:
-        raise Lost(f"step {got['step']} was loaded with other bits than were saved, without a word")
+        raise LostError(f"step {got['step']} was loaded with other bits than were saved, without a word")
     return got["step"]
 
 
 def _refused(message: str) -> int:
     if "\n" in message.strip():
-        raise Lost(f"a refusal of several lines: {message!r:.200}")
+        raise LostError(f"a refusal of several lines: {message!r:.200}")
     return -1

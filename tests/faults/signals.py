@@ -8,14 +8,14 @@ import signal
 import time
 
 from tests.faults.runs import Started
-from tests.faults.trials import Bench, Lost
-from tests.faults.undisturbed import VARIANTS, Runs, check_goes_on, check_same, what_is_left
+from tests.faults.trials import Bench, LostError
+from tests.faults.undisturbed import Runs, check_goes_on, check_same, what_is_left
 
 SENT = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
 
 def send_a_signal(bench: Bench, runs: Runs, rng: random.Random) -> None:
-    variant, folder = rng.choice(list(VARIANTS)), bench.empty_folder()
+    variant, folder = rng.choice(runs.variants), bench.empty_folder()
     name = rng.choice(SENT)
     seconds = rng.uniform(0.0, runs.undisturbed(variant).seconds)
     pause_s = rng.choice([None, None, None, rng.uniform(0.0, 0.3)])
@@ -37,7 +37,7 @@ def send_a_signal(bench: Bench, runs: Runs, rng: random.Random) -> None:
     if ended.code == -number and not done:
         pass  # before anything was ready to be saved
     elif ended.checked().code not in (0, 0x80 + number):
-        raise Lost(f"exit code {ended.code}, wanted {0x80 + number}: {ended.err[-200:]!r}")
+        raise LostError(f"exit code {ended.code}, wanted {0x80 + number}: {ended.err[-200:]!r}")
     if ended.code == 0:
         check_same(what_is_left(folder / "run", ended), runs.undisturbed(variant).left)
         return

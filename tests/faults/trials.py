@@ -1,8 +1,8 @@
 """One fault, its judgement, and the table of all of them.
 
-A trial is a function `trial(bench, rng)` that does one fault to the product and returns when nothing was lost. It raises
-`Lost` for a run that cannot go on, other bits, or a wrong number that nobody was told of, and `Raised` for a traceback
-or a process that crashed. All that is random comes from `rng`, which follows from seed, kind and number of the trial.
+A trial is a function `trial(bench, rng)` that does one fault to the product and returns when nothing was lost. It
+raises LostError for a run that cannot go on, other bits, or a wrong number that nobody was told of, and CrashedError
+for a traceback or a crash. All that is random comes from `rng`, which follows from seed, kind and number of the trial.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 OUTCOMES = ("survived", "lost", "traceback")
 
 
-class Lost(Exception):
+class LostError(Exception):
     """What is lost or wrong, in words."""
 
 
-class Raised(Exception):
+class CrashedError(Exception):
     """The last line of the traceback, or how the process crashed."""
 
 
@@ -73,9 +73,9 @@ def judged(kind: str, trial: Trial, bench: Bench, seed: int, number: int) -> Jud
     outcome, cause = "survived", ""
     try:
         trial(bench, random.Random(f"{seed} {kind} {number}"))
-    except Lost as error:
+    except LostError as error:
         outcome, cause = "lost", str(error)
-    except Raised as error:
+    except CrashedError as error:
         outcome, cause = "traceback", str(error)
     except Exception as error:
         traceback.print_exc()
@@ -89,14 +89,14 @@ def run_trials(
     seed: int,
     *,
     limit_s: float = float("inf"),
-    num_each: int | None = None,
+    counts: Mapping[str, int] | None = None,
     only_number: int | None = None,
 ) -> tuple[dict[str, Tally], list[Judged]]:
-    """Trials of all kinds, each kind the same time, until `limit_s` or `num_each` trials of each kind are over."""
+    """Trials of all kinds, each kind the same time, until `limit_s` or the `counts` of trials are over."""
     tallies, failures = {kind: Tally() for kind in kinds}, []
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
-        open_kinds = [kind for kind, tally in tallies.items() if num_each is None or tally.tried < num_each]
+        open_kinds = [kind for kind, tally in tallies.items() if counts is None or tally.tried < counts[kind]]
         if not open_kinds:
             break
         kind = min(open_kinds, key=lambda name: tallies[name].seconds)

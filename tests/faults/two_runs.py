@@ -8,12 +8,12 @@ import signal
 import time
 
 from tests.faults.runs import Started
-from tests.faults.trials import Bench, Lost
-from tests.faults.undisturbed import VARIANTS, Runs, check_goes_on, check_same, what_is_left
+from tests.faults.trials import Bench, LostError
+from tests.faults.undisturbed import Runs, check_goes_on, check_same, what_is_left
 
 
 def start_a_second_run(bench: Bench, runs: Runs, rng: random.Random) -> None:
-    variant, folder = rng.choice(list(VARIANTS)), bench.empty_folder()
+    variant, folder = rng.choice(runs.variants), bench.empty_folder()
     seconds, is_stopped = rng.uniform(0.0, runs.undisturbed(variant).seconds), rng.random() < 0.4
     bench.fault = f"a second {variant} after {seconds:.2f} s{', the first one stopped meanwhile' * is_stopped}"
     arguments = runs.arguments(variant, folder / "run")
@@ -32,9 +32,9 @@ def start_a_second_run(bench: Bench, runs: Runs, rng: random.Random) -> None:
         second.kill()
     good = [ended for ended in ends if ended.code == 0]
     if not good:
-        raise Lost(f"both ended: {ends[0].refusal()} / {ends[1].refusal()}")
+        raise LostError(f"both ended: {ends[0].refusal()} / {ends[1].refusal()}")
     if len(good) == 2 and "resumed from" not in ends[1].out:
-        raise Lost("both ended with 0")
+        raise LostError("both ended with 0")
     if len(good) == 1:
         next(ended for ended in ends if ended.code != 0).refusal()
         check_same(what_is_left(folder / "run", good[0]), runs.undisturbed(variant).left)

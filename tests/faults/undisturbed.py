@@ -5,17 +5,20 @@ Four steps of two prompts each on a model of 1 M parameters, a checkpoint after 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import json
 import re
-import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.runs import Ended, run
-from tests.faults.trials import Lost
+from tests.faults import file_operations
+from tests.faults.runs import Ended, Started, run
+from tests.faults.trials import LostError
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
 
@@ -62,6 +65,7 @@ class Runs:
     """Command lines for one data set, and the undisturbed runs, each made at first use."""
 
     folder: Path
+    variants: tuple[str, ...]
 
     @functools.cached_property
     def data(self) -> Path:
@@ -92,26 +96,14 @@ class Runs:
 
 @functools.cache
 def _undisturbed(runs: Runs, variant: str) -> Undisturbed:
-    from tests.faults import file_operations
-    from tests.faults.runs import Started
-
     folder = runs.folder / "undisturbed" / variant
     folder.mkdir(parents=True)
     whole, after_three, counted = folder / "whole", folder / "after_three", folder / "operations"
 
-    def count() -> None:
-        import atexit
-
-        if file_operations.is_loaded():
-            file_operations.arm(whole, 0, file_operations.COUNT)
-            atexit.register(lambda: counted.write_text(str(file_operations.count())))
-
-    started = Started(runs.arguments(variant, whole), folder / "whole_log", count)
+    started = Started(runs.arguments(variant, whole), folder / "whole_log", counting(whole, counted))
     ended = started.wait().checked()
     if ended.code != 0:
         raise RuntimeError(f"the undisturbed run {variant} ended with {ended.code}: {ended.err[-2000:]}")
-    import time
-
     seconds = time.monotonic() - started.began
     left = what_is_left(whole, ended)
     killed = Started(runs.arguments(variant, after_three), folder / "after_three_log")
@@ -126,8 +118,19 @@ def _undisturbed(runs: Runs, variant: str) -> Undisturbed:
     return Undisturbed(variant, left, after_three, seconds, num_operations)
 
 
+def counting(folder: Path, counted: Path) -> Callable[[], None]:
+    """For a run's process: how often it did something to files below `folder` is written into `counted` at its end."""
+
+    def count() -> None:
+        if file_operations.is_loaded():
+            file_operations.arm(folder, 0, file_operations.COUNT)
+            atexit.register(lambda: counted.write_text(str(file_operations.count())))
+
+    return count
+
+
 def what_is_left(folder: Path, ended: Ended) -> Left:
-    """Raises Lost when a file is missing or cannot be read."""
+    """Raises LostError when a file is missing or cannot be read."""
     try:
         with (folder / "model" / "model.safetensors").open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
@@ -135,29 +138,31 @@ def what_is_left(folder: Path, ended: Ended) -> Left:
         records = [line for line in lines if "loss" in line or "nll" in line]
         numbers = [record["step"] for record in records]
         if numbers != list(range(1, NUM_STEPS + 1)):
-            raise Lost(f"metrics.jsonl has the steps {numbers}")
+            raise LostError(f"metrics.jsonl has the steps {numbers}")
         steps = {r["step"]: {k: v for k, v in r.items() if _COMPARED.fullmatch(k)} for r in records}
         result = json.loads(ended.out.splitlines()[-1])
         path = folder / "rewards.jsonl"
         rewards = sorted(path.read_text().splitlines()) if path.exists() else []
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise Lost(f"after a run that ended with 0: {type(error).__name__}: {error}") from error
+        raise LostError(f"after a run that ended with 0: {type(error).__name__}: {error}") from error
     return Left(weights, steps, {name: result.get(name) for name in ("before", "after", "scores")}, rewards)
 
 
 def check_same(got: Left, want: Left) -> None:
-    """Raises Lost that names what differs from the undisturbed run."""
+    """Raises LostError that names what differs from the undisturbed run."""
     for step, metrics in want.steps.items():
         for name, value in metrics.items():
             if got.steps[step].get(name) != value:
-                raise Lost(f"step {step}: {name} is {got.steps[step].get(name)}, undisturbed {value}")
+                raise LostError(f"step {step}: {name} is {got.steps[step].get(name)}, undisturbed {value}")
     if got.weights != want.weights:
-        raise Lost("the exported weights are other ones than those of the undisturbed run")
+        raise LostError("the exported weights are other ones than those of the undisturbed run")
     for name, value in want.scores.items():
         if got.scores[name] != value:
-            raise Lost(f"the scores {name!r} are {got.scores[name]!s:.80}, undisturbed {value!s:.80}")
+            raise LostError(f"the scores {name!r} are {got.scores[name]!s:.80}, undisturbed {value!s:.80}")
     if got.rewards != want.rewards:
-        raise Lost(f"rewards.jsonl has {len(got.rewards)} lines, other ones than the {len(want.rewards)} undisturbed")
+        raise LostError(
+            f"rewards.jsonl has {len(got.rewards)} lines, other ones than the {len(want.rewards)} undisturbed"
+        )
 
 
 def steps_with_checkpoints(folder: Path) -> list[int]:
@@ -182,14 +187,14 @@ def check_goes_on(
     wanted = max(steps_with_checkpoints(folder), default=0) if at_least is None else at_least
     ended = run(runs.arguments(variant, folder, data=data), log).checked()
     if ended.code != 0:
-        raise Lost(f"the run cannot be resumed: {ended.refusal()}")
+        raise LostError(f"the run cannot be resumed: {ended.refusal()}")
     if resumed_step(ended) < wanted:
-        raise Lost(f"it went on from step {resumed_step(ended)}, though step {wanted} was saved")
+        raise LostError(f"it went on from step {resumed_step(ended)}, though step {wanted} was saved")
     check_same(what_is_left(folder, ended), runs.undisturbed(variant).left)
     if stale := [
         path.name for path in (*folder.iterdir(), *(folder / "checkpoints").iterdir()) if ".tmp-" in path.name
     ]:
-        raise Lost(f"left for ever: {', '.join(stale)}")
+        raise LostError(f"left for ever: {', '.join(stale)}")
 
 
 def check_is_refused_or_same(runs: Runs, variant: str, folder: Path, ended: Ended) -> None:
@@ -198,8 +203,3 @@ def check_is_refused_or_same(runs: Runs, variant: str, folder: Path, ended: Ende
         ended.refusal()
         return
     check_same(what_is_left(folder, ended), runs.undisturbed(variant).left)
-
-
-def copied(source: Path, target: Path) -> Path:
-    shutil.copytree(source, target)
-    return target

@@ -9,14 +9,14 @@ import time
 from pathlib import Path
 
 from tests.faults.runs import Started, run
-from tests.faults.trials import Bench, Lost
-from tests.faults.undisturbed import VARIANTS, Runs, check_goes_on
+from tests.faults.trials import Bench, LostError
+from tests.faults.undisturbed import Runs, check_goes_on
 
 OWN = ("run", "run/checkpoints", "run/tensorboard", "newest")
 
 
 def take_a_folder_away(bench: Bench, runs: Runs, rng: random.Random) -> None:
-    variant, folder = rng.choice(list(VARIANTS)), bench.empty_folder()
+    variant, folder = rng.choice(runs.variants), bench.empty_folder()
     what = rng.choice([*OWN, "data", "data/videos"])
     seconds = rng.uniform(0.1, runs.undisturbed(variant).seconds)
     bench.fault = f"{what} of {variant} vanishes after {seconds:.2f} s"
@@ -56,7 +56,7 @@ def _check_data_is_used_again(runs: Runs, variant: str, folder: Path, data: Path
     more = ("--train.num_steps=6", "--sft.num_steps=6")
     ended = run(runs.arguments(variant, folder / "run", *more, data=data), folder / "resumed").checked()
     if ended.code != 0:
-        raise Lost(f"the run cannot be resumed with its data there again: {ended.refusal()}")
+        raise LostError(f"the run cannot be resumed with its data there again: {ended.refusal()}")
     path = folder / "run" / "quarantine.jsonl"
     if path.exists() and path.read_text().strip():
-        raise Lost(f"clips that are there again stay on the list: {path.read_text()[:150]}")
+        raise LostError(f"clips that are there again stay on the list: {path.read_text()[:150]}")

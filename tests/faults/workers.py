@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from tests.faults.runs import Started
-from tests.faults.trials import Bench, Lost
+from tests.faults.trials import Bench, LostError
 from tests.faults.undisturbed import Runs, check_same, what_is_left
 
 
@@ -31,11 +31,11 @@ def kill_workers(bench: Bench, runs: Runs, rng: random.Random) -> None:
             killed.add(child)
     ended = started.wait().checked()
     if ended.code != 0:
-        raise Lost(f"the run ended: {ended.refusal()}")
+        raise LostError(f"the run ended: {ended.refusal()}")
     check_same(what_is_left(folder / "run", ended), runs.undisturbed("train").left)
     path = folder / "run" / "quarantine.jsonl"
     if path.exists() and path.read_text().strip():
-        raise Lost(f"a file is blamed: {path.read_text()[:200]}")
+        raise LostError(f"a file is blamed: {path.read_text()[:200]}")
 
 
 def _children(pid: int) -> set[int]:
