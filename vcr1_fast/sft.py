@@ -15,7 +15,8 @@ from vcr1_fast.evaluate import evaluate
 from vcr1_fast.evaluation.scores import flat_scores, scores_as_dict
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.run.metrics import update_metrics
-from vcr1_fast.run.run import Run, export_model, load_state, open_run, open_weight_sync, outcome, save_state
+from vcr1_fast.run.resuming import load_state
+from vcr1_fast.run.run import Run, export_model, open_run, open_weight_sync, outcome, save_state
 from vcr1_fast.run.stopping import Stopping
 from vcr1_fast.run.telemetry import Telemetry
 from vcr1_fast.settings.config import Config
@@ -35,7 +36,7 @@ def _sft(run: Run) -> dict[str, Any]:
     config = run.config
     prompts = run.train_stream(needs_target=True)
     learner = Learner(config, run.world, config.sft.num_steps, run.kernels)
-    state = load_state(run, learner, "sft")
+    state = load_state(run, learner, prompts, "sft")
     prompts.position, num_tokens, has_signal = state.position, state.num_tokens, state.has_signal
     telemetry = Telemetry(run.folder, run.world.rank, resume_step=state.step)
     with Stopping(config.checkpoint, config.sft.num_steps, run.world) as stopping:
@@ -51,7 +52,7 @@ def _sft(run: Run) -> dict[str, Any]:
             telemetry.log_step(step, metrics, config.sft.num_steps)
             if stopping.wants_checkpoint(step):
                 with telemetry.span("checkpoint"):
-                    now = run.state(step, prompts.position, num_tokens, 0, "sft")
+                    now = run.state(step, prompts, num_tokens, 0, "sft")
                     save_state(run, learner, replace(now, has_signal=has_signal))
             stopping.end_if_asked(step)
     export_model(run, learner)

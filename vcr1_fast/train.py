@@ -15,18 +15,9 @@ from vcr1_fast.prompts.difficulty import log_rewards
 from vcr1_fast.rollout.collect import Collector
 from vcr1_fast.rollout.parity import check_parity, warn_of_gap
 from vcr1_fast.rollout.queue import RolloutQueue
-from vcr1_fast.run.metrics import rollout_metrics, update_metrics
-from vcr1_fast.run.run import (
-    Run,
-    due,
-    export_model,
-    load_state,
-    open_run,
-    open_weight_sync,
-    outcome,
-    sampling_of,
-    save_state,
-)
+from vcr1_fast.run.metrics import merged, rollout_metrics, update_metrics
+from vcr1_fast.run.resuming import load_state
+from vcr1_fast.run.run import Run, due, export_model, open_run, open_weight_sync, outcome, sampling_of, save_state
 from vcr1_fast.run.stopping import Stopping
 from vcr1_fast.run.telemetry import Telemetry, say
 from vcr1_fast.settings.config import Config
@@ -46,7 +37,7 @@ def _train(run: Run) -> dict[str, Any]:
     config, world = run.config, run.world
     prompts, held_out = run.train_stream(), run.eval_examples()
     learner = Learner(config, world, config.train.num_steps * config.algorithm.minibatches_per_rollout, run.kernels)
-    state = load_state(run, learner, "train")  # step 0, or where a checkpoint stands
+    state = load_state(run, learner, prompts, "train")  # step 0, or where a checkpoint stands
     prompts.position = state.position
     engine = run.open_engine()
     collector = Collector(run.tasks, config, world, run.builder.completion_ids)
@@ -82,29 +73,31 @@ def _train(run: Run) -> dict[str, Any]:
             with telemetry.span("weight_sync"), queue.paused():
                 sync.push()
             metrics = rollout_metrics(groups, run.tasks, world) | update_metrics(reports)
+            metrics |= merged(part.metrics() for part in (prompts, collector, queue, task_scale, run.source))
             num_tokens += int(metrics["step_tokens/executed"])
-            metrics |= {"num_tokens": num_tokens} | prompts.metrics() | collector.metrics() | queue.metrics()
-            metrics |= task_scale.metrics() | run.source.metrics()
             warn_of_gap(step, metrics, config, learner.dtype)
             with telemetry.forgiven("rewards.jsonl"):
                 log_rewards(run.folder / "rewards.jsonl", step, groups, world)
-            telemetry.log_step(step, metrics, config.train.num_steps)
+            telemetry.log_step(step, metrics | {"num_tokens": num_tokens}, config.train.num_steps)
             if stopping.wants_checkpoint(step):
                 with telemetry.span("checkpoint"):
-                    now = run.state(step, prompts.position, num_tokens, sync.policy_version, "train")
+                    now = run.state(step, prompts, num_tokens, sync.policy_version, "train")
                     more = {"task_scale": task_scale.moments, "has_signal": has_signal, **queue.pending()}
                     save_state(run, learner, replace(now, before=scores_as_dict(before), **more))
             stopping.end_if_asked(step)
             if due(config.eval.every, step) and step < config.train.num_steps and held_out:
                 score(step)
     after = score(config.train.num_steps) if held_out else {}
-    if after and world.is_main:
+    for part in (telemetry, queue, engine):
+        part.close()
+    done = {"run": str(run.folder), "steps": config.train.num_steps, "engine": engine.version}
+    return done | _finish(run, learner, before, after) | outcome(run, has_signal, config.train.num_steps - state.step)
+
+
+def _finish(run: Run, learner: Learner, before: Scores, after: Scores) -> dict[str, Any]:
+    """Show both scores, write the model."""
+    if after and run.world.is_main:
         print_scores(before, after)
-    telemetry.close()
-    queue.close()
-    engine.close()
-    if config.checkpoint.export:
+    if run.config.checkpoint.export:
         export_model(run, learner)
-    scores = {"before": scores_as_dict(before), "after": scores_as_dict(after)}
-    said = outcome(run, has_signal, config.train.num_steps - state.step)
-    return {"run": str(run.folder), "steps": config.train.num_steps, "engine": engine.version, **scores, **said}
+    return {"before": scores_as_dict(before), "after": scores_as_dict(after)}

@@ -72,7 +72,8 @@ def test_a_run_over_a_data_set_with_damaged_files_names_exactly_those(tmp_path: 
         "--video.max_frames=4", "--video.min_frame_pixels=784", "--video.max_frame_pixels=784",
     ]  # fmt: skip
     done = run_on_two_ranks(arguments)
-    assert done.code == 0, done.err[-3000:]
+    # Answers of one token have no gradient: both ranks end with 3, which torchrun reports.
+    assert done.code == 1 and "exitcode  : 3" in done.err and "vcr1-fast: no signal: " in done.err, done.err[-3000:]
     assert f"train.jsonl:{NUM_FILES + 1}: interval 0 ends (1.0 s) before it starts (2.0 s)" in done.err
     check_list(run, kinds)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -104,6 +105,6 @@ def test_too_many_damaged_files_stop_the_run_with_a_summary(tmp_path: Path, run_
     ]
     done = run_here(arguments)
     assert done.code == 1
-    assert "24 of 24 samples could not be used, more than train.max_bad_sample_frac = 0.5" in done.err
+    assert "nothing of the first step can be used, nor of the 32 samples after it" in done.err
     assert "24 files (14 missing, 10 empty):" in done.err
     assert "  and 19 more" in done.err

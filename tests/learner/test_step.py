@@ -15,6 +15,7 @@ from vcr1_fast.learner.row_cost import group_size
 from vcr1_fast.learner.sharding import World
 from vcr1_fast.learner.step import Learner, UpdateReport
 from vcr1_fast.settings.config import AlgorithmConfig, Config, ModelConfig, OptimizerConfig, TrainConfig
+from vcr1_fast.types import RunError
 
 LENGTHS = [(5, 3, 8), (1, 9, 2), (4, 4, 4), (7, 2, 6)]
 
@@ -95,6 +96,18 @@ def test_non_finite_gradient_skips_the_update(model_path, groups):
     [report] = learner.update_grpo([broken])
     assert report.skipped
     assert all(torch.equal(before[name], value) for name, value in learner.policy.state_dict().items())
+
+
+def test_nothing_but_skipped_updates_ends_the_run(model_path, groups):
+    """Two in a row are allowed, counted anew after one that is not skipped."""
+    config = make_config(model_path)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, max_skipped_updates=3))
+    learner = Learner(config, World(), 10)
+    broken = dataclasses.replace(groups[0], advantages=(math.nan, 1.0, -1.0))
+    for group in (broken, broken, groups[0], broken, broken):
+        learner.update_grpo([group])
+    with pytest.raises(RunError, match=r"3 updates in a row were skipped because the gradient's norm was nan.*earlier"):
+        learner.update_grpo([broken])
 
 
 def test_minibatches_split_the_rollout_and_use_engine_logprobs(model_path, groups):

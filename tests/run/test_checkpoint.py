@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -27,6 +28,7 @@ from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
 from vcr1_fast.run.checkpoint_files import latest_checkpoint, resolve_resume
 from vcr1_fast.run.folder import prepare_output_dir
 from vcr1_fast.settings.config import ConfigError
+from vcr1_fast.types import RunError
 
 WORKER = Path(__file__).with_name("sharded_checkpoint.py")
 
@@ -193,6 +195,21 @@ def test_a_save_killed_at_any_moment_loses_no_checkpoint(
     fresh = make(seed=9)
     load_checkpoint(second, *fresh, SINGLE_PROCESS)
     assert torch.equal(fresh[0].hf.lm_head.weight, want[0].hf.lm_head.weight)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["model", "optimizer"])
+def test_what_is_not_finite_is_never_saved(run: Path, value: float, which: str):
+    """A checkpoint of it would be resumed from for ever; the one before stays."""
+    parts = make()
+    train(parts, 1)
+    first = save(run, parts, 1)
+    weight = parts[0].hf.lm_head.weight
+    with torch.no_grad():
+        (weight if which == "model" else parts[1].state[weight]["exp_avg_sq"]).view(-1)[7] = value
+    with pytest.raises(RunError, match=rf"after step 2 {which}\..*lm_head.weight is not finite, so no checkpoint"):
+        save(run, parts, 2)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [first.name]
 
 
 def test_a_failed_save_gives_its_space_back(run: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,19 +17,16 @@ from tests.recording_engine import RecordingEngine
 from tests.tiny_policy import tiny_tokenizer
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.learner.step import Learner
-from vcr1_fast.run.checkpoint import RunState
 from vcr1_fast.run.model_folder import model_digest
 from vcr1_fast.run.run import (
     TRAINED_WITH,
     Run,
     export_model,
-    load_state,
     open_weight_sync,
     planned_export,
-    save_state,
     warn_of_other_reader,
 )
-from vcr1_fast.settings.config import CheckpointConfig, Config, ConfigError, LoRAConfig, ModelConfig, TrainConfig
+from vcr1_fast.settings.config import CheckpointConfig, Config, LoRAConfig, ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -94,26 +91,3 @@ def test_weights_are_pushed_in_the_dtype_that_the_engine_has(tmp_path: Path):
     assert {weight.dtype for weight in engine.loaded.values()} == {torch.bfloat16}
     assert report.num_bytes == 2 * sum(weight.numel() for weight in learner.policy.parameters())
     assert report.policy_version == 5
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-def test_frozen_weights_of_another_model_are_refused(tmp_path: Path, rank: int):
-    """A checkpoint with adapters alone fits any model of that size; one with every weight does not need the model."""
-    runs = []
-    for seed in (1, 2):
-        folder = tmp_path / f"model-{seed}"
-        random_model(seed).save_pretrained(folder)
-        model = ModelConfig(path=str(folder), compute_dtype="float32", device="cpu", lora=LoRAConfig(rank=rank))
-        config = Config(model=model, train=TrainConfig(output_dir=str(tmp_path / "run")))
-        where = {"folder": tmp_path / "run", "source": SimpleNamespace(name="pyav 18"), "world": SINGLE_PROCESS}
-        runs.append(cast(Run, SimpleNamespace(config=config, base_digest=model_digest(folder), **where)))
-    first, second = (Learner(run.config, SINGLE_PROCESS, 10) for run in runs)
-    save_state(runs[0], first, RunState(3, 0, 0, 0, "pyav 18", "", runs[0].base_digest))
-    assert load_state(runs[0], first, "train").step == 3
-    if rank:
-        with pytest.raises(
-            ConfigError, match=r"beside frozen weights of another model than .*model-2: set model\.path"
-        ):
-            load_state(runs[1], second, "train")
-    else:
-        assert load_state(runs[1], second, "train").step == 3

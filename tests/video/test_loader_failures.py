@@ -6,9 +6,11 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +19,13 @@ from tests.video import clips, damaged, injected_readers
 from tests.video.test_loader import ONE_WORKER, is_alive, reads, requests, wait_until
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
+from vcr1_fast.video import reader_process
 from vcr1_fast.video.cache import TensorCache
 from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.quarantine import REASON_NAMES, reason_class
 from vcr1_fast.video.reader import ReaderError
+from vcr1_fast.video.reader_process import ReaderProcess
 
 
 def refusal(loader: FrameLoader, request: ClipRequest) -> str:
@@ -153,6 +157,50 @@ def test_a_worker_that_crashes_gets_one_successor_for_the_same_clip(tmp_path: Pa
     assert reads(tmp_path) == ["once5", "once5", "crash6", "crash6", "slow7", "slow7", "8", "8"]
     assert (metrics["video/crashes"], metrics["video/workers_replaced"]) == (5, 5)
     assert (metrics["video/clips_read"], metrics["video/clips_refused"]) == (4, 1)
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Twice while it imports torch: the third reads. Every time: the loader gives up, and blames no file."""
+    monkeypatch.setattr(reader_process, "START_PAUSES_S", (0.0, 0.1, 0.0))
+    deaths = [True, True, False]
+    start = subprocess.Popen
+
+    def start_mortal(*arguments: Any, **options: Any) -> Any:
+        process = start(*arguments, **options)
+        if deaths.pop(0) if len(deaths) > 1 else deaths[0]:
+            process.kill()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start_mortal)
+    [good] = requests(tmp_path, "8", config=ONE_WORKER)
+    with contextlib.closing(FrameLoader(ONE_WORKER, open_reader=injected_readers.made_up)) as loader:
+        assert loader.get(good).rgb_FHW3[0, 0, 0, 0] == 8
+        assert loader.metrics()["video/crashes"] == 2
+    deaths[:] = [True]
+    with contextlib.closing(FrameLoader(ONE_WORKER, open_reader=injected_readers.made_up)) as loader:
+        with pytest.raises(ReaderError, match=r"made-up 1 did not start: 4 times in a row: .*signal 9"):
+            loader.get(good)
+        assert loader.metrics()["video/clips_refused"] == 0
+
+
+def test_a_worker_killed_before_it_began_a_clip_blames_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three times in a row, where two over the clip itself would make it a bad one."""
+    monkeypatch.setattr(reader_process, "START_PAUSES_S", (0.0, 0.0, 0.0))
+    ask, num_killed = ReaderProcess.ask, 0
+
+    def ask_the_dead(self: ReaderProcess, request: ClipRequest, timeout_s: float) -> Any:
+        nonlocal num_killed
+        if num_killed < 3:
+            num_killed += 1
+            os.kill(self.pid, signal.SIGKILL)
+            self._process.wait()
+        return ask(self, request, timeout_s)
+
+    monkeypatch.setattr(ReaderProcess, "ask", ask_the_dead)
+    [good] = requests(tmp_path, "8", config=ONE_WORKER)
+    with contextlib.closing(FrameLoader(ONE_WORKER, open_reader=injected_readers.made_up)) as loader:
+        assert loader.get(good).rgb_FHW3[0, 0, 0, 0] == 8
+    assert num_killed == 3 and reads(tmp_path) == ["8"]
 
 
 def test_workers_are_replaced_after_their_share_of_clips_and_nothing_is_lost(tmp_path: Path):

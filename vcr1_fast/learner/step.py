@@ -35,7 +35,7 @@ from vcr1_fast.learner.totals import Totals
 from vcr1_fast.learner.update_rows import UpdateRows, plan_and_pack
 from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.settings.config import Config
-from vcr1_fast.types import PackedBatch, RolloutGroup, SampleError
+from vcr1_fast.types import PackedBatch, RolloutGroup, RunError, SampleError
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Learner:
         self.optimizer = build_optimizer(self.policy, config.optimizer)
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_updates)
         self.reduces_once = self._reduces_once()
+        self._num_skipped = 0  # updates in a row
         kind = (self.policy.family, self.policy.hf.config, config.model.is_tower_frozen)
         self._placeholder = placeholder(*kind, world.device, self.dtype)
 
@@ -144,7 +145,7 @@ class Learner:
         with torch.no_grad():
             for rows in minibatches:
                 result.append([])
-                for batch, is_real in self._with_placeholders(rows):
+                for batch, is_real in self._with_placeholders(rows, all_max_int(len(rows), self.world)):
                     logprob_N = self.policy(self.policy.device_batch(batch), self.config.rollout.temperature)[0]
                     if is_real:
                         result[-1].append(replace(batch, old_logprob_N=logprob_N))
@@ -186,7 +187,7 @@ class Learner:
     ) -> UpdateReport:
         totals = Totals(self.world.device)
         num_rows = all_max_int(len(rows), self.world)
-        for index, (packed, is_real) in enumerate(self._with_placeholders(rows)):
+        for index, (packed, is_real) in enumerate(self._with_placeholders(rows, num_rows)):
             batch = self.policy.device_batch(packed)
             wanted = objective(batch)
             loss, sums = self.policy(batch, temperature, wanted)
@@ -198,9 +199,9 @@ class Learner:
         largest_gap = all_max_float(largest_gap, self.world)
         return self._apply(all_reduce_sum(sums, self.world), largest_gap, has_gradient=num_rows > 0)
 
-    def _with_placeholders(self, rows: Sequence[PackedBatch]) -> Iterator[tuple[PackedBatch, bool]]:
-        """The rows, and then placeholders (False) until every rank had equally many."""
-        for index in range(all_max_int(len(rows), self.world)):
+    def _with_placeholders(self, rows: Sequence[PackedBatch], num_rows: int) -> Iterator[tuple[PackedBatch, bool]]:
+        """The rows, and then placeholders (False) until there are as many as on the rank with most."""
+        for index in range(num_rows):
             is_real = index < len(rows)
             yield rows[index] if is_real else self._placeholder, is_real
 
@@ -211,7 +212,19 @@ class Learner:
         skipped = not math.isfinite(grad_norm)
         if skipped:
             self.optimizer.zero_grad(set_to_none=True)
+        self._num_skipped = self._num_skipped + 1 if skipped else 0
+        self._check_skipped(grad_norm)
         self.optimizer.step()  # where there are no gradients this changes nothing, not even the moments
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return UpdateReport(sums, grad_norm, learning_rate, skipped, largest_gap)
+
+    def _check_skipped(self, grad_norm: float) -> None:
+        """Raises RunError, on every rank alike, where skipping has become all that is done."""
+        limit = self.config.optimizer.max_skipped_updates
+        if limit and self._num_skipped >= limit:
+            raise RunError(
+                f"{self._num_skipped} updates in a row were skipped because the gradient's norm was {grad_norm}: the "
+                "weights, or what the loss divides by, are not finite any more. Go on from an earlier checkpoint "
+                "(train.resume=PATH) with a lower optimizer.learning_rate, or raise optimizer.max_skipped_updates"
+            )

@@ -9,6 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
 
 import torch
 
@@ -71,6 +75,12 @@ class PromptStream:
         # Since this process started, over all ranks:
         self.num_read = self.num_bad = self.num_durations_off = 0
         self.num_bad_by_reason = dict.fromkeys(REASON_NAMES, 0)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the examples in their order, wherever their videos are."""
+        plain = (repr(replace(example, video=Path(example.video).name)) for example in self.examples)
+        return blake2b("\n".join(plain).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
 
     @property
     def epoch(self) -> float:

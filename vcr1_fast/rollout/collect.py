@@ -267,17 +267,17 @@ def score_groups(
         with contextlib.suppress(Exception, SystemExit):  # a reward is user code: whatever it raises, the run goes on
             return _score(task, groups)
     result: list[RewardParts | None] = []
-    has_hung = False
+    hung = ""
     for group in groups:
-        reason = f"the reward of task {task.name} hung on another group of the step and was not asked about this one"
-        if not has_hung:
+        reason = f"not asked, as for another group of the step {hung}"
+        if not hung:
             try:
                 result += _score(task, [group])
                 continue
             except (Exception, SystemExit) as error:
                 raised = f"the reward of task {task.name} raised {type(error).__name__}: {error}"
                 reason = str(error) if isinstance(error, RewardError) else raised
-                has_hung = isinstance(error, RewardTimeoutError)
+                hung = str(error) if isinstance(error, RewardTimeoutError) else ""
         failure = RewardFailure(group.prompt.example.id, task.name, reason)
         print(f"reward failure: {failure.example_id}: {failure.reason}", file=sys.stderr)
         on_failure(failure)

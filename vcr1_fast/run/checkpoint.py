@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -57,6 +58,7 @@ from vcr1_fast.run.checkpoint_files import (
 from vcr1_fast.run.folder import replace_folder
 from vcr1_fast.run.random_state import rng_state, set_rng_state
 from vcr1_fast.settings.config import ConfigError
+from vcr1_fast.types import RunError
 
 _LOG = logging.getLogger(__name__)
 _MAX_FILE_BYTES = 2 << 30  # the writer holds one file in memory: a 7B run's 84 GB of state need 2 GiB beside it
@@ -74,6 +76,7 @@ class RunState:
     config_yaml: str  # the resolved configuration
     base: str = ""  # digest of the starting model, which frozen weights come from
     program: str = "train"  # the command that made it, train or sft
+    data: str = ""  # digest of the examples of data.train, PromptStream.digest
     task_scale: Mapping[str, Sequence[float]] = field(default_factory=dict)  # advantages.TaskScale.moments
     pending: Sequence[Mapping[str, Any]] = field(default_factory=list)  # steps drawn ahead, see RolloutQueue.pending
     before: Mapping[str, Any] = field(default_factory=dict)  # held-out scores before the first step, scores_as_dict
@@ -94,9 +97,11 @@ def save_checkpoint(
 ) -> Path:
     """Write `step_<state.step>` and delete all but the `keep` checkpoints saved last. A collective: call on all ranks.
 
-    A checkpoint of the same step is replaced. Returns the new folder. Raises OSError when it cannot be written, on
-    every rank; earlier checkpoints are then untouched.
+    A checkpoint of the same step is replaced. Returns the new folder. Raises OSError when it cannot be written, and
+    RunError for weights or moments that are not finite, on every rank; earlier checkpoints are then untouched.
     """
+    tensors = _tensors(policy, optimizer)
+    _require_finite(tensors, state.step, world)
     parent = Path(output_dir).absolute() / CHECKPOINTS_FOLDER
     final = parent / f"step_{state.step:06d}"
     pid = all_max_int(os.getpid() if world.is_main else 0, world)
@@ -108,7 +113,7 @@ def save_checkpoint(
     }
     try:
         on_main_rank("making the checkpoint folder", lambda: _make_folders(aside), world)
-        _save_tensors(aside, _tensors(policy, optimizer), world)
+        _save_tensors(aside, tensors, world)
         mine: dict[str, str] = {}  # of this rank: name of a file -> CRC-32
 
         def save_rest() -> None:
@@ -178,6 +183,20 @@ def load_checkpoint(
     if state.pending and document["world_size"] == world.world_size:  # else each rank has other prompts
         state = replace(state, answers=load_file(checkpoint / _answers_name(world)))
     return state
+
+
+def _require_finite(tensors: Mapping[str, Tensor], step: int, world: World) -> None:
+    """One pass over this rank's shards: 3.4 GB/s on a CPU core."""
+    local = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+    floats = {name: tensor for name, tensor in local.items() if tensor.is_floating_point() and tensor.numel()}
+    extremes = [torch.stack(torch.aminmax(tensor)).float().cpu() for tensor in floats.values()]  # NaN where one is
+    bad = [name for name, pair in zip(floats, extremes, strict=True) if not pair.isfinite().all()]
+    found = [name for names in gather_all(bad[:1], world) for name in names]
+    if found:
+        raise RunError(
+            f"after step {step} {found[0]} is not finite, so no checkpoint is written; go on from the last one with a "
+            "lower optimizer.learning_rate"
+        )
 
 
 def _make_folders(aside: Path) -> None:

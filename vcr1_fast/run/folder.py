@@ -21,11 +21,20 @@ _LOG = logging.getLogger(__name__)
 _TEMPORARY_NAME = re.compile(r"(?P<name>.+)\.tmp-(?P<old>old-)?(?P<pid>\d+)")
 
 
+def unwritable(path: str | Path, error: OSError) -> OSError:
+    """What a run's folder that cannot be made or written is reported as."""
+    return OSError(
+        error.errno or 0,
+        f"train.output_dir is {path}, which cannot be written ({error.strerror}): choose a folder this user "
+        "can write, with space on its disk",
+    )
+
+
 def prepare_output_dir(path: str | Path, world: World = SINGLE_PROCESS) -> Path:
     """Make the run's folder, check that it can be written, and settle what a killed save or export left behind.
 
     What was complete gets its name, the rest is deleted. Call it on every rank before anything slow, and while the
-    folder is locked (lock.py): another run's save in progress would be deleted.
+    folder is locked (folder_lock.py): another run's save in progress would be deleted.
     Raises OSError (its subclass, for example PermissionError) when the folder cannot be made or written.
     """
     folder = Path(path).absolute()
@@ -38,11 +47,7 @@ def prepare_output_dir(path: str | Path, world: World = SINGLE_PROCESS) -> Path:
             for parent in (folder, folder / CHECKPOINTS_FOLDER):
                 _settle(parent)
         except OSError as error:
-            raise OSError(
-                error.errno or 0,
-                f"train.output_dir is {path}, which cannot be written ({error.strerror}): choose a folder this user "
-                "can write, with space on its disk",
-            ) from error
+            raise unwritable(path, error) from error
 
     on_main_rank("preparing train.output_dir", prepare, world)
     return folder

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from vcr1_fast.learner.sharding import World, all_max_int, all_reduce_sum
 from vcr1_fast.learner.step import UpdateReport
 from vcr1_fast.tasks.shaping import ADDED_PARTS
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Completion, RolloutGroup
+
+
+def merged(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """All of them in one."""
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], tasks: Mapping[str, Task], world: World) -> dict[str, float]:

@@ -29,8 +29,7 @@ from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run import exit_codes
-from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
-from vcr1_fast.run.checkpoint_files import resolve_resume
+from vcr1_fast.run.checkpoint import RunState, save_checkpoint
 from vcr1_fast.run.export import (
     ADAPTER_CONFIG,
     ExportPlan,
@@ -40,6 +39,7 @@ from vcr1_fast.run.export import (
     try_export,
 )
 from vcr1_fast.run.folder import prepare_output_dir
+from vcr1_fast.run.folder_lock import locked_folder
 from vcr1_fast.run.model_folder import CONFIG_FILE, model_digest, model_folder
 from vcr1_fast.run.telemetry import say
 from vcr1_fast.run.weight_sync import WeightSync
@@ -119,11 +119,11 @@ class Run:
             f"rewards: {native.in_use()}; recipe: {config.task.recipe}"
         )
 
-    def state(self, step: int, position: int, num_tokens: int, policy_version: int, program: str) -> RunState:
+    def state(self, step: int, prompts: PromptStream, num_tokens: int, policy_version: int, program: str) -> RunState:
         """What a checkpoint made now says about the run."""
-        config_yaml = config_to_yaml(self.config)
-        where = (step, position, num_tokens, policy_version)
-        return RunState(*where, self.source.name, config_yaml, self.base_digest, program, has_signal=False)
+        where = (step, prompts.position, num_tokens, policy_version)
+        of_run = (self.source.name, config_to_yaml(self.config), self.base_digest, program)
+        return RunState(*where, *of_run, data=prompts.digest, has_signal=False)
 
     @cached_property
     def base_digest(self) -> str:
@@ -163,36 +163,38 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
-    """Join the process group, check and prepare the folder, open the video reader, say what is used.
+    """Join the process group, check, lock and prepare the folder, open the video reader, say what is used.
 
     `command`: whose settings are checked; eval leaves the run's folder alone.
     Raises ConfigError or OSError before anything slow when settings, model or folder are unusable.
     """
     world, writes = init_distributed(config.model.device), command != "eval"
-    try:
+    with contextlib.ExitStack() as opened:
+        opened.callback(shutdown, world)
         check_settings(config, command, world.world_size)
         if command == "train" and world.device.type == "cuda":
             memory_gb = torch.cuda.get_device_properties(world.device).total_memory / 1e9
             check_memory(config, world.world_size, memory_gb)
         limits = _prompt_limits(config, command)
         tokenizer = load_tokenizer(config.model.path)
-        folder = prepare_output_dir(config.train.output_dir, world) if writes else Path(config.train.output_dir)
+        folder = Path(config.train.output_dir)
+        if writes:
+            opened.enter_context(locked_folder(folder, world))
+            folder = prepare_output_dir(folder, world)
         torch.manual_seed(config.train.seed)
         choose_half(world)
         tasks = make_tasks(config.task, judge=config.judge)
         proof = choose_kernels(config, world)
-        with contextlib.closing(open_source(config, world.device, proof.choice)) as source:
-            builder = PromptBuilder(tokenizer, tasks, source, prefetch=source.prefetch, limits=limits)
-            if writes and world.is_main:
-                (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
-            quarantine = open_quarantine(config, folder if writes else None)
-            has_export = command == "sft" or (command == "train" and config.checkpoint.export)
-            export = planned_export(config, folder, source.name, world) if has_export else None
-            run = Run(config, world, folder, tasks, source, builder, quarantine, proof.choice, export)
-            say("\n".join([run.describe(), *proof.lines(), *filter(None, [quarantine.describe()])]))
-            yield run
-    finally:
-        shutdown(world)
+        source = opened.enter_context(contextlib.closing(open_source(config, world.device, proof.choice)))
+        builder = PromptBuilder(tokenizer, tasks, source, prefetch=source.prefetch, limits=limits)
+        if writes and world.is_main:
+            (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+        quarantine = open_quarantine(config, folder if writes else None)
+        has_export = command == "sft" or (command == "train" and config.checkpoint.export)
+        export = planned_export(config, folder, source.name, world) if has_export else None
+        run = Run(config, world, folder, tasks, source, builder, quarantine, proof.choice, export)
+        say("\n".join([run.describe(), *proof.lines(), *filter(None, [quarantine.describe()])]))
+        yield run
 
 
 def _prompt_limits(config: Config, command: RunCommand) -> PromptLimits:
@@ -240,36 +242,6 @@ def sampling_of(config: Config, world: World, step: int) -> SamplingParams:
     """
     seed = (config.train.seed * 1_000_003 + step) * 8192 + world.rank  # 8192: more ranks than any run has
     return config.rollout.sampling(seed)
-
-
-def load_state(run: Run, learner: Learner, program: str) -> RunState:
-    """Load the checkpoint `train.resume` names into the learner, or give the state of a new run.
-
-    Raises ConfigError when it is of another program (`train` or `sft`), was read by another video reader, or belongs to
-    other frozen weights.
-    """
-    checkpoint = resolve_resume(run.config.train.resume, run.folder, run.world)
-    if checkpoint is None:
-        return run.state(step=0, position=0, num_tokens=0, policy_version=0, program=program)
-    state = load_checkpoint(checkpoint, learner.policy, learner.optimizer, learner.schedule, run.world)
-    if state.program != program:
-        raise ConfigError(
-            f"{checkpoint} was made by `vcr1-fast {state.program}`, this is `vcr1-fast {program}`: "
-            "give each its own train.output_dir"
-        )
-    if state.reader != run.source.name:
-        raise ConfigError(
-            f"{checkpoint.name} was made with the video reader {state.reader!r}, this run has {run.source.name!r}, "
-            "which may give other pixels: install the same version, or start anew with train.resume=never"
-        )
-    has_frozen = not all(weight.requires_grad for weight in learner.policy.parameters())
-    if has_frozen and state.base not in ("", run.base_digest):
-        raise ConfigError(
-            f"{checkpoint.name} holds only what was trained, beside frozen weights of another model than "
-            f"{run.config.model.path}: set model.path to the one that the run began with"
-        )
-    say(f"resumed from {checkpoint} (step {state.step})")
-    return state
 
 
 def outcome(run: Run, has_signal: bool, num_steps_done: int) -> dict[str, Any]:

@@ -266,6 +266,8 @@ class TrainConfig:
     resume: str = "auto"
     """auto: continue from the newest checkpoint in output_dir if there is one. never: start anew (the folder
     must not hold checkpoints). Or the path of one checkpoint."""
+    resume_changed: bool = False
+    """Go on from a checkpoint although data, seed or starting model are others than those it was made with."""
     max_bad_sample_frac: float = 0.5
     """Stop with a summary when more than this fraction of the samples read so far could not be used."""
 

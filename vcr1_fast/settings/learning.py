@@ -246,8 +246,14 @@ class OptimizerConfig:
     """AdamW's denominator floor."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    max_skipped_updates: int = 20
+    """Updates in a row with a gradient that is not finite, which are skipped, before the run ends; 0: no limit."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}, wanted > 0")
         require(self.max_grad_norm > 0, f"optimizer.max_grad_norm is {self.max_grad_norm}, wanted > 0")
+        require(
+            self.max_skipped_updates >= 0,
+            f"optimizer.max_skipped_updates is {self.max_skipped_updates}, wanted >= 0 (0: no limit)",
+        )
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}, wanted >= 0")

@@ -1,9 +1,9 @@
 """The process that reads clips for `FrameLoader`: `python -m vcr1_fast.video.loader_worker FD PARENT`.
 
 FD is a socket that keeps messages apart (SOCK_SEQPACKET), PARENT the process that started this one. It receives one
-pickled `WorkerSettings` and answers `Ready`; then one pickled `ClipRequest` at a time, answered by `Answer`, by a
-`SampleError` or by a `ReaderError`. Frames travel in shared memory whose descriptor comes with the message. Started
-by `reader_process`.
+pickled `WorkerSettings` and answers `Ready`; then one pickled `ClipRequest` at a time, answered by `Begun` and then by
+`Answer`, by a `SampleError` or by a `ReaderError`. Frames travel in shared memory whose descriptor comes with the
+message. Started by `reader_process`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class Ready:
     """The worker waits for requests."""
 
     reader_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The file is about to be opened: what ends the worker from now on may be its fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,7 @@ def serve(connection: socket.socket) -> None:
     connection.send(pickle.dumps(Ready(reader.name)))
     while raw := connection.recv(MAX_MESSAGE_BYTES):
         request: ClipRequest = pickle.loads(raw)
+        connection.send(pickle.dumps(Begun()))
         with give_up_after(settings.config.timeout_s + 10.0):
             _answer(connection, request, reader)
         # PyAV's containers are cycles that hold their decoders' frames: 200 clips of 4 small frames left 39 MB behind,

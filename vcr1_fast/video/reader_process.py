@@ -22,11 +22,16 @@ import torch
 from vcr1_fast.run.stop_signals import kept_from_children
 from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video.clip import ClipRequest
-from vcr1_fast.video.loader_worker import MAX_MESSAGE_BYTES, Answer, Ready, WorkerSettings
+from vcr1_fast.video.loader_worker import MAX_MESSAGE_BYTES, Answer, Begun, Ready, WorkerSettings
 from vcr1_fast.video.reader import ReaderError
 from vcr1_fast.video.shared_memory import map_tensor
 
 START_LIMIT_S = 120.0  # importing torch takes 1.5 s on an idle machine; a cold network disk is slow
+START_PAUSES_S = (1.0, 4.0, 16.0)  # before a worker that was killed while it started, or while idle, is started again
+
+
+class DiedIdleError(Exception):
+    """The process ended while it started or waited: no file and no setting is to blame. The message says how."""
 
 
 class ReaderProcess:
@@ -51,30 +56,34 @@ class ReaderProcess:
         self.num_answers = 0  # clips and errors it has answered
 
     def wait_until_ready(self, reader_name: str) -> None:
-        """Raises RuntimeError when it does not start or has another reader: no file is to blame for that."""
+        """Raises RuntimeError when its reader cannot be opened or is another one, DiedIdleError when it ended."""
         try:
             self._connection.send(pickle.dumps(self._settings))
             message, _ = self._receive(self._deadline)
             if isinstance(message, Ready) and message.reader_name == reader_name:
                 return
-            problem = f"it has the reader {message.reader_name!r}" if isinstance(message, Ready) else str(message)
         except (EOFError, OSError) as error:
-            problem = f"{error} ({self.close()})"
+            raise DiedIdleError(f"{error} ({self.close()})") from None
         self.close()
-        raise RuntimeError(
-            f"the worker that reads videos with {reader_name} did not start: {problem}; try video.num_workers=0, "
-            "which shows the whole error"
-        )
+        problem = f"it has the reader {message.reader_name!r}" if isinstance(message, Ready) else str(message)
+        raise _not_started(reader_name, problem)
 
     def ask(self, request: ClipRequest, timeout_s: float) -> tuple[Frames, float]:
         """The clip, and the seconds the worker needed.
 
-        Raises SampleError, ReaderError, TimeoutError after `timeout_s`, and EOFError or OSError when the worker died.
-        After the last three only `close` may be called.
+        Raises SampleError, ReaderError, TimeoutError after `timeout_s`, EOFError or OSError when the worker died over
+        the clip, and DiedIdleError when it had not begun it. After the last four only `close` may be called.
         """
         deadline = time.monotonic() + timeout_s
         self._connection.settimeout(timeout_s)
-        self._connection.send(pickle.dumps(request))
+        try:
+            self._connection.send(pickle.dumps(request))
+            message, files = self._receive(deadline)
+        except TimeoutError:
+            raise
+        except (EOFError, OSError) as error:
+            raise DiedIdleError(f"{error} ({self.close()})") from None
+        assert isinstance(message, Begun) and not files, message
         message, files = self._receive(deadline)
         try:
             if isinstance(message, SampleError | ReaderError):
@@ -123,9 +132,14 @@ class WorkerSlot:
     def __init__(self, settings: WorkerSettings, reader_name: str) -> None:
         self._settings, self._reader_name = settings, reader_name
         self._process: ReaderProcess | None = None
-        self._is_closed = False
+        self._closing = threading.Event()
+        self._num_idle_deaths = 0  # in a row
         self._lock = threading.Lock()
         self.num_timeouts = self.num_crashes = self.num_replaced = 0
+
+    @property
+    def _is_closed(self) -> bool:
+        return self._closing.is_set()
 
     @property
     def pid(self) -> int | None:
@@ -136,25 +150,42 @@ class WorkerSlot:
         """A process that waits for a request. Raises RuntimeError when none can be had, or after `close`."""
         if self._process is not None and self._process.num_answers >= self._settings.config.clips_per_worker:
             self._end_process()
-        if self._process is None:
+        while self._process is None:
             with self._lock:
                 if self._is_closed:
                     raise RuntimeError("the loader of videos was closed")
                 self._process = ReaderProcess(self._settings)
-            self._process.wait_until_ready(self._reader_name)
+            try:
+                self._process.wait_until_ready(self._reader_name)
+            except DiedIdleError as error:
+                self._pause_after(error)
         return self._process
 
+    def _pause_after(self, error: DiedIdleError) -> None:
+        """Another process may take the place of one that died; raises RuntimeError after too many in a row."""
+        self.num_crashes += not self._is_closed
+        self._end_process()
+        self._num_idle_deaths += 1
+        if self._num_idle_deaths > len(START_PAUSES_S):
+            raise _not_started(self._reader_name, f"{self._num_idle_deaths} times in a row: {error}")
+        self._closing.wait(START_PAUSES_S[self._num_idle_deaths - 1])
+
     def read(self, request: ClipRequest) -> tuple[Frames, float]:
-        """The clip, and the seconds that took. A worker that dies gets one successor for the same clip.
+        """The clip, and the seconds that took. A worker that dies over it gets one successor for the same clip.
 
         Raises SampleError for a file that cannot be used, RuntimeError when no worker starts, or after `close`, and of
         these ReaderError when the reader says so.
         """
         timeout_s, ending = self._settings.config.timeout_s, ""
-        for _ in range(2):
+        num_tries = 0
+        while num_tries < 2:
             process = self.make_ready()
             try:
-                return process.ask(request, timeout_s)
+                frames, read_s = process.ask(request, timeout_s)
+                self._num_idle_deaths = 0
+                return frames, read_s
+            except DiedIdleError as error:
+                self._pause_after(error)
             except TimeoutError as error:
                 self.num_timeouts += 1
                 self._end_process()
@@ -162,6 +193,7 @@ class WorkerSlot:
                     request.path, f"{self._reader_name} did not finish within {timeout_s:g} s (video.timeout_s)"
                 ) from error
             except (EOFError, OSError):
+                num_tries += 1
                 self.num_crashes += not self._is_closed
                 ending = self._end_process()
         raise SampleError(request.path, f"{self._reader_name} crashed on it twice ({ending}); is the file damaged?")
@@ -169,7 +201,7 @@ class WorkerSlot:
     def close(self) -> None:
         """End the process at once, also in the middle of a clip."""
         with self._lock:
-            self._is_closed = True
+            self._closing.set()
             if self._process is not None:
                 self._process.kill()
 
@@ -185,6 +217,13 @@ class WorkerSlot:
         with self._lock:
             process, self._process = self._process, None
         return process.close()
+
+
+def _not_started(reader_name: str, problem: str) -> RuntimeError:
+    return RuntimeError(
+        f"the worker that reads videos with {reader_name} did not start: {problem}; try video.num_workers=0, "
+        "which shows the whole error"
+    )
 
 
 def _children(pid: int) -> list[int]:
