@@ -113,7 +113,7 @@ def answer_all(
     answers = _ask(engine, [examples[i] for i in share], builder, config, keep) if engine else []
     if builder.limits is not None and pending:
         num_off = all_reduce_sum({"num_off": float(builder.limits.num_off)}, world)["num_off"]
-        line = builder.limits.report(int(num_off), lambda worst: gather_all(worst, world))
+        line = builder.limits.report(int(num_off), lambda off: gather_all(off, world))
         if line and world.is_main:
             print(f"warning: {line}", file=sys.stderr)
     by_index = dict(zip(share, answers, strict=True))

@@ -7,7 +7,7 @@ import torch
 
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.prompts.build import PromptBuilder
-from vcr1_fast.prompts.limits import PromptLimits, Worst
+from vcr1_fast.prompts.limits import Off, PromptLimits
 from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.settings.config import Config, TaskConfig, TrainConfig
 from vcr1_fast.tasks import make_tasks
@@ -84,15 +84,16 @@ def test_lengths_that_differ_are_counted_and_reported_when_they_have_doubled():
         check.check_duration(example(duration_s=annotated_s, name=f"e{index % 4}"), file_s)
     assert check.num_off == 1
     check.check_duration(example(duration_s=100.0, name="cut", video="/cut.mkv"), 2.125)
-    other: Worst = (10.0, "other", "/o.mp4", 20.0, 10.0)
-    line = check.report(3, lambda worst: [other, worst])
+    other: dict[str, Off] = {"other": (98.0, "/o.mp4", 108.0, 10.0), "e3": (1.01, "/v.mp4", 5.01, 4.0)}
+    assert check.report(4, lambda off: [other, off]).startswith("3 examples so far")  # one of them on both ranks
+    line = check.report(8, lambda off: [off])
     assert line.startswith(
-        "3 examples so far have another length than their video by more than 1 s and 5%; most of all cut: 100 s "
+        "2 examples so far have another length than their video by more than 1 s and 5%; most of all cut: 100 s "
         "annotated, 2.12 s in /cut.mkv. "
     )
-    assert check.report(5, lambda worst: []) == ""
-    assert "other: 20 s annotated, 10.00 s in /o.mp4" in check.report(6, lambda worst: [other])
-    assert limits().report(0, lambda worst: []) == ""
+    assert check.report(15, lambda off: []) == ""
+    assert "other: 108 s annotated, 10.00 s in /o.mp4" in check.report(16, lambda off: [off, other])
+    assert limits().report(0, lambda off: []) == ""
 
 
 def test_a_stream_counts_both(tiny_tokenizer, capsys):

@@ -125,7 +125,9 @@ class PromptBuilder:
     def _text_ids(self, text: str) -> list[int]:
         # The flag is a state of the shared tokenizer object. All our text goes through here with the same value, so
         # threads that build prompts at the same time cannot switch it under each other.
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]  # pyright: ignore
+        # Not verbose: what is too long is for `limits` to say.
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return ids["input_ids"]  # pyright: ignore
 
     def _safe_ids(self, text: str, example: Example) -> list[int]:
         """Ids of text from an annotation file, in which "<|video_pad|>" is ten letters and not a placeholder."""

@@ -11,7 +11,7 @@ from vcr1_fast.video.source_name import SourceName
 DURATION_TOLERANCE_S = 1.0
 DURATION_TOLERANCE_FRAC = 0.05
 
-Worst = tuple[float, str, str, float, float]  # seconds between them, example id, file, seconds annotated, seconds there
+Off = tuple[float, str, float, float]  # seconds between them, file, seconds annotated, seconds there
 
 
 class PromptLimits:
@@ -28,7 +28,7 @@ class PromptLimits:
         self.max_prompt_tokens = max_prompt_tokens
         self.refuses_periods = refuses_periods
         self.num_reported = 0
-        self._off: dict[str, Worst] = {}  # example id -> how far off its annotation is
+        self._off: dict[str, Off] = {}  # example id -> how far off its annotation is
 
     @property
     def num_off(self) -> int:
@@ -66,7 +66,7 @@ class PromptLimits:
         tolerance_s = max(DURATION_TOLERANCE_S, DURATION_TOLERANCE_FRAC * file_s)
         difference_s = abs(example.duration_s - file_s)
         if tolerance_s < difference_s < float("inf"):
-            self._off[example.id] = (difference_s, example.id, example.video, example.duration_s, file_s)
+            self._off[example.id] = (difference_s, example.video, example.duration_s, file_s)
         if not self.refuses_periods:
             return
         for start_s, _ in getattr(example.truth, "intervals_s", ()):
@@ -80,18 +80,19 @@ class PromptLimits:
                 example.id, f"its period ends at {last_s:g} s, but {example.video} has only {file_s:.2f} s"
             )
 
-    def report(self, num_off: int, gather: Callable[[Worst], list[Worst]]) -> str:
-        """One line whenever `num_off`, of all ranks, has doubled since the last; "" in between.
+    def report(self, num_off: int, gather: Callable[[dict[str, Off]], list[dict[str, Off]]]) -> str:
+        """One line whenever `num_off`, the sum over ranks, has doubled since the last; "" in between.
 
-        `gather` is called on every rank or on none.
+        `gather`, of all ranks' values, is called on every rank or on none.
         """
         if num_off < max(1, 2 * self.num_reported):
             return ""
         self.num_reported = num_off
-        worst = gather(max(self._off.values(), default=(0.0, "", "", 0.0, 0.0)))
-        _, name, video, annotated_s, file_s = max(worst)
+        off = {name: found for part in gather(dict(self._off)) for name, found in part.items()}
+        name = max(off, key=lambda name: off[name])
+        _, video, annotated_s, file_s = off[name]
         return (
-            f"{num_off} examples so far have another length than their video by more than {DURATION_TOLERANCE_S:g} s "
+            f"{len(off)} examples so far have another length than their video by more than {DURATION_TOLERANCE_S:g} s "
             f"and {DURATION_TOLERANCE_FRAC:.0%}; most of all {name}: {annotated_s:g} s annotated, {file_s:.2f} s in "
             f"{video}. Their periods may lie elsewhere: check that the videos are those that were annotated"
         )

@@ -89,7 +89,7 @@ class PromptStream:
 
     def metrics(self) -> dict[str, float]:
         """epoch, `epoch/{task}` (passes through the examples of a task), bad_samples, `bad_samples/{reason class}`,
-        durations_off (examples whose annotated length is not that of the file)."""
+        durations_off (examples whose annotated length is not that of the file; once for each rank that built them)."""
         by_task = {f"epoch/{task}": epoch for task, epoch in self.order.epochs(self.position).items()}
         reasons = {f"bad_samples/{name}": float(n) for name, n in self.num_bad_by_reason.items() if n > 0}
         off = {"durations_off": float(self.num_durations_off)} if self.num_durations_off else {}
@@ -121,7 +121,7 @@ class PromptStream:
         bad = all_reduce_sum(bad, self.world)
         self.num_durations_off = int(bad.pop("durations_off"))
         if limits is not None:
-            line = limits.report(self.num_durations_off, lambda worst: gather_all(worst, self.world))
+            line = limits.report(self.num_durations_off, lambda off: gather_all(off, self.world))
             if line and self.world.is_main:
                 print(f"warning: {line}", file=sys.stderr)
         for name, number in bad.items():
