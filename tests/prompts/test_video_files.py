@@ -1,6 +1,7 @@
 """Names of videos become paths, with and without the videos on disk."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,15 @@ def test_the_tree_is_walked_once_and_only_for_paths_from_elsewhere(tmp_path: Pat
     monkeypatch.setattr(video_files, "MAX_INDEXED", 2)
     with pytest.raises(ValueError, match=r"more than 2 files lie below .* set data\.video_root to a folder of videos"):
         VideoFolder(tmp_path).find("/their/1.mp4")
+
+
+def test_one_name_in_each_of_many_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """20,000 files, 10 names: comparing each path with all of its name took 26 s."""
+    names = [f"{folder}/{name}.mp4" for folder in range(2000) for name in range(10)]
+    monkeypatch.setattr(video_files, "_below", lambda root: iter(names))
+    folder, began = VideoFolder(tmp_path), time.process_time()
+    folder.tell_apart(f"/their/{name}" for name in names)
+    assert [folder.find(f"/their/{name}") for name in names] == [str(tmp_path / name) for name in names]
+    assert time.process_time() - began < 7.0
+    with pytest.raises(ValueError, match=rf"and over 64 others may be meant: {tmp_path}/0/7\.mp4, {tmp_path}/1/7\.mp4"):
+        folder.find("/their/x/7.mp4")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ SUFFIXES = (
     *(".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv", ".3gp", ".ogv", ".vob", ".gif"),
 )
 MAX_INDEXED = 2_000_000  # files and folders below the root; 100,000 take 0.3 s on a local disk
+MAX_ALIKE = 64  # of which it is looked whether they are links to one file
 NUM_SHOWN = 4  # candidates in a message
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _FILE_ADDRESS = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.IGNORECASE | re.DOTALL)
@@ -28,7 +30,8 @@ class VideoTree:
         self.root = os.path.abspath(os.path.expanduser(root))
         self._listings: dict[str, frozenset[str]] = {}
         self._endings: dict[str, dict[str, list[str]]] = {}  # folder -> names by `_plain`
-        self._index: dict[str, list[str]] | None = None  # `_plain` of a name -> paths below the root; once needed
+        # `_plain` of a name -> its folders, the nearest first, and path from the root, sorted; once needed
+        self._index: dict[str, list[tuple[str, str]]] | None = None
 
     def in_folder(self, path: str) -> str | None:
         """The file or folder at an absolute path, under another suffix or its suffix in other letters if need be.
@@ -56,23 +59,23 @@ class VideoTree:
 
         Raises ValueError when there are several, or too much lies below the root.
         """
-        parts = path.split(os.sep)
+        folder, name = os.path.split(path)
         index = self._indexed()
-        near: list[tuple[int, int, str]] = []
-        for rank, key in enumerate(_keys(parts[-1])):
-            for other in index.get(key, ()):
-                folders = other.split(os.sep)[:-1]
-                num_shared = 1
-                for ours, theirs in zip(reversed(folders), reversed(parts[:-1]), strict=False):
-                    if ours != theirs:
+        keys = [(rank, key) for rank, key in enumerate(_keys(name)) if key in index]
+        nearest = _nearest_first(folder)
+        for num_shared in range(nearest.count(os.sep), -1, -1):
+            shared = nearest[: _place_behind(nearest, num_shared)]
+            found: list[tuple[int, str]] = []
+            for rank, key in keys:
+                alike = index[key]
+                start = bisect_left(alike, (shared,))
+                for folders, other in alike[start : start + MAX_ALIKE + 1]:
+                    if not folders.startswith(shared):
                         break
-                    num_shared += 1
-                near.append((num_shared, rank, other))
-        if not near:
-            return None
-        most = max(num_shared for num_shared, _, _ in near)
-        best = [(rank, os.path.join(self.root, other)) for num_shared, rank, other in near if num_shared == most]
-        return _pick(path, best), most
+                    found.append((rank, os.path.join(self.root, other)))
+            if found:
+                return _pick(path, found), num_shared + 1
+        return None
 
     def _listing(self, folder: str) -> frozenset[str]:
         if folder not in self._listings:
@@ -82,17 +85,20 @@ class VideoTree:
                 self._listings[folder] = frozenset()
         return self._listings[folder]
 
-    def _indexed(self) -> dict[str, list[str]]:
+    def _indexed(self) -> dict[str, list[tuple[str, str]]]:
         if self._index is None:
-            index: dict[str, list[str]] = defaultdict(list)
+            index: dict[str, list[tuple[str, str]]] = defaultdict(list)
             for number, path in enumerate(_below(self.root)):
                 if number == MAX_INDEXED:
                     raise ValueError(
                         f"more than {MAX_INDEXED:,} files lie below {self.root}, too many to look for a path from "
                         "another machine: set data.video_root to a folder of videos"
                     )
-                index[_plain(os.path.basename(path))].append(path)
-            self._index = index
+                folder, name = os.path.split(path)
+                index[_plain(name)].append((_nearest_first(folder), path))
+            for alike in index.values():
+                alike.sort()
+            self._index = dict(index)
         return self._index
 
 
@@ -216,6 +222,18 @@ def _below(root: str) -> Iterator[str]:
                 yield path
 
 
+def _nearest_first(folder: str) -> str:
+    """Such as "c/b/a/" of "/a/b/c"."""
+    return "".join(part + os.sep for part in reversed(folder.split(os.sep)) if part)
+
+
+def _place_behind(folders: str, num_parts: int) -> int:
+    place = 0
+    for _ in range(num_parts):
+        place = folders.index(os.sep, place) + 1
+    return place
+
+
 def _plain(name: str) -> str:
     """The name with the suffix of a video in small letters."""
     stem, suffix = os.path.splitext(name)
@@ -237,7 +255,7 @@ def _pick(path: str, found: list[tuple[int, str]]) -> str:
         return 0 if name == wanted else 1 if name == _plain(name) else 2
 
     ordered = sorted((rank, oddness(other), other) for rank, other in found)
-    if len(ordered) > 1:  # links to one file are one
+    if 1 < len(ordered) <= MAX_ALIKE:  # links to one file are one
         distinct: dict[str, tuple[int, int, str]] = {}
         for entry in ordered:
             distinct.setdefault(os.path.realpath(entry[2]), entry)
@@ -247,6 +265,7 @@ def _pick(path: str, found: list[tuple[int, str]]) -> str:
     if is_first_best and len({os.path.dirname(other) for other in others}) == 1:
         return others[0]
     raise ValueError(
-        f"video {path} is not there, and {len(others)} others may be meant: {', '.join(others[:NUM_SHOWN])}"
+        f"video {path} is not there, and {'over ' * (len(others) > MAX_ALIKE)}{min(len(others), MAX_ALIKE)} others may "
+        f"be meant: {', '.join(others[:NUM_SHOWN])}"
         f"{', ...' if len(others) > NUM_SHOWN else ''}: name one of them, or set data.video_root to the folder it is in"
     )
