@@ -44,7 +44,7 @@ def _train(run: Run) -> dict[str, Any]:
     queue = RolloutQueue(engine, collector, prompts, partial(sampling_of, config, world), run.builder.decode)
     task_scale = TaskScale(config.algorithm.scale_decay, state.task_scale)
     sync = open_weight_sync(run, learner, engine, state.policy_version)
-    telemetry = Telemetry(run.folder, world.rank, resume_step=state.step)
+    telemetry = Telemetry(run.folder, world.rank, state.step, config.train.watchdog_s)
 
     def score(step: int) -> Scores:
         with telemetry.span("eval"), queue.paused():

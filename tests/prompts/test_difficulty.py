@@ -59,6 +59,13 @@ def test_a_broken_line_is_named(tmp_path, line):
         read_rewards(tmp_path / "none.jsonl")
 
 
+def test_a_line_torn_by_a_kill_is_passed_over(tmp_path, capsys):
+    path = tmp_path / "rewards.jsonl"
+    path.write_text('{"id": "a", "reward": 0.5}\n{"id": "b", "rew')
+    assert read_rewards(path) == {"a": 0.5}
+    assert "cut short and is passed over" in capsys.readouterr().err
+
+
 def test_a_range_upside_down_is_refused():
     with pytest.raises(ConfigError, match=r"data\.reward_range is \(1\.0, 0\.0\), wanted \[lowest, highest\]"):
         DataConfig(rewards="r", reward_range=(1.0, 0.0))

@@ -23,7 +23,7 @@ from tests.run.sharded_checkpoint import CONFIG, whole_state
 from tests.tiny_policy import TinyPolicy, run_ranks, tiny_folder, tokens
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
-from vcr1_fast.run import checkpoint_files, folder
+from vcr1_fast.run import checkpoint_files, folder, random_state
 from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
 from vcr1_fast.run.checkpoint_files import latest_checkpoint, resolve_resume
 from vcr1_fast.run.folder import prepare_output_dir
@@ -195,6 +195,16 @@ def test_a_save_killed_at_any_moment_loses_no_checkpoint(
     fresh = make(seed=9)
     load_checkpoint(second, *fresh, SINGLE_PROCESS)
     assert torch.equal(fresh[0].hf.lm_head.weight, want[0].hf.lm_head.weight)
+
+
+def test_generators_are_seeded_apart_on_each_rank_but_torch():
+    drawn = []
+    for seed, rank in ((1, 0), (1, 0), (1, 1), (2, 0)):
+        random_state.seed_generators(seed, rank)
+        drawn.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+    first, again, other_rank, other_seed = drawn
+    assert first == again and first[0] == other_rank[0] != other_seed[0]
+    assert len({first[1], other_rank[1], other_seed[1]}) == len({first[2], other_rank[2], other_seed[2]}) == 3
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

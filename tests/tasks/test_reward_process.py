@@ -15,7 +15,8 @@ from vcr1_fast.tasks.reward_process import RewardError, RewardTimeoutError
 from vcr1_fast.types import Example, IntervalTruth
 
 CODE = """\
-import os, re, sys, time
+import os, random, re, sys, time
+import numpy
 state = []
 def reward(examples, answers):
     said = answers[0]
@@ -28,6 +29,8 @@ def reward(examples, answers):
     if said == "nan": return [float("nan")] * len(answers)
     if said == "huge": return [10**400] * len(answers)
     if said == "short": return []
+    if said == "draw": return [random.random()]
+    if said == "draw in numpy": return [numpy.random.rand()]
     if said == "pid": return [1 / os.getpid()]
     state.append(said)
     return [1 / len(state)] * len(answers)
@@ -56,10 +59,10 @@ WHAT = "reward reward of task temporal_grounding"
     [
         ("regex", RewardTimeoutError, r"did not finish within 1 s \(task\.reward_timeout_s\); its process was ended"),
         ("sleep", RewardTimeoutError, r"did not finish within 1 s"),
-        ("leave", RewardError, r"raised SystemExit: 0 \(my_process_rewards\.py, line 7\)"),
+        ("leave", RewardError, r"raised SystemExit: 0 \(my_process_rewards\.py, line 8\)"),
         ("end", RewardError, "ended its process: exit status 7"),
         ("kill", RewardError, f"ended its process: signal {signal.SIGSEGV.value}"),
-        ("raise", RewardError, r"raised KeyError: 'x' \(my_process_rewards\.py, line 10\)"),
+        ("raise", RewardError, r"raised KeyError: 'x' \(my_process_rewards\.py, line 11\)"),
         ("nan", RewardError, r"gave nan for answer 0 \(example a\), wanted a number in \[0, 1\]"),
         ("huge", RewardError, "gave 1000.* for answer 0"),
         ("short", RewardError, "gave 0 values for 1 answers, wanted one per answer"),
@@ -101,3 +104,12 @@ def test_what_cannot_travel_is_named(score, monkeypatch: pytest.MonkeyPatch):
     example = dataclasses.replace(example, categories=lambda: math.pi)  # type: ignore[arg-type]
     with pytest.raises(RewardError, match=r"cannot be asked in its process .*set task\.reward_timeout_s=0"):
         task.score([example], ["fine"])
+
+
+@pytest.mark.parametrize("answer", ["draw", "draw in numpy"])
+def test_what_a_reward_draws_follows_from_what_it_is_asked(score, answer: str):
+    """So a killed run that asks again in another process gets the same; other answers get other numbers."""
+    first = score(answer)
+    with pytest.raises(RewardError):
+        score("end")  # the next question starts a process anew
+    assert score(answer) == first != score("draw" if answer != "draw" else "draw in numpy")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,17 +41,23 @@ def _row(group: RolloutGroup, step: int) -> dict[str, object]:
 def read_rewards(path: str | Path) -> dict[str, float]:
     """Example id -> mean reward. Of several lines for one id the last counts: the policy that it met last.
 
+    A last line without an end, torn by a kill, is passed over.
+
     Raises ConfigError when the file is missing or a line is not {"id": text, "reward": finite number, ...}.
     """
     path = Path(path).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        *lines, torn = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data.rewards: cannot read {path}: {error}; wanted rewards.jsonl of an earlier run"
         ) from error
+    if torn:
+        print(f"data.rewards: the last line of {path} is cut short and is passed over", file=sys.stderr)
     rewards: dict[str, float] = {}
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             reward, example_id = float(row["reward"]), row["id"]

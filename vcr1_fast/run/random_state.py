@@ -12,6 +12,13 @@ import torch
 from torch import Tensor
 
 
+def seed_generators(seed: int, rank: int) -> None:
+    """torch alike on all ranks, which begin with the same adapters; python and numpy, for users' code, apart."""
+    torch.manual_seed(seed)
+    random.seed(f"{seed} {rank}")
+    np.random.seed((seed * 8192 + rank) % 2**32)
+
+
 def rng_state() -> dict[str, Tensor]:
     """State of the generators of python, numpy (the legacy global one), torch on the CPU and on the current GPU."""
     python_version, python_words, python_gauss = random.getstate()

@@ -41,6 +41,7 @@ from vcr1_fast.run.export import (
 from vcr1_fast.run.folder import prepare_output_dir
 from vcr1_fast.run.folder_lock import locked_folder
 from vcr1_fast.run.model_folder import CONFIG_FILE, model_digest, model_folder
+from vcr1_fast.run.random_state import seed_generators
 from vcr1_fast.run.telemetry import say
 from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.checks import RunCommand, check_settings
@@ -181,7 +182,7 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         if writes:
             opened.enter_context(locked_folder(folder, world))
             folder = prepare_output_dir(folder, world)
-        torch.manual_seed(config.train.seed)
+        seed_generators(config.train.seed, world.rank)
         choose_half(world)
         tasks = make_tasks(config.task, judge=config.judge)
         proof = choose_kernels(config, world)

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vcr1_fast.run.terminal import console as console
+from vcr1_fast.run.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -79,13 +80,14 @@ class Telemetry:
         telemetry.log_step(1, {"reward": 0.5}, num_steps=100)
         telemetry.close()
 
-    `resume_step` is the last step of the checkpoint that the run goes on from (0: a new run). What an earlier process
-    wrote about later steps is dropped, so a killed run has no step twice. Raises OSError when `output_dir` cannot be
-    written; what fails later is warned about once.
+    `watchdog_s`: see run/watchdog.py. `resume_step` is the last step of the checkpoint that the run goes on from (0: a
+    new run). What an earlier process wrote about later steps is dropped, from rewards.jsonl, too, so a killed run has
+    no step twice. Raises OSError when `output_dir` cannot be written; what fails later is warned about once.
     """
 
-    def __init__(self, output_dir: str | Path, rank: int = 0, resume_step: int = 0) -> None:
+    def __init__(self, output_dir: str | Path, rank: int = 0, resume_step: int = 0, watchdog_s: float = 0.0) -> None:
         self.is_writing = rank == 0
+        self._watchdog = Watchdog(watchdog_s, rank)
         self._span_s: dict[str, float] = defaultdict(float)
         self._step_began = time.perf_counter()
         self._failed: set[str] = set()
@@ -95,9 +97,9 @@ class Telemetry:
 
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        keep_steps_up_to(path, resume_step)
-        self._jsonl = path.open("a", encoding="utf-8")
+        for name in ("metrics.jsonl", "rewards.jsonl"):
+            keep_steps_up_to(folder / name, resume_step)
+        self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         # purge_step hides events of that step and later; a new run may log step 0 (the score before training) anew
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
 
@@ -117,6 +119,7 @@ class Telemetry:
 
         step_time runs from the previous log_step to this one, less the spans in BETWEEN_STEPS.
         """
+        self._watchdog.feed()
         now = time.perf_counter()
         between_s = sum(self._span_s.get(name, 0.0) for name in BETWEEN_STEPS)
         record = {**metrics, "step_time": now - self._step_began - between_s}
@@ -133,6 +136,7 @@ class Telemetry:
 
     def log_eval(self, step: int, scores: Mapping[str, float]) -> None:
         """Writes held-out scores, each under `eval/`, as a line of its own."""
+        self._watchdog.feed()
         self._write(step, {f"eval/{name}": score for name, score in scores.items()})
         if self.is_writing:
             say(f"held-out after step {step}: " + ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
@@ -160,6 +164,7 @@ class Telemetry:
 
     def close(self) -> None:
         """Flushes and closes the files."""
+        self._watchdog.close()
         if self.is_writing:
             with self.forgiven("metrics.jsonl"):
                 self._jsonl.close()
@@ -168,7 +173,7 @@ class Telemetry:
 
 
 def keep_steps_up_to(path: Path, step: int) -> None:
-    """Drops later steps, and a line torn by a kill, from a metrics file. Step 0 keeps nothing: a new run.
+    """Drops later steps, and a line torn by a kill, from a file of steps. Step 0 keeps nothing: a new run.
 
     The file is replaced in one go: killed in the middle of this, it is the old file or the new one.
     """

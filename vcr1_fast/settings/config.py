@@ -266,6 +266,10 @@ class TrainConfig:
     resume: str = "auto"
     """auto: continue from the newest checkpoint in output_dir if there is one. never: start anew (the folder
     must not hold checkpoints). Or the path of one checkpoint."""
+    watchdog_s: float = 1200.0
+    """When no step ends for so long, every rank prints where each of its threads is, and the run goes on waiting: a
+    collective gives up after 3,600 s. 20 minutes are several times the slowest step that a run should have; 0: never.
+    """
     resume_changed: bool = False
     """Go on from a checkpoint although data, seed or starting model are others than those it was made with."""
     max_bad_sample_frac: float = 0.5
@@ -278,6 +282,7 @@ class TrainConfig:
             self.tokens_per_microbatch >= 1,
             f"train.tokens_per_microbatch is {self.tokens_per_microbatch}, wanted >= 1",
         )
+        require(self.watchdog_s >= 0, f"train.watchdog_s is {self.watchdog_s}, wanted >= 0 (0: never)")
         require(
             self.max_group_tokens is None or self.max_group_tokens >= 1,
             f"train.max_group_tokens is {self.max_group_tokens}, wanted >= 1",

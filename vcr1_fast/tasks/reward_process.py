@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from vcr1_fast.run.stop_signals import kept_from_children
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.types import Example
 
@@ -74,7 +75,7 @@ class RewardProcess:
     def _start(self) -> Connection:
         """Raises RewardError, EOFError or OSError."""
         mine, child = socket.socketpair()
-        with child:
+        with child, kept_from_children():
             self._process = subprocess.Popen(
                 (sys.executable, "-u", "-m", "vcr1_fast.tasks.reward_worker", str(child.fileno())),
                 stdin=subprocess.DEVNULL,

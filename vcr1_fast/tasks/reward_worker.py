@@ -7,10 +7,14 @@ user's code cannot be loaded; then (task, member, examples, answers), each answe
 
 from __future__ import annotations
 
+import random
 import sys
+import zlib
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import cast
+
+import numpy as np
 
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks import make_tasks
@@ -31,6 +35,7 @@ def serve(connection: Connection) -> None:
     connection.send("")
     while True:
         task, member, examples, answers = connection.recv()
+        _seed(task, member, [example.id for example in examples], answers)
         # The trainer ends this process in time, unless it is dead: then nobody else does.
         with give_up_after(config.reward_timeout_s + GRACE_S):
             try:
@@ -38,6 +43,13 @@ def serve(connection: Connection) -> None:
             except ValueError as error:
                 reply = (False, str(error))
         connection.send(reply)
+
+
+def _seed(*question: object) -> None:
+    """What a reward draws follows from what it is asked: the same in a run that was killed and resumed."""
+    seed = zlib.crc32(repr(question).encode("utf-8", "backslashreplace"))
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def main() -> None:
