@@ -1,4 +1,4 @@
-"""What the exit code of a command means to a script; README has the same list. 0 is done, 2 a wrong command line."""
+"""What the exit code of a command means to a script; docs/runs_that_end_early.md has the same list. 0 is done, 2 a wrong command line."""
 
 from __future__ import annotations
 
