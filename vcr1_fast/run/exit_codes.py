@@ -1,4 +1,4 @@
-"""What the exit code of a command means to a script; docs/runs_that_end_early.md has the same list. 0 is done, 2 a wrong command line."""
+"""What the exit code of a command means to a script, as in docs/runs_that_end_early.md. 0: done, 2: wrong usage."""
 
 from __future__ import annotations
 

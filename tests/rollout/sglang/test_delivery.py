@@ -276,10 +276,12 @@ def test_files_of_old_versions_are_removed(tmp_path):
 
 
 def test_a_load_that_breaks_off_leaves_nobody_reading(learner):
-    worker = learner.worker()
+    worker, before = learner.worker(), set(threading.enumerate())
     with pytest.raises(ValueError, match="given twice"):
         learner.push([*weights(1), weights(1)[0]], 1)
-    assert threading.active_count() < 10
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10.0)
+        assert not thread.is_alive(), thread
     learner.push(weights(2), 2)
     assert_holds(worker, weights(2))
 
