@@ -310,3 +310,16 @@ def test_answers_without_importing_torch(tokens: list[str]):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+@pytest.mark.parametrize("world_size", ["1", "2"])
+def test_a_rank_whose_peer_is_gone_says_so_in_one_line(monkeypatch, capsys, world_size: str):
+    """Alone it would be a fault of ours, shown with its traceback."""
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+
+    def wait_for_the_dead() -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+
+    assert cli.exit_code_of(wait_for_the_dead) == 1
+    err = capsys.readouterr().err
+    assert ("another rank has ended, see what it said ([gloo" in err) == (world_size == "2") != ("Traceback" in err)

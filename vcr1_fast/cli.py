@@ -156,6 +156,8 @@ def _code_of(run: Callable[[], object]) -> int:
         return STOPPED_BY_SIGNAL + stopped.signum
     except Exception as error:
         is_foreseen = isinstance(error, ConfigError | SampleError | RunError | OSError)
+        if _is_of_a_lost_rank(error):
+            error, is_foreseen = RunError(f"another rank has ended, see what it said ({str(error)[:200]})"), True
         if not is_foreseen or os.environ.get("VCR1_DEBUG") == "1":
             traceback.print_exc()
         kind = f"unforeseen {type(error).__name__}, please report it with the lines above: "
@@ -166,6 +168,14 @@ def _code_of(run: Callable[[], object]) -> int:
     if result is not None and is_main_rank():
         print(to_json(result), flush=True)
     return result.get("exit_code", 0) if isinstance(result, dict) else 0
+
+
+def _is_of_a_lost_rank(error: Exception) -> bool:
+    """Whether a collective broke because a process at its other end is gone: what gloo and NCCL then raise."""
+    is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return (
+        is_one_of_several and isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+    )
 
 
 def _run_with_settings(name: str, tokens: list[str]) -> object:

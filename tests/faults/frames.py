@@ -86,7 +86,7 @@ class _Serve:
         (folder / "plan.json").write_text('["ok"]')
         self.checkpoint = folder / "checkpoint"
         self.checkpoint.mkdir()
-        (self.checkpoint / "config.json").write_text("{}")
+        (self.checkpoint / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
         settings = SGLangConfig(backoff_s=0.01, start_timeout_s=30.0)
         self._server = Server(
             settings, self.checkpoint, bind=("127.0.0.1", 0), gpus=[None], key=KEY, logs=folder / "logs"

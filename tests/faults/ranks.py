@@ -49,7 +49,7 @@ def disturb_one_rank(bench: Bench, runs: Runs, rng: random.Random) -> None:
         time.sleep(moment)
         started[rank].send(signal.SIGKILL if name == "kill" else getattr(signal, name))
     for ended in _end_as_torchrun(started):
-        ended.checked()
+        ended.checked(0 if name not in ("SIGTERM", "SIGUSR1") else getattr(signal, name))
     saved = max(steps_with_checkpoints(folder / "run"), default=0)
     ends = [one.wait() for one in _start(runs, folder, "resumed", {})]
     for ended in ends:

@@ -37,14 +37,17 @@ class Ended:
     out: str
     err: str
 
-    def checked(self) -> Ended:
-        """This, if it ended as a command may. Raises CrashedError for a traceback, a crash, an unlisted code."""
+    def checked(self, sent: int = 0) -> Ended:
+        """This, if it ended as a command may. Raises CrashedError for a traceback, a crash, an unlisted code.
+
+        sent: a signal that ends it where it was sent before there was anything to save.
+        """
         text = self.err + self.out
         if found := _TRACEBACK.search(text):
             rest = text[found.start() :]
             lines = [line for line in rest.splitlines() if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
             raise CrashedError((lines or rest.splitlines())[0][:300] + _place(rest))
-        if self.code < 0 and self.code != -signal.SIGKILL:
+        if self.code < 0 and self.code not in (-signal.SIGKILL, -sent):
             raise CrashedError(f"killed by {signal.Signals(-self.code).name}")
         known = (0, exit_codes.FAILED, exit_codes.WRONG_USAGE, exit_codes.NO_SIGNAL)
         if self.code not in known and not 0x80 < self.code < 0xA0 and self.code >= 0:

@@ -26,9 +26,9 @@ from tests.tiny_policy import TinyPolicy
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
+from vcr1_fast.run.checkpoint_files import resolve_resume
 from vcr1_fast.run.folder import prepare_output_dir
 from vcr1_fast.run.random_state import rng_state
-from vcr1_fast.run.run import resolve_resume
 from vcr1_fast.settings.config import ConfigError
 
 NUM_STEPS = 3

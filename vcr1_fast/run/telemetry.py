@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -101,6 +102,7 @@ class Telemetry:
             keep_steps_up_to(folder / name, resume_step)
         self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         # purge_step hides events of that step and later; a new run may log step 0 (the score before training) anew
+        self._excepthook, threading.excepthook = threading.excepthook, self._note_thread_error
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
 
     @contextmanager
@@ -170,6 +172,15 @@ class Telemetry:
                 self._jsonl.close()
             with self.forgiven("tensorboard", Exception):
                 self._tensorboard.close()
+            threading.excepthook = self._excepthook
+
+    def _note_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        """One line for what TensorBoard's thread meets, which would be a traceback; other threads' as ever."""
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            self._excepthook(error)
+            return
+        with self.forgiven("tensorboard", Exception):
+            raise error.exc_value or OSError("its thread ended")
 
 
 def keep_steps_up_to(path: Path, step: int) -> None:
