@@ -145,7 +145,8 @@ class _Reader:
     def __init__(self, runs: Runs, name: str) -> None:
         (ask, self._ask), (self._said, say) = os.pipe(), os.pipe()
         self._buffer = b""
-        self._process = Started([], runs.folder / f"reader_{name}", lambda: _answer(ask, say))
+        own = self._ask  # which the process must not hold: it ends when this one does
+        self._process = Started([], runs.folder / f"reader_{name}", lambda: (os.close(own), _answer(ask, say)))
         os.close(ask)
         os.close(say)
 

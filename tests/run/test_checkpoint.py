@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from vcr1_fast.run import checkpoint_files, folder, random_state
 from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
 from vcr1_fast.run.checkpoint_files import latest_checkpoint, resolve_resume
 from vcr1_fast.run.folder import prepare_output_dir
+from vcr1_fast.run.tensor_files import write_tensors
 from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.types import RunError
 
@@ -147,7 +149,7 @@ def test_loading_moments_into_a_used_optimizer_forgets_its_own(run: Path):
     assert not used[1].state
 
 
-MOMENTS = [("save_file", 1), ("write_state", 1), ("_flush", 1), ("rename", 1), ("rename", 2)]
+MOMENTS = [("write_tensors", 1), ("write_state", 1), ("_flush", 1), ("rename", 1), ("rename", 2)]
 
 
 @pytest.mark.parametrize(("operation", "number"), MOMENTS, ids=lambda part: str(part))
@@ -178,7 +180,7 @@ def test_a_save_killed_at_any_moment_loses_no_checkpoint(
         return act
 
     with monkeypatch.context() as patch:
-        for module, name in ((checkpoint, "save_file"), (checkpoint, "write_state"), (folder, "_flush")):
+        for module, name in ((checkpoint, "write_tensors"), (checkpoint, "write_state"), (folder, "_flush")):
             patch.setattr(module, name, mortal(name, getattr(module, name)))
         patch.setattr(os, "rename", mortal("rename", os.rename))
         patch.setattr(shutil, "rmtree", mortal("rmtree", shutil.rmtree))
@@ -207,6 +209,19 @@ def test_generators_are_seeded_apart_on_each_rank_but_torch():
     assert len({first[1], other_rank[1], other_seed[1]}) == len({first[2], other_rank[2], other_seed[2]}) == 3
 
 
+def test_tensors_on_a_full_disk_are_an_oserror_and_their_mode_is_the_folders(tmp_path: Path):
+    tmp_path.chmod(0o750)
+    write_tensors({"a": torch.zeros(3)}, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # Python ignores the signal, so writing fails
+    try:
+        with pytest.raises(OSError, match=r"b\.safetensors cannot be written: .*File too large"):
+            write_tensors({"b": torch.zeros(1 << 16)}, tmp_path / "b.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("which", ["model", "optimizer"])
 def test_what_is_not_finite_is_never_saved(run: Path, value: float, which: str):
@@ -226,7 +241,7 @@ def test_a_failed_save_gives_its_space_back(run: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(checkpoint, "write_tensors", fail)
     with pytest.raises(OSError, match="No space left on device"):
         save(run, make(), 2)
     assert list((run / "checkpoints").iterdir()) == []

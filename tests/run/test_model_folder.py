@@ -97,15 +97,20 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_the_settings_of_a_model_are_the_files_that_are_read(tmp_path):
-    names = ["config.json", "generation_config.json", "merges.txt", "processor_config.json", "vocab.json"]
+    names = ["config.json", "generation_config.json", "merges.txt", "processor_config.json", "tokenizer_config.json"]
+    names.append("vocab.json")
     others = ["README.md", "optimizer.json", "trainer_state.json", "model.safetensors.index.json", "modeling.py"]
     for name in (*names, *others):
         (tmp_path / name).write_text("{}")
     assert sorted(path.name for path in settings_files(tmp_path)) == names
     require_tokenizer(tmp_path)
-    (tmp_path / "merges.txt").unlink()
-    with pytest.raises(ConfigError, match=r"has no tokenizer, wanted tokenizer.json, or vocab.json and merges.txt"):
-        require_tokenizer(tmp_path)
+    for name in ("merges.txt", "tokenizer_config.json"):
+        (tmp_path / name).rename(tmp_path / "aside")
+        with pytest.raises(
+            ConfigError, match=r"no whole tokenizer, wanted tokenizer_config.json, and tokenizer.json or"
+        ):
+            require_tokenizer(tmp_path)
+        (tmp_path / "aside").rename(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -57,6 +57,7 @@ from vcr1_fast.run.checkpoint_files import (
 )
 from vcr1_fast.run.folder import replace_folder
 from vcr1_fast.run.random_state import rng_state, set_rng_state
+from vcr1_fast.run.tensor_files import write_tensors
 from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.types import RunError
 
@@ -121,7 +122,7 @@ def save_checkpoint(
                 {_answers_name(world): dict(state.answers)} if state.pending else {}
             )
             for name, tensors in own.items():
-                save_file(tensors, aside / name)
+                write_tensors(tensors, aside / name)
             mine.update(crc32_of_files(aside, [*shard_files(aside, world.rank), *own]))
 
         on_all_ranks("saving the random state and answers, and reading all files back", save_rest, world)

@@ -20,7 +20,6 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vcr1_fast.learner.families import family_of
@@ -30,6 +29,7 @@ from vcr1_fast.learner.lora import adapter_factors, merged_parts, parts_of, scal
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World, on_all_ranks
 from vcr1_fast.run.folder import replace_folder
 from vcr1_fast.run.model_folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, settings_files, stored_weights
+from vcr1_fast.run.tensor_files import write_tensors
 from vcr1_fast.settings.config import LoRAConfig
 
 FILE_BYTES = 4 << 30  # of weights in one file, and in the host memory of rank 0 at once: 4 files for 7B in bfloat16
@@ -118,7 +118,7 @@ def _save_weights(
         file = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         taken = islice(weights, len(members))
         whole = {family.checkpoint_name(name): value.to("cpu", copy=True).contiguous() for name, value in taken}
-        save_file(whole, aside / file, {"format": "pt"})
+        write_tensors(whole, aside / file, {"format": "pt"})
         home |= dict.fromkeys(whole, file)
     if len(files) > 1:
         metadata = {"total_size": sum(sizes), "total_parameters": sum(part.weight.numel() for part in parts)}
@@ -151,7 +151,7 @@ def export_adapter(
 
     def fill(aside: Path, factors: Iterator[tuple[str, Tensor]]) -> None:
         whole = {f"base_model.model.{name}.weight": value.to("cpu", copy=True) for name, value in factors}
-        save_file(whole, aside / "adapter_model.safetensors", {"format": "pt"})
+        write_tensors(whole, aside / "adapter_model.safetensors", {"format": "pt"})
         _write_json(aside / ADAPTER_CONFIG, settings)
 
     parts = parts_of(adapter_factors(hf))

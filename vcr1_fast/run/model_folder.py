@@ -82,12 +82,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def require_tokenizer(folder: Path) -> None:
-    """Raises ConfigError when the folder has no tokenizer."""
-    has = {name: (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")}
-    if not (has["tokenizer.json"] or (has["vocab.json"] and has["merges.txt"])):
+    """Raises ConfigError when the folder has no tokenizer, or one without its settings: transformers would take others,
+    such as no token that ends an answer, and train on that."""
+    names = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt")
+    has = {name: (folder / name).is_file() for name in names}
+    if not (has["tokenizer_config.json"] and (has["tokenizer.json"] or (has["vocab.json"] and has["merges.txt"]))):
         raise ConfigError(
-            f"{folder} has no tokenizer, wanted tokenizer.json, or vocab.json and merges.txt: copy the files of the "
-            "tokenizer there from the checkpoint that the model was made of"
+            f"{folder} has no whole tokenizer, wanted tokenizer_config.json, and tokenizer.json or vocab.json and "
+            "merges.txt: copy the files of the tokenizer there from the checkpoint that the model was made of"
         )
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
@@ -33,6 +32,7 @@ from vcr1_fast.rollout.sgl import ipc
 from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.group import UpdateGroup
 from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, WeightTable, in_batches
+from vcr1_fast.run.tensor_files import write_tensors
 from vcr1_fast.settings.error import require
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import RunError
@@ -240,7 +240,7 @@ class Disk:
         entries: list[dict[str, Any]] = []
         for number, (batch, _) in enumerate(in_batches(weights, self._bucket_bytes, self._dtype)):
             tensors = {slot.name: slot.of(batch.flat_B).cpu().contiguous() for slot in batch.slots}
-            save_file(tensors, partial / f"model-{number:05d}.safetensors", {"format": "pt"})
+            write_tensors(tensors, partial / f"model-{number:05d}.safetensors", {"format": "pt"})
             entries += batch.entries(with_checksums=True)
         partial.rename(final)
         came = {entry["name"] for entry in entries}
