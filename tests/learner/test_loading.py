@@ -117,9 +117,12 @@ def test_other_weights_are_refused_before_anything_is_allocated(make_model, tmp_
     assert all(weight.is_meta for weight in hf.parameters())
 
 
-@pytest.mark.parametrize(("content", "message"), [("{}", "the tokenizer in .* cannot be read"), (None, "no tokenizer")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{}", "the tokenizer in .* cannot be read"), (None, "no whole tokenizer")]
+)
 def test_a_tokenizer_that_cannot_be_used_is_said_so(make_model, tmp_path, content, message):
     folder = save(make_model(), tmp_path, "published")
+    (folder / "tokenizer_config.json").write_text("{}")
     if content:
         (folder / "tokenizer.json").write_text(content)
     with pytest.raises(ConfigError, match=message) as raised:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import functools
 import gzip
 import json
 import lzma
@@ -24,6 +25,8 @@ from vcr1_fast.types import IntervalTruth
 
 ROW = {"id": "0012", "task": "temporal_grounding", "video": "a.mp4", "query": "NA", "duration_s": 8.0}
 ROWS = [ROW | {"intervals": [[1.0, 2.0], [4, 5]]}, ROW | {"id": "0013", "query": "x, y", "intervals": [[3.5, 8.0]]}]
+
+gzipped = functools.partial(gzip.compress, mtime=0)  # names of tests hold it, and must not change with the time
 
 
 def entries(folder: Path, content: str | bytes, name: str = "set.json") -> Entries:
@@ -69,8 +72,14 @@ def test_a_broken_line_is_one_entry(tmp_path: Path):
         ("[" + "9" * 5000 + "]", "is not valid JSON: Exceeds the limit"),
         (b'[{"a": "x"},\n {"a": "caf\xe9"}]', "is not UTF-8 text: line 2 holds the byte 0xe9: save it as UTF-8"),
         ("[1]".encode("utf-16"), "is not UTF-8 text: line 1 holds the byte 0xff"),
-        (gzip.compress(b"[1]" * 99)[:-9], "is packed by gzip, but cut short or damaged (Compressed file ended before"),
-        (gzip.compress(b"[1]")[:-8] + b"12345678", "is packed by gzip, but cut short or damaged (CRC check failed"),
+        (
+            gzipped(b"[1]" * 99)[:-9],
+            "is packed by gzip, but cut short or damaged (Compressed file ended before",
+        ),
+        (
+            gzipped(b"[1]")[:-8] + b"12345678",
+            "is packed by gzip, but cut short or damaged (CRC check failed",
+        ),
         (bz2.compress(b"[1]"), "is packed by bzip2: unpack it"),
         (lzma.compress(b"[1]"), "is packed by xz: unpack it"),
         (b"PK\x03\x04" + b"x" * 40, "is a ZIP archive"),
@@ -103,7 +112,7 @@ def test_missing_unreadable_and_huge_files(tmp_path: Path, monkeypatch: pytest.M
     assert entries(tmp_path, "[1, 2, 3]").items
     assert "has 10 bytes, wanted at most 9" in failure(tmp_path, "[1, 2, 34]")
     monkeypatch.setattr(annotation_files, "MAX_TEXT_BYTES", 99)
-    packed = gzip.compress(b" " * 100)  # few bytes on disk
+    packed = gzipped(b" " * 100)  # few bytes on disk
     assert len(packed) < 99 and "has 100 bytes, wanted at most 99" in failure(tmp_path, packed)
 
 
@@ -125,7 +134,7 @@ def test_json_csv_and_parquet_give_the_same_examples(tmp_path: Path):
     files[2].write_text(csv_text() + "only,,,,,\n")
     packed = [file.with_name(f"{file.name}.gz") for file in files[1:]]
     for file, whole in zip(packed, files[1:], strict=True):
-        file.write_bytes(gzip.compress(whole.read_bytes()))
+        file.write_bytes(gzipped(whole.read_bytes()))
     files += [write_parquet(tmp_path / "d.parquet"), *packed]
     contents = [read_annotation_files([AnnotationSource(f)], make_tasks(TaskConfig()))[0] for f in files]
     for content in contents:
@@ -157,7 +166,7 @@ def test_a_cell_of_any_length(tmp_path: Path):
 
 
 def test_broken_parquet(tmp_path: Path):
-    assert "is packed by gzip, and parquet is not read so" in failure(tmp_path, gzip.compress(b"PAR1"), "a.parquet.gz")
+    assert "is packed by gzip, and parquet is not read so" in failure(tmp_path, gzipped(b"PAR1"), "a.parquet.gz")
     assert "is not readable as parquet after row 0: " in failure(tmp_path, b"PAR1 and no more", "set.parquet")
     assert "is not readable as parquet after row 0: " in failure(tmp_path, b"", "set.parquet")
     whole = write_parquet(tmp_path / "whole.parquet").read_bytes()

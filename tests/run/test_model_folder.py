@@ -106,9 +106,7 @@ def test_the_settings_of_a_model_are_the_files_that_are_read(tmp_path):
     require_tokenizer(tmp_path)
     for name in ("merges.txt", "tokenizer_config.json"):
         (tmp_path / name).rename(tmp_path / "aside")
-        with pytest.raises(
-            ConfigError, match=r"no whole tokenizer, wanted tokenizer_config.json, and tokenizer.json or"
-        ):
+        with pytest.raises(ConfigError, match=r"no whole tokenizer, wanted tokenizer_config.json, and"):
             require_tokenizer(tmp_path)
         (tmp_path / "aside").rename(tmp_path / name)
 
