@@ -92,7 +92,7 @@ def run_trials(
     counts: Mapping[str, int] | None = None,
     only_number: int | None = None,
 ) -> tuple[dict[str, Tally], list[Judged]]:
-    """Trials of all kinds, each kind the same time, until `limit_s` or the `counts` of trials are over."""
+    """Trials of all kinds, each kind the same time, until `limit_s` or the `counts` of trials are over, or Ctrl-C."""
     tallies, failures = {kind: Tally() for kind in kinds}, []
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
@@ -101,7 +101,10 @@ def run_trials(
             break
         kind = min(open_kinds, key=lambda name: tallies[name].seconds)
         number = tallies[kind].tried if only_number is None else only_number
-        result = judged(kind, kinds[kind], bench, seed, number)
+        try:
+            result = judged(kind, kinds[kind], bench, seed, number)
+        except KeyboardInterrupt:
+            break
         tallies[kind].counts[result.outcome] += 1
         tallies[kind].seconds += result.seconds
         if result.outcome != "survived":
