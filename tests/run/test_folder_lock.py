@@ -97,4 +97,4 @@ def test_without_flock_the_process_and_the_last_record_decide(tmp_path: Path, mo
 def test_a_torn_record_is_no_record(tmp_path: Path):
     (tmp_path / "lock").write_text('{"host": "else')
     with locked_folder(tmp_path, SINGLE_PROCESS):
-        pass
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
