@@ -103,7 +103,7 @@ def mutate(rng: random.Random, source: Path, target: Path) -> str:
         )
         data[at : at + 4] = rng.choice([b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\1\0\0"])
     else:
-        data[at:] = rng.choice(sorted(source.parent.iterdir())).read_bytes()[at:]
+        data[at:] = rng.choice(sorted(path for path in source.parent.iterdir() if path.is_file())).read_bytes()[at:]
     target.write_bytes(data)
     return name
 

@@ -95,7 +95,8 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path: Path):
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')  # killed while writing
-    (tmp_path / "rewards.jsonl").write_text('{"id": "a", "step": 2}\n{"id": "a", "step": 3}\n{"id": "b", "st')
+    damaged = b'{"id": "a", "step": 2}\n{"id": "a", "st\xb1p": 1}\n{"id": "a", "step": 3}\n{"id": "b", "st'
+    (tmp_path / "rewards.jsonl").write_bytes(damaged)
     second = Telemetry(tmp_path, resume_step=2)
     assert [record["step"] for record in records(tmp_path)] == [1, 2]
     assert (tmp_path / "rewards.jsonl").read_text() == '{"id": "a", "step": 2}\n'

@@ -40,7 +40,7 @@ from vcr1_fast.run.export import (
 )
 from vcr1_fast.run.folder import prepare_output_dir
 from vcr1_fast.run.folder_lock import locked_folder
-from vcr1_fast.run.model_folder import CONFIG_FILE, model_digest, model_folder
+from vcr1_fast.run.model_folder import CONFIG_FILE, model_digest, model_folder, read_json
 from vcr1_fast.run.random_state import seed_generators
 from vcr1_fast.run.telemetry import say
 from vcr1_fast.run.weight_sync import WeightSync
@@ -270,7 +270,7 @@ def warn_of_other_reader(run: Run) -> None:
     path = model_folder(run.config.model.path) / TRAINED_WITH
     if not path.is_file() or not run.world.is_main:
         return
-    trained_with = json.loads(path.read_text(encoding="utf-8"))["reader"]
+    trained_with = read_json(path).get("reader")
     if trained_with != run.source.name:
         print(
             f"{run.config.model.path} was trained with the video reader {trained_with!r}, this run reads with "

@@ -190,7 +190,7 @@ def keep_steps_up_to(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step] if step else []
+    kept = [line for line in path.read_text("utf-8", "replace").splitlines() if _step_of(line) <= step] if step else []
     aside = path.with_suffix(".jsonl.new")
     aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     aside.replace(path)
