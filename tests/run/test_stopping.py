@@ -17,6 +17,17 @@ from vcr1_fast.run.stopping import Stopping
 from vcr1_fast.settings.config import CheckpointConfig
 
 
+@pytest.fixture(autouse=True)
+def _heard():
+    """What a script starts with & has SIGINT ignored, and under nohup SIGHUP; processes pass that on to theirs."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def wait_for(condition: Callable[[], object]) -> None:
     limit_s = time.monotonic() + 30
     while not condition():
