@@ -10,7 +10,7 @@ import torch
 from tests.judge.judge_server import judges_by_words, serving
 from tests.tiny_policy import run_ranks
 from vcr1_fast.evaluate import answer_all, evaluate, evaluate_command
-from vcr1_fast.evaluation.answer_store import AnswerStore, checkpoint_identity, question_key
+from vcr1_fast.evaluation.answer_store import AnswerStore, question_key
 from vcr1_fast.evaluation.samples import Answer, Sample, of_all, per_sample_metrics, read_samples, with_refused
 from vcr1_fast.evaluation.score_tables import category_means, print_categories, print_scores
 from vcr1_fast.evaluation.scores import flat_scores
@@ -277,23 +277,6 @@ def test_answers_of_other_settings_are_refused_until_restart(tmp_path):
     (tmp_path / "answers_of.json").unlink()
     with pytest.raises(ConfigError, match="holds answers without"):
         store(tmp_path)
-
-
-def test_a_checkpoint_is_known_by_its_contents(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
-        (tmp_path / name / "config.json").write_text("{}")
-    a, b = tmp_path / "a", tmp_path / "b"
-    assert checkpoint_identity(a) == checkpoint_identity(b)
-    (b / "model.safetensors").write_bytes(b"Weights")  # same length
-    assert checkpoint_identity(a) != checkpoint_identity(b)
-    (b / "model.safetensors").write_bytes(b"weights")
-    (b / "README.md").write_text("what nobody loads")
-    (b / "model-00002-of-00002.safetensors").write_bytes(b"stale")
-    assert checkpoint_identity(a) == checkpoint_identity(b)
-    (b / "chat_template.jinja").write_text("other prompts")
-    assert checkpoint_identity(a) != checkpoint_identity(b)
 
 
 def test_categories_by_axis(capsys):

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from vcr1_fast.evaluation import perception
-from vcr1_fast.evaluation.answer_store import AnswerStore, answer_settings, checkpoint_identity, question_key
+from vcr1_fast.evaluation.answer_store import AnswerStore, answer_settings, question_key
 from vcr1_fast.evaluation.samples import Answer, Sample, samples_as_rows, write_lines
 from vcr1_fast.evaluation.score_tables import print_categories, print_scores
 from vcr1_fast.evaluation.scores import Scores, score_answers, scores_as_dict
@@ -25,7 +25,7 @@ from vcr1_fast.learner.sharding import World, all_reduce_sum, gather_all, on_mai
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.engine import RolloutEngine
-from vcr1_fast.run.model_folder import model_folder
+from vcr1_fast.run.model_folder import model_digest, model_folder
 from vcr1_fast.run.run import Run, open_run, warn_of_other_reader
 from vcr1_fast.run.telemetry import progress, say, to_json
 from vcr1_fast.settings.config import Config, ConfigError
@@ -287,7 +287,7 @@ def _open_store(run: Run) -> AnswerStore:
     weights = [""]
 
     def identify() -> None:
-        weights[0] = checkpoint_identity(model_folder(config.model.path))
+        weights[0] = model_digest(model_folder(config.model.path))
 
     on_main_rank("reading the checkpoint", identify, run.world)
     if run.world.world_size > 1:

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from vcr1_fast.evaluation.samples import Answer, write_lines
 from vcr1_fast.learner.model import resolve_dtype
 from vcr1_fast.learner.sharding import World, on_main_rank
-from vcr1_fast.run.model_folder import settings_files, weight_files
 from vcr1_fast.run.telemetry import to_json
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.types import Example
@@ -32,20 +31,6 @@ VIDEO_FIELDS_WITHOUT_EFFECT = (
     *("reader", "timeout_s", "num_workers", "prefetch_steps", "clips_per_worker"),  # the reader has its own entry
     *("cache_dir", "cache_disk_gib", "cache_ram_gib"),
 )
-
-
-def checkpoint_identity(folder: Path) -> str:
-    """SHA-256 of the contents of all that is read of a checkpoint, weights and settings, hex.
-
-    16 GB take about 10 s, and the model's loading then reads them from memory. (Sizes and times would not tell two
-    checkpoints of one run apart after a copy.)
-    """
-    whole = hashlib.sha256()
-    for file in sorted([*weight_files(folder), *settings_files(folder)]):
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        whole.update(f"{file.name} {digest}\n".encode())
-    return whole.hexdigest()
 
 
 def answer_settings(config: Config, weights: str, reader: str, device: Any) -> dict[str, Any]:

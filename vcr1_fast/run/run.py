@@ -300,7 +300,7 @@ def planned_export(config: Config, folder: Path, reader: str, world: World) -> E
     plan = plan_export(source, folder / "model", dtype, {TRAINED_WITH: record.encode()})
 
     def try_all() -> None:
-        try_export(plan.folder, CONFIG_FILE, plan.files)
+        try_export(plan.folder, CONFIG_FILE, plan.files, plan.num_bytes)
         if config.model.lora.rank:
             try_export(folder / "adapter", ADAPTER_CONFIG, {})
 
