@@ -18,7 +18,7 @@ from typing import Any
 
 from vcr1_fast import __version__
 from vcr1_fast.run.exit_codes import FAILED, STOPPED_BY_SIGNAL, WRONG_USAGE
-from vcr1_fast.run.stop_signals import StoppedBySignal, heed_usr1
+from vcr1_fast.run.stop_signals import StoppedBySignal, heed_no_interrupt, heed_one_interrupt, heed_usr1
 from vcr1_fast.run.telemetry import is_main_rank, to_json
 from vcr1_fast.run.terminal import printable_output
 from vcr1_fast.settings.checks import check_settings
@@ -106,6 +106,8 @@ HELP_EPILOG = "\n".join(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `vcr1-fast` script. Exits through SystemExit; a rank of several at once."""
+    heed_usr1()
+    heed_one_interrupt()
     parser = argparse.ArgumentParser(
         prog="vcr1-fast",
         usage="vcr1-fast COMMAND [CONFIG] [--section.field=value ...]",
@@ -118,9 +120,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("command", choices=choices, metavar="COMMAND", help="one of those below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
     parsed = parser.parse_args(arguments)
-    heed_usr1()
     run = PLAIN_COMMANDS.get(parsed.command) or partial(_run_with_settings, parsed.command)
     code = exit_code_of(lambda: run(parsed.rest))
+    heed_no_interrupt()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
         from vcr1_fast.learner.sharding import exit_rank
 
