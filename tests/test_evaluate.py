@@ -1,6 +1,7 @@
 """Held-out scores: failures stay in the denominator, baselines stand beside them, interrupted ones go on."""
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 
@@ -335,6 +336,34 @@ def test_eval_command_writes_samples_and_goes_on_from_them(tmp_path, monkeypatch
     monkeypatch.setattr("vcr1_fast.video.loader.FrameLoader.start", lambda loader: pytest.fail("nothing is to be read"))
     known = evaluate_command(config)["scores"]["temporal_grounding"]
     assert known["metrics"]["miou"] == pytest.approx(good.metrics["miou"]) and known["num_bad"] == 0
+
+
+def test_eval_command_with_a_prompt_file(tmp_path, monkeypatch):
+    """recipe paper: a held-out event as annotated. The file's digest is in scores.json and guards the answers."""
+    data, file = tmp_path / "data", tmp_path / "tg.txt"
+    write_dataset(SynthConfig(output_dir=str(data), num_train=1, num_eval=1), show_progress=False)
+    row = json.loads((data / "eval_grounding.jsonl").read_text().splitlines()[0]) | {"query": "A  dog Barks."}
+    (data / "eval.jsonl").write_text(json.dumps(row))
+    file.write_text("Find: {event}\n")
+    monkeypatch.setattr(
+        "vcr1_fast.run.run.Run.open_engine", lambda run: ScriptedEngine(run.builder.tokenizer, {row["id"]: ["1 to 2"]})
+    )
+    config = load_config(
+        "tiny",
+        [
+            f"--data.eval={data / 'eval.jsonl'}",
+            f"--eval.output_dir={tmp_path / 'mine'}",
+            f"--task.prompts.temporal_grounding={file}",
+            "--task.recipe=paper",
+        ],
+    )
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert evaluate_command(config)["prompts"] == {"temporal_grounding": digest}
+    assert json.loads((tmp_path / "mine" / "scores.json").read_text())["prompts"] == {"temporal_grounding": digest}
+    assert [s.question for s in read_samples(tmp_path / "mine" / "samples.jsonl")] == ["Find: A  dog Barks."]
+    file.write_text("Find this: {event}\n")
+    with pytest.raises(ConfigError, match=rf"task.prompts.temporal_grounding was {digest}, is [0-9a-f]{{64}}\)"):
+        evaluate_command(config)
 
 
 def test_eval_command_refuses_a_folder_with_answers_of_other_settings(tmp_path):

@@ -29,6 +29,7 @@ from vcr1_fast.run.model_folder import model_digest, model_folder
 from vcr1_fast.run.run import Run, open_run, warn_of_other_reader
 from vcr1_fast.run.telemetry import progress, say, to_json
 from vcr1_fast.settings.config import Config, ConfigError
+from vcr1_fast.tasks.prompt_file import prompt_digests
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, Prompt, RefusedTruth, SampleError, SamplingParams
 
@@ -260,6 +261,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
         result = {
             "model": config.model.path,
             "reader": run.source.name,
+            "prompts": prompt_digests(run.tasks),
             "scores": scores_as_dict(scores),
             "folder": str(store.folder),
         }
@@ -292,7 +294,8 @@ def _open_store(run: Run) -> AnswerStore:
     on_main_rank("reading the checkpoint", identify, run.world)
     if run.world.world_size > 1:
         dist.broadcast_object_list(weights, src=0)
-    settings = answer_settings(config, weights[0], run.source.name, run.world.device)
+    prompts = prompt_digests(run.tasks)
+    settings = answer_settings(config, weights[0], run.source.name, run.world.device, prompts)
     if config.eval.output_dir is not None:
         folder = Path(config.eval.output_dir)
     else:

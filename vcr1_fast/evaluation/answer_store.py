@@ -33,8 +33,10 @@ VIDEO_FIELDS_WITHOUT_EFFECT = (
 )
 
 
-def answer_settings(config: Config, weights: str, reader: str, device: Any) -> dict[str, Any]:
-    """What an answer depends on, apart from question and video."""
+def answer_settings(
+    config: Config, weights: str, reader: str, device: Any, prompts: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What an answer depends on, apart from question and video; `prompts`: digests of prompt files by task."""
     video = {k: v for k, v in asdict(config.video).items() if k not in VIDEO_FIELDS_WITHOUT_EFFECT}
     return {
         "model.path": config.model.path,
@@ -46,6 +48,7 @@ def answer_settings(config: Config, weights: str, reader: str, device: Any) -> d
         "seed": config.train.seed if config.eval.temperature > 0 else None,  # greedy answers do not depend on it
         "reader": reader,
         **{f"video.{name}": value for name, value in video.items()},
+        **{f"task.prompts.{task}": digest for task, digest in (prompts or {}).items()},
     }
 
 

@@ -156,9 +156,13 @@ class TaskConfig:
     """How answers are asked for and scored."""
 
     recipe: Literal["fixed", "paper"] = "fixed"
-    """paper: prompts, parsers and rewards with the original's quirks, for comparison. fixed: repaired."""
+    """paper: parsers and rewards with the original's quirks, and prompts that ask for the same in words of our own (its
+    words: task.prompts), for comparison. fixed: repaired."""
     think: bool = True
     """Ask for a think block before the answer."""
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Task to a text file with the words of its question, such as a published prompt, for train, sft and eval alike;
+    {event}, {question}, {options}, ... stand for values of the example (docs/prompts.md). Default: built-in words."""
     reward_weights: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "iou": 1.0})
     """Weight of each reward part; parts not named count 1."""
     custom: tuple[str, ...] = ()
@@ -271,7 +275,7 @@ class TrainConfig:
     collective gives up after 3,600 s. 20 minutes are several times the slowest step that a run should have; 0: never.
     """
     resume_changed: bool = False
-    """Go on from a checkpoint although data, seed or starting model are others than those it was made with."""
+    """Go on from a checkpoint although data, prompt files, seed or starting model are others than it was made with."""
     max_bad_sample_frac: float = 0.5
     """Stop with a summary when more than this fraction of the samples read so far could not be used."""
 
