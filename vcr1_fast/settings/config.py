@@ -174,8 +174,9 @@ class TaskConfig:
     """Adds the part `order`: 1 for correct answers if they are not better with the frames shuffled (T-GRPO, there
     weighted 0.3). Samples half as many answers again."""
     length_reward: Literal["none", "window", "overlong"] = "none"
-    """Adds the part `length`, by tokens. window: 1 for a correct answer inside length_tokens (Video-R1, there weighted
-    0.2). overlong: 1 up to the first of length_tokens, falling to 0 at the second (DAPO)."""
+    """Adds the part `length`, by tokens. window: 1 for a correct answer inside length_tokens if its group has another
+    correct one (Video-R1, there weighted 0.2). overlong: 1 up to the first of length_tokens, falling to 0 at the second
+    (DAPO)."""
     length_tokens: tuple[int, int] = (320, 512)
     """The two lengths that length_reward needs, in tokens."""
     reward_timeout_s: float = 300.0
