@@ -32,6 +32,7 @@ from vcr1_fast.types import (
     Patches,
     RefusedTruth,
     SampleError,
+    SamplingParams,
     TrackTruth,
 )
 from vcr1_fast.video.patches import PatchSource
@@ -209,6 +210,22 @@ def test_a_metric_that_one_example_does_not_have_costs_only_its_interval(capsys)
     assert "no intervals: task correlated, one by one: ValueError: wanted two examples" in capsys.readouterr().err
 
 
+def test_answers_are_drawn_as_eval_says_and_not_as_rollouts_are(tiny_tokenizer, monkeypatch):
+    asked = []
+    generate = ScriptedEngine.generate
+
+    def recorded(engine, prompts, sampling):
+        asked.append(sampling)
+        return generate(engine, prompts, sampling)
+
+    monkeypatch.setattr(ScriptedEngine, "generate", recorded)
+    builder = PromptBuilder(tiny_tokenizer, make_tasks(TaskConfig()), read)
+    rollout = RolloutConfig(top_k=50, top_p=0.9, temperature=0.7, max_new_tokens=9)
+    config = Config(rollout=rollout, eval=EvalConfig(repetition_penalty=1.05))
+    answer_all(lambda: ScriptedEngine(tiny_tokenizer, {"a": ["x"]}), [grounding("a")], builder, config, SINGLE_PROCESS)
+    assert asked == [SamplingParams(1, 9, temperature=0.0, seed=config.train.seed, repetition_penalty=1.05)]
+
+
 def store(folder, **settings) -> AnswerStore:
     return AnswerStore(folder, {"weights": "w", "temperature": 0.0} | settings, SINGLE_PROCESS)
 
@@ -377,5 +394,7 @@ def test_eval_command_refuses_a_folder_with_answers_of_other_settings(tmp_path):
         evaluate_command(load_config("tiny", overrides))
     with pytest.raises(ConfigError, match="max_new_tokens was 96, is 9"):
         evaluate_command(load_config("tiny", [*overrides, "--rollout.max_new_tokens=9"]))
+    with pytest.raises(ConfigError, match=r"repetition_penalty was 1\.0, is 1\.05"):
+        evaluate_command(load_config("tiny", [*overrides, "--eval.repetition_penalty=1.05"]))
     with pytest.raises(SampleError, match=unreadable):
         evaluate_command(load_config("tiny", [*overrides, "--rollout.max_new_tokens=9", "--eval.restart=true"]))

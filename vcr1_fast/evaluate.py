@@ -170,6 +170,7 @@ def _ask(
         max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
         temperature=config.eval.temperature,
         seed=config.train.seed,
+        repetition_penalty=config.eval.repetition_penalty,
     )
     rollout = config.rollout
     built = _built(builder, examples)

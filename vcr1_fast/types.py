@@ -175,6 +175,8 @@ class SamplingParams:
     temperature: float = 1.0  # 0 is greedy; then log-probs are taken at temperature 1
     top_p: float = 1.0
     seed: int = 0  # the same seed, prompts and weights give the same tokens
+    top_k: int = 0  # draw from the k most likely only, before top_p; 0: from all
+    repetition_penalty: float = 1.0  # on the logits of tokens in prompt or completion; 1: none
 
 
 @dataclass(frozen=True, slots=True)

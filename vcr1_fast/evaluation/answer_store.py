@@ -45,6 +45,7 @@ def answer_settings(
         "engine": config.rollout.engine,
         "temperature": config.eval.temperature,
         "max_new_tokens": config.eval.max_new_tokens or config.rollout.max_new_tokens,
+        "repetition_penalty": config.eval.repetition_penalty,
         "seed": config.train.seed if config.eval.temperature > 0 else None,  # greedy answers do not depend on it
         "reader": reader,
         **{f"video.{name}": value for name, value in video.items()},

@@ -178,8 +178,9 @@ class TaskConfig:
     """Adds the part `order`: 1 for correct answers if they are not better with the frames shuffled (T-GRPO, there
     weighted 0.3). Samples half as many answers again."""
     length_reward: Literal["none", "window", "overlong"] = "none"
-    """Adds the part `length`, by tokens. window: 1 for a correct answer inside length_tokens (Video-R1, there weighted
-    0.2). overlong: 1 up to the first of length_tokens, falling to 0 at the second (DAPO)."""
+    """Adds the part `length`, by tokens. window: 1 for a correct answer inside length_tokens if its group has another
+    correct one (Video-R1, there weighted 0.2). overlong: 1 up to the first of length_tokens, falling to 0 at the second
+    (DAPO)."""
     length_tokens: tuple[int, int] = (320, 512)
     """The two lengths that length_reward needs, in tokens."""
     reward_timeout_s: float = 300.0
@@ -328,6 +329,10 @@ class EvalConfig:
     """0 is greedy."""
     max_new_tokens: int | None = None
     """Longest answer. Default: rollout.max_new_tokens."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that prompt or answer hold already are divided by it if positive, multiplied if negative, as in
+    transformers; 1: off. Qwen2.5-VL's own generation settings, which the original's evaluation inherits, have 1.05.
+    Only by rollout.engine local: SGLang would count the answer's tokens alone."""
     max_examples: int | None = None
     """Evaluate only the first so many examples of each task."""
     output_dir: str | None = None
@@ -341,6 +346,10 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require(self.perceptions >= 1, f"eval.perceptions is {self.perceptions}, wanted >= 1")
+        require(
+            self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
+            f"eval.repetition_penalty is {self.repetition_penalty}, wanted more than 0 (1 is off)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
