@@ -187,7 +187,9 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         tasks = make_tasks(config.task, judge=config.judge)
         proof = choose_kernels(config, world)
         source = opened.enter_context(contextlib.closing(open_source(config, world.device, proof.choice)))
-        builder = PromptBuilder(tokenizer, tasks, source, prefetch=source.prefetch, limits=limits)
+        builder = PromptBuilder(
+            tokenizer, tasks, source, prefetch=source.prefetch, limits=limits, video_first=bool(config.task.video_first)
+        )
         if writes and world.is_main:
             (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
         quarantine = open_quarantine(config, folder if writes else None)

@@ -159,6 +159,9 @@ class TaskConfig:
     """paper: prompts, parsers and rewards with the original's quirks, for comparison. fixed: repaired."""
     think: bool = True
     """Ask for a think block before the answer."""
+    video_first: bool | None = None
+    """The video stands before the question in the prompt, in training and evaluation. Default: after it, as in
+    VideoChat-R1, but before it in the rounds of eval.perception focus, as in VideoChat-R1.5."""
     reward_weights: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "iou": 1.0})
     """Weight of each reward part; parts not named count 1."""
     custom: tuple[str, ...] = ()
@@ -334,6 +337,9 @@ class EvalConfig:
     perceptions: int = 1
     """Rounds of `vcr1-fast eval` for questions with options: each but the last asks where the evidence is, and the next
     one looks closer there (VideoChat-R1.5). 1: asked once."""
+    perception: Literal["focus", "crop"] = "focus"
+    """How a round looks closer. focus: at the whole video, with frames 1.5 times as close together in the evidence
+    (VideoChat-R1.5). crop: at the evidence alone, cut out with a margin, at twice the frame rate."""
 
     def __post_init__(self) -> None:
         require(self.perceptions >= 1, f"eval.perceptions is {self.perceptions}, wanted >= 1")
