@@ -11,6 +11,7 @@ import functools
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
     """
     if config.eval.perceptions > 1 and config.task.recipe == "paper":
         raise ConfigError(f"eval.perceptions is {config.eval.perceptions}, but task.recipe is paper: set it to fixed")
+    config = replace(config, video=config.eval_video)
     with open_run(config, "eval") as run:
         examples = first_of_each_task(run.eval_examples(), config.eval.max_examples)
         if not examples:

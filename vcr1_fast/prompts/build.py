@@ -65,6 +65,14 @@ class PromptBuilder:
         builder.video_first = video_first
         return builder
 
+    def reading(
+        self, read: Callable[[str], Patches], prefetch: Callable[[Sequence[str]], None], limits: PromptLimits | None
+    ) -> PromptBuilder:
+        """The same questions about videos that are read in another way."""
+        builder = copy.copy(self)
+        builder._read, builder._prefetch, builder.limits = read, prefetch, limits
+        return builder
+
     def read_ahead(self, examples: Sequence[Example]) -> None:
         """A hint that these will be built next, in this order."""
         self._prefetch([example.video for example in examples])

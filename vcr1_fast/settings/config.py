@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from vcr1_fast.settings.error import ConfigError as ConfigError
 from vcr1_fast.settings.error import require
 from vcr1_fast.settings.learning import AlgorithmConfig, OptimizerConfig, RolloutConfig
+from vcr1_fast.settings.video import EvalVideoConfig as EvalVideoConfig
 from vcr1_fast.settings.video import VideoConfig as VideoConfig
 
 MAX_REWARD_WEIGHT = 1e6  # infinity times a part of 0 is NaN, and squares of 1e300 are infinite
@@ -116,7 +117,7 @@ class DataConfig:
     """rewards.jsonl of an earlier run, for data.reward_range."""
     max_prompt_tokens: int | None = None
     """An example whose prompt, video included, has more tokens is left out and counted. Default: what the positions of
-    the model leave beside the longest answer."""
+    the model leave beside the longest answer; that is also the limit of an evaluation with an eval.video of its own."""
     quarantine: str | None = None
     """Further list of files not to read, such as quarantine.jsonl of an earlier run. The run's own list is
     quarantine.jsonl in train.output_dir."""
@@ -341,6 +342,9 @@ class EvalConfig:
     """How a round looks closer. focus: at the whole video, with frames 1.5 times as close together in the evidence
     (VideoChat-R1.5). crop: at the evidence alone, cut out with a margin, at twice the frame rate."""
 
+    video: EvalVideoConfig = field(default_factory=EvalVideoConfig)
+    """Settings of the section video for evaluation alone, so that it may see more than training."""
+
     def __post_init__(self) -> None:
         require(self.perceptions >= 1, f"eval.perceptions is {self.perceptions}, wanted >= 1")
 
@@ -375,3 +379,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+
+    def __post_init__(self) -> None:
+        _ = self.eval_video  # raises ConfigError where the two sections do not fit
+
+    @property
+    def eval_video(self) -> VideoConfig:
+        """The section video as evaluation sees it."""
+        return self.eval.video.over(self.video)
