@@ -171,6 +171,12 @@ class TaskConfig:
     """Reward parts of your own: task to a list of module:function. The part has the function's name."""
     iou: Literal["plain", "boundary"] = "plain"
     """Part `iou` of temporal grounding. boundary: less the further its ends are off (Time-R1); scores stay plain."""
+    grounding_answer: Literal["period", "list"] = "period"
+    """How temporal grounding is answered. list: by all periods of the event, [(start, end), ...], whose part `iou` is
+    that of two sets of instants (VideoChat-R1.5)."""
+    max_intervals: int | None = None
+    """Answers that list more periods than this have no readable list for the reward, in grounded QA and in temporal
+    grounding by list; 3 in VideoChat-R1.5. Default: no limit."""
     shaping: dict[str, Literal["tempsamp_r1"]] = field(default_factory=dict)
     """Reward part to a function that it goes through on its way into the reward. tempsamp_r1: flat above 0.8, steep
     below."""
@@ -201,6 +207,14 @@ class TaskConfig:
         require(
             0 <= self.reward_timeout_s < math.inf,
             f"task.reward_timeout_s is {self.reward_timeout_s}, wanted seconds >= 0 (0: no limit)",
+        )
+        require(
+            self.max_intervals is None or self.max_intervals >= 1,
+            f"task.max_intervals is {self.max_intervals}, wanted >= 1, or nothing",
+        )
+        require(
+            self.iou == "plain" or self.grounding_answer == "period",
+            f"task.iou is {self.iou} and task.grounding_answer is list: a list has no two ends, set one to its default",
         )
         require(self.max_failed_steps >= 1, f"task.max_failed_steps is {self.max_failed_steps}, wanted >= 1")
 
