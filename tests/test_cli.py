@@ -155,7 +155,7 @@ def test_a_data_file_may_have_settings_of_its_own(in_folder: Path, capsys):
         ),
         ("[a, {path: b, fromat: rows}]", "unknown setting data.train[1].fromat{}: did you mean data.train[1].format?"),
         ("{format: rows}", "data.train[0] has no path{}, wanted {{path, video_root, format, task}}"),
-        ("{path: a, format: charade}", "data.train[0].format cannot be read{}, wanted one of auto, rows, charades,"),
+        ("{path: a, format: charade}", "data.train[0].format is 'charade'{}, wanted one of auto, rows, charades,"),
         ("{path: 3}", "data.train[0].path is '3'{}, wanted text"),
         ('[a, ""]', "data.train holds an empty path, wanted the name of a file"),
     ],

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,11 @@ def answer_in_rounds(
     others = [example for example in examples if example.task not in perception.TASKS]
     answers = answer_all(open_engine, others, builder, config, world, store)
     by_id = {example.id: answer for example, answer in zip(others, answers, strict=True)}
-    focuses = perception.first_round([example for example in examples if example.task in perception.TASKS])
-    num_rounds = config.eval.perceptions
+    is_cut, num_rounds = config.eval.perception == "crop", config.eval.perceptions
+    asked_often = [example for example in examples if example.task in perception.TASKS]
+    focuses = perception.first_round(asked_often, is_cut=is_cut)
+    if not is_cut and config.task.video_first is None:
+        builder = builder.placing(video_first=True)
     for number in range(1, num_rounds + 1):
         asked = perception.round_examples(focuses, number, num_rounds, config.video)
         said = answer_all(open_engine, asked, builder, config, world, store)
@@ -152,7 +156,7 @@ def answer_in_rounds(
 def _key(builder: PromptBuilder, example: Example) -> str | None:
     """Under which its answer is kept; None where a custom task cannot ask, which the builder will say."""
     try:
-        return question_key(builder.tasks[example.task].question(example), example)
+        return question_key(builder.tasks[example.task].question(example), example, video_first=builder.video_first)
     except (Exception, SystemExit):
         return None
 
@@ -236,6 +240,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
     """
     if config.eval.perceptions > 1 and config.task.recipe == "paper":
         raise ConfigError(f"eval.perceptions is {config.eval.perceptions}, but task.recipe is paper: set it to fixed")
+    config = replace(config, video=config.eval_video)
     with open_run(config, "eval") as run:
         examples = first_of_each_task(run.eval_examples(), config.eval.max_examples)
         if not examples:

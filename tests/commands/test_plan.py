@@ -35,6 +35,8 @@ from vcr1_fast.settings.config import (
     Config,
     ConfigError,
     DataConfig,
+    EvalConfig,
+    EvalVideoConfig,
     LoRAConfig,
     ModelConfig,
     RolloutConfig,
@@ -181,6 +183,23 @@ def test_what_settings_add_and_save():
     assert alone.static["AdamW, float32"] == pytest.approx(8 * 8.292166656)
     assert alone.update["gathered blocks"] == pytest.approx(2 * 8.292166656)  # autocast's copies
     assert plan_memory(replace(config, data=DataConfig()), size, tokens, 8).evaluation == {}
+
+
+def test_evaluation_is_counted_with_the_videos_that_it_sees(capsys):
+    """13,824 tokens of video and 256 of text: 65,536 // (14,080 + 1,024) = 4 prompts at once, where 8 were of 3,840."""
+    config, size = config_7b(gradient_checkpointing=True), read_model_size("Qwen2.5-VL-7B")
+    video = EvalVideoConfig(total_pixels=13824 * 28 * 28)
+    more = replace(config, eval=EvalConfig(video=video))
+    tokens, plain = plan_tokens(more, 8), plan_tokens(config, 8)
+    assert (plain.eval_prompt, tokens.eval_prompt) == (3840, 14080)
+    assert replace(tokens, eval_prompt=3840) == plain
+    memory = plan_memory(more, size, tokens, 8)
+    assert memory.evaluation["KV cache"] == pytest.approx(57344 * 4 * (14080 + 1024) / 1e9)
+    was = plan_memory(config, size, plain, 8)
+    assert (memory.update, memory.rollout, memory.static) == (was.update, was.rollout, was.static)
+    for settings, is_told in ((config, False), (more, True)):
+        plan_command(settings, 8, is_fast=True)
+        assert ("prompt in evaluation" in capsys.readouterr().out) == is_told
 
 
 def test_adapters_need_no_masters_no_reference_and_no_copies():

@@ -18,7 +18,7 @@ from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.temporal_contrast import shuffled_prompt
 from vcr1_fast.run.model_folder import model_folder
-from vcr1_fast.run.run import open_source
+from vcr1_fast.run.sources import open_source
 from vcr1_fast.settings.config import AlgorithmConfig, Config, ConfigError, ModelConfig, VideoConfig
 from vcr1_fast.settings.io import load_settings
 from vcr1_fast.synth.config import SynthConfig

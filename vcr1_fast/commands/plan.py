@@ -163,6 +163,7 @@ def _token_table(config: Config, tokens: TokenPlan) -> Table:
     saved = tokens.unshared_group / tokens.group
     for name, note, value in (
         ("prompt", f"longest video and {TEXT_TOKENS} of text (video: {clips})", tokens.prompt),
+        *[("prompt in evaluation", "by eval.video", tokens.eval_prompt)] * (tokens.eval_prompt != tokens.prompt),
         ("completion", "at most", tokens.completion),
         ("group", f"{config.rollout.group_size} completions, one prompt; {saved:.1f} x fewer than apart", tokens.group),
         ("row", f"{tokens.groups_per_row} of {tokens.groups_per_gpu} groups of this GPU in an update", tokens.row),

@@ -53,14 +53,16 @@ def answer_settings(
     }
 
 
-def question_key(question: str, example: Example) -> str:
-    """Hex name of what is asked: the text, and the video file by path (with the clip), size and time of change."""
+def question_key(question: str, example: Example, *, video_first: bool = False) -> str:
+    """Hex name of what is asked: the text, and the video file by path (with what is to be seen of it), size and time of
+    change; and which of the two comes first."""
     try:
         stat = os.stat(SourceName.parse(example.video).path)
         video = [example.video, stat.st_size, stat.st_mtime_ns]
     except (OSError, ValueError):  # reading it will say why
         video = [example.video]
-    return hashlib.sha256(json.dumps([question, video]).encode()).hexdigest()[:32]
+    asked = [video, question] if video_first else [question, video]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
 
 class AnswerStore:

@@ -9,6 +9,7 @@ from vcr1_fast.settings.config import ConfigError, JudgeConfig, TaskConfig
 from vcr1_fast.tasks.captioning import Captioning
 from vcr1_fast.tasks.custom import check_tasks, load_rewards, load_tasks, make_custom
 from vcr1_fast.tasks.grounded_qa import GroundedQA
+from vcr1_fast.tasks.grounding_list import GroundingByList
 from vcr1_fast.tasks.multiple_choice import MultipleChoice
 from vcr1_fast.tasks.object_tracking import ObjectTracking
 from vcr1_fast.tasks.prompt_file import wording_of
@@ -52,6 +53,8 @@ def make_tasks(
     tasks: dict[str, Task] = {}
     for name in classes if names is None else names:
         found = task_class(name, classes)
+        if found is TemporalGrounding and config.grounding_answer == "list":
+            found = GroundingByList
         if name in custom:
             tasks[name] = make_custom(name, found, config)
         else:

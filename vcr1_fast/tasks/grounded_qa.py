@@ -51,6 +51,7 @@ class GroundedQA:
         self.is_paper = config.recipe == "paper"
         self.think = config.think
         self.wording = Wording(config, self.name, QUESTIONS, PLACEHOLDERS, REQUIRED)
+        self.max_intervals = config.max_intervals
 
     def parse_truth(self, row: Mapping[str, object]) -> GroundedChoiceTruth:
         """Letter, options and intervals in seconds. fixed: cut to the video, 0 <= start < end <= duration_s.
@@ -73,10 +74,11 @@ class GroundedQA:
         return choice_fields(example)
 
     def target(self, example: Example) -> str:
-        """The completion to learn from: letter and all true intervals, two decimals, after the example's reasoning."""
+        """The completion to learn from: letter and true intervals, two decimals, after the example's reasoning."""
         truth = grounded_choice_truth(example)
+        shown = longest(truth.intervals_s, self.max_intervals)
         # the paper's parser knows no minus sign; the truths of NExT-GQA have some, "-0.0" among them
-        intervals = [(max(0.0, start_s), end_s) for start_s, end_s in truth.intervals_s]
+        intervals = [(max(0.0, start_s), end_s) for start_s, end_s in shown]
         return self._answer(truth.letter, intervals, example.reasoning)
 
     def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
@@ -84,11 +86,16 @@ class GroundedQA:
 
         format, fixed: one think block (if asked for), one answer block with a letter, one glue block with at least one
         interval. format, paper: the tags, which may repeat, and a valid glue list, which may be empty. iou is 0 where
-        the list cannot be read; paper: 1 where neither it nor the truth has any length.
+        the list cannot be read; paper: 1 where neither it nor the truth has any length. A list of more intervals than
+        task.max_intervals counts as one that cannot be read.
         """
         letters, glues = self._read_all(examples, answers)
+        glues = limited(glues, self.max_intervals)
         if self.is_paper:
-            is_formatted = [has_paper_glue_format(clip(answer), self.think) for answer in answers]
+            is_formatted = [
+                has_paper_glue_format(clip(answer), self.think) and glue is not None
+                for answer, glue in zip(answers, glues, strict=True)
+            ]
         else:
             have_tags = have_format(answers, "fixed", self.think, ("answer", "glue"))
             is_formatted = [
@@ -175,6 +182,18 @@ class GroundedQA:
             1.0 if glue is not None and not connected_pieces([*glue, *truth]) else value
             for value, glue, truth in zip(iou, glues, truths, strict=True)
         ]
+
+
+def limited(glues: Sequence[list[Interval] | None], most: int | None) -> list[list[Interval] | None]:
+    """The lists, None in place of those that are longer than `most`."""
+    return [None if glue is not None and most is not None and len(glue) > most else glue for glue in glues]
+
+
+def longest(intervals: Sequence[Interval], most: int | None) -> list[Interval]:
+    """All intervals, or the `most` longest where there are more, in order of time then."""
+    if most is None or len(intervals) <= most:
+        return list(intervals)
+    return sorted(sorted(intervals, key=lambda interval: interval[0] - interval[1])[:most])
 
 
 def inside_video(intervals: Sequence[Interval], duration_s: float) -> list[Interval]:

@@ -1,4 +1,5 @@
-"""What to read of which source: a whole video, the part of it between two times, or a fixed number of its images."""
+"""What to read of which source: a whole video, the part of it between two times, or a fixed number of its images; and
+where more of it shall be seen."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from vcr1_fast.settings.config import ConfigError, VideoConfig
-from vcr1_fast.types import Frames, SampleError
+from vcr1_fast.types import Frames, Interval, SampleError
 from vcr1_fast.video.read import read_frames, read_resized
 from vcr1_fast.video.reader import Probe, Reader
 from vcr1_fast.video.source_name import FRAGMENT, SourceName, part_name
@@ -27,6 +28,7 @@ class ClipRequest:
     start_s: float = 0.0
     end_s: float = math.inf
     num_images: int | None = None  # that many equally spaced images stand for the whole, config.fps of them a second
+    evidence_s: tuple[Interval, ...] = ()  # where frames lie closer together, in seconds of the part
 
     @staticmethod
     def of(video: str, config: VideoConfig) -> ClipRequest:
@@ -44,7 +46,7 @@ class ClipRequest:
                 config = replace(config, fps=name.images_fps, min_frames=num_frames, max_frames=num_frames)
         except ConfigError as error:
             raise SampleError(video, f"its name asks for what cannot be: {error}") from error
-        return ClipRequest(name.path, config, name.start_s, name.end_s, name.num_images)
+        return ClipRequest(name.path, config, name.start_s, name.end_s, name.num_images, name.evidence_s)
 
     @property
     def is_whole(self) -> bool:
@@ -57,7 +59,7 @@ def read_clip(request: ClipRequest, reader: Reader) -> Frames:
         reader = ImagesReader(reader, request.num_images, request.config.fps)
     if not request.is_whole:
         reader = PartReader(reader, request.start_s, request.end_s)
-    return read_frames(request.path, request.config, reader)
+    return read_frames(request.path, request.config, reader, request.evidence_s)
 
 
 class PartReader:
