@@ -10,6 +10,7 @@ from vcr1_fast.tasks.captioning import Captioning
 from vcr1_fast.tasks.custom import check_tasks, load_rewards, load_tasks, make_custom
 from vcr1_fast.tasks.grounded_qa import GroundedQA
 from vcr1_fast.tasks.multiple_choice import MultipleChoice
+from vcr1_fast.tasks.numeric_answer import NumericAnswer
 from vcr1_fast.tasks.object_tracking import ObjectTracking
 from vcr1_fast.tasks.reward_process import RewardProcess
 from vcr1_fast.tasks.shaping import added_parts
@@ -23,6 +24,7 @@ TASKS: dict[str, type[Task]] = {
     GroundedQA.name: GroundedQA,
     MultipleChoice.name: MultipleChoice,
     VideoQuality.name: VideoQuality,
+    NumericAnswer.name: NumericAnswer,
     Captioning.name: Captioning,
 }
 
