@@ -101,12 +101,13 @@ class TemporalGrounding:
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
         """Mean IoU and the share of answers whose IoU reaches 0.3, 0.5, 0.7. Unreadable answers count as IoU 0.
 
-        In [0, 1]; read as the reward reads them, never with the boundary factor. Raises ValueError without examples.
+        Of several true intervals the one that fits best counts, as in QVHighlights (moment_detr, compute_mr_r1). In
+        [0, 1]; read as the reward reads them, never with the boundary factor. Raises ValueError without examples.
         """
         check_counts(len(examples), len(answers))
         periods = read_periods(answers, self.rule)
         predicted = [self._scored(period, ex) for period, ex in zip(periods, examples, strict=True)]
-        iou = self._iou(predicted, examples)
+        iou = self._best_iou(predicted, examples)
         recalls = {f"r@{threshold}": frac_at_least(iou, threshold) for threshold in (0.3, 0.5, 0.7)}
         return {"miou": mean(iou), **recalls}
 
@@ -141,6 +142,13 @@ class TemporalGrounding:
     def _iou(self, predicted: list[list[Interval]], examples: Sequence[Example]) -> list[float]:
         truths = [interval_truth(ex).intervals_s for ex in examples]
         return interval_iou_batch(predicted, truths, "hull" if self.is_paper else "set")
+
+    def _best_iou(self, predicted: list[list[Interval]], examples: Sequence[Example]) -> list[float]:
+        truths = [interval_truth(ex).intervals_s for ex in examples]
+        pairs = [(period, [one]) for period, truth in zip(predicted, truths, strict=True) for one in truth]
+        kind = "hull" if self.is_paper else "set"
+        values = iter(interval_iou_batch([p for p, _ in pairs], [t for _, t in pairs], kind))
+        return [max(next(values) for _ in truth) for truth in truths]
 
 
 def _clamp(time_s: float, duration_s: float) -> float:
