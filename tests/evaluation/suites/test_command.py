@@ -83,6 +83,7 @@ def test_what_is_written_is_what_evaluation_loads(tmp_path: Path, capsys):
     assert usable.truth == ChoiceTruth("C", ("Apples.", "Candles.", "Berries.", "All alike."))
     assert usable.video == str(tmp_path / "fFjv93ACGo8.mp4")
     assert ("task_type", "Counting Problem") in usable.categories
+    assert ("suite", "videomme") in usable.categories
     assert wrong.is_refused and wrong.categories == usable.categories
 
 
@@ -159,7 +160,8 @@ def sample(name: str, value: float, categories: dict[str, str], task: str = "mul
 
 
 def vsi(number: int, value: float, kind: str, of_task: str = "", task: str = "multiple_choice") -> Sample:
-    return sample(f"vsibench:{number}", value, {"task": of_task or kind, "question_type": kind}, task)
+    categories = {"suite": "vsibench", "task": of_task or kind, "question_type": kind}
+    return sample(f"vsi:{number}", value, categories, task)  # eval gives a refused row an id of its own
 
 
 def test_a_benchmark_averages_over_its_tasks(tmp_path: Path, capsys):
@@ -177,7 +179,7 @@ def test_a_benchmark_averages_over_its_tasks(tmp_path: Path, capsys):
     assert score == pytest.approx(0.55)
     assert benchmark_score(samples, ()) == (pytest.approx(2.7 / 6), {})
     lines = tmp_path / "samples.jsonl"
-    other = sample("mine:1", 1.0, {})
+    other = sample("mine:1", 1.0, {"suite": "mvbench"})
     lines.write_text("".join(json.dumps(asdict(each)) + "\n" for each in [*samples, other]))
     code, out, _ = run(capsys, "vsibench", "--samples", lines)
     assert code == 0

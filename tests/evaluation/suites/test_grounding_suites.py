@@ -213,7 +213,9 @@ def test_got10k(tmp_path: Path):
     got_sequence(tmp_path / "GOT-10k_Val_000002", 36, covers)
     got_sequence(tmp_path / "GOT-10k_Test_000001", 1)
     (tmp_path / "empty").mkdir()
-    names = "GOT-10k_Val_000001\nGOT-10k_Val_000002\n\nGOT-10k_Test_000001\nempty\n"
+    got_sequence(tmp_path / "odd", 36)
+    write(tmp_path / "odd" / "groundtruth.txt", "1,2,3,4\n1,2,3\n")
+    names = "GOT-10k_Val_000001\nGOT-10k_Val_000002\n\nGOT-10k_Test_000001\nempty\nodd\n"
     found = read_suite("got10k", [write(tmp_path / "list.txt", names)])
     whole, hidden = found.rows
     corners = [[k / 40, k / 40, k / 40 + 0.25, k / 40 + 0.25] for k in (0, 5, 10, 15, 20, 25, 30)]  # every fifth
@@ -228,6 +230,7 @@ def test_got10k(tmp_path: Path):
     )
     assert hidden["times_s"] == [0.0, 0.5, 1.5, 2.0, 2.5, 3.0, 3.5]  # not image 10, on which nothing of it is seen
     assert hidden["boxes"] == [pytest.approx(box) for i, box in enumerate(corners) if i != 2]
-    assert [error.source.rpartition(":")[2] for error in found.errors] == ["4", "5"]
+    assert [error.source.rpartition(":")[2] for error in found.errors] == ["4", "5", "6"]
     assert "has 1 boxes and 1 covers" in found.errors[0].reason
     assert "meta_info.ini cannot be read" in found.errors[1].reason
+    assert "groundtruth.txt has the line '1,2,3', wanted 4 numbers" in found.errors[2].reason

@@ -1,7 +1,8 @@
 """`vcr1-fast suite`: public benchmarks in their published files -> one JSONL file of our own rows for data.eval.
 
 Each row gets "categories", an object of axis -> value or list of values (a question may have several tags), by which
-`vcr1-fast eval` makes further tables and `benchmark_score` the benchmark's own mean.
+`vcr1-fast eval` makes further tables and `benchmark_score` the benchmark's own mean. "suite" is one of them: several
+suites may be asked in one run.
 """
 
 from __future__ import annotations
@@ -97,9 +98,14 @@ def _only(rows: list[Row], only: Mapping[str, str]) -> list[Row]:
 
 
 def _values(row: Row, axis: str) -> list[str]:
-    categories = row.get("categories", {})
-    found = categories.get(axis, []) if isinstance(categories, Mapping) else []
+    found = _categories(row).get(axis, [])
     return found if isinstance(found, list) else [found]
+
+
+def _categories(row: Row) -> dict[str, Any]:
+    categories = row.get("categories", {})
+    assert isinstance(categories, dict)
+    return categories
 
 
 def _defect(row: Row) -> str:
@@ -135,7 +141,7 @@ def suite_command(
         print(f"bad annotation: {len(found.errors) - NUM_ERRORS_SHOWN:,} more", file=sys.stderr)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(target, found.rows)
+    write_lines(target, [row | {"categories": {"suite": suite, **_categories(row)}} for row in found.rows])
     paths = {SourceName.parse(str(row["video"])).path for row in found.rows}
     counts: dict[str, Any] = {
         "rows": len(found.rows),
@@ -171,16 +177,14 @@ def describe(suite: Suite) -> dict[str, str]:
 
 def score_command(suite: str, samples: str) -> dict[str, Any]:
     """The benchmark's own mean of its samples in a samples.jsonl that `vcr1-fast eval` wrote. Raises ConfigError."""
-    known = SUITES[suite]
-    found = [sample for sample in read_samples(samples) if sample.id.startswith(f"{suite}:")]
-    own = [sample for sample in found if sample.task in known.tasks and sample.metrics]
-    if not own or len(own) < len(found):
+    found = [sample for sample in read_samples(samples) if sample.categories.get("suite") == [suite]]
+    if not found or not all(sample.metrics for sample in found):
         raise ConfigError(
-            f"{samples} holds {len(found)} samples of {suite}, {len(own)} of them with a metric of "
-            f"{', '.join(known.tasks)}; wanted some, and all with one"
+            f"{samples} holds {len(found)} samples of {suite}, {sum(not sample.metrics for sample in found)} of them "
+            "without a metric; wanted some, and a metric of each"
         )
-    score, by_value = benchmark_score(own, known.average)
-    return {"suite": suite, "score": score, "n": len(own), "by": by_value}
+    score, by_value = benchmark_score(found, SUITES[suite].average)
+    return {"suite": suite, "score": score, "n": len(found), "by": by_value}
 
 
 def benchmark_score(samples: Sequence[Sample], axes: Sequence[str]) -> tuple[float, dict[str, float]]:

@@ -67,15 +67,25 @@ def _read_meta(folder: Path) -> dict[str, str]:
 
 
 def _read_boxes(folder: Path) -> list[list[float]]:
-    lines = read_text_file(folder / "groundtruth.txt").split()
-    boxes = [[float(number) for number in line.split(",")] for line in lines]
-    if any(len(box) != 4 for box in boxes):
-        raise ValueError(f"{folder / 'groundtruth.txt'} has lines of other than 4 numbers")
-    return boxes
+    return [_numbers(folder / "groundtruth.txt", line, 4) for line in _lines(folder / "groundtruth.txt")]
 
 
 def _read_covers(folder: Path) -> list[float]:
-    return [float(line) for line in read_text_file(folder / "cover.label").split()]
+    return [_numbers(folder / "cover.label", line, 1)[0] for line in _lines(folder / "cover.label")]
+
+
+def _lines(file: Path) -> list[str]:
+    return [line for line in read_text_file(file).splitlines() if line.strip()]
+
+
+def _numbers(file: Path, line: str, count: int) -> list[float]:
+    try:
+        numbers = [float(number) for number in line.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count:
+        raise ValueError(f"{file} has the line {line!r:.60}, wanted {count} numbers")
+    return numbers
 
 
 def _size_px(meta: dict[str, str]) -> tuple[int, int]:

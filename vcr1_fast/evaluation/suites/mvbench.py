@@ -5,7 +5,7 @@ of one candidate). Of candidates that are alike the first counts, as in lmms-eva
 
 The videos are those of the branch "video": tasks that ask about a part of a longer video have it cut out. TVQA's, of
 episodic_reasoning, may also be folders of images, 3 of them a second; those of the branch "main" (frames_fps3_hq) are
-not cut, "start" and "end" say the part.
+not cut, "start" and "end" say the part (VLMEvalKit, vlmeval/dataset/mvbench.py: read_frame).
 """
 
 from __future__ import annotations
