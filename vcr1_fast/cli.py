@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from vcr1_fast import __version__
@@ -91,7 +92,7 @@ HELP_EPILOG = "\n".join(
         "  doctor  say what is installed, what works and why the rest does not",
         "  serve CONFIG  start rollout workers on this node, for trainers on other nodes",
         "  baselines TASK FILE  score answers that need no model on an annotation file",
-        "  suite NAME FILE...  read Video-MME, MVBench or Perception Test as published, write a JSONL for data.eval",
+        "  suite NAME FILE...  read a public benchmark as it is published, write a JSONL for data.eval; `suite list`",
         "  watch RUN  the numbers of a run as a table that follows it",
         "  compare A B  whether two samples.jsonl of eval differ, with intervals and p-values",
         "",
@@ -266,20 +267,36 @@ def _run_compare(tokens: list[str]) -> object:
 def _run_suite(tokens: list[str]) -> object:
     parser = argparse.ArgumentParser(
         prog="vcr1-fast suite",
-        description="Reads a multiple-choice benchmark as it is published and writes one JSONL for data.eval.",
+        usage="vcr1-fast suite list | NAME FILE... --output OUT.jsonl [options] | NAME --samples samples.jsonl",
+        description="Reads a benchmark as it is published and writes one JSONL for data.eval; with --samples, the mean "
+        "that the benchmark reports of what eval then gave.",
     )
-    parser.add_argument("suite", choices=("videomme", "mvbench", "perception_test"))
-    parser.add_argument("files", metavar="FILE", nargs="+", help="annotation files; for mvbench one for each task")
-    parser.add_argument("--output", required=True, metavar="OUT.jsonl", help="file to write")
+    from vcr1_fast.evaluation.suites import SUITES
+    from vcr1_fast.evaluation.suites.command import print_suites, score_command, suite_command
+    from vcr1_fast.evaluation.suites.subtitles import Subtitles
+
+    parser.add_argument("suite", choices=("list", *SUITES), metavar="NAME", help="`list` describes them all")
+    parser.add_argument("files", metavar="FILE", nargs="*", help="annotation files; `list` says which")
+    parser.add_argument("--output", metavar="OUT.jsonl", help="file to write")
     parser.add_argument("--videos", metavar="FOLDER", help="folder of the videos; default: that of the first FILE")
     parser.add_argument("--only", metavar="AXIS=VALUE", action="append", default=[], help="such as duration=short")
+    parser.add_argument("--subtitles", metavar="FOLDER", help="of .srt files named as the videos, for the questions")
+    parser.add_argument("--subtitle-frames", metavar="N", type=int, help="only those seen at N evenly spaced frames")
+    parser.add_argument("--samples", metavar="samples.jsonl", help="of vcr1-fast eval, to be averaged")
     options = parser.parse_args(tokens)
+    if options.suite == "list":
+        return print_suites()
+    if options.samples:
+        return score_command(options.suite, options.samples)
+    if not options.files or not options.output:
+        parser.error("wanted at least one FILE and --output OUT.jsonl")
     if any("=" not in wanted for wanted in options.only):
         parser.error("--only wants AXIS=VALUE, such as duration=short")
-    from vcr1_fast.evaluation.suites import suite_command
-
+    if options.subtitle_frames is not None and (options.subtitle_frames < 1 or not options.subtitles):
+        parser.error("--subtitle-frames wants a number of frames >= 1, and --subtitles")
     only = dict(wanted.split("=", 1) for wanted in options.only)
-    return suite_command(options.suite, options.files, options.output, options.videos, only)
+    subtitles = Subtitles(Path(options.subtitles), options.subtitle_frames) if options.subtitles else None
+    return suite_command(options.suite, options.files, options.output, options.videos, only, subtitles)
 
 
 def _run_serve(tokens: list[str]) -> object:

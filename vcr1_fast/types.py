@@ -90,13 +90,29 @@ class LabelTruth:
 
 
 @dataclass(frozen=True, slots=True)
+class NumberTruth:
+    """What a question for a number asks for. Example: `NumberTruth(4.0)`."""
+
+    value: float  # > 0
+
+
+@dataclass(frozen=True, slots=True)
 class RefusedTruth:
     """A held-out annotation that cannot be used: nothing is asked, and it counts as a wrong answer."""
 
     reason: str
 
 
-Truth = IntervalTruth | TrackTruth | ChoiceTruth | GroundedChoiceTruth | LabelTruth | CaptionTruth | RefusedTruth
+Truth = (
+    IntervalTruth
+    | TrackTruth
+    | ChoiceTruth
+    | GroundedChoiceTruth
+    | LabelTruth
+    | NumberTruth
+    | CaptionTruth
+    | RefusedTruth
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from vcr1_fast.types import (
     GroundedChoiceTruth,
     IntervalTruth,
     LabelTruth,
+    NumberTruth,
     Patches,
     TrackTruth,
 )
@@ -33,6 +34,7 @@ TRUTHS = {
     "multiple_choice": ChoiceTruth("A", ("a cat", "a dog")),
     "video_quality": LabelTruth("low", ("low", "high")),
     "captioning": CaptionTruth(("a cat sits",)),
+    "numeric_answer": NumberTruth(4.0),
 }
 CHOICE_FILE = "{question}|{question_line}|{options}|{options_dots}|{options_line}|{options_list}"
 CHOICE_TEXT = (
@@ -50,6 +52,7 @@ FILLED = {
     "multiple_choice": (CHOICE_FILE, "Who  sits", CHOICE_TEXT),
     "video_quality": ("{instruction}|{labels}", " Rate  it.", "Rate  it. Choose one of: low, high.|low, high"),
     "captioning": ("{instruction}", "Say  it.", "Say it."),
+    "numeric_answer": ("{question}|{question_line}", "How  many?", "How  many?|How many?"),
 }
 
 

@@ -11,6 +11,7 @@ from vcr1_fast.tasks.custom import check_tasks, load_rewards, load_tasks, make_c
 from vcr1_fast.tasks.grounded_qa import GroundedQA
 from vcr1_fast.tasks.grounding_list import GroundingByList
 from vcr1_fast.tasks.multiple_choice import MultipleChoice
+from vcr1_fast.tasks.numeric_answer import NumericAnswer
 from vcr1_fast.tasks.object_tracking import ObjectTracking
 from vcr1_fast.tasks.prompt_file import wording_of
 from vcr1_fast.tasks.reward_process import RewardProcess
@@ -25,6 +26,7 @@ TASKS: dict[str, type[Task]] = {
     GroundedQA.name: GroundedQA,
     MultipleChoice.name: MultipleChoice,
     VideoQuality.name: VideoQuality,
+    NumericAnswer.name: NumericAnswer,
     Captioning.name: Captioning,
 }
 

@@ -17,6 +17,7 @@ from vcr1_fast.types import (
     Interval,
     IntervalTruth,
     LabelTruth,
+    NumberTruth,
     TrackTruth,
 )
 
@@ -171,6 +172,11 @@ def grounded_choice_truth(example: Example) -> GroundedChoiceTruth:
 def label_truth(example: Example) -> LabelTruth:
     """The truth of a classification example."""
     return _truth(example, LabelTruth, "a label")
+
+
+def number_truth(example: Example) -> NumberTruth:
+    """The truth of a question for a number."""
+    return _truth(example, NumberTruth, "a number")
 
 
 def caption_truth(example: Example) -> CaptionTruth:

@@ -113,9 +113,9 @@ class GroundedQA:
 
         acc: right letters. miou: mean set IoU of the intervals, VideoChat-R1's mIoU. The others are NExT-GQA's (arXiv
         2309.01327, its eval_ground.py), see `segment_overlap`: mean IoU (nextgqa_miou) and IoP (miop) with the best
-        true segment, the shares of answers in which they reach 0.5, and acc@gqa: right letter and IoP >= 0.5. The
-        benchmark's script leaves unanswered questions out, this does not. The recipe's headline comes first.
-        Raises ValueError when there are no examples.
+        true segment, the shares of answers in which they reach 0.3 and 0.5, and acc@gqa: right letter and IoP >= 0.5.
+        The benchmark's script leaves unanswered questions out, this does not. The recipe's headline comes first. Raises
+        ValueError when there are no examples.
         """
         letters, glues = self._read_all(examples, answers)
         accuracy = _accuracy(letters, examples)
@@ -126,8 +126,10 @@ class GroundedQA:
             "acc": mean(accuracy),
             "miou": mean(self._iou(glues, examples)),
             "miop": mean(iop),
+            "iop@0.3": frac_at_least(iop, 0.3),
             "iop@0.5": frac_at_least(iop, 0.5),
             "nextgqa_miou": mean(iou),
+            "iou@0.3": frac_at_least(iou, 0.3),
             "iou@0.5": frac_at_least(iou, 0.5),
         }
         headline = "miou" if self.is_paper else "acc@gqa"

@@ -24,6 +24,7 @@ from vcr1_fast.tasks.annotations import (
 )
 from vcr1_fast.tasks.answer_format import BoxList
 from vcr1_fast.tasks.answers_batch import Rule, have_format, read_box_lists
+from vcr1_fast.tasks.frame_overlap import success_metrics
 from vcr1_fast.tasks.overlap import track_iou_batch
 from vcr1_fast.tasks.prompt_file import Wording
 from vcr1_fast.types import Box, Example, TrackTruth
@@ -106,7 +107,8 @@ class ObjectTracking:
         """mean_overlap and r@0.5, r@0.7, the shares of answers in which the overlap reaches 0.5 and 0.7.
 
         These leave box 0 out; `..._with_first` count it (the paper's "Overlap"). Those that the recipe rewards come
-        first. In [0, 1]; unreadable answers count as 0. Raises ValueError when there are no examples.
+        first. ao, sr@0.5 and sr@0.75 are GOT-10k's, over all boxes of all answers, see `success_metrics`.
+        In [0, 1]; unreadable answers count as 0. Raises ValueError when there are no examples.
         """
         _, tracks = self._read_all(examples, answers)
         metrics: dict[str, float] = {}
@@ -114,7 +116,7 @@ class ObjectTracking:
             overlap, suffix = _track_iou(tracks, examples, first_box), "" if first_box else "_with_first"
             metrics[f"mean_overlap{suffix}"] = mean(overlap)
             metrics |= {f"r@{threshold}{suffix}": frac_at_least(overlap, threshold) for threshold in (0.5, 0.7)}
-        return metrics
+        return metrics | success_metrics(tracks, [track_truth(ex).boxes for ex in examples])
 
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
         """repeat_first_box: the given box at every instant, with four decimals."""

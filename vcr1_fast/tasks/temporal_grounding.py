@@ -9,6 +9,7 @@ recipe paper: VideoChat-R1 (arXiv 2504.06958, grpo_tg.py) with its parser, its h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.annotations import (
@@ -27,12 +28,6 @@ from vcr1_fast.tasks.prompt_file import Wording, one_line
 from vcr1_fast.tasks.shaping import boundary_factor
 from vcr1_fast.types import Example, Interval, IntervalTruth
 
-QUESTIONS = {
-    "fixed": "When exactly does this happen in the video: {event_plain}? {reason} start and end in seconds with two "
-    "decimals as <answer>X to Y</answer>.",
-    "paper": 'Find the precise period of the event "{event}" in the video. {reason}Write its start and end in seconds '
-    "with two decimals as X to Y inside <answer></answer>, for example <answer>12.54 to 17.83</answer>.",
-}
 PLACEHOLDERS = ("event", "event_plain")
 REQUIRED = ((*PLACEHOLDERS, "query", "query_line"),)
 
@@ -42,13 +37,19 @@ class TemporalGrounding:
 
     name = "temporal_grounding"
     part_names: tuple[str, ...] = ("format", "iou")
+    questions: ClassVar[Mapping[str, str]] = {
+        "fixed": "When exactly does this happen in the video: {event_plain}? {reason} start and end in seconds with "
+        "two decimals as <answer>X to Y</answer>.",
+        "paper": 'Find the precise period of the event "{event}" in the video. {reason}Write its start and end in '
+        "seconds with two decimals as X to Y inside <answer></answer>, for example <answer>12.54 to 17.83</answer>.",
+    }
 
     def __init__(self, config: TaskConfig) -> None:
         self.rule: Rule = config.recipe
         self.is_paper = config.recipe == "paper"
         self.think = config.think
         self.is_boundary = config.iou == "boundary"
-        self.wording = Wording(config, self.name, QUESTIONS, PLACEHOLDERS, REQUIRED)
+        self.wording = Wording(config, self.name, self.questions, PLACEHOLDERS, REQUIRED)
 
     def parse_truth(self, row: Mapping[str, object]) -> IntervalTruth:
         """Intervals in seconds. fixed: 0 <= start < end <= duration_s, later ends cut off. paper: as they are.
@@ -106,12 +107,13 @@ class TemporalGrounding:
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
         """Mean IoU and the share of answers whose IoU reaches 0.3, 0.5, 0.7. Unreadable answers count as IoU 0.
 
-        In [0, 1]; read as the reward reads them, never with the boundary factor. Raises ValueError without examples.
+        Of several true intervals the one that fits best counts, as in QVHighlights (moment_detr, compute_mr_r1). In
+        [0, 1]; read as the reward reads them, never with the boundary factor. Raises ValueError without examples.
         """
         check_counts(len(examples), len(answers))
         periods = read_periods(answers, self.rule)
         predicted = [self._scored(period, ex) for period, ex in zip(periods, examples, strict=True)]
-        iou = self._iou(predicted, examples)
+        iou = self._best_iou(predicted, examples)
         recalls = {f"r@{threshold}": frac_at_least(iou, threshold) for threshold in (0.3, 0.5, 0.7)}
         return {"miou": mean(iou), **recalls}
 
@@ -146,6 +148,13 @@ class TemporalGrounding:
     def _iou(self, predicted: list[list[Interval]], examples: Sequence[Example]) -> list[float]:
         truths = [interval_truth(ex).intervals_s for ex in examples]
         return interval_iou_batch(predicted, truths, "hull" if self.is_paper else "set")
+
+    def _best_iou(self, predicted: list[list[Interval]], examples: Sequence[Example]) -> list[float]:
+        truths = [interval_truth(ex).intervals_s for ex in examples]
+        pairs = [(period, [one]) for period, truth in zip(predicted, truths, strict=True) for one in truth]
+        kind = "hull" if self.is_paper else "set"
+        values = iter(interval_iou_batch([p for p, _ in pairs], [t for _, t in pairs], kind))
+        return [max(next(values) for _ in truth) for truth in truths]
 
 
 def _clamp(time_s: float, duration_s: float) -> float:
