@@ -18,7 +18,7 @@ from typing import Any
 
 from vcr1_fast import __version__
 from vcr1_fast.run.exit_codes import FAILED, STOPPED_BY_SIGNAL, WRONG_USAGE
-from vcr1_fast.run.stop_signals import StoppedBySignal, heed_usr1
+from vcr1_fast.run.stop_signals import StoppedBySignal, heed_no_interrupt, heed_one_interrupt, heed_usr1
 from vcr1_fast.run.telemetry import is_main_rank, to_json
 from vcr1_fast.run.terminal import printable_output
 from vcr1_fast.settings.checks import check_settings
@@ -92,6 +92,7 @@ HELP_EPILOG = "\n".join(
         "  serve CONFIG  start rollout workers on this node, for trainers on other nodes",
         "  baselines TASK FILE  score answers that need no model on an annotation file",
         "  suite NAME FILE...  read Video-MME, MVBench or Perception Test as published, write a JSONL for data.eval",
+        "  watch RUN  the numbers of a run as a table that follows it",
         "  compare A B  whether two samples.jsonl of eval differ, with intervals and p-values",
         "",
         "  vcr1-fast train CONFIG.yaml --train.num_steps=3 --rollout.group_size=8",
@@ -106,6 +107,8 @@ HELP_EPILOG = "\n".join(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `vcr1-fast` script. Exits through SystemExit; a rank of several at once."""
+    heed_usr1()
+    heed_one_interrupt()
     parser = argparse.ArgumentParser(
         prog="vcr1-fast",
         usage="vcr1-fast COMMAND [CONFIG] [--section.field=value ...]",
@@ -118,9 +121,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("command", choices=choices, metavar="COMMAND", help="one of those below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
     parsed = parser.parse_args(arguments)
-    heed_usr1()
     run = PLAIN_COMMANDS.get(parsed.command) or partial(_run_with_settings, parsed.command)
     code = exit_code_of(lambda: run(parsed.rest))
+    heed_no_interrupt()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
         from vcr1_fast.learner.sharding import exit_rank
 
@@ -301,12 +304,28 @@ def _run_serve(tokens: list[str]) -> object:
     return None
 
 
+def _run_watch(tokens: list[str]) -> object:
+    parser = argparse.ArgumentParser(
+        prog="vcr1-fast watch",
+        description="Shows the numbers of a run as a table and follows it until its end or Ctrl-C. What each of them "
+        "means stands in docs/metrics.md.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of the run, its train.output_dir")
+    parser.add_argument("--all", action="store_true", help="every metric, not the main ones alone")
+    parser.add_argument("--once", action="store_true", help="as it is now; without a terminal always so")
+    options = parser.parse_args(tokens)
+    from vcr1_fast.commands.watch import watch_command
+
+    return watch_command(options.run, shows_all=options.all, follows=sys.stdout.isatty() and not options.once)
+
+
 PLAIN_COMMANDS = {  # those without settings alone
     "doctor": _run_doctor,
     "baselines": _run_baselines,
     "compare": _run_compare,
     "suite": _run_suite,
     "serve": _run_serve,
+    "watch": _run_watch,
 }
 
 

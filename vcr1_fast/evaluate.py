@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from vcr1_fast.evaluation import perception
-from vcr1_fast.evaluation.answer_store import AnswerStore, answer_settings, checkpoint_identity, question_key
+from vcr1_fast.evaluation.answer_store import AnswerStore, answer_settings, question_key
 from vcr1_fast.evaluation.samples import Answer, Sample, samples_as_rows, write_lines
 from vcr1_fast.evaluation.score_tables import print_categories, print_scores
 from vcr1_fast.evaluation.scores import Scores, score_answers, scores_as_dict
@@ -26,10 +26,11 @@ from vcr1_fast.learner.sharding import World, all_reduce_sum, gather_all, on_mai
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.engine import RolloutEngine
-from vcr1_fast.run.model_folder import model_folder
+from vcr1_fast.run.model_folder import model_digest, model_folder
 from vcr1_fast.run.run import Run, open_run, warn_of_other_reader
 from vcr1_fast.run.telemetry import progress, say, to_json
 from vcr1_fast.settings.config import Config, ConfigError
+from vcr1_fast.tasks.prompt_file import prompt_digests
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, Prompt, RefusedTruth, SampleError, SamplingParams
 
@@ -173,6 +174,7 @@ def _ask(
         max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
         temperature=config.eval.temperature,
         seed=config.train.seed,
+        repetition_penalty=config.eval.repetition_penalty,
     )
     rollout = config.rollout
     built = _built(builder, examples)
@@ -265,6 +267,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
         result = {
             "model": config.model.path,
             "reader": run.source.name,
+            "prompts": prompt_digests(run.tasks),
             "scores": scores_as_dict(scores),
             "folder": str(store.folder),
         }
@@ -292,12 +295,13 @@ def _open_store(run: Run) -> AnswerStore:
     weights = [""]
 
     def identify() -> None:
-        weights[0] = checkpoint_identity(model_folder(config.model.path))
+        weights[0] = model_digest(model_folder(config.model.path))
 
     on_main_rank("reading the checkpoint", identify, run.world)
     if run.world.world_size > 1:
         dist.broadcast_object_list(weights, src=0)
-    settings = answer_settings(config, weights[0], run.source.name, run.world.device)
+    prompts = prompt_digests(run.tasks)
+    settings = answer_settings(config, weights[0], run.source.name, run.world.device, prompts)
     if config.eval.output_dir is not None:
         folder = Path(config.eval.output_dir)
     else:

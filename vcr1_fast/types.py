@@ -70,6 +70,8 @@ class ChoiceTruth:
 
     letter: str  # "A" for options[0], "B" for options[1], ...
     options: tuple[str, ...]  # 2 to 26 texts, without their letters
+    # recipe paper: as the file writes them, where that is not "(A) " and the text; not in repr, see PromptStream.digest
+    written: tuple[str, ...] = field(default=(), repr=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ class Example:
     truth: Truth
     reasoning: str = ""  # text of the think block for supervised cold start; never shown to the policy in GRPO
     categories: tuple[tuple[str, str], ...] = ()  # (axis, value) for tables of scores; an axis may come several times
+    is_held_out: bool = field(default=False, repr=False)  # from data.eval, where recipe paper asks in another way
 
     @property
     def is_refused(self) -> bool:
@@ -172,6 +175,8 @@ class SamplingParams:
     temperature: float = 1.0  # 0 is greedy; then log-probs are taken at temperature 1
     top_p: float = 1.0
     seed: int = 0  # the same seed, prompts and weights give the same tokens
+    top_k: int = 0  # draw from the k most likely only, before top_p; 0: from all
+    repetition_penalty: float = 1.0  # on the logits of tokens in prompt or completion; 1: none
 
 
 @dataclass(frozen=True, slots=True)

@@ -319,9 +319,12 @@ def dry_run(capsys, *tokens: str) -> tuple[dict, str]:
 
 
 def test_a_fast_dry_run_says_that_it_is_sums(capsys):
-    line, _ = dry_run(capsys, "tiny", "--dry-run=2", "--fast", "--rollout.group_size=4")
+    line, _ = dry_run(
+        capsys, "tiny", "--dry-run=2", "--fast", "--rollout.group_size=4", "--task.prompts.captioning=none.txt"
+    )
     assert (line["num_gpus"], line["num_params"], line["is_measured"]) == (2, 1_112_000, False)
     assert line["learner"] is None and line["predicted"] is None
+    assert line["missing_files"][-1] == "none.txt"
 
 
 def test_a_dry_run_runs_the_step(capsys, monkeypatch, tmp_path: Path):

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,7 @@ from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import config_to_yaml
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tasks.native_cuda import choose_half
+from vcr1_fast.tasks.prompt_file import prompt_digests
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, SamplingParams
 from vcr1_fast.video.patches import PatchSource
@@ -114,14 +115,20 @@ class Run:
             f"vcr1-fast {__version__}: model {config.model.path} in {dtype} on {world.device.type}, {sharding}; "
             f"{self.kernels.describe()}; "
             f"engine: {config.rollout.engine}; video: {self.source.describe()}; "
-            f"rewards: {native.in_use()}; recipe: {config.task.recipe}"
+            f"rewards: {native.in_use()}; recipe: {config.task.recipe}{self._prompt_files()}"
         )
+
+    def _prompt_files(self) -> str:
+        digests = prompt_digests(self.tasks)
+        named = [f"{task}: {self.config.task.prompts[task]} ({digests[task][:8]})" for task in digests]
+        return f"; prompt files: {', '.join(named)}" if named else ""
 
     def state(self, step: int, prompts: PromptStream, num_tokens: int, policy_version: int, program: str) -> RunState:
         """What a checkpoint made now says about the run."""
         where = (step, prompts.position, num_tokens, policy_version)
         of_run = (self.source.name, config_to_yaml(self.config), self.base_digest, program)
-        return RunState(*where, *of_run, data=prompts.digest, has_signal=False)
+        digests = {"data": prompts.digest, "prompts": prompt_digests(self.tasks)}
+        return RunState(*where, *of_run, **digests, has_signal=False)
 
     @cached_property
     def base_digest(self) -> str:
@@ -156,7 +163,9 @@ class Run:
             print(f"data.{name}: {len(errors)} of {num_rows} rows left out{counted}", file=sys.stderr)
         if num_refused == len(rows):
             raise ConfigError(f"data.{name} has no usable row in {', '.join(file.path for file in files)}")
-        return rows if name == "eval" else [row for row in rows if not row.is_refused]
+        if name == "eval":
+            return [replace(row, is_held_out=True) for row in rows]
+        return [row for row in rows if not row.is_refused]
 
 
 @contextlib.contextmanager
@@ -276,7 +285,7 @@ def planned_export(config: Config, folder: Path, reader: str, world: World) -> E
     plan = plan_export(source, folder / "model", dtype, {TRAINED_WITH: record.encode()})
 
     def try_all() -> None:
-        try_export(plan.folder, CONFIG_FILE, plan.files)
+        try_export(plan.folder, CONFIG_FILE, plan.files, plan.num_bytes)
         if config.model.lora.rank:
             try_export(folder / "adapter", ADAPTER_CONFIG, {})
 

@@ -149,9 +149,13 @@ class TaskConfig:
     """How answers are asked for and scored."""
 
     recipe: Literal["fixed", "paper"] = "fixed"
-    """paper: prompts, parsers and rewards with the original's quirks, for comparison. fixed: repaired."""
+    """paper: parsers and rewards with the original's quirks, and prompts that ask for the same in words of our own (its
+    words: task.prompts), for comparison. fixed: repaired."""
     think: bool = True
     """Ask for a think block before the answer."""
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Task to a text file with the words of its question, such as a published prompt, for train, sft and eval alike;
+    {event}, {question}, {options}, ... stand for values of the example (docs/prompts.md). Default: built-in words."""
     video_first: bool | None = None
     """The video stands before the question in the prompt, in training and evaluation. Default: after it, as in
     VideoChat-R1, but before it in the rounds of eval.perception focus, as in VideoChat-R1.5."""
@@ -176,8 +180,9 @@ class TaskConfig:
     """Adds the part `order`: 1 for correct answers if they are not better with the frames shuffled (T-GRPO, there
     weighted 0.3). Samples half as many answers again."""
     length_reward: Literal["none", "window", "overlong"] = "none"
-    """Adds the part `length`, by tokens. window: 1 for a correct answer inside length_tokens (Video-R1, there weighted
-    0.2). overlong: 1 up to the first of length_tokens, falling to 0 at the second (DAPO)."""
+    """Adds the part `length`, by tokens. window: 1 for a correct answer inside length_tokens if its group has another
+    correct one (Video-R1, there weighted 0.2). overlong: 1 up to the first of length_tokens, falling to 0 at the second
+    (DAPO)."""
     length_tokens: tuple[int, int] = (320, 512)
     """The two lengths that length_reward needs, in tokens."""
     reward_timeout_s: float = 300.0
@@ -239,7 +244,7 @@ class TrainConfig:
     collective gives up after 3,600 s. 20 minutes are several times the slowest step that a run should have; 0: never.
     """
     resume_changed: bool = False
-    """Go on from a checkpoint although data, seed or starting model are others than those it was made with."""
+    """Go on from a checkpoint although data, prompt files, seed or starting model are others than it was made with."""
     max_bad_sample_frac: float = 0.5
     """Stop with a summary when more than this fraction of the samples read so far could not be used."""
 
@@ -292,6 +297,10 @@ class EvalConfig:
     """0 is greedy."""
     max_new_tokens: int | None = None
     """Longest answer. Default: rollout.max_new_tokens."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that prompt or answer hold already are divided by it if positive, multiplied if negative, as in
+    transformers; 1: off. Qwen2.5-VL's own generation settings, which the original's evaluation inherits, have 1.05.
+    Only by rollout.engine local: SGLang would count the answer's tokens alone."""
     max_examples: int | None = None
     """Evaluate only the first so many examples of each task."""
     output_dir: str | None = None
@@ -311,6 +320,10 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require(self.perceptions >= 1, f"eval.perceptions is {self.perceptions}, wanted >= 1")
+        require(
+            self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
+            f"eval.repetition_penalty is {self.repetition_penalty}, wanted more than 0 (1 is off)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

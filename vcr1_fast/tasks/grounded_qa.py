@@ -22,14 +22,23 @@ from vcr1_fast.tasks.annotations import (
     read_duration_s,
     read_intervals,
 )
-from vcr1_fast.tasks.answer_format import PAPER_REASON, clip
+from vcr1_fast.tasks.answer_format import clip
 from vcr1_fast.tasks.answers_batch import have_format, read_glues
 from vcr1_fast.tasks.choice_format import most_common
 from vcr1_fast.tasks.constant_interval import best_constant_interval
 from vcr1_fast.tasks.glue_format import glue_text, has_paper_glue_format
-from vcr1_fast.tasks.multiple_choice import choice_question, read_choice_row, read_letters
+from vcr1_fast.tasks.multiple_choice import ASKED, PLACEHOLDERS, REQUIRED, choice_fields, read_choice_row, read_letters
 from vcr1_fast.tasks.overlap import connected_pieces, interval_iop_batch, interval_iou_batch
+from vcr1_fast.tasks.prompt_file import Wording
 from vcr1_fast.types import Example, GroundedChoiceTruth, Interval
+
+QUESTIONS = {
+    "fixed": ASKED["fixed"] + " {reason} the letter and the seconds that show it as "
+    "<answer>A</answer><glue>[(start, end), ...]</glue>.",
+    "paper": ASKED["paper"] + " {reason}Write the letter of the option inside <answer></answer>, and inside "
+    "<glue></glue> the periods of the video, in seconds, that your answer rests on, as [(s1, e1), (s2, e2), ...]; for "
+    "example <answer>A</answer><glue>[(5.2, 10.4)]</glue>.",
+}
 
 
 class GroundedQA:
@@ -41,6 +50,7 @@ class GroundedQA:
     def __init__(self, config: TaskConfig) -> None:
         self.is_paper = config.recipe == "paper"
         self.think = config.think
+        self.wording = Wording(config, self.name, QUESTIONS, PLACEHOLDERS, REQUIRED)
         self.max_intervals = config.max_intervals
 
     def parse_truth(self, row: Mapping[str, object]) -> GroundedChoiceTruth:
@@ -53,23 +63,15 @@ class GroundedQA:
         choice = read_choice_row(row, self.is_paper)
         duration_s = read_duration_s(row)
         intervals = [self._checked(i, interval, duration_s) for i, interval in enumerate(read_intervals(row))]
-        return GroundedChoiceTruth(choice.letter, choice.options, tuple(intervals))
+        return GroundedChoiceTruth(choice.letter, choice.options, tuple(intervals), written=choice.written)
 
     def question(self, example: Example) -> str:
         """The user's text; the video itself is not part of it."""
-        asked = choice_question(example, self.is_paper)
-        if self.is_paper:
-            reason = PAPER_REASON if self.think else ""
-            return (
-                f"{asked} {reason}Write the letter of the option inside <answer></answer>, and inside <glue></glue> "
-                "the periods of the video, in seconds, that your answer rests on, as [(s1, e1), (s2, e2), ...]; for "
-                "example <answer>A</answer><glue>[(5.2, 10.4)]</glue>."
-            )
-        reason = "Think inside <think></think>, then write" if self.think else "Write"
-        return (
-            f"{asked} {reason} the letter and the seconds that show it as "
-            "<answer>A</answer><glue>[(start, end), ...]</glue>."
-        )
+        return self.wording.ask(example, self.question_fields(example))
+
+    def question_fields(self, example: Example) -> dict[str, str]:
+        """See `multiple_choice.choice_fields`."""
+        return choice_fields(example)
 
     def target(self, example: Example) -> str:
         """The completion to learn from: letter and true intervals, two decimals, after the example's reasoning."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.annotations import check_counts, frac_at_least, interval_truth, mean
-from vcr1_fast.tasks.answer_format import PAPER_REASON, clip, tag_blocks
+from vcr1_fast.tasks.answer_format import clip, tag_blocks
 from vcr1_fast.tasks.answers_batch import have_format, read_glues
 from vcr1_fast.tasks.constant_interval import best_constant_interval
 from vcr1_fast.tasks.glue_format import glue_text, read_glue
@@ -20,29 +20,23 @@ from vcr1_fast.tasks.overlap import interval_iou_batch
 from vcr1_fast.tasks.temporal_grounding import TemporalGrounding
 from vcr1_fast.types import Example, Interval
 
+QUESTIONS = {
+    "fixed": "When exactly does this happen in the video: {event_plain}? {reason} start and end of each time in "
+    "seconds with two decimals as <answer>[(start, end), ...]</answer>.",
+    "paper": 'Find the precise periods of the event "{event}" in the video. {reason}Write their starts and ends in '
+    "seconds with two decimals as [(s1, e1), (s2, e2), ...] inside <answer></answer>, for example "
+    "<answer>[(12.54, 17.83)]</answer>.",
+}
+
 
 class GroundingByList(TemporalGrounding):
     """Reward parts: format, and iou of the listed periods with the true ones."""
 
+    questions = QUESTIONS
+
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
         self.max_intervals = config.max_intervals
-
-    def question(self, example: Example) -> str:
-        """The user's text; the video itself is not part of it."""
-        query = " ".join(example.query.split()).removesuffix(".")
-        if self.is_paper:
-            reason = PAPER_REASON if self.think else ""
-            return (
-                f'Find the precise periods of the event "{query.lower()}" in the video. {reason}Write their starts and '
-                "ends in seconds with two decimals as [(s1, e1), (s2, e2), ...] inside <answer></answer>, for example "
-                "<answer>[(12.54, 17.83)]</answer>."
-            )
-        reason = "Think inside <think></think>, then write" if self.think else "Write"
-        return (
-            f"When exactly does this happen in the video: {query}? {reason} start and end of each time in seconds with "
-            "two decimals as <answer>[(start, end), ...]</answer>."
-        )
 
     def target(self, example: Example) -> str:
         """The completion to learn from: the true intervals, see `longest`, after the example's reasoning."""

@@ -22,12 +22,22 @@ from vcr1_fast.tasks.annotations import (
     read_rows,
     track_truth,
 )
-from vcr1_fast.tasks.answer_format import PAPER_REASON, BoxList
+from vcr1_fast.tasks.answer_format import BoxList
 from vcr1_fast.tasks.answers_batch import Rule, have_format, read_box_lists
 from vcr1_fast.tasks.overlap import track_iou_batch
+from vcr1_fast.tasks.prompt_file import Wording
 from vcr1_fast.types import Box, Example, TrackTruth
 
 PAPER_NUM_BOXES = 8
+QUESTIONS = {
+    "fixed": "Track this object: {query_line}. At {start_time_s} s its box is {start_box_short}, corners as fractions "
+    "of width and height. {reason} its boxes at {times_s} s as a list of {num_boxes} such boxes in <answer></answer>.",
+    "paper": 'Follow the object "{object}" through the video. It starts at {start_box}: a box [x0, y0, x1, y1], '
+    "corners as fractions of width and height between 0 and 1. {reason}Give its boxes at regular times as a list of "
+    "{num_boxes} such lists, the first box included, inside <answer></answer>.",
+}
+PLACEHOLDERS = ("object", "start_box", "start_box_short", "start_time_s", "times_s", "num_boxes")
+REQUIRED = (("object", "query", "query_line"), ("start_box", "start_box_short"))
 
 
 class ObjectTracking:
@@ -41,6 +51,7 @@ class ObjectTracking:
         self.is_paper = config.recipe == "paper"
         self.think = config.think
         self.first_box = 0 if self.is_paper else 1
+        self.wording = Wording(config, self.name, QUESTIONS, PLACEHOLDERS, REQUIRED)
 
     def parse_truth(self, row: Mapping[str, object]) -> TrackTruth:
         """Boxes as fractions and their instants in seconds, rising.
@@ -61,22 +72,21 @@ class ObjectTracking:
 
     def question(self, example: Example) -> str:
         """The user's text with the start box; the video itself is not part of it."""
-        truth, query = track_truth(example), " ".join(example.query.split())
-        if self.is_paper:
-            reason = PAPER_REASON if self.think else ""
-            return (
-                f'Follow the object "{query}" through the video. It starts at {list(truth.boxes[0])}: a box '
-                f"[x0, y0, x1, y1], corners as fractions of width and height between 0 and 1. {reason}Give its boxes "
-                f"at regular times as a list of {PAPER_NUM_BOXES} such lists, the first box included, inside "
-                "<answer></answer>."
-            )
-        times = ", ".join(f"{time_s:.2f}" for time_s in truth.times_s)
-        reason = "Think inside <think></think>, then write" if self.think else "Write"
-        return (
-            f"Track this object: {query}. At {truth.times_s[0]:.2f} s its box is {_box_text(truth.boxes[0])}, corners "
-            f"as fractions of width and height. {reason} its boxes at {times} s as a list of {len(truth.boxes)} such "
-            "boxes in <answer></answer>."
-        )
+        return self.wording.ask(example, self.question_fields(example))
+
+    def question_fields(self, example: Example) -> dict[str, str]:
+        """start_box: as Python writes a list of floats, in as many digits as it takes, "[0.093, 0.0, 0.8, 0.797]".
+        start_box_short: two decimals, no blanks, "[0.09,0.00,0.80,0.80]". Times: seconds, two decimals."""
+        truth = track_truth(example)
+        times_s = [f"{time_s:.2f}" for time_s in truth.times_s]
+        return {
+            "object": example.query,
+            "start_box": str(list(truth.boxes[0])),
+            "start_box_short": _box_text(truth.boxes[0]),
+            "start_time_s": times_s[0],
+            "times_s": ", ".join(times_s),
+            "num_boxes": str(len(truth.boxes)),
+        }
 
     def target(self, example: Example) -> str:
         """The completion to learn from: all true boxes, two decimals, no blanks, after the example's reasoning."""

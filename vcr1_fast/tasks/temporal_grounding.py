@@ -20,14 +20,21 @@ from vcr1_fast.tasks.annotations import (
     read_duration_s,
     read_rows,
 )
-from vcr1_fast.tasks.answer_format import (
-    PAPER_REASON,
-)
 from vcr1_fast.tasks.answers_batch import Rule, have_format, read_periods
 from vcr1_fast.tasks.constant_interval import best_constant_interval
 from vcr1_fast.tasks.overlap import interval_iou_batch
+from vcr1_fast.tasks.prompt_file import Wording, one_line
 from vcr1_fast.tasks.shaping import boundary_factor
 from vcr1_fast.types import Example, Interval, IntervalTruth
+
+QUESTIONS = {
+    "fixed": "When exactly does this happen in the video: {event_plain}? {reason} start and end in seconds with two "
+    "decimals as <answer>X to Y</answer>.",
+    "paper": 'Find the precise period of the event "{event}" in the video. {reason}Write its start and end in seconds '
+    "with two decimals as X to Y inside <answer></answer>, for example <answer>12.54 to 17.83</answer>.",
+}
+PLACEHOLDERS = ("event", "event_plain")
+REQUIRED = ((*PLACEHOLDERS, "query", "query_line"),)
 
 
 class TemporalGrounding:
@@ -35,12 +42,14 @@ class TemporalGrounding:
 
     name = "temporal_grounding"
     part_names: tuple[str, ...] = ("format", "iou")
+    questions: Mapping[str, str] = QUESTIONS  # by recipe
 
     def __init__(self, config: TaskConfig) -> None:
         self.rule: Rule = config.recipe
         self.is_paper = config.recipe == "paper"
         self.think = config.think
         self.is_boundary = config.iou == "boundary"
+        self.wording = Wording(config, self.name, self.questions, PLACEHOLDERS, REQUIRED)
 
     def parse_truth(self, row: Mapping[str, object]) -> IntervalTruth:
         """Intervals in seconds. fixed: 0 <= start < end <= duration_s, later ends cut off. paper: as they are.
@@ -56,19 +65,16 @@ class TemporalGrounding:
 
     def question(self, example: Example) -> str:
         """The user's text; the video itself is not part of it."""
-        query = " ".join(example.query.split()).removesuffix(".")
-        if self.is_paper:
-            reason = PAPER_REASON if self.think else ""
-            return (
-                f'Find the precise period of the event "{query.lower()}" in the video. {reason}Write its start and end '
-                "in seconds with two decimals as X to Y inside <answer></answer>, for example "
-                "<answer>12.54 to 17.83</answer>."
-            )
-        reason = "Think inside <think></think>, then write" if self.think else "Write"
-        return (
-            f"When exactly does this happen in the video: {query}? {reason} start and end in seconds with two decimals "
-            "as <answer>X to Y</answer>."
-        )
+        return self.wording.ask(example, self.question_fields(example))
+
+    def question_fields(self, example: Example) -> dict[str, str]:
+        """event: the query as annotated; paper: in training as grpo_tg.py has it, without blanks around it, in lower
+        case, without the last "." (evaluate_grounding.py has it as annotated). event_plain: in one line, without ".".
+        """
+        event = example.query
+        if self.is_paper and not example.is_held_out:
+            event = event.strip().lower().removesuffix(".")
+        return {"event": event, "event_plain": one_line(example.query).removesuffix(".")}
 
     def target(self, example: Example) -> str:
         """The completion to learn from: the longest true interval, two decimals, after the example's reasoning."""

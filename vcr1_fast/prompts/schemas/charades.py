@@ -23,7 +23,7 @@ def _to_rows(where: str, entry: Entry, recipe: Recipe) -> Iterator[tuple[str, Ro
     if len(timestamps) != len(sentences):
         raise ValueError(f"there are {len(timestamps)} timestamps but {len(sentences)} sentences, wanted one for one")
     for number, (interval, sentence) in enumerate(zip(timestamps, sentences, strict=True), start=1):
-        query = sentence.strip() if isinstance(sentence, str) else sentence
+        query = sentence.strip() if isinstance(sentence, str) and recipe == "fixed" else sentence
         row: Row = {"task": "temporal_grounding", "video": where, "query": query}
         yield f"{where}:{number}", row | {"duration_s": duration_s, "intervals": [interval]}
 
