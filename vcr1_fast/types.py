@@ -70,6 +70,8 @@ class ChoiceTruth:
 
     letter: str  # "A" for options[0], "B" for options[1], ...
     options: tuple[str, ...]  # 2 to 26 texts, without their letters
+    # by which rule of tasks.benchmark_readers it is scored; no part of what is trained on, and so not of its digest
+    scoring: str = field(default="videomme", kw_only=True, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class GroundedChoiceTruth(ChoiceTruth):
     """A letter and the evidence for it. Example: `GroundedChoiceTruth("A", ("a cat", "a dog"), ((2.0, 4.5),))`."""
 
     intervals_s: tuple[Interval, ...]  # when the video shows it; each start < end, inside [0, duration]
+    scoring: str = field(default="videochat_r1", kw_only=True, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@
                      answer_id, area, reasoning, tag; or the parquet of lmms-lab, one row per question
 
 Each row gets "categories", an object of axis -> value or list of values (a question has several tags), by which
-`vcr1-fast eval` makes further tables. The rows are of the task multiple_choice; bad ones are named and counted.
+`vcr1-fast eval` makes further tables, and, where it is not the default one, "scoring": by which rule its letter is read
+(tasks/benchmark_readers.py). The rows are of the task multiple_choice; bad ones are named and counted.
 """
 
 from __future__ import annotations
@@ -226,7 +227,8 @@ def _mvbench_row(task: str, where: str, entry: Mapping[str, object], root: Path)
         raise ValueError(f"answer is {answer!r:.60}, which is {candidates.count(answer)} times among the candidates")
     video = _video(root / MVBENCH_FOLDERS[task], read_text(entry, "video"))
     letter = ascii_uppercase[candidates.index(answer)]
-    return _row(f"mvbench:{task}:{where}", video, read_text(entry, "question"), candidates, letter, {"task": task})
+    row = _row(f"mvbench:{task}:{where}", video, read_text(entry, "question"), candidates, letter, {"task": task})
+    return row | {"scoring": "mvbench"}
 
 
 def _perception_test(file: Path, root: Path) -> Rows:
@@ -255,7 +257,7 @@ def _perception_test(file: Path, root: Path) -> Rows:
 
 def _perception_row(video: str, entry: Mapping[str, object], id_key: str, root: Path) -> Row:
     options = _options(entry, "options")
-    return _row(
+    row = _row(
         f"perception_test:{video}:{read_field(entry, id_key)}",
         _video(root, video),
         read_text(entry, "question"),
@@ -263,6 +265,7 @@ def _perception_row(video: str, entry: Mapping[str, object], id_key: str, root: 
         _letter(read_field(entry, "answer_id"), len(options)),
         {axis: entry.get(axis) for axis in ("area", "reasoning", "tag")},
     )
+    return row | {"scoring": "perception_test"}
 
 
 READERS: dict[str, Callable[[Path, Path], Rows]] = {
