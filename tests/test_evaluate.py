@@ -11,10 +11,11 @@ import torch
 from tests.judge.judge_server import judges_by_words, serving
 from tests.tiny_policy import run_ranks
 from vcr1_fast.evaluate import answer_all, evaluate, evaluate_command
+from vcr1_fast.evaluation.answer_forms import answer_forms
 from vcr1_fast.evaluation.answer_store import AnswerStore, question_key
 from vcr1_fast.evaluation.samples import Answer, Sample, of_all, per_sample_metrics, read_samples, with_refused
 from vcr1_fast.evaluation.score_tables import category_means, print_categories, print_scores
-from vcr1_fast.evaluation.scores import flat_scores
+from vcr1_fast.evaluation.scores import flat_scores, score_answers, scores_as_dict, scores_from_dict
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.scripted_engine import ScriptedEngine
@@ -154,6 +155,52 @@ def test_baselines_and_tasks_are_kept_apart(tiny_tokenizer):
     assert flat_scores(scores)["object_tracking/mean_overlap"] == pytest.approx(1.0)
 
 
+def test_readable_and_well_formed_answers_stand_beside_the_score(tiny_tokenizer, capsys):
+    """6 rows: right in form, right without tags, in form but of no use, empty, an unreadable video, a refused row."""
+    said = ["<think>x</think><answer>2.00 to 4.00</answer>", "From 2.0 to 3.0 seconds."]
+    said += ["<think>x</think><answer>2.00s to 4.00s</answer>", ""]
+    answers = [*map(Answer, said), Answer("", "bad.mp4: the file is empty"), Answer("", "the annotation was refused")]
+    examples = [*(grounding(name) for name in "abcd"), grounding("e", "bad.mp4"), refused("f")]
+    scores, samples = score_answers(make_tasks(TaskConfig()), examples, answers, 0, with_samples=True)
+    found = scores["temporal_grounding"]
+    assert found.metrics["miou"] == pytest.approx((1 + 0.5) / 6)
+    assert (found.readable, found.well_formed, found.num_examples) == (2 / 6, 2 / 6, 6)
+    assert [sample.readable for sample in samples] == [True, True, False, False, False, False]
+    assert [sample.well_formed for sample in samples] == [True, False, True, False, False, False]
+    assert flat_scores(scores)["temporal_grounding/readable"] == 2 / 6
+    saved = json.loads(json.dumps(scores_as_dict(scores)))
+    assert scores_from_dict(saved)["temporal_grounding"].forms == {"readable": 2 / 6, "well_formed": 2 / 6}
+
+    del saved["temporal_grounding"]["readable"]  # of a checkpoint that an earlier version wrote
+    print_scores(scores_from_dict(saved), scores)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines]
+    assert ["temporal_grounding", "n", "=", "6", "n", "=", "6"] in rows
+    assert ["readable", "0.333"] in rows and ["well-formed", "0.333", "0.333"] in rows
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_task_of_the_users_need_not_say_what_is_readable(capsys):
+    class Quiet:
+        name, part_names = "quiet", ("exact",)
+
+    class Formatted(Quiet):
+        part_names = ("format", "exact")
+
+        def score(self, examples, answers):
+            return {"format": [float(answer == "x") for answer in answers], "exact": [0.0] * len(answers)}
+
+    class Broken(Quiet):
+        def are_readable(self, examples, answers):
+            raise RuntimeError("no")
+
+    examples, answers = [grounding("a"), grounding("b")], [Answer("x"), Answer("y")]
+    assert answer_forms(Quiet(), examples, answers) == {}  # type: ignore[arg-type]
+    assert answer_forms(Formatted(), examples, answers) == {"well_formed": [True, False]}  # type: ignore[arg-type]
+    assert answer_forms(Broken(), examples, answers) == {}  # type: ignore[arg-type]
+    assert "not known which answers are readable: task quiet: RuntimeError: no" in capsys.readouterr().err
+
+
 def test_max_examples_takes_the_first_of_each_task(tiny_tokenizer):
     examples = [grounding(name) for name in "abc"]
     scores = score(tiny_tokenizer, examples, {name: ["x"] for name in "ab"}, max_examples=2)
@@ -179,6 +226,11 @@ def test_no_answer_scores_0_in_every_metric_of_every_task(task, recipe):
     judged = make_tasks(TaskConfig(recipe=recipe), [task.task])[task.task]
     assert set(judged.metrics([task], [""]).values()) == {0.0}
     assert all(values == [0.0] for values in judged.score([task], [""]).values())
+    assert answer_forms(judged, [task] * 2, [Answer(""), Answer(judged.target(task))]) == {
+        "readable": [False, True],
+        # without a glue block no answer of the paper's multiple choice is, see tasks/multiple_choice.py
+        "well_formed": [False, (task.task, recipe) != ("multiple_choice", "paper")],
+    }
 
 
 def test_only_means_over_examples_get_per_sample_values():

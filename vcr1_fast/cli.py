@@ -93,6 +93,7 @@ HELP_EPILOG = "\n".join(
         "  serve CONFIG  start rollout workers on this node, for trainers on other nodes",
         "  baselines TASK FILE  score answers that need no model on an annotation file",
         "  suite NAME FILE...  read a public benchmark as it is published, write a JSONL for data.eval; `suite list`",
+        "  score TASK|SUITE FILE ANSWERS.jsonl  score answers that were made elsewhere",
         "  watch RUN  the numbers of a run as a table that follows it",
         "  compare A B  whether two samples.jsonl of eval differ, with intervals and p-values",
         "",
@@ -250,6 +251,29 @@ def _run_baselines(tokens: list[str]) -> object:
     return baselines_command(options.task, options.annotations, options.recipe, options.json, overrides)
 
 
+def _run_score(tokens: list[str]) -> object:
+    parser = argparse.ArgumentParser(
+        prog="vcr1-fast score",
+        description="Scores answers that were made elsewhere, by the rule of the benchmark: a table, and one JSON line "
+        "with metrics, readable, well_formed and n. Missing answers count as wrong.",
+    )
+    parser.add_argument("name", metavar="TASK|SUITE", help="such as temporal_grounding, or videomme")
+    parser.add_argument(
+        "annotations", metavar="FILE", nargs="+", help="annotation file of any known schema; of a suite as published"
+    )
+    parser.add_argument("answers", metavar="ANSWERS.jsonl", help='one {"id": ..., "answer": "..."} a line')
+    parser.epilog = (
+        "Ground truths are taken as the files have them; --task.recipe=fixed repairs them first, as eval does by "
+        "default. Also --task.think=false and all of --task and --judge in `vcr1-fast eval --help`. Ids of a suite are "
+        "those that `vcr1-fast suite` writes, or these without the suite's name in front."
+    )
+    num_files = next((i for i, token in enumerate(tokens) if token.startswith("--") and "." in token), len(tokens))
+    options = parser.parse_args(tokens[:num_files])  # a value that follows its setting after a blank is no file
+    from vcr1_fast.commands.score import score_command
+
+    return score_command(options.name, options.annotations, options.answers, tokens[num_files:])
+
+
 def _run_compare(tokens: list[str]) -> object:
     parser = argparse.ArgumentParser(
         prog="vcr1-fast compare",
@@ -339,6 +363,7 @@ def _run_watch(tokens: list[str]) -> object:
 PLAIN_COMMANDS = {  # those without settings alone
     "doctor": _run_doctor,
     "baselines": _run_baselines,
+    "score": _run_score,
     "compare": _run_compare,
     "suite": _run_suite,
     "serve": _run_serve,

@@ -240,8 +240,10 @@ def evaluate_command(config: Config) -> dict[str, Any]:
     """
     if config.eval.perceptions > 1 and config.task.recipe == "paper":
         raise ConfigError(f"eval.perceptions is {config.eval.perceptions}, but task.recipe is paper: set it to fixed")
+    asked = config.model.path
     config = replace(config, video=config.eval_video)
     with open_run(config, "eval") as run:
+        config = run.config  # whose model is a folder where a checkpoint of a run was named
         examples = first_of_each_task(run.eval_examples(), config.eval.max_examples)
         if not examples:
             raise ConfigError("data.eval is empty, wanted at least one annotation file")
@@ -265,7 +267,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
             run.tasks, examples, answers, config.train.seed, run.world, with_samples=True
         )
         result = {
-            "model": config.model.path,
+            "model": asked,
             "reader": run.source.name,
             "prompts": prompt_digests(run.tasks),
             "scores": scores_as_dict(scores),

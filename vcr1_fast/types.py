@@ -72,6 +72,8 @@ class ChoiceTruth:
     options: tuple[str, ...]  # 2 to 26 texts, without their letters
     # recipe paper: as the file writes them, where that is not "(A) " and the text; not in repr, see PromptStream.digest
     written: tuple[str, ...] = field(default=(), repr=False, kw_only=True)
+    # by which rule of tasks.benchmark_readers it is scored; no part of what is trained on, and so not of its digest
+    scoring: str = field(default="videomme", kw_only=True, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class GroundedChoiceTruth(ChoiceTruth):
     """A letter and the evidence for it. Example: `GroundedChoiceTruth("A", ("a cat", "a dog"), ((2.0, 4.5),))`."""
 
     intervals_s: tuple[Interval, ...]  # when the video shows it; each start < end, inside [0, duration]
+    scoring: str = field(default="videochat_r1", kw_only=True, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,11 @@ def test_adapters_resume_and_leave_a_model_that_evaluates_alike(data_folder: Pat
         assert all(name.endswith(("lora_A", "lora_B")) for name in file.keys())  # noqa: SIM118 - not a dict
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 4
     result = evaluate_command(settings(2, f"--model.path={run / 'model'}", f"--eval.output_dir={tmp_path / 'eval'}"))
-    assert {task: score["metrics"] for task, score in result["scores"].items()} == {
-        task: score["metrics"] for task, score in after.items()
-    }
+    assert result["scores"] == after
+
+    checkpoint = run / "checkpoints" / "step_000002"  # the same weights, before they were exported
+    of_checkpoint = evaluate_command(settings(2, f"--model.path={checkpoint}"))
+    assert (of_checkpoint["model"], of_checkpoint["scores"]) == (str(checkpoint), after)
+    [made] = (run / "eval" / "models").glob("step_000002-*")
+    assert (made / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
+    assert (made / "vcr1_fast.json").read_bytes() == (run / "model" / "vcr1_fast.json").read_bytes()

@@ -69,8 +69,13 @@ def test_recall_by_hand_and_how_it_is_gamed():
 
 
 def test_metrics_are_those_of_dream_1k():
+    """The second answer has no tags, and the benchmark takes all of it but the think block."""
+    answers = [answer(HALF_AND_WRONG), f"<think>t</think>{ALL}", ""]
     with serving(judges_by_words) as server:
-        metrics = task_of(server.url).metrics([example()] * 3, [answer(HALF_AND_WRONG), answer(ALL), "no tags at all"])
+        task = task_of(server.url)
+        metrics = task.metrics([example()] * 3, answers)
+    assert task.are_readable([example()] * 3, answers) == [True, True, False]
+    assert task.are_well_formed([example()] * 3, answers) == [True, False, False]
     # recall (1/2 + 1 + 0) / 3, precision (2/3 + 1 + 0) / 3, f1 of these two means
     recall, precision = 1 / 2, 5 / 9
     assert metrics == pytest.approx(
@@ -80,7 +85,7 @@ def test_metrics_are_those_of_dream_1k():
 
 
 def test_metrics_of_single_answers_need_no_further_request():
-    answers = [answer(HALF_AND_WRONG), answer(ALL), "no tags at all"]
+    answers = [answer(HALF_AND_WRONG), answer(ALL), answer("")]
     with serving(judges_by_words) as server:
         task = task_of(server.url)
         task.metrics([example()] * 3, answers)
@@ -120,6 +125,7 @@ def test_nothing_to_judge_asks_nobody():
     task = task_of(unused_url())
     answers = ["", "A man opens a door.", answer(""), answer(" \n "), answer("?!"), "<answer>", "\x00" * 100]
     assert task.score([example()] * 7, answers)["f1"] == [0.0] * 7
+    answers = ["", "<think>A man opens a door.", answer(""), answer(" \n "), answer("?!"), "<think>", "\x00" * 100]
     assert task.metrics([example()] * 7, answers) == {"f1": 0.0, "recall": 0.0, "precision": 0.0, "judged": 1.0}
     assert task.judge.counters()["requests"] == 0
 

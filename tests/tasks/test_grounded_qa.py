@@ -46,7 +46,8 @@ def wrap(letter, glue):
         (wrap("C", "[(5, 6), (2, 4), (3, 5)]"), (1, 1, 1), (1, 1, 1)),  # any order, overlaps merged
         (wrap("C", "[(2, 6), (8, 12)]"), (1, 4 / 8, 1), (1, 4 / 8, 1)),
         (wrap("C", "[(8, 9)]"), (1, 0, 1), (1, 0, 1)),
-        (wrap("C", "[(2, 90)]"), (1, 4 / 28, 1), (1, 4 / 88, 1)),  # clamped to the 30 s of the video, or not
+        (wrap("C", "[(2, 90)]"), (1, 4 / 88, 1), (1, 4 / 88, 1)),  # not cut to the 30 s of the video
+        (wrap("C", "[(2, 31)]"), (1, 4 / 28, 1), (1, 4 / 29, 1)),  # but for one step of the model's time axis
         (wrap("C", "[(40, 50)]"), (1, 0, 1), (1, 0, 1)),
         (wrap("C", "[(3, 3)]"), (1, 0, 1), (1, 0, 1)),
         (wrap("C", "[]"), (0, 0, 1), (1, 0, 1)),  # the empty list is valid for the original
@@ -55,7 +56,7 @@ def wrap(letter, glue):
         (wrap("C", "[[2, 6]]"), (1, 1, 1), (0, 0, 1)),
         (wrap("C", "(2, 6)"), (1, 1, 1), (0, 0, 1)),
         (wrap("C", "[ (2, 6) ]"), (1, 1, 1), (0, 0, 1)),
-        (wrap("C", "[(-2, 6)]"), (1, 4 / 6, 1), (0, 0, 1)),
+        (wrap("C", "[(-2, 6)]"), (1, 4 / 8, 1), (0, 0, 1)),
         (wrap("C", "[(02, 6)]"), (1, 1, 1), (0, 0, 1)),
         (wrap("C", "[(2, 6)]\n"), (1, 1, 1), (1, 1, 1)),
         (wrap("C", "[(2, 6),]"), (1, 1, 1), (1, 1, 1)),
@@ -243,9 +244,29 @@ def test_best_segments_are_sought_for_iou_and_iop_apart():
 def test_nothing_outside_the_video_is_counted():
     intervals = [(-5.0, -1.0), (-5.0, 3.0), (4.0, 4.0), (29.0, 31.0), (30.0, 30.0), (30.0, 40.0), (40.0, 40.0)]
     assert inside_video(intervals, 30.0) == [(0.0, 3.0), (4.0, 4.0), (29.0, 30.0), (30.0, 30.0)]
-    # clamped to an instant at the end it would have IoP 1
+    # cut to an instant at the end it would have IoP 1
     metrics = FIXED.metrics([example((20.0, 30.0))], [wrap("C", "[(40, 50)]")])
     assert (metrics["acc"], metrics["miop"], metrics["acc@gqa"]) == (1, 0, 0)
+
+
+def test_scores_are_the_benchmarks_whatever_the_recipe():
+    """True evidence: 0 to 10 s of 30; the answers of both recipes' rewards would be read otherwise."""
+    ex = example((0.0, 10.0))
+    said = {  # answer: acc, miou, readable
+        wrap("C", "[(0, 300)]"): (1, 10 / 300, True),
+        "C [(0, 5)]": (1, 0, False),  # letters and blanks around a list
+        "<answer>C</answer> [(0, 5)]": (1, 0.5, True),
+        "<answer>The best answer is (C)</answer><glue>```json\n[[0, 5]]\n```</glue>": (1, 0.5, True),
+        wrap("C", "[[0, 5]]"): (1, 0, False),
+        wrap("c", "[(0, 5)]"): (0, 0.5, False),
+        wrap("Because", "[(0, 5)]"): (0, 0.5, True),  # B
+        wrap("C", "[]"): (1, 0, True),
+    }
+    for task in (FIXED, PAPER):
+        for answer, (acc, miou, is_readable) in said.items():
+            metrics = task.metrics([ex], [answer])
+            assert (metrics["acc"], metrics["miou"]) == (acc, pytest.approx(miou)), answer
+            assert task.are_readable([ex], [answer]) == [is_readable], answer
 
 
 def test_trivial_answers():

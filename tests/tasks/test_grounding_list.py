@@ -41,15 +41,16 @@ def test_the_reward_is_the_overlap_of_two_sets(recipe, listed: str, iou: float):
     assert parts["format"] == [1.0 if recipe == "paper" else float(iou > 0)]  # the paper's asks for the tags alone
 
 
-def test_format_has_no_think_block_and_periods_are_cut_to_the_video_in_recipe_fixed():
+def test_format_has_no_think_block_and_an_end_just_after_the_video_is_cut_in_recipe_fixed():
     answer = "<think>t</think><answer>[(2, 4), (10, 14)]</answer>"
     assert task_of(R15).score([EXAMPLE], [answer])["format"] == [0.0]
     to_the_end = replace(EXAMPLE, truth=IntervalTruth(((20.0, 30.0),)))
-    beyond = ["<answer>[(20, 40)]</answer>"]
-    assert task_of(R15).score([to_the_end], beyond)["iou"] == [0.5]
     fixed = task_of(replace(R15, recipe="fixed"))
-    assert fixed.score([to_the_end], beyond)["iou"] == [1.0]
-    assert fixed.metrics([to_the_end], beyond)["miou"] == 0.5  # scores are the benchmark's
+    for end_s, paper, cut in ((31, 10 / 11, 1.0), (40, 0.5, 0.5)):
+        beyond = [f"<answer>[(20, {end_s})]</answer>"]
+        assert task_of(R15).score([to_the_end], beyond)["iou"] == [pytest.approx(paper)]
+        assert fixed.score([to_the_end], beyond)["iou"] == [pytest.approx(cut)]
+        assert fixed.metrics([to_the_end], beyond)["miou"] == pytest.approx(paper)  # scores are the benchmark's
 
 
 def test_scores_read_what_the_evaluation_there_reads():

@@ -47,8 +47,11 @@ def row(*intervals, **extra):
         (wrap("8 to 9"), (1, 0), (1, 0)),
         (wrap("6 to 2"), (1, 0), (1, 0)),  # reversed
         (wrap("2s to 6 s"), (1, 1), (1, 0)),  # a unit letter cannot be read by the original
-        (wrap("-2 to 6"), (1, 4 / 6), (1, 1)),  # -2 is clamped to 0; the original drops the sign
-        (wrap("2 to 90"), (1, 4 / 28), (1, 4 / 88)),  # clamped to the 30 s of the video, or not
+        (wrap("-2 to 6"), (1, 4 / 8), (1, 1)),  # the original drops the sign
+        (wrap("2 to 90"), (1, 4 / 88), (1, 4 / 88)),  # not cut to the 30 s of the video
+        (wrap("2 to 31"), (1, 4 / 28), (1, 4 / 29)),  # but for one step of the model's time axis, 1 s
+        (wrap("2 to 31.01"), (1, 4 / 29.01), (1, 4 / 29.01)),
+        (wrap("30.5 to 31"), (1, 0), (1, 0)),
         (wrap("40 to 50"), (1, 0), (1, 0)),
         (wrap("2  to 6"), (1, 1), (1, 0)),
         (wrap("no idea"), (0, 0), (1, 0)),  # the original's format looks at the tags alone
@@ -186,6 +189,26 @@ def test_metrics_keep_failures_in_the_denominator():
         FIXED.metrics([], [])
 
 
+def test_scores_are_the_benchmarks_whatever_the_recipe():
+    """The truth is 24.3 to 30.4 s of a video of 30 s; the paper keeps its end, the fixed recipe repairs it to 30."""
+    row = {"intervals": [[24.3, 30.4]], "duration_s": 30.0}
+    said = {
+        "The event happens from 3.0 to 5.0 seconds.": (0, True),
+        "The event happens from 24.3 to 27.35 seconds.": (3.05, True),
+        "<think>0 to 1</think> 24.3 and 27.35, I think": (3.05, True),
+        wrap("24.3 to 9999"): (None, True),
+        wrap("27.35 to 24.3"): (0, True),
+        wrap("24.3s to 27.35s"): (0, False),
+        "": (0, False),
+    }
+    for task, length_s in ((FIXED, 5.7), (PAPER, 6.1)):
+        ex = dataclasses.replace(example(), truth=task.parse_truth(row))
+        for answer, (shared_s, is_readable) in said.items():
+            wanted = length_s / (9999 - 24.3) if shared_s is None else shared_s / length_s
+            assert task.metrics([ex], [answer])["miou"] == pytest.approx(wanted), answer
+            assert task.are_readable([ex], [answer]) == [is_readable]
+
+
 def test_trivial_answers():
     examples = [example((0.0, 5.0), duration_s=10.0), example((0.0, 10.0), duration_s=20.0)]
     answers = FIXED.trivial_answers(examples)
@@ -209,12 +232,12 @@ def test_the_best_constant_is_that_of_the_definition():
         examples.append(example(*truth, duration_s=duration_s))
     examples.append(example((20.9, 12.0), duration_s=30.0))
     truths = [ex.truth.intervals_s for ex in examples]
-    for task, kind in ((FIXED, "set"), (PAPER, "hull")):
-        totals = {}
-        for start, end in itertools.combinations(range(21), 2):
-            predicted = [[(start / 20 * ex.duration_s, end / 20 * ex.duration_s)] for ex in examples]
-            totals[start / 20, end / 20] = math.fsum(interval_iou_batch_plain(predicted, truths, kind))
-        assert len(totals) == 210
+    totals = {}
+    for start, end in itertools.combinations(range(21), 2):
+        predicted = [[(start / 20 * ex.duration_s, end / 20 * ex.duration_s)] for ex in examples]
+        totals[start / 20, end / 20] = math.fsum(interval_iou_batch_plain(predicted, truths, "set"))
+    assert len(totals) == 210
+    for task in (FIXED, PAPER):
         assert task.best_constant(examples) == max(totals, key=lambda interval: totals[interval])
 
 

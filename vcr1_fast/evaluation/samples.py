@@ -50,6 +50,8 @@ class Sample:
     finish_reason: str
     num_tokens: int
     categories: dict[str, list[str]] = field(default_factory=dict)  # axis -> values, for tables
+    readable: bool | None = None  # whether the benchmark's reader found something; None: the task does not say
+    well_formed: bool | None = None  # whether the reward's format is kept
 
 
 def per_sample_metrics(
@@ -113,8 +115,9 @@ def make_samples(
     examples: Sequence[Example],
     answers: Sequence[Answer],
     metrics: Mapping[str, Sequence[float]],
+    forms: Mapping[str, Sequence[bool]],
 ) -> list[Sample]:
-    """One sample per example of one task; `metrics` has one value of each.
+    """One sample per example of one task; `metrics` and `forms` (see `answer_forms`) have one value of each.
 
     Reward parts are left out, with a line, when the task's score raises: a judge that is down must not lose the rest.
     """
@@ -138,6 +141,7 @@ def make_samples(
             finish_reason=answer.finish_reason,
             num_tokens=answer.num_tokens,
             categories=_by_axis(example.categories),
+            **{name: flags[i] for name, flags in forms.items()},
         )
         for i, (example, answer) in enumerate(zip(examples, answers, strict=True))
     ]

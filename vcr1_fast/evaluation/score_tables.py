@@ -14,21 +14,28 @@ from vcr1_fast.run.telemetry import console
 
 
 def print_scores(before: Mapping[str, TaskScore], after: Mapping[str, TaskScore]) -> None:
-    """A table with one row per metric: before (if there is any), after, and the best answer that needs no model.
+    """A table with the same rows for each task: before (if there is any), after, and the best answer without a model.
 
-    Refused rows count as 0 without a model as well. The number after ± is half of the 95 % bootstrap interval; none
-    where a metric is not a mean over examples.
+    Its rows are the number of examples, the shares of readable and well-formed answers, and the metrics. The number
+    after ± is half of the 95 % bootstrap interval; none where a metric is not a mean over examples. Refused rows count
+    as 0 without a model as well. Fits 80 columns.
     """
-    table = Table("held-out score", box=box.SIMPLE)
-    for column in ("before", "after") if before else ("score",):
+    table = Table("held-out score", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("before ±95 %", "after ±95 %") if before else ("score ±95 %",):
         table.add_column(column, justify="right", no_wrap=True, min_width=6)
     table.add_column("best without a model", no_wrap=True)
     for task, score in after.items():
-        table.add_row(f"[bold]{task}[/]")
+        shown = ([before.get(task)] if before else []) + [score]
+        table.add_row(
+            f"[bold]{escape(task)}[/]", *("" if one is None else f"n = {one.num_examples:,}" for one in shown)
+        )
+        for name in score.forms:
+            shares = ("" if one is None or name not in one.forms else f"{one.forms[name]:.3f}" for one in shown)
+            table.add_row(f"  {name.replace('_', '-')}", *shares)
         for name in score.metrics:
-            earlier = [shown_score(before[task], name) if task in before else ""] if before else []
             baseline, best = max(((label, m[name]) for label, m in score.trivial.items()), key=lambda pair: pair[1])
-            table.add_row(f"  {name}", *earlier, shown_score(score, name), f"{best:.3f} {baseline}")
+            values = ("" if one is None else shown_score(one, name) for one in shown)
+            table.add_row(f"  {escape(name)}", *values, f"{best:.3f} {escape(baseline)}")
         if score.num_refused:
             table.add_row(f"  [red]{score.num_refused:,} of {score.num_examples:,} rows refused, counted as 0[/]")
         if score.num_bad:

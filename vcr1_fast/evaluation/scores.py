@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vcr1_fast.evaluation.answer_forms import answer_forms
 from vcr1_fast.evaluation.samples import (
     Answer,
     Sample,
@@ -30,6 +31,8 @@ class TaskScore:
     num_bad: int  # examples whose video could not be read; they count as wrong
     num_refused: int = 0  # examples whose annotation cannot be used; they count as wrong, for the baselines as well
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %, of metrics that are means
+    readable: float | None = None  # share of all examples whose answer the benchmark's reader reads; None: not said
+    well_formed: float | None = None  # share of all examples whose answer has the form that the reward asks for
 
     @property
     def headline(self) -> float:
@@ -38,6 +41,12 @@ class TaskScore:
     @property
     def headline_name(self) -> str:
         return next(iter(self.metrics))
+
+    @property
+    def forms(self) -> dict[str, float]:
+        """The shares of readable and of well-formed answers, where they are known."""
+        both = {"readable": self.readable, "well_formed": self.well_formed}
+        return {name: share for name, share in both.items() if share is not None}
 
     @property
     def best_trivial(self) -> float:
@@ -70,9 +79,10 @@ def score_answers(
             print(f"no score of task {name}: all of its {len(members)} held-out rows are refused", file=sys.stderr)
             continue
         try:
-            scores[name], columns = _score_task(tasks[name], everyone, said, seed)
+            forms = answer_forms(tasks[name], everyone, said)
+            scores[name], columns = _score_task(tasks[name], everyone, said, forms, seed)
             if with_samples:
-                samples += make_samples(tasks[name], everyone, said, columns)
+                samples += make_samples(tasks[name], everyone, said, columns, forms)
         except (Exception, SystemExit) as error:  # user code; a score that is lost must not end the training
             scores.pop(name, None)
             print(f"no score of task {name}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -80,7 +90,11 @@ def score_answers(
 
 
 def _score_task(
-    task: Task, everyone: Sequence[Example], answers: Sequence[Answer], seed: int
+    task: Task,
+    everyone: Sequence[Example],
+    answers: Sequence[Answer],
+    forms: Mapping[str, Sequence[bool]],
+    seed: int,
 ) -> tuple[TaskScore, dict[str, list[float]]]:
     """The score, and the metrics of each example. At least one of them is not refused."""
     usable = [i for i, example in enumerate(everyone) if not example.is_refused]
@@ -96,13 +110,18 @@ def _score_task(
         num_bad=sum(bool(answers[i].failure) for i in usable),
         num_refused=len(everyone) - len(usable),
         intervals=metric_intervals(values, [example.video for example in everyone], seed),
+        **{name: sum(flags) / len(everyone) for name, flags in forms.items()},
     )
     return score, values
 
 
 def flat_scores(scores: Scores) -> dict[str, float]:
-    """`task/metric` -> value, for logs."""
-    return {f"{task}/{name}": value for task, score in scores.items() for name, value in score.metrics.items()}
+    """`task/metric` -> value, and the shares of readable and well-formed answers, for logs."""
+    return {
+        f"{task}/{name}": value
+        for task, score in scores.items()
+        for name, value in (score.metrics | score.forms).items()
+    }
 
 
 def scores_as_dict(scores: Scores) -> dict[str, Any]:

@@ -55,6 +55,31 @@ class UpdateReport:
         return self.grad_norm > 0 and not self.skipped
 
 
+def load_policy(
+    config: Config, world: World, kernels: KernelChoice | None = None, *, is_trained: bool = True
+) -> PolicyModel:
+    """The model of `config.model.path` with this rank's part of its weights: float32 where they are trained."""
+    model, dtype = config.model, resolve_dtype(config.model, world.device)
+    folder = model_folder(model.path)
+    hf = empty_model(folder, torch.float32)
+    if model.lora.rank:
+        add_adapters(hf, model.lora, config.train.seed, dtype)
+    policy = PolicyModel(hf, model, dtype, kernels, world.device)
+    frozen = [weight for weight in policy.parameters() if not weight.requires_grad]
+    if not is_trained:
+        policy.requires_grad_(False)
+        # FSDP computes with weights of the compute dtype however they are kept. One process computes in autocast,
+        # and bfloat16 embeddings would give it other residuals than the policy's: a KL that does not begin at 0.
+        frozen = list(policy.parameters()) if world.world_size > 1 else frozen
+    for weight in frozen:
+        weight.data = weight.data.to(dtype)
+    move_values(hf, world.device)
+    shard(policy, world, dtype)
+    weights = (hf, folder, world.device, policy.family)
+    on_all_ranks("loading the model's weights", lambda: load_weights(*weights), world)
+    return policy.train()
+
+
 class Learner:
     """Policy, optimizer and schedule of one rank; all ranks call the same methods in the same order."""
 
@@ -67,9 +92,9 @@ class Learner:
         """
         self.config, self.world, self.kernels = config, world, kernels
         self.dtype = resolve_dtype(config.model, world.device)  # that forward and backward compute in
-        self.policy = self._load()
+        self.policy = load_policy(config, world, kernels)
         has_copy = config.algorithm.beta > 0 and not config.model.lora.rank  # adapters can be switched off instead
-        self.reference = self._load(is_trained=False) if has_copy else None
+        self.reference = load_policy(config, world, kernels, is_trained=False) if has_copy else None
         gc.collect()
         torch.cuda.empty_cache()  # a colocated engine sizes itself by what is free, and cached memory is not
         self.optimizer = build_optimizer(self.policy, config.optimizer)
@@ -84,28 +109,6 @@ class Learner:
             return self.config.train.reduce_gradients != "each_row"
         memory_gb = torch.cuda.get_device_properties(self.world.device).total_memory / 1e9
         return reduces_once(self.config, read_model_size(self.config.model.path), self.world.world_size, memory_gb)
-
-    def _load(self, is_trained: bool = True) -> PolicyModel:
-        """The model of `config.model.path` with this rank's part of its weights: float32 where they are trained."""
-        model, world = self.config.model, self.world
-        folder = model_folder(model.path)
-        hf = empty_model(folder, torch.float32)
-        if model.lora.rank:
-            add_adapters(hf, model.lora, self.config.train.seed, self.dtype)
-        policy = PolicyModel(hf, model, self.dtype, self.kernels, world.device)
-        frozen = [weight for weight in policy.parameters() if not weight.requires_grad]
-        if not is_trained:
-            policy.requires_grad_(False)
-            # FSDP computes with weights of the compute dtype however they are kept. One process computes in autocast,
-            # and bfloat16 embeddings would give it other residuals than the policy's: a KL that does not begin at 0.
-            frozen = list(policy.parameters()) if world.world_size > 1 else frozen
-        for weight in frozen:
-            weight.data = weight.data.to(self.dtype)
-        move_values(hf, world.device)
-        shard(policy, world, self.dtype)
-        weights = (hf, folder, world.device, policy.family)
-        on_all_ranks("loading the model's weights", lambda: load_weights(*weights), world)
-        return policy.train()
 
     def update_grpo(self, groups: Sequence[RolloutGroup]) -> list[UpdateReport]:
         """All updates of one rollout: this rank's groups, split into `minibatches_per_rollout` equal parts.

@@ -20,6 +20,7 @@ from vcr1_fast.settings.error import ConfigError
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 CONFIG_FILE = "config.json"
+TRAINED_WITH = "vcr1_fast.json"  # in the folder of an exported model: version and video reader of its training
 SETTINGS_FILES = (  # beside the weights: what model, tokenizer, processor and generation are read from
     *(CONFIG_FILE, "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),

@@ -29,6 +29,7 @@ from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run import exit_codes
 from vcr1_fast.run.checkpoint import RunState, save_checkpoint
+from vcr1_fast.run.checkpoint_model import with_model_of_checkpoint
 from vcr1_fast.run.export import (
     ADAPTER_CONFIG,
     ExportPlan,
@@ -39,7 +40,7 @@ from vcr1_fast.run.export import (
 )
 from vcr1_fast.run.folder import prepare_output_dir
 from vcr1_fast.run.folder_lock import locked_folder
-from vcr1_fast.run.model_folder import CONFIG_FILE, model_digest, model_folder, read_json
+from vcr1_fast.run.model_folder import CONFIG_FILE, TRAINED_WITH, model_digest, model_folder, read_json
 from vcr1_fast.run.random_state import seed_generators
 from vcr1_fast.run.sources import describe_eval_video, eval_builder, open_source, prompt_limits
 from vcr1_fast.run.telemetry import say
@@ -54,8 +55,6 @@ from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, SamplingParams
 from vcr1_fast.video.patches import PatchSource
 from vcr1_fast.video.quarantine import Quarantine
-
-TRAINED_WITH = "vcr1_fast.json"  # in the folder of an exported model: version and video reader of its training
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class Run:
 def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
     """Join the process group, check, lock and prepare the folder, open the video reader, say what is used.
 
-    `command`: whose settings are checked; eval leaves the run's folder alone.
+    `command`: whose settings are checked; eval leaves the run's folder alone, and takes a checkpoint for a model.
     Raises ConfigError or OSError before anything slow when settings, model or folder are unusable.
     """
     world, writes = init_distributed(config.model.device), command != "eval"
@@ -182,6 +181,8 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         if command == "train" and world.device.type == "cuda":
             memory_gb = torch.cuda.get_device_properties(world.device).total_memory / 1e9
             check_memory(config, world.world_size, memory_gb)
+        if command == "eval":
+            config = with_model_of_checkpoint(config, world)
         limits = prompt_limits(config, command)
         tokenizer = load_tokenizer(config.model.path)
         folder = Path(config.train.output_dir)

@@ -107,7 +107,7 @@ def _ends_of_marks(options: Sequence[str]) -> list[int] | None:
     return [mark.end() for mark in marks] if is_marked else None
 
 
-def read_letter(row: Mapping[str, object], num_options: int) -> str:
+def read_true_letter(row: Mapping[str, object], num_options: int) -> str:
     """The capital letter of the right option under "answer", written "C" or "(C)"."""
     letter = read_text(row, "answer").removeprefix("(").removesuffix(")").strip()
     letters = ascii_uppercase[:num_options]
@@ -182,6 +182,22 @@ def number_truth(example: Example) -> NumberTruth:
 def caption_truth(example: Example) -> CaptionTruth:
     """The truth of a captioning example."""
     return _truth(example, CaptionTruth, "a caption")
+
+
+# What models say is about clips of which they saw frames up to this far apart: two frames, one step of the model's time
+# axis, at the default video.fps of 2. An end so little after the video's is taken for the video's.
+END_SLACK_S = 1.0
+
+
+def without_overshoot(interval: Interval, duration_s: float) -> Interval:
+    """A predicted interval as rewards see it: an end at most END_SLACK_S after the video's is cut to that.
+
+    Anything else keeps its value, so that "0 to 9999" costs what it costs in the benchmark.
+    """
+    start_s, end_s = interval
+    if duration_s < end_s <= duration_s + END_SLACK_S:
+        return start_s, max(start_s, duration_s)
+    return interval
 
 
 def check_counts(num_examples: int, num_answers: int) -> None:

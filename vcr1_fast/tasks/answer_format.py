@@ -100,18 +100,20 @@ def read_period(text: str) -> Interval | None:
     return interval if interval is not None and are_finite(interval) else None
 
 
-_PAPER_SEPARATOR = re.compile(r" (?:to|and) ", re.IGNORECASE)
+_PAPER_SEPARATOR = re.compile(r" (?:to|and) ")
+_PAPER_SEPARATOR_ANY_CASE = re.compile(_PAPER_SEPARATOR.pattern, re.IGNORECASE)
 
 
-def read_paper_period(text: str) -> Interval | None:
+def read_paper_period(text: str, *, ignore_case: bool = True) -> Interval | None:
     """The original's rule: the last "number to|and number" with exactly one blank on each side of the word.
 
+    Its reward ignores the word's case, its evaluation does not.
     Numbers are unsigned decimals `\\d+\\.?\\d*`, so a minus sign is dropped and "12.5s to" cannot be read. Equals the
     last of the pattern's matches from left to right, but grows outwards from the words, which keeps the time linear.
     """
     last: Interval | None = None
     free_from = 0  # matches do not overlap
-    for separator in _PAPER_SEPARATOR.finditer(text):
+    for separator in (_PAPER_SEPARATOR_ANY_CASE if ignore_case else _PAPER_SEPARATOR).finditer(text):
         start = _decimal_start(text, separator.start(), free_from)
         end = _decimal_end(text, separator.end())
         if start < separator.start() and end > separator.end():
@@ -214,7 +216,12 @@ _BAD = object()
 
 
 def read_box_list(text: str) -> BoxList | None:
-    """The text as a list of lists of exactly 4 values; None if it is anything else.
+    """The text as a list of lists of exactly 4 values, see `read_number_rows`."""
+    return read_number_rows(text, 4)
+
+
+def read_number_rows(text: str, width: int) -> BoxList | None:
+    """The text as a list of lists of exactly `width` values; None if it is anything else.
 
     Numbers become floats (also 1e999 = infinity); a value that is not a number becomes None, whatever it is: the
     original accepts it in the format and fails on it in the IoU.
@@ -227,9 +234,9 @@ def read_box_list(text: str) -> BoxList | None:
     reader.advance()
     if rows is None or reader.kind != "end":
         return None
-    boxes: BoxList = []
+    numbers: BoxList = []
     for row in rows:
-        if not isinstance(row, list) or len(row) != 4:
+        if not isinstance(row, list) or len(row) != width:
             return None
-        boxes.append([value if isinstance(value, float) else None for value in row])
-    return boxes
+        numbers.append([value if isinstance(value, float) else None for value in row])
+    return numbers

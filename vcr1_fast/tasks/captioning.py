@@ -26,6 +26,7 @@ from vcr1_fast.judge.entailment import (
 from vcr1_fast.settings.config import JudgeConfig, TaskConfig
 from vcr1_fast.tasks.annotations import caption_truth, check_counts, mean
 from vcr1_fast.tasks.answer_format import clip, has_paper_format, has_strict_format, tag_blocks
+from vcr1_fast.tasks.benchmark_readers import read_caption
 from vcr1_fast.tasks.prompt_file import Wording, one_line
 from vcr1_fast.types import CaptionTruth, Example
 
@@ -92,12 +93,8 @@ class Captioning:
         cached, so the other groups are not asked again.
         """
         check_counts(len(examples), len(answers))
-        texts = [clip(answer) for answer in answers]
-        captions = [_read_caption(text) for text in texts]
-        has_format = has_paper_format if self.is_paper else has_strict_format
-        is_formatted = [
-            has_format(t, self.think) and (self.is_paper or c != "") for t, c in zip(texts, captions, strict=True)
-        ]
+        is_formatted = self.are_well_formed(examples, answers)
+        captions = [_rewarded_caption(answer) for answer in answers]
         verdicts = self._verdicts(examples, captions, "recall" if self.is_paper else "f1")
         failures = {ex.id: v for ex, v in zip(examples, verdicts, strict=True) if isinstance(v, JudgeUnavailableError)}
         if failures and self.judge.config.on_failure == "drop":
@@ -114,12 +111,13 @@ class Captioning:
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
         """recall and precision are means over the videos, f1 is their harmonic mean, as Dream-1K computes it.
 
+        The caption is what `benchmark_readers.read_caption` finds.
         judged: share of the answers that have a verdict (an empty one needs no judge). The others count as 0, so that
         an answer which confuses the judge gains nothing; a judge that is down does not raise. All in [0, 1]. Raises
         ValueError when there are no examples.
         """
         check_counts(len(examples), len(answers))
-        verdicts = self._verdicts(examples, [_read_caption(clip(answer)) for answer in answers], "both")
+        verdicts = self._verdicts(examples, [clip(read_caption(answer)) for answer in answers], "both")
         failures = {ex.id: v for ex, v in zip(examples, verdicts, strict=True) if isinstance(v, JudgeUnavailableError)}
         if failures:
             print(_summary(failures, "counted as 0"), file=sys.stderr)
@@ -134,11 +132,22 @@ class Captioning:
         After `metrics` this asks nothing new. f1 is not a mean over videos and is left out.
         """
         check_counts(len(examples), len(answers))
-        verdicts = self._verdicts(examples, [_read_caption(clip(answer)) for answer in answers], "both")
+        verdicts = self._verdicts(examples, [clip(read_caption(answer)) for answer in answers], "both")
         known = [verdict for verdict in verdicts if isinstance(verdict, Verdict)]
         if len(known) < len(verdicts):
             return {}
         return {"recall": [verdict.recall for verdict in known], "precision": [verdict.precision for verdict in known]}
+
+    def are_readable(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
+        return [read_caption(answer) != "" for answer in answers]
+
+    def are_well_formed(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
+        """The part "format" of `score`, without the judge."""
+        has_format = has_paper_format if self.is_paper else has_strict_format
+        return [
+            has_format(clip(answer), self.think) and (self.is_paper or _rewarded_caption(answer) != "")
+            for answer in answers
+        ]
 
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
         """empty: no caption, 0 by definition and without a judge. a_video: "A video.", which a strict judge gives 0.
@@ -193,11 +202,10 @@ def _reference(truth: CaptionTruth) -> str:
     )
 
 
-def _read_caption(text: str) -> str:
+def _rewarded_caption(answer: str) -> str:
     """What the last answer block says; "" where there is none or it holds no letter or digit."""
-    blocks = tag_blocks(text, "answer")
-    caption = blocks[-1].strip() if blocks else ""
-    return caption if any(character.isalnum() for character in caption) else ""
+    text = clip(answer)
+    return read_caption(text) if tag_blocks(text, "answer") else ""
 
 
 def _text(value: object, name: str, max_chars: int) -> str:

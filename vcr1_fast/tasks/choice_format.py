@@ -91,10 +91,10 @@ PAPER_PREFIXES = (
     "The correct option is",
     "Best answer:" + "Best option:",
 )
-_PAPER_LETTER = re.compile(r"[A-G]")
+_PAPER_LETTERS = ascii_uppercase[:PAPER_NUM_LETTERS]
 
 
-def read_paper_choice(text: str) -> str | None:
+def read_paper_choice(text: str, letters: str = _PAPER_LETTERS) -> str | None:
     """The original's rule: the first capital from A to G anywhere, once its stock phrases are taken out.
 
     "Because" is B and "A boy opens it, so C" is A. None when there is no such capital.
@@ -102,5 +102,4 @@ def read_paper_choice(text: str) -> str | None:
     text = text.strip()
     for prefix in PAPER_PREFIXES:
         text = text.replace(prefix, "")
-    match = _PAPER_LETTER.search(text)
-    return match[0] if match else None
+    return next((character for character in text if character in letters), None)

@@ -133,9 +133,12 @@ class CheckedTask:
 
     def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
         """The task's parts and the further ones. Raises RewardError that names who gave what, and for which item."""
-        ask, own = self._ask, self.task.score
-        parts: dict[str, list[float]] = ask("score", examples, answers) if self.is_custom else own(examples, answers)
-        return parts | {part: ask(f"reward {part}", examples, answers) for part in self.rewards}
+        parts = self.own_parts(examples, answers)
+        return parts | {part: self._ask(f"reward {part}", examples, answers) for part in self.rewards}
+
+    def own_parts(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
+        """`score` without the further parts, which may cost much."""
+        return self._ask("score", examples, answers) if self.is_custom else self.task.score(examples, answers)
 
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
         return self._ask("metrics", examples, answers) if self.is_custom else self.task.metrics(examples, answers)

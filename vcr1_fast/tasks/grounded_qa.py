@@ -1,11 +1,11 @@
 """Grounded question answering: which answer is right, and when does the video show it? Answer: letter and intervals.
 
 Row: {"id", "task", "video", "query", "duration_s", "options": ["a cat", ...], "answer": "C",
-"intervals": [[start_s, end_s], ...]}.
+"intervals": [[start_s, end_s], ...]}, and optionally "scoring", as in multiple_choice.
 
-recipe fixed: the letter is read with care, intervals in any common notation and clamped to the video; broken ground
-truths are refused.
+Rewards, recipe fixed: the letter is read with care, intervals in any common notation; broken ground truths are refused.
 recipe paper: VideoChat-R1 (arXiv 2504.06958, grpo_gqa.py) on NExT-GQA, with its parsers.
+Held-out scores read answers as its evaluation does (`benchmark_readers`), in both.
 """
 
 from __future__ import annotations
@@ -21,13 +21,24 @@ from vcr1_fast.tasks.annotations import (
     mean,
     read_duration_s,
     read_intervals,
+    without_overshoot,
 )
 from vcr1_fast.tasks.answer_format import clip
 from vcr1_fast.tasks.answers_batch import have_format, read_glues
+from vcr1_fast.tasks.benchmark_readers import read_evidence
 from vcr1_fast.tasks.choice_format import most_common
 from vcr1_fast.tasks.constant_interval import best_constant_interval
 from vcr1_fast.tasks.glue_format import glue_text, has_paper_glue_format
-from vcr1_fast.tasks.multiple_choice import ASKED, PLACEHOLDERS, REQUIRED, choice_fields, read_choice_row, read_letters
+from vcr1_fast.tasks.multiple_choice import (
+    ASKED,
+    PLACEHOLDERS,
+    REQUIRED,
+    accuracy,
+    choice_fields,
+    read_choice_row,
+    read_letters,
+    said_letters,
+)
 from vcr1_fast.tasks.overlap import connected_pieces, interval_iop_batch, interval_iou_batch
 from vcr1_fast.tasks.prompt_file import Wording
 from vcr1_fast.types import Example, GroundedChoiceTruth, Interval
@@ -60,10 +71,12 @@ class GroundedQA:
         Raises ValueError for missing or malformed fields, for a letter beyond the options and for a reversed interval;
         fixed: also for an interval that is empty or lies outside the video.
         """
-        choice = read_choice_row(row, self.is_paper)
+        choice = read_choice_row(row, self.is_paper, "videochat_r1")
         duration_s = read_duration_s(row)
         intervals = [self._checked(i, interval, duration_s) for i, interval in enumerate(read_intervals(row))]
-        return GroundedChoiceTruth(choice.letter, choice.options, tuple(intervals), written=choice.written)
+        return GroundedChoiceTruth(
+            choice.letter, choice.options, tuple(intervals), written=choice.written, scoring=choice.scoring
+        )
 
     def question(self, example: Example) -> str:
         """The user's text; the video itself is not part of it."""
@@ -104,27 +117,27 @@ class GroundedQA:
             ]
         return {
             "format": [float(ok) for ok in is_formatted],
-            "iou": self._iou(glues, examples),
-            "accuracy": _accuracy(letters, examples),
+            "iou": _iou(glues, examples, is_empty_right=self.is_paper),
+            "accuracy": accuracy(letters, examples),
         }
 
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
         """The benchmark's metrics and those that VideoChat-R1 prints, in [0, 1]; unreadable answers count as 0.
 
-        acc: right letters. miou: mean set IoU of the intervals, VideoChat-R1's mIoU. The others are NExT-GQA's (arXiv
-        2309.01327, its eval_ground.py), see `segment_overlap`: mean IoU (nextgqa_miou) and IoP (miop) with the best
-        true segment, the shares of answers in which they reach 0.3 and 0.5, and acc@gqa: right letter and IoP >= 0.5.
-        The benchmark's script leaves unanswered questions out, this does not. The recipe's headline comes first. Raises
-        ValueError when there are no examples.
+        acc: right letters. miou: mean set IoU of the intervals, VideoChat-R1's mIoU. Intervals are not cut to the
+        video. The others are NExT-GQA's (arXiv 2309.01327, its eval_ground.py), see `segment_overlap`: mean IoU
+        (nextgqa_miou) and IoP (miop) with the best true segment, the shares of answers in which they reach 0.3 and 0.5,
+        and acc@gqa: right letter and IoP >= 0.5. The benchmark's script leaves unanswered questions out, this does not.
+        The recipe's headline comes first. Raises ValueError when there are no examples.
         """
-        letters, glues = self._read_all(examples, answers)
-        accuracy = _accuracy(letters, examples)
+        is_right = accuracy(said_letters(examples, answers), examples)
+        glues = [read_evidence(answer) for answer in answers]
         iou, iop = segment_overlap([glue or [] for glue in glues], [_intervals_s(ex) for ex in examples])
-        grounded = [right if part >= 0.5 else 0.0 for right, part in zip(accuracy, iop, strict=True)]
+        grounded = [right if part >= 0.5 else 0.0 for right, part in zip(is_right, iop, strict=True)]
         values = {
             "acc@gqa": mean(grounded),
-            "acc": mean(accuracy),
-            "miou": mean(self._iou(glues, examples)),
+            "acc": mean(is_right),
+            "miou": mean(_iou(glues, examples, is_empty_right=True)),
             "miop": mean(iop),
             "iop@0.3": frac_at_least(iop, 0.3),
             "iop@0.5": frac_at_least(iop, 0.5),
@@ -135,6 +148,14 @@ class GroundedQA:
         headline = "miou" if self.is_paper else "acc@gqa"
         return {headline: values.pop(headline), **values}
 
+    def are_readable(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
+        """Whether both letter and intervals can be read."""
+        letters = said_letters(examples, answers)
+        return [
+            letter is not None and read_evidence(answer) is not None
+            for letter, answer in zip(letters, answers, strict=True)
+        ]
+
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
         """The majority letter, with the whole video or with the best constant part of it as evidence.
 
@@ -142,7 +163,7 @@ class GroundedQA:
         """
         letter = most_common(grounded_choice_truth(ex).letter for ex in examples)
         durations_s = [ex.duration_s for ex in examples]
-        start_frac, end_frac = best_constant_interval([_intervals_s(ex) for ex in examples], durations_s, "set")
+        start_frac, end_frac = best_constant_interval([_intervals_s(ex) for ex in examples], durations_s)
         return {
             "whole_video": [self._answer(letter, [(0.0, duration_s)]) for duration_s in durations_s],
             "best_constant": [
@@ -168,21 +189,11 @@ class GroundedQA:
         """Letter and intervals of every answer, None where they cannot be read."""
         check_counts(len(examples), len(answers))
         letters = read_letters(examples, answers, self.is_paper)
-        if self.is_paper:  # the first glue block as it is; fixed: the last one, clamped to the video
+        if self.is_paper:  # the first glue block; fixed: the last one
             return letters, read_glues(answers, "paper", pick="first")
         return letters, [
-            None if intervals is None else inside_video(intervals, ex.duration_s)
+            intervals and [without_overshoot(interval, ex.duration_s) for interval in intervals]
             for intervals, ex in zip(read_glues(answers, "fixed"), examples, strict=True)
-        ]
-
-    def _iou(self, glues: Sequence[list[Interval] | None], examples: Sequence[Example]) -> list[float]:
-        truths = [_intervals_s(ex) for ex in examples]
-        iou = interval_iou_batch([glue or [] for glue in glues], truths, "set")
-        if not self.is_paper:
-            return iou
-        return [
-            1.0 if glue is not None and not connected_pieces([*glue, *truth]) else value
-            for value, glue, truth in zip(iou, glues, truths, strict=True)
         ]
 
 
@@ -228,8 +239,16 @@ def segment_overlap(
     return iou, iop
 
 
-def _accuracy(letters: Sequence[str | None], examples: Sequence[Example]) -> list[float]:
-    return [float(letter == grounded_choice_truth(ex).letter) for letter, ex in zip(letters, examples, strict=True)]
+def _iou(glues: Sequence[list[Interval] | None], examples: Sequence[Example], *, is_empty_right: bool) -> list[float]:
+    """Set IoU of each answer. `is_empty_right`: 1 where neither list nor truth has any length, as in the paper."""
+    truths = [_intervals_s(ex) for ex in examples]
+    iou = interval_iou_batch([glue or [] for glue in glues], truths, "set")
+    if not is_empty_right:
+        return iou
+    return [
+        1.0 if glue is not None and not connected_pieces([*glue, *truth]) else value
+        for value, glue, truth in zip(iou, glues, truths, strict=True)
+    ]
 
 
 def _intervals_s(example: Example) -> tuple[Interval, ...]:

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from vcr1_fast.settings.config import TaskConfig
-from vcr1_fast.tasks.annotations import check_counts, frac_at_least, interval_truth, mean
+from vcr1_fast.tasks.annotations import check_counts, frac_at_least, interval_truth, mean, without_overshoot
 from vcr1_fast.tasks.answer_format import clip, tag_blocks
 from vcr1_fast.tasks.answers_batch import have_format, read_glues
 from vcr1_fast.tasks.constant_interval import best_constant_interval
 from vcr1_fast.tasks.glue_format import glue_text, read_glue
-from vcr1_fast.tasks.grounded_qa import inside_video, limited, longest
+from vcr1_fast.tasks.grounded_qa import limited, longest
 from vcr1_fast.tasks.overlap import interval_iou_batch
 from vcr1_fast.tasks.temporal_grounding import TemporalGrounding
 from vcr1_fast.types import Example, Interval
@@ -45,8 +45,8 @@ class GroundingByList(TemporalGrounding):
         """Parts "format" and "iou" of N answers, each in [0, 1].
 
         format, fixed: one think block (if asked for), one answer block, and a list that can be read in it. format,
-        paper: the tags alone. iou is 0 where no list can be read or it is longer than task.max_intervals; fixed: of
-        what lies in the video.
+        paper: the tags alone. iou is 0 where no list can be read or it is longer than task.max_intervals; fixed: see
+        `without_overshoot`.
         """
         check_counts(len(examples), len(answers))
         lists = read_glues(answers, self.rule, "answer", "first" if self.is_paper else "last")
@@ -54,7 +54,10 @@ class GroundingByList(TemporalGrounding):
         is_formatted = have_format(answers, self.rule, self.think)
         if not self.is_paper:
             is_formatted = [ok and listed is not None for ok, listed in zip(is_formatted, lists, strict=True)]
-            lists = [inside_video(listed or [], ex.duration_s) for listed, ex in zip(lists, examples, strict=True)]
+            lists = [
+                [without_overshoot(period, ex.duration_s) for period in listed or []]
+                for listed, ex in zip(lists, examples, strict=True)
+            ]
         iou = interval_iou_batch([listed or [] for listed in lists], _truths(examples), "set")
         return {"format": [float(ok) for ok in is_formatted], "iou": iou}
 
@@ -69,9 +72,13 @@ class GroundingByList(TemporalGrounding):
         recalls = {f"r@{threshold}": frac_at_least(iou, threshold) for threshold in (0.3, 0.5, 0.7)}
         return {"miou": mean(iou), **recalls}
 
+    def are_readable(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
+        """Whether there is a list, an empty one included."""
+        return [_said(answer) is not None for answer in answers]
+
     def best_constant(self, examples: Sequence[Example]) -> Interval:
         """(start, end) as fractions of the duration: of all on a grid the one with the highest mean IoU."""
-        return best_constant_interval(_truths(examples), [ex.duration_s for ex in examples], "set")
+        return best_constant_interval(_truths(examples), [ex.duration_s for ex in examples])
 
     def _answer(self, start_s: float, end_s: float, reasoning: str = "") -> str:
         return self._listed([(start_s, end_s)], reasoning)

@@ -1,8 +1,9 @@
 """Multiple choice: which of the given answers to a question is right? Answer: its letter.
 
-Row: {"id", "task", "video", "query", "duration_s", "options": ["a cat", ...], "answer": "C"}.
+Row: {"id", "task", "video", "query", "duration_s", "options": ["a cat", ...], "answer": "C"}, and optionally "scoring",
+the benchmark whose rule finds the letter for the held-out score (`benchmark_readers.CHOICE_RULES`).
 
-recipe fixed: the letter is read with care, so that a word such as "Because" is not taken for B.
+Rewards, recipe fixed: the letter is read with care, so that a word such as "Because" is not taken for B.
 recipe paper: VideoChat-R1 (arXiv 2504.06958, grpo_qa.py) with its parser and its defect: the format test is the one of
 grounded questions and demands a glue block that the prompt never asks for, so it is practically always 0.
 """
@@ -12,9 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vcr1_fast.settings.config import TaskConfig
-from vcr1_fast.tasks.annotations import check_counts, choice_truth, mean, read_letter, read_options, written_options
+from vcr1_fast.tasks.annotations import (
+    check_counts,
+    choice_truth,
+    mean,
+    read_options,
+    read_true_letter,
+    written_options,
+)
 from vcr1_fast.tasks.answer_format import clip
 from vcr1_fast.tasks.answers_batch import have_format, read_choices, read_paper_choices
+from vcr1_fast.tasks.benchmark_readers import CHOICE_RULES, read_letter
 from vcr1_fast.tasks.choice_format import (
     PAPER_NUM_LETTERS,
     marked_options,
@@ -78,12 +87,17 @@ class MultipleChoice:
         else:
             have_tags = have_format(answers, "fixed", self.think)
             is_formatted = [ok and letter is not None for ok, letter in zip(have_tags, letters, strict=True)]
-        is_right = [letter == choice_truth(ex).letter for letter, ex in zip(letters, examples, strict=True)]
-        return {"format": [float(ok) for ok in is_formatted], "accuracy": [float(ok) for ok in is_right]}
+        return {"format": [float(ok) for ok in is_formatted], "accuracy": accuracy(letters, examples)}
 
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-        """acc: the share of right letters, in [0, 1]; an unreadable answer is wrong. ValueError without examples."""
-        return {"acc": mean(self.score(examples, answers)["accuracy"])}
+        """acc: the share of right letters, by the row's rule; an unreadable answer is wrong. In [0, 1].
+
+        Raises ValueError without examples.
+        """
+        return {"acc": mean(accuracy(said_letters(examples, answers), examples))}
+
+    def are_readable(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
+        return [letter is not None for letter in said_letters(examples, answers)]
 
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
         """majority_letter: the letter that is most often right in these examples."""
@@ -95,12 +109,13 @@ class MultipleChoice:
         return f"{think}<answer>{letter}</answer>"
 
 
-def read_choice_row(row: Mapping[str, object], is_paper: bool) -> ChoiceTruth:
-    """Options and right letter of an annotation row; letters in front of the options ("(A) a cat") are taken off.
+def read_choice_row(row: Mapping[str, object], is_paper: bool, scoring: str = "videomme") -> ChoiceTruth:
+    """Options, right letter and rule of an annotation row; letters before options ("(A) a cat") are taken off.
 
     paper: the options are also kept as the file writes them, letters and blanks included, for the prompt to hold them
-    byte for byte as the original's does.
-    Raises ValueError for missing or malformed options and for a letter beyond them; paper: for more than 7 options.
+    byte for byte as the original's does. `scoring`: the rule of a row that names none.
+    Raises ValueError for missing or malformed options, for a letter beyond them and for an unknown rule; paper: for
+    more than 7 options.
     """
     options = read_options(row)
     if is_paper and len(options) > PAPER_NUM_LETTERS:
@@ -108,9 +123,13 @@ def read_choice_row(row: Mapping[str, object], is_paper: bool) -> ChoiceTruth:
             f"there are {len(options)} options, wanted at most {PAPER_NUM_LETTERS}: "
             "task.recipe paper reads no letter after G"
         )
+    rule = row.get("scoring", scoring)
+    if not isinstance(rule, str) or rule not in CHOICE_RULES:
+        raise ValueError(f"scoring is {rule!r:.60}, wanted one of {', '.join(CHOICE_RULES)}")
     written = written_options(row) if is_paper else ()
     is_usual = list(written) == marked_options(options)
-    return ChoiceTruth(read_letter(row, len(options)), options, written=() if is_usual else written)
+    letter = read_true_letter(row, len(options))
+    return ChoiceTruth(letter, options, written=() if is_usual else written, scoring=rule)
 
 
 def choice_fields(example: Example) -> dict[str, str]:
@@ -131,8 +150,23 @@ def choice_fields(example: Example) -> dict[str, str]:
     }
 
 
+def said_letters(examples: Sequence[Example], answers: Sequence[str]) -> list[str | None]:
+    """The letter of each answer by the rule of its row; for scores."""
+    check_counts(len(examples), len(answers))
+    truths = [choice_truth(example) for example in examples]
+    return [read_letter(said, truth.options, truth.scoring) for said, truth in zip(answers, truths, strict=True)]
+
+
 def read_letters(examples: Sequence[Example], answers: Sequence[str], is_paper: bool) -> list[str | None]:
-    """The letter each answer names, None where it cannot be read. paper: in the first answer block, fixed: the last."""
+    """The letter each answer names, for rewards, None where it cannot be read.
+
+    paper: in the first answer block, fixed: in the last one.
+    """
     if is_paper:
         return read_paper_choices(answers)
     return read_choices(answers, [choice_truth(example).options for example in examples])
+
+
+def accuracy(letters: Sequence[str | None], examples: Sequence[Example]) -> list[float]:
+    """1 for each right letter."""
+    return [float(letter == choice_truth(ex).letter) for letter, ex in zip(letters, examples, strict=True)]

@@ -86,6 +86,10 @@ class NumericAnswer:
         check_counts(len(examples), len(answers))
         return {"mra": mean(_accuracy([benchmark_number(clip(answer)) for answer in answers], examples))}
 
+    def are_readable(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
+        """Whether there is a number."""
+        return [benchmark_number(clip(answer)) is not None for answer in answers]
+
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
         """best_constant: of the true numbers of these examples the one that scores best as the answer to all."""
         truths = np.array([number_truth(ex).value for ex in examples])

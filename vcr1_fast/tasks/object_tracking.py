@@ -5,6 +5,7 @@ fractions of width and height.
 
 recipe fixed: any number of boxes, the instants are told, box 0 (which the prompt gives away) earns nothing.
 recipe paper: VideoChat-R1 (arXiv 2504.06958) on GOT-10k: 8 boxes at untold instants, box 0 counts, loose validity test.
+Held-out scores read answers as its evaluation does (`benchmark_readers.read_boxes`), in both.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vcr1_fast.tasks.annotations import (
 )
 from vcr1_fast.tasks.answer_format import BoxList
 from vcr1_fast.tasks.answers_batch import Rule, have_format, read_box_lists
+from vcr1_fast.tasks.benchmark_readers import read_boxes
 from vcr1_fast.tasks.frame_overlap import success_metrics
 from vcr1_fast.tasks.overlap import track_iou_batch
 from vcr1_fast.tasks.prompt_file import Wording
@@ -110,13 +112,17 @@ class ObjectTracking:
         first. ao, sr@0.5 and sr@0.75 are GOT-10k's, over all boxes of all answers, see `success_metrics`.
         In [0, 1]; unreadable answers count as 0. Raises ValueError when there are no examples.
         """
-        _, tracks = self._read_all(examples, answers)
+        tracks = _said_tracks(examples, answers)
         metrics: dict[str, float] = {}
         for first_box in (self.first_box, 1 - self.first_box):
             overlap, suffix = _track_iou(tracks, examples, first_box), "" if first_box else "_with_first"
             metrics[f"mean_overlap{suffix}"] = mean(overlap)
             metrics |= {f"r@{threshold}{suffix}": frac_at_least(overlap, threshold) for threshold in (0.5, 0.7)}
         return metrics | success_metrics(tracks, [track_truth(ex).boxes for ex in examples])
+
+    def are_readable(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
+        """Whether there is a box for each instant."""
+        return [bool(track) for track in _said_tracks(examples, answers)]
 
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
         """repeat_first_box: the given box at every instant, with four decimals."""
@@ -155,6 +161,14 @@ class ObjectTracking:
         if not self.is_paper and not all(math.isfinite(corner) for box in track for corner in box):
             return False, []
         return True, track
+
+
+def _said_tracks(examples: Sequence[Example], answers: Sequence[str]) -> list[list[Box]]:
+    """The boxes of each answer, for scores; none unless there is one for each instant."""
+    check_counts(len(examples), len(answers))
+    tracks = [read_boxes(answer) or [] for answer in answers]
+    counts = [len(track_truth(example).boxes) for example in examples]
+    return [track if len(track) == count else [] for track, count in zip(tracks, counts, strict=True)]
 
 
 def _track_iou(tracks: list[list[Box]], examples: Sequence[Example], first_box: int) -> list[float]:

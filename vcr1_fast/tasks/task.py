@@ -10,7 +10,11 @@ from vcr1_fast.types import Example, Truth
 
 
 class Task(Protocol):
-    """One file of `vcr1_fast.tasks` provides one of these. Stateless apart from its settings."""
+    """One file of `vcr1_fast.tasks` provides one of these. Stateless apart from its settings.
+
+    Two more members are optional, both (examples, answers) -> one bool per answer: `are_readable`, whether `metrics`
+    found something in it, and `are_well_formed`, where that is cheaper to say than by the part "format" of `score`.
+    """
 
     name: str
     part_names: tuple[str, ...]  # reward parts, for example ("format", "iou")
@@ -34,7 +38,10 @@ class Task(Protocol):
         ...
 
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-        """Held-out score, headline metric first; failures stay in the denominator."""
+        """Held-out score, headline metric first; failures stay in the denominator.
+
+        Read by the benchmark's published rule (`benchmark_readers`) whatever the recipe; only `score` wants its format.
+        """
         ...
 
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:

@@ -2,8 +2,9 @@
 
 Row: {"id", "task", "video", "query", "duration_s", "intervals": [[start_s, end_s], ...]}.
 
-recipe fixed: broken ground truths are refused, predictions are clamped to the video, signs and units are read.
+recipe fixed: broken ground truths are refused; rewards read signs and units.
 recipe paper: VideoChat-R1 (arXiv 2504.06958, grpo_tg.py) with its parser, its hull IoU and its reversed ground truths.
+Held-out scores read answers as the benchmarks' script does (`benchmark_readers.read_period`), in both.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from vcr1_fast.tasks.annotations import (
     mean,
     read_duration_s,
     read_rows,
+    without_overshoot,
 )
 from vcr1_fast.tasks.answers_batch import Rule, have_format, read_periods
+from vcr1_fast.tasks.benchmark_readers import read_period
 from vcr1_fast.tasks.constant_interval import best_constant_interval
 from vcr1_fast.tasks.overlap import interval_iou_batch
 from vcr1_fast.tasks.prompt_file import Wording, one_line
@@ -94,7 +97,7 @@ class TemporalGrounding:
         if not self.is_paper:
             is_formatted = [ok and period is not None for ok, period in zip(is_formatted, periods, strict=True)]
         predicted = [self._scored(period, ex) for period, ex in zip(periods, examples, strict=True)]
-        iou = self._iou(predicted, examples)
+        iou = interval_iou_batch(predicted, _truths(examples), "hull" if self.is_paper else "set")
         if self.is_boundary:
             iou = [
                 value * boundary_factor(intervals[0], interval_truth(ex).intervals_s, ex.duration_s)
@@ -107,15 +110,17 @@ class TemporalGrounding:
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
         """Mean IoU and the share of answers whose IoU reaches 0.3, 0.5, 0.7. Unreadable answers count as IoU 0.
 
-        Of several true intervals the one that fits best counts, as in QVHighlights (moment_detr, compute_mr_r1). In
-        [0, 1]; read as the reward reads them, never with the boundary factor. Raises ValueError without examples.
+        In [0, 1]. As in the benchmarks: periods are not cut to the video, there is no boundary factor, and of several
+        true intervals the one that fits best counts, as in QVHighlights (moment_detr, compute_mr_r1). Raises ValueError
+        without examples.
         """
         check_counts(len(examples), len(answers))
-        periods = read_periods(answers, self.rule)
-        predicted = [self._scored(period, ex) for period, ex in zip(periods, examples, strict=True)]
-        iou = self._best_iou(predicted, examples)
+        iou = _best_iou([read_period(answer) for answer in answers], examples)
         recalls = {f"r@{threshold}": frac_at_least(iou, threshold) for threshold in (0.3, 0.5, 0.7)}
         return {"miou": mean(iou), **recalls}
+
+    def are_readable(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
+        return [read_period(answer) is not None for answer in answers]
 
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
         """whole_video: 0 to the duration. best_constant: the part of the video that scores best on these examples.
@@ -130,32 +135,26 @@ class TemporalGrounding:
 
     def best_constant(self, examples: Sequence[Example]) -> Interval:
         """(start, end) as fractions of the duration: of all on a grid the one with the highest mean IoU."""
-        truths = [interval_truth(ex).intervals_s for ex in examples]
-        return best_constant_interval(truths, [ex.duration_s for ex in examples], "hull" if self.is_paper else "set")
+        return best_constant_interval(_truths(examples), [ex.duration_s for ex in examples])
 
     def _answer(self, start_s: float, end_s: float, reasoning: str = "") -> str:
         think = f"<think>{reasoning}</think>" if self.think else ""
         return f"{think}<answer>{start_s:.2f} to {end_s:.2f}</answer>"
 
     def _scored(self, period: Interval | None, example: Example) -> list[Interval]:
-        """What enters the IoU: nothing for an unreadable or reversed period; fixed: clamped to the video."""
+        """What enters the reward's IoU: nothing for an unreadable or reversed period; fixed: `without_overshoot`."""
         if period is None or period[0] > period[1]:
             return []
-        if self.is_paper:
-            return [period]
-        return [(_clamp(period[0], example.duration_s), _clamp(period[1], example.duration_s))]
-
-    def _iou(self, predicted: list[list[Interval]], examples: Sequence[Example]) -> list[float]:
-        truths = [interval_truth(ex).intervals_s for ex in examples]
-        return interval_iou_batch(predicted, truths, "hull" if self.is_paper else "set")
-
-    def _best_iou(self, predicted: list[list[Interval]], examples: Sequence[Example]) -> list[float]:
-        truths = [interval_truth(ex).intervals_s for ex in examples]
-        pairs = [(period, [one]) for period, truth in zip(predicted, truths, strict=True) for one in truth]
-        kind = "hull" if self.is_paper else "set"
-        values = iter(interval_iou_batch([p for p, _ in pairs], [t for _, t in pairs], kind))
-        return [max(next(values) for _ in truth) for truth in truths]
+        return [period if self.is_paper else without_overshoot(period, example.duration_s)]
 
 
-def _clamp(time_s: float, duration_s: float) -> float:
-    return min(max(time_s, 0.0), duration_s)
+def _best_iou(periods: Sequence[Interval | None], examples: Sequence[Example]) -> list[float]:
+    """IoU of each period with the true interval that fits it best; 0 without a period."""
+    truths = _truths(examples)
+    pairs = [(period, one) for period, truth in zip(periods, truths, strict=True) for one in truth]
+    values = iter(interval_iou_batch([[said] if said else [] for said, _ in pairs], [[one] for _, one in pairs], "set"))
+    return [max(next(values) for _ in truth) for truth in truths]
+
+
+def _truths(examples: Sequence[Example]) -> list[tuple[Interval, ...]]:
+    return [interval_truth(ex).intervals_s for ex in examples]

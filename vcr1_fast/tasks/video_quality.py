@@ -3,9 +3,10 @@
 Row: {"id", "task", "video", "query", "duration_s", "answer": "low quality"}, and optionally "options", the labels there
 are. The query is the whole instruction; VidTAB's names the labels itself.
 
-recipe fixed: case, blanks and punctuation around the label do not matter; the format test fits the prompt.
+Rewards, recipe fixed: case, blanks and punctuation around the label do not matter; the format test fits the prompt.
 recipe paper: VideoChat-R1 (arXiv 2504.06958, grpo_cls.py) with its defect: without thinking, grpo_cls_nothink.py still
 rewards the think block that the prompt no longer asks for.
+Held-out scores read answers as its evaluation does (`benchmark_readers.read_label`), in both.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.annotations import check_counts, label_truth, mean, read_options, read_text
 from vcr1_fast.tasks.answer_format import clip, has_paper_format, has_strict_format, tag_blocks
+from vcr1_fast.tasks.benchmark_readers import read_label
 from vcr1_fast.tasks.choice_format import most_common, plain_text
 from vcr1_fast.tasks.prompt_file import Wording
 from vcr1_fast.types import Example, LabelTruth
@@ -88,7 +90,17 @@ class VideoQuality:
 
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
         """acc: the share of right labels, in [0, 1]; an unreadable answer is wrong. ValueError without examples."""
-        return {"acc": mean(self.score(examples, answers)["accuracy"])}
+        check_counts(len(examples), len(answers))
+        truths = [label_truth(example).label.strip().lower() for example in examples]
+        return {"acc": mean([float(read_label(said) == truth) for said, truth in zip(answers, truths, strict=True)])}
+
+    def are_readable(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
+        """Whether there is a label, one of those that are known."""
+        known = [{label.strip().lower() for label in label_truth(example).labels} for example in examples]
+        said = [read_label(answer) for answer in answers]
+        return [
+            label is not None and (label in labels or not labels) for label, labels in zip(said, known, strict=True)
+        ]
 
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
         """majority_label: the label that is most often right in these examples."""

@@ -111,7 +111,7 @@ def test_mvbench(tmp_path: Path):
     files.append(write(tmp_path / "moving_count.json", [MVBENCH | count]))
     found = read_suite("mvbench", files, tmp_path / "video")
     first, refused, doubled, second = found.rows
-    assert (first["id"], first["answer"]) == ("mvbench:action_sequence:1", "C")
+    assert (first["id"], first["answer"], first["scoring"]) == ("mvbench:action_sequence:1", "C", "mvbench")
     assert first["video"] == str(tmp_path / "video" / "star" / "Charades_segment" / "ZS9XR.mp4")
     assert doubled["answer"] == "B"  # the first of the two
     assert (second["id"], second["answer"], second["categories"]) == (
@@ -223,6 +223,7 @@ def test_longvideobench(tmp_path: Path):
             "topic_category": "NP-News-Programs",
             "level": "L2-Relation",
         },
+        "scoring": "longvideobench",
     }
     assert refused["id"] == "longvideobench:d" and found.num_refused == 1
     reasons = [error.reason for error in found.errors]
@@ -271,6 +272,7 @@ def test_mlvu(tmp_path: Path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "movie101_66.mp4").touch()
         row = read_suite("mlvu", [tmp_path / "1_plotQA.json"]).rows[0]
+        assert row["scoring"] == "mlvu"
         assert row["video"] == str(tmp_path / folder / "movie101_66.mp4")
     test = MLVU | {"question_id": "SP_1", "question_type": "sportsQA", "answer": "Blue"}
     (row,) = read_suite("mlvu", [write(tmp_path / "test_mcq_gt.json", [test])]).rows

@@ -96,7 +96,7 @@ def test_numbers_and_choices_of_one_suite_are_loaded_as_two_tasks(tmp_path: Path
     (content,) = read_annotation_files([AnnotationSource(output)], make_tasks(TaskConfig()))
     assert [(row.task, row.truth) for row in content.rows] == [
         ("numeric_answer", NumberTruth(2.5)),
-        ("multiple_choice", ChoiceTruth("A", ("left", "right"))),
+        ("multiple_choice", ChoiceTruth("A", ("left", "right"), scoring="vsibench")),
     ]
 
 

@@ -40,6 +40,7 @@ def _row(entry: Entry, videos: Path) -> Row:
         options,
         letter_at(read_field(entry, "correct_choice"), len(options), "correct_choice"),
         {axis: entry.get(axis) for axis in AXES},
+        scoring="longvideobench",
     )
 
 

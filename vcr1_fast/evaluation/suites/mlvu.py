@@ -43,6 +43,7 @@ def _row(stem: str, where: str, entry: Entry, videos: Path) -> Row:
         [candidate or NO_TEXT for candidate in candidates],
         letters_of(str(answer), candidates)[-1],
         {"task": task},
+        scoring="mlvu",
     )
 
 

@@ -74,6 +74,7 @@ def _row(task: str, where: str, entry: Entry, videos: Path) -> Row:
         candidates,
         letters_of(answer, candidates)[0],
         {"task": task},
+        scoring="mvbench",
     )
 
 

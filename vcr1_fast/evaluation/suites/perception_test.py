@@ -53,6 +53,7 @@ def _row(video: str, question: object, id_key: str, videos: Path) -> Row:
         options,
         letter_at(read_field(entry, "answer_id"), len(options), "answer_id"),
         {axis: entry.get(axis) for axis in AXES},
+        scoring="perception_test",
     )
 
 

@@ -113,11 +113,19 @@ def letters_of(answer: str, options: Sequence[object]) -> list[str]:
 
 
 def choice_row(
-    name: str, video: str, query: str, options: object, answer: object, categories: Mapping[str, object]
+    name: str,
+    video: str,
+    query: str,
+    options: object,
+    answer: object,
+    categories: Mapping[str, object],
+    scoring: str = "",
 ) -> Row:
-    """A row of the task multiple_choice."""
+    """A row of the task multiple_choice. `scoring`: by which rule of tasks/benchmark_readers.py its letter is read; ""
+    is the task's default, that of Video-MME."""
     row: Row = {"id": name, "task": "multiple_choice", "video": video, "query": query, "options": options}
-    return row | {"answer": answer, "categories": known_categories(categories)}
+    row |= {"answer": answer, "categories": known_categories(categories)}
+    return row | ({"scoring": scoring} if scoring else {})
 
 
 def known_categories(categories: Mapping[str, object]) -> dict[str, str | list[str]]:

@@ -43,7 +43,7 @@ def _row(entry: Entry, videos: Path) -> Row:
     answer = read_field(entry, "ground_truth")
     if kind in CHOICES:
         categories = {"task": CHOICES[kind], "question_type": kind, "dataset": dataset}
-        return choice_row(name, video, query, read_options(entry, "options"), answer, categories)
+        return choice_row(name, video, query, read_options(entry, "options"), answer, categories, "vsibench")
     if kind in NUMBERS:
         row: Row = {"id": name, "task": "numeric_answer", "video": video, "query": query, "answer": answer}
         return row | {"categories": known_categories({"task": kind, "question_type": kind, "dataset": dataset})}
