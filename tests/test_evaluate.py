@@ -1,6 +1,7 @@
 """Held-out scores: failures stay in the denominator, baselines stand beside them, interrupted ones go on."""
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tests.judge.judge_server import judges_by_words, serving
 from tests.tiny_policy import run_ranks
 from vcr1_fast.evaluate import answer_all, evaluate, evaluate_command
 from vcr1_fast.evaluation.answer_forms import answer_forms
-from vcr1_fast.evaluation.answer_store import AnswerStore, checkpoint_identity, question_key
+from vcr1_fast.evaluation.answer_store import AnswerStore, question_key
 from vcr1_fast.evaluation.samples import Answer, Sample, of_all, per_sample_metrics, read_samples, with_refused
 from vcr1_fast.evaluation.score_tables import category_means, print_categories, print_scores
 from vcr1_fast.evaluation.scores import flat_scores, score_answers, scores_as_dict, scores_from_dict
@@ -32,6 +33,7 @@ from vcr1_fast.types import (
     Patches,
     RefusedTruth,
     SampleError,
+    SamplingParams,
     TrackTruth,
 )
 from vcr1_fast.video.patches import PatchSource
@@ -260,6 +262,22 @@ def test_a_metric_that_one_example_does_not_have_costs_only_its_interval(capsys)
     assert "no intervals: task correlated, one by one: ValueError: wanted two examples" in capsys.readouterr().err
 
 
+def test_answers_are_drawn_as_eval_says_and_not_as_rollouts_are(tiny_tokenizer, monkeypatch):
+    asked = []
+    generate = ScriptedEngine.generate
+
+    def recorded(engine, prompts, sampling):
+        asked.append(sampling)
+        return generate(engine, prompts, sampling)
+
+    monkeypatch.setattr(ScriptedEngine, "generate", recorded)
+    builder = PromptBuilder(tiny_tokenizer, make_tasks(TaskConfig()), read)
+    rollout = RolloutConfig(top_k=50, top_p=0.9, temperature=0.7, max_new_tokens=9)
+    config = Config(rollout=rollout, eval=EvalConfig(repetition_penalty=1.05))
+    answer_all(lambda: ScriptedEngine(tiny_tokenizer, {"a": ["x"]}), [grounding("a")], builder, config, SINGLE_PROCESS)
+    assert asked == [SamplingParams(1, 9, temperature=0.0, seed=config.train.seed, repetition_penalty=1.05)]
+
+
 def store(folder, **settings) -> AnswerStore:
     return AnswerStore(folder, {"weights": "w", "temperature": 0.0} | settings, SINGLE_PROCESS)
 
@@ -331,23 +349,6 @@ def test_answers_of_other_settings_are_refused_until_restart(tmp_path):
         store(tmp_path)
 
 
-def test_a_checkpoint_is_known_by_its_contents(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
-        (tmp_path / name / "config.json").write_text("{}")
-    a, b = tmp_path / "a", tmp_path / "b"
-    assert checkpoint_identity(a) == checkpoint_identity(b)
-    (b / "model.safetensors").write_bytes(b"Weights")  # same length
-    assert checkpoint_identity(a) != checkpoint_identity(b)
-    (b / "model.safetensors").write_bytes(b"weights")
-    (b / "README.md").write_text("what nobody loads")
-    (b / "model-00002-of-00002.safetensors").write_bytes(b"stale")
-    assert checkpoint_identity(a) == checkpoint_identity(b)
-    (b / "chat_template.jinja").write_text("other prompts")
-    assert checkpoint_identity(a) != checkpoint_identity(b)
-
-
 def test_categories_by_axis(capsys):
     def sample(acc: float, **categories: str) -> Sample:
         lists = {axis: values.split("+") for axis, values in categories.items()}
@@ -406,6 +407,34 @@ def test_eval_command_writes_samples_and_goes_on_from_them(tmp_path, monkeypatch
     assert known["metrics"]["miou"] == pytest.approx(good.metrics["miou"]) and known["num_bad"] == 0
 
 
+def test_eval_command_with_a_prompt_file(tmp_path, monkeypatch):
+    """recipe paper: a held-out event as annotated. The file's digest is in scores.json and guards the answers."""
+    data, file = tmp_path / "data", tmp_path / "tg.txt"
+    write_dataset(SynthConfig(output_dir=str(data), num_train=1, num_eval=1), show_progress=False)
+    row = json.loads((data / "eval_grounding.jsonl").read_text().splitlines()[0]) | {"query": "A  dog Barks."}
+    (data / "eval.jsonl").write_text(json.dumps(row))
+    file.write_text("Find: {event}\n")
+    monkeypatch.setattr(
+        "vcr1_fast.run.run.Run.open_engine", lambda run: ScriptedEngine(run.builder.tokenizer, {row["id"]: ["1 to 2"]})
+    )
+    config = load_config(
+        "tiny",
+        [
+            f"--data.eval={data / 'eval.jsonl'}",
+            f"--eval.output_dir={tmp_path / 'mine'}",
+            f"--task.prompts.temporal_grounding={file}",
+            "--task.recipe=paper",
+        ],
+    )
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert evaluate_command(config)["prompts"] == {"temporal_grounding": digest}
+    assert json.loads((tmp_path / "mine" / "scores.json").read_text())["prompts"] == {"temporal_grounding": digest}
+    assert [s.question for s in read_samples(tmp_path / "mine" / "samples.jsonl")] == ["Find: A  dog Barks."]
+    file.write_text("Find this: {event}\n")
+    with pytest.raises(ConfigError, match=rf"task.prompts.temporal_grounding was {digest}, is [0-9a-f]{{64}}\)"):
+        evaluate_command(config)
+
+
 def test_eval_command_refuses_a_folder_with_answers_of_other_settings(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -417,5 +446,7 @@ def test_eval_command_refuses_a_folder_with_answers_of_other_settings(tmp_path):
         evaluate_command(load_config("tiny", overrides))
     with pytest.raises(ConfigError, match="max_new_tokens was 96, is 9"):
         evaluate_command(load_config("tiny", [*overrides, "--rollout.max_new_tokens=9"]))
+    with pytest.raises(ConfigError, match=r"repetition_penalty was 1\.0, is 1\.05"):
+        evaluate_command(load_config("tiny", [*overrides, "--eval.repetition_penalty=1.05"]))
     with pytest.raises(SampleError, match=unreadable):
         evaluate_command(load_config("tiny", [*overrides, "--rollout.max_new_tokens=9", "--eval.restart=true"]))

@@ -14,11 +14,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from vcr1_fast import __version__
 from vcr1_fast.run.exit_codes import FAILED, STOPPED_BY_SIGNAL, WRONG_USAGE
-from vcr1_fast.run.stop_signals import StoppedBySignal, heed_usr1
+from vcr1_fast.run.stop_signals import StoppedBySignal, heed_no_interrupt, heed_one_interrupt, heed_usr1
 from vcr1_fast.run.telemetry import is_main_rank, to_json
 from vcr1_fast.run.terminal import printable_output
 from vcr1_fast.settings.checks import check_settings
@@ -91,8 +92,9 @@ HELP_EPILOG = "\n".join(
         "  doctor  say what is installed, what works and why the rest does not",
         "  serve CONFIG  start rollout workers on this node, for trainers on other nodes",
         "  baselines TASK FILE  score answers that need no model on an annotation file",
-        "  suite NAME FILE...  read Video-MME, MVBench or Perception Test as published, write a JSONL for data.eval",
+        "  suite NAME FILE...  read a public benchmark as it is published, write a JSONL for data.eval; `suite list`",
         "  score TASK|SUITE FILE ANSWERS.jsonl  score answers that were made elsewhere",
+        "  watch RUN  the numbers of a run as a table that follows it",
         "  compare A B  whether two samples.jsonl of eval differ, with intervals and p-values",
         "",
         "  vcr1-fast train CONFIG.yaml --train.num_steps=3 --rollout.group_size=8",
@@ -107,6 +109,8 @@ HELP_EPILOG = "\n".join(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `vcr1-fast` script. Exits through SystemExit; a rank of several at once."""
+    heed_usr1()
+    heed_one_interrupt()
     parser = argparse.ArgumentParser(
         prog="vcr1-fast",
         usage="vcr1-fast COMMAND [CONFIG] [--section.field=value ...]",
@@ -119,9 +123,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("command", choices=choices, metavar="COMMAND", help="one of those below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
     parsed = parser.parse_args(arguments)
-    heed_usr1()
     run = PLAIN_COMMANDS.get(parsed.command) or partial(_run_with_settings, parsed.command)
     code = exit_code_of(lambda: run(parsed.rest))
+    heed_no_interrupt()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
         from vcr1_fast.learner.sharding import exit_rank
 
@@ -287,20 +291,36 @@ def _run_compare(tokens: list[str]) -> object:
 def _run_suite(tokens: list[str]) -> object:
     parser = argparse.ArgumentParser(
         prog="vcr1-fast suite",
-        description="Reads a multiple-choice benchmark as it is published and writes one JSONL for data.eval.",
+        usage="vcr1-fast suite list | NAME FILE... --output OUT.jsonl [options] | NAME --samples samples.jsonl",
+        description="Reads a benchmark as it is published and writes one JSONL for data.eval; with --samples, the mean "
+        "that the benchmark reports of what eval then gave.",
     )
-    parser.add_argument("suite", choices=("videomme", "mvbench", "perception_test"))
-    parser.add_argument("files", metavar="FILE", nargs="+", help="annotation files; for mvbench one for each task")
-    parser.add_argument("--output", required=True, metavar="OUT.jsonl", help="file to write")
+    from vcr1_fast.evaluation.suites import SUITES
+    from vcr1_fast.evaluation.suites.command import print_suites, score_command, suite_command
+    from vcr1_fast.evaluation.suites.subtitles import Subtitles
+
+    parser.add_argument("suite", choices=("list", *SUITES), metavar="NAME", help="`list` describes them all")
+    parser.add_argument("files", metavar="FILE", nargs="*", help="annotation files; `list` says which")
+    parser.add_argument("--output", metavar="OUT.jsonl", help="file to write")
     parser.add_argument("--videos", metavar="FOLDER", help="folder of the videos; default: that of the first FILE")
     parser.add_argument("--only", metavar="AXIS=VALUE", action="append", default=[], help="such as duration=short")
+    parser.add_argument("--subtitles", metavar="FOLDER", help="of .srt files named as the videos, for the questions")
+    parser.add_argument("--subtitle-frames", metavar="N", type=int, help="only those seen at N evenly spaced frames")
+    parser.add_argument("--samples", metavar="samples.jsonl", help="of vcr1-fast eval, to be averaged")
     options = parser.parse_args(tokens)
+    if options.suite == "list":
+        return print_suites()
+    if options.samples:
+        return score_command(options.suite, options.samples)
+    if not options.files or not options.output:
+        parser.error("wanted at least one FILE and --output OUT.jsonl")
     if any("=" not in wanted for wanted in options.only):
         parser.error("--only wants AXIS=VALUE, such as duration=short")
-    from vcr1_fast.evaluation.suites import suite_command
-
+    if options.subtitle_frames is not None and (options.subtitle_frames < 1 or not options.subtitles):
+        parser.error("--subtitle-frames wants a number of frames >= 1, and --subtitles")
     only = dict(wanted.split("=", 1) for wanted in options.only)
-    return suite_command(options.suite, options.files, options.output, options.videos, only)
+    subtitles = Subtitles(Path(options.subtitles), options.subtitle_frames) if options.subtitles else None
+    return suite_command(options.suite, options.files, options.output, options.videos, only, subtitles)
 
 
 def _run_serve(tokens: list[str]) -> object:
@@ -325,6 +345,21 @@ def _run_serve(tokens: list[str]) -> object:
     return None
 
 
+def _run_watch(tokens: list[str]) -> object:
+    parser = argparse.ArgumentParser(
+        prog="vcr1-fast watch",
+        description="Shows the numbers of a run as a table and follows it until its end or Ctrl-C. What each of them "
+        "means stands in docs/metrics.md.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of the run, its train.output_dir")
+    parser.add_argument("--all", action="store_true", help="every metric, not the main ones alone")
+    parser.add_argument("--once", action="store_true", help="as it is now; without a terminal always so")
+    options = parser.parse_args(tokens)
+    from vcr1_fast.commands.watch import watch_command
+
+    return watch_command(options.run, shows_all=options.all, follows=sys.stdout.isatty() and not options.once)
+
+
 PLAIN_COMMANDS = {  # those without settings alone
     "doctor": _run_doctor,
     "baselines": _run_baselines,
@@ -332,6 +367,7 @@ PLAIN_COMMANDS = {  # those without settings alone
     "compare": _run_compare,
     "suite": _run_suite,
     "serve": _run_serve,
+    "watch": _run_watch,
 }
 
 

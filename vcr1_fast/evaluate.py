@@ -11,13 +11,14 @@ import functools
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from vcr1_fast.evaluation import perception
-from vcr1_fast.evaluation.answer_store import AnswerStore, answer_settings, checkpoint_identity, question_key
+from vcr1_fast.evaluation.answer_store import AnswerStore, answer_settings, question_key
 from vcr1_fast.evaluation.samples import Answer, Sample, samples_as_rows, write_lines
 from vcr1_fast.evaluation.score_tables import print_categories, print_scores
 from vcr1_fast.evaluation.scores import Scores, score_answers, scores_as_dict
@@ -25,10 +26,11 @@ from vcr1_fast.learner.sharding import World, all_reduce_sum, gather_all, on_mai
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.engine import RolloutEngine
-from vcr1_fast.run.model_folder import model_folder
+from vcr1_fast.run.model_folder import model_digest, model_folder
 from vcr1_fast.run.run import Run, open_run, warn_of_other_reader
 from vcr1_fast.run.telemetry import progress, say, to_json
 from vcr1_fast.settings.config import Config, ConfigError
+from vcr1_fast.tasks.prompt_file import prompt_digests
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, Prompt, RefusedTruth, SampleError, SamplingParams
 
@@ -136,8 +138,11 @@ def answer_in_rounds(
     others = [example for example in examples if example.task not in perception.TASKS]
     answers = answer_all(open_engine, others, builder, config, world, store)
     by_id = {example.id: answer for example, answer in zip(others, answers, strict=True)}
-    focuses = perception.first_round([example for example in examples if example.task in perception.TASKS])
-    num_rounds = config.eval.perceptions
+    is_cut, num_rounds = config.eval.perception == "crop", config.eval.perceptions
+    asked_often = [example for example in examples if example.task in perception.TASKS]
+    focuses = perception.first_round(asked_often, is_cut=is_cut)
+    if not is_cut and config.task.video_first is None:
+        builder = builder.placing(video_first=True)
     for number in range(1, num_rounds + 1):
         asked = perception.round_examples(focuses, number, num_rounds, config.video)
         said = answer_all(open_engine, asked, builder, config, world, store)
@@ -151,7 +156,7 @@ def answer_in_rounds(
 def _key(builder: PromptBuilder, example: Example) -> str | None:
     """Under which its answer is kept; None where a custom task cannot ask, which the builder will say."""
     try:
-        return question_key(builder.tasks[example.task].question(example), example)
+        return question_key(builder.tasks[example.task].question(example), example, video_first=builder.video_first)
     except (Exception, SystemExit):
         return None
 
@@ -169,6 +174,7 @@ def _ask(
         max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
         temperature=config.eval.temperature,
         seed=config.train.seed,
+        repetition_penalty=config.eval.repetition_penalty,
     )
     rollout = config.rollout
     built = _built(builder, examples)
@@ -235,6 +241,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
     if config.eval.perceptions > 1 and config.task.recipe == "paper":
         raise ConfigError(f"eval.perceptions is {config.eval.perceptions}, but task.recipe is paper: set it to fixed")
     asked = config.model.path
+    config = replace(config, video=config.eval_video)
     with open_run(config, "eval") as run:
         config = run.config  # whose model is a folder where a checkpoint of a run was named
         examples = first_of_each_task(run.eval_examples(), config.eval.max_examples)
@@ -262,6 +269,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
         result = {
             "model": asked,
             "reader": run.source.name,
+            "prompts": prompt_digests(run.tasks),
             "scores": scores_as_dict(scores),
             "folder": str(store.folder),
         }
@@ -289,12 +297,13 @@ def _open_store(run: Run) -> AnswerStore:
     weights = [""]
 
     def identify() -> None:
-        weights[0] = checkpoint_identity(model_folder(config.model.path))
+        weights[0] = model_digest(model_folder(config.model.path))
 
     on_main_rank("reading the checkpoint", identify, run.world)
     if run.world.world_size > 1:
         dist.broadcast_object_list(weights, src=0)
-    settings = answer_settings(config, weights[0], run.source.name, run.world.device)
+    prompts = prompt_digests(run.tasks)
+    settings = answer_settings(config, weights[0], run.source.name, run.world.device, prompts)
     if config.eval.output_dir is not None:
         folder = Path(config.eval.output_dir)
     else:

@@ -68,7 +68,7 @@ def _score(run: Run, learner: Learner, telemetry: Telemetry) -> dict[str, Any]:
         return {}
     engine = run.open_engine()
     open_weight_sync(run, learner, engine, policy_version=0).push()
-    scores = evaluate(engine, examples, run.builder, run.tasks, run.config, run.world)
+    scores = evaluate(engine, examples, run.eval_builder, run.tasks, run.config, run.world)
     telemetry.log_eval(run.config.sft.num_steps, flat_scores(scores))
     engine.close()
     return scores_as_dict(scores)

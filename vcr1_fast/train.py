@@ -48,7 +48,7 @@ def _train(run: Run) -> dict[str, Any]:
 
     def score(step: int) -> Scores:
         with telemetry.span("eval"), queue.paused():
-            scores = evaluate(engine, held_out, run.builder, run.tasks, config, world, must_read=step == 0)
+            scores = evaluate(engine, held_out, run.eval_builder, run.tasks, config, world, must_read=step == 0)
         telemetry.log_eval(step, flat_scores(scores))
         return scores
 

@@ -70,8 +70,10 @@ class ChoiceTruth:
 
     letter: str  # "A" for options[0], "B" for options[1], ...
     options: tuple[str, ...]  # 2 to 26 texts, without their letters
-    # by which rule of tasks.benchmark_readers it is scored; no part of what is trained on, and so not of its digest
-    scoring: str = field(default="videomme", kw_only=True, repr=False)
+    # recipe paper: as the file writes them, where that is not "(A) " and the text; not in repr, see PromptStream.digest
+    written: tuple[str, ...] = field(default=(), repr=False, kw_only=True)
+    # by which rule of tasks.benchmark_readers it is scored; no part of what is trained on, and so not in repr either
+    scoring: str = field(default="videomme", repr=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +93,29 @@ class LabelTruth:
 
 
 @dataclass(frozen=True, slots=True)
+class NumberTruth:
+    """What a question for a number asks for. Example: `NumberTruth(4.0)`."""
+
+    value: float  # > 0
+
+
+@dataclass(frozen=True, slots=True)
 class RefusedTruth:
     """A held-out annotation that cannot be used: nothing is asked, and it counts as a wrong answer."""
 
     reason: str
 
 
-Truth = IntervalTruth | TrackTruth | ChoiceTruth | GroundedChoiceTruth | LabelTruth | CaptionTruth | RefusedTruth
+Truth = (
+    IntervalTruth
+    | TrackTruth
+    | ChoiceTruth
+    | GroundedChoiceTruth
+    | LabelTruth
+    | NumberTruth
+    | CaptionTruth
+    | RefusedTruth
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +130,7 @@ class Example:
     truth: Truth
     reasoning: str = ""  # text of the think block for supervised cold start; never shown to the policy in GRPO
     categories: tuple[tuple[str, str], ...] = ()  # (axis, value) for tables of scores; an axis may come several times
+    is_held_out: bool = field(default=False, repr=False)  # from data.eval, where recipe paper asks in another way
 
     @property
     def is_refused(self) -> bool:
@@ -175,6 +194,8 @@ class SamplingParams:
     temperature: float = 1.0  # 0 is greedy; then log-probs are taken at temperature 1
     top_p: float = 1.0
     seed: int = 0  # the same seed, prompts and weights give the same tokens
+    top_k: int = 0  # draw from the k most likely only, before top_p; 0: from all
+    repetition_penalty: float = 1.0  # on the logits of tokens in prompt or completion; 1: none
 
 
 @dataclass(frozen=True, slots=True)

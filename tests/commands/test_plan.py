@@ -35,6 +35,8 @@ from vcr1_fast.settings.config import (
     Config,
     ConfigError,
     DataConfig,
+    EvalConfig,
+    EvalVideoConfig,
     LoRAConfig,
     ModelConfig,
     RolloutConfig,
@@ -183,6 +185,23 @@ def test_what_settings_add_and_save():
     assert plan_memory(replace(config, data=DataConfig()), size, tokens, 8).evaluation == {}
 
 
+def test_evaluation_is_counted_with_the_videos_that_it_sees(capsys):
+    """13,824 tokens of video and 256 of text: 65,536 // (14,080 + 1,024) = 4 prompts at once, where 8 were of 3,840."""
+    config, size = config_7b(gradient_checkpointing=True), read_model_size("Qwen2.5-VL-7B")
+    video = EvalVideoConfig(total_pixels=13824 * 28 * 28)
+    more = replace(config, eval=EvalConfig(video=video))
+    tokens, plain = plan_tokens(more, 8), plan_tokens(config, 8)
+    assert (plain.eval_prompt, tokens.eval_prompt) == (3840, 14080)
+    assert replace(tokens, eval_prompt=3840) == plain
+    memory = plan_memory(more, size, tokens, 8)
+    assert memory.evaluation["KV cache"] == pytest.approx(57344 * 4 * (14080 + 1024) / 1e9)
+    was = plan_memory(config, size, plain, 8)
+    assert (memory.update, memory.rollout, memory.static) == (was.update, was.rollout, was.static)
+    for settings, is_told in ((config, False), (more, True)):
+        plan_command(settings, 8, is_fast=True)
+        assert ("prompt in evaluation" in capsys.readouterr().out) == is_told
+
+
 def test_adapters_need_no_masters_no_reference_and_no_copies():
     """Rank 32 on the seven matrices: 28 x 32 x (2 (2 x 3584 + 3584 + 512) + 3 (3584 + 18944)) = 80,740,352."""
     config, size = config_7b(gradient_checkpointing=True), read_model_size("Qwen2.5-VL-7B")
@@ -300,9 +319,12 @@ def dry_run(capsys, *tokens: str) -> tuple[dict, str]:
 
 
 def test_a_fast_dry_run_says_that_it_is_sums(capsys):
-    line, _ = dry_run(capsys, "tiny", "--dry-run=2", "--fast", "--rollout.group_size=4")
+    line, _ = dry_run(
+        capsys, "tiny", "--dry-run=2", "--fast", "--rollout.group_size=4", "--task.prompts.captioning=none.txt"
+    )
     assert (line["num_gpus"], line["num_params"], line["is_measured"]) == (2, 1_112_000, False)
     assert line["learner"] is None and line["predicted"] is None
+    assert line["missing_files"][-1] == "none.txt"
 
 
 def test_a_dry_run_runs_the_step(capsys, monkeypatch, tmp_path: Path):

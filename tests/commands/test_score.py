@@ -70,7 +70,8 @@ def test_a_suite_as_it_is_published(tmp_path: Path, capsys):
     rows = [said(names[0], "b"), said(names[1].removeprefix("mvbench:"), "B. dog"), said(names[2], "dog")]
     code, out, err = run(capsys, "mvbench", file, written(tmp_path / "answers.jsonl", *rows))
     result = json.loads(out.splitlines()[-1])
-    assert (code, err, result["task"], result["n"]) == (0, "", "multiple_choice", 3)
+    assert (code, err, result["name"], result["n"]) == (0, "", "mvbench", 3)
+    assert result["benchmark_score"] == pytest.approx(2 / 3)
     assert (result["metrics"], result["readable"]) == ({"acc": pytest.approx(2 / 3)}, pytest.approx(2 / 3))
 
     rows = [{"id": name, "task": "multiple_choice", "video": "v.mp4", "query": "what?"} for name in ("1", "2")]
@@ -119,7 +120,7 @@ def test_files_and_names_of_no_use(tmp_path: Path, capsys):
     code, _, err = run(capsys, "grounding", file, answers)
     assert code == 2 and "there is no task or suite 'grounding'; they are temporal_grounding, " in err
     code, _, err = run(capsys, "video_quality", file, answers)
-    assert code == 1 and "holds no usable row of the task video_quality" in err
+    assert code == 1 and "holds no usable row of video_quality" in err
     code, _, err = run(capsys, "temporal_grounding", file)
     assert code == 2 and "the following arguments are required: ANSWERS.jsonl" in err
     code, _, err = run(capsys, "temporal_grounding", file, answers, "--task.recipe=papr")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.conftest import Ended, run_on_two_ranks
+from tests.logged import logged
 from tests.video import clips, damaged
 from vcr1_fast.video.quarantine import reason_class
 
@@ -76,7 +77,7 @@ def test_a_run_over_a_data_set_with_damaged_files_names_exactly_those(tmp_path: 
     assert done.code == 1 and "exitcode  : 3" in done.err and "vcr1-fast: no signal: " in done.err, done.err[-3000:]
     assert f"train.jsonl:{NUM_FILES + 1}: interval 0 ends (1.0 s) before it starts (2.0 s)" in done.err
     check_list(run, kinds)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = logged(run)
     last = [record for record in records if "bad_samples" in record][-1]
     assert last["step"] == NUM_FILES // PROMPTS_PER_STEP and last["bad_samples"] == len(kinds)
     assert last["bad_samples/empty"] == Counter(kinds.values())["empty"]

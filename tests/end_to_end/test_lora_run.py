@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from tests.logged import logged
 from vcr1_fast.evaluate import evaluate_command
 from vcr1_fast.settings.config import Config
 from vcr1_fast.settings.io import load_settings
@@ -25,7 +26,7 @@ def test_adapters_resume_and_leave_a_model_that_evaluates_alike(data_folder: Pat
     lora = ("--model.lora.rank=4", "--optimizer.learning_rate=1e-2", "--algorithm.beta=0.01")
     train(settings(1, *lora))
     after = train(settings(2, *lora))["after"]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(run)
     first, second = [line for line in lines if "loss" in line]
     assert abs(first["kl"]) < 1e-6 < second["kl"]  # to the adapters switched off
     assert second["sampling/sampling_logp_difference/mean"] < 1e-4  # the engine has the sums

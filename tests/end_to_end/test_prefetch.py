@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 
 import pytest
 
 import vcr1_fast.run.run
+from tests.logged import logged
 from tests.video.slow_reader import CLIP_S, open_slow_reader
 from vcr1_fast.settings.config import Config
 from vcr1_fast.settings.io import load_settings
@@ -32,7 +32,7 @@ def _run(data_folder: Path, folder: Path, *overrides: str) -> list[dict[str, flo
         *overrides,
     ]
     train(load_settings(Config, "tiny", settings))
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return logged(folder)
 
 
 @pytest.mark.slow

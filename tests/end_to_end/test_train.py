@@ -12,13 +12,14 @@ import pytest
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tests.end_to_end.conftest import run_on_two_ranks
+from tests.logged import logged
 
 TASKS = {"temporal_grounding", "object_tracking"}
 SAME_ON_EVERY_RUN = ("loss", "reward", "grad_norm", "entropy", "completions/mean_length", "num_tokens", "epoch")
 
 
 def steps_of(run: Path) -> dict[int, dict[str, float]]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = logged(run)
     return {r["step"]: r for r in records if "loss" in r}
 
 

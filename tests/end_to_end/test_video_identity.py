@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.logged import logged
 from vcr1_fast.evaluate import evaluate_command
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import load_settings
@@ -33,7 +34,7 @@ def test_a_run_goes_on_with_its_decoder_and_its_list_of_bad_files(data_folder: P
         return [json.loads(line)["source"] for line in (run / "quarantine.jsonl").read_text().splitlines()]
 
     def metric(name: str, step: int) -> float:
-        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        steps = logged(run)
         return next(line[name] for line in steps if line["step"] == step)
 
     train(settings(1))  # a step is the whole data set

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.logged import logged
 from vcr1_fast.fake_gpu.process import Case, run
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
@@ -49,7 +49,7 @@ def test_a_run_goes_from_clips_to_an_exported_model(name: str, reports: dict[str
     assert "error" not in report, report["traceback"]
     folder = Path(report["result"]["run"])
     assert report["result"]["steps"] == 2 and (folder / "model" / "model.safetensors").is_file()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(folder)
     assert [line["step"] for line in lines if "grad_norm" in line] == [1, 2]
     assert (folder / "checkpoints" / "step_000002").is_dir() == (RUNS[name][0] == 1)
 

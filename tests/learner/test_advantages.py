@@ -40,8 +40,8 @@ def test_task_scale_by_hand(make_group):
     assert scale.moments == {"a": (0.5, 0.5), "b": pytest.approx((0.3, 0.1))}
     assert (scale.std("a"), scale.std("b")) == pytest.approx((0.5, 0.1))
     one, two = with_advantages(first, "task", scale)
-    assert one.advantages == pytest.approx((-0.5 / 0.5001, 0.5 / 0.5001))
-    assert two.advantages == pytest.approx((-0.1 / 0.1001, 0.1 / 0.1001))
+    assert one.advantages == pytest.approx((-0.5 / 0.500001, 0.5 / 0.500001))
+    assert two.advantages == pytest.approx((-0.1 / 0.100001, 0.1 / 0.100001))
 
     scale.update([rewarded(make_group, "a", (1.0, 1.0))], ("a", "b", "c"), SINGLE_PROCESS)
     # a: 0.75 x 0.5 + 0.25 x 1 = 0.625 twice, variance 0.625 - 0.390625 = 0.234375; b as before
@@ -53,13 +53,22 @@ def test_task_scale_by_hand(make_group):
 
 
 def test_task_scale_falls_back_to_the_group_where_it_would_blow_up():
-    # 0.5 / (0.05 + 1e-4) = 9.98 > 5; the group's own unbiased std is sqrt(0.5); 0.2 / 0.0501 = 3.99 stays
-    own = math.sqrt(0.5) + 1e-4
-    assert group_advantages([[0.0, 1.0], [0.0, 0.4], [0.3, 0.3]], "task", [0.05, 0.05, 0.05]) == [
-        pytest.approx([-0.5 / own, 0.5 / own]),
-        pytest.approx([-0.2 / 0.0501, 0.2 / 0.0501]),
+    # 0.75 / (0.05 + 1e-6) = 15 > 5; squares 0.5625 + 3 x 0.0625 over 4 answers: the population's std is sqrt(0.1875),
+    # not the unbiased 0.5. 0.2 / 0.050001 = 4.0 stays.
+    own = math.sqrt(0.1875) + 1e-6
+    assert group_advantages([[0.0, 1.0, 0.0, 0.0], [0.0, 0.4], [0.3, 0.3], []], "task", [0.05] * 4) == [
+        pytest.approx([-0.25 / own, 0.75 / own, -0.25 / own, -0.25 / own], rel=1e-12),
+        pytest.approx([-0.2 / 0.050001, 0.2 / 0.050001], rel=1e-12),
         [0.0, 0.0],
+        [],
     ]
+
+
+def test_a_task_that_hardly_varies_has_the_smallest_scale(make_group):
+    scale = TaskScale(decay=0.99)
+    scale.update([rewarded(make_group, "a", (0.5, 0.5002))], ("a",), SINGLE_PROCESS)
+    assert scale.std("a") == pytest.approx(1e-3)  # its own is 1e-4
+    assert group_advantages([[0.5, 0.5002]], "task", [scale.std("a")])[0][1] == pytest.approx(1e-4 / 1.001e-3)
 
 
 def test_two_ranks_with_one_task_each_agree_on_scale_and_metrics(tmp_path):
@@ -72,9 +81,9 @@ def test_two_ranks_with_one_task_each_agree_on_scale_and_metrics(tmp_path):
     # tracking: 0.3 and 0.1 from its only step
     assert zero["moments"]["object_tracking"] == pytest.approx([0.3, 0.1])
     assert "video_quality" not in zero["moments"]
-    std = math.sqrt(0.125) + 1e-4
+    std = math.sqrt(0.125) + 1e-6
     assert zero["advantages"] == [pytest.approx([-0.5 / std, 0.5 / std]), [0.0, 0.0]]
-    assert one["advantages"] == [pytest.approx([-0.1 / 0.1001, 0.1 / 0.1001])]
+    assert one["advantages"] == [pytest.approx([-0.1 / 0.100001, 0.1 / 0.100001])]
     assert zero["metrics"]["rewards/temporal_grounding/iou/mean"] == 0.5
     assert zero["metrics"]["rewards/object_tracking/iou/mean"] == pytest.approx(0.3)
     assert zero["metrics"]["completions/count"] == 6

@@ -27,7 +27,7 @@ from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.learner.tower_attention import NAMES
 from vcr1_fast.run.random_state import rng_state
-from vcr1_fast.run.run import open_source
+from vcr1_fast.run.sources import open_source
 from vcr1_fast.settings.config import AlgorithmConfig, Config, ConfigError, ModelConfig, VideoConfig
 from vcr1_fast.types import Frames
 from vcr1_fast.video import patches as patches_module

@@ -132,10 +132,25 @@ def test_a_tokenizer_that_cannot_be_used_is_said_so(make_model, tmp_path, conten
 
 def test_weights_are_checked_without_loading_them(make_model, tmp_path):
     """For an engine that passes over names that it does not know, and keeps random numbers for others."""
+    check_weights(save(make_model(), tmp_path, "published"))
+
+
+@pytest.mark.parametrize("style", ["published", "modules"])
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "_fsdp_wrapped_module._orig_mod.model."])
+def test_names_of_a_wrapper_are_named(make_model, tmp_path, style, prefix):
+    folder = save(make_model(), tmp_path, style)
+    save_file({f"{prefix}{name}": value for name, value in read(folder).items()}, folder / SINGLE_FILE)
+    message = rf"\d+ missing \(.*; \d+ unexpected \({prefix}.*: its names begin with '{prefix}', .* take that off"
+    with pytest.raises(ConfigError, match=message):
+        check_weights(folder)
+
+
+def test_adapters_beside_their_base_are_named(make_model, tmp_path):
     folder = save(make_model(), tmp_path, "published")
-    check_weights(folder)
-    save_file({f"module.{name}": value for name, value in read(folder).items()}, folder / SINGLE_FILE)
-    with pytest.raises(ConfigError, match=r"\d+ missing \(model.visual.*; \d+ unexpected \(module\.lm_head"):
+    stored = read(folder)
+    stored["model.layers.0.self_attn.q_proj.base_layer.weight"] = stored.pop("model.layers.0.self_attn.q_proj.weight")
+    save_file(stored, folder / SINGLE_FILE)
+    with pytest.raises(ConfigError, match=r"1 missing \(.*PEFT's adapters .*: merge them"):
         check_weights(folder)
 
 

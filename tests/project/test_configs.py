@@ -56,12 +56,13 @@ def test_every_experiment_of_the_paper_has_both_recipes(experiment: str, recipe:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_papers_settings(experiment: str):
-    """Section 2.1 of the facts on VideoChat-R1: 8 prompts x 8, KL 0.04 by k3, 1e-6 linear to 0, 1,024 tokens at 1.0."""
+    """Section 2.1 of the facts on VideoChat-R1: 8 prompts x 8, KL 0.04 by k3, 1e-6 linear to 0, 1,024 tokens at 1.0
+    from the 50 likeliest."""
     config = load_config(str(ROOT / "configs" / f"qwen2_5_vl_7b_{experiment}_paper_8xh100.yaml"), [])
     algorithm, rollout, optimizer = config.algorithm, config.rollout, config.optimizer
     assert (algorithm.loss, algorithm.scale_advantages, algorithm.beta, algorithm.kl) == ("grpo", "group", 0.04, "k3")
     assert (algorithm.minibatches_per_rollout, algorithm.mask_truncated) == (1, False)
-    assert (rollout.temperature, rollout.top_p, rollout.max_new_tokens) == (1.0, 1.0, 1024)
+    assert (rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens) == (1.0, 1.0, 50, 1024)
     assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup_steps) == (1e-6, "linear", 0)
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.0, 1.0)
     assert (config.video.fps, config.video.total_pixels) == (2.0, 3584 * 28 * 28)

@@ -75,6 +75,19 @@ def test_layout_is_the_chat_template_with_the_text_before_the_video(tiny_tokeniz
     assert prompt.token_ids_L.dtype == torch.int64
 
 
+def test_the_video_may_stand_first(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    text_first = builder(tiny_tokenizer)
+    prompt = text_first.placing(video_first=True).build(example())
+    expected = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        + "<|video_pad|>" * 18
+        + "<|vision_end|>when does it roll?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tiny_tokenizer.decode(prompt.token_ids_L.tolist()) == expected
+    assert prompt.token_ids_L.tolist() == tiny_tokenizer(expected)["input_ids"]
+    assert not torch.equal(prompt.token_ids_L, text_first.build(example()).token_ids_L)
+
+
 def test_positions_are_the_rule_at_the_video_s_own_rate(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = builder(tiny_tokenizer).build(example())
     pad_id = tiny_tokenizer.get_vocab()["<|video_pad|>"]

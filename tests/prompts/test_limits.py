@@ -62,7 +62,9 @@ def test_length(is_refused, num_tokens, last_position, num_answer_tokens, max_pr
         (example(30.0, duration_s=100.0), 4.0, "begins at 30 s"),
         (example(30.0), 0.0, ""),  # of one frame, without a length
         (example(30.0, video="/v.mp4#t=9.000,19.000&fps=2"), 4.0, ""),  # seconds of which of the two is not said
+        (example(30.0, video="/v.mp4#t=9.000,19.000"), 4.0, ""),
         (example(30.0, video="/v#images=7&fps=2"), 4.0, ""),
+        (example(30.0, video="/v#images=all&fps=3"), 4.0, "begins at 30 s"),
         (replace(example(), truth=TrackTruth((BOX,) * 2, (0.0, 5.0))), 4.0, ""),
         (replace(example(), truth=TrackTruth((BOX,) * 2, (0.0, 5.1))), 4.0, "its period ends at 5.1 s, but /v.mp4"),
     ],

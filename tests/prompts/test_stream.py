@@ -10,7 +10,7 @@ from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.stream import PromptStream, TooManyBadSamplesError
 from vcr1_fast.settings.config import Config, ConfigError, DataConfig, TaskConfig, TrainConfig, VideoConfig
 from vcr1_fast.tasks import make_tasks
-from vcr1_fast.types import Example, IntervalTruth, LabelTruth, Patches, SampleError
+from vcr1_fast.types import ChoiceTruth, Example, IntervalTruth, LabelTruth, Patches, SampleError
 from vcr1_fast.video.quarantine import Quarantine
 
 
@@ -53,6 +53,24 @@ def test_position_is_the_only_state(tiny_tokenizer, tmp_path):
     second = make_stream(tiny_tokenizer, tmp_path, videos)
     second.position = 12
     assert ids(first.next(4)) == ids(second.next(4))
+
+
+def test_the_digest_is_of_all_that_is_asked(tiny_tokenizer, tmp_path):
+    """Options as a file writes them count where they are kept, and only there; the folder of the videos never does."""
+    stream = make_stream(tiny_tokenizer, tmp_path, ["a.mp4"])
+
+    def digest(truth, **fields) -> str:
+        stream.examples = [Example("e", "multiple_choice", fields.pop("video", "a.mp4"), "why?", 8.0, truth, **fields)]
+        del stream.digest
+        return stream.digest
+
+    assert stream.digest  # so that there is one to forget
+    plain = digest(ChoiceTruth("A", ("a", "b")))
+    assert plain == "e31164f48941163b41f1d09b5d22b177"  # as checkpoints from before there were written options have it
+    assert digest(ChoiceTruth("A", ("a", "b")), video="other/a.mp4") == plain
+    assert digest(ChoiceTruth("B", ("a", "b"))) != plain
+    written = {digest(ChoiceTruth("A", ("a", "b"), written=("A. a", last))) for last in ("B. b", "B. b ")}
+    assert len(written | {plain}) == 3
 
 
 def test_a_bad_video_is_quarantined_once_and_the_rest_goes_on(tiny_tokenizer, tmp_path, capsys):

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper
 
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.rollout.grouped_cache import GroupedCache
 from vcr1_fast.rollout.local_engine import LocalEngine, _Batch
+from vcr1_fast.rollout.sampling import uniforms
 from vcr1_fast.types import Completion, Prompt, SamplingParams
 
 Model = Qwen2_5_VLForConditionalGeneration
@@ -246,6 +248,55 @@ def test_top_p_restricts_the_support(
 
     assert mass_above(0.3) < 0.3 + 1e-5
     assert mass_above(1.0) > 0.8
+
+
+def transformers_probabilities(
+    model: Model, prompt: Prompt, completion: Completion, banned: list[int], penalty: float, top_k: int
+) -> Tensor:
+    """[R, V]: what `generate` of transformers would draw each token of the completion from, without the banned ids."""
+    logits_RV = full_logits(model, prompt, completion.token_ids_R)
+    rows: list[Tensor] = []
+    for index in range(completion.num_tokens):
+        before = torch.cat([prompt.token_ids_L, completion.token_ids_R[:index]])[None]
+        penalised = RepetitionPenaltyLogitsProcessor(penalty)(before, logits_RV[index : index + 1])  # pyright: ignore[reportArgumentType]
+        penalised[:, banned] = -torch.inf
+        rows.append(TopKLogitsWarper(top_k)(before, penalised)[0])  # pyright: ignore[reportArgumentType]
+    return torch.stack(rows).softmax(-1)
+
+
+def test_top_k_and_penalty_are_those_of_transformers_while_rows_end(
+    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    """Each token is the one whose slice of the cumulative distribution holds the engine's random number."""
+    engine = LocalEngine(make_tiny_model(head_scale=0.05), tiny_tokenizer)
+    stock = make_tiny_model(head_scale=0.05)
+    banned = [tiny_tokenizer.get_vocab()[name] for name in VISION_TOKENS]
+    sampling = SamplingParams(4, 120, seed=3, top_k=200, repetition_penalty=1.5)
+    groups = engine.generate(prompts, sampling)
+    lengths = [c.num_tokens for group in groups for c in group]
+    assert sorted(lengths)[len(lengths) // 2] < 120  # half of the rows are gone before the end: they were moved up
+    for number, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+        uniform_SG = uniforms(3, number, 120, 4)
+        for place, completion in enumerate(group):
+            prob_RV = transformers_probabilities(stock, prompt, completion, banned, 1.5, 200).double()
+            drawn_R1 = completion.token_ids_R[:, None]
+            own_R, reached_R = prob_RV.gather(1, drawn_R1)[:, 0], prob_RV.cumsum(1).gather(1, drawn_R1)[:, 0]
+            uniform_R = uniform_SG[: completion.num_tokens, place]
+            assert own_R.min() > 0
+            assert (uniform_R < reached_R + 1e-5).all() and (uniform_R > reached_R - own_R - 1e-5).all()
+            assert logprob_error(stock, prompt, completion) < 1e-4  # before all that
+
+
+def test_a_penalty_counts_what_an_interrupted_answer_began_with(
+    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    model = make_tiny_model()
+    sampling = SamplingParams(1, 16, temperature=0.0, repetition_penalty=1.3)
+    whole = LocalEngine(model, tiny_tokenizer).generate(prompts, sampling)
+    free = LocalEngine(model, tiny_tokenizer).generate(prompts, dataclasses.replace(sampling, repetition_penalty=1.0))
+    assert ids(whole) != ids(free)
+    begun = [[Completion(c.token_ids_R[:6], c.logprobs_R[:6], "aborted")] for [c] in whole]
+    assert ids(LocalEngine(model, tiny_tokenizer).generate(prompts, sampling, begun)) == ids(whole)
 
 
 def test_tower_and_prefill_run_once_for_a_prompt(engine: LocalEngine, prompts: list[Prompt]) -> None:

@@ -11,6 +11,7 @@ from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.sharding import World
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.parity import MAX_NEW_TOKENS, NUM_COMPLETIONS, ParityError, check_parity, warn_of_gap
+from vcr1_fast.rollout.sampling import sample_tokens
 from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.config import Config, ModelConfig, RolloutConfig
 
@@ -26,10 +27,12 @@ def pair(make_tiny_model, tiny_tokenizer):
     return engine, policy
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_passes_where_both_compute_the_same(pair, make_prompt, temperature):
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 3, 1.0), (1.0, 5, 0.8)]
+)
+def test_passes_where_both_compute_the_same(pair, make_prompt, temperature, top_k, top_p):
     engine, policy = pair
-    config = RolloutConfig(temperature=temperature)
+    config = RolloutConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     report = check_parity(engine, policy, make_prompt((2, 4, 4), "when"), config, torch.float32, ALONE)
     assert 0 < report.mean_gap < 1e-5 < report.max_mean_gap == 1e-3
     assert report.mean_gap <= report.max_gap < 1e-4
@@ -61,6 +64,19 @@ def test_the_bound_is_the_settings_or_follows_the_precision(pair, make_prompt):
         policy.hf.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ParityError, match="nan"):
         check_parity(engine, policy, prompt, RolloutConfig(max_logprob_gap=1e9), torch.float32, ALONE)
+
+
+def test_an_engine_that_renormalises_what_top_k_keeps_is_found(pair, make_prompt, monkeypatch):
+    engine, policy = pair
+
+    def renormalising(logits_BV, uniform_B, sampling, suppressed_ids, seen_BV):
+        token_B, logprob_B = sample_tokens(logits_BV, uniform_B, sampling, suppressed_ids, seen_BV)
+        kept_BK = logits_BV.index_fill(1, suppressed_ids, -torch.inf).topk(sampling.top_k).values
+        return token_B, logprob_B - (kept_BK.logsumexp(1) - logits_BV.logsumexp(1))
+
+    monkeypatch.setattr("vcr1_fast.rollout.local_engine.sample_tokens", renormalising)
+    with pytest.raises(ParityError, match="differ by"):
+        check_parity(engine, policy, make_prompt((2, 4, 4), "when"), RolloutConfig(top_k=3), torch.float32, ALONE)
 
 
 def test_two_ranks_fail_together_when_one_engine_is_wrong():

@@ -13,7 +13,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import transformers
@@ -30,7 +29,7 @@ def make(folder: Path) -> None:
     from vcr1_fast import cli
 
     start = folder / "start"
-    write_as_published(start)
+    write_start(start)
     write_clips(folder)
     for name, options in RUNS.items():
         files = [
@@ -48,40 +47,21 @@ def make(folder: Path) -> None:
         assert any(not torch.equal(changed[0][key], changed[1][key]) for key in changed[1]), "training changed nothing"
 
 
-def write_as_published(folder: Path) -> None:
-    """The packaged model with the flat config.json, old names of weights and files of the published checkpoints."""
+def write_start(folder: Path) -> None:
+    """The packaged model with the old names of weights and the other files of the published checkpoints."""
     from vcr1_fast import tiny
     from vcr1_fast.learner.families import family_of
 
     source = Path(tiny.__file__).parent
     folder.mkdir(parents=True)
-    config: dict[str, Any] = json.loads((source / "config.json").read_text())
-    text, vision = config.pop("text_config"), config.pop("vision_config")
-    rope = text.pop("rope_parameters")
-    vision.pop("rope_parameters")
-    for part in (text, vision):
-        for key in ("dtype", "model_type", "layer_types", "pad_token_id"):
-            part.pop(key, None)
-    config.pop("dtype")
-    flat = (
-        text | config | {"torch_dtype": "float32", "rope_theta": rope["rope_theta"], "transformers_version": "4.41.2"}
-    )
-    flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
-    flat["vision_config"] = vision | {"model_type": "qwen2_5_vl"}
-    write_json(folder / "config.json", flat)
-    tokenizer = json.loads((source / "tokenizer_config.json").read_text())
-    special = tokenizer.pop("extra_special_tokens")
-    for key in ("backend", "is_local", "local_files_only"):
-        tokenizer.pop(key)
-    tokenizer |= {"additional_special_tokens": special, "tokenizer_class": "PreTrainedTokenizerFast"}
-    write_json(folder / "tokenizer_config.json", tokenizer)
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
     template = (source / "chat_template.jinja").read_text()
     write_json(folder / "chat_template.json", {"chat_template": template})
     processor = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
     write_json(folder / "preprocessor_config.json", processor | PATCH_SETTINGS | MEAN_STD)
     # What the published files say, which transformers' own saving refuses
     write_json(folder / "generation_config.json", {"do_sample": False, "temperature": 0.1, "eos_token_id": 2})
-    (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     family = family_of(SimpleNamespace(model_type="qwen2_5_vl"))
     weights = load_file(source / "model.safetensors")
     named = {family.checkpoint_name(name): weight for name, weight in weights.items()}

@@ -52,6 +52,9 @@ def test_export_is_loaded_by_transformers_with_equal_weights(tmp_path: Path, tie
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.encode("does the dog jump") == [2, 3, 4, 5]
+    written = sum(path.stat().st_size for path in folder.iterdir())
+    heads = 200 * len(wanted)  # bytes of the names in safetensors' own head
+    assert written - heads <= plan(tmp_path, tied=tied).num_bytes <= written + model.lm_head.weight.nbytes
 
 
 def test_all_but_the_weights_is_the_starting_models_byte_for_byte(tmp_path: Path):
@@ -153,6 +156,8 @@ def test_export_does_not_replace_another_folder_and_leaves_nothing_after_a_failu
         with pytest.raises(FileExistsError, match=r"exists and has no config\.json; choose another path"):
             attempt()
     try_export(tmp_path / "model", "config.json", {"config.json": b"{}"})
+    with pytest.raises(OSError, match=r"will take 1000000000\.00 GB, but .* GB free: make"):
+        try_export(tmp_path / "model", "config.json", {}, 10**18)
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -1,6 +1,8 @@
 """Which files hold a checkpoint's weights: what the index says counts, and nothing else in the folder."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +48,27 @@ def test_without_an_index_the_single_file_counts(tmp_path):
     folder = write(tmp_path, model=("a", "b"), stale=("c",))
     assert weight_files(folder) == [folder / SINGLE_FILE]
     assert sorted(stored_weights(folder)) == ["a", "b"]
-    digest = model_digest(folder)
-    (folder / "stale.safetensors").unlink()
-    assert model_digest(folder) == digest
-    (folder / "config.json").write_text('{"rope_theta": 2}')
-    assert model_digest(folder) != digest
+
+
+def test_a_model_is_known_by_the_contents_of_what_is_read_of_it(tmp_path):
+    first, copy = (write(tmp_path / name, model=("a", "b")) for name in ("first", "copy"))
+    digest = model_digest(first)
+    (copy / "README.md").write_text("what nobody loads")
+    shutil.copyfile(copy / SINGLE_FILE, copy / "model-00002-of-00002.safetensors")  # stale
+    assert model_digest(copy) == digest
+    weights = (copy / SINGLE_FILE).read_bytes()
+    for place in (-1, len(weights) // 2):  # of the same length and time
+        (copy / SINGLE_FILE).write_bytes(weights[:place] + bytes([weights[place] ^ 1]) + weights[place:][1:])
+        os.utime(copy / SINGLE_FILE, ns=(0, (first / SINGLE_FILE).stat().st_mtime_ns))
+        assert model_digest(copy) != digest
+    (copy / SINGLE_FILE).write_bytes(weights)
+    assert model_digest(copy) == digest
+    for name, text in (("config.json", '{"rope_theta": 2}'), ("tokenizer.json", "{}"), ("chat_template.jinja", "x")):
+        before = (copy / name).read_bytes() if (copy / name).exists() else None
+        (copy / name).write_text(text)
+        assert model_digest(copy) != digest
+        (copy / name).unlink() if before is None else (copy / name).write_bytes(before)
+    assert model_digest(copy) == digest
 
 
 @pytest.mark.parametrize(

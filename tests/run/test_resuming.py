@@ -15,8 +15,10 @@ from vcr1_fast.run.checkpoint import RunState
 from vcr1_fast.run.model_folder import model_digest
 from vcr1_fast.run.resuming import differing_settings, load_state
 from vcr1_fast.run.run import Run, save_state
-from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, ModelConfig, TrainConfig
+from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, ModelConfig, TaskConfig, TrainConfig
 from vcr1_fast.settings.io import config_to_yaml
+from vcr1_fast.tasks import make_tasks
+from vcr1_fast.tasks.prompt_file import prompt_digests
 
 PROMPTS = cast(PromptStream, SimpleNamespace(position=0, digest="d"))
 
@@ -28,12 +30,13 @@ def make_run(tmp_path: Path, model_seed: int = 1, rank: int = 0, **train: Any) -
     model = ModelConfig(path=str(folder), compute_dtype="float32", device="cpu", lora=LoRAConfig(rank=rank))
     config = Config(model=model, train=TrainConfig(output_dir=str(tmp_path / "run"), **train))
     parts = {"folder": tmp_path / "run", "source": SimpleNamespace(name="pyav 18"), "world": SINGLE_PROCESS}
-    return cast(Run, SimpleNamespace(config=config, base_digest=model_digest(folder), **parts))
+    return cast(Run, SimpleNamespace(config=config, tasks={}, base_digest=model_digest(folder), **parts))
 
 
 def save(run: Run, data: str = "d") -> None:
     learner = Learner(run.config, SINGLE_PROCESS, 10)
-    state = RunState(3, 0, 0, 0, "pyav 18", config_to_yaml(run.config), run.base_digest, data=data)
+    prompts = prompt_digests(run.tasks)
+    state = RunState(3, 0, 0, 0, "pyav 18", config_to_yaml(run.config), run.base_digest, data=data, prompts=prompts)
     save_state(run, learner, state)
 
 
@@ -71,6 +74,28 @@ def test_other_data_seed_or_model_is_refused_unless_it_is_meant(
 def test_a_checkpoint_that_does_not_say_its_data_goes_on(tmp_path: Path):
     save(make_run(tmp_path), data="")
     assert load(make_run(tmp_path)).step == 3
+
+
+def test_another_prompt_file_is_refused_unless_it_is_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """By what is in the file, not by its name; a task without a file has none to differ in."""
+
+    def asking(text: str, name: str = "a.txt", **train: Any) -> Run:
+        (tmp_path / name).write_text(text)
+        run = make_run(tmp_path, **train)
+        prompts = {"temporal_grounding": str(tmp_path / name)} if text else {}
+        return cast(Run, SimpleNamespace(**{**vars(run), "tasks": make_tasks(TaskConfig(prompts=prompts))}))
+
+    differs = r"step 3 of another one, which differs in the question of temporal_grounding \(task.prompts\): set"
+    save(asking("When: {event}?"))
+    assert load(asking("When: {event}?", "b.txt")).prompts.keys() == {"temporal_grounding"}
+    for text in ("At which second: {event}?", ""):
+        with pytest.raises(ConfigError, match=differs):
+            load(asking(text))
+    assert load(asking("At which second: {event}?", resume_changed=True)).step == 3
+    assert "as train.resume_changed allows: the question of temporal_grounding" in capsys.readouterr().out
+    save(asking(""))
+    with pytest.raises(ConfigError, match=differs):
+        load(asking("When: {event}?"))
 
 
 def test_other_settings_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -17,7 +17,6 @@ from tests.recording_engine import RecordingEngine
 from tests.tiny_policy import tiny_tokenizer
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.learner.step import Learner
-from vcr1_fast.run.model_folder import model_digest
 from vcr1_fast.run.run import (
     TRAINED_WITH,
     Run,
@@ -45,19 +44,6 @@ def test_a_model_trained_with_another_reader_is_told_once(tmp_path: Path, capsys
     told = capsys.readouterr().err
     assert ("trained with the video reader 'decord 0.6.0', this run reads with 'pyav 18.1'" in told) == is_told
     assert is_told or not told
-
-
-def test_a_models_digest_is_of_its_weights_alone(tmp_path: Path):
-    random_model(seed=1).save_pretrained(tmp_path / "a")
-    random_model(seed=1).save_pretrained(tmp_path / "b")
-    (tmp_path / "b" / "README.md").write_text("the same weights")
-    first = model_digest(tmp_path / "a")
-    assert model_digest(tmp_path / "b") == first
-    weights = tmp_path / "b" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert model_digest(tmp_path / "b") != first
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,33 @@ with StopSignals():
     process.communicate()
 
 
+@pytest.mark.parametrize(("pause_s", "is_at_once"), [(0.1, False), (1.2, True)])
+def test_a_second_ctrl_c_does_not_break_into_the_end_with_a_traceback(pause_s: float, is_at_once: bool):
+    code = """
+import sys, time
+from vcr1_fast import cli
+def work(tokens):
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("taking down", flush=True)
+        time.sleep(2)
+        print("taken down", flush=True)
+cli.PLAIN_COMMANDS["doctor"] = work
+cli.main(["doctor"])
+"""
+    process = start(code)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "taking down\n"
+    time.sleep(pause_s)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert (out, err) == (("", "") if is_at_once else ("taken down\n", "vcr1-fast: error: interrupted\n"))
+
+
 def test_a_terminal_that_closes_takes_no_run_with_it():
     """What is printed to it afterwards raises otherwise, before the checkpoint."""
     code = """

@@ -198,8 +198,10 @@ def test_metrics_keep_failures_in_the_denominator():
         "acc": 2 / 4,
         "miou": pytest.approx((1 + 1 / 3 + 1 / 2) / 4),
         "miop": 2.5 / 4,
+        "iop@0.3": 3 / 4,
         "iop@0.5": 3 / 4,
         "nextgqa_miou": pytest.approx((1 + 1 / 3 + 1 / 2) / 4),
+        "iou@0.3": 3 / 4,
         "iou@0.5": 2 / 4,
     }
     assert FIXED.metrics(examples, answers) == expected
@@ -209,6 +211,17 @@ def test_metrics_keep_failures_in_the_denominator():
     for task in ALL:
         with pytest.raises(ValueError, match="no examples to score"):
             task.metrics([], [])
+
+
+def test_a_moment_counts_as_in_the_script_of_the_benchmark():
+    """get_tIoU of eval_ground.py gives an instant IoU 0, and IoP 1 where a segment holds it; reversed ones get 0."""
+    ex = example((2.0, 4.0), (10.0, 20.0))
+    inside = FIXED.metrics([ex], [wrap("C", "[(4.0, 4.0)]")])
+    assert (inside["miop"], inside["nextgqa_miou"], inside["acc@gqa"]) == (1, 0, 1)
+    beside = FIXED.metrics([ex], [wrap("C", "[(5.0, 5.0)]")])
+    assert (beside["miop"], beside["acc@gqa"], beside["acc"]) == (0, 0, 1)
+    third = FIXED.metrics([ex], [wrap("C", "[(10.0, 13.0)]")])  # IoU 3 / 10, IoP 1
+    assert (third["iou@0.3"], third["iou@0.5"], third["iop@0.3"]) == (1, 0, 1)
 
 
 def test_metrics_of_several_true_intervals():

@@ -106,6 +106,25 @@ def test_good_ground_truths():
 
 
 @pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (["(A) run", "(B) sit"], None),  # as they would be written anyway
+        (["run", "sit"], None),
+        (["(A) run ", "(B)  sit"], "['(A) run ', '(B)  sit']"),
+        (["A. run", "B. sit"], "['A. run', 'B. sit']"),
+        ([" run", "sit"], "['(A)  run', '(B) sit']"),
+    ],
+)
+def test_the_paper_keeps_options_as_they_are_written(options, shown):
+    asked = row(options=options, answer="B")
+    fixed, paper = FIXED.parse_truth(asked), PAPER.parse_truth(asked)
+    assert (fixed.options, fixed.written) == (paper.options, ()) == (("run", "sit"), ())
+    question = PAPER.question(dataclasses.replace(example(), truth=paper, query=" what?"))
+    assert f'question " what?". Choose one of the options {shown or ["(A) run", "(B) sit"]}. Reason' in question
+    assert (paper.written == ()) is (shown is None)
+
+
+@pytest.mark.parametrize(
     ("bad", "message"),
     [
         ({"answer": "A"}, "options is missing, wanted a list of 2 to 26 texts"),

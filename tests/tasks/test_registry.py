@@ -16,6 +16,7 @@ def test_every_task_is_made_under_its_own_name():
         "grounded_qa": ("format", "iou", "accuracy"),
         "multiple_choice": ("format", "accuracy"),
         "video_quality": ("format", "accuracy"),
+        "numeric_answer": ("format", "accuracy"),
     }.items() <= {name: task.part_names for name, task in tasks.items()}.items()
     assert all(task.name == name for name, task in tasks.items())
     assert list(make_tasks(TaskConfig(), ["object_tracking"])) == ["object_tracking"]

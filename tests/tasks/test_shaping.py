@@ -68,6 +68,11 @@ def test_window_by_hand():
     assert window(correct, [319, 320, 512, 513, 400], 320, 512) == [0.0, 1.0, 1.0, 0.0, 0.0]
 
 
+def test_window_needs_two_correct_answers_in_the_group():
+    assert window([True, False, False], [400, 400, 400], 320, 512) == [0.0, 0.0, 0.0]
+    assert window([True, False, True], [400, 400, 9], 320, 512) == [1.0, 0.0, 0.0]  # the other one need not be inside
+
+
 def test_correct_means_every_part_but_the_format():
     parts = {"format": (0.0, 1.0, 1.0), "iou": (0.11, 0.5, 0.1), "accuracy": (1.0, 0.0, 1.0)}
     assert is_correct(parts) == [True, False, False]
@@ -83,12 +88,12 @@ def test_overlong_by_hand(num_tokens, part):
 
 
 def test_the_length_part_is_what_the_settings_say():
-    parts = {"format": (1.0, 1.0), "iou": (1.0, 0.0)}
-    assert with_length_part(parts, [5, 5], TaskConfig()) == parts
+    parts = {"format": (1.0, 1.0, 1.0), "iou": (1.0, 0.0, 0.2)}
+    assert with_length_part(parts, [5, 5, 7], TaskConfig()) == parts
     in_window = TaskConfig(length_reward="window", length_tokens=(4, 6))
-    assert with_length_part(parts, [5, 5], in_window)["length"] == [1.0, 0.0]
+    assert with_length_part(parts, [5, 5, 7], in_window)["length"] == [1.0, 0.0, 0.0]
     short = TaskConfig(length_reward="overlong", length_tokens=(4, 6))
-    assert with_length_part(parts, [4, 5], short)["length"] == [1.0, 0.5]
+    assert with_length_part(parts, [4, 5, 6], short)["length"] == [1.0, 0.5, 0.0]
 
 
 def test_wrong_settings_are_named():

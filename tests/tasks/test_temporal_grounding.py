@@ -172,6 +172,14 @@ def test_targets_earn_the_full_reward():
         assert scored(task, task.target(example())) == (1, 1)
 
 
+@pytest.mark.parametrize("task", [FIXED, PAPER])
+def test_of_several_true_intervals_the_best_counts(task):
+    ex = example((2.0, 6.0), (10.0, 20.0))
+    metrics = task.metrics([ex, ex], [wrap("10 to 18"), wrap("2 to 10")])  # 8 / 10; 4 / 8, not 4 / 18 of the union
+    assert metrics == {"miou": (0.8 + 0.5) / 2, "r@0.3": 1.0, "r@0.5": 1.0, "r@0.7": 0.5}
+    assert FIXED.score([ex], [wrap("2 to 10")])["iou"] == [4 / 18]  # the reward asks for all of them
+
+
 def test_metrics_keep_failures_in_the_denominator():
     answers = [wrap("2 to 6"), wrap("2 to 4"), wrap("2 to 3"), "no"]  # IoU 1, 0.5, 0.25, 0
     metrics = FIXED.metrics([example()] * 4, answers)

@@ -1,12 +1,14 @@
 """The tiny model has the real architecture, runs with explicit positions, and can be saved and loaded."""
 
+import json
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vcr1_fast.tiny.architecture import tiny_config, untrained_model
 from vcr1_fast.tiny.build import build_tiny, build_tiny_tokenizer
+from vcr1_fast.tiny.cold_start import PACKAGE
 
 GRID = (2, 4, 8)  # 2 frame pairs of 56 x 112 pixels: 16 tokens
 
@@ -61,3 +63,17 @@ def test_a_written_folder_loads_as_the_same_model(tmp_path: Path) -> None:
         assert torch.equal(model(**_inputs()).logits, wanted(**_inputs()).logits)
     assert len(tokenizer) == model.config.text_config.vocab_size
     assert (tmp_path / "model.safetensors").stat().st_size < 5_000_000
+
+
+def test_its_settings_are_those_that_older_releases_of_transformers_read(tmp_path: Path) -> None:
+    build_tiny(tmp_path)
+    for folder in (tmp_path, PACKAGE):  # the packaged ones went through training and its export
+        config = json.loads((folder / "config.json").read_text())
+        assert config["rope_theta"] == 30.0
+        assert config["rope_scaling"] == {"type": "mrope", "mrope_section": [6, 5, 5]}
+        assert not {"rope_parameters", "text_config"} & config.keys()
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+        assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert "extra_special_tokens" not in tokenizer  # a list there is refused by 4.x
+    read = Qwen2_5_VLConfig.from_pretrained(PACKAGE).get_text_config()
+    assert read.rope_parameters["rope_theta"] == 30.0 and read.rope_parameters["mrope_section"] == [6, 5, 5]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.logged import logged
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer
 from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
@@ -18,7 +18,7 @@ from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.temporal_contrast import shuffled_prompt
 from vcr1_fast.run.model_folder import model_folder
-from vcr1_fast.run.run import open_source
+from vcr1_fast.run.sources import open_source
 from vcr1_fast.settings.config import AlgorithmConfig, Config, ConfigError, ModelConfig, VideoConfig
 from vcr1_fast.settings.io import load_settings
 from vcr1_fast.synth.config import SynthConfig
@@ -170,7 +170,7 @@ def test_a_run_with_a_frozen_tower_trains_the_rest(clips: Path, tmp_path: Path) 
         "--checkpoint.every=0",
     ]
     train(load_settings(Config, "tiny", overrides))
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path)
     assert [line["step"] for line in lines] == [1, 2] and all(line["grad_norm"] > 0 for line in lines)
     before = load_hugging_face("tiny", torch.float32, CPU).state_dict()
     after = load_hugging_face(str(tmp_path / "model"), torch.float32, CPU).state_dict()

@@ -8,6 +8,7 @@ import os
 import struct
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -245,6 +246,24 @@ def test_got_rows_show_seven_images_on_their_declared_timeline(tmp_path: Path, r
         assert frames.sampled_fps == 2.0 and frames.duration_s == 4.0
     first_box = 2 if recipe == "fixed" else 1
     assert set(example.truth.times_s[first_box:]) <= set(frames.times_s.tolist())
+
+
+def test_a_folder_whose_name_says_its_rate(tmp_path: Path):
+    """13 images, 3 a second: 4.33 s, whatever the settings say of folders; a part of it, and a file, which knows."""
+    folder = write_folder(tmp_path / "clip", [f"{k + 1:05d}.jpg" for k in range(13)])
+    name = f"{folder}#images=all&fps=3"
+    requests = [ClipRequest.of(name, replace(CONFIG, fps=fps)) for fps in (3.0, 1.5)]
+    reader = open_reader(CONFIG)
+    assert CONFIG.image_folder_fps == 2.0 and requests[0].config.image_folder_fps == 3.0
+    whole, half = (read_clip(request, reader) for request in requests)
+    assert shown(whole.rgb_FHW3) == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]  # 12 of the 13, ends included
+    assert shown(half.rgb_FHW3) == [0, 2, 5, 7, 10, 12]  # 4.33 s at 1.5 a second, an even number
+    assert whole.duration_s == half.duration_s == pytest.approx(13 / 3) and half.times_s[-1] == 4.0
+    part = read_clip(ClipRequest.of(f"{name}#t=1.000,3.000", requests[0].config), reader)
+    assert shown(part.rgb_FHW3) == [3, 4, 5, 6, 7, 8] and part.duration_s == 2.0
+    film = clips.write_clip(tmp_path / "a.mp4", num_frames=50)
+    request = ClipRequest.of(f"{film}#images=all&fps=3", CONFIG)
+    assert read_clip(request, reader).duration_s == read_frames(str(film), CONFIG, reader).duration_s
 
 
 def test_fewer_images_than_asked_for_are_repeated(tmp_path: Path):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,28 @@ def test_no_more_is_read_ahead_than_there_is_room_for(tmp_path: Path):
             assert loader.get(request).rgb_FHW3[0, 0, 0, 0] == k
             assert loader.metrics()["video/waiting_bytes"] <= 4 * clip_bytes
     assert sorted(map(int, reads(tmp_path))) == list(range(10))
+
+
+def test_room_is_counted_by_what_each_clip_may_take(tmp_path: Path):
+    """A clip of up to 32 frames asked of a loader whose own have 8: with one that waits there is no room for it."""
+    config = VideoConfig(
+        num_workers=0, max_frames=8, min_frame_pixels=3136, max_frame_pixels=3136, total_pixels=1 << 20
+    )
+    clip_bytes = 8 * 56 * 56 * 3
+    [small], [more] = (
+        requests(tmp_path, "1", config=config),
+        requests(tmp_path, "2", config=replace(config, max_frames=32)),
+    )
+    assert largest_clip_bytes(more.config) == 4 * clip_bytes
+    with contextlib.closing(
+        FrameLoader(config, open_reader=injected_readers.made_up, max_waiting_bytes=4 * clip_bytes)
+    ) as loader:
+        loader.prefetch([small, more])
+        wait_until(lambda: loader.metrics()["video/waiting_bytes"] == clip_bytes)
+        time.sleep(0.2)
+        assert reads(tmp_path) == ["1"]
+        loader.get(small)
+        wait_until(lambda: reads(tmp_path) == ["1", "2"])
 
 
 def test_one_clip_is_read_ahead_even_where_the_budget_is_too_small(tmp_path: Path):

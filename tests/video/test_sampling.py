@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vcr1_fast.settings.config import VideoConfig
-from vcr1_fast.video.sampling import choose_frames, even_indices, native_rate
+from vcr1_fast.video.sampling import choose_frames, even_indices, focus_indices, native_rate
 
 
 def constant(num_frames: int, fps: Fraction | int) -> np.ndarray:
@@ -96,3 +96,68 @@ def test_useless_times_are_refused() -> None:
         choose_frames(np.zeros(5), 1.0, VideoConfig())
     with pytest.raises(ValueError, match="no frame"):
         choose_frames(np.zeros(0), 1.0, VideoConfig())
+
+
+def test_frames_lie_closer_together_in_the_evidence() -> None:
+    """VideoChat-R1.5's rule: 60 s at 30 fps, evidence 10 to 20 s, 120 frames.
+
+    Frames 300 to 600 are 301 of the 1,799 that it looks at: 120 * 451.5 / (451.5 + 1498) = 27.8, so 28 lie inside,
+    300 / 27 = 11.1 apart, and 92 outside, 1,497 / 91 = 16.45 apart.
+    """
+    choice = choose_frames(constant(1800, 30), 60.0, VideoConfig(), [(10.0, 20.0)])
+    inside = [i for i in choice.indices if 300 <= i <= 600]
+    assert (len(choice.indices), len(inside)) == (120, 28)
+    assert inside[:4] == [300, 311, 322, 333] and inside[-1] == 600
+    assert choice.indices[:4] == (0, 16, 32, 49) and choice.indices[-2:] == (1781, 1798)  # the whole clip is seen
+    outside = [i for i in choice.indices if i < 300]
+    assert len(outside) == 19 and max(np.diff(outside)) == 17
+    assert choice.sampled_fps == 2.0  # what equally spaced frames would have: so the model is told
+
+
+def test_several_periods_share_the_frames_by_their_length() -> None:
+    """60 s at 10 fps, 60 frames of the first 599: 3 to 6 s are 31 frames, 40 to 50 s are 101; 132 in all.
+
+    60 * 198 / (198 + 467) = 17.9: 18 inside, of which 18 * 31 / 132 = 4.2 and 18 * 101 / 132 = 13.8.
+    """
+    evidence = [(40.0, 50.0), (3.0, 6.0)]  # their order does not matter
+    choice = choose_frames(constant(600, 10), 60.0, VideoConfig(fps=1.0), evidence)
+    assert [i for i in choice.indices if 30 <= i <= 60] == [30, 40, 50, 60]
+    assert [i for i in choice.indices if 400 <= i <= 500] == [400 + 100 * i // 13 for i in range(14)]
+    assert len(choice.indices) == 60
+    assert choice == choose_frames(constant(600, 10), 60.0, VideoConfig(fps=1.0), [*evidence, (41.0, 43.0)])  # within
+
+
+@pytest.mark.parametrize("evidence", [[], [(60.0, 70.0)], [(400.0, 500.0), (1e300, 1e308)], [(7.0, 3.0)]])
+def test_evidence_that_no_frame_shows_changes_nothing(evidence: list[tuple[float, float]]) -> None:
+    times_s = constant(1800, 30)
+    assert choose_frames(times_s, 60.0, VideoConfig(), evidence) == choose_frames(times_s, 60.0, VideoConfig())
+
+
+def test_evidence_is_cut_where_the_clip_ends() -> None:
+    # 50 s to the end: frames 500 to 598 of 599; 60 * 148.5 / (148.5 + 500) = 13.7
+    choice = choose_frames(constant(600, 10), 60.0, VideoConfig(fps=1.0), [(50.0, 1e308)])
+    assert [i for i in choice.indices if i >= 500] == [500 + 98 * i // 13 for i in range(14)]
+
+
+def test_short_clips_and_instants_have_as_many_frames_as_there_are() -> None:
+    # 8 frames, 7 of which it looks at: 8 * 4.5 / 8.5 = 4.2, so 4 of frames 2 to 4, which has 3; all of the 4 others.
+    # 7 frames are made even with the last one
+    eight = choose_frames(constant(8, 1), 8.0, VideoConfig(), [(2.0, 4.0)])
+    assert eight.indices == (0, 1, 2, 3, 4, 5, 6, 6)
+    assert choose_frames(constant(2, 1), 2.0, VideoConfig(), [(0.0, 2.0)]).indices == (0, 0)
+    assert choose_frames(np.zeros(1), 1.0, VideoConfig(), [(0.0, 1.0)]).indices == (0, 0)
+    # an instant is one frame: 4 * 1.5 / 29.5 = 0.2 of 4 frames rounds to none, and it has one all the same; of the 28
+    # others 4 are 27 / 3 apart, and an even count is made with the last one
+    assert focus_indices([(9.0, 9.0)], 30, 4, 1) == (0, 9, 10, 19, 28, 28)
+    instant = choose_frames(constant(30, 1), 30.0, VideoConfig(max_frames=4), [(9.0, 9.0)])
+    assert instant.indices == (0, 10, 19, 28)  # places 0, 5/3, 10/3, 5 of these: max_frames holds
+
+
+def test_evidence_in_a_file_of_variable_rate_is_found_by_its_time() -> None:
+    # 10 s at 1 fps, then 100 frames within 1 s; of 10 frames on a grid of 111 in 11 s, those of 2 to 4 s are closer
+    times_s = np.concatenate([np.arange(10.0), 10.0 + np.arange(101) / 100])
+    even = choose_frames(times_s, 11.01, VideoConfig(fps=1.0))
+    focused = choose_frames(times_s, 11.01, VideoConfig(fps=1.0), [(2.0, 4.0)])
+    assert sum(2 <= times_s[i] <= 4 for i in even.indices) == 2
+    assert sum(2 <= times_s[i] <= 4 for i in focused.indices) == 3
+    assert times_s[focused.indices[-1]] == pytest.approx(10.9) and focused.sampled_fps == even.sampled_fps

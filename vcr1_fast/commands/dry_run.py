@@ -52,6 +52,7 @@ def measure(
     """
     blocks, rates = num_blocks(model), present_rates()
     grid = worst_grid(config.video)
+    grids = {"rollout": grid, "evaluation": worst_grid(config.eval_video)}
     num_rows = math.ceil(tokens.groups_per_gpu / tokens.groups_per_row)
     row = ((grid, (tokens.completion,) * config.rollout.group_size),) * tokens.groups_per_row
     updates = (row, row, row * 2) if num_rows > 1 else (row, row)  # the first one makes the optimizer's moments
@@ -64,8 +65,9 @@ def measure(
             small = with_blocks(model, *shrunk)
             kinds = {"learner": Case("", num_gpus, str(settings), small, updates, overrides=_ONE_UPDATE)}
             if config.rollout.engine == "local":
-                for name, prompts, answers in _engine_chunks(config, tokens, num_gpus):
-                    kinds[name] = Case("", 1, str(settings), small, prompts=(grid,) * prompts, group_size=answers)
+                for name, _, prompts, answers in _engine_chunks(config, tokens, num_gpus):
+                    shown = (grids[name],) * prompts
+                    kinds[name] = Case("", 1, str(settings), small, prompts=shown, group_size=answers)
             for kind, case in kinds.items():
                 name = f"{kind} with {shrunk[0]} layers, {shrunk[1]} + {shrunk[2]} tower blocks"
                 cases[name] = (kind, shrunk, replace(case, name=name, rates=rates))
@@ -89,14 +91,15 @@ def worst_grid(config: VideoConfig) -> tuple[int, int, int]:
     return num_frames // 2, 2 * rows, 2 * (per_pair // rows)
 
 
-def _engine_chunks(config: Config, tokens: TokenPlan, num_gpus: int) -> list[tuple[str, int, int]]:
-    """(phase, prompts, answers to each) of the largest chunks that the local engine puts together."""
+def _engine_chunks(config: Config, tokens: TokenPlan, num_gpus: int) -> list[tuple[str, int, int, int]]:
+    """(phase, tokens of a prompt, prompts, answers to each) of the largest chunks of the local engine."""
     group, per_gpu = config.rollout.group_size, config.train.prompts_per_step // num_gpus
     together = min(per_gpu, prompts_at_once(config.rollout, tokens.prompt, group, tokens.completion))
-    chunks = [("rollout", together, group)]
+    chunks = [("rollout", tokens.prompt, together, group)]
     if config.data.eval:
         new_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
-        chunks.append(("evaluation", prompts_at_once(config.rollout, tokens.prompt, 1, new_tokens), 1))
+        together = prompts_at_once(config.rollout, tokens.eval_prompt, 1, new_tokens)
+        chunks.append(("evaluation", tokens.eval_prompt, together, 1))
     return chunks
 
 
@@ -121,8 +124,8 @@ def _whole(
     update, peak = to_rows(one, two, num_rows), peak_of(two)
     width = 4 if config.model.compute_dtype == "float32" else 2
     engine = engine_bytes(config.rollout, width * size.params)
-    clip = tokens.prompt * PATCHES_PER_TOKEN * PATCH_VALUES * 2
-    clips = clip * config.train.prompts_per_step // num_gpus
+    token_bytes = PATCHES_PER_TOKEN * PATCH_VALUES * 2
+    clips = token_bytes * tokens.prompt * config.train.prompts_per_step // num_gpus
     static = {kind: peak.kinds.get(kind, 0) for kind in ("weights", "moments")} | engine
     phases: dict[str, dict[str, float]] = {
         "load": dict(load["peaks"]["load"]),
@@ -132,12 +135,13 @@ def _whole(
     seconds = {"update_s": max(update["predicted_s"], update["collective_s"])}
     seconds["update_s"] *= config.algorithm.minibatches_per_rollout
     rollout_s = _sglang_seconds(config, size, tokens, num_gpus, rates)
-    for phase, prompts, answers in _engine_chunks(config, tokens, num_gpus) if config.rollout.engine == "local" else []:
+    chunks = _engine_chunks(config, tokens, num_gpus) if config.rollout.engine == "local" else []
+    for phase, prompt, prompts, answers in chunks:
         few, more = (grown(phase, lambda report, n=n: report["answers"][n]) for n in ("2", "4"))
         limit = tokens.completion if phase == "rollout" else config.eval.max_new_tokens or tokens.completion
-        cache = size.kv_bytes_per_token * prompts * (tokens.prompt + answers * limit)
+        cache = size.kv_bytes_per_token * prompts * (prompt + answers * limit)
         working = max(cache, more["peaks"]["rollout"].get("KV cache and activations", 0))
-        phases[phase] = {**static, "clips": clip * prompts, "KV cache and activations": working}
+        phases[phase] = {**static, "clips": token_bytes * prompt * prompts, "KV cache and activations": working}
         if phase == "rollout":
             per_token = max((more["predicted_s"] - few["predicted_s"]) / 2, cache / rates.memory_bytes_s)
             chunks = math.ceil(config.train.prompts_per_step / num_gpus / prompts)

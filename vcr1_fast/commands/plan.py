@@ -121,14 +121,17 @@ def disk_gb(config: Config, size: ModelSize) -> dict[str, float]:
 
 
 def _missing(config: Config) -> tuple[list[str], int]:
-    """Annotation files that do not exist, and how many of the videos that the others name do not."""
+    """Annotation and prompt files that do not exist, and how many of the videos that the former name do not."""
     sources = [*config.data.sources("train"), *config.data.sources("eval")]
     here = [file for file in sources if Path(file.path).expanduser().is_file()]
-    tasks = make_tasks(config.task, judge=config.judge)
+    asked = {task: file for task, file in config.task.prompts.items() if Path(file).expanduser().is_file()}
+    tasks = make_tasks(replace(config.task, prompts=asked), judge=config.judge)
     given = [AnnotationSource(file.path, file.video_root, file.format or "auto", file.task) for file in here]
     contents = read_annotation_files(given, tasks, config.task.recipe)
     videos = {row.video for content in contents for row in content.rows}
-    return [file.path for file in sources if file not in here], sum(not Path(video).exists() for video in videos)
+    gone = [file.path for file in sources if file not in here]
+    gone += [file for task, file in config.task.prompts.items() if task not in asked]
+    return gone, sum(not Path(video).exists() for video in videos)
 
 
 def _print_limits(phases: Mapping[str, float], too_large: Mapping[str, list[str]]) -> None:
@@ -160,6 +163,7 @@ def _token_table(config: Config, tokens: TokenPlan) -> Table:
     saved = tokens.unshared_group / tokens.group
     for name, note, value in (
         ("prompt", f"longest video and {TEXT_TOKENS} of text (video: {clips})", tokens.prompt),
+        *[("prompt in evaluation", "by eval.video", tokens.eval_prompt)] * (tokens.eval_prompt != tokens.prompt),
         ("completion", "at most", tokens.completion),
         ("group", f"{config.rollout.group_size} completions, one prompt; {saved:.1f} x fewer than apart", tokens.group),
         ("row", f"{tokens.groups_per_row} of {tokens.groups_per_gpu} groups of this GPU in an update", tokens.row),

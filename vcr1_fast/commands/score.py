@@ -17,8 +17,9 @@ from typing import Any
 
 from vcr1_fast.evaluation.samples import Answer, write_lines
 from vcr1_fast.evaluation.score_tables import print_scores
-from vcr1_fast.evaluation.scores import score_answers
-from vcr1_fast.evaluation.suites import READERS, read_suite
+from vcr1_fast.evaluation.scores import Scores, score_answers
+from vcr1_fast.evaluation.suites import SUITES
+from vcr1_fast.evaluation.suites.command import benchmark_score, read_suite
 from vcr1_fast.prompts.dataset import AnnotationFile, AnnotationSource, read_annotation_files
 from vcr1_fast.run.telemetry import console
 from vcr1_fast.settings.config import ConfigError, JudgeConfig, TaskConfig
@@ -51,40 +52,48 @@ def score_command(name: str, annotations: Sequence[str], answers: str, overrides
     """
     config = load_settings(ScoreConfig, None, overrides)
     tasks = make_tasks(config.task, judge=config.judge)
-    if name not in tasks and name not in READERS:
-        raise UsageError(f"there is no task or suite {name!r}; they are {', '.join([*tasks, *READERS])}")
-    rows, errors = _suite_rows(name, annotations, tasks, config) if name in READERS else ([], [])
-    if name in tasks:
-        sources = [AnnotationSource(file, task=name) for file in annotations]
-        rows, errors = _rows(read_annotation_files(sources, tasks, config.task.recipe))
+    if name not in tasks and name not in SUITES:
+        raise UsageError(f"there is no task or suite {name!r}; they are {', '.join([*tasks, *SUITES])}")
+    examples, errors = _rows_of(name, annotations, tasks, config)
     _show(f"bad annotation: {error}" for error in errors)
-    task = name if name in tasks else rows[0].task
-    examples = [row for row in rows if row.task == task]
-    if all(row.is_refused for row in examples):
+    if all(example.is_refused for example in examples):
         reason = f"; first error: {errors[0]}" if errors else ""
-        raise ConfigError(f"{', '.join(annotations)} holds no usable row of the task {task}{reason}")
+        raise ConfigError(f"{', '.join(annotations)} holds no usable row of {name}{reason}")
     said = _answers_of(examples, read_answers(answers, examples, f"{name}:"))
     num_missing = sum(answer.failure == MISSING for answer in said)
     if num_missing:
         print(f"{num_missing:,} of {len(examples):,} examples have no answer, counted as wrong", file=sys.stderr)
-    scores, _ = score_answers(tasks, examples, said, seed=0)
-    if task not in scores:
-        raise ConfigError(f"there is no score of {name}, see the line above")
-    found = scores[task]
+    scores, samples = score_answers(tasks, examples, said, seed=0, with_samples=name in SUITES)
+    if {example.task for example in examples} != set(scores):
+        raise ConfigError(f"there is no score of {name}, see the lines above")
     console.print(f"{name}, recipe {config.task.recipe}:", soft_wrap=True, highlight=False, markup=False)
-    print_scores({}, {task: found})
+    print_scores({}, scores)
+    result = {"name": name, "recipe": config.task.recipe, **_summary(scores), "num_missing": num_missing}
+    if name in SUITES and all(sample.metrics for sample in samples):
+        result["benchmark_score"] = benchmark_score(samples, SUITES[name].average)[0]  # as the suite takes its mean
+    return result
+
+
+def _summary(scores: Scores) -> dict[str, Any]:
+    """For JSON. With several tasks metrics are named task/metric, and shares are of all examples together."""
+    total = sum(score.num_examples for score in scores.values())
+    per_task = {f"{task}/" if len(scores) > 1 else "": score for task, score in scores.items()}
     return {
-        "task": task,
-        "recipe": config.task.recipe,
-        "n": found.num_examples,
-        "num_missing": num_missing,
-        "num_refused": found.num_refused,
-        "metrics": found.metrics,
-        "intervals": found.intervals,
-        "readable": found.readable,
-        "well_formed": found.well_formed,
-        "trivial": found.trivial,
+        "n": total,
+        "metrics": {head + key: value for head, score in per_task.items() for key, value in score.metrics.items()},
+        "intervals": {head + key: pair for head, score in per_task.items() for key, pair in score.intervals.items()},
+        "readable": _share(scores, "readable", total),
+        "well_formed": _share(scores, "well_formed", total),
+        "trivial": {head + key: values for head, score in per_task.items() for key, values in score.trivial.items()},
+        "num_refused": sum(score.num_refused for score in scores.values()),
     }
+
+
+def _share(scores: Scores, form: str, total: int) -> float | None:
+    """Of all examples; None where a task does not say it."""
+    if not all(form in score.forms for score in scores.values()):
+        return None
+    return sum(score.num_examples * score.forms[form] for score in scores.values()) / total
 
 
 def read_answers(file: str | Path, examples: Sequence[Example], prefix: str = "") -> dict[str, str]:
@@ -150,16 +159,22 @@ def _answers_of(examples: Sequence[Example], said: Mapping[str, str]) -> list[An
     return [answer(example) for example in examples]
 
 
-def _suite_rows(
-    suite: str, files: Sequence[str], tasks: Mapping[str, Task], config: ScoreConfig
+def _rows_of(
+    name: str, files: Sequence[str], tasks: Mapping[str, Task], config: ScoreConfig
 ) -> tuple[list[Example], list[SampleError]]:
-    """The rows that `vcr1-fast suite` would write, read back."""
-    found = read_suite(suite, files)
+    """The rows of a task in annotation files, or those that `vcr1-fast suite` would write, read back."""
+    recipe = config.task.recipe
+    if name in tasks:
+        sources = [AnnotationSource(file, task=name) for file in files]
+        rows, errors = _rows(read_annotation_files(sources, tasks, recipe))
+        return [row for row in rows if row.task == name], errors
+    found = read_suite(name, files)
+    left_out = found.errors[: len(found.errors) - found.num_refused]  # the others are named once more below
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"{suite}.jsonl"
+        file = Path(folder) / f"{name}.jsonl"
         write_lines(file, found.rows)
-        rows, errors = _rows(read_annotation_files([AnnotationSource(file)], tasks, config.task.recipe))
-    return rows, [*found.errors, *errors]
+        rows, errors = _rows(read_annotation_files([AnnotationSource(file)], tasks, recipe))
+    return rows, [*left_out, *errors]
 
 
 def _rows(contents: Sequence[AnnotationFile]) -> tuple[list[Example], list[SampleError]]:

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from vcr1_fast.evaluation.samples import Answer, write_lines
 from vcr1_fast.learner.model import resolve_dtype
 from vcr1_fast.learner.sharding import World, on_main_rank
-from vcr1_fast.run.model_folder import settings_files, weight_files
 from vcr1_fast.run.telemetry import to_json
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.types import Example
@@ -34,22 +33,10 @@ VIDEO_FIELDS_WITHOUT_EFFECT = (
 )
 
 
-def checkpoint_identity(folder: Path) -> str:
-    """SHA-256 of the contents of all that is read of a checkpoint, weights and settings, hex.
-
-    16 GB take about 10 s, and the model's loading then reads them from memory. (Sizes and times would not tell two
-    checkpoints of one run apart after a copy.)
-    """
-    whole = hashlib.sha256()
-    for file in sorted([*weight_files(folder), *settings_files(folder)]):
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        whole.update(f"{file.name} {digest}\n".encode())
-    return whole.hexdigest()
-
-
-def answer_settings(config: Config, weights: str, reader: str, device: Any) -> dict[str, Any]:
-    """What an answer depends on, apart from question and video."""
+def answer_settings(
+    config: Config, weights: str, reader: str, device: Any, prompts: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What an answer depends on, apart from question and video; `prompts`: digests of prompt files by task."""
     video = {k: v for k, v in asdict(config.video).items() if k not in VIDEO_FIELDS_WITHOUT_EFFECT}
     return {
         "model.path": config.model.path,
@@ -58,20 +45,24 @@ def answer_settings(config: Config, weights: str, reader: str, device: Any) -> d
         "engine": config.rollout.engine,
         "temperature": config.eval.temperature,
         "max_new_tokens": config.eval.max_new_tokens or config.rollout.max_new_tokens,
+        "repetition_penalty": config.eval.repetition_penalty,
         "seed": config.train.seed if config.eval.temperature > 0 else None,  # greedy answers do not depend on it
         "reader": reader,
         **{f"video.{name}": value for name, value in video.items()},
+        **{f"task.prompts.{task}": digest for task, digest in (prompts or {}).items()},
     }
 
 
-def question_key(question: str, example: Example) -> str:
-    """Hex name of what is asked: the text, and the video file by path (with the clip), size and time of change."""
+def question_key(question: str, example: Example, *, video_first: bool = False) -> str:
+    """Hex name of what is asked: the text, and the video file by path (with what is to be seen of it), size and time of
+    change; and which of the two comes first."""
     try:
         stat = os.stat(SourceName.parse(example.video).path)
         video = [example.video, stat.st_size, stat.st_mtime_ns]
     except (OSError, ValueError):  # reading it will say why
         video = [example.video]
-    return hashlib.sha256(json.dumps([question, video]).encode()).hexdigest()[:32]
+    asked = [video, question] if video_first else [question, video]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
 
 class AnswerStore:

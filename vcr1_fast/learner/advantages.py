@@ -9,11 +9,13 @@ from typing import Literal
 
 from vcr1_fast.learner.sharding import World, all_reduce_sum
 from vcr1_fast.tasks import reward_groups
-from vcr1_fast.tasks.reward_groups import STD_FLOOR, AdvantageScale
 from vcr1_fast.types import RolloutGroup
 
 Scale = Literal["group", "batch", "none", "task"]
 
+# EMA-GRPO's own values: OneThinker (tulerfeng/OneThinker, EasyR1/verl/trainer/core_algos.py)
+TASK_STD_FLOOR = 1e-6  # added to a standard deviation
+MIN_TASK_STD = 1e-3  # of a task whose rewards hardly vary
 MAX_TASK_SCALED = 5.0  # bound of |advantage| above which a group is divided by its own standard deviation instead
 
 
@@ -25,7 +27,8 @@ class TaskScale:
         m1_k <- d m1_k + (1 - d) mean(r)      m2_k <- d m2_k + (1 - d) mean(r^2)      std_k = sqrt(m2_k - m1_k^2)
 
     d is `algorithm.scale_decay`; the first step of a task sets both moments. The step's own rewards are in std_k before
-    it divides their advantages. A task that did not occur keeps its moments.
+    it divides their advantages. A task that did not occur keeps its moments. Source: `_EmaStdTracker` of their
+    core_algos.py, which keeps one per process; here the moments are those of all ranks.
     """
 
     def __init__(self, decay: float, moments: Mapping[str, Sequence[float]] | None = None) -> None:
@@ -51,9 +54,9 @@ class TaskScale:
             self.moments[task] = (first, second)
 
     def std(self, task: str) -> float:
-        """Standard deviation of the task's rewards, >= 0. Raises KeyError for a task that never had any."""
+        """Standard deviation of the task's rewards, >= MIN_TASK_STD. Raises KeyError for a task that never had any."""
         first, second = self.moments[task]
-        return max(second - first * first, 0.0) ** 0.5
+        return max(second - first * first, MIN_TASK_STD**2) ** 0.5
 
     def metrics(self) -> dict[str, float]:
         """`advantage_scale/{task}`."""
@@ -65,10 +68,11 @@ def group_advantages(
 ) -> list[list[float]]:
     """`tasks.reward_groups.group_advantages` of each prompt's G rewards (G may differ), and scale "task":
 
-        A_gi = (r_gi - mean_i r_gi) / (task_std_g + 1e-4)
+        A_gi = (r_gi - mean_i r_gi) / (task_std_g + 1e-6)
 
-    Source: OneThinker (2512.03043), where a group in which an advantage would exceed 5 in size is divided by its own
-    standard deviation, as in that paper's released code: a task that has only begun to vary has a std near 0.
+    A group in which an advantage would exceed 5 in size is divided by its own standard deviation + 1e-6 instead, the
+    population's (divided by G, unlike scale "group"): a task that has only begun to vary has a std near 0. Source:
+    OneThinker (2512.03043), `compute_ema_grpo_outcome_advantage` of their core_algos.py.
 
     Args:
         task_std: for scale "task" the TaskScale.std of each prompt's task.
@@ -76,20 +80,19 @@ def group_advantages(
     flat = [reward for group in rewards for reward in group]
     offsets = list(accumulate((len(group) for group in rewards), initial=0))
 
-    def per_group(kind: AdvantageScale) -> list[list[float]]:
-        advantages = reward_groups.group_advantages(flat, offsets, kind)
-        return [advantages[start:end] for start, end in pairwise(offsets)]
-
+    advantages = reward_groups.group_advantages(flat, offsets, "none" if scale == "task" else scale)
+    per_group = [advantages[start:end] for start, end in pairwise(offsets)]
     if scale != "task":
-        return per_group(scale)
-    centred, own_scaled = per_group("none"), per_group("group")
-    scaled = [
-        [distance / (std + STD_FLOOR) for distance in group] for group, std in zip(centred, task_std, strict=True)
-    ]
-    return [
-        own if max(map(abs, group), default=0.0) > MAX_TASK_SCALED else group
-        for group, own in zip(scaled, own_scaled, strict=True)
-    ]
+        return per_group
+    return [_task_scaled(centred, std) for centred, std in zip(per_group, task_std, strict=True)]
+
+
+def _task_scaled(centred: Sequence[float], task_std: float) -> list[float]:
+    """One group's distances from its mean, divided as `group_advantages` says."""
+    divisor = task_std + TASK_STD_FLOOR
+    if max(map(abs, centred), default=0.0) / divisor > MAX_TASK_SCALED:
+        divisor = (sum(distance**2 for distance in centred) / len(centred)) ** 0.5 + TASK_STD_FLOOR
+    return [distance / divisor for distance in centred]
 
 
 def with_advantages(

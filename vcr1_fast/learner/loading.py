@@ -152,10 +152,23 @@ def _sources(
     said = [f"{len(names)} {what} ({_first(names)})" for what, names in problems.items() if names]
     if said:
         raise ConfigError(
-            f"the weights in {folder} are not those of its config.json: {'; '.join(said)}: give a complete "
-            "checkpoint that is not quantized and whose config.json belongs to it"
+            f"the weights in {folder} are not those of its config.json: {'; '.join(said)}: "
+            f"{_advice(missing, unexpected, family)}"
         )
     return [(tensors[key], names) for key, names in found.items()]
+
+
+def _advice(missing: Sequence[str], unexpected: Sequence[str], family: ModelFamily) -> str:
+    """What to do about them: many such checkpoints are whole ones, saved from within a wrapper."""
+    if any(".lora_" in name or ".base_layer." in name for name in unexpected):
+        return (
+            "these are PEFT's adapters beside their base: merge them (merge_and_unload) and save_pretrained the result"
+        )
+    parts = unexpected[0].split(".") if missing and unexpected else []
+    for prefix in (".".join(parts[:count]) + "." for count in range(1, min(len(parts), 4))):
+        if set(missing) <= {family.module_name(name.removeprefix(prefix)) for name in unexpected}:
+            return f"its names begin with {prefix!r}, of a wrapper that was saved as a whole: take that off the names"
+    return "give a complete checkpoint that is not quantized and whose config.json belongs to it"
 
 
 def _first(names: Sequence[str]) -> str:

@@ -62,6 +62,7 @@ class TokenPlan:
 
     video: int
     prompt: int  # text included
+    eval_prompt: int  # as eval.video has it
     completion: int
     group: int  # [prompt | c_1 | ... | c_G], the last token of each completion is not fed
     unshared_group: int  # the same as G separate rows
@@ -82,6 +83,7 @@ def plan_tokens(config: Config, num_gpus: int) -> TokenPlan:
     return TokenPlan(
         video=video,
         prompt=prompt,
+        eval_prompt=max_video_tokens(config.eval_video) + TEXT_TOKENS,
         completion=completion,
         group=group,
         unshared_group=size * (prompt + completion - 1),
@@ -203,9 +205,9 @@ def plan_memory(
     per_gpu, group = config.train.prompts_per_step // num_gpus, config.rollout.group_size
     prompts = min(per_gpu, prompts_at_once(config.rollout, tokens.prompt, group, tokens.completion))
     eval_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    videos = prompts_at_once(config.rollout, tokens.prompt, 1, eval_tokens) if config.data.eval else 0
+    videos = prompts_at_once(config.rollout, tokens.eval_prompt, 1, eval_tokens) if config.data.eval else 0
     rollout = _generation_bytes(size, tokens.prompt, prompts, group, tokens.completion)
-    evaluation = _generation_bytes(size, tokens.prompt, videos, 1, eval_tokens)
+    evaluation = _generation_bytes(size, tokens.eval_prompt, videos, 1, eval_tokens)
     return MemoryPlan(
         static=_gb(
             {

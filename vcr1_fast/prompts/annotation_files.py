@@ -57,13 +57,14 @@ def read_entries(file: Path) -> Entries:
     suffix = Path(plain_name(file)).suffix.lower()
     if suffix == ".parquet":
         return Entries(list(_parquet_rows(file)), is_mapping=False)
-    text = _read_text(file)
+    text = read_text_file(file)
     if suffix == ".csv":
         return Entries(list(_csv_rows(file, text)), is_mapping=False)
     return _parse_text(file, text)
 
 
-def _read_text(file: Path) -> str:
+def read_text_file(file: Path) -> str:
+    """The whole text, unpacked; raises ConfigError as `read_entries`."""
     raw = _read_bytes(file)
     for start, what in NOT_TEXT.items():
         if raw.startswith(start):

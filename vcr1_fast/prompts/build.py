@@ -6,6 +6,7 @@ Called by the prompt stream of a training run and by evaluation.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -25,6 +26,7 @@ SYSTEM_MESSAGE = "You are a helpful assistant."  # the default of Qwen's chat te
 
 class PromptBuilder:
     """Builds prompts of the original's layout: one user turn, text first, then the video, under Qwen's system message.
+    With `video_first` the other way round, as VideoChat-R1.5 and Qwen's own examples have it.
 
     Example: `PromptBuilder(tokenizer, tasks, read).build(example)`.
     """
@@ -39,6 +41,7 @@ class PromptBuilder:
         tokens_per_second: float = 2.0,
         merge: int = 2,
         limits: PromptLimits | None = None,
+        video_first: bool = False,
     ) -> None:
         """`read` gives the patches of an `Example.video` and raises SampleError if it cannot; `prefetch` has such
         videos read ahead. `tokens_per_second` and `merge` are `vision_config.tokens_per_second` and
@@ -53,7 +56,22 @@ class PromptBuilder:
         self._tokens_per_second = tokens_per_second
         self._merge = merge
         self.limits = limits
+        self.video_first = video_first
         self._newline = self._text_ids("\n")
+
+    def placing(self, video_first: bool) -> PromptBuilder:
+        """The same, but for where the video stands."""
+        builder = copy.copy(self)
+        builder.video_first = video_first
+        return builder
+
+    def reading(
+        self, read: Callable[[str], Patches], prefetch: Callable[[Sequence[str]], None], limits: PromptLimits | None
+    ) -> PromptBuilder:
+        """The same questions about videos that are read in another way."""
+        builder = copy.copy(self)
+        builder._read, builder._prefetch, builder.limits = read, prefetch, limits
+        return builder
 
     def read_ahead(self, examples: Sequence[Example]) -> None:
         """A hint that these will be built next, in this order."""
@@ -101,16 +119,18 @@ class PromptBuilder:
 
     def _layout(self, question: str, num_video_tokens: int, example: Example) -> list[int]:
         special, newline = self.special_ids, self._newline
+        video = [special.vision_start, *[special.video_pad] * num_video_tokens, special.vision_end]
+        if self.video_first:
+            turn = [*self._text_ids("user\n"), *video, *self._safe_ids(question, example)]
+        else:
+            turn = [*self._safe_ids(f"user\n{question}", example), *video]
         return [
             special.im_start,
             *self._text_ids(f"system\n{SYSTEM_MESSAGE}"),
             special.im_end,
             *newline,
             special.im_start,
-            *self._safe_ids(f"user\n{question}", example),
-            special.vision_start,
-            *[special.video_pad] * num_video_tokens,
-            special.vision_end,
+            *turn,
             special.im_end,
             *newline,
             special.im_start,

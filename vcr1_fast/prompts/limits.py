@@ -61,7 +61,7 @@ class PromptLimits:
         Not of a part of a video, nor of images that the annotation itself declares to run at some rate.
         """
         name = SourceName.parse(example.video)
-        if file_s <= 0 or name.num_images is not None or name.part_fps is not None:
+        if file_s <= 0 or name.num_images is not None or name.is_part:
             return
         tolerance_s = max(DURATION_TOLERANCE_S, DURATION_TOLERANCE_FRAC * file_s)
         difference_s = abs(example.duration_s - file_s)

@@ -79,7 +79,7 @@ class PromptStream:
     @cached_property
     def digest(self) -> str:
         """Of the examples in their order, wherever their videos are."""
-        plain = (repr(replace(example, video=Path(example.video).name)) for example in self.examples)
+        plain = (_text_of(example) for example in self.examples)
         return blake2b("\n".join(plain).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
 
     @property
@@ -242,3 +242,11 @@ class PromptStream:
                 f"train.max_bad_sample_frac = {limit}; {self.quarantine.summary()}\n"
                 "repair or remove them (all are in quarantine.jsonl of the run), or raise the limit",
             )
+
+
+def _text_of(example: Example) -> str:
+    """All that is asked and known of an example. What most rows do not have is added only where one has it, so that
+    checkpoints from before it existed still fit."""
+    plain = repr(replace(example, video=Path(example.video).name))
+    written = getattr(example.truth, "written", ())
+    return f"{plain} {written}" if written else plain

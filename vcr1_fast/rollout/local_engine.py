@@ -25,7 +25,7 @@ from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
 from vcr1_fast.rollout.grouped_cache import GROUPED_ATTENTION, GroupedCache
-from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, uniforms
+from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, seen_in_prompts, uniforms
 from vcr1_fast.types import Completion, FinishReason, Prompt, RunError, SamplingParams
 from vcr1_fast.video.embed import embed_videos
 
@@ -183,12 +183,18 @@ class LocalEngine:
         )
         logprobs_BS = torch.zeros_like(tokens_BS, dtype=torch.float32)
         logits_BV = model.lm_head(hidden_PD).repeat_interleave(group_size, dim=0)
+        seen_BV = None  # of all rows of the chunk; 0.15 MB a row with 152,064 ids, so only where it is used
+        if sampling.repetition_penalty != 1:
+            seen_BV = seen_in_prompts(prompts, group_size, logits_BV.shape[1], model.device)
         for step in range(sampling.max_new_tokens):
+            seen_here_BV = seen_BV[batch.rows] if seen_BV is not None else None
             token_B, logprob_B = sample_tokens(
-                logits_BV, uniform_SB[step, batch.rows], sampling.temperature, sampling.top_p, self._suppressed_ids
+                logits_BV, uniform_SB[step, batch.rows], sampling, self._suppressed_ids, seen_here_BV
             )
             if step < given.longest:
                 token_B, logprob_B = given.put(step, batch.rows, token_B, logprob_B)
+            if seen_BV is not None:
+                seen_BV[batch.rows, token_B] = True
             tokens_BS[batch.rows, step] = token_B
             logprobs_BS[batch.rows, step] = logprob_B
             batch.is_done |= (token_B.unsqueeze(1) == self._stop_ids).any(dim=1)

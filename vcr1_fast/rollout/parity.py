@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,7 @@ from vcr1_fast.learner.sharding import World, all_max_int, on_all_ranks
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.run.telemetry import is_main_rank
 from vcr1_fast.settings.config import Config, RolloutConfig
-from vcr1_fast.types import Prompt, RolloutGroup, RunError, SamplingParams
+from vcr1_fast.types import Prompt, RolloutGroup, RunError
 
 NUM_COMPLETIONS = 4
 MAX_NEW_TOKENS = 16
@@ -56,7 +56,7 @@ def check_parity(
     dtype: torch.dtype,
     world: World,
 ) -> ParityReport | None:
-    """Compare both on one prompt, at the temperature of the run. A collective: all ranks call it, each with a prompt;
+    """Compare both on one prompt, sampled as in the run. A collective: all ranks call it, each with a prompt;
     where one has none, nothing is compared and None given.
 
     `dtype`: that both compute in. Raises ParityError, with the numbers, on the rank whose mean gap is above
@@ -66,7 +66,9 @@ def check_parity(
         return None
     assert prompt is not None, "as on every rank"
     bound = max_mean_gap(config, dtype)
-    sampling = SamplingParams(NUM_COMPLETIONS, min(MAX_NEW_TOKENS, config.max_new_tokens), config.temperature)
+    drawn_by = config.sampling(seed=0)  # with its top_k and top_p: an engine must not renormalise what they keep
+    max_new_tokens = min(MAX_NEW_TOKENS, config.max_new_tokens)
+    sampling = replace(drawn_by, num_completions=NUM_COMPLETIONS, max_new_tokens=max_new_tokens)
     groups: list[RolloutGroup] = []
 
     def ask() -> None:

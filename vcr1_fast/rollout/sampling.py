@@ -1,15 +1,18 @@
 """Logits -> sampled tokens and their log-probs, and the random numbers behind them. Called by the local engine.
 
-Shape letters: B rows, V vocabulary, G completions of one prompt, S steps.
+Shape letters: B rows, V vocabulary, P prompts, G completions of one prompt, L prompt tokens, S steps.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vcr1_fast.types import SamplingParams
+from vcr1_fast.types import Prompt, SamplingParams
 
 
 def check_sampling(sampling: SamplingParams) -> None:
@@ -19,6 +22,11 @@ def check_sampling(sampling: SamplingParams) -> None:
         "max_new_tokens": (sampling.max_new_tokens >= 1, ">= 1"),
         "temperature": (sampling.temperature >= 0, ">= 0 (0 is greedy)"),
         "top_p": (0 < sampling.top_p <= 1, "in (0, 1]"),
+        "top_k": (sampling.top_k == 0 or sampling.top_k >= 2, "0 (all) or >= 2 (for greedy set temperature to 0)"),
+        "repetition_penalty": (
+            sampling.repetition_penalty > 0 and math.isfinite(sampling.repetition_penalty),
+            "more than 0 (1 is none)",
+        ),
     }
     for name, (ok, range_text) in wanted.items():
         if not ok:
@@ -37,28 +45,57 @@ def uniforms(seed: int, prompt_index: int, num_steps: int, group_size: int) -> T
 
 
 def sample_tokens(
-    logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float, suppressed_ids: Tensor
+    logits_BV: Tensor,
+    uniform_B: Tensor,
+    sampling: SamplingParams,
+    suppressed_ids: Tensor,
+    seen_BV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(token_B int64, logprob_B float32).
 
-    The token is drawn from softmax(logits / temperature) without the suppressed ids, cut to the smallest set of tokens
-    whose mass reaches top_p, by inverting the cumulative distribution at `uniform_B` (float64, [0, 1)). Temperature 0
-    takes the largest logit. The log-prob is log_softmax(logits / temperature) over the WHOLE vocabulary, before
-    anything is left out, as the learner computes it; at temperature 0 it is that of temperature 1.
+    The token is drawn from softmax(logits / temperature), in transformers' order: after the repetition penalty, without
+    the suppressed ids, cut to the top_k largest (and what equals the last of them), renormalised and cut to the
+    smallest set whose mass reaches top_p; by inverting the cumulative distribution at `uniform_B` (float64, [0, 1)).
+    Temperature 0 takes the largest logit after the penalty. The log-prob is log_softmax(logits / temperature) over the
+    WHOLE vocabulary, before any of that, as the learner computes it; at temperature 0 it is that of temperature 1.
+
+    Args:
+        seen_BV: bool, the tokens that are penalised, see `seen_in_prompts`; None: no penalty.
     """
-    scaled_BV = logits_BV.float() / (temperature or 1.0)
-    allowed_BV = scaled_BV.index_fill(1, suppressed_ids, -torch.inf)
-    if temperature == 0:
+    scaled_BV = logits_BV.float() / (sampling.temperature or 1.0)
+    drawn_BV = scaled_BV if seen_BV is None else penalised(scaled_BV, seen_BV, sampling.repetition_penalty)
+    allowed_BV = drawn_BV.index_fill(1, suppressed_ids, -torch.inf)
+    if 0 < sampling.top_k < allowed_BV.shape[1]:
+        smallest_B1 = allowed_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        allowed_BV.masked_fill_(allowed_BV < smallest_B1, -torch.inf)
+    if sampling.temperature == 0:
         token_B1 = allowed_BV.argmax(dim=-1, keepdim=True)
-    elif top_p < 1:
+    elif sampling.top_p < 1:
         prob_BV, order_BV = allowed_BV.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         mass_before_BV = prob_BV.cumsum(dim=-1, dtype=torch.float64) - prob_BV
-        kept_BV = prob_BV.masked_fill(mass_before_BV >= top_p, 0)
+        kept_BV = prob_BV.masked_fill(mass_before_BV >= sampling.top_p, 0)
         token_B1 = order_BV.gather(1, _invert(kept_BV, uniform_B))
     else:
         token_B1 = _invert(allowed_BV.softmax(dim=-1), uniform_B)
     logprob_B1 = scaled_BV.gather(1, token_B1) - scaled_BV.logsumexp(dim=-1, keepdim=True)
     return token_B1.squeeze(1), logprob_B1.squeeze(1)
+
+
+def penalised(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Logits of seen tokens divided by the penalty where they are positive, multiplied with it where negative.
+
+    Source: CTRL (1909.05858), as transformers' RepetitionPenaltyLogitsProcessor has it. A positive factor on all logits
+    (a temperature) may come before or after it.
+    """
+    return torch.where(seen_BV, torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty), logits_BV)
+
+
+def seen_in_prompts(prompts: Sequence[Prompt], group_size: int, vocabulary_size: int, device: torch.device) -> Tensor:
+    """[P * G, V] bool: the tokens of each completion's prompt, the caller adds each that is drawn."""
+    seen_PV = torch.zeros(len(prompts), vocabulary_size, dtype=torch.bool)
+    for index, prompt in enumerate(prompts):
+        seen_PV[index, prompt.token_ids_L] = True
+    return seen_PV.to(device).repeat_interleave(group_size, dim=0)
 
 
 def _invert(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:

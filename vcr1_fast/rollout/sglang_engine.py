@@ -99,6 +99,11 @@ class SGLangEngine:
         tokens are read again. Raises ValueError for a prompt or settings that the engine cannot take, and RuntimeError
         when a group or the workers failed too often; the engine can then still be used."""
         check_sampling(sampling)
+        if sampling.repetition_penalty != 1:
+            raise ValueError(
+                f"sampling.repetition_penalty is {sampling.repetition_penalty}, wanted 1: SGLang penalises the tokens "
+                "of the answer but not of the prompt, use engine local"
+            )
         if self._workers.is_released:
             raise RuntimeError("the engine's memory is released: load_weights takes it back, with every weight")
         if not self._workers.has_weights and self.policy_version == 0:
@@ -176,6 +181,7 @@ class SGLangEngine:
             "max_new_tokens": sampling.max_new_tokens - (begun.num_tokens if begun else 0),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
             "stop_ids": self._stop_ids,
             "suppressed_ids": self._suppressed_ids,
             "grid_thw": prompt.patches.grid_thw,

@@ -78,6 +78,7 @@ class RunState:
     base: str = ""  # digest of the starting model, which frozen weights come from
     program: str = "train"  # the command that made it, train or sft
     data: str = ""  # digest of the examples of data.train, PromptStream.digest
+    prompts: Mapping[str, str] = field(default_factory=dict)  # task -> digest of its prompt file, prompt_digests
     task_scale: Mapping[str, Sequence[float]] = field(default_factory=dict)  # advantages.TaskScale.moments
     pending: Sequence[Mapping[str, Any]] = field(default_factory=list)  # steps drawn ahead, see RolloutQueue.pending
     before: Mapping[str, Any] = field(default_factory=dict)  # held-out scores before the first step, scores_as_dict

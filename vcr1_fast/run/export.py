@@ -45,6 +45,7 @@ class ExportPlan:
     folder: Path
     files: Mapping[str, bytes]  # by name
     dtype: torch.dtype  # of floating weights
+    num_bytes: int  # of weights and files
 
 
 def plan_export(
@@ -56,9 +57,11 @@ def plan_export(
     Raises ConfigError as `settings_files` and `stored_weights` do, and OSError.
     """
     dtype = dtype or stored_dtype(source)
-    files = {path.name: path.read_bytes() for path in settings_files(source)}
+    files = {path.name: path.read_bytes() for path in settings_files(source)} | dict(further or {})
     files[CONFIG_FILE] = with_dtype(files[CONFIG_FILE], dtype)
-    return ExportPlan(folder.absolute(), {**files, **(further or {})}, dtype)
+    num_numbers = sum(prod(weight.shape) for weight in stored_weights(source).values())
+    num_bytes = num_numbers * dtype.itemsize + sum(map(len, files.values()))
+    return ExportPlan(folder.absolute(), files, dtype, num_bytes)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -79,13 +82,20 @@ def with_dtype(config_json: bytes, dtype: torch.dtype) -> bytes:
     return changed.replace(b"{", b'{\n  "torch_dtype": "' + name + b'",', 1)  # the older key, which all releases read
 
 
-def try_export(folder: Path, marker: str, files: Mapping[str, bytes]) -> None:
+def try_export(folder: Path, marker: str, files: Mapping[str, bytes], num_bytes: int = 0) -> None:
     """Write these files beside `folder` and delete them again.
 
-    Raises OSError when they cannot be written, or when `folder` is something else: it exists without the file `marker`.
+    Raises OSError when they cannot be written, when the disk has not `num_bytes` left for the whole (an earlier export
+    goes only when the new one is complete), or when `folder` is something else: it exists without the file `marker`.
     """
     with _aside(folder, marker) as aside:
         _write_files(aside, files)
+        free = shutil.disk_usage(aside).free
+        if free < num_bytes:
+            raise OSError(
+                f"the export to {folder} will take {num_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB "
+                "free: make room, choose another train.output_dir, or set checkpoint.export=false"
+            )
 
 
 def export_hugging_face(policy: nn.Module, plan: ExportPlan, world: World = SINGLE_PROCESS) -> Path:

@@ -15,6 +15,7 @@ from vcr1_fast.run.run import Run
 from vcr1_fast.run.telemetry import say
 from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.settings.io import config_to_yaml
+from vcr1_fast.tasks.prompt_file import prompt_digests
 
 # Where a run runs, how long, and what it keeps: the same run whatever they are
 _FREE = ("train.output_dir", "train.num_steps", "train.resume", "train.watchdog_s", "checkpoint.", "eval.", "data.eval")
@@ -26,8 +27,8 @@ def load_state(run: Run, learner: Learner, prompts: PromptStream, program: str) 
     """Load the checkpoint `train.resume` names into the learner, or give the state of a new run.
 
     Says which settings differ from those it was made with. Raises ConfigError when it is of another program (`train` or
-    `sft`), was read by another video reader, belongs to other frozen weights, or when data, seed or starting model are
-    others and train.resume_changed is false.
+    `sft`), was read by another video reader, belongs to other frozen weights, or when data, prompt files, seed or
+    starting model are others and train.resume_changed is false.
     """
     checkpoint = resolve_resume(run.config.train.resume, run.folder, run.world)
     if checkpoint is None:
@@ -61,6 +62,12 @@ def _check_unchanged(run: Run, state: RunState, prompts: PromptStream) -> None:
     seed, now = (_flat(text).get("train.seed") for text in (state.config_yaml, config_to_yaml(run.config)))
     changed = [f"train.seed (was {seed}, is {now})"] * (seed != now)
     changed += ["the examples of data.train"] * (state.data not in ("", prompts.digest))
+    prompts_now = prompt_digests(run.tasks)
+    changed += [
+        f"the question of {task} (task.prompts)"
+        for task in sorted({**state.prompts, **prompts_now})
+        if state.prompts.get(task) != prompts_now.get(task)
+    ]
     changed += ["the weights or settings in model.path"] * (state.base not in ("", run.base_digest))
     if changed and not run.config.train.resume_changed:
         raise ConfigError(

@@ -16,14 +16,13 @@ import torch
 from vcr1_fast import __version__, native
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.kernel_proof import choose_kernels
-from vcr1_fast.learner.loading import check_weights, read_config
+from vcr1_fast.learner.loading import check_weights
 from vcr1_fast.learner.memory_sums import check_memory
 from vcr1_fast.learner.model import load_hugging_face, load_tokenizer, resolve_dtype
 from vcr1_fast.learner.sharding import World, init_distributed, on_main_rank, shutdown
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
-from vcr1_fast.prompts.limits import PromptLimits
 from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
@@ -43,6 +42,7 @@ from vcr1_fast.run.folder import prepare_output_dir
 from vcr1_fast.run.folder_lock import locked_folder
 from vcr1_fast.run.model_folder import CONFIG_FILE, TRAINED_WITH, model_digest, model_folder, read_json
 from vcr1_fast.run.random_state import seed_generators
+from vcr1_fast.run.sources import describe_eval_video, eval_builder, open_source, prompt_limits
 from vcr1_fast.run.telemetry import say
 from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.checks import RunCommand, check_settings
@@ -50,14 +50,11 @@ from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import config_to_yaml
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tasks.native_cuda import choose_half
+from vcr1_fast.tasks.prompt_file import prompt_digests
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, SamplingParams
-from vcr1_fast.video.cache import TensorCache
-from vcr1_fast.video.frozen_tower import load_frozen_tower
-from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.patches import PatchSource
 from vcr1_fast.video.quarantine import Quarantine
-from vcr1_fast.video.read import decodes_on_gpu
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,7 @@ class Run:
     tasks: dict[str, Task]
     source: PatchSource
     builder: PromptBuilder
+    eval_builder: PromptBuilder  # the same one, unless eval.video says otherwise
     quarantine: Quarantine
     kernels: KernelChoice
     export: ExportPlan | None  # of a command that exports
@@ -116,14 +114,20 @@ class Run:
             f"vcr1-fast {__version__}: model {config.model.path} in {dtype} on {world.device.type}, {sharding}; "
             f"{self.kernels.describe()}; "
             f"engine: {config.rollout.engine}; video: {self.source.describe()}; "
-            f"rewards: {native.in_use()}; recipe: {config.task.recipe}"
+            f"rewards: {native.in_use()}; recipe: {config.task.recipe}{self._prompt_files()}"
         )
+
+    def _prompt_files(self) -> str:
+        digests = prompt_digests(self.tasks)
+        named = [f"{task}: {self.config.task.prompts[task]} ({digests[task][:8]})" for task in digests]
+        return f"; prompt files: {', '.join(named)}" if named else ""
 
     def state(self, step: int, prompts: PromptStream, num_tokens: int, policy_version: int, program: str) -> RunState:
         """What a checkpoint made now says about the run."""
         where = (step, prompts.position, num_tokens, policy_version)
         of_run = (self.source.name, config_to_yaml(self.config), self.base_digest, program)
-        return RunState(*where, *of_run, data=prompts.digest, has_signal=False)
+        digests = {"data": prompts.digest, "prompts": prompt_digests(self.tasks)}
+        return RunState(*where, *of_run, **digests, has_signal=False)
 
     @cached_property
     def base_digest(self) -> str:
@@ -158,7 +162,9 @@ class Run:
             print(f"data.{name}: {len(errors)} of {num_rows} rows left out{counted}", file=sys.stderr)
         if num_refused == len(rows):
             raise ConfigError(f"data.{name} has no usable row in {', '.join(file.path for file in files)}")
-        return rows if name == "eval" else [row for row in rows if not row.is_refused]
+        if name == "eval":
+            return [replace(row, is_held_out=True) for row in rows]
+        return [row for row in rows if not row.is_refused]
 
 
 @contextlib.contextmanager
@@ -177,7 +183,7 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
             check_memory(config, world.world_size, memory_gb)
         if command == "eval":
             config = with_model_of_checkpoint(config, world)
-        limits = _prompt_limits(config, command)
+        limits = prompt_limits(config, command)
         tokenizer = load_tokenizer(config.model.path)
         folder = Path(config.train.output_dir)
         if writes:
@@ -188,41 +194,20 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         tasks = make_tasks(config.task, judge=config.judge)
         proof = choose_kernels(config, world)
         source = opened.enter_context(contextlib.closing(open_source(config, world.device, proof.choice)))
-        builder = PromptBuilder(tokenizer, tasks, source, prefetch=source.prefetch, limits=limits)
+        builder = PromptBuilder(
+            tokenizer, tasks, source, prefetch=source.prefetch, limits=limits, video_first=bool(config.task.video_first)
+        )
         if writes and world.is_main:
             (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
         quarantine = open_quarantine(config, folder if writes else None)
         has_export = command == "sft" or (command == "train" and config.checkpoint.export)
         export = planned_export(config, folder, source.name, world) if has_export else None
-        run = Run(config, world, folder, tasks, source, builder, quarantine, proof.choice, export)
-        say("\n".join([run.describe(), *proof.lines(), *filter(None, [quarantine.describe()])]))
+        seen_in_evaluation = opened.enter_context(eval_builder(config, builder, source, proof.choice))
+        parts = (source, builder, seen_in_evaluation, quarantine)
+        run = Run(config, world, folder, tasks, *parts, proof.choice, export)
+        lines = [run.describe(), *proof.lines(), quarantine.describe(), describe_eval_video(config)]
+        say("\n".join(filter(None, lines)))
         yield run
-
-
-def _prompt_limits(config: Config, command: RunCommand) -> PromptLimits:
-    """Raises ConfigError when the model's config.json is unusable."""
-    max_positions = read_config(model_folder(config.model.path)).get_text_config().max_position_embeddings
-    num_answer_tokens = config.rollout.max_new_tokens
-    if command == "sft":
-        num_answer_tokens = 0  # its answers are there, and are counted
-    elif command == "eval":
-        num_answer_tokens = config.eval.max_new_tokens or num_answer_tokens
-    is_fixed = config.task.recipe == "fixed"
-    return PromptLimits(max_positions, num_answer_tokens, config.data.max_prompt_tokens, refuses_periods=is_fixed)
-
-
-def open_source(config: Config, device: torch.device, kernels: KernelChoice | None = None) -> PatchSource:
-    """Reader, workers, cache and, where it is frozen, the vision tower. To be closed."""
-    video, dtype = config.video, resolve_dtype(config.model, device)
-    if decodes_on_gpu(video):
-        video = replace(video, num_workers=0)
-    folder = Path(video.cache_dir).expanduser() if video.cache_dir else None
-    cache = TensorCache(folder, int(video.cache_ram_gib * 2**30), int(video.cache_disk_gib * 2**30))
-    loader = FrameLoader(video, cache=cache, pin_memory=device.type == "cuda")
-    tower = None
-    if config.model.is_tower_frozen:
-        tower = load_frozen_tower(model_folder(config.model.path), dtype, device, kernels)
-    return PatchSource(loader, cache, video, device, dtype, tower, kernels)
 
 
 def open_quarantine(config: Config, folder: Path | None) -> Quarantine:
@@ -301,7 +286,7 @@ def planned_export(config: Config, folder: Path, reader: str, world: World) -> E
     plan = plan_export(source, folder / "model", dtype, {TRAINED_WITH: record.encode()})
 
     def try_all() -> None:
-        try_export(plan.folder, CONFIG_FILE, plan.files)
+        try_export(plan.folder, CONFIG_FILE, plan.files, plan.num_bytes)
         if config.model.lora.rank:
             try_export(folder / "adapter", ADAPTER_CONFIG, {})
 

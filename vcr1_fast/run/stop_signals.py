@@ -42,6 +42,32 @@ def heed_usr1() -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
+def heed_one_interrupt() -> None:
+    """From here on one Ctrl-C raises KeyboardInterrupt, after which what a command began is taken down again.
+
+    A second one never breaks into that with a traceback: it ends the process at once, and within SAME_PRESS_S does
+    nothing. Does nothing where SIGINT is ignored.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    pressed_s: list[float] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if not pressed_s:
+            pressed_s.append(time.monotonic())
+            raise KeyboardInterrupt
+        if time.monotonic() - pressed_s[0] > SAME_PRESS_S:
+            os._exit(STOPPED_BY_SIGNAL + number)
+
+    signal.signal(signal.SIGINT, note)
+
+
+def heed_no_interrupt() -> None:
+    """When all is done and said: Ctrl-C ends the process, without a traceback from the interpreter's own end."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class StoppedBySignal(Exception):  # noqa: N818 - not an error: the run is saved
     """The run ended after a step because a signal asked for it; what it did is in a checkpoint."""
 

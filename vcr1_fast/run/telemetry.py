@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vcr1_fast.run.step_line import StepLines
 from vcr1_fast.run.terminal import console as console
 from vcr1_fast.run.watchdog import Watchdog
 
@@ -92,6 +93,7 @@ class Telemetry:
         self._span_s: dict[str, float] = defaultdict(float)
         self._step_began = time.perf_counter()
         self._failed: set[str] = set()
+        self._lines = StepLines()
         if not self.is_writing:
             return
         from torch.utils.tensorboard import SummaryWriter  # 3 s, so not at import
@@ -134,7 +136,7 @@ class Telemetry:
         self._step_began = now
         self._write(step, record)
         if self.is_writing:
-            say(step_line(step, num_steps, record))
+            say(self._lines.line(step, num_steps, record))
 
     def log_eval(self, step: int, scores: Mapping[str, float]) -> None:
         """Writes held-out scores, each under `eval/`, as a line of its own."""
@@ -208,42 +210,6 @@ def _wait_for_gpu() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def step_line(step: int, num_steps: int, record: Mapping[str, float]) -> str:
-    """One step as a person reads it; what was not measured is left out."""
-
-    def shown(*wanted: tuple[str, str, str]) -> str:
-        return ", ".join(f"{label} {format(record[key], spec)}" for label, key, spec in wanted if key in record)
-
-    parts = [
-        f"{key[8:-5]} {value:.3f}"
-        for key, value in record.items()
-        if key.startswith("rewards/") and key.endswith("/mean")
-    ]
-    reward = shown(("reward", "reward", ".3f")) + (f" ({', '.join(parts)})" if parts else "")
-    sampled = shown(
-        ("length", "completions/mean_length", ".0f"),
-        ("truncated", "completions/clipped_ratio", ".0%"),
-        ("zero-variance", "frac_reward_zero_std", ".0%"),
-        ("bad samples", "bad_samples", ".0f"),
-        *([("reward failures", "reward_failures", ".0f")] if record.get("reward_failures") else []),
-    )
-    learned = shown(
-        *([("skipped updates", "skipped_updates", ".0f")] if record.get("skipped_updates") else []),
-        ("loss", "loss", ".4f"),
-        ("kl", "kl", ".2g"),
-        ("entropy", "entropy", ".2f"),
-        ("clipped", "clip_ratio/region_mean", ".1%"),
-        ("engine gap", "sampling/sampling_logp_difference/mean", ".0e"),  # above rounding, the engine is wrong
-        ("grad", "grad_norm", ".3g"),
-    )
-    speed = shown(("tokens/s", "tokens_per_s/executed", ",.0f"), ("unshared", "tokens_per_s/unshared", ",.0f"))
-    phases = " ".join(f"{key[5:-2]} {value:.2f}" for key, value in record.items() if key.startswith("time/"))
-    clock = f"{record['step_time']:.2f} s" if "step_time" in record else ""
-    clock += f": {phases}" if phases else ""
-    width = len(str(num_steps))
-    return " | ".join(filter(None, [f"step {step:{width}d}/{num_steps}", reward, sampled, learned, speed, clock]))
 
 
 def progress(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

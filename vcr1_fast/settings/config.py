@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from vcr1_fast.settings.error import ConfigError as ConfigError
 from vcr1_fast.settings.error import require
 from vcr1_fast.settings.learning import AlgorithmConfig, OptimizerConfig, RolloutConfig
+from vcr1_fast.settings.video import EvalVideoConfig as EvalVideoConfig
 from vcr1_fast.settings.video import VideoConfig as VideoConfig
 
 MAX_REWARD_WEIGHT = 1e6  # infinity times a part of 0 is NaN, and squares of 1e300 are infinite
@@ -117,7 +118,7 @@ class DataConfig:
     """rewards.jsonl of an earlier run, for data.reward_range."""
     max_prompt_tokens: int | None = None
     """An example whose prompt, video included, has more tokens is left out and counted. Default: what the positions of
-    the model leave beside the longest answer."""
+    the model leave beside the longest answer; that is also the limit of an evaluation with an eval.video of its own."""
     quarantine: str | None = None
     """Further list of files not to read, such as quarantine.jsonl of an earlier run. The run's own list is
     quarantine.jsonl in train.output_dir."""
@@ -157,9 +158,16 @@ class TaskConfig:
     """How answers are asked for and scored."""
 
     recipe: Literal["fixed", "paper"] = "fixed"
-    """paper: prompts, parsers and rewards with the original's quirks, for comparison. fixed: repaired."""
+    """paper: parsers and rewards with the original's quirks, and prompts that ask for the same in words of our own (its
+    words: task.prompts), for comparison. fixed: repaired."""
     think: bool = True
     """Ask for a think block before the answer."""
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Task to a text file with the words of its question, such as a published prompt, for train, sft and eval alike;
+    {event}, {question}, {options}, ... stand for values of the example (docs/prompts.md). Default: built-in words."""
+    video_first: bool | None = None
+    """The video stands before the question in the prompt, in training and evaluation. Default: after it, as in
+    VideoChat-R1, but before it in the rounds of eval.perception focus, as in VideoChat-R1.5."""
     reward_weights: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "iou": 1.0})
     """Weight of each reward part; parts not named count 1."""
     custom: tuple[str, ...] = ()
@@ -168,6 +176,12 @@ class TaskConfig:
     """Reward parts of your own: task to a list of module:function. The part has the function's name."""
     iou: Literal["plain", "boundary"] = "plain"
     """Part `iou` of temporal grounding. boundary: less the further its ends are off (Time-R1); scores stay plain."""
+    grounding_answer: Literal["period", "list"] = "period"
+    """How temporal grounding is answered. list: by all periods of the event, [(start, end), ...], whose part `iou` is
+    that of two sets of instants (VideoChat-R1.5)."""
+    max_intervals: int | None = None
+    """Answers that list more periods than this have no readable list for the reward, in grounded QA and in temporal
+    grounding by list; 3 in VideoChat-R1.5. Default: no limit."""
     shaping: dict[str, Literal["tempsamp_r1"]] = field(default_factory=dict)
     """Reward part to a function that it goes through on its way into the reward. tempsamp_r1: flat above 0.8, steep
     below."""
@@ -175,8 +189,9 @@ class TaskConfig:
     """Adds the part `order`: 1 for correct answers if they are not better with the frames shuffled (T-GRPO, there
     weighted 0.3). Samples half as many answers again."""
     length_reward: Literal["none", "window", "overlong"] = "none"
-    """Adds the part `length`, by tokens. window: 1 for a correct answer inside length_tokens (Video-R1, there weighted
-    0.2). overlong: 1 up to the first of length_tokens, falling to 0 at the second (DAPO)."""
+    """Adds the part `length`, by tokens. window: 1 for a correct answer inside length_tokens if its group has another
+    correct one (Video-R1, there weighted 0.2). overlong: 1 up to the first of length_tokens, falling to 0 at the second
+    (DAPO)."""
     length_tokens: tuple[int, int] = (320, 512)
     """The two lengths that length_reward needs, in tokens."""
     reward_timeout_s: float = 300.0
@@ -198,6 +213,14 @@ class TaskConfig:
         require(
             0 <= self.reward_timeout_s < math.inf,
             f"task.reward_timeout_s is {self.reward_timeout_s}, wanted seconds >= 0 (0: no limit)",
+        )
+        require(
+            self.max_intervals is None or self.max_intervals >= 1,
+            f"task.max_intervals is {self.max_intervals}, wanted >= 1, or nothing",
+        )
+        require(
+            self.iou == "plain" or self.grounding_answer == "period",
+            f"task.iou is {self.iou} and task.grounding_answer is list: a list has no two ends, set one to its default",
         )
         require(self.max_failed_steps >= 1, f"task.max_failed_steps is {self.max_failed_steps}, wanted >= 1")
 
@@ -272,7 +295,7 @@ class TrainConfig:
     collective gives up after 3,600 s. 20 minutes are several times the slowest step that a run should have; 0: never.
     """
     resume_changed: bool = False
-    """Go on from a checkpoint although data, seed or starting model are others than those it was made with."""
+    """Go on from a checkpoint although data, prompt files, seed or starting model are others than it was made with."""
     max_bad_sample_frac: float = 0.5
     """Stop with a summary when more than this fraction of the samples read so far could not be used."""
 
@@ -325,6 +348,10 @@ class EvalConfig:
     """0 is greedy."""
     max_new_tokens: int | None = None
     """Longest answer. Default: rollout.max_new_tokens."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that prompt or answer hold already are divided by it if positive, multiplied if negative, as in
+    transformers; 1: off. Qwen2.5-VL's own generation settings, which the original's evaluation inherits, have 1.05.
+    Only by rollout.engine local: SGLang would count the answer's tokens alone."""
     max_examples: int | None = None
     """Evaluate only the first so many examples of each task."""
     output_dir: str | None = None
@@ -335,9 +362,19 @@ class EvalConfig:
     perceptions: int = 1
     """Rounds of `vcr1-fast eval` for questions with options: each but the last asks where the evidence is, and the next
     one looks closer there (VideoChat-R1.5). 1: asked once."""
+    perception: Literal["focus", "crop"] = "focus"
+    """How a round looks closer. focus: at the whole video, with frames 1.5 times as close together in the evidence
+    (VideoChat-R1.5). crop: at the evidence alone, cut out with a margin, at twice the frame rate."""
+
+    video: EvalVideoConfig = field(default_factory=EvalVideoConfig)
+    """Settings of the section video for evaluation alone, so that it may see more than training."""
 
     def __post_init__(self) -> None:
         require(self.perceptions >= 1, f"eval.perceptions is {self.perceptions}, wanted >= 1")
+        require(
+            self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
+            f"eval.repetition_penalty is {self.repetition_penalty}, wanted more than 0 (1 is off)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,3 +407,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+
+    def __post_init__(self) -> None:
+        _ = self.eval_video  # raises ConfigError where the two sections do not fit
+
+    @property
+    def eval_video(self) -> VideoConfig:
+        """The section video as evaluation sees it."""
+        return self.eval.video.over(self.video)

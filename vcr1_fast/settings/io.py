@@ -245,7 +245,7 @@ def _explain(message: str, known: Mapping[str, Any], where: str) -> str:
     key = re.search(r'[Kk]ey "([^"]+)"', message)
     if not key or key[1] not in known:
         return " ".join(message.split()) + where
-    value = re.search(r"Got value: (.*)", message)
+    value = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
     got = f" is {value[1]!r}" if value else " cannot be read"
     return f"{key[1]}{got}{where}, wanted {type_name(known[key[1]])}"
 

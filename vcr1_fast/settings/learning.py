@@ -131,7 +131,13 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature; log-probs everywhere are taken at this temperature."""
     top_p: float = 1.0
-    """Nucleus sampling. Below 1 the log-probs are still those of the whole vocabulary."""
+    """Nucleus sampling. Below 1 the log-probs are still those of the whole vocabulary, see top_k."""
+    top_k: int = 0
+    """Draw only from the k most likely tokens, before top_p; 0: from all. As with top_p, log-probs stay log-softmax of
+    logits / temperature over the whole vocabulary, engine's and learner's, as the original and TRL take them: answers
+    come from the distribution renormalised over what is kept, ratio and gradient are those of the whole one, a bias of
+    the size of the mass left out. Engine local keeps what equals the k-th. With top_p below 1 as well, sglang counts
+    its mass before top_k, local after it, as transformers does."""
     max_new_tokens: int = 1024
     """Longest completion."""
     max_batch_rows: int = 256
@@ -159,6 +165,10 @@ class RolloutConfig:
             f"rollout.temperature is {self.temperature}, wanted > 0 (greedy rollouts have no group variance)",
         )
         require(0 < self.top_p <= 1, f"rollout.top_p is {self.top_p}, wanted in (0, 1]")
+        require(
+            self.top_k == 0 or self.top_k >= 2,
+            f"rollout.top_k is {self.top_k}, wanted 0 (all tokens) or >= 2 (greedy rollouts have no group variance)",
+        )
         require(self.max_new_tokens >= 1, f"rollout.max_new_tokens is {self.max_new_tokens}, wanted >= 1")
         require(self.max_batch_rows >= 1, f"rollout.max_batch_rows is {self.max_batch_rows}, wanted >= 1")
         require(self.max_batch_tokens >= 1, f"rollout.max_batch_tokens is {self.max_batch_tokens}, wanted >= 1")
@@ -177,7 +187,7 @@ class RolloutConfig:
         )
 
     def sampling(self, seed: int) -> SamplingParams:
-        return SamplingParams(self.group_size, self.max_new_tokens, self.temperature, self.top_p, seed)
+        return SamplingParams(self.group_size, self.max_new_tokens, self.temperature, self.top_p, seed, self.top_k)
 
 
 @dataclass(frozen=True, kw_only=True)

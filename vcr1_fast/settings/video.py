@@ -1,21 +1,25 @@
-"""Settings of the video path: a section of `vcr1_fast.settings.config`, to be imported from there.
+"""Settings of the video path, in training and in evaluation: sections of `vcr1_fast.settings.config`, to be imported
+from there.
 
 The string under a field is its help text on the command line. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-from vcr1_fast.settings.error import require
+from vcr1_fast.settings.error import ConfigError, require
+
+ReaderName = Literal["auto", "pyav", "decord", "torchcodec", "dali"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
     """Which frames the model sees, at what size (rules of the original Qwen2.5-VL recipe), and how they are read."""
 
-    reader: Literal["auto", "pyav", "decord", "torchcodec", "dali"] = "auto"
+    reader: ReaderName = "auto"
     """What decodes. auto: dali (NVDEC) on a GPU where it is installed and works, else pyav. decord runs in a process
     of its own that is killed when it hangs. Folders of images are always read with pyav."""
     fps: float = 2.0
@@ -68,3 +72,54 @@ class VideoConfig:
             require(getattr(self, name) > 0, f"video.{name} is {getattr(self, name)}, wanted more than 0")
         for name in ("num_workers", "prefetch_steps", "cache_disk_gib", "cache_ram_gib"):
             require(getattr(self, name) >= 0, f"video.{name} is {getattr(self, name)}, wanted >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalVideoConfig:
+    """What differs from `VideoConfig` in evaluation: training's held-out scores and `vcr1-fast eval`."""
+
+    reader: ReaderName | None = None
+    """As video.reader."""
+    fps: float | None = None
+    """As video.fps."""
+    min_frames: int | None = None
+    """As video.min_frames."""
+    max_frames: int | None = None
+    """As video.max_frames."""
+    total_pixels: int | None = None
+    """As video.total_pixels."""
+    min_frame_pixels: int | None = None
+    """As video.min_frame_pixels."""
+    max_frame_pixels: int | None = None
+    """As video.max_frame_pixels."""
+    image_folder_fps: float | None = None
+    """As video.image_folder_fps."""
+    max_source_pixels: int | None = None
+    """As video.max_source_pixels."""
+    timeout_s: float | None = None
+    """As video.timeout_s."""
+    num_workers: int | None = None
+    """As video.num_workers."""
+    prefetch_steps: int | None = None
+    """As video.prefetch_steps."""
+    clips_per_worker: int | None = None
+    """As video.clips_per_worker."""
+    cache_dir: str | None = None
+    """As video.cache_dir."""
+    cache_disk_gib: float | None = None
+    """As video.cache_disk_gib."""
+    cache_ram_gib: float | None = None
+    """As video.cache_ram_gib."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that are not left to the section video, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def over(self, video: VideoConfig) -> VideoConfig:
+        """`video` with these in place of its own. Raises ConfigError, which names them as eval.video.X."""
+        try:
+            return replace(video, **self.given)
+        except ConfigError as error:
+            ours = rf"\bvideo\.(?=({'|'.join(self.given)})\b)"
+            raise ConfigError(re.sub(ours, "eval.video.", str(error))) from None

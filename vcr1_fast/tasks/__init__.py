@@ -9,8 +9,11 @@ from vcr1_fast.settings.config import ConfigError, JudgeConfig, TaskConfig
 from vcr1_fast.tasks.captioning import Captioning
 from vcr1_fast.tasks.custom import check_tasks, load_rewards, load_tasks, make_custom
 from vcr1_fast.tasks.grounded_qa import GroundedQA
+from vcr1_fast.tasks.grounding_list import GroundingByList
 from vcr1_fast.tasks.multiple_choice import MultipleChoice
+from vcr1_fast.tasks.numeric_answer import NumericAnswer
 from vcr1_fast.tasks.object_tracking import ObjectTracking
+from vcr1_fast.tasks.prompt_file import wording_of
 from vcr1_fast.tasks.reward_process import RewardProcess
 from vcr1_fast.tasks.shaping import added_parts
 from vcr1_fast.tasks.task import Task
@@ -23,6 +26,7 @@ TASKS: dict[str, type[Task]] = {
     GroundedQA.name: GroundedQA,
     MultipleChoice.name: MultipleChoice,
     VideoQuality.name: VideoQuality,
+    NumericAnswer.name: NumericAnswer,
     Captioning.name: Captioning,
 }
 
@@ -39,22 +43,37 @@ def make_tasks(
 ) -> dict[str, Task]:
     """Name -> task for the named tasks (all of them by default), the user's own and further rewards included.
 
-    Raises ValueError for an unknown task, ConfigError when reward_weights or shaping names a part that no task has or
-    something of the user's cannot be loaded.
+    Raises ValueError for an unknown task, ConfigError when reward_weights or shaping names a part that no task has, or
+    a prompt file or something of the user's cannot be loaded.
     """
     custom = load_tasks(config.custom, taken=TASKS)
     classes = TASKS | custom
     rewards = load_rewards(config.rewards, classes)
     parts = {part for task in classes.values() for part in task.part_names}
     _check_part_names(config, parts | {part for own in rewards.values() for part in own})
+    _check_prompt_tasks(config, classes)
     tasks: dict[str, Task] = {}
     for name in classes if names is None else names:
         found = task_class(name, classes)
+        if found is TemporalGrounding and config.grounding_answer == "list":
+            found = GroundingByList
         if name in custom:
             tasks[name] = make_custom(name, found, config)
         else:
             tasks[name] = Captioning(config, judge) if found is Captioning else found(config)
+        if name in config.prompts and wording_of(tasks[name]) is None:
+            raise ConfigError(
+                f"task.prompts.{name}: this task has words of its own: leave the file out, or let the task ask with "
+                "vcr1_fast.tasks.prompt_file.Wording under the name `wording`"
+            )
     return check_tasks(tasks, rewards, custom, RewardProcess(config) if config.reward_timeout_s else None)
+
+
+def _check_prompt_tasks(config: TaskConfig, classes: Collection[str]) -> None:
+    for name in config.prompts:
+        if name not in classes:
+            near, known = _nearest(name, classes), ", ".join(classes)
+            raise ConfigError(f"task.prompts.{name}: there is no such task{near}; the tasks are {known}")
 
 
 def _check_part_names(config: TaskConfig, known: Collection[str]) -> None:

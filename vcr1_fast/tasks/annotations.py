@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import TypeVar
 
+from vcr1_fast.tasks.choice_format import marked_options
 from vcr1_fast.types import (
     CaptionTruth,
     ChoiceTruth,
@@ -16,6 +17,7 @@ from vcr1_fast.types import (
     Interval,
     IntervalTruth,
     LabelTruth,
+    NumberTruth,
     TrackTruth,
 )
 
@@ -87,10 +89,22 @@ def read_options(row: Mapping[str, object]) -> tuple[str, ...]:
         if not isinstance(item, str) or not item.strip():
             raise ValueError(f"options[{i}] is {item!r:.60}, wanted text that is not empty")
     options = tuple(item.strip() for item in value)
-    marks = [_LETTER_MARK.match(option) for option in options]
-    if [mark and mark[1] for mark in marks] != list(ascii_uppercase[: len(options)]):
-        return options
-    return tuple(option[mark.end() :] if mark else option for option, mark in zip(options, marks, strict=True))
+    ends = _ends_of_marks(options)
+    return tuple(option[end:] for option, end in zip(options, ends, strict=True)) if ends else options
+
+
+def written_options(row: Mapping[str, object]) -> tuple[str, ...]:
+    """The options of a row that `read_options` takes, byte for byte, with letters in front where it gives none."""
+    value = row["options"]
+    assert isinstance(value, (list, tuple))
+    return tuple(value if _ends_of_marks([item.strip() for item in value]) else marked_options(value))
+
+
+def _ends_of_marks(options: Sequence[str]) -> list[int] | None:
+    """Where the text behind each option's letter begins; None unless every option carries its own."""
+    marks = [mark for option in options if (mark := _LETTER_MARK.match(option))]
+    is_marked = [mark[1] for mark in marks] == list(ascii_uppercase[: len(options)])
+    return [mark.end() for mark in marks] if is_marked else None
 
 
 def read_true_letter(row: Mapping[str, object], num_options: int) -> str:
@@ -158,6 +172,11 @@ def grounded_choice_truth(example: Example) -> GroundedChoiceTruth:
 def label_truth(example: Example) -> LabelTruth:
     """The truth of a classification example."""
     return _truth(example, LabelTruth, "a label")
+
+
+def number_truth(example: Example) -> NumberTruth:
+    """The truth of a question for a number."""
+    return _truth(example, NumberTruth, "a number")
 
 
 def caption_truth(example: Example) -> CaptionTruth:

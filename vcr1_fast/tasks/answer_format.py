@@ -16,9 +16,6 @@ MAX_TEXT_CHARS = 65536  # a longest sane completion, 2,048 tokens, is about 8,00
 MAX_LIST_DEPTH = 8
 MAX_LIST_ITEMS = 4096
 
-# What recipe paper asks of the think block; the fixed one leaves <timestep> out, since nothing ever reads it.
-PAPER_REASON = "Reason inside <think></think>; put each time or time range you rely on inside <timestep></timestep>. "
-
 # What a box list may hold. None: a value that is legal there but not a number (a string, None, a deeper list).
 Scalar = float | None
 BoxList = list[list[Scalar]]

@@ -25,13 +25,22 @@ from vcr1_fast.judge.entailment import (
 )
 from vcr1_fast.settings.config import JudgeConfig, TaskConfig
 from vcr1_fast.tasks.annotations import caption_truth, check_counts, mean
-from vcr1_fast.tasks.answer_format import PAPER_REASON, clip, has_paper_format, has_strict_format, tag_blocks
+from vcr1_fast.tasks.answer_format import clip, has_paper_format, has_strict_format, tag_blocks
 from vcr1_fast.tasks.benchmark_readers import read_caption
+from vcr1_fast.tasks.prompt_file import Wording, one_line
 from vcr1_fast.types import CaptionTruth, Example
 
 Wanted = Literal["recall", "f1", "both"]  # f1: precision only where recall is above 0, for F1 is 0 otherwise
 Pair = tuple[CaptionTruth, str]
 NOTHING = Verdict(0.0, 0.0)
+QUESTIONS = {
+    "fixed": "{instruction} {reason} the description in <answer></answer>.",
+    "paper": "{instruction} {reason}Write the description inside <answer></answer>.",
+}
+INSTRUCTIONS = {  # of a row without a query
+    "fixed": "Describe what happens in the video: every action, in order, and nothing that is not seen.",
+    "paper": "Describe the video in detail.",
+}
 
 
 class Captioning:
@@ -46,6 +55,8 @@ class Captioning:
         self.think = config.think
         self.part_names = ("format", "recall") if self.is_paper else ("format", "f1")
         self.judge = JudgeClient(judge or JudgeConfig())
+        self.wording = Wording(config, self.name, QUESTIONS, ("instruction",))
+        self._instruction = INSTRUCTIONS[config.recipe]
 
     def parse_truth(self, row: Mapping[str, object]) -> CaptionTruth:
         """Events, caption or both, blanks evened out; an event that is listed twice counts once.
@@ -63,13 +74,11 @@ class Captioning:
 
     def question(self, example: Example) -> str:
         """The user's text; the video itself is not part of it."""
-        query = " ".join(example.query.split())
-        if self.is_paper:
-            reason = PAPER_REASON if self.think else ""
-            return f"{query or 'Describe the video in detail.'} {reason}Write the description inside <answer></answer>."
-        reason = "Think inside <think></think>, then write" if self.think else "Write"
-        task = query or "Describe what happens in the video: every action, in order, and nothing that is not seen."
-        return f"{task} {reason} the description in <answer></answer>."
+        return self.wording.ask(example, self.question_fields(example))
+
+    def question_fields(self, example: Example) -> dict[str, str]:
+        """instruction: the query (fixed: in one line), or the recipe's own where the row has none."""
+        return {"instruction": (example.query if self.is_paper else one_line(example.query)) or self._instruction}
 
     def target(self, example: Example) -> str:
         """The completion to learn from: the caption, or the events one after the other, after the reasoning."""

@@ -13,9 +13,9 @@ from string import ascii_uppercase
 PAPER_NUM_LETTERS = 7  # the original looks for A to G
 
 
-def marked_options(options: Sequence[str]) -> list[str]:
+def marked_options(options: Sequence[str], style: str = "({}) {}") -> list[str]:
     """Each option with its letter in front: "(A) a cat", "(B) a dog"."""
-    return [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+    return [style.format(letter, option) for letter, option in zip(ascii_uppercase, options, strict=False)]
 
 
 def most_common(values: Iterable[str]) -> str:

@@ -23,15 +23,33 @@ from vcr1_fast.tasks.annotations import (
     read_intervals,
     without_overshoot,
 )
-from vcr1_fast.tasks.answer_format import PAPER_REASON, clip
+from vcr1_fast.tasks.answer_format import clip
 from vcr1_fast.tasks.answers_batch import have_format, read_glues
 from vcr1_fast.tasks.benchmark_readers import read_evidence
 from vcr1_fast.tasks.choice_format import most_common
 from vcr1_fast.tasks.constant_interval import best_constant_interval
 from vcr1_fast.tasks.glue_format import glue_text, has_paper_glue_format
-from vcr1_fast.tasks.multiple_choice import accuracy, choice_question, read_choice_row, read_letters, said_letters
+from vcr1_fast.tasks.multiple_choice import (
+    ASKED,
+    PLACEHOLDERS,
+    REQUIRED,
+    accuracy,
+    choice_fields,
+    read_choice_row,
+    read_letters,
+    said_letters,
+)
 from vcr1_fast.tasks.overlap import connected_pieces, interval_iop_batch, interval_iou_batch
+from vcr1_fast.tasks.prompt_file import Wording
 from vcr1_fast.types import Example, GroundedChoiceTruth, Interval
+
+QUESTIONS = {
+    "fixed": ASKED["fixed"] + " {reason} the letter and the seconds that show it as "
+    "<answer>A</answer><glue>[(start, end), ...]</glue>.",
+    "paper": ASKED["paper"] + " {reason}Write the letter of the option inside <answer></answer>, and inside "
+    "<glue></glue> the periods of the video, in seconds, that your answer rests on, as [(s1, e1), (s2, e2), ...]; for "
+    "example <answer>A</answer><glue>[(5.2, 10.4)]</glue>.",
+}
 
 
 class GroundedQA:
@@ -43,6 +61,8 @@ class GroundedQA:
     def __init__(self, config: TaskConfig) -> None:
         self.is_paper = config.recipe == "paper"
         self.think = config.think
+        self.wording = Wording(config, self.name, QUESTIONS, PLACEHOLDERS, REQUIRED)
+        self.max_intervals = config.max_intervals
 
     def parse_truth(self, row: Mapping[str, object]) -> GroundedChoiceTruth:
         """Letter, options and intervals in seconds. fixed: cut to the video, 0 <= start < end <= duration_s.
@@ -54,29 +74,24 @@ class GroundedQA:
         choice = read_choice_row(row, self.is_paper, "videochat_r1")
         duration_s = read_duration_s(row)
         intervals = [self._checked(i, interval, duration_s) for i, interval in enumerate(read_intervals(row))]
-        return GroundedChoiceTruth(choice.letter, choice.options, tuple(intervals), scoring=choice.scoring)
+        return GroundedChoiceTruth(
+            choice.letter, choice.options, tuple(intervals), written=choice.written, scoring=choice.scoring
+        )
 
     def question(self, example: Example) -> str:
         """The user's text; the video itself is not part of it."""
-        asked = choice_question(example, self.is_paper)
-        if self.is_paper:
-            reason = PAPER_REASON if self.think else ""
-            return (
-                f"{asked} {reason}Write the letter of the option inside <answer></answer>, and inside <glue></glue> "
-                "the periods of the video, in seconds, that your answer rests on, as [(s1, e1), (s2, e2), ...]; for "
-                "example <answer>A</answer><glue>[(5.2, 10.4)]</glue>."
-            )
-        reason = "Think inside <think></think>, then write" if self.think else "Write"
-        return (
-            f"{asked} {reason} the letter and the seconds that show it as "
-            "<answer>A</answer><glue>[(start, end), ...]</glue>."
-        )
+        return self.wording.ask(example, self.question_fields(example))
+
+    def question_fields(self, example: Example) -> dict[str, str]:
+        """See `multiple_choice.choice_fields`."""
+        return choice_fields(example)
 
     def target(self, example: Example) -> str:
-        """The completion to learn from: letter and all true intervals, two decimals, after the example's reasoning."""
+        """The completion to learn from: letter and true intervals, two decimals, after the example's reasoning."""
         truth = grounded_choice_truth(example)
+        shown = longest(truth.intervals_s, self.max_intervals)
         # the paper's parser knows no minus sign; the truths of NExT-GQA have some, "-0.0" among them
-        intervals = [(max(0.0, start_s), end_s) for start_s, end_s in truth.intervals_s]
+        intervals = [(max(0.0, start_s), end_s) for start_s, end_s in shown]
         return self._answer(truth.letter, intervals, example.reasoning)
 
     def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
@@ -84,11 +99,16 @@ class GroundedQA:
 
         format, fixed: one think block (if asked for), one answer block with a letter, one glue block with at least one
         interval. format, paper: the tags, which may repeat, and a valid glue list, which may be empty. iou is 0 where
-        the list cannot be read; paper: 1 where neither it nor the truth has any length.
+        the list cannot be read; paper: 1 where neither it nor the truth has any length. A list of more intervals than
+        task.max_intervals counts as one that cannot be read.
         """
         letters, glues = self._read_all(examples, answers)
+        glues = limited(glues, self.max_intervals)
         if self.is_paper:
-            is_formatted = [has_paper_glue_format(clip(answer), self.think) for answer in answers]
+            is_formatted = [
+                has_paper_glue_format(clip(answer), self.think) and glue is not None
+                for answer, glue in zip(answers, glues, strict=True)
+            ]
         else:
             have_tags = have_format(answers, "fixed", self.think, ("answer", "glue"))
             is_formatted = [
@@ -106,10 +126,9 @@ class GroundedQA:
 
         acc: right letters. miou: mean set IoU of the intervals, VideoChat-R1's mIoU. Intervals are not cut to the
         video. The others are NExT-GQA's (arXiv 2309.01327, its eval_ground.py), see `segment_overlap`: mean IoU
-        (nextgqa_miou) and IoP (miop) with the best true segment, the shares of answers in which they reach 0.5, and
-        acc@gqa: right letter and IoP >= 0.5. The benchmark's script leaves unanswered questions out, this does not.
-        The recipe's headline comes first.
-        Raises ValueError when there are no examples.
+        (nextgqa_miou) and IoP (miop) with the best true segment, the shares of answers in which they reach 0.3 and
+        0.5, and acc@gqa: right letter and IoP >= 0.5. The benchmark's script leaves unanswered questions out, this
+        does not. The recipe's headline comes first. Raises ValueError when there are no examples.
         """
         is_right = accuracy(said_letters(examples, answers), examples)
         glues = [read_evidence(answer) for answer in answers]
@@ -120,8 +139,10 @@ class GroundedQA:
             "acc": mean(is_right),
             "miou": mean(_iou(glues, examples, is_empty_right=True)),
             "miop": mean(iop),
+            "iop@0.3": frac_at_least(iop, 0.3),
             "iop@0.5": frac_at_least(iop, 0.5),
             "nextgqa_miou": mean(iou),
+            "iou@0.3": frac_at_least(iou, 0.3),
             "iou@0.5": frac_at_least(iou, 0.5),
         }
         headline = "miou" if self.is_paper else "acc@gqa"
@@ -174,6 +195,18 @@ class GroundedQA:
             intervals and [without_overshoot(interval, ex.duration_s) for interval in intervals]
             for intervals, ex in zip(read_glues(answers, "fixed"), examples, strict=True)
         ]
+
+
+def limited(glues: Sequence[list[Interval] | None], most: int | None) -> list[list[Interval] | None]:
+    """The lists, None in place of those that are longer than `most`."""
+    return [None if glue is not None and most is not None and len(glue) > most else glue for glue in glues]
+
+
+def longest(intervals: Sequence[Interval], most: int | None) -> list[Interval]:
+    """All intervals, or the `most` longest where there are more, in order of time then."""
+    if most is None or len(intervals) <= most:
+        return list(intervals)
+    return sorted(sorted(intervals, key=lambda interval: interval[0] - interval[1])[:most])
 
 
 def inside_video(intervals: Sequence[Interval], duration_s: float) -> list[Interval]:

@@ -13,8 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vcr1_fast.settings.config import TaskConfig
-from vcr1_fast.tasks.annotations import check_counts, choice_truth, mean, read_options, read_true_letter
-from vcr1_fast.tasks.answer_format import PAPER_REASON, clip
+from vcr1_fast.tasks.annotations import (
+    check_counts,
+    choice_truth,
+    mean,
+    read_options,
+    read_true_letter,
+    written_options,
+)
+from vcr1_fast.tasks.answer_format import clip
 from vcr1_fast.tasks.answers_batch import have_format, read_choices, read_paper_choices
 from vcr1_fast.tasks.benchmark_readers import CHOICE_RULES, read_letter
 from vcr1_fast.tasks.choice_format import (
@@ -23,7 +30,20 @@ from vcr1_fast.tasks.choice_format import (
     most_common,
 )
 from vcr1_fast.tasks.glue_format import has_paper_glue_format
+from vcr1_fast.tasks.prompt_file import Wording, one_line
 from vcr1_fast.types import ChoiceTruth, Example
+
+ASKED = {  # the question and its options, without a word on how to answer
+    "fixed": "{question_line} Options: {options_line}.",
+    "paper": 'Watch the video and answer the question "{question}". Choose one of the options {options_list}.',
+}
+QUESTIONS = {
+    "fixed": ASKED["fixed"] + " {reason} the letter as <answer>A</answer>.",
+    "paper": ASKED["paper"] + " {reason}Write the letter of the option inside <answer></answer>.",
+}
+OPTIONS = ("options", "options_dots", "options_line", "options_list")
+PLACEHOLDERS = ("question", "question_line", *OPTIONS)
+REQUIRED = (("question", "question_line", "query", "query_line"), OPTIONS)
 
 
 class MultipleChoice:
@@ -35,6 +55,7 @@ class MultipleChoice:
     def __init__(self, config: TaskConfig) -> None:
         self.is_paper = config.recipe == "paper"
         self.think = config.think
+        self.wording = Wording(config, self.name, QUESTIONS, PLACEHOLDERS, REQUIRED)
 
     def parse_truth(self, row: Mapping[str, object]) -> ChoiceTruth:
         """Letter and options, see `read_choice_row`."""
@@ -42,12 +63,11 @@ class MultipleChoice:
 
     def question(self, example: Example) -> str:
         """The user's text; the video itself is not part of it."""
-        asked = choice_question(example, self.is_paper)
-        if self.is_paper:
-            reason = PAPER_REASON if self.think else ""
-            return f"{asked} {reason}Write the letter of the option inside <answer></answer>."
-        reason = "Think inside <think></think>, then write" if self.think else "Write"
-        return f"{asked} {reason} the letter as <answer>A</answer>."
+        return self.wording.ask(example, self.question_fields(example))
+
+    def question_fields(self, example: Example) -> dict[str, str]:
+        """See `choice_fields`."""
+        return choice_fields(example)
 
     def target(self, example: Example) -> str:
         """The completion to learn from: the letter, after the example's reasoning."""
@@ -92,6 +112,8 @@ class MultipleChoice:
 def read_choice_row(row: Mapping[str, object], is_paper: bool, scoring: str = "videomme") -> ChoiceTruth:
     """Options, right letter and rule of an annotation row; letters before options ("(A) a cat") are taken off.
 
+    paper: the options are also kept as the file writes them, letters and blanks included, for the prompt to hold them
+    byte for byte as the original's does.
     `scoring`: the rule of a row that names none. Raises ValueError for missing or malformed options, for a letter
     beyond them and for an unknown rule; paper: for more than 7 options.
     """
@@ -104,16 +126,28 @@ def read_choice_row(row: Mapping[str, object], is_paper: bool, scoring: str = "v
     rule = row.get("scoring", scoring)
     if not isinstance(rule, str) or rule not in CHOICE_RULES:
         raise ValueError(f"scoring is {rule!r:.60}, wanted one of {', '.join(CHOICE_RULES)}")
-    return ChoiceTruth(read_true_letter(row, len(options)), options, scoring=rule)
+    written = written_options(row) if is_paper else ()
+    is_usual = list(written) == marked_options(options)
+    letter = read_true_letter(row, len(options))
+    return ChoiceTruth(letter, options, written=() if is_usual else written, scoring=rule)
 
 
-def choice_question(example: Example, is_paper: bool) -> str:
-    """The question and its options, without a word on how to answer."""
-    options, query = marked_options(choice_truth(example).options), example.query.strip()
-    if is_paper:
-        return f'Watch the video and answer the question "{query}". Choose one of the options {options}.'
-    mark = "" if query.endswith((".", "?", "!", ":")) else "?"
-    return f"{' '.join(query.split())}{mark} Options: {' '.join(options)}."
+def choice_fields(example: Example) -> dict[str, str]:
+    """Values of OPTIONS and of the question: as annotated, or in one line and with a question mark where it has no end.
+
+    options: "(A) a cat", a line each; options_line: with a blank between them; options_list: as Python writes a list of
+    them. options_dots: "A. a cat", a line each.
+    """
+    truth, query = choice_truth(example), one_line(example.query)
+    shown = list(truth.written) or marked_options(truth.options)
+    return {
+        "question": example.query,
+        "question_line": query if query.endswith((".", "?", "!", ":")) else f"{query}?",
+        "options": "\n".join(shown),
+        "options_dots": "\n".join(marked_options(truth.options, "{}. {}")),
+        "options_line": " ".join(shown),
+        "options_list": str(shown),
+    }
 
 
 def said_letters(examples: Sequence[Example], answers: Sequence[str]) -> list[str | None]:

@@ -23,13 +23,24 @@ from vcr1_fast.tasks.annotations import (
     read_rows,
     track_truth,
 )
-from vcr1_fast.tasks.answer_format import PAPER_REASON, BoxList
+from vcr1_fast.tasks.answer_format import BoxList
 from vcr1_fast.tasks.answers_batch import Rule, have_format, read_box_lists
 from vcr1_fast.tasks.benchmark_readers import read_boxes
+from vcr1_fast.tasks.frame_overlap import success_metrics
 from vcr1_fast.tasks.overlap import track_iou_batch
+from vcr1_fast.tasks.prompt_file import Wording
 from vcr1_fast.types import Box, Example, TrackTruth
 
 PAPER_NUM_BOXES = 8
+QUESTIONS = {
+    "fixed": "Track this object: {query_line}. At {start_time_s} s its box is {start_box_short}, corners as fractions "
+    "of width and height. {reason} its boxes at {times_s} s as a list of {num_boxes} such boxes in <answer></answer>.",
+    "paper": 'Follow the object "{object}" through the video. It starts at {start_box}: a box [x0, y0, x1, y1], '
+    "corners as fractions of width and height between 0 and 1. {reason}Give its boxes at regular times as a list of "
+    "{num_boxes} such lists, the first box included, inside <answer></answer>.",
+}
+PLACEHOLDERS = ("object", "start_box", "start_box_short", "start_time_s", "times_s", "num_boxes")
+REQUIRED = (("object", "query", "query_line"), ("start_box", "start_box_short"))
 
 
 class ObjectTracking:
@@ -43,6 +54,7 @@ class ObjectTracking:
         self.is_paper = config.recipe == "paper"
         self.think = config.think
         self.first_box = 0 if self.is_paper else 1
+        self.wording = Wording(config, self.name, QUESTIONS, PLACEHOLDERS, REQUIRED)
 
     def parse_truth(self, row: Mapping[str, object]) -> TrackTruth:
         """Boxes as fractions and their instants in seconds, rising.
@@ -63,22 +75,21 @@ class ObjectTracking:
 
     def question(self, example: Example) -> str:
         """The user's text with the start box; the video itself is not part of it."""
-        truth, query = track_truth(example), " ".join(example.query.split())
-        if self.is_paper:
-            reason = PAPER_REASON if self.think else ""
-            return (
-                f'Follow the object "{query}" through the video. It starts at {list(truth.boxes[0])}: a box '
-                f"[x0, y0, x1, y1], corners as fractions of width and height between 0 and 1. {reason}Give its boxes "
-                f"at regular times as a list of {PAPER_NUM_BOXES} such lists, the first box included, inside "
-                "<answer></answer>."
-            )
-        times = ", ".join(f"{time_s:.2f}" for time_s in truth.times_s)
-        reason = "Think inside <think></think>, then write" if self.think else "Write"
-        return (
-            f"Track this object: {query}. At {truth.times_s[0]:.2f} s its box is {_box_text(truth.boxes[0])}, corners "
-            f"as fractions of width and height. {reason} its boxes at {times} s as a list of {len(truth.boxes)} such "
-            "boxes in <answer></answer>."
-        )
+        return self.wording.ask(example, self.question_fields(example))
+
+    def question_fields(self, example: Example) -> dict[str, str]:
+        """start_box: as Python writes a list of floats, in as many digits as it takes, "[0.093, 0.0, 0.8, 0.797]".
+        start_box_short: two decimals, no blanks, "[0.09,0.00,0.80,0.80]". Times: seconds, two decimals."""
+        truth = track_truth(example)
+        times_s = [f"{time_s:.2f}" for time_s in truth.times_s]
+        return {
+            "object": example.query,
+            "start_box": str(list(truth.boxes[0])),
+            "start_box_short": _box_text(truth.boxes[0]),
+            "start_time_s": times_s[0],
+            "times_s": ", ".join(times_s),
+            "num_boxes": str(len(truth.boxes)),
+        }
 
     def target(self, example: Example) -> str:
         """The completion to learn from: all true boxes, two decimals, no blanks, after the example's reasoning."""
@@ -98,7 +109,8 @@ class ObjectTracking:
         """mean_overlap and r@0.5, r@0.7, the shares of answers in which the overlap reaches 0.5 and 0.7.
 
         These leave box 0 out; `..._with_first` count it (the paper's "Overlap"). Those that the recipe rewards come
-        first. In [0, 1]; unreadable answers count as 0. Raises ValueError when there are no examples.
+        first. ao, sr@0.5 and sr@0.75 are GOT-10k's, over all boxes of all answers, see `success_metrics`.
+        In [0, 1]; unreadable answers count as 0. Raises ValueError when there are no examples.
         """
         tracks = _said_tracks(examples, answers)
         metrics: dict[str, float] = {}
@@ -106,7 +118,7 @@ class ObjectTracking:
             overlap, suffix = _track_iou(tracks, examples, first_box), "" if first_box else "_with_first"
             metrics[f"mean_overlap{suffix}"] = mean(overlap)
             metrics |= {f"r@{threshold}{suffix}": frac_at_least(overlap, threshold) for threshold in (0.5, 0.7)}
-        return metrics
+        return metrics | success_metrics(tracks, [track_truth(ex).boxes for ex in examples])
 
     def are_readable(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
         """Whether there is a box for each instant."""

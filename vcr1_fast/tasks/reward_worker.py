@@ -28,7 +28,7 @@ def serve(connection: Connection) -> None:
     """Answer until the other end is closed."""
     config: TaskConfig = connection.recv()
     try:
-        tasks = make_tasks(replace(config, reward_timeout_s=0.0))
+        tasks = make_tasks(replace(config, reward_timeout_s=0.0, prompts={}))  # nothing is asked here
     except (Exception, SystemExit) as error:
         connection.send(f"{type(error).__name__}: {error}")
         return

@@ -105,11 +105,14 @@ def _contents(parts: Parts) -> list[list[float]]:
 
 
 def window(correct: Sequence[bool], num_tokens: Sequence[int], low: int, high: int) -> list[float]:
-    """1 for a correct answer of low to high tokens, ends included, else 0 (Video-R1, 2503.21776).
+    """1 for a correct answer of low to high tokens, ends included, else 0; all 0 where fewer than two are correct.
 
-    There the bonus is 0.2 for 320 to 512 tokens: set task.reward_weights.length to 0.2.
+    A right answer that stands alone in its group is above the others already. Source: Video-R1 (2503.21776;
+    tulerfeng/Video-R1, src/r1-v/src/open_r1/trainer/grpo_trainer.py, `len_control`). There the bonus is 0.2 for 320 to
+    512 tokens: set task.reward_weights.length to 0.2.
     """
-    return [float(ok and low <= n <= high) for ok, n in zip(correct, num_tokens, strict=True)]
+    has_several = sum(correct) > 1
+    return [float(has_several and ok and low <= n <= high) for ok, n in zip(correct, num_tokens, strict=True)]
 
 
 def overlong(num_tokens: int, low: int, high: int) -> float:

@@ -10,6 +10,7 @@ Held-out scores read answers as the benchmarks' script does (`benchmark_readers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.annotations import (
@@ -22,15 +23,16 @@ from vcr1_fast.tasks.annotations import (
     read_rows,
     without_overshoot,
 )
-from vcr1_fast.tasks.answer_format import (
-    PAPER_REASON,
-)
 from vcr1_fast.tasks.answers_batch import Rule, have_format, read_periods
 from vcr1_fast.tasks.benchmark_readers import read_period
 from vcr1_fast.tasks.constant_interval import best_constant_interval
 from vcr1_fast.tasks.overlap import interval_iou_batch
+from vcr1_fast.tasks.prompt_file import Wording, one_line
 from vcr1_fast.tasks.shaping import boundary_factor
 from vcr1_fast.types import Example, Interval, IntervalTruth
+
+PLACEHOLDERS = ("event", "event_plain")
+REQUIRED = ((*PLACEHOLDERS, "query", "query_line"),)
 
 
 class TemporalGrounding:
@@ -38,12 +40,19 @@ class TemporalGrounding:
 
     name = "temporal_grounding"
     part_names: tuple[str, ...] = ("format", "iou")
+    questions: ClassVar[Mapping[str, str]] = {
+        "fixed": "When exactly does this happen in the video: {event_plain}? {reason} start and end in seconds with "
+        "two decimals as <answer>X to Y</answer>.",
+        "paper": 'Find the precise period of the event "{event}" in the video. {reason}Write its start and end in '
+        "seconds with two decimals as X to Y inside <answer></answer>, for example <answer>12.54 to 17.83</answer>.",
+    }
 
     def __init__(self, config: TaskConfig) -> None:
         self.rule: Rule = config.recipe
         self.is_paper = config.recipe == "paper"
         self.think = config.think
         self.is_boundary = config.iou == "boundary"
+        self.wording = Wording(config, self.name, self.questions, PLACEHOLDERS, REQUIRED)
 
     def parse_truth(self, row: Mapping[str, object]) -> IntervalTruth:
         """Intervals in seconds. fixed: 0 <= start < end <= duration_s, later ends cut off. paper: as they are.
@@ -59,19 +68,16 @@ class TemporalGrounding:
 
     def question(self, example: Example) -> str:
         """The user's text; the video itself is not part of it."""
-        query = " ".join(example.query.split()).removesuffix(".")
-        if self.is_paper:
-            reason = PAPER_REASON if self.think else ""
-            return (
-                f'Find the precise period of the event "{query.lower()}" in the video. {reason}Write its start and end '
-                "in seconds with two decimals as X to Y inside <answer></answer>, for example "
-                "<answer>12.54 to 17.83</answer>."
-            )
-        reason = "Think inside <think></think>, then write" if self.think else "Write"
-        return (
-            f"When exactly does this happen in the video: {query}? {reason} start and end in seconds with two decimals "
-            "as <answer>X to Y</answer>."
-        )
+        return self.wording.ask(example, self.question_fields(example))
+
+    def question_fields(self, example: Example) -> dict[str, str]:
+        """event: the query as annotated; paper: in training as grpo_tg.py has it, without blanks around it, in lower
+        case, without the last "." (evaluate_grounding.py has it as annotated). event_plain: in one line, without ".".
+        """
+        event = example.query
+        if self.is_paper and not example.is_held_out:
+            event = event.strip().lower().removesuffix(".")
+        return {"event": event, "event_plain": one_line(example.query).removesuffix(".")}
 
     def target(self, example: Example) -> str:
         """The completion to learn from: the longest true interval, two decimals, after the example's reasoning."""
@@ -104,12 +110,12 @@ class TemporalGrounding:
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
         """Mean IoU and the share of answers whose IoU reaches 0.3, 0.5, 0.7. Unreadable answers count as IoU 0.
 
-        In [0, 1]. As in the benchmarks: periods are not cut to the video, and there is no boundary factor. Of one true
-        interval this is the script's IoU; several are a set of instants. Raises ValueError without examples.
+        Of several true intervals the one that fits best counts, as in QVHighlights (moment_detr, compute_mr_r1). In
+        [0, 1]. As in the benchmarks periods are not cut to the video, and there is no boundary factor. Raises
+        ValueError without examples.
         """
         check_counts(len(examples), len(answers))
-        periods = [read_period(answer) for answer in answers]
-        iou = interval_iou_batch([[period] if period else [] for period in periods], _truths(examples), "set")
+        iou = _best_iou([read_period(answer) for answer in answers], examples)
         recalls = {f"r@{threshold}": frac_at_least(iou, threshold) for threshold in (0.3, 0.5, 0.7)}
         return {"miou": mean(iou), **recalls}
 
@@ -140,6 +146,14 @@ class TemporalGrounding:
         if period is None or period[0] > period[1]:
             return []
         return [period if self.is_paper else without_overshoot(period, example.duration_s)]
+
+
+def _best_iou(periods: Sequence[Interval | None], examples: Sequence[Example]) -> list[float]:
+    """IoU of each period with the true interval that fits best; 0 for none and for a reversed one."""
+    pairs = [(period, one) for period, truth in zip(periods, _truths(examples), strict=True) for one in truth]
+    said = [[] if period is None else [period] for period, _ in pairs]
+    values = iter(interval_iou_batch(said, [[one] for _, one in pairs], "set"))
+    return [max(next(values) for _ in truth) for truth in _truths(examples)]
 
 
 def _truths(examples: Sequence[Example]) -> list[tuple[Interval, ...]]:

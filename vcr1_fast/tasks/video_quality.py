@@ -15,10 +15,18 @@ from collections.abc import Mapping, Sequence
 
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.annotations import check_counts, label_truth, mean, read_options, read_text
-from vcr1_fast.tasks.answer_format import PAPER_REASON, clip, has_paper_format, has_strict_format, tag_blocks
+from vcr1_fast.tasks.answer_format import clip, has_paper_format, has_strict_format, tag_blocks
 from vcr1_fast.tasks.benchmark_readers import read_label
 from vcr1_fast.tasks.choice_format import most_common, plain_text
+from vcr1_fast.tasks.prompt_file import Wording
 from vcr1_fast.types import Example, LabelTruth
+
+QUESTIONS = {
+    "fixed": "{instruction} {reason} the answer inside <answer></answer>.",
+    "paper": "{instruction} {reason}Write the final answer inside <answer></answer>.",
+}
+PLACEHOLDERS = ("instruction", "labels")
+REQUIRED = (("instruction", "query", "query_line"),)
 
 
 class VideoQuality:
@@ -30,6 +38,7 @@ class VideoQuality:
     def __init__(self, config: TaskConfig) -> None:
         self.is_paper = config.recipe == "paper"
         self.think = config.think
+        self.wording = Wording(config, self.name, QUESTIONS, PLACEHOLDERS, REQUIRED)
 
     def parse_truth(self, row: Mapping[str, object]) -> LabelTruth:
         """Label and, where the row has options, all labels.
@@ -44,14 +53,15 @@ class VideoQuality:
 
     def question(self, example: Example) -> str:
         """The user's text: the instruction, the labels it does not name itself, and how to answer."""
-        asked, labels = example.query.strip(), label_truth(example).labels
+        return self.wording.ask(example, self.question_fields(example))
+
+    def question_fields(self, example: Example) -> dict[str, str]:
+        """instruction: the query (fixed: without blanks around it), and the labels where it does not name them itself.
+        labels: "low quality, high quality"; only of rows that give them."""
+        asked, labels = example.query if self.is_paper else example.query.strip(), label_truth(example).labels
         if any(label.lower() not in asked.lower() for label in labels):
             asked = f"{asked} Choose one of: {', '.join(labels)}."
-        if self.is_paper:
-            reason = PAPER_REASON if self.think else ""
-            return f"{asked} {reason}Write the final answer inside <answer></answer>."
-        reason = "Think inside <think></think>, then write" if self.think else "Write"
-        return f"{asked} {reason} the answer inside <answer></answer>."
+        return {"instruction": asked} | ({"labels": ", ".join(labels)} if labels else {})
 
     def target(self, example: Example) -> str:
         """The completion to learn from: the label, after the example's reasoning."""

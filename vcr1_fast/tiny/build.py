@@ -16,6 +16,7 @@ from vcr1_fast.synth.config import COLOURS, KINDS, SHAPES, SynthConfig
 from vcr1_fast.synth.dataset import make_clip
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tiny.architecture import tiny_config, untrained_model
+from vcr1_fast.tiny.published import write_as_published
 from vcr1_fast.tiny.tokenizer import build_tokenizer
 from vcr1_fast.types import Example
 
@@ -30,6 +31,7 @@ def build_tiny(folder: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
+    write_as_published(folder)
 
 
 def build_tiny_tokenizer() -> PreTrainedTokenizerFast:

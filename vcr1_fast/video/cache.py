@@ -31,7 +31,7 @@ KEY = re.compile(r"[0-9a-f]{32,128}")
 
 
 def clip_key(request: ClipRequest, reader_name: str) -> str:
-    """40 hex digits that differ whenever the frames may: of the file, the part, the settings, reader and torch.
+    """40 hex digits that differ whenever the frames may: of the file, the part, evidence, settings, reader and torch.
 
     The file counts by real path, size and time of change (a folder: by those of its files), not by its bytes, which
     would have to be read. torch is in it because it resizes the frames. Raises SampleError for a file that is not
@@ -48,7 +48,7 @@ def clip_key(request: ClipRequest, reader_name: str) -> str:
         raise SampleError(request.path, f"the file cannot be opened: {error}") from error
     names = PIXEL_FIELDS + FOLDER_FIELDS if is_folder else PIXEL_FIELDS
     settings = [float(getattr(request.config, name)) for name in names]
-    part = [float(request.start_s), float(request.end_s), request.num_images]
+    part = [float(request.start_s), float(request.end_s), request.num_images, *request.evidence_s]
     return _digest("clip", CACHE_FORMAT, torch.__version__, reader_name, path, identity, part, settings)
 
 

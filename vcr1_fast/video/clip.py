@@ -1,4 +1,5 @@
-"""What to read of which source: a whole video, the part of it between two times, or a fixed number of its images."""
+"""What to read of which source: a whole video, the part of it between two times, or a fixed number of its images; and
+where more of it shall be seen."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from vcr1_fast.settings.config import ConfigError, VideoConfig
-from vcr1_fast.types import Frames, SampleError
+from vcr1_fast.types import Frames, Interval, SampleError
 from vcr1_fast.video.read import read_frames, read_resized
 from vcr1_fast.video.reader import Probe, Reader
 from vcr1_fast.video.source_name import FRAGMENT, SourceName, part_name
@@ -27,6 +28,8 @@ class ClipRequest:
     start_s: float = 0.0
     end_s: float = math.inf
     num_images: int | None = None  # that many equally spaced images stand for the whole, config.fps of them a second
+    evidence_s: tuple[Interval, ...] = ()  # where frames lie closer together, in seconds of the part
+    folder_fps: float | None = None  # rate of a folder of images whose name says it; also config.image_folder_fps
 
     @staticmethod
     def of(video: str, config: VideoConfig) -> ClipRequest:
@@ -42,9 +45,13 @@ class ClipRequest:
             if name.num_images is not None and name.images_fps is not None:
                 num_frames = name.num_images + name.num_images % 2
                 config = replace(config, fps=name.images_fps, min_frames=num_frames, max_frames=num_frames)
+            elif name.images_fps is not None:
+                config = replace(config, image_folder_fps=name.images_fps)
         except ConfigError as error:
             raise SampleError(video, f"its name asks for what cannot be: {error}") from error
-        return ClipRequest(name.path, config, name.start_s, name.end_s, name.num_images)
+        declared_fps = None if name.num_images is not None else name.images_fps
+        part = (name.start_s, name.end_s, name.num_images)
+        return ClipRequest(name.path, config, *part, evidence_s=name.evidence_s, folder_fps=declared_fps)
 
     @property
     def is_whole(self) -> bool:
@@ -55,9 +62,11 @@ def read_clip(request: ClipRequest, reader: Reader) -> Frames:
     """Decode what is asked for, see `read_frames`. Raises SampleError."""
     if request.num_images is not None:
         reader = ImagesReader(reader, request.num_images, request.config.fps)
+    elif request.folder_fps is not None:
+        reader = FolderReader(reader, request.folder_fps)
     if not request.is_whole:
         reader = PartReader(reader, request.start_s, request.end_s)
-    return read_frames(request.path, request.config, reader)
+    return read_frames(request.path, request.config, reader, request.evidence_s)
 
 
 class PartReader:
@@ -87,6 +96,30 @@ class PartReader:
     def read_frames(self, probe: Probe, frame_indices: Sequence[int], height_px: int, width_px: int) -> torch.Tensor:
         whole, first = self._whole[probe.path]
         return read_resized(self.reader, whole, [index + first for index in frame_indices], height_px, width_px)
+
+    def close(self) -> None:
+        """The reader inside is closed by who opened it."""
+
+
+class FolderReader:
+    """A Reader that takes a folder of images for a video of `fps`. A file has a rate of its own and keeps it."""
+
+    def __init__(self, reader: Reader, fps: float) -> None:
+        self.reader, self.fps = reader, fps
+        self.name = reader.name
+
+    def probe(self, path: str) -> Probe:
+        whole = self.reader.probe(path)
+        if not whole.images:
+            return whole
+        num_images = len(whole.images)
+        return replace(whole, times_s=np.arange(num_images) / self.fps, duration_s=num_images / self.fps)
+
+    def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
+        return self.reader.read(probe, frame_indices)
+
+    def read_frames(self, probe: Probe, frame_indices: Sequence[int], height_px: int, width_px: int) -> torch.Tensor:
+        return read_resized(self.reader, probe, frame_indices, height_px, width_px)
 
     def close(self) -> None:
         """The reader inside is closed by who opened it."""

@@ -309,8 +309,9 @@ class FrameLoader:
         return self._ahead.popleft() if self._ahead and self._has_room() else None
 
     def _has_room(self) -> bool:
-        """For one more clip of the largest size the settings allow. One is always read ahead."""
-        needed_bytes = (len(self._running) + 1) * largest_clip_bytes(self.config)
+        """For the next clip, with those being read, each of the largest size its settings allow. One is always read
+        ahead."""
+        needed_bytes = sum(largest_clip_bytes(clip.request.config) for clip in (*self._running, self._ahead[0]))
         is_empty = self._waiting_bytes == 0 and not self._running
         return is_empty or self._waiting_bytes + needed_bytes <= self._max_waiting_bytes
 

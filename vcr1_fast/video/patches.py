@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from vcr1_kernels import patchify
@@ -12,7 +14,7 @@ from vcr1_kernels.backend import Backend
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, Patches, SampleError
-from vcr1_fast.video.cache import TensorCache, clip_key, tower_key
+from vcr1_fast.video.cache import PIXEL_FIELDS, TensorCache, clip_key, tower_key
 from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.frozen_tower import FrozenTower
 from vcr1_fast.video.loader import FrameLoader
@@ -43,6 +45,13 @@ class PatchSource:
         self.device, self.dtype, self.tower = device, dtype, tower
         self._backend: Backend = (kernels or KernelChoice()).patchify_backend
         self._waited_s = 0.0  # at the last call of metrics
+
+    def seen_as(self, video: VideoConfig) -> PatchSource:
+        """The same readers, cache and tower for clips with the frames and sizes that `video` asks for. Not to be
+        closed."""
+        source = copy.copy(self)
+        source.config = replace(self.config, **{name: getattr(video, name) for name in PIXEL_FIELDS})
+        return source
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vcr1_fast.settings.config import VideoConfig
-from vcr1_fast.types import Frames, SampleError
+from vcr1_fast.types import Frames, Interval, SampleError
 from vcr1_fast.video.image_folder_reader import ImageFolderReader
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.reader import Probe, Reader
@@ -115,14 +115,15 @@ class EitherReader:
         return self.first if probe.decoded_by == self.first.name else self.second
 
 
-def read_frames(path: str, config: VideoConfig, reader: Reader) -> Frames:
+def read_frames(path: str, config: VideoConfig, reader: Reader, evidence_s: Sequence[Interval] = ()) -> Frames:
     """Decode `path` as `config` asks: frames [F, H, W, 3] uint8, F even, H and W multiples of 28.
 
-    times_s counts from the first shown frame. Raises SampleError when the file cannot be used as it is.
+    `evidence_s`: seconds in which frames lie closer together, see `choose_frames`. times_s counts from the first frame
+    of the video. Raises SampleError when the file cannot be used as it is.
     """
     probe = reader.probe(path)
     try:
-        choice = choose_frames(probe.times_s, probe.duration_s, config)
+        choice = choose_frames(probe.times_s, probe.duration_s, config, evidence_s)
         num_frames = len(choice.indices)
         height_px, width_px = frame_size_px(probe.height_px, probe.width_px, num_frames, config)
     except ValueError as error:

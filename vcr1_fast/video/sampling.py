@@ -7,22 +7,27 @@ equally spaced from 0 to N - 1 inclusive, rounded. The model is told that it see
 Two things differ. Rates are exact fractions, because the model's temporal position is trunc(i * 2 / sampled_fps *
 2): one rounding error of 1e-16 the wrong way moves every position by one. And a file of variable rate is sampled at
 equally spaced times instead of equally spaced indices; at a constant rate the two are the same thing.
+
+With evidence, periods that matter more, the frames still cover the whole video but lie closer there (`focus_indices`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
 from vcr1_fast.settings.config import VideoConfig
+from vcr1_fast.types import Interval
 
 # Matroska rounds times to 1 ms, a 3 % error of the interval at 60 fps; a dropped frame is an error of 100 %.
 CONSTANT_RATE_TOLERANCE_FRAC = 0.1
 MAX_CLOCK_ROUNDING_S = 1e-3
 MIN_CLOCK_ROUNDING_S = 1e-7  # float32 and float64 seconds carry some noise of their own
+FOCUS_RATIO = 1.5  # how much closer frames lie inside the evidence than outside of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +38,19 @@ class FrameChoice:
     sampled_fps: float  # n / N * native rate: frames per second of what the model sees
 
 
-def choose_frames(times_s: np.ndarray, duration_s: float, config: VideoConfig) -> FrameChoice:
+def choose_frames(
+    times_s: np.ndarray, duration_s: float, config: VideoConfig, evidence_s: Sequence[Interval] = ()
+) -> FrameChoice:
     """Frames to decode of a video whose N frames are shown at `times_s` ([N] float64, seconds, ascending).
 
     sampled_fps is n / D, where D = N / native rate is the time the N frames are shown (the last one for an average
     interval). Clips of fewer than min_frames frames give as many as they have, rounded down to even. A clip of one
     frame gives that frame twice, because the vision tower takes frames in pairs; its D is `duration_s`, or
     n / config.fps where that is not known (0).
+
+    With `evidence_s`, periods in seconds, the n frames are those of `focus_indices`; where some of them fall together
+    there are fewer, and sampled_fps is still that of n, as if they were equally spaced: so the model is told in
+    VideoChat-R1.5. Evidence that no frame shows changes nothing.
 
     Raises ValueError when there is no frame, or when several frames all carry the same time.
     """
@@ -53,11 +64,53 @@ def choose_frames(times_s: np.ndarray, duration_s: float, config: VideoConfig) -
     shown_s = num_native / rate
     num_frames = min(max(shown_s * wanted_fps, config.min_frames), config.max_frames, num_native)
     num_frames = max(2, math.floor(num_frames / 2) * 2)
-    if is_constant:
-        indices = even_indices(num_native, num_frames)
+    if indices := focus_indices(evidence_s, num_native, num_frames, rate):
+        if len(indices) > config.max_frames:  # many periods, each with a frame at least
+            indices = tuple(indices[i] for i in even_indices(len(indices), config.max_frames))
+        wanted_s = times_s[0] + np.array(indices) * ((times_s[-1] - times_s[0]) / (num_native - 1))
     else:
-        indices = nearest_in_time(times_s, num_frames)
-    return FrameChoice(indices, float(num_frames / shown_s))
+        indices = even_indices(num_native, num_frames)
+        wanted_s = np.linspace(times_s[0], times_s[-1], num_frames)
+    return FrameChoice(indices if is_constant else nearest_in_time(times_s, wanted_s), float(num_frames / shown_s))
+
+
+def focus_indices(
+    evidence_s: Sequence[Interval], num_native: int, num_frames: int, fps: Fraction | float
+) -> tuple[int, ...]:
+    """About `num_frames` of `num_native` >= 2 frames, ascending, an even count, closer together in `evidence_s`.
+
+    The sampler of VideoChat-R1.5 (sample_frames in Videochat-R1.5/src_eval/my_vision_process.py of
+    OpenGVLab/VideoChat-R1). It is handed N - 1 frames, and so never shows the last one. A period [s, e] has the frames
+    trunc(s * fps) to trunc(e * fps). With k frames in all periods and u in none, round(n * 1.5 k / (1.5 k + u)) of the
+    n go to the periods by their length, to each at least one, equally spaced from its first frame to its last; the
+    others are equally spaced over the u. What is chosen twice is shown once. 60 s at 30 fps, evidence 10 to 20 s,
+    n = 120: 28 of 120 lie inside.
+
+    Periods that share frames count as one here; there, each counts by itself. An odd count is made even with the last
+    frame once more, as the Hugging Face processor does. () where no period has a frame.
+    """
+    last = num_native - 2
+    spans: list[tuple[int, int]] = []
+    for start_s, end_s in sorted(evidence_s):
+        first, end = max(0, int(min(start_s * fps, num_native))), int(min(end_s * fps, last))
+        if spans and first <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], end))
+        elif first <= end:
+            spans.append((first, end))
+    num_inside = sum(end - first + 1 for first, end in spans)
+    if not num_inside:
+        return ()
+    others = np.setdiff1d(np.arange(last + 1), np.concatenate([np.arange(first, end + 1) for first, end in spans]))
+    weight = FOCUS_RATIO * num_inside
+    num_shown = round(num_frames * weight / (weight + len(others)))
+    chosen: list[int] = []
+    if len(others):
+        chosen += others[np.linspace(0, len(others) - 1, num_frames - num_shown, dtype=int)].tolist()
+    for first, end in spans:
+        share = max(1, round(num_shown * (end - first + 1) / num_inside))
+        chosen += np.linspace(first, end, share, dtype=int).tolist()  # in float64 and cut, as there
+    indices = sorted(set(chosen))
+    return (*indices, *indices[-1:]) if len(indices) % 2 else tuple(indices)
 
 
 def native_rate(times_s: np.ndarray) -> tuple[Fraction, bool]:
@@ -100,12 +153,11 @@ def even_indices(num_native: int, num_frames: int) -> tuple[int, ...]:
     return tuple(round(Fraction(i * (num_native - 1), num_frames - 1)) for i in range(num_frames))
 
 
-def nearest_in_time(times_s: np.ndarray, num_frames: int) -> tuple[int, ...]:
-    """Frames nearest to `num_frames` >= 2 equally spaced instants from the first to the last of `times_s` ([N]).
+def nearest_in_time(times_s: np.ndarray, wanted_s: np.ndarray) -> tuple[int, ...]:
+    """Frames, of those at `times_s` ([N], N >= 2), nearest to the instants `wanted_s` ([F], seconds).
 
     Half-way between two frames the earlier one is taken. A frame that stays on screen for long is named repeatedly.
     """
-    targets_s = np.linspace(times_s[0], times_s[-1], num_frames)
-    after = np.searchsorted(times_s, targets_s).clip(1, len(times_s) - 1)
-    before_is_nearer = targets_s - times_s[after - 1] <= times_s[after] - targets_s
+    after = np.searchsorted(times_s, wanted_s).clip(1, len(times_s) - 1)
+    before_is_nearer = wanted_s - times_s[after - 1] <= times_s[after] - wanted_s
     return tuple(int(i) for i in np.where(before_is_nearer, after - 1, after))

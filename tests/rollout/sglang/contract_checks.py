@@ -26,6 +26,7 @@ FIELDS = {
     "max_new_tokens": 5,
     "temperature": 0.7,
     "top_p": 0.9,
+    "top_k": 50,
     "stop_ids": [2, 0],
     "suppressed_ids": [3, 4],
     "grid_thw": [2, 4, 4],
@@ -79,6 +80,11 @@ def sampling_parameters() -> None:
     params.verify(606)
     assert params.n == 3 and params.max_new_tokens == 5 and set(params.stop_token_ids) == {0, 2}
     assert params.logit_bias == {"3": -35.0, "4": -35.0}
+    assert params.top_k == 50 and params.repetition_penalty == 1.0
+    free: Any = SamplingParams(**sglang_video.sampling_params(FIELDS | {"top_k": 0}))
+    free.normalize(None)
+    free.verify(606)
+    assert free.top_k >= 606  # all of them
     greedy: Any = SamplingParams(**sglang_video.sampling_params(FIELDS | {"temperature": 0.0}))
     greedy.normalize(None)
     assert greedy.temperature == 1.0 and greedy.top_k == 1

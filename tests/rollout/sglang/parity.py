@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
+from tests.rollout.test_local_engine import full_logits
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.types import Completion, Prompt, RolloutGroup
@@ -36,6 +38,21 @@ def difference(
     with torch.no_grad():
         logprob_N, _ = policy(policy.device_batch(batch), temperature)
     return float((logprob_N - batch.engine_logprob_N).abs().max()), float(batch.engine_logprob_N.std())
+
+
+def is_among_the_largest(
+    model: Any, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]], top_k: int, banned: Sequence[int]
+) -> bool:
+    """Whether each token's logit is one of the top_k largest without the banned ids, by a forward of the stock model;
+    1e-3 below them is rounding."""
+    for prompt, completions in zip(prompts, answers, strict=True):
+        for completion in completions:
+            logits_RV = full_logits(model, prompt, completion.token_ids_R)
+            logits_RV[:, list(banned)] = -torch.inf
+            own_R1 = logits_RV.gather(1, completion.token_ids_R[:, None])
+            if bool((own_R1 < logits_RV.topk(top_k).values[:, -1:] - 1e-3).any()):
+                return False
+    return True
 
 
 def short_and_long(make: Callable[..., Prompt]) -> list[Prompt]:

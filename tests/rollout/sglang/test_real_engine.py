@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.rollout.sglang.parity import BOUND, difference, short_and_long
+from tests.rollout.sglang.parity import BOUND, difference, is_among_the_largest, short_and_long
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.rollout.local_engine import LocalEngine
@@ -19,6 +19,7 @@ SAMPLINGS = (  # of each update, so that none is like the one before
     SamplingParams(3, 8, temperature=0.7),
     SamplingParams(1, 8, temperature=1.3, top_p=0.8),
     SamplingParams(8, 8, temperature=0.6),
+    SamplingParams(8, 8, top_k=3),
 )
 
 
@@ -35,8 +36,11 @@ def test_random_model_agrees_after_each_update_at_temperatures_top_p_and_group_s
         worst, spread = difference(policy, prompts, answers, sampling.temperature)
         assert spread > 0.5
         assert worst < BOUND
-        vision = {random_engine.tokenizer.get_vocab()[f"<|{n}|>"] for n in ("video_pad", "vision_start", "image_pad")}
-        assert not vision & {int(i) for group in answers for c in group for i in c.token_ids_R}
+        names = ("video_pad", "vision_start", "vision_end", "vision_pad", "image_pad")
+        vision = [random_engine.tokenizer.get_vocab()[f"<|{name}|>"] for name in names]
+        if sampling.top_k:
+            assert is_among_the_largest(make_tiny_model(seed=50 + update), prompts, answers, sampling.top_k, vision)
+        assert not set(vision) & {int(i) for group in answers for c in group for i in c.token_ids_R}
 
 
 def test_one_video_with_several_questions(random_engine, make_tiny_model, make_prompt):

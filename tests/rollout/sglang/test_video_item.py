@@ -22,6 +22,7 @@ def request(**changes):
         "max_new_tokens": 8,
         "temperature": 1.0,
         "top_p": 1.0,
+        "top_k": 0,
         "stop_ids": [2, 0],
         "suppressed_ids": [3, 7],
         "grid_thw": [2, 4, 4],
@@ -58,6 +59,8 @@ def test_a_good_request_passes():
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 1}, "top_k is 1, wanted 0"),
         ({"grid_thw": [2, 4, 8]}, "patches are"),
         ({"grid_thw": [2, 16, 1]}, "patches are"),
         ({"values_PC": torch.zeros(32, 1175)}, "patches are"),
@@ -69,6 +72,11 @@ def test_a_good_request_passes():
 def test_a_request_that_would_do_harm_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         check_request(*request(**change), LIMITS)
+
+
+def test_top_k_is_sglangs_own_number_for_all_where_it_is_off():
+    assert sampling_params(request()[0])["top_k"] == -1
+    assert sampling_params(request(top_k=50)[0])["top_k"] == 50
 
 
 def test_each_frame_pair_is_a_row_and_positions_are_ours():

@@ -13,17 +13,27 @@ from vcr1_fast.prompts.schemas.schema import Entry, Recipe, Row, Schema, read_fi
 
 
 def _to_rows(where: str, entry: Entry, recipe: Recipe) -> Iterator[tuple[str, Row]]:
-    """Raises ValueError when sentences and timestamps do not belong together."""
+    return sentence_rows(where, entry, recipe, "timestamps", "sentences")
+
+
+def sentence_rows(
+    where: str, entry: Entry, recipe: Recipe, spans_key: str, sentences_key: str
+) -> Iterator[tuple[str, Row]]:
+    """Rows of one video; fixed: without blanks around a query.
+
+    Raises ValueError when sentences and spans do not belong together.
+    """
     duration_s = read_field(entry, "duration")
-    timestamps, sentences = read_field(entry, "timestamps"), read_field(entry, "sentences")
+    timestamps, sentences = read_field(entry, spans_key), read_field(entry, sentences_key)
     if not isinstance(timestamps, list) or not isinstance(sentences, list) or not sentences:
-        raise ValueError(
-            f"timestamps is a {type(timestamps).__name__} and sentences {sentences!r:.60}, wanted two lists, not empty"
-        )
+        kind = type(timestamps).__name__
+        raise ValueError(f"{spans_key} is a {kind} and {sentences_key} {sentences!r:.60}, wanted two lists, not empty")
     if len(timestamps) != len(sentences):
-        raise ValueError(f"there are {len(timestamps)} timestamps but {len(sentences)} sentences, wanted one for one")
+        raise ValueError(
+            f"there are {len(timestamps)} {spans_key} but {len(sentences)} {sentences_key}, wanted one for one"
+        )
     for number, (interval, sentence) in enumerate(zip(timestamps, sentences, strict=True), start=1):
-        query = sentence.strip() if isinstance(sentence, str) else sentence
+        query = sentence.strip() if isinstance(sentence, str) and recipe == "fixed" else sentence
         row: Row = {"task": "temporal_grounding", "video": where, "query": query}
         yield f"{where}:{number}", row | {"duration_s": duration_s, "intervals": [interval]}
 

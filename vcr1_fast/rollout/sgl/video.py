@@ -10,6 +10,11 @@ found with SGLang 0.5.17 to 0.5.23; tests/rollout/sglang runs the real engine ag
   far is part of the hash. Left out, answers after an update were 2 to 3 nats off.
 - Pictures' ids are kept from being drawn by a bias on their logits, which SGLang leaves in its log-probs:
   `whole_vocabulary` takes it out again.
+- top_k and top_p leave its log-probs as they are. It draws from the tokens that are among the k largest and whose
+  larger ones have a mass below top_p, before anything is cut (flashinfer's "joint" order; transformers takes the mass
+  of what top_k keeps). top_k 1 is greedy to it, and then it scores at temperature 1.
+- Its repetition_penalty looks at the tokens of the answer alone (sampling/penaltylib/repetition_penalty.py), not at the
+  prompt's as transformers does, and shows in the log-probs: it is never asked for.
 
 Shape letters: L prompt tokens, P patches, R completion tokens, K suppressed ids.
 """
@@ -63,6 +68,8 @@ def _check_sampling(fields: Mapping[str, Any], length: int, limits: Mapping[str,
         raise ValueError(
             f"temperature is {fields['temperature']} and top_p {fields['top_p']}, wanted >= 0 and in (0, 1]"
         )
+    if fields["top_k"] != 0 and fields["top_k"] < 2:
+        raise ValueError(f"top_k is {fields['top_k']}, wanted 0 (all) or >= 2")
     room = min(limits["context_length"], limits["num_cache_tokens"])
     if length + max_new_tokens > room:
         raise ValueError(
@@ -131,6 +138,7 @@ def sampling_params(fields: Mapping[str, Any]) -> dict[str, Any]:
         "max_new_tokens": fields["max_new_tokens"],
         "temperature": temperature,
         "top_p": fields["top_p"],
+        "top_k": fields["top_k"] or -1,
         "stop_token_ids": list(fields["stop_ids"]),
         "logit_bias": {str(i): bias for i in fields["suppressed_ids"]},
         "skip_special_tokens": False,
