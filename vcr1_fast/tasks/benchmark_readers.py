@@ -149,8 +149,19 @@ def read_mvbench(text: str, options: Sequence[str]) -> str | None:
     return letter[1].upper() if letter else None
 
 
+def read_mlvu(text: str, options: Sequence[str]) -> str | None:
+    """What stands before the first ")", else all of the text, where it is a letter: lmms-eval, lmms_eval/tasks/mlvu.
+
+    So until April 2026, see `read_videomme`. "(C) a car" and "C" are C, "C. a car" is nothing.
+    """
+    before, bracket, _ = text.strip().partition(")")
+    letter = before[-1:] if bracket else before
+    return letter if len(letter) == 1 and letter in ascii_uppercase else None
+
+
 CHOICE_RULES: dict[str, ChoiceRule] = {
     "videomme": read_videomme,
+    "mlvu": read_mlvu,
     "mvbench": read_mvbench,
     "perception_test": read_perception_test,
     "videochat_r1": read_videochat_r1,

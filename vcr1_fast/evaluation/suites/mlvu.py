@@ -43,6 +43,7 @@ def _row(stem: str, where: str, entry: Entry, videos: Path) -> Row:
         [candidate or NO_TEXT for candidate in candidates],
         letters_of(str(answer), candidates)[-1],
         {"task": task},
+        scoring="mlvu",
     )
 
 
@@ -53,7 +54,7 @@ SUITE = Suite(
     files="1_plotQA.json ... 7_topic_reasoning.json (dev), or test_mcq_gt.json; --videos: folder that holds video/",
     metric="acc, mean over the tasks (M-Avg)",
     format_source="JUNJIE99/MLVU, data/*.json and evaluation_test/test_bench.py",
-    rule_source="JUNJIE99/MLVU, evaluation/multiple_choice_evaluation/choice_bench.py",
+    rule_source="JUNJIE99/MLVU, evaluation/multiple_choice_evaluation/choice_bench.py; letter: lmms-eval, tasks/mlvu",
     checked="the dev set, 2,175 questions (one of them without a word is left out); the test set by its keys only",
     read=_read,
     average=("task",),
