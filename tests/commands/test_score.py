@@ -60,6 +60,13 @@ def test_what_is_missing_or_refused_is_wrong(tmp_path: Path, capsys):
     assert result["metrics"]["miou"] == pytest.approx((1.7 / 2.8 + 0 + 0 + 1) / 4)
     assert result["readable"] == 2 / 4
     assert "bad annotation: " in err and "1 of 4 examples have no answer, counted as wrong" in err
+    written(answers, said("a", SENTENCE), said(7, "1 to 2"), said("b", ""), said("the refused", "5 to 2"))
+    code, out, err = run(capsys, "temporal_grounding", file, answers, "--task.recipe=fixed")
+    assert (code, json.loads(out.splitlines()[-1])["num_missing"]) == (0, 0)
+    assert f"{answers}:4: no example has the id 'the refused'; passed over, as 1 rows are refused" in err
+    written(answers, said("x", ""), said("y", ""))
+    code, _, err = run(capsys, "temporal_grounding", file, answers, "--task.recipe=fixed")
+    assert code == 1 and f"2 lines of {answers} cannot be used" in err
 
 
 def test_a_suite_as_it_is_published(tmp_path: Path, capsys):

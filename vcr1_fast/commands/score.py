@@ -100,23 +100,31 @@ def read_answers(file: str | Path, examples: Sequence[Example], prefix: str = ""
     """Id of an example -> what was said to it. An id may leave out `prefix`, which its suite puts before all of them.
 
     Raises ConfigError when the file cannot be read. A line that is no answer, to no example or to one that has an
-    answer already is named on stderr, and then ConfigError is raised as well: a score without it would be wrong.
+    answer already is named on stderr, and then ConfigError is raised as well: a score without it would be wrong. An
+    answer to no example may be one to a refused row, whose own id is not known: as many of them are passed over.
     """
     known = {example.id.removeprefix(prefix): example.id for example in examples} | {ex.id: ex.id for ex in examples}
     lines: dict[str, int] = {}
     said: dict[str, str] = {}
     problems: list[str] = []
+    unknown: list[str] = []
     for number, line in _lines(file):
         try:
             name, text = _answer(line)
             if name not in known:
-                raise ValueError(f"no example has the id {name!r:.60}")
+                unknown.append(f"{file}:{number}: no example has the id {name!r:.60}")
+                continue
             if known[name] in lines:
                 raise ValueError(f"id {name!r:.60} is answered in line {lines[known[name]]} already")
         except ValueError as error:
             problems.append(f"{file}:{number}: {error}")
         else:
             lines[known[name]], said[known[name]] = number, text
+    num_refused = sum(example.is_refused for example in examples)
+    if len(unknown) > num_refused:
+        problems = unknown + problems
+    elif unknown:
+        _show(f"{line}; passed over, as {num_refused:,} rows are refused" for line in unknown)
     if problems:
         _show(problems)
         raise ConfigError(f"{len(problems):,} lines of {file} cannot be used, see above: nothing was scored")
