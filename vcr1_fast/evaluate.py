@@ -156,7 +156,7 @@ def answer_in_rounds(
 def _key(builder: PromptBuilder, example: Example) -> str | None:
     """Under which its answer is kept; None where a custom task cannot ask, which the builder will say."""
     try:
-        return question_key(builder.tasks[example.task].question(example), example, video_first=builder.video_first)
+        return question_key(builder.tasks[example.task].question(example), example)
     except (Exception, SystemExit):
         return None
 

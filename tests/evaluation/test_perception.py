@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vcr1_fast.evaluate import answer_in_rounds, evaluate_command
-from vcr1_fast.evaluation.answer_store import question_key
+from vcr1_fast.evaluation.answer_store import answer_settings, question_key
 from vcr1_fast.evaluation.perception import Focus
 from vcr1_fast.evaluation.samples import Answer
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
@@ -113,11 +113,22 @@ def test_answers_about_a_clip_are_stored_by_clip_and_file(tmp_path: Path):
     file.write_bytes(b"1")
     names = ("", "#t=1.000,5.000&fps=4", "#focus=1.000,5.000", "#focus=1.000,6.000")
     examples = [replace(CHOICE, video=f"{file}{part}") for part in names]
-    assert len({question_key("q", ex, video_first=first) for ex in examples for first in (False, True)}) == 8
+    assert len({question_key("q", example) for example in examples}) == 4
     clip = examples[2]
     before = question_key("q", clip)
     file.write_bytes(b"22")
     assert before != question_key("q", clip)
+
+
+def test_scores_of_other_rounds_have_a_folder_of_their_own():
+    """What the answers depend on names the folder; asked once, there is nothing about rounds in it."""
+    rounds = [EvalConfig(), EvalConfig(perception="crop")]
+    rounds += [EvalConfig(perceptions=n, perception=how) for n in (2, 3) for how in ("focus", "crop")]
+    configs = [Config(eval=one) for one in rounds]
+    configs += [Config(eval=EvalConfig(perceptions=2), task=TaskConfig(video_first=first)) for first in (False, True)]
+    kept = [answer_settings(config, "w", "pyav", torch.device("cpu")) for config in configs]
+    assert kept[0] == kept[1] and not any("perception" in name for name in kept[0])
+    assert len({str(settings) for settings in kept}) == 7
 
 
 def test_the_papers_recipe_has_no_rounds():

@@ -135,8 +135,8 @@ def _whole(
     seconds = {"update_s": max(update["predicted_s"], update["collective_s"])}
     seconds["update_s"] *= config.algorithm.minibatches_per_rollout
     rollout_s = _sglang_seconds(config, size, tokens, num_gpus, rates)
-    chunks = _engine_chunks(config, tokens, num_gpus) if config.rollout.engine == "local" else []
-    for phase, prompt, prompts, answers in chunks:
+    asked = _engine_chunks(config, tokens, num_gpus) if config.rollout.engine == "local" else []
+    for phase, prompt, prompts, answers in asked:
         few, more = (grown(phase, lambda report, n=n: report["answers"][n]) for n in ("2", "4"))
         limit = tokens.completion if phase == "rollout" else config.eval.max_new_tokens or tokens.completion
         cache = size.kv_bytes_per_token * prompts * (prompt + answers * limit)

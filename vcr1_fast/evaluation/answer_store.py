@@ -38,6 +38,7 @@ def answer_settings(
 ) -> dict[str, Any]:
     """What an answer depends on, apart from question and video; `prompts`: digests of prompt files by task."""
     video = {k: v for k, v in asdict(config.video).items() if k not in VIDEO_FIELDS_WITHOUT_EFFECT}
+    rounds = {f"eval.{name}": getattr(config.eval, name) for name in ("perceptions", "perception")}
     return {
         "model.path": config.model.path,
         "weights": weights,
@@ -49,20 +50,21 @@ def answer_settings(
         "seed": config.train.seed if config.eval.temperature > 0 else None,  # greedy answers do not depend on it
         "reader": reader,
         **{f"video.{name}": value for name, value in video.items()},
+        **({"task.video_first": config.task.video_first} if config.task.video_first is not None else {}),
+        **(rounds if config.eval.perceptions > 1 else {}),
         **{f"task.prompts.{task}": digest for task, digest in (prompts or {}).items()},
     }
 
 
-def question_key(question: str, example: Example, *, video_first: bool = False) -> str:
+def question_key(question: str, example: Example) -> str:
     """Hex name of what is asked: the text, and the video file by path (with what is to be seen of it), size and time of
-    change; and which of the two comes first."""
+    change."""
     try:
         stat = os.stat(SourceName.parse(example.video).path)
         video = [example.video, stat.st_size, stat.st_mtime_ns]
     except (OSError, ValueError):  # reading it will say why
         video = [example.video]
-    asked = [video, question] if video_first else [question, video]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([question, video]).encode()).hexdigest()[:32]
 
 
 class AnswerStore:

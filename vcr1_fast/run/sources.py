@@ -33,7 +33,7 @@ def prompt_limits(config: Config, command: RunCommand) -> PromptLimits:
         num_answer_tokens = 0  # its answers are there, and are counted
     elif command == "eval":
         num_answer_tokens = config.eval.max_new_tokens or num_answer_tokens
-        if config.eval.video.given:  # to see more than training may
+        if not config.eval.video.given.keys().isdisjoint(PIXEL_FIELDS):  # to see more than training may
             max_prompt_tokens = None
     is_fixed = config.task.recipe == "fixed"
     return PromptLimits(max_positions, num_answer_tokens, max_prompt_tokens, refuses_periods=is_fixed)

@@ -118,8 +118,8 @@ class EitherReader:
 def read_frames(path: str, config: VideoConfig, reader: Reader, evidence_s: Sequence[Interval] = ()) -> Frames:
     """Decode `path` as `config` asks: frames [F, H, W, 3] uint8, F even, H and W multiples of 28.
 
-    `evidence_s`: seconds in which frames lie closer together, see `choose_frames`. times_s counts from the first frame
-    of the video. Raises SampleError when the file cannot be used as it is.
+    `evidence_s`: seconds in which frames lie closer together, see `choose_frames`. times_s counts from the first shown
+    frame. Raises SampleError when the file cannot be used as it is.
     """
     probe = reader.probe(path)
     try:
