@@ -60,6 +60,13 @@ def test_what_is_missing_or_refused_is_wrong(tmp_path: Path, capsys):
     assert result["metrics"]["miou"] == pytest.approx((1.7 / 2.8 + 0 + 0 + 1) / 4)
     assert result["readable"] == 2 / 4
     assert "bad annotation: " in err and "1 of 4 examples have no answer, counted as wrong" in err
+    written(answers, said("a", SENTENCE), said(7, "1 to 2"), said("b", ""), said("the refused", "5 to 2"))
+    code, out, err = run(capsys, "temporal_grounding", file, answers, "--task.recipe=fixed")
+    assert (code, json.loads(out.splitlines()[-1])["num_missing"]) == (0, 0)
+    assert f"{answers}:4: no example has the id 'the refused'; passed over, as 1 rows are refused" in err
+    written(answers, said("x", ""), said("y", ""))
+    code, _, err = run(capsys, "temporal_grounding", file, answers, "--task.recipe=fixed")
+    assert code == 1 and f"2 lines of {answers} cannot be used" in err
 
 
 def test_a_suite_as_it_is_published(tmp_path: Path, capsys):
@@ -70,7 +77,8 @@ def test_a_suite_as_it_is_published(tmp_path: Path, capsys):
     rows = [said(names[0], "b"), said(names[1].removeprefix("mvbench:"), "B. dog"), said(names[2], "dog")]
     code, out, err = run(capsys, "mvbench", file, written(tmp_path / "answers.jsonl", *rows))
     result = json.loads(out.splitlines()[-1])
-    assert (code, err, result["task"], result["n"]) == (0, "", "multiple_choice", 3)
+    assert (code, err, result["name"], result["n"]) == (0, "", "mvbench", 3)
+    assert result["benchmark_score"] == pytest.approx(2 / 3)
     assert (result["metrics"], result["readable"]) == ({"acc": pytest.approx(2 / 3)}, pytest.approx(2 / 3))
 
     rows = [{"id": name, "task": "multiple_choice", "video": "v.mp4", "query": "what?"} for name in ("1", "2")]

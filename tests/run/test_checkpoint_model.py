@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny_policy import run_ranks
 from vcr1_fast.learner.model import load_hugging_face
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.learner.step import Learner
@@ -46,6 +47,11 @@ def test_the_whole_model_comes_from_the_checkpoint(tmp_path: Path) -> None:
     wanted = learner.policy.get_submodule("hf").state_dict()
     assert loaded.keys() == wanted.keys()
     assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+
+    other = tmp_path / "two_ranks"  # shards of one process, read by two
+    run_ranks(Path(__file__).with_name("checkpoint_model_ranks.py"), str(checkpoint), str(other))
+    [of_two] = (other / "eval" / "models").iterdir()
+    assert (of_two / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
     (folder / "model.safetensors").write_bytes(b"")  # what is there is not made again
     assert with_model_of_checkpoint(asked(checkpoint, tmp_path), SINGLE_PROCESS) == config

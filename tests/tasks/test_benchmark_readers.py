@@ -1,6 +1,7 @@
 """What the benchmarks' own scripts read out of odd answers; each value worked out by hand from their rule."""
 
 import time
+from string import ascii_uppercase
 
 import pytest
 from hypothesis import given, settings
@@ -261,7 +262,7 @@ def test_nothing_raises(text):
     for read in (read_period, read_boxes, read_evidence, read_label, read_caption):
         read(text)
     for rule in CHOICE_RULES:
-        assert read_letter(text, OPTIONS, rule) in {None, *"ABCDEFG"}
+        assert read_letter(text, OPTIONS, rule) in {None, *ascii_uppercase}
 
 
 @pytest.mark.parametrize("piece", ["```", "<think>", "[", "1 to ", "(1, ", "C. ", "<answer>", "1,"])

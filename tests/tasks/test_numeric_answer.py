@@ -92,6 +92,7 @@ def test_rewards_are_strict_and_the_benchmark_reads_its_first_word(answer, rewar
 def test_metrics_keep_failures_in_the_denominator():
     answers = [wrap("8"), "10 chairs", "many", wrap("inf")]
     assert TASK.metrics([example()] * 4, answers) == {"mra": (1 + 0.6) / 4}
+    assert TASK.are_readable([example()] * 3, ["4 chairs", "four", ""]) == [True, False, False]
     with pytest.raises(ValueError, match="no examples to score"):
         TASK.metrics([], [])
     with pytest.raises(ValueError, match="wanted one answer per example"):

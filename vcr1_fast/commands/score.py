@@ -92,27 +92,42 @@ def _shown(task: str, score: TaskScore) -> dict[str, Any]:
     }
 
 
+def _share(scores: Scores, form: str, total: int) -> float | None:
+    """Of all examples; None where a task does not say it."""
+    if not all(form in score.forms for score in scores.values()):
+        return None
+    return sum(score.num_examples * score.forms[form] for score in scores.values()) / total
+
+
 def read_answers(file: str | Path, examples: Sequence[Example], prefix: str = "") -> dict[str, str]:
     """Id of an example -> what was said to it. An id may leave out `prefix`, which its suite puts before all of them.
 
     Raises ConfigError when the file cannot be read. A line that is no answer, to no example or to one that has an
-    answer already is named on stderr, and then ConfigError is raised as well: a score without it would be wrong.
+    answer already is named on stderr, and then ConfigError is raised as well: a score without it would be wrong. An
+    answer to no example may be one to a refused row, whose own id is not known: as many of them are passed over.
     """
     known = {example.id.removeprefix(prefix): example.id for example in examples} | {ex.id: ex.id for ex in examples}
     lines: dict[str, int] = {}
     said: dict[str, str] = {}
     problems: list[str] = []
+    unknown: list[str] = []
     for number, line in _lines(file):
         try:
             name, text = _answer(line)
             if name not in known:
-                raise ValueError(f"no example has the id {name!r:.60}")
+                unknown.append(f"{file}:{number}: no example has the id {name!r:.60}")
+                continue
             if known[name] in lines:
                 raise ValueError(f"id {name!r:.60} is answered in line {lines[known[name]]} already")
         except ValueError as error:
             problems.append(f"{file}:{number}: {error}")
         else:
             lines[known[name]], said[known[name]] = number, text
+    num_refused = sum(example.is_refused for example in examples)
+    if len(unknown) > num_refused:
+        problems = unknown + problems
+    elif unknown:
+        _show(f"{line}; passed over, as {num_refused:,} rows are refused" for line in unknown)
     if problems:
         _show(problems)
         raise ConfigError(f"{len(problems):,} lines of {file} cannot be used, see above: nothing was scored")
@@ -155,16 +170,22 @@ def _answers_of(examples: Sequence[Example], said: Mapping[str, str]) -> list[An
     return [answer(example) for example in examples]
 
 
-def _suite_rows(
-    suite: str, files: Sequence[str], tasks: Mapping[str, Task], config: ScoreConfig
+def _rows_of(
+    name: str, files: Sequence[str], tasks: Mapping[str, Task], config: ScoreConfig
 ) -> tuple[list[Example], list[SampleError]]:
-    """The rows that `vcr1-fast suite` would write, read back."""
-    found = read_suite(suite, files)
+    """The rows of a task in annotation files, or those that `vcr1-fast suite` would write, read back."""
+    recipe = config.task.recipe
+    if name in tasks:
+        sources = [AnnotationSource(file, task=name) for file in files]
+        rows, errors = _rows(read_annotation_files(sources, tasks, recipe))
+        return [row for row in rows if row.task == name], errors
+    found = read_suite(name, files)
+    left_out = found.errors[: len(found.errors) - found.num_refused]  # the others are named once more below
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"{suite}.jsonl"
+        file = Path(folder) / f"{name}.jsonl"
         write_lines(file, found.rows)
-        rows, errors = _rows(read_annotation_files([AnnotationSource(file)], tasks, config.task.recipe))
-    return rows, [*found.errors, *errors]
+        rows, errors = _rows(read_annotation_files([AnnotationSource(file)], tasks, recipe))
+    return rows, [*left_out, *errors]
 
 
 def _rows(contents: Sequence[AnnotationFile]) -> tuple[list[Example], list[SampleError]]:

@@ -14,7 +14,6 @@ from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.annotations import check_counts, frac_at_least, interval_truth, mean, without_overshoot
 from vcr1_fast.tasks.answer_format import clip, tag_blocks
 from vcr1_fast.tasks.answers_batch import have_format, read_glues
-from vcr1_fast.tasks.constant_interval import best_constant_interval
 from vcr1_fast.tasks.glue_format import glue_text, read_glue
 from vcr1_fast.tasks.grounded_qa import limited, longest
 from vcr1_fast.tasks.overlap import interval_iou_batch
