@@ -127,7 +127,7 @@ def test_files_and_names_of_no_use(tmp_path: Path, capsys):
     code, _, err = run(capsys, "grounding", file, answers)
     assert code == 2 and "there is no task or suite 'grounding'; they are temporal_grounding, " in err
     code, _, err = run(capsys, "video_quality", file, answers)
-    assert code == 1 and "holds no usable row for video_quality" in err
+    assert code == 1 and "holds no usable row of video_quality" in err
     code, _, err = run(capsys, "temporal_grounding", file)
     assert code == 2 and "the following arguments are required: ANSWERS.jsonl" in err
     code, _, err = run(capsys, "temporal_grounding", file, answers, "--task.recipe=papr")

@@ -17,9 +17,9 @@ from typing import Any
 
 from vcr1_fast.evaluation.samples import Answer, write_lines
 from vcr1_fast.evaluation.score_tables import print_scores
-from vcr1_fast.evaluation.scores import TaskScore, score_answers
+from vcr1_fast.evaluation.scores import Scores, score_answers
 from vcr1_fast.evaluation.suites import SUITES
-from vcr1_fast.evaluation.suites.command import read_suite
+from vcr1_fast.evaluation.suites.command import benchmark_score, read_suite
 from vcr1_fast.prompts.dataset import AnnotationFile, AnnotationSource, read_annotation_files
 from vcr1_fast.run.telemetry import console
 from vcr1_fast.settings.config import ConfigError, JudgeConfig, TaskConfig
@@ -54,41 +54,38 @@ def score_command(name: str, annotations: Sequence[str], answers: str, overrides
     tasks = make_tasks(config.task, judge=config.judge)
     if name not in tasks and name not in SUITES:
         raise UsageError(f"there is no task or suite {name!r}; they are {', '.join([*tasks, *SUITES])}")
-    if name in SUITES:
-        examples, errors = _suite_rows(name, annotations, tasks, config)
-    else:
-        sources = [AnnotationSource(file, task=name) for file in annotations]
-        rows, errors = _rows(read_annotation_files(sources, tasks, config.task.recipe))
-        examples = [row for row in rows if row.task == name]
+    examples, errors = _rows_of(name, annotations, tasks, config)
     _show(f"bad annotation: {error}" for error in errors)
-    if all(row.is_refused for row in examples):
+    if all(example.is_refused for example in examples):
         reason = f"; first error: {errors[0]}" if errors else ""
-        raise ConfigError(f"{', '.join(annotations)} holds no usable row for {name}{reason}")
+        raise ConfigError(f"{', '.join(annotations)} holds no usable row of {name}{reason}")
     said = _answers_of(examples, read_answers(answers, examples, f"{name}:"))
     num_missing = sum(answer.failure == MISSING for answer in said)
     if num_missing:
         print(f"{num_missing:,} of {len(examples):,} examples have no answer, counted as wrong", file=sys.stderr)
-    scores, _ = score_answers(tasks, examples, said, seed=0)
-    wanted = list(dict.fromkeys(example.task for example in examples))
-    if scores.keys() != set(wanted):
-        raise ConfigError(f"there is no score of {name}, see the line above")
+    scores, samples = score_answers(tasks, examples, said, seed=0, with_samples=name in SUITES)
+    if {example.task for example in examples} != set(scores):
+        raise ConfigError(f"there is no score of {name}, see the lines above")
     console.print(f"{name}, recipe {config.task.recipe}:", soft_wrap=True, highlight=False, markup=False)
     print_scores({}, scores)
-    shown = [_shown(task, scores[task]) for task in wanted]
-    of_all = {"recipe": config.task.recipe, "num_missing": num_missing}
-    return of_all | (shown[0] if len(shown) == 1 else {"tasks": shown})
+    result = {"name": name, "recipe": config.task.recipe, **_summary(scores), "num_missing": num_missing}
+    if name in SUITES and all(sample.metrics for sample in samples):
+        result["benchmark_score"] = benchmark_score(samples, SUITES[name].average)[0]  # as the suite takes its mean
+    return result
 
 
-def _shown(task: str, score: TaskScore) -> dict[str, Any]:
+def _summary(scores: Scores) -> dict[str, Any]:
+    """For JSON. With several tasks metrics are named task/metric, and shares are of all examples together."""
+    total = sum(score.num_examples for score in scores.values())
+    per_task = {f"{task}/" if len(scores) > 1 else "": score for task, score in scores.items()}
     return {
-        "task": task,
-        "n": score.num_examples,
-        "num_refused": score.num_refused,
-        "metrics": score.metrics,
-        "intervals": score.intervals,
-        "readable": score.readable,
-        "well_formed": score.well_formed,
-        "trivial": score.trivial,
+        "n": total,
+        "metrics": {head + key: value for head, score in per_task.items() for key, value in score.metrics.items()},
+        "intervals": {head + key: pair for head, score in per_task.items() for key, pair in score.intervals.items()},
+        "readable": _share(scores, "readable", total),
+        "well_formed": _share(scores, "well_formed", total),
+        "trivial": {head + key: values for head, score in per_task.items() for key, values in score.trivial.items()},
+        "num_refused": sum(score.num_refused for score in scores.values()),
     }
 
 

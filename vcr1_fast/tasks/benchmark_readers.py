@@ -181,7 +181,6 @@ def _as_letter(text: str, options: Sequence[str]) -> str | None:
 
 CHOICE_RULES: dict[str, ChoiceRule] = {
     "videomme": read_videomme,
-    "mlvu": read_mlvu,
     "mvbench": read_mvbench,
     "perception_test": read_perception_test,
     "longvideobench": read_longvideobench,

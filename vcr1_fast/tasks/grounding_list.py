@@ -44,8 +44,8 @@ class GroundingByList(TemporalGrounding):
         """Parts "format" and "iou" of N answers, each in [0, 1].
 
         format, fixed: one think block (if asked for), one answer block, and a list that can be read in it. format,
-        paper: the tags alone. iou is 0 where no list can be read or it is longer than task.max_intervals; fixed: see
-        `without_overshoot`.
+        paper: the tags alone. iou is 0 where no list can be read or it is longer than task.max_intervals; fixed: of
+        periods as `without_overshoot` leaves them.
         """
         check_counts(len(examples), len(answers))
         lists = read_glues(answers, self.rule, "answer", "first" if self.is_paper else "last")
@@ -54,7 +54,7 @@ class GroundingByList(TemporalGrounding):
         if not self.is_paper:
             is_formatted = [ok and listed is not None for ok, listed in zip(is_formatted, lists, strict=True)]
             lists = [
-                [without_overshoot(period, ex.duration_s) for period in listed or []]
+                listed and [without_overshoot(period, ex.duration_s) for period in listed]
                 for listed, ex in zip(lists, examples, strict=True)
             ]
         iou = interval_iou_batch([listed or [] for listed in lists], _truths(examples), "set")
@@ -72,12 +72,7 @@ class GroundingByList(TemporalGrounding):
         return {"miou": mean(iou), **recalls}
 
     def are_readable(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
-        """Whether there is a list, an empty one included."""
         return [_said(answer) is not None for answer in answers]
-
-    def best_constant(self, examples: Sequence[Example]) -> Interval:
-        """(start, end) as fractions of the duration: of all on a grid the one with the highest mean IoU."""
-        return best_constant_interval(_truths(examples), [ex.duration_s for ex in examples])
 
     def _answer(self, start_s: float, end_s: float, reasoning: str = "") -> str:
         return self._listed([(start_s, end_s)], reasoning)
