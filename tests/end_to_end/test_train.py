@@ -29,9 +29,13 @@ def bytes_of_weights(run: Path) -> bytes:
 
 def test_run_writes_what_it_says(train_arguments, run_here, tmp_path):
     run = tmp_path / "run"
-    done = run_here(train_arguments(run, "--train.num_steps=2", "--checkpoint.every=1"))
+    done = run_here(train_arguments(run, "--train.num_steps=2", "--checkpoint.every=1", "--train.samples_every=2"))
     assert done.code == 0, done.err
     result = json.loads(done.out.splitlines()[-1])
+    assert [path.name for path in (run / "samples").iterdir()] == ["step_2.jsonl"]
+    rows = [json.loads(line) for line in (run / "samples" / "step_2.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and {row["task"] for row in rows} == TASKS and all(row["truth"] for row in rows)
+    assert all(len(row["answers"]) == 4 and abs(sum(a["advantage"] for a in row["answers"])) < 1e-3 for row in rows)
     assert result["steps"] == 2
     for scores in (result["before"], result["after"]):
         assert set(scores) == TASKS
