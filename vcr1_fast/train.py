@@ -11,6 +11,7 @@ from vcr1_fast.evaluation.score_tables import print_scores
 from vcr1_fast.evaluation.scores import Scores, flat_scores, scores_as_dict, scores_from_dict
 from vcr1_fast.learner.advantages import TaskScale, with_advantages
 from vcr1_fast.learner.step import Learner
+from vcr1_fast.report import leave_report
 from vcr1_fast.rollout.collect import Collector
 from vcr1_fast.rollout.parity import check_parity, warn_of_gap
 from vcr1_fast.rollout.queue import RolloutQueue
@@ -30,7 +31,10 @@ def train(config: Config) -> dict[str, Any]:
     Raises ConfigError, OSError or TooManyBadSamplesError, on every rank alike.
     """
     with open_run(config, "train") as run:
-        return _train(run)
+        done = _train(run)
+        if run.world.is_main:
+            leave_report(run.folder, done)
+        return done
 
 
 def _train(run: Run) -> dict[str, Any]:

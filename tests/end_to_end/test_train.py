@@ -42,6 +42,12 @@ def test_run_writes_what_it_says(train_arguments, run_here, tmp_path):
         assert all(0 <= value <= 1 for score in scores.values() for value in score["metrics"].values())
     steps = steps_of(run)
     assert list(steps) == [1, 2]
+    written = json.loads((run / "result.json").read_text())
+    assert (written["before"], written["after"]) == (result["before"], result["after"]) and written["version"]
+    page = (run / "report.html").read_text()
+    assert (
+        "data:image/jpeg;base64," in page and 'class="truth"' in page and ">rewards/object_tracking/iou/mean<" in page
+    )
     assert steps[2]["sampling/sampling_logp_difference/mean"] < 1e-4  # engine and trainer agree
     assert steps[2]["tokens_per_s/unshared"] > 1.5 * steps[2]["tokens_per_s/executed"]
     assert {"reward", "kl", "clip_ratio/region_mean", "rewards/object_tracking/iou/mean"} <= set(steps[1])

@@ -46,7 +46,8 @@ def log_answers(run: Run, telemetry: Telemetry, step: int, groups: Sequence[Roll
             write_samples(run.folder / "samples" / f"step_{step}.jsonl", rows)
         telemetry.log_text(step, "samples", "\n\n".join(map(as_text, rows[:MAX_TEXT_GROUPS])))
     if is_printed:
-        say("\n".join(answer_lines(rows[step % len(rows)], console.width)))
+        row = rows[step // config.print_every % len(rows)]  # not always the first of its step
+        say("\n".join(answer_lines(row, console.width)))
 
 
 def gather_rows(
