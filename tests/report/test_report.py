@@ -12,7 +12,7 @@ import pytest
 
 from vcr1_fast import cli, report
 from vcr1_fast.evaluation.samples import Sample
-from vcr1_fast.report.clips import ClipMaker, boxes, choose, periods
+from vcr1_fast.report.clips import ClipMaker, boxes, choose, said_periods, true_periods
 from vcr1_fast.report.curves import chart, smoothed, thinned, time_split
 from vcr1_fast.report.data import Said, read_run, score_rows, series_of
 from vcr1_fast.synth.config import SynthConfig
@@ -193,6 +193,17 @@ def test_scores_of_a_result_have_intervals_and_baselines():
     [row] = score_rows({"before": {}, "after": {"t": score}}, {})
     assert (row.before, row.after, row.before_interval, row.after_interval) == (None, 0.5, None, (0.4, 0.6))
     assert row.trivial == {"whole_video": 0.3}
+    damaged = {"metrics": {"miou": None}, "intervals": {"miou": [None, 1]}, "trivial": 3}
+    [row] = score_rows({"after": {"t": damaged}}, {})
+    assert (row.after, row.after_interval, row.trivial) == (None, None, {})  # what is no number is not known
+
+
+def test_a_result_of_an_earlier_end_does_not_count(tmp_path: Path):
+    run = write_run(tmp_path / "a")  # of 3 steps, in its log 0.5
+    result = {"steps": 3, "before": {}, "after": {"temporal_grounding": {"metrics": {"miou": 0.75}}}}
+    for steps, wanted in ((3, 0.75), (2, 0.5)):
+        (run / "result.json").write_text(json.dumps(result | {"steps": steps}))
+        assert [row.after for row in read_run(run).scores] == [wanted]
 
 
 def test_series_means_and_shares():
@@ -210,8 +221,12 @@ def test_series_means_and_shares():
 
 
 def test_periods_and_boxes_as_drawn():
-    assert periods("1.0 to 2.5s, 9 to 4\n[(1, 2), [3,4.5]]") == [(1.0, 2.5), (1.0, 2.0), (3.0, 4.5)]
-    assert periods("0 to 1 " * 100) == [(0.0, 1.0)] * 20
+    assert true_periods("1.00 to 2.50, 4.00 to 5.00") == [(1.0, 2.5), (4.0, 5.0)]
+    assert true_periods("A\n[(1.00, 2.00), (3.00, 4.50)]") == [(1.0, 2.0), (3.0, 4.5)]
+    assert said_periods("1 to 2, or 0:10 to 1:05") == [(10.0, 65.0)]  # the last counts, and minutes are read
+    assert said_periods("B\n[(1, 2),\n(3, 4)]") == [(1.0, 2.0), (3.0, 4.0)]
+    assert said_periods("-1 to 2") == [(0.0, 2.0)]
+    assert said_periods("5 to 4") == said_periods("(A)") == said_periods("") == []
     assert boxes("[[0.25,0.5,0.5,0.75], [-1, 0, 2, 1], [1,2]]") == [(0.25, 0.5, 0.25, 0.25), (0.0, 0.0, 1.0, 1.0)]
 
 

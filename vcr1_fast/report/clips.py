@@ -18,8 +18,10 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 
 from vcr1_fast.report.data import Evaluation, Said
-from vcr1_fast.tasks.answer_format import MAX_TEXT_CHARS, tag_blocks
-from vcr1_fast.types import SampleError
+from vcr1_fast.tasks.answer_format import clip as clip_text
+from vcr1_fast.tasks.answer_format import read_period, tag_blocks
+from vcr1_fast.tasks.glue_format import read_glue
+from vcr1_fast.types import Interval, SampleError
 from vcr1_fast.video.image_folder_reader import ImageFolderReader
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.reader import Probe
@@ -30,8 +32,6 @@ FRAME_WIDTH_PX = 176
 MAX_DURATION_S = 600.0  # a reader decodes all frames up to the last wanted one
 READ_BUDGET_S = 30.0  # for the frames of all clips; a training waits for them at its end
 MAX_BARS = 20  # periods of one answer
-_NUMBER = r"(\d{1,9}(?:\.\d{0,9})?)"
-_PERIODS = re.compile(rf"{_NUMBER} ?s? to {_NUMBER}|[(\[]{_NUMBER}, ?{_NUMBER}[)\]]")
 _BOX = re.compile(r"\[" + r", ?".join([r"(-?\d{1,9}(?:\.\d{0,9})?)"] * 4) + r"\]")
 
 
@@ -110,11 +110,11 @@ class ClipMaker:
             pictures = list(self._pictures(reader, probe, said))
         except (SampleError, OSError, ValueError, FFmpegError) as error:
             note = f"no pictures: {error}"
-        true, predicted = periods(said.truth), periods(said.parsed)
-        if said.times_s:  # boxes have no periods, though "[0, 1]" may look like one
+        true, predicted = true_periods(clip_text(said.truth)), said_periods(clip_text(said.parsed))
+        if said.times_s:  # boxes are no periods, whatever else the answer says
             true, predicted = [], []
         length_s = duration_s or max((end for _, end in (*true, *predicted)), default=0.0)
-        think = "\n".join(tag_blocks(said.answer[:MAX_TEXT_CHARS], "think")).strip()
+        think = "\n".join(tag_blocks(clip_text(said.answer), "think")).strip()
         bars = (_bars(true, length_s), _bars(predicted, length_s))
         return Clip(said, before, think, bars[0], bars[1], duration_s, pictures, note)
 
@@ -150,20 +150,31 @@ def _at(found: Sequence[tuple[float, float, float, float]], place: int) -> tuple
     return found[place] if place < len(found) else None
 
 
-def periods(text: str) -> list[tuple[float, float]]:
-    """All "X to Y" and "(X, Y)" of an answer or a truth as text, for drawing: seconds as plain numbers, start < end."""
-    found = []
-    for match in _PERIODS.finditer(text[:MAX_TEXT_CHARS]):
-        start_s, end_s = (float(group) for group in match.groups() if group is not None)
-        if start_s < end_s:
-            found.append((start_s, end_s))
-    return found[:MAX_BARS]
+def true_periods(text: str) -> list[Interval]:
+    """Those of a truth as tasks/shown.py writes it: "1.00 to 2.50, 4.00 to 5.00", or a list behind a letter."""
+    listed = [period for part in text.split(", ") if (period := read_period(part))]
+    return _in_order(_read_list(text) or listed)
+
+
+def said_periods(text: str) -> list[Interval]:
+    """What the rewards read in an answer: a list of periods, or the last "X to Y"."""
+    period = read_period(text)
+    return _in_order(_read_list(text) or ([period] if period else []))
+
+
+def _read_list(text: str) -> list[Interval] | None:
+    """The list that a text is, or what stands below its first line is."""
+    return read_glue(text) or read_glue(text.partition("\n")[2])
+
+
+def _in_order(found: Sequence[Interval]) -> list[Interval]:
+    return [(max(start_s, 0.0), end_s) for start_s, end_s in found[:MAX_BARS] if max(start_s, 0.0) < end_s]
 
 
 def boxes(text: str) -> list[tuple[float, float, float, float]]:
     """All "[x0, y0, x1, y1]" of a text as (x, y, width, height), cut to the picture."""
     found = []
-    for match in _BOX.finditer(text[:MAX_TEXT_CHARS]):
+    for match in _BOX.finditer(clip_text(text)):
         x0, y0, x1, y1 = (min(max(float(group), 0.0), 1.0) for group in match.groups())
         found.append((x0, y0, max(x1 - x0, 0.0), max(y1 - y0, 0.0)))
     return found

@@ -75,7 +75,7 @@ class Evaluation:
     """A folder that `vcr1-fast eval` wrote."""
 
     name: str
-    scores: Mapping[str, Any]  # task -> what scores.json says of it
+    scores: list[Row]  # in `after`
     said: list[Said]
 
 
@@ -102,6 +102,8 @@ def read_run(folder: str | Path) -> RunData:
     record = RunRecord(folder)
     record.read_on()
     result = _read_json(Path(folder) / RESULT)
+    if result.get("steps") != record.step:  # of an earlier end: the run has been gone on with since, or begun anew
+        result = {}
     series = series_of(record.records)
     evaluations = list(_evaluations(Path(folder)))
     return RunData(
@@ -149,9 +151,10 @@ def _task_rows(task: str, before: Mapping[str, Any], after: Mapping[str, Any]) -
     old = _mapping(before.get("metrics"))
     intervals = [_mapping(score.get("intervals")) for score in (before, after)]
     for metric, value in _mapping(after.get("metrics")).items():
-        trivial = {name: scores[metric] for name, scores in _mapping(after.get("trivial")).items() if metric in scores}
-        low_high = [tuple(interval[metric]) if metric in interval else None for interval in intervals]
-        yield Row(task, metric, old.get(metric), value, *low_high, trivial)  # type: ignore[arg-type]
+        trivial = {name: _mapping(scores).get(metric) for name, scores in _mapping(after.get("trivial")).items()}
+        before_interval, after_interval = (_interval(interval.get(metric)) for interval in intervals)
+        values = _number(old.get(metric)), _number(value)
+        yield Row(task, metric, *values, before_interval, after_interval, _numbers(trivial))
 
 
 def _settings(folder: Path) -> dict[str, str]:
@@ -187,14 +190,15 @@ def _evaluations(folder: Path) -> Iterator[Evaluation]:
                 truth=sample.truth,
                 score=next(iter(sample.metrics.values()), 0.0),
                 score_name=next(iter(sample.metrics), "no metric"),
-                parts=sample.parts,
+                parts=_numbers(sample.parts),
                 num_tokens=sample.num_tokens,
                 times_s=sample.times_s,
                 note=sample.failure,
             )
             for sample in samples
         ]
-        yield Evaluation(str(content.get("model", path.parent.name)), _mapping(content.get("scores")), said)
+        scores = score_rows({"after": content.get("scores")}, {})
+        yield Evaluation(str(content.get("model", path.parent.name)), scores, said)
 
 
 def _last_samples(folder: Path) -> list[Said]:
@@ -225,7 +229,7 @@ def _said_in_training(row: Mapping[str, Any]) -> Said:
         truth=row["truth"],
         score=float(best["reward"]),
         score_name="reward",
-        parts=best["parts"],
+        parts=_numbers(best["parts"]),
         num_tokens=best["num_tokens"],
         times_s=row["times_s"],
         note=f"the best of {len(drawn)} answers of step {row['step']}",
@@ -238,6 +242,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _numbers(values: object) -> dict[str, float]:
+    """Those of a mapping: null, which stands for NaN, is left out."""
+    return {name: value for name, value in _mapping(values).items() if isinstance(value, int | float)}
+
+
+def _interval(value: object) -> tuple[float, float] | None:
+    ends = [_number(end) for end in value] if isinstance(value, list) else []
+    low, high = ends if len(ends) == 2 else (None, None)
+    return None if low is None or high is None else (low, high)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
