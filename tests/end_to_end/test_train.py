@@ -200,7 +200,7 @@ def test_co_training_options_on_two_ranks_resume_to_the_same_bits(train_argument
     Only the whole run is evaluated, which must not change it.
     """
     options = (
-        "--train.num_steps=2", "--checkpoint.every=1",
+        "--train.num_steps=2", "--checkpoint.every=1", "--train.samples_every=2",
         "--data.mixture.temporal_grounding=3", "--data.mixture.object_tracking=1",
         "--algorithm.scale_advantages=task", "--algorithm.scale_decay=0.9", "--algorithm.minibatches_per_rollout=2",
         "--rollout.num_ground_truth=1", "--rollout.max_resample_rounds=1", "--task.shaping.iou=tempsamp_r1",
@@ -225,4 +225,8 @@ def test_co_training_options_on_two_ranks_resume_to_the_same_bits(train_argument
     assert bytes_of_weights(resumed) == bytes_of_weights(whole)
     rows = [json.loads(line) for line in (whole / "rewards.jsonl").read_text().splitlines()]
     assert {row["step"] for row in rows} == {1, 2}
-    assert sum(row["step"] == 2 for row in rows) >= 4
+    ids = sorted(row["id"] for row in rows if row["step"] == 2)
+    assert len(ids) >= 4
+    samples = [json.loads(line) for line in (whole / "samples" / "step_2.jsonl").read_text().splitlines()]
+    assert sorted(row["id"] for row in samples) == ids  # of both ranks
+    assert any(not answer["is_sampled"] for row in samples for answer in row["answers"])  # the ground truths
