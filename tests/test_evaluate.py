@@ -136,6 +136,8 @@ def test_files_with_folders_and_tasks_of_their_own_and_refused_rows_in_samples(t
     assert [sample.video for sample in (good, letter)] == [f"{tmp_path}/first/a.mp4", f"{tmp_path}/second/a.mp4"]
     assert bad.failure == "the annotation was refused: interval 0 ends (1.0 s) before it starts (2.0 s)"
     assert (bad.metrics["miou"], bad.parts, bad.answer) == (0.0, {"format": 0.0, "iou": 0.0}, "")
+    assert [(s.truth, s.parsed) for s in (good, letter)] == [("1.00 to 2.00", "1.00 to 2.00"), ("B", "B")]
+    assert (bad.truth, bad.parsed) == ("refused: interval 0 ends (1.0 s) before it starts (2.0 s)", "")
     assert (bad.categories, letter.categories) == ({"kind": ["late", "odd"]}, {"type": ["CW"]})
     out, err = capsys.readouterr()
     assert "data.eval: 2 of 4 rows left out, of which 1 count as wrong answers" in err

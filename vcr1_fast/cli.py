@@ -95,6 +95,7 @@ HELP_EPILOG = "\n".join(
         "  suite NAME FILE...  read a public benchmark as it is published, write a JSONL for data.eval; `suite list`",
         "  score TASK|SUITE FILE ANSWERS.jsonl  score answers that were made elsewhere",
         "  watch RUN  the numbers of a run as a table that follows it",
+        "  report RUN [RUN2]  one HTML file about a run, or two side by side: scores, curves, clips",
         "  compare A B  whether two samples.jsonl of eval differ, with intervals and p-values",
         "",
         "  vcr1-fast train CONFIG.yaml --train.num_steps=3 --rollout.group_size=8",
@@ -360,6 +361,23 @@ def _run_watch(tokens: list[str]) -> object:
     return watch_command(options.run, shows_all=options.all, follows=sys.stdout.isatty() and not options.once)
 
 
+def _run_report(tokens: list[str]) -> object:
+    parser = argparse.ArgumentParser(
+        prog="vcr1-fast report",
+        description="Writes one HTML file about a run: held-out scores, curves, clips with what was answered. It loads "
+        "nothing from anywhere and has no script. With RUN2, both runs side by side.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, its train.output_dir; one or two")
+    parser.add_argument("--output", metavar="FILE.html", help="default: report.html in the first RUN")
+    options = parser.parse_args(tokens)
+    if len(options.runs) > 2:
+        parser.error("wanted one RUN or two")
+    from vcr1_fast.report import report_command
+
+    report_command(options.runs, options.output)
+    return None
+
+
 PLAIN_COMMANDS = {  # those without settings alone
     "doctor": _run_doctor,
     "baselines": _run_baselines,
@@ -368,6 +386,7 @@ PLAIN_COMMANDS = {  # those without settings alone
     "suite": _run_suite,
     "serve": _run_serve,
     "watch": _run_watch,
+    "report": _run_report,
 }
 
 

@@ -11,10 +11,11 @@ from vcr1_fast.evaluation.score_tables import print_scores
 from vcr1_fast.evaluation.scores import Scores, flat_scores, scores_as_dict, scores_from_dict
 from vcr1_fast.learner.advantages import TaskScale, with_advantages
 from vcr1_fast.learner.step import Learner
-from vcr1_fast.prompts.difficulty import log_rewards
+from vcr1_fast.report import leave_report
 from vcr1_fast.rollout.collect import Collector
 from vcr1_fast.rollout.parity import check_parity, warn_of_gap
 from vcr1_fast.rollout.queue import RolloutQueue
+from vcr1_fast.run.answers import log_answers
 from vcr1_fast.run.metrics import merged, rollout_metrics, update_metrics
 from vcr1_fast.run.resuming import load_state
 from vcr1_fast.run.run import Run, due, export_model, open_run, open_weight_sync, outcome, sampling_of, save_state
@@ -30,7 +31,10 @@ def train(config: Config) -> dict[str, Any]:
     Raises ConfigError, OSError or TooManyBadSamplesError, on every rank alike.
     """
     with open_run(config, "train") as run:
-        return _train(run)
+        done = _train(run)
+        if run.world.is_main:
+            leave_report(run.folder, done)
+        return done
 
 
 def _train(run: Run) -> dict[str, Any]:
@@ -67,7 +71,8 @@ def _train(run: Run) -> dict[str, Any]:
                 task_scale.update(groups, run.tasks, world)
             engine.release_memory()
             with telemetry.span("update"):
-                reports = learner.update_grpo(with_advantages(groups, config.algorithm.scale_advantages, task_scale))
+                groups = with_advantages(groups, config.algorithm.scale_advantages, task_scale)
+                reports = learner.update_grpo(groups)
             has_signal |= any(report.has_signal for report in reports)
             run.quarantine.add_all(error for report in reports for error in report.too_large)
             with telemetry.span("weight_sync"), queue.paused():
@@ -76,8 +81,7 @@ def _train(run: Run) -> dict[str, Any]:
             metrics |= merged(part.metrics() for part in (prompts, collector, queue, task_scale, run.source))
             num_tokens += int(metrics["step_tokens/executed"])
             warn_of_gap(step, metrics, config, learner.dtype)
-            with telemetry.forgiven("rewards.jsonl"):
-                log_rewards(run.folder / "rewards.jsonl", step, groups, world)
+            log_answers(run, telemetry, step, groups)
             telemetry.log_step(step, metrics | {"num_tokens": num_tokens}, config.train.num_steps)
             if stopping.wants_checkpoint(step):
                 with telemetry.span("checkpoint"):

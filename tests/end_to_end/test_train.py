@@ -29,15 +29,25 @@ def bytes_of_weights(run: Path) -> bytes:
 
 def test_run_writes_what_it_says(train_arguments, run_here, tmp_path):
     run = tmp_path / "run"
-    done = run_here(train_arguments(run, "--train.num_steps=2", "--checkpoint.every=1"))
+    done = run_here(train_arguments(run, "--train.num_steps=2", "--checkpoint.every=1", "--train.samples_every=2"))
     assert done.code == 0, done.err
     result = json.loads(done.out.splitlines()[-1])
+    assert [path.name for path in (run / "samples").iterdir()] == ["step_2.jsonl"]
+    rows = [json.loads(line) for line in (run / "samples" / "step_2.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and {row["task"] for row in rows} == TASKS and all(row["truth"] for row in rows)
+    assert all(len(row["answers"]) == 4 and abs(sum(a["advantage"] for a in row["answers"])) < 1e-3 for row in rows)
     assert result["steps"] == 2
     for scores in (result["before"], result["after"]):
         assert set(scores) == TASKS
         assert all(0 <= value <= 1 for score in scores.values() for value in score["metrics"].values())
     steps = steps_of(run)
     assert list(steps) == [1, 2]
+    written = json.loads((run / "result.json").read_text())
+    assert (written["before"], written["after"]) == (result["before"], result["after"]) and written["version"]
+    page = (run / "report.html").read_text()
+    assert (
+        "data:image/jpeg;base64," in page and 'class="truth"' in page and ">rewards/object_tracking/iou/mean<" in page
+    )
     assert steps[2]["sampling/sampling_logp_difference/mean"] < 1e-4  # engine and trainer agree
     assert steps[2]["tokens_per_s/unshared"] > 1.5 * steps[2]["tokens_per_s/executed"]
     assert {"reward", "kl", "clip_ratio/region_mean", "rewards/object_tracking/iou/mean"} <= set(steps[1])
@@ -190,7 +200,7 @@ def test_co_training_options_on_two_ranks_resume_to_the_same_bits(train_argument
     Only the whole run is evaluated, which must not change it.
     """
     options = (
-        "--train.num_steps=2", "--checkpoint.every=1",
+        "--train.num_steps=2", "--checkpoint.every=1", "--train.samples_every=2",
         "--data.mixture.temporal_grounding=3", "--data.mixture.object_tracking=1",
         "--algorithm.scale_advantages=task", "--algorithm.scale_decay=0.9", "--algorithm.minibatches_per_rollout=2",
         "--rollout.num_ground_truth=1", "--rollout.max_resample_rounds=1", "--task.shaping.iou=tempsamp_r1",
@@ -215,4 +225,8 @@ def test_co_training_options_on_two_ranks_resume_to_the_same_bits(train_argument
     assert bytes_of_weights(resumed) == bytes_of_weights(whole)
     rows = [json.loads(line) for line in (whole / "rewards.jsonl").read_text().splitlines()]
     assert {row["step"] for row in rows} == {1, 2}
-    assert sum(row["step"] == 2 for row in rows) >= 4
+    ids = sorted(row["id"] for row in rows if row["step"] == 2)
+    assert len(ids) >= 4
+    samples = [json.loads(line) for line in (whole / "samples" / "step_2.jsonl").read_text().splitlines()]
+    assert sorted(row["id"] for row in samples) == ids  # of both ranks
+    assert any(not answer["is_sampled"] for row in samples for answer in row["answers"])  # the ground truths

@@ -65,7 +65,11 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path: Path):
         file.write('{"step": 4, "rew')  # killed while writing
     damaged = b'{"id": "a", "step": 2}\n{"id": "a", "st\xb1p": 1}\n{"id": "a", "step": 3}\n{"id": "b", "st'
     (tmp_path / "rewards.jsonl").write_bytes(damaged)
+    (tmp_path / "samples").mkdir()
+    for step in (2, 3):
+        (tmp_path / "samples" / f"step_{step}.jsonl").touch()
     second = Telemetry(tmp_path, resume_step=2)
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_2.jsonl"]
     assert [record["step"] for record in records(tmp_path)] == [1, 2]
     assert (tmp_path / "rewards.jsonl").read_text() == '{"id": "a", "step": 2}\n'
     second.log_step(3, {"reward": 30.0}, num_steps=4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import numpy as np
 from vcr1_fast.evaluation.statistics import mean_intervals
 from vcr1_fast.run.telemetry import to_json
 from vcr1_fast.settings.config import ConfigError
+from vcr1_fast.tasks.shown import shown_answer, shown_question, shown_times_s, shown_truth
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example
 
@@ -52,6 +52,9 @@ class Sample:
     categories: dict[str, list[str]] = field(default_factory=dict)  # axis -> values, for tables
     readable: bool | None = None  # whether the benchmark's reader found something; None: the task does not say
     well_formed: bool | None = None  # whether the reward's format is kept
+    truth: str = ""  # as text, and `parsed`, what the answer says without its reasoning: for people (tasks.shown)
+    parsed: str = ""
+    times_s: list[float] = field(default_factory=list)  # of the true boxes
 
 
 def per_sample_metrics(
@@ -133,7 +136,7 @@ def make_samples(
             id=example.id,
             task=task.name,
             video=example.video,
-            question=_question(task, example),
+            question=shown_question(task, example),
             answer=answer.text,
             parts={name: float(values[i]) for name, values in parts.items()},
             metrics={name: float(values[i]) for name, values in metrics.items()},
@@ -142,17 +145,12 @@ def make_samples(
             num_tokens=answer.num_tokens,
             categories=_by_axis(example.categories),
             **{name: flags[i] for name, flags in forms.items()},
+            truth=shown_truth(task, example),
+            parsed=shown_answer(answer.text),
+            times_s=shown_times_s(example),
         )
         for i, (example, answer) in enumerate(zip(examples, answers, strict=True))
     ]
-
-
-def _question(task: Task, example: Example) -> str:
-    """What was asked; the query where nothing could be."""
-    if not example.is_refused:
-        with contextlib.suppress(Exception, SystemExit):  # user code: the example's failure says what it raised
-            return task.question(example)
-    return example.query
 
 
 def _by_axis(categories: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

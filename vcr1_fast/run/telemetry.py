@@ -83,8 +83,9 @@ class Telemetry:
         telemetry.close()
 
     `watchdog_s`: see run/watchdog.py. `resume_step` is the last step of the checkpoint that the run goes on from (0: a
-    new run). What an earlier process wrote about later steps is dropped, from rewards.jsonl, too, so a killed run has
-    no step twice. Raises OSError when `output_dir` cannot be written; what fails later is warned about once.
+    new run). What an earlier process wrote about later steps is dropped, from rewards.jsonl and samples/, too, so a
+    killed run has no step twice. Raises OSError when `output_dir` cannot be written; what fails later is warned about
+    once.
     """
 
     def __init__(self, output_dir: str | Path, rank: int = 0, resume_step: int = 0, watchdog_s: float = 0.0) -> None:
@@ -102,6 +103,7 @@ class Telemetry:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "rewards.jsonl"):
             keep_steps_up_to(folder / name, resume_step)
+        drop_later_files(folder / "samples", resume_step)
         self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         # purge_step hides events of that step and later; a new run may log step 0 (the score before training) anew
         self._excepthook, threading.excepthook = threading.excepthook, self._note_thread_error
@@ -144,6 +146,12 @@ class Telemetry:
         self._write(step, {f"eval/{name}": score for name, score in scores.items()})
         if self.is_writing:
             say(f"held-out after step {step}: " + ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
+
+    def log_text(self, step: int, name: str, text: str) -> None:
+        """Shows a text in TensorBoard as it is, in fixed width."""
+        if self.is_writing:
+            with self.forgiven("tensorboard", Exception):
+                self._tensorboard.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), step)
 
     def _write(self, step: int, record: Mapping[str, float]) -> None:
         if not self.is_writing:
@@ -196,6 +204,14 @@ def keep_steps_up_to(path: Path, step: int) -> None:
     aside = path.with_suffix(".jsonl.new")
     aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     aside.replace(path)
+
+
+def drop_later_files(folder: Path, step: int) -> None:
+    """Deletes the files step_N.jsonl of later steps. Step 0 keeps none: a new run."""
+    for path in folder.glob("step_*.jsonl"):
+        number = path.stem.removeprefix("step_")
+        if number.isdecimal() and int(number) > step:
+            path.unlink(missing_ok=True)
 
 
 def _step_of(line: str) -> float:

@@ -222,7 +222,8 @@ class TrainConfig:
     """The loop."""
 
     output_dir: str = "runs/default"
-    """Folder of this run: config.yaml, metrics.jsonl, rewards.jsonl, tensorboard/, checkpoints/, quarantine.jsonl."""
+    """Folder of this run: config.yaml, metrics.jsonl, rewards.jsonl, samples/, tensorboard/, checkpoints/,
+    quarantine.jsonl, and at the end result.json and report.html."""
     num_steps: int = 100
     """Rollouts to do (each followed by algorithm.minibatches_per_rollout updates)."""
     prompts_per_step: int = 8
@@ -240,6 +241,10 @@ class TrainConfig:
     resume: str = "auto"
     """auto: continue from the newest checkpoint in output_dir if there is one. never: start anew (the folder
     must not hold checkpoints). Or the path of one checkpoint."""
+    samples_every: int = 10
+    """Steps between files samples/step_N.jsonl, the answers of up to 32 groups of that step; 0: never."""
+    print_every: int = 10
+    """Steps between answers that are printed, one each time; 0: never."""
     watchdog_s: float = 1200.0
     """When no step ends for so long, every rank prints where each of its threads is, and the run goes on waiting: a
     collective gives up after 3,600 s. 20 minutes are several times the slowest step that a run should have; 0: never.
@@ -256,6 +261,8 @@ class TrainConfig:
             self.tokens_per_microbatch >= 1,
             f"train.tokens_per_microbatch is {self.tokens_per_microbatch}, wanted >= 1",
         )
+        require(self.samples_every >= 0, f"train.samples_every is {self.samples_every}, wanted >= 0 (0: never)")
+        require(self.print_every >= 0, f"train.print_every is {self.print_every}, wanted >= 0 (0: never)")
         require(self.watchdog_s >= 0, f"train.watchdog_s is {self.watchdog_s}, wanted >= 0 (0: never)")
         require(
             self.max_group_tokens is None or self.max_group_tokens >= 1,
