@@ -256,8 +256,8 @@ def test_interrupt_is_exit_130(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     run_with(monkeypatch, interrupt)
-    line = "vcr1-fast: error: interrupted; to go on from what is saved: vcr1-fast train 'my config.yaml'\n"
-    assert run(capsys, "train", "my config.yaml") == (130, "", line)
+    line = "vcr1-fast: error: interrupted; to go on from what is saved: vcr1-fast train '--train.output_dir=my run'\n"
+    assert run(capsys, "train", "--train.output_dir=my run") == (130, "", line)
     monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun's command line is not known here
     assert cli._again("train", []) == "the same command"
 

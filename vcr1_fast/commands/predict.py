@@ -28,7 +28,8 @@ NUM_ERRORS_SHOWN = 10
 
 
 def predict_command(rows: str, output: str, settings: str | None, overrides: list[str]) -> dict[str, Any]:
-    """Write {"id", "answer", "parsed"} for each row to `output`, with "failure" where there is no answer.
+    """Write {"id", "answer", "parsed"} for each row to `output`, with "failure" where there is no answer; a row that
+    cannot be used is named by file and place, such as "rows:4".
 
     settings: a config; None: that of the run that made model.path, where it is known. Answers are kept in
     eval.output_dir, by default OUTPUT.answers, until they are all there and after that.

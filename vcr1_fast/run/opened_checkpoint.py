@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,7 +61,8 @@ def open_checkpoint(checkpoint: Path, world: World) -> OpenedCheckpoint:
         source = model_folder(config.model.path)
     except ConfigError as error:
         raise ConfigError(f"the run of {checkpoint} began with another model, which is needed, too: {error}") from None
-    policy = Learner(config, world, 1, plain_choice()).policy
+    without_reference = replace(config, algorithm=replace(config.algorithm, beta=0.0))
+    policy = Learner(without_reference, world, 1, plain_choice()).policy
     state = load_checkpoint(checkpoint, policy, None, None, world)
     has_frozen = not all(weight.requires_grad for weight in policy.parameters())
     if has_frozen and state.base not in ("", model_digest(source)):
