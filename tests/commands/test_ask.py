@@ -175,6 +175,10 @@ def test_predict_answers_rows_without_labels_once(clips, tmp_path, capsys, monke
     assert code == 0 and "going on from 2 answers" in out
     assert [json.loads(line) for line in output.read_text().splitlines()] == lines[:2]
 
+    file.write_text(json.dumps(rows[3]) + "\n")
+    code, out, _ = run(capsys, *tokens)
+    assert code == 1 and json.loads(out.splitlines()[-1])["num_failed"] == 1  # not one answer
+
 
 def test_predict_names_a_folder_that_is_not_there(capsys, tmp_path):
     code, out, err = run(capsys, "predict", "rows.jsonl", "--output", str(tmp_path / "no" / "said.jsonl"))

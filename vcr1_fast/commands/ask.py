@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -119,7 +118,7 @@ def _draw(file: Path, example: Example, parsed: Parsed | None, reader: Reader, p
     if parsed and "boxes" in parsed:
         given = getattr(example.truth, "boxes", (None,))[0]
         picture = boxes_on_frames(read_at(reader, probe, parsed["times_s"]), parsed["boxes"], given)
-    elif parsed and "intervals" in parsed and math.isfinite(probe.duration_s):
+    elif parsed and "intervals" in parsed and probe.duration_s > 0:
         frames = read_at(reader, probe, strip_times_s(probe.duration_s))
         picture = strip(frames, parsed["intervals"], probe.duration_s)
     else:

@@ -15,6 +15,7 @@ from vcr1_fast.evaluation.samples import Answer, write_lines
 from vcr1_fast.learner.sharding import on_main_rank
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.rollout.engine import RolloutEngine
+from vcr1_fast.run.exit_codes import FAILED
 from vcr1_fast.run.named_model import named_model
 from vcr1_fast.run.run import Run, open_run
 from vcr1_fast.run.telemetry import say
@@ -49,7 +50,8 @@ def predict_command(rows: str, output: str, settings: str | None, overrides: lis
         lines = [_line(*pair, config.task) for pair in zip(examples, answers, strict=True)]
         on_main_rank("writing the answers", lambda: write_lines(file, lines), run.world)
         num_failed = sum(bool(answer.failure) for answer in answers)
-        return {"output": str(file), "n": len(lines), "num_failed": num_failed, "model": model.path}
+        result: dict[str, Any] = {"output": str(file), "n": len(lines), "num_failed": num_failed, "model": model.path}
+        return result | ({"exit_code": FAILED} if num_failed == len(lines) else {})  # not one answer
 
 
 def _path_in(settings: str | None) -> str:
