@@ -256,7 +256,10 @@ def test_interrupt_is_exit_130(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     run_with(monkeypatch, interrupt)
-    assert run(capsys, "train") == (130, "", "vcr1-fast: error: interrupted\n")
+    line = "vcr1-fast: error: interrupted; to go on from what is saved: vcr1-fast train '--train.output_dir=my run'\n"
+    assert run(capsys, "train", "--train.output_dir=my run") == (130, "", line)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun's command line is not known here
+    assert cli._again("train", []) == "the same command"
 
 
 @pytest.mark.parametrize("name", cli.PLAIN_COMMANDS)
@@ -265,7 +268,8 @@ def test_an_interrupt_of_any_command_is_one_line(monkeypatch, capsys, name):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(cli.PLAIN_COMMANDS, name, interrupt)
-    assert run(capsys, name) == (130, "", "vcr1-fast: error: interrupted\n")
+    again = "; to go on from what is saved: vcr1-fast predict" if name == "predict" else ""
+    assert run(capsys, name) == (130, "", f"vcr1-fast: error: interrupted{again}\n")
 
 
 @pytest.mark.parametrize(("to", "code", "told"), [("| true", 141, ""), ("> /dev/full", 1, "No space left on device\n")])

@@ -75,7 +75,7 @@ def test_an_unreadable_video_counts_as_wrong(tiny_tokenizer, capsys):
     assert scores.metrics["miou"] == pytest.approx((1.0 + 0.0 + 0.5) / 3)
     assert scores.metrics["r@0.7"] == pytest.approx(1 / 3)
     assert (scores.num_examples, scores.num_bad) == (3, 1)
-    assert "bad held-out sample, counted as wrong: bad.mp4: the file is empty" in capsys.readouterr().err
+    assert "bad sample, not asked, wrong where it is scored: bad.mp4: the file is empty" in capsys.readouterr().err
 
 
 def refused(name: str, task: str = "temporal_grounding") -> Example:

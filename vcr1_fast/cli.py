@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -17,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vcr1_fast import __version__
+from vcr1_fast.commands.model_commands import run_ask, run_export, run_predict
+from vcr1_fast.commands.version import version_line
 from vcr1_fast.run.exit_codes import FAILED, STOPPED_BY_SIGNAL, WRONG_USAGE
 from vcr1_fast.run.stop_signals import StoppedBySignal, heed_no_interrupt, heed_one_interrupt, heed_usr1
 from vcr1_fast.run.telemetry import is_main_rank, to_json
@@ -96,6 +98,9 @@ HELP_EPILOG = "\n".join(
         "  score TASK|SUITE FILE ANSWERS.jsonl  score answers that were made elsewhere",
         "  watch RUN  the numbers of a run as a table that follows it",
         "  report RUN [RUN2]  one HTML file about a run, or two side by side: scores, curves, clips",
+        "  ask MODEL VIDEO QUESTION  one question about one video, its answer drawn with --save",
+        "  predict FILE --output OUT.jsonl  answers to rows without labels",
+        "  export RUN OUT  a checkpoint as a Hugging Face folder, or its adapter",
         "  compare A B  whether two samples.jsonl of eval differ, with intervals and p-values",
         "",
         "  vcr1-fast train CONFIG.yaml --train.num_steps=3 --rollout.group_size=8",
@@ -119,13 +124,13 @@ def main(arguments: list[str] | None = None) -> None:
         epilog=HELP_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"vcr1-fast {__version__}")
+    parser.add_argument("--version", action="version", version=version_line())
     choices = [*COMMANDS, *PLAIN_COMMANDS]
     parser.add_argument("command", choices=choices, metavar="COMMAND", help="one of those below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
     parsed = parser.parse_args(arguments)
     run = PLAIN_COMMANDS.get(parsed.command) or partial(_run_with_settings, parsed.command)
-    code = exit_code_of(lambda: run(parsed.rest))
+    code = exit_code_of(lambda: run(parsed.rest), _again(parsed.command, parsed.rest))
     heed_no_interrupt()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
         from vcr1_fast.learner.sharding import exit_rank
@@ -134,13 +139,20 @@ def main(arguments: list[str] | None = None) -> None:
     raise SystemExit(code)
 
 
-def exit_code_of(run: Callable[[], object]) -> int:
+def _again(command: str, rest: list[str]) -> str:
+    """What to type to go on with an interrupted command; "" for one that begins anew."""
+    is_one = int(os.environ.get("WORLD_SIZE", "1")) == 1  # how several were started, torchrun knows
+    return (shlex.join(["vcr1-fast", command, *rest]) if is_one else "the same command") if command in GO_ON else ""
+
+
+def exit_code_of(run: Callable[[], object], again: str = "") -> int:
     """Does what every command does around its work: the result in one line of JSON, an error in one line on stderr.
 
     `run` gives the result, None for none, or an exit code. What it raises unforeseen is shown with its traceback.
+    `again`: the command that goes on after a stop.
     """
     with printable_output() as stdout:
-        code = _code_of(run)
+        code = _code_of(run, again)
         stdout.flush()
         if isinstance(stdout.error, BrokenPipeError):  # `vcr1-fast compare A B | head -1`
             return code or STOPPED_BY_SIGNAL + signal.SIGPIPE
@@ -150,15 +162,15 @@ def exit_code_of(run: Callable[[], object]) -> int:
         return code
 
 
-def _code_of(run: Callable[[], object]) -> int:
+def _code_of(run: Callable[[], object], again: str) -> int:
     try:
         result = run()
     except KeyboardInterrupt:
-        _report_error(InterruptedError("interrupted"))
+        _report_error(InterruptedError("interrupted" + (f"; to go on from what is saved: {again}" if again else "")))
         return STOPPED_BY_SIGNAL + signal.SIGINT
     except StoppedBySignal as stopped:
         if is_main_rank():
-            print(f"vcr1-fast: {stopped}", file=sys.stderr, flush=True)
+            print(f"vcr1-fast: {stopped}" + (f": {again}" if again else ""), file=sys.stderr, flush=True)
         return STOPPED_BY_SIGNAL + stopped.signum
     except Exception as error:
         is_foreseen = isinstance(error, ConfigError | SampleError | RunError | OSError)
@@ -378,6 +390,7 @@ def _run_report(tokens: list[str]) -> object:
     return None
 
 
+GO_ON = ("train", "sft", "eval", "predict")  # those that go on where they stopped when they are started again
 PLAIN_COMMANDS = {  # those without settings alone
     "doctor": _run_doctor,
     "baselines": _run_baselines,
@@ -387,6 +400,9 @@ PLAIN_COMMANDS = {  # those without settings alone
     "serve": _run_serve,
     "watch": _run_watch,
     "report": _run_report,
+    "ask": run_ask,
+    "predict": run_predict,
+    "export": run_export,
 }
 
 

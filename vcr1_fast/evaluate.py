@@ -53,7 +53,7 @@ def evaluate(
     Refused examples are not asked and count as wrong. `must_read`: raises SampleError when no example could be asked.
     """
     examples = first_of_each_task(examples, config.eval.max_examples)
-    answers = _with_refusals(examples, lambda usable: answer_all(lambda: engine, usable, builder, config, world))
+    answers = with_refusals(examples, lambda usable: answer_all(lambda: engine, usable, builder, config, world))
     if must_read:
         _require_one_read(examples, answers)
     return score_on_main_rank(tasks, examples, answers, config.train.seed, world)[0]
@@ -70,7 +70,7 @@ def first_of_each_task(examples: Sequence[Example], limit: int | None) -> list[E
     return result
 
 
-def _with_refusals(examples: Sequence[Example], ask: Callable[[list[Example]], list[Answer]]) -> list[Answer]:
+def with_refusals(examples: Sequence[Example], ask: Callable[[list[Example]], list[Answer]]) -> list[Answer]:
     """One answer per example: what `ask` gives for the usable ones, the reason for the refused ones."""
     said = iter(ask([example for example in examples if not example.is_refused]))
     return [
@@ -169,14 +169,7 @@ def _ask(
     keep: Callable[[int, Answer], None],
 ) -> list[Answer]:
     """One answer per example, batch by batch; `keep` is called with each one's place as it comes."""
-    sampling = SamplingParams(
-        num_completions=1,
-        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
-        temperature=config.eval.temperature,
-        seed=config.train.seed,
-        repetition_penalty=config.eval.repetition_penalty,
-    )
-    rollout = config.rollout
+    sampling, rollout = eval_sampling(config), config.rollout
     built = _built(builder, examples)
     answers: list[Answer] = []
     for prompts in in_batches(built, sampling, rollout.max_batch_rows, rollout.max_batch_tokens):
@@ -193,6 +186,17 @@ def _ask(
     return answers
 
 
+def eval_sampling(config: Config) -> SamplingParams:
+    """One answer to each question, drawn as the section eval says."""
+    return SamplingParams(
+        num_completions=1,
+        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+        temperature=config.eval.temperature,
+        seed=config.train.seed,
+        repetition_penalty=config.eval.repetition_penalty,
+    )
+
+
 def _built(builder: PromptBuilder, examples: Sequence[Example]) -> Iterator[Prompt | SampleError]:
     """One after the other, the clips of the next READ_AHEAD to 2 x READ_AHEAD read meanwhile."""
     builder.read_ahead(examples[:READ_AHEAD])
@@ -202,7 +206,7 @@ def _built(builder: PromptBuilder, examples: Sequence[Example]) -> Iterator[Prom
         try:
             yield builder.build(example)
         except SampleError as error:
-            print(f"bad held-out sample, counted as wrong: {error}", file=sys.stderr)
+            print(f"bad sample, not asked, wrong where it is scored: {error}", file=sys.stderr)
             yield error
 
 
@@ -248,7 +252,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
         if not examples:
             raise ConfigError("data.eval is empty, wanted at least one annotation file")
         warn_of_other_reader(run)
-        with contextlib.closing(_open_store(run)) as store, contextlib.ExitStack() as stack:
+        with contextlib.closing(open_store(run)) as store, contextlib.ExitStack() as stack:
 
             @functools.cache
             def open_engine() -> RolloutEngine:
@@ -259,7 +263,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
             if store.num_found:
                 say(f"going on from {store.num_found} answers in {store.folder}")
             ask = answer_all if config.eval.perceptions == 1 else answer_in_rounds
-            answers = _with_refusals(
+            answers = with_refusals(
                 examples, lambda usable: ask(open_engine, usable, run.builder, config, run.world, store)
             )
         _require_one_read(examples, answers)
@@ -291,7 +295,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
         return result
 
 
-def _open_store(run: Run) -> AnswerStore:
+def open_store(run: Run) -> AnswerStore:
     """The store in eval.output_dir; by default in a folder of its own for each set of settings."""
     config = run.config
     weights = [""]

@@ -234,7 +234,7 @@ def _example(row: Row, default_id: str, tasks: Mapping[str, Task], videos: Video
     if not isinstance(reasoning, str):
         raise ValueError(f"reasoning is {reasoning!r:.60}, wanted text")
     truth = tasks[task].parse_truth(row)
-    if math.isinf(duration_s) and hasattr(truth, "intervals_s"):
+    if math.isinf(duration_s) and getattr(truth, "intervals_s", ()):
         raise ValueError("key 'duration_s' is missing, wanted the seconds of the video that the intervals lie in")
     name, path = _id(row, default_id), videos.find(video)
     if printable(path) != path:

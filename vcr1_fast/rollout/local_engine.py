@@ -10,7 +10,7 @@ V vocabulary, S steps.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,7 @@ class LocalEngine:
         self.policy_version = 0
         self.tokenizer = tokenizer
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
+        self.on_token: Callable[[Tensor], None] | None = None  # called with each step's ids [B] of the rows not ended
         self._model: Any = model.eval().requires_grad_(False)
         decoder.set_attn_implementation(GROUPED_ATTENTION)
         if model.device.type == "cuda":
@@ -197,6 +198,8 @@ class LocalEngine:
                 seen_BV[batch.rows, token_B] = True
             tokens_BS[batch.rows, step] = token_B
             logprobs_BS[batch.rows, step] = logprob_B
+            if self.on_token is not None:
+                self.on_token(token_B)
             batch.is_done |= (token_B.unsqueeze(1) == self._stop_ids).any(dim=1)
             num_active = int(batch.rows.numel() - batch.is_done.sum())
             is_cut = self._is_interrupted.is_set() and step + 1 >= given.longest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -299,6 +300,9 @@ def export_model(run: Run, learner: Learner) -> Path:
     assert run.export is not None, "of a command that exports"
     folder = export_hugging_face(learner.policy, run.export, run.world)
     say(f"Hugging Face model: {folder}")
+    settings = shlex.quote(str(run.folder / "config.yaml"))
+    say(f"score it: vcr1-fast eval {settings} --model.path={shlex.quote(str(folder))}")
+    say(f"ask it: vcr1-fast ask {shlex.quote(str(folder))} VIDEO QUESTION --task TASK")
     lora = run.config.model.lora
     if lora.rank:
         adapter = export_adapter(learner.policy, run.folder / "adapter", lora, run.config.model.path, run.world)

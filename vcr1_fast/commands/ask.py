@@ -1,0 +1,128 @@
+"""`vcr1-fast ask`: one question about one video to a model, its answer as it comes, what was read in it, a picture."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import TextStreamer
+
+from vcr1_fast.evaluate import eval_sampling
+from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.run.named_model import named_model
+from vcr1_fast.run.run import Run, open_run
+from vcr1_fast.settings.config import Config, ConfigError, DataConfig
+from vcr1_fast.settings.io import UsageError, load_settings
+from vcr1_fast.tasks import make_tasks
+from vcr1_fast.tasks.task import Task
+from vcr1_fast.tasks.unlabelled import Parsed, PlainQuestion, read_answer, unlabelled
+from vcr1_fast.types import Example, SampleError
+from vcr1_fast.video.draw import boxes_on_frames, read_at, strip, strip_times_s, write_png
+from vcr1_fast.video.read import open_reader
+from vcr1_fast.video.reader import Probe, Reader
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The command line."""
+
+    model: str
+    video: str
+    question: str
+    task: str | None = None  # None: the question goes as it is
+    options: tuple[str, ...] = ()
+    box: tuple[float, ...] | None = None
+    times_s: tuple[float, ...] | None = None
+    save: str | None = None  # PNG file
+
+
+def ask_command(asked: Asked, overrides: list[str]) -> dict[str, Any]:
+    """Print the answer while it is drawn; returns what the last line is to say.
+
+    overrides: settings such as --video.max_frames=64, on top of those that the model's run had.
+    Raises UsageError, ConfigError, or SampleError for a video that cannot be read.
+    """
+    save = Path(asked.save).expanduser() if asked.save else None
+    if save and (save.suffix.lower() != ".png" or not save.absolute().parent.is_dir()):
+        raise UsageError(f"--save is {asked.save}, wanted a name that ends in .png, in a folder that exists")
+    if not Path(asked.video).expanduser().exists():
+        raise ConfigError(f"there is no video {asked.video}")
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
+        model = named_model(asked.model)
+    config = _settings(load_settings(Config, model.settings, overrides), model.path)
+    tasks = {PlainQuestion.name: PlainQuestion(config.task), **make_tasks(config.task, judge=config.judge)}
+    with contextlib.closing(open_reader(replace(config.video, reader="pyav"))) as reader:
+        probe = reader.probe(str(Path(asked.video).expanduser().absolute()))
+        example = _example(asked, probe, tasks, config)
+        text, finish_reason = _answer(config, example, tasks)
+        parsed = read_answer(example, text, config.task)
+        result = {"parsed": parsed, "duration_s": round(probe.duration_s, 3), "finish_reason": finish_reason}
+        if save:
+            result["saved"] = str(save) if _draw(save, example, parsed, reader, probe) else None
+    return result
+
+
+def _settings(config: Config, path: str) -> Config:
+    """Those of an evaluation of one video, which needs no workers and no annotation files."""
+    video = replace(config.eval_video, num_workers=0)
+    rollout, model = replace(config.rollout, engine="local"), replace(config.model, path=path)
+    return replace(config, model=model, data=DataConfig(), video=video, rollout=rollout)
+
+
+def _example(asked: Asked, probe: Probe, tasks: dict[str, Task], config: Config) -> Example:
+    name = asked.task or PlainQuestion.name
+    if name not in tasks:
+        raise UsageError(f"there is no task {name!r}; they are {', '.join(tasks)}")
+    row: dict[str, object] = {"duration_s": probe.duration_s}
+    row |= {"options": list(asked.options)} if asked.options else {}
+    row |= {"box": list(asked.box)} if asked.box else {}
+    row |= {"times_s": list(asked.times_s)} if asked.times_s else {}
+    try:
+        truth = unlabelled(tasks[name], config.task).parse_truth(row)
+    except (ValueError, SampleError) as error:
+        hints = {"options": '--option "a cat" --option "a dog"', "box": "--box 0.1,0.2,0.4,0.5", "times": "--times 0,1"}
+        hint = next((hint for key, hint in hints.items() if str(error).startswith(key)), "")
+        raise UsageError(f"task {name}: {error}" + (f"; give it by {hint}" if hint else "")) from None
+    return Example("question", name, probe.path, asked.question, probe.duration_s, truth, is_held_out=True)
+
+
+def _answer(config: Config, example: Example, tasks: dict[str, Task]) -> tuple[str, str]:
+    """Text and finish reason; printed as it comes."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.redirect_stdout(sys.stderr):  # the head of every run
+            run: Run = stack.enter_context(open_run(config, "eval"))
+            run.builder.tasks = tasks
+            prompt = run.builder.build(example)
+            engine = stack.enter_context(contextlib.closing(run.open_engine()))
+        assert isinstance(engine, LocalEngine), "rollout.engine is local"
+        streamer = TextStreamer(run.builder.tokenizer, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+        engine.on_token = _put(streamer)
+        completion = engine.generate([prompt], eval_sampling(config))[0][0]
+        streamer.end()
+    if completion.finish_reason == "length":
+        print(f"cut off after {completion.num_tokens} tokens: raise --max-new-tokens", file=sys.stderr)
+    return completion.text, completion.finish_reason
+
+
+def _put(streamer: TextStreamer) -> Callable[[Tensor], None]:
+    return lambda token_B: streamer.put(token_B.cpu())
+
+
+def _draw(file: Path, example: Example, parsed: Parsed | None, reader: Reader, probe: Probe) -> bool:
+    """A strip with the spans, or the boxes on their frames. False, with a line, where there are neither."""
+    if parsed and "boxes" in parsed:
+        given = getattr(example.truth, "boxes", (None,))[0]
+        picture = boxes_on_frames(read_at(reader, probe, parsed["times_s"]), parsed["boxes"], given)
+    elif parsed and "intervals" in parsed and probe.duration_s > 0:
+        frames = read_at(reader, probe, strip_times_s(probe.duration_s))
+        picture = strip(frames, parsed["intervals"], probe.duration_s)
+    else:
+        print("no picture: no span and no boxes were read in the answer", file=sys.stderr)
+        return False
+    write_png(picture, file)
+    return True
