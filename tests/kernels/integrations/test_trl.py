@@ -302,6 +302,13 @@ def test_probs_need_to_know_that_there_is_no_entropy_bonus():
         vcr1_trl.use_fused_head(keep="probs")
 
 
+def test_options_that_the_head_does_not_have_are_refused_before_the_first_step():
+    for options, message in (({"keep": "all"}, "keep is 'all'"), ({"chunk_rows": 0}, "chunk_rows is 0"),
+                             ({"backend": "cuda"}, "backend is 'cuda'")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            vcr1_trl.use_fused_head(**options)
+
+
 def test_the_gradient_of_an_entropy_bonus_is_not_given_away(model_folder: Path, tmp_path: Path):
     trainer = build_trainer(model_folder, tmp_path, entropy_coef=0.05)
     with pytest.raises(ValueError, match="would lose its gradient"):
