@@ -48,9 +48,7 @@ def test_the_page_names_each_module_that_pickles():
 
 def test_the_search_sees_what_it_looks_for():
     source = "import pickle\nfrom multiprocessing.connection import Connection\n"
-    source += (
-        "torch.load(f)\nM.from_pretrained(x, trust_remote_code=True)\n"
+    source += "torch.load(f)\nM.from_pretrained(x, trust_remote_code=True)\n"
     source += "model.eval()\nyaml.safe_load(f)\neval('1')\n"
-    )
     assert list(dangers(source)) == ["torch.load", "trust_remote_code=", "eval"]
     assert imports(source) & PICKLES == {"pickle", "multiprocessing.connection"}
