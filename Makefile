@@ -84,5 +84,5 @@ demo: $(VENV)/.installed
 	@$(BIN)/python -m vcr1_fast.commands.demo $(DEMO_ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf {.,kernels}/{build,dist,*.egg-info} .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.venv-sglang/*' -prune -exec rm -rf {} +

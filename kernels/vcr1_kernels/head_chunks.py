@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from .backend import runs_triton
 from .head_rows import exp_rows, gradient_rows
+from .input_checks import check_target_dtype, check_tensors
 from .row_stats import RowStats, stats_dtype
 from .upload import upload
 
@@ -46,6 +48,21 @@ def auto_chunk_rows(hidden_size: int, vocab_size: int, bytes_per_logit: int) -> 
     most = max(CHUNK_BYTES // (vocab_size * bytes_per_logit) // TILE_ROWS * TILE_ROWS, TILE_ROWS)
     candidates = range(most, max(most // 2, TILE_ROWS) - 1, -TILE_ROWS)
     return max(candidates, key=lambda rows: (round(wave_efficiency(rows, hidden_size), 2), rows))
+
+
+def check_chunk_rows(chunk_rows: int | None) -> None:
+    """ValueError unless it is None or an int >= 1."""
+    if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
+        raise ValueError(f"chunk_rows is {chunk_rows!r}, wanted an int >= 1, or None to have it chosen")
+
+
+def resolve_chunk_rows(chunk_rows: int | None, weight_VD: Tensor, logits_dtype: torch.dtype) -> int:
+    """What was asked for, or what `auto_chunk_rows` chooses for logits and a gradient of them in the weight's dtype."""
+    check_chunk_rows(chunk_rows)
+    if chunk_rows is not None:
+        return chunk_rows
+    vocab_size, hidden_size = weight_VD.shape
+    return auto_chunk_rows(hidden_size, vocab_size, logits_dtype.itemsize + weight_VD.dtype.itemsize)
 
 
 def head_peak_bytes(
@@ -134,8 +151,8 @@ def temperature_to_scale(temperature: float | Tensor, num_rows: int, like: Tenso
         if temperature.shape != (num_rows,):
             raise ValueError(f"temperature has shape {tuple(temperature.shape)}, wanted a number or [{num_rows}]")
         return upload(temperature.detach(), like.device).to(dtype).reciprocal()
-    if not temperature > 0 or math.isinf(temperature):
-        raise ValueError(f"temperature is {temperature}, wanted a finite number > 0")
+    if not isinstance(temperature, Real) or not temperature > 0 or math.isinf(temperature):
+        raise ValueError(f"temperature is {temperature!r}, wanted a finite number > 0")
     return torch.full((num_rows,), 1.0 / temperature, dtype=dtype, device=like.device)
 
 
@@ -146,13 +163,15 @@ def check_head_inputs(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, lo
             "the fused head got a DTensor: call it inside the forward of the module that FSDP wraps, where weights are "
             "plain tensors, or pass weight.full_tensor()"
         )
+    check_tensors("the fused head", hidden=hidden_ND, weight=weight_VD, target=target_N)
     shapes = f"hidden {tuple(hidden_ND.shape)}, weight {tuple(weight_VD.shape)}, target {tuple(target_N.shape)}"
     if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(f"the fused head got {shapes}, wanted [N, D], [V, D], [N]")
+    if 0 in weight_VD.shape:
+        raise ValueError(f"the fused head got {shapes}, wanted V >= 1 and D >= 1")
     if target_N.shape != hidden_ND.shape[:1]:
         raise ValueError(f"the fused head got {shapes}: wanted one target per row of hidden")
-    if target_N.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"target is {target_N.dtype}, wanted int32 or int64")
+    check_target_dtype(target_N)
     if hidden_ND.dtype not in HEAD_DTYPES or hidden_ND.dtype != weight_VD.dtype:
         raise TypeError(
             f"the fused head got hidden {hidden_ND.dtype} and weight {weight_VD.dtype}, wanted bfloat16, "
@@ -160,8 +179,6 @@ def check_head_inputs(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, lo
         )
     if logits_dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"logits_dtype is {logits_dtype}, wanted torch.float32 or torch.bfloat16")
-    if not hidden_ND.device == weight_VD.device == target_N.device:
-        raise ValueError(f"hidden, weight and target lie on {hidden_ND.device}, {weight_VD.device}, {target_N.device}")
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:

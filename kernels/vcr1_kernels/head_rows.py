@@ -30,7 +30,7 @@ def exp_rows(
 
     Args:
         logits_CV: [C, V] raw logits, last stride 1, any row stride. Entries of -inf are allowed (probability 0).
-        target_C: [C] int; below 0 the row is ignored, from V on its results are NaN (torch twin: IndexError).
+        target_C: [C] int; below 0 the row is ignored, from V on its results are NaN (on the CPU: IndexError).
         scale_C: [C] 1 / temperature, of the dtype of the statistics, > 0.
         exp_CV: filled with exp(scale (z_v - c)) and, at the target, with minus `others`; None leaves it out.
             exp_CV * (-scale * inv_total) is the gradient of logprob with respect to the logits. Not `logits_CV` itself.
@@ -110,10 +110,22 @@ def _distances(logits_CV: Tensor, offset_C: Tensor, scale_C: Tensor) -> Tensor:
     return (logits_CV.to(offset_C.dtype) - offset_C[:, None]) * scale_C[:, None]
 
 
+def _check_values(target_C: Tensor, scale_C: Tensor, vocab_size: int) -> None:
+    """On the CPU, where reading them waits for nothing. IndexError or ValueError for the first that cannot be right."""
+    if target_C.device.type != "cpu" or not target_C.numel():
+        return
+    if (largest := int(target_C.max())) >= vocab_size:
+        raise IndexError(f"target {largest} is not in a vocabulary of {vocab_size}: wanted 0 to {vocab_size - 1}, "
+                         "or -100 to leave a row out")  # fmt: skip
+    if not bool(((scale_C > 0) & scale_C.isfinite()).all()):
+        raise ValueError("a temperature of the rows is not a finite number > 0")
+
+
 def _exp_rows_torch(
     logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, exp_CV: Tensor | None, with_entropy: bool
 ) -> RowStats:
     """The kernel's algorithm, step by step, on whole matrices."""
+    _check_values(target_C, scale_C, logits_CV.shape[1])
     counted_C = target_C >= 0
     target_C1 = target_C.clamp(min=0).long().unsqueeze(1)
     dtype = stats_dtype(logits_CV.dtype)

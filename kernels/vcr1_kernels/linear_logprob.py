@@ -13,7 +13,7 @@ Shape letters: N tokens, C rows of one chunk, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ from .backend import Backend, runs_triton
 from .head_chunks import (
     Head,
     HeadGradients,
-    auto_chunk_rows,
+    check_chunk_rows,
     check_head_inputs,
     effective_logits_dtype,
     matmul,
+    resolve_chunk_rows,
     row_chunks,
     temperature_to_scale,
     without_autocast,
@@ -174,6 +175,15 @@ class _LinearLogprob(torch.autograd.Function):
         return hidden_grad if need_hidden else None, weight_grad if need_weight else None, *nothing[2:]
 
 
+def check_head_options(chunk_rows: int | None, backend: Backend, keep: Keep = "none") -> None:
+    """ValueError for an option that `fused_linear_logprob` does not have; a drop-in asks before the first step does."""
+    if keep not in ("none", "probs"):
+        raise ValueError(f"keep is {keep!r}, wanted 'none' or 'probs'")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}, wanted auto, torch or triton")
+    check_chunk_rows(chunk_rows)
+
+
 def fused_linear_logprob(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -205,19 +215,18 @@ def fused_linear_logprob(
     Returns: (logprob [N], entropy [N]) float32, or float64 for float64 inputs. Entropy in nats.
 
     FLOPs: 2, 3 or 4 times 2 N D V. Extra memory: a chunk's logits and their gradient, and the float32 gradient of the
-    weight (`head_chunks.head_peak_bytes`). A row with a target >= V has log-prob NaN on CUDA and raises on the CPU.
+    weight (`head_chunks.head_peak_bytes`). A row with a target >= V has log-prob NaN on CUDA.
 
-    Raises: ValueError or TypeError for inputs of wrong shape, dtype or device, and for keep="probs" with entropy_grad.
+    Raises: ValueError or TypeError for inputs of wrong shape, dtype or device, and for keep="probs" with entropy_grad;
+    on the CPU IndexError for a target >= V.
     """
     check_head_inputs(hidden_ND, weight_VD, target_N, logits_dtype)
-    if keep not in ("none", "probs"):
-        raise ValueError(f"keep is {keep!r}, wanted 'none' or 'probs'")
+    check_head_options(chunk_rows, backend, keep)
     if keep == "probs" and entropy_grad:
         raise ValueError("keep='probs' has no gradient of the entropy: use keep='none' with entropy_grad=True")
     dtype = effective_logits_dtype(hidden_ND.dtype, logits_dtype)
     scale_N = temperature_to_scale(temperature, hidden_ND.shape[0], hidden_ND)
-    if chunk_rows is None:
-        chunk_rows = auto_chunk_rows(hidden_ND.shape[1], weight_VD.shape[0], dtype.itemsize + hidden_ND.dtype.itemsize)
+    chunk_rows = resolve_chunk_rows(chunk_rows, weight_VD, dtype)
     wants_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     if not wants_grad:
         resolved_keep = "none"

@@ -1,7 +1,9 @@
 """Fused language-model head and policy loss: hidden states -> loss, with gradients made on the way, in 3 GEMMs.
 
-Other heads make the logits twice, in forward and again in backward (4 GEMMs). Here everything the loss needs besides
-the log-probs is known beforehand, so a chunk of rows is finished in one visit:
+A head that gives log-probs to a loss outside makes the logits twice, in forward and again in backward (4 GEMMs: TRL
+1.16, trl/kernels/chunked_logprob.py; prime-rl, trainer/models/layers/lm_head.py). Where the loss comes to the head, as
+in XTuner (v1/loss/chunk_loss.py) and torchtitan (components/loss.py), a chunk of rows is finished in one visit. Here
+that visit takes one pass of exponentials over float32 logits, and rows without a coefficient leave after GEMM 1:
 
     GEMM 1   logits = h W^T
     one row  log-prob, entropy, and E = exp(z - z_y) with -sum_{v != y} E_v at the target   (read logits, write E)
@@ -27,14 +29,15 @@ from .backend import Backend, runs_triton
 from .head_chunks import (
     Head,
     HeadGradients,
-    auto_chunk_rows,
     check_head_inputs,
     effective_logits_dtype,
+    resolve_chunk_rows,
     row_chunks,
     scale_unless_one_,
     temperature_to_scale,
     without_autocast,
 )
+from .input_checks import check_loss, checked_result
 from .losses import LossFunction, TokenVectors
 from .row_stats import stats_dtype
 from .sequences import lens_on
@@ -118,13 +121,11 @@ def evaluate_loss(
 ) -> Evaluated:
     """Runs the loss under autograd on vectors alone.
 
-    Raises: ValueError when the loss is not a scalar.
+    Raises: TypeError or ValueError when the loss function returns something else than a scalar and a dict of sums.
     """
     with torch.enable_grad():
         leaves = logprob_C.detach().requires_grad_(needs_gradient), entropy_C.detach().requires_grad_(needs_gradient)
-        value, sums = loss(*leaves, tokens)
-        if value.ndim != 0:
-            raise ValueError(f"the loss function returned a loss of shape {tuple(value.shape)}, wanted a scalar")
+        value, sums = checked_result(loss(*leaves, tokens))
         sums = {name: x.detach() for name, x in sums.items()}
         if not needs_gradient or not value.requires_grad:
             return Evaluated(value.detach(), sums, None, None)
@@ -249,16 +250,15 @@ def fused_linear_policy_loss(
     FLOPs: 3 times 2 N D V (2 with a frozen weight, 1 without gradients). Extra memory: one chunk's logits and E, the
     gradient of hidden, and a float32 gradient of the weight (`head_chunks.head_peak_bytes`).
 
-    Raises: ValueError or TypeError for inputs of wrong shape, dtype or device; RuntimeError on a second backward.
+    Raises: ValueError or TypeError for inputs of wrong shape, dtype or device, and for a loss that is no such function
+    or returns something else; on the CPU IndexError for a target >= V; RuntimeError on a second backward.
     """
     check_head_inputs(hidden_ND, weight_VD, target_N, logits_dtype)
     num_rows = hidden_ND.shape[0]
-    if tokens.advantage_N.shape != (num_rows,):
-        raise ValueError(f"tokens hold {tuple(tokens.advantage_N.shape)} advantages, wanted [{num_rows}] as in hidden")
+    check_loss(loss, tokens, num_rows)
     dtype = effective_logits_dtype(hidden_ND.dtype, logits_dtype)
     scale_N = temperature_to_scale(temperature, num_rows, hidden_ND)
-    if chunk_rows is None:
-        chunk_rows = auto_chunk_rows(hidden_ND.shape[1], weight_VD.shape[0], dtype.itemsize + hidden_ND.dtype.itemsize)
+    chunk_rows = resolve_chunk_rows(chunk_rows, weight_VD, dtype)
     plan = plan_pieces(loss, tokens, num_rows, chunk_rows)
     ordered, order_N = _in_order(tokens, plan, hidden_ND.device)
     names: list[str] = []

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -145,7 +146,7 @@ class PolicyLoss:
     the engine's log-probs sampling_gap (|logprob - engine's|), with rollout correction also sampling_weight and
     sampling_cut (tokens truncated or masked).
 
-    Raises ValueError for values out of range, and for what the dialect does not have.
+    Raises ValueError for values out of range, and for what the dialect does not have; TypeError for what is no number.
     """
 
     variant: Variant = "grpo"
@@ -174,6 +175,10 @@ class PolicyLoss:
         for name, choice in choices.items():
             if getattr(self, name) not in get_args(choice):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, wanted one of {', '.join(get_args(choice))}")
+        numbers = ("clip_low", "clip_high", "beta", "entropy_coef", "sapo_tau_pos", "sapo_tau_neg")
+        for name in numbers:
+            if not isinstance(getattr(self, name), Real):
+                raise TypeError(f"{name} is {getattr(self, name)!r}, wanted a number")
         for name in ("clip_low", "clip_high", "beta"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted a finite number >= 0")

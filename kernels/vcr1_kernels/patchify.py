@@ -11,6 +11,7 @@ from torch import Tensor
 from . import reference
 from ._ops import add_op_namespace_prefix
 from .backend import Backend, runs_triton
+from .input_checks import check_tensors
 
 PATCH_VALUES = 3 * 2 * reference.PATCH_PX**2  # 1176
 BLOCK_PX = 2 * reference.PATCH_PX  # the 2 x 2 patches that the vision tower merges into one token
@@ -36,13 +37,15 @@ def patchify(rgb_FHW3: Tensor, dtype: torch.dtype = torch.bfloat16, *, backend: 
     and 231 MB out. A row of a patch is 42 bytes, so neighbouring lanes read frames in 4-byte words (2 loads for 6
     values), regroup values through shared memory and store 16 bytes each; kernels/README.md has the compiled facts.
 
-    Raises: ValueError for another input or dtype; RuntimeError when `triton` is asked for and cannot run.
+    Raises: ValueError for another input or dtype; TypeError for what is no tensor; RuntimeError when `triton` is asked
+    for and cannot run.
     """
     _check(rgb_FHW3, dtype)
     return _patchify(rgb_FHW3, dtype, runs_triton(backend, rgb_FHW3))
 
 
 def _check(rgb_FHW3: Tensor, dtype: torch.dtype) -> None:
+    check_tensors("patchify", frames=rgb_FHW3)
     shape = tuple(rgb_FHW3.shape)
     is_clip = len(shape) == 4 and shape[0] >= 1 and shape[3] == 3
     if rgb_FHW3.dtype != torch.uint8 or not is_clip or shape[1] % BLOCK_PX or shape[2] % BLOCK_PX:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .backend import Backend, runs_triton
 from .head_chunks import temperature_to_scale
 from .head_rows import exp_rows, gradient_rows
+from .input_checks import check_logits, check_loss, checked_result
 from .losses import LossFunction, TokenVectors
 from .row_stats import RowStats
 
@@ -77,12 +78,11 @@ def logprob_of_logits(
     Bytes per logit of 2 bytes: 2 in forward, 4 in backward. One exp per element and pass; offsets are 64-bit, so more
     than 2^31 logits are fine; no length is compiled in.
 
-    Raises: ValueError for shapes that do not fit; RuntimeError on a second backward with inplace=True.
+    Raises: ValueError or TypeError for shapes, dtypes or devices that do not fit; on the CPU IndexError for a target
+    >= V; RuntimeError on a second backward with inplace=True.
     """
+    check_logits(logits_NV, target_N)
     vocab_size = logits_NV.shape[-1]
-    if target_N.shape != logits_NV.shape[:-1]:
-        raise ValueError(f"logits have shape {tuple(logits_NV.shape)}, so target needs {tuple(logits_NV.shape[:-1])}, "
-                         f"but it has {tuple(target_N.shape)}")  # fmt: skip
     try:
         rows_NV = logits_NV.view(-1, vocab_size)
     except RuntimeError as error:
@@ -117,6 +117,11 @@ def policy_loss(
         The others as in `logprob_of_logits`.
 
     Returns: (loss, sums).
+
+    Raises: as `logprob_of_logits`, and TypeError or ValueError for a loss that is no such function, for vectors of
+    another length than the logits have rows, and for what such a function must not return.
     """
+    check_logits(logits_NV, target_N)
+    check_loss(loss, tokens, target_N.numel())
     logprob_N, entropy_N = logprob_of_logits(logits_NV, target_N, temperature, inplace=inplace, backend=backend)
-    return loss(logprob_N.reshape(-1), entropy_N.reshape(-1), tokens)
+    return checked_result(loss(logprob_N.reshape(-1), entropy_N.reshape(-1), tokens))

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .backend import runs_triton, unavailable_reason
+from .input_checks import FLOAT_DTYPES, check_tensors
 from .prefix_attention_dense import DENSE, FLASH_CPU, BatchedAttention
 from .prefix_attention_flash import HALF_TYPES, FlashAttention, flash_ops
 from .prefix_attention_launch import MAX_HEAD_DIM
@@ -110,7 +112,11 @@ def attention_backend(
 
     Args:
         dtype: of the values; queries and keys are cast to it.
+
+    Raises: TypeError when dtype is no torch.dtype; RuntimeError for a device that torch does not know.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}, wanted a torch.dtype such as torch.bfloat16")
     return _choice(torch.device(device), dtype, head_dim)
 
 
@@ -195,13 +201,29 @@ def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | N
 _forward_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
+def _check_inputs(query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, layout: PrefixLayout, scale: float) -> None:
+    check_tensors("prefix_attention", query=query_THC, key=key_TKC, value=value_TKC)
+    dtypes = [x.dtype for x in (query_THC, key_TKC, value_TKC)]
+    if not set(dtypes) <= set(FLOAT_DTYPES):
+        raise TypeError(f"prefix_attention got {dtypes}, wanted bfloat16, float16, float32 or float64")
+    _check_shapes(query_THC, key_TKC, value_TKC)
+    if not isinstance(layout, tuple | list) or not all(isinstance(group, PrefixGroup) for group in layout):
+        raise TypeError(f"layout is {layout!r}, wanted a tuple of PrefixGroup")
+    check_layout(layout, query_THC.shape[0])
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale is {scale!r}, wanted a finite number, usually C ** -0.5")
+
+
 def _check_shapes(query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor) -> None:
-    num_tokens, num_heads, head_dim = query_THC.shape
-    if key_TKC.shape != value_TKC.shape or key_TKC.shape[::2] != (num_tokens, head_dim):
+    is_3d = query_THC.ndim == key_TKC.ndim == value_TKC.ndim == 3
+    if not is_3d or key_TKC.shape != value_TKC.shape or key_TKC.shape[::2] != query_THC.shape[::2]:
         raise ValueError(
             f"prefix_attention got query {tuple(query_THC.shape)}, key {tuple(key_TKC.shape)}, "
             f"value {tuple(value_TKC.shape)}: wanted [T, H, C] and twice [T, K, C]"
         )
+    num_heads = query_THC.shape[1]
+    if 0 in key_TKC.shape[1:]:
+        raise ValueError(f"prefix_attention got key {tuple(key_TKC.shape)}, wanted [T, K, C] with K >= 1 and C >= 1")
     if num_heads % key_TKC.shape[1]:
         raise ValueError(f"prefix_attention: {num_heads} query heads, {key_TKC.shape[1]} key heads: wanted a multiple")
 
@@ -261,11 +283,10 @@ def prefix_attention(
     Source: merging partial softmaxes by log-sum-exp, and dS from the final out and lse: FlashAttention 2 (Dao 2023,
     arXiv:2307.08691), algorithms 1 and 2.
 
-    Raises: ValueError when the layout does not cover the row, shapes do not fit, or the back end asked for has no such
-    type or head size; RuntimeError when that back end cannot run on this device.
+    Raises: ValueError when the layout does not cover the row, shapes or devices do not fit, or the back end asked for
+    has no such type or head size; TypeError for other types; RuntimeError when that back end cannot run on this device.
     """
-    check_layout(layout, query_THC.shape[0])
-    _check_shapes(query_THC, key_TKC, value_TKC)
+    _check_inputs(query_THC, key_TKC, value_TKC, layout, scale)
     name, dtype = _choose(backend, query_THC, value_TKC)
     out_THC, _lse_HT = ops.prefix_attention_forward(
         *(x.to(dtype) for x in (query_THC, key_TKC, value_TKC)), layout_to_ints(layout), scale, name

@@ -25,7 +25,7 @@ class TokenVectors:
     A masked token has no row here. `weight_N` weighs the policy term and is a constant of the optimizer step, as are
     `kl_weight_N` and `entropy_weight_N` (None: `weight_N`); no normaliser is computed inside a loss.
 
-    Raises ValueError for vectors of unequal length or lengths that do not sum to N.
+    Raises ValueError for vectors of unequal length or lengths that do not sum to N, TypeError for what is no tensor.
     """
 
     advantage_N: Tensor
@@ -47,10 +47,18 @@ class TokenVectors:
     need not wait for the device to know which rows to leave out. None: it asks the loss."""
 
     def __post_init__(self) -> None:
+        for name, vector_N in self._vectors().items():
+            if not isinstance(vector_N, Tensor):
+                raise TypeError(f"{name} is a {type(vector_N).__name__}, wanted a torch.Tensor [N]")
         num_tokens = self.advantage_N.numel()
         for name, vector_N in self._vectors().items():
             if tuple(vector_N.shape) != (num_tokens,):
                 raise ValueError(f"{name} is {tuple(vector_N.shape)}, wanted ({num_tokens},) as advantage_N")
+        lens = self.sequence_lens
+        if lens is not None and not (isinstance(lens, tuple | list) and all(hasattr(n, "__index__") for n in lens)):
+            raise TypeError(f"sequence_lens are {lens!r}, wanted a tuple of ints, such as tuple(lens.tolist())")
+        if lens is not None and min(lens, default=0) < 0:
+            raise ValueError(f"sequence_lens hold {min(lens)}, wanted lengths >= 0")
         if self.sequence_lens is not None and sum(self.sequence_lens) != num_tokens:
             raise ValueError(f"sequence_lens sum to {sum(self.sequence_lens)}, wanted the {num_tokens} tokens given")
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..backend import Backend
+from ..linear_logprob import check_head_options
 from ..loss_weights import Variant, openrlhf_weights
 from ..sampling_correction import Correction, Gate, SamplingCorrection
 from ..token_vectors import TokenVectors
@@ -220,6 +221,7 @@ def use_fused_head(*, chunk_rows: int | None = None, backend: Backend = "auto") 
     Returns: the handle: `.undo()`, or `with use_fused_head(): ...`. Raises ImportError for any OpenRLHF but 0.11.2.
     """
     check_version("openrlhf", *TESTED)
+    check_head_options(chunk_rows, backend)
     actor_class = importlib.import_module("openrlhf.models.actor").Actor
     previous = getattr(actor_class.forward, "fused_head", None)
     if previous is not None:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ..backend import Backend
-from ..linear_logprob import Keep
+from ..linear_logprob import Keep, check_head_options
 from .peer_version import check_version
 from .score_tokens import score_tokens, unsupported_dtype
 
@@ -117,9 +117,11 @@ def use_fused_head(
     Differs from TRL's head in rounding only: logits of bfloat16 inputs are float32 here and bfloat16 there. Under
     autocast with float32 weights the weight's gradient is rounded to bfloat16 once, as in every other linear layer.
 
-    Raises: ImportError for a TRL that is not 1.16; ValueError where the gradient of an entropy bonus would be lost.
+    Raises: ImportError for a TRL that is not 1.16; ValueError for options that the head does not have, and where the
+    gradient of an entropy bonus would be lost.
     """
     check_version("trl", *TESTED)
+    check_head_options(chunk_rows, backend, keep)
     symbols: Any = importlib.import_module("trl.trainer.utils")
     bonus = getattr(trainer, "_entropy_bonus_enabled", None)  # None: no GRPOTrainer, so nothing is known
     if entropy_grad is None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend
-from ..linear_logprob import Keep
+from ..linear_logprob import Keep, check_head_options
 from ..loss_weights import Variant, verl_weights
 from ..losses import LOG_RATIO_LIMIT, PolicyLoss
 from ..token_vectors import TokenVectors
@@ -191,6 +191,7 @@ def replace_head(
     """
     global _replaced
     check_version("verl", *TESTED)
+    check_head_options(chunk_rows, backend, keep)
     if keep == "probs" and entropy_grad:
         raise ValueError("keep='probs' has no gradient of the entropy: with entropy_coeff 0 pass entropy_grad=False")
     if _replaced is not None:

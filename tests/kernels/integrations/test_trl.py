@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +14,13 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from vcr1_kernels.integrations import trl as vcr1_trl
 from vcr1_kernels.integrations.peer_version import check_version
 
+from tests.kernels.integrations.trl_runs import Run, assert_same_training
+
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 trl_symbols = pytest.importorskip("trl.trainer.utils")
 ChunkedLogProbFunction = pytest.importorskip("trl.kernels").ChunkedLogProbFunction
 
-TIMINGS = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "epoch"}
 VOCAB, WIDTH = 288, 32
 
 
@@ -91,18 +91,6 @@ def build_trainer(folder: Path, output: Path, peft_config: Any = None, **options
         return trl.GRPOTrainer(str(folder), low_byte_reward, trl.GRPOConfig(**arguments), data, peft_config=peft_config)
 
 
-class Run:
-    def __init__(self, trainer: Any) -> None:
-        self.num_trainable = sum(parameter.requires_grad for parameter in trainer.model.parameters())
-        self.start = copy.deepcopy(trainer.model.state_dict())
-        trainer.train()
-        self.end = trainer.model.state_dict()
-        self.logs = [{k: v for k, v in log.items() if k not in TIMINGS} for log in trainer.state.log_history]
-
-    def moved(self, name: str) -> float:
-        return (self.end[name] - self.start[name]).abs().max().item()
-
-
 def train_both_ways(
     folder: Path, output: Path, keep: str = "none", **options: Any
 ) -> tuple[Run, Run, vcr1_trl.FusedHead]:
@@ -110,24 +98,6 @@ def train_both_ways(
     trainer = build_trainer(folder, output, **options)
     with vcr1_trl.use_fused_head(trainer, keep=keep) as head:
         return theirs, Run(trainer), head
-
-
-def assert_same_training(theirs: Run, ours: Run, rtol: float = 1e-5) -> None:
-    """Both run in float32 and add in another order. Plain SGD, so that a difference in a gradient stays that small in
-    the weights (Adam would divide a zero gradient's noise by itself)."""
-    assert len(ours.logs) == len(theirs.logs) == 3  # two steps and the summary
-    for mine, wanted in zip(ours.logs, theirs.logs, strict=True):
-        assert mine.keys() == wanted.keys()
-        for name, value in wanted.items():
-            assert mine[name] == pytest.approx(value, rel=rtol, abs=1e-6), name
-    assert theirs.logs[0]["loss"] != theirs.logs[1]["loss"]
-    trained = [name for name in theirs.end if theirs.moved(name) > 0]
-    assert len(trained) == theirs.num_trainable
-    for name in trained:
-        wanted = theirs.end[name]
-        # a part of the movement, and one rounding of the largest weight in each of the two updates
-        bound = rtol * theirs.moved(name) + 2 * torch.finfo(torch.float32).eps * wanted.abs().max().item()
-        assert (ours.end[name] - wanted).abs().max().item() <= bound, name
 
 
 @pytest.mark.parametrize(
@@ -330,6 +300,13 @@ def test_a_second_call_replaces_the_first_and_undo_restores_theirs():
 def test_probs_need_to_know_that_there_is_no_entropy_bonus():
     with pytest.raises(ValueError, match="entropy_grad=False"):
         vcr1_trl.use_fused_head(keep="probs")
+
+
+def test_options_that_the_head_does_not_have_are_refused_before_the_first_step():
+    for options, message in (({"keep": "all"}, "keep is 'all'"), ({"chunk_rows": 0}, "chunk_rows is 0"),
+                             ({"backend": "cuda"}, "backend is 'cuda'")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            vcr1_trl.use_fused_head(**options)
 
 
 def test_the_gradient_of_an_entropy_bonus_is_not_given_away(model_folder: Path, tmp_path: Path):
