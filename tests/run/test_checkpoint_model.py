@@ -82,7 +82,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"which is damaged: shard-.* has CRC-32 .*: name another checkpoint"):
+    with pytest.raises(ConfigError, match=r"is damaged: shard-.* has CRC-32 .*: name another checkpoint"):
         with_model_of_checkpoint(config, SINGLE_PROCESS)
     shard.unlink()
     with pytest.raises(ConfigError, match=r"no complete checkpoint: no file shard-"):

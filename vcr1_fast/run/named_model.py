@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.run.checkpoint_files import CHECKPOINTS_FOLDER, STATE_FILE, latest_checkpoint
-from vcr1_fast.run.model_folder import CONFIG_FILE
+from vcr1_fast.run.checkpoint_model import folder_of_model
+from vcr1_fast.run.model_folder import CONFIG_FILE, TRAINED_WITH
 from vcr1_fast.run.opened_checkpoint import open_checkpoint
-from vcr1_fast.run.run import TRAINED_WITH
 from vcr1_fast.run.telemetry import say
 from vcr1_fast.settings.config import ConfigError
 
@@ -40,8 +39,7 @@ def named_model(name: str) -> NamedModel:
         return NamedModel(str(folder / "model"), _settings_in(folder))
     checkpoint = checkpoint_of(name)
     run = checkpoint.absolute().parents[1]
-    digest = zlib.crc32((checkpoint / STATE_FILE).read_bytes())
-    made = run / "eval" / "models" / f"{checkpoint.name}-{digest:08x}"
+    made = folder_of_model(checkpoint, run)
     if not (made / CONFIG_FILE).is_file():
         open_checkpoint(checkpoint, SINGLE_PROCESS).export(made, None, SINGLE_PROCESS)
         say(f"model of {checkpoint}: {made}")

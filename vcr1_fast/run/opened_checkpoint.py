@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,12 +14,11 @@ from torch import nn
 from vcr1_fast import __version__
 from vcr1_fast.learner.kernel_choice import plain_choice
 from vcr1_fast.learner.sharding import World
-from vcr1_fast.learner.step import Learner
+from vcr1_fast.learner.step import load_policy
 from vcr1_fast.run.checkpoint import load_checkpoint
 from vcr1_fast.run.checkpoint_files import DamagedError, find_damage, read_state
 from vcr1_fast.run.export import export_hugging_face, plan_export
-from vcr1_fast.run.model_folder import model_digest, model_folder
-from vcr1_fast.run.run import TRAINED_WITH
+from vcr1_fast.run.model_folder import TRAINED_WITH, model_digest, model_folder
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import load_config
 
@@ -61,8 +60,7 @@ def open_checkpoint(checkpoint: Path, world: World) -> OpenedCheckpoint:
         source = model_folder(config.model.path)
     except ConfigError as error:
         raise ConfigError(f"the run of {checkpoint} began with another model, which is needed, too: {error}") from None
-    without_reference = replace(config, algorithm=replace(config.algorithm, beta=0.0))
-    policy = Learner(without_reference, world, 1, plain_choice()).policy
+    policy = load_policy(config, world, plain_choice())
     state = load_checkpoint(checkpoint, policy, None, None, world)
     has_frozen = not all(weight.requires_grad for weight in policy.parameters())
     if has_frozen and state.base not in ("", model_digest(source)):
