@@ -1,4 +1,4 @@
-"""Tasks and rewards of a user: the README's example as it stands there, and every way to get one wrong."""
+"""Tasks and rewards of a user: the docs' example as it stands there, and every way to get one wrong."""
 
 import math
 import sys
@@ -17,7 +17,7 @@ from vcr1_fast.tasks.task import Task
 from vcr1_fast.tasks.temporal_grounding import TemporalGrounding
 from vcr1_fast.types import Example, IntervalTruth
 
-README_CODE = """\
+DOCS_CODE = """\
 # my_task.py
 from vcr1_fast.tasks.answer_format import has_strict_format, tag_blocks
 
@@ -38,7 +38,7 @@ class Counting:  # rows: {"task": "counting", "video": "a.mp4", "query": "dogs",
 def brevity(examples, answers): return [max(0.0, 1 - len(answer) / 4000) for answer in answers]
 """
 
-README_SETTINGS = """\
+DOCS_SETTINGS = """\
 task:
   custom: ["my_task:Counting"]
   rewards: {counting: ["my_task:brevity"], temporal_grounding: ["my_task:brevity"]}
@@ -67,8 +67,8 @@ def example(name: str = "a", truth: object = IntervalTruth(((2.0, 4.0),)), task:
 
 
 def test_the_readmes_example(in_folder: Path):
-    write(in_folder, "my_task.py", README_CODE)
-    write(in_folder, "my.yaml", README_SETTINGS)
+    write(in_folder, "my_task.py", DOCS_CODE)
+    write(in_folder, "my.yaml", DOCS_SETTINGS)
     config = load_config("my.yaml", []).task
     custom = load_tasks(config.custom, taken=["temporal_grounding"])
     tasks: dict[str, Task] = {"temporal_grounding": TemporalGrounding(config)}
@@ -108,7 +108,7 @@ def test_the_readmes_example(in_folder: Path):
 
 
 def test_settings_are_kept_in_the_saved_file(in_folder: Path):
-    write(in_folder, "my.yaml", README_SETTINGS + "judge: {model: small, cache: null, on_failure: zero}\n")
+    write(in_folder, "my.yaml", DOCS_SETTINGS + "judge: {model: small, cache: null, on_failure: zero}\n")
     config = load_config("my.yaml", ["--judge.max_retries=7", "--task.custom=my_task:Counting,my_task:Other"])
     assert config.task.custom == ("my_task:Counting", "my_task:Other")
     assert config.task.rewards == {
@@ -138,8 +138,8 @@ def test_settings_are_kept_in_the_saved_file(in_folder: Path):
     ],
 )
 def test_a_task_that_cannot_be_used(in_folder: Path, path: str, message: str):
-    write(in_folder, "my_task.py", README_CODE)
-    write(in_folder, "my_same.py", README_CODE.replace('"counting", (', '"temporal_grounding", ('))
+    write(in_folder, "my_task.py", DOCS_CODE)
+    write(in_folder, "my_same.py", DOCS_CODE.replace('"counting", (', '"temporal_grounding", ('))
     write(
         in_folder,
         "my_half.py",
@@ -158,7 +158,7 @@ def test_a_task_that_cannot_be_used(in_folder: Path, path: str, message: str):
 
 
 def test_a_constructor_that_raises(in_folder: Path):
-    write(in_folder, "my_task.py", README_CODE.replace("self.think = config.think", "self.think = config.thinks"))
+    write(in_folder, "my_task.py", DOCS_CODE.replace("self.think = config.think", "self.think = config.thinks"))
     (found,) = load_tasks(["my_task:Counting"], ()).values()
     with pytest.raises(ConfigError, match=r"counting: its constructor raised AttributeError: .* 'thinks'.*; it gets"):
         make_custom("counting", found, TaskConfig())
@@ -176,7 +176,7 @@ def test_a_constructor_that_raises(in_folder: Path):
     ],
 )
 def test_a_reward_that_cannot_be_used(in_folder: Path, rewards, message: str):
-    write(in_folder, "my_task.py", README_CODE + "\nNUMBER = 3\ndef one(answers): return answers\n")
+    write(in_folder, "my_task.py", DOCS_CODE + "\nNUMBER = 3\ndef one(answers): return answers\n")
     with pytest.raises(ConfigError, match=message):
         load_rewards(rewards, ["counting", "temporal_grounding"])
 
@@ -215,7 +215,7 @@ def test_values_that_are_no_rewards_are_named(values, message):
 
 
 def test_what_a_custom_score_returns_is_checked_on_every_call(in_folder: Path):
-    write(in_folder, "my_task.py", README_CODE)
+    write(in_folder, "my_task.py", DOCS_CODE)
     (found,) = load_tasks(["my_task:Counting"], ()).values()
     counting = found(TaskConfig())
     checked = CheckedTask(counting, {}, is_custom=True)
@@ -244,5 +244,5 @@ def test_a_built_in_task_keeps_its_own_errors_and_members():
 
 
 def test_the_readme_shows_this_example():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert f"```python\n{README_CODE}```" in readme and f"```yaml\n{README_SETTINGS}```" in readme
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    assert f"```python\n{DOCS_CODE}```" in page and f"```yaml\n{DOCS_SETTINGS}```" in page

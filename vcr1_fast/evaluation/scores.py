@@ -39,18 +39,10 @@ class TaskScore:
         return next(iter(self.metrics.values()))
 
     @property
-    def headline_name(self) -> str:
-        return next(iter(self.metrics))
-
-    @property
     def forms(self) -> dict[str, float]:
         """The shares of readable and of well-formed answers, where they are known."""
         both = {"readable": self.readable, "well_formed": self.well_formed}
         return {name: share for name, share in both.items() if share is not None}
-
-    @property
-    def best_trivial(self) -> float:
-        return max(next(iter(metrics.values())) for metrics in self.trivial.values())
 
 
 Scores = dict[str, TaskScore]
