@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import vcr1_fast.run.run
+import vcr1_fast.run.sources
 from tests.logged import logged
 from tests.video.slow_reader import CLIP_S, open_slow_reader
 from vcr1_fast.settings.config import Config
@@ -39,7 +39,8 @@ def _run(data_folder: Path, folder: Path, *overrides: str) -> list[dict[str, flo
 def test_slow_clips_are_read_while_the_trainer_works(
     data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vcr1_fast.run.run, "FrameLoader", functools.partial(FrameLoader, open_reader=open_slow_reader))
+    loader = functools.partial(FrameLoader, open_reader=open_slow_reader)
+    monkeypatch.setattr(vcr1_fast.run.sources, "FrameLoader", loader)
     ahead = _run(data_folder, tmp_path / "ahead", f"--video.num_workers={NUM_WORKERS}")
     at_need = _run(data_folder, tmp_path / "at_need", f"--video.num_workers={NUM_WORKERS}", "--video.prefetch_steps=0")
     assert all(line["video/clips_read"] >= line["step"] * PROMPTS_PER_STEP for line in ahead)

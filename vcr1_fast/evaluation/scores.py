@@ -35,10 +35,6 @@ class TaskScore:
     well_formed: float | None = None  # share of all examples whose answer has the form that the reward asks for
 
     @property
-    def headline(self) -> float:
-        return next(iter(self.metrics.values()))
-
-    @property
     def forms(self) -> dict[str, float]:
         """The shares of readable and of well-formed answers, where they are known."""
         both = {"readable": self.readable, "well_formed": self.well_formed}
