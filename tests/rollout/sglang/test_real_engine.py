@@ -56,7 +56,7 @@ def test_one_video_with_several_questions(random_engine, make_tiny_model, make_p
         prompts.append(replace(video, token_ids_L=ids, position_ids_3L=positions))
     for _ in range(2):
         worst, spread = difference(policy, prompts, random_engine.generate(prompts, SamplingParams(2, 8)))
-        assert spread > (0.2 if sampling.top_k else 0.5)  # the likeliest tokens differ less
+        assert spread > 0.5
         assert worst < BOUND
 
 
