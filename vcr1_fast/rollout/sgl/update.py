@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import inspect
 import json
+import random
+import socket
 import tempfile
 import time
 from collections.abc import Mapping
@@ -217,15 +220,25 @@ def rebuild_arguments(handle: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def engine_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given`, and where memory is released no CUDA graphs of prefills, with which that clashes; not all versions of
-    SGLang have them."""
-    arguments = dict(given)
+    """`given`, with a port of our choice, and where memory is released no CUDA graphs of prefills, with which that
+    clashes; not all versions of SGLang have them."""
+    arguments = {"nccl_port": quiet_port(), **given}
     if arguments.get("enable_memory_saver"):
         from sglang.srt.server_args import ServerArgs  # pyright: ignore[reportMissingImports]
 
         if "cuda_graph_backend_prefill" in inspect.signature(ServerArgs).parameters:
             arguments.setdefault("cuda_graph_backend_prefill", "disabled")
     return arguments
+
+
+def quiet_port() -> int:
+    """A free port that no outgoing connection is given (Linux's are 32768 and up). SGLang draws one of those and binds
+    it 15 s later, when another process may have it."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def _request(name: str, **values: object) -> Any:
