@@ -95,7 +95,7 @@ def test_a_contradiction_stops_only_the_command_that_uses_its_settings(monkeypat
     [
         ("", "bad.yaml holds no setting, wanted sections of key: value; without a file all settings are the defaults"),
         ("# rollout:\n", "bad.yaml holds no setting"),
-        ("[" * 500 + "]" * 500, "bad.yaml is nested too deeply"),
+        ("[" * 40 + "]" * 40, "bad.yaml is nested too deeply"),
         ("- 1\n- 2\n", "bad.yaml holds a list, wanted sections"),
         ("rollout: 3\n", "rollout is 3, wanted a section"),
         ("a: [\n", "bad.yaml is not YAML"),
@@ -106,6 +106,12 @@ def test_files_that_are_no_settings(in_folder: Path, content, message):
     (in_folder / "bad.yaml").write_text(content)
     with pytest.raises(UsageError, match=message.replace(".", r"\.")):
         load_config("bad.yaml", [])
+
+
+def test_a_value_that_is_nested_too_deeply(capsys):
+    code, _, err = run(capsys, "config", "--data.train=" + "[" * 2000 + "]" * 2000)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "data.train on the command line is nested too deeply" in err
 
 
 def test_file_then_overrides_in_any_order_and_spelling(in_folder: Path, capsys):

@@ -73,8 +73,8 @@ def call_a_bad_reward(bench: Bench, runs: Runs, rng: random.Random) -> None:
     def set_up() -> None:
         os.environ.update(FAULTS_REWARD=how, FAULTS_REWARD_WELL=str(well))
 
-    bad = "--task.rewards.temporal_grounding=[tests.faults.rewards:failing]"
-    started = Started(runs.arguments("train", folder / "run", bad), folder / "bad", set_up)
+    bad = ("--task.rewards.temporal_grounding=[tests.faults.rewards:failing]", "--task.reward_timeout_s=1")
+    started = Started(runs.arguments("train", folder / "run", *bad), folder / "bad", set_up)
     if seconds is not None:
         time.sleep(seconds)
         well.touch()
@@ -82,7 +82,7 @@ def call_a_bad_reward(bench: Bench, runs: Runs, rng: random.Random) -> None:
     _check_nothing_is_lost(folder / "run", ended)
     well.touch()
     more = f"--train.num_steps={NUM_STEPS + 2}"
-    ended = Started(runs.arguments("train", folder / "run", bad, more), folder / "resumed", set_up).wait()
+    ended = Started(runs.arguments("train", folder / "run", *bad, more), folder / "resumed", set_up).wait()
     _check_goes_on(folder / "run", ended)
 
 

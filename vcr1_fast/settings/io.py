@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 PACKAGED_FOLDERS = {"tiny": Path(__file__).parents[1] / "tiny"}  # of train.yaml and synth.yaml
 
+MAX_YAML_DEPTH = 32  # of lists and mappings in each other; configs have 4
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string under a field is its help
 
 
@@ -137,20 +139,30 @@ def read_yaml(file: Path, path: str) -> dict[str, Any]:
     Raises UsageError when there is no such file or it holds something else.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = _load_yaml(file.read_text(encoding="utf-8"), path)
     except OSError as error:
         wanted = f"wanted a YAML file or {' or '.join(PACKAGED_FOLDERS)}"
         raise UsageError(f"cannot read the config {path}: {error.strerror}; {wanted}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise UsageError(f"{path} is nested too deeply, wanted sections of key: value") from None
     if content is None:
         wanted = "wanted sections of key: value; without a file all settings are the defaults"
         raise UsageError(f"{path} holds no setting, {wanted}")
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, wanted sections of key: value")
     return content
+
+
+def _load_yaml(text: str, name: str) -> Any:
+    """What the text holds. Its depth is looked at first: building it recurses, up to whatever limit a process has."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise UsageError(
+                f"{name} is nested too deeply, wanted at most {MAX_YAML_DEPTH} lists or sections in another"
+            )
+    return yaml.safe_load(text)
 
 
 def _dotted_items(values: Mapping[Any, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -204,7 +216,7 @@ def _parsed(key: str, value: str, known: Mapping[str, Any]) -> Any:
     if _entry_class(known.get(key)) is None:
         return None
     try:
-        return yaml.safe_load(_listed_text(value))
+        return _load_yaml(_listed_text(value), f"{key} on the command line")
     except yaml.YAMLError:
         return None  # jsonargparse will say so
 
