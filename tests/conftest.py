@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -53,9 +54,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _same_interrupts() -> Iterator[None]:
     """A command that ran in this process leaves it as a process that is about to end."""
-    before = signal.getsignal(signal.SIGINT)
+    handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, handler)
+    sys.unraisablehook = hook
 
 
 def build_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS) -> PreTrainedTokenizerFast:

@@ -132,6 +132,28 @@ cli.main(["doctor"])
     assert (out, err) == (("", "") if is_at_once else ("taken down\n", "vcr1-fast: error: interrupted\n"))
 
 
+def test_a_ctrl_c_that_falls_into_a_callback_is_not_lost():
+    """Python drops what is raised there, with a traceback."""
+    code = """
+import time
+from vcr1_fast import cli
+class Slow:
+    def __del__(self):
+        print("in a callback", flush=True)
+        time.sleep(60)  # ended by the interrupt
+def work(tokens):
+    Slow()
+    time.sleep(60)
+cli.PLAIN_COMMANDS["doctor"] = work
+cli.main(["doctor"])
+"""
+    process = start(code)
+    assert process.stdout is not None and process.stdout.readline() == "in a callback\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "vcr1-fast: error: interrupted\n")
+
+
 def test_a_terminal_that_closes_takes_no_run_with_it():
     """What is printed to it afterwards raises otherwise, before the checkpoint."""
     code = """

@@ -20,6 +20,7 @@ from vcr1_fast.run.exit_codes import STOPPED_BY_SIGNAL
 from vcr1_fast.run.telemetry import is_main_rank, silence
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+RAISE_AGAIN_S = 0.01  # by then the callback that an interrupt fell into is over
 SAME_PRESS_S = 1.0  # torchrun hands a Ctrl-C of the terminal, which its ranks got as well, on to them once more
 
 
@@ -46,7 +47,8 @@ def heed_one_interrupt() -> None:
     """From here on one Ctrl-C raises KeyboardInterrupt, after which what a command began is taken down again.
 
     A second one never breaks into that with a traceback: it ends the process at once, and within SAME_PRESS_S does
-    nothing. Does nothing where SIGINT is ignored.
+    nothing. One that falls into a `__del__` or a callback, where the interpreter drops every exception, is raised again
+    a moment later. Does nothing where SIGINT is ignored.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
@@ -59,6 +61,18 @@ def heed_one_interrupt() -> None:
         if time.monotonic() - pressed_s[0] > SAME_PRESS_S:
             os._exit(STOPPED_BY_SIGNAL + number)
 
+    def note_again() -> None:
+        pressed_s.clear()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def on_dropped(dropped: sys.UnraisableHookArgs) -> None:
+        if pressed_s and dropped.exc_type is KeyboardInterrupt:
+            threading.Timer(RAISE_AGAIN_S, note_again).start()
+        else:
+            say_dropped(dropped)
+
+    say_dropped = sys.unraisablehook
+    sys.unraisablehook = on_dropped
     signal.signal(signal.SIGINT, note)
 
 
