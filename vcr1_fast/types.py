@@ -203,7 +203,7 @@ class Completion:
     """One sampled answer. The stop token, if one was drawn, is the last id."""
 
     token_ids_R: torch.Tensor  # [R] int64; R is 0 only in tests and where finish_reason is "aborted"
-    logprobs_R: torch.Tensor  # [R] float32, log-softmax over the vocabulary of logits / temperature; NaN: not drawn
+    logprobs_R: torch.Tensor  # [R] float32, log-softmax over the vocabulary of logits / temperature; NaN: unknown
     finish_reason: FinishReason
     text: str = ""  # decoded without special tokens
 

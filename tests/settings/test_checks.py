@@ -44,8 +44,6 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, set[str]]] = [
         "a worker that gave its weights back needs all of them",
         TRAIN,
     ),
-    (SGLANG | {"eval.repetition_penalty": 1.05}, r"repetition_penalty is 1\.05 with rollout\.engine sglang", ALL),
-    ({"rollout.engine": "sglang", "eval.repetition_penalty": 1.05}, "evaluate with rollout.engine=local", {"eval"}),
     (FAR | {"rollout.sglang.release_memory": True}, "share no GPU with the learner", TRAIN),
     (SGLANG | {"rollout.sglang.release_memory": True, "rollout.max_policy_lag": 1}, "no memory left to draw", TRAIN),
 ]

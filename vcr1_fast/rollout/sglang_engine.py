@@ -21,6 +21,7 @@ from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
 from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.sampling import check_sampling
+from vcr1_fast.rollout.sgl import penalty
 from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.process import prepare_model_folder
 from vcr1_fast.rollout.sgl.round import Round
@@ -56,10 +57,12 @@ class SGLangEngine:
         device: torch.device = CPU,
         seed: int = 0,
         adapter_scale: float = 0.0,
+        can_penalise: bool = False,
     ) -> None:
         """Starts the workers and waits for them. `checkpoint`: a Hugging Face folder; `seed`: of SGLang's sampling;
         `adapter_scale`: alpha / rank where weights come as matrices and factors of adapters (`WeightSync`'s
-        adapters_only), else 0.
+        adapters_only), else 0; `can_penalise`: `generate` takes a repetition penalty, for which SGLang's scheduler no
+        longer works ahead of its GPU.
 
         Raises ConfigError when checkpoint or tokenizer do not fit, OSError when the interpreter or folder cannot be
         used, and RuntimeError, with the end of the worker's log, when SGLang does not start.
@@ -67,6 +70,7 @@ class SGLangEngine:
         special = SpecialIds.of(tokenizer)
         self.tokenizer = tokenizer
         self.config = config
+        self._can_penalise = can_penalise
         self._checkpoint = checkpoint
         self._stop_ids, self._suppressed_ids = special.stop, special.vision
         model = read_config(checkpoint)
@@ -76,7 +80,7 @@ class SGLangEngine:
         self._folder = self._private.path
         try:
             model_folder = prepare_model_folder(checkpoint, self._folder / "model")
-            arguments = engine_args(config, model_folder, dtype, device, seed)
+            arguments = engine_args(config, model_folder, dtype, device, seed, can_penalise=can_penalise)
             self._workers = Workers(config, arguments, self._folder, dtype, adapter_scale)
         except BaseException:
             self._private.close()
@@ -96,13 +100,16 @@ class SGLangEngine:
         self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Begun | None = None
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`. A completion to be gone on with is a request of its own: its prompt and its
-        tokens are read again. Raises ValueError for a prompt or settings that the engine cannot take, and RuntimeError
-        when a group or the workers failed too often; the engine can then still be used."""
+        tokens are read again. With a repetition penalty log-probs are NaN: SGLang's are those after it.
+
+        Raises ValueError for a prompt or settings that the engine cannot take, and RuntimeError when a group or the
+        workers failed too often; the engine can then still be used.
+        """
         check_sampling(sampling)
-        if sampling.repetition_penalty != 1:
+        if sampling.repetition_penalty != 1 and not self._can_penalise:
             raise ValueError(
-                f"sampling.repetition_penalty is {sampling.repetition_penalty}, wanted 1: SGLang penalises the tokens "
-                "of the answer but not of the prompt, use engine local"
+                f"sampling.repetition_penalty is {sampling.repetition_penalty}, wanted 1: this engine was opened "
+                "without can_penalise"
             )
         if self._workers.is_released:
             raise RuntimeError("the engine's memory is released: load_weights takes it back, with every weight")
@@ -182,6 +189,7 @@ class SGLangEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
+            "repetition_penalty": sampling.repetition_penalty,
             "stop_ids": self._stop_ids,
             "suppressed_ids": self._suppressed_ids,
             "grid_thw": prompt.patches.grid_thw,
@@ -212,6 +220,8 @@ class SGLangEngine:
         tokens, logprobs = message.tensors["token_ids"].split(lengths), message.tensors["logprobs"].split(lengths)
         if not all(bool(logprob_R.isfinite().all()) for logprob_R in logprobs):
             raise RunError("SGLang's log-probs are not finite: the weights have diverged or are broken")
+        if sampling.repetition_penalty != 1:
+            logprobs = [torch.full_like(logprob_R, torch.nan) for logprob_R in logprobs]
         before = request.begun or NOT_BEGUN
         whole = [
             (torch.cat([before.token_ids_R, token_R]), torch.cat([before.logprobs_R, logprob_R]))
@@ -253,7 +263,13 @@ def open_requests(
 
 
 def engine_args(
-    config: SGLangConfig, model_folder: Path, dtype: torch.dtype, device: torch.device, seed: int
+    config: SGLangConfig,
+    model_folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    *,
+    can_penalise: bool = False,
 ) -> Mapping[str, Any]:
     """What `sglang.Engine` is started with; `config.engine_args` has the last word."""
     return {
@@ -269,6 +285,7 @@ def engine_args(
         "random_seed": seed,
         "log_level": "warning",
         **(CPU_ARGS if device.type == "cpu" else {"base_gpu_id": device.index or 0}),
+        **(penalty.ENGINE_ARGS if can_penalise else {}),
         **({"enable_memory_saver": True} if config.release_memory and device.type == "cuda" else {}),
         **config.engine_args,
     }

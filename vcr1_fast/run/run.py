@@ -97,6 +97,7 @@ class Run:
                 device=self.world.device,
                 seed=self.config.train.seed * 8192 + self.world.rank,
                 adapter_scale=self.config.model.lora.scale if rollout.sglang.adapters_only else 0.0,
+                can_penalise=self.config.eval.repetition_penalty != 1,
             )
         hf = load_hugging_face(self.config.model.path, dtype, self.world.device)
         return LocalEngine(

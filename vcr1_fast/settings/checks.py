@@ -37,11 +37,6 @@ def check_settings(config: Config, command: RunCommand, world_size: int = 1) -> 
     if config.rollout.engine == "sglang" and opens_engine:
         _check_workers(config.rollout.sglang, world_size)
         require(
-            config.eval.repetition_penalty == 1 or (command != "eval" and not config.data.eval),
-            f"eval.repetition_penalty is {config.eval.repetition_penalty} with rollout.engine sglang, which penalises "
-            "what the answer holds but not what the prompt does: evaluate with rollout.engine=local, or set it to 1",
-        )
-        require(
             command == "eval" or config.model.lora.rank > 0 or not config.rollout.sglang.adapters_only,
             "rollout.sglang.adapters_only is true, but model.lora.rank is 0, so there are no adapters: set "
             "model.lora.rank, or leave rollout.sglang.adapters_only out",

@@ -308,7 +308,7 @@ class EvalConfig:
     repetition_penalty: float = 1.0
     """Logits of tokens that prompt or answer hold already are divided by it if positive, multiplied if negative, as in
     transformers; 1: off. Qwen2.5-VL's own generation settings, which the original's evaluation inherits, have 1.05.
-    Only by rollout.engine local: SGLang would count the answer's tokens alone."""
+    With rollout.engine sglang its scheduler then no longer works ahead of its GPU, also while training."""
     max_examples: int | None = None
     """Evaluate only the first so many examples of each task."""
     output_dir: str | None = None

@@ -92,7 +92,7 @@ def random_folder(make_tiny_model, tiny_tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def random_engine(settings: SGLangConfig, random_folder: Path, tiny_tokenizer) -> Iterator[SGLangEngine]:
-    engine = SGLangEngine(random_folder, tiny_tokenizer, settings)
+    engine = SGLangEngine(random_folder, tiny_tokenizer, settings, can_penalise=True)
     yield engine
     engine.close()
 

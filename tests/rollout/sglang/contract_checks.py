@@ -27,6 +27,7 @@ FIELDS = {
     "temperature": 0.7,
     "top_p": 0.9,
     "top_k": 50,
+    "repetition_penalty": 1.0,
     "stop_ids": [2, 0],
     "suppressed_ids": [3, 4],
     "grid_thw": [2, 4, 4],
@@ -51,6 +52,7 @@ def generate_arguments() -> None:
     from sglang.srt.entrypoints.engine import Engine
 
     wanted = {"input_ids", "sampling_params", "video_data", "return_logprob", "logprob_start_len", "token_ids_logprob"}
+    wanted.add("custom_logit_processor")
     missing = wanted - set(inspect.signature(Engine.async_generate).parameters)
     assert not missing, f"async_generate has no {sorted(missing)}"
 

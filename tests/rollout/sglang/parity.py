@@ -41,13 +41,21 @@ def difference(
 
 
 def is_among_the_largest(
-    model: Any, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]], top_k: int, banned: Sequence[int]
+    model: Any,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[Completion]],
+    top_k: int,
+    banned: Sequence[int],
+    penalty: float = 1.0,
 ) -> bool:
-    """Whether each token's logit is one of the top_k largest without the banned ids, by a forward of the stock model;
-    1e-3 below them is rounding."""
+    """Whether each token's logit is one of the top_k largest without the banned ids and after a repetition penalty, by
+    a forward of the stock model; 1e-3 below them is rounding."""
     for prompt, completions in zip(prompts, answers, strict=True):
         for completion in completions:
             logits_RV = full_logits(model, prompt, completion.token_ids_R)
+            for row, logits_V in enumerate(logits_RV):
+                seen = torch.cat([prompt.token_ids_L, completion.token_ids_R[:row]]).unique()
+                logits_V[seen] = torch.where(logits_V[seen] < 0, logits_V[seen] * penalty, logits_V[seen] / penalty)
             logits_RV[:, list(banned)] = -torch.inf
             own_R1 = logits_RV.gather(1, completion.token_ids_R[:, None])
             if bool((own_R1 < logits_RV.topk(top_k).values[:, -1:] - 1e-3).any()):

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.sglang
 def outcome(request: pytest.FixtureRequest) -> dict[str, str]:
     python = request.getfixturevalue(request.param)
     config, model = SGLangConfig(release_memory=True), Path("/model")
-    arguments = dict(engine_args(config, model, torch.float32, torch.device("cpu"), 0))
+    arguments = dict(engine_args(config, model, torch.float32, torch.device("cpu"), 0, can_penalise=True))
     arguments |= engine_args(config, model, torch.bfloat16, torch.device("cuda", 1), 0)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(HERE.parents[2]), "ENGINE_ARGS": json.dumps(arguments)}

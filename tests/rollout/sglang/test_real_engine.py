@@ -14,6 +14,7 @@ from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import SamplingParams
 
 GROUP_SIZE = 4
+VISION = ("video_pad", "vision_start", "vision_end", "vision_pad", "image_pad")
 SAMPLINGS = (  # of each update, so that none is like the one before
     SamplingParams(GROUP_SIZE, 8),
     SamplingParams(3, 8, temperature=0.7),
@@ -36,11 +37,28 @@ def test_random_model_agrees_after_each_update_at_temperatures_top_p_and_group_s
         worst, spread = difference(policy, prompts, answers, sampling.temperature)
         assert spread > (0.2 if sampling.top_k else 0.5)  # the likeliest tokens differ less
         assert worst < BOUND
-        names = ("video_pad", "vision_start", "vision_end", "vision_pad", "image_pad")
-        vision = [random_engine.tokenizer.get_vocab()[f"<|{name}|>"] for name in names]
+        vision = [random_engine.tokenizer.get_vocab()[f"<|{name}|>"] for name in VISION]
         if sampling.top_k:
             assert is_among_the_largest(make_tiny_model(seed=50 + update), prompts, answers, sampling.top_k, vision)
         assert not set(vision) & {int(i) for group in answers for c in group for i in c.token_ids_R}
+
+
+def test_a_repetition_penalty_is_transformers_and_counts_the_prompt(random_engine, make_tiny_model, make_prompt):
+    """Greedy answers are the local engine's, whose penalty is compared with transformers' own; drawn ones stay among
+    the largest logits after it."""
+    model = make_tiny_model(seed=61, head_scale=0.05)
+    random_engine.load_weights(model.state_dict().items(), 90)
+    prompts = [*short_and_long(make_prompt), make_prompt((2, 4, 4), "a a a b b a a a b", 1.0, 4)]
+    local = LocalEngine(model, random_engine.tokenizer)
+    greedy = SamplingParams(1, 60, temperature=0.0, repetition_penalty=1.3)
+    ours, theirs = local.generate(prompts, greedy), random_engine.generate(prompts, greedy)
+    free = random_engine.generate(prompts, replace(greedy, repetition_penalty=1.0))
+    for [mine], [other], [without] in zip(ours, theirs, free, strict=True):
+        assert mine.token_ids_R.tolist() == other.token_ids_R.tolist() != without.token_ids_R.tolist()
+        assert other.logprobs_R.isnan().all() and not without.logprobs_R.isnan().any()
+    drawn = random_engine.generate(prompts, SamplingParams(3, 30, temperature=0.8, top_k=2, repetition_penalty=1.3))
+    vision = [random_engine.tokenizer.get_vocab()[f"<|{name}|>"] for name in VISION]
+    assert is_among_the_largest(model, prompts, drawn, 2, vision, penalty=1.3)
 
 
 def test_one_video_with_several_questions(random_engine, make_tiny_model, make_prompt):

@@ -13,8 +13,7 @@ found with SGLang 0.5.17 to 0.5.23; tests/rollout/sglang runs the real engine ag
 - top_k and top_p leave its log-probs as they are. It draws from the tokens that are among the k largest and whose
   larger ones have a mass below top_p, before anything is cut (flashinfer's "joint" order; transformers takes the mass
   of what top_k keeps). top_k 1 is greedy to it, and then it scores at temperature 1.
-- Its repetition_penalty looks at the tokens of the answer alone (sampling/penaltylib/repetition_penalty.py), not at the
-  prompt's as transformers does, and shows in the log-probs: it is never asked for.
+- Its repetition_penalty looks at the tokens of the answer alone: it is never asked for, penalty.py stands in for it.
 
 Shape letters: L prompt tokens, P patches, R completion tokens, K suppressed ids.
 """
@@ -68,6 +67,8 @@ def _check_sampling(fields: Mapping[str, Any], length: int, limits: Mapping[str,
         raise ValueError(
             f"temperature is {fields['temperature']} and top_p {fields['top_p']}, wanted >= 0 and in (0, 1]"
         )
+    if not fields["repetition_penalty"] > 0:
+        raise ValueError(f"repetition_penalty is {fields['repetition_penalty']}, wanted > 0")
     if fields["top_k"] != 0 and fields["top_k"] < 2:
         raise ValueError(f"top_k is {fields['top_k']}, wanted 0 (all) or >= 2")
     room = min(limits["context_length"], limits["num_cache_tokens"])

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from vcr1_fast.rollout.sgl.messages import KEY_VARIABLE, Channel, Message, connect
+from vcr1_fast.rollout.sgl.penalty import request_arguments
 from vcr1_fast.rollout.sgl.pixels import unpack
 from vcr1_fast.rollout.sgl.serving import await_trainer
 from vcr1_fast.rollout.sgl.update import Updater, engine_arguments
@@ -187,13 +188,15 @@ class Worker:
                 f"the engine has policy {self._updater.policy_version}, wanted {fields['policy_version']}"
             )
         check_request(fields, tensors, self._limits)
+        arguments, sampling = request_arguments(fields["repetition_penalty"], tensors["token_ids_L"])
         answers = await self._engine.async_generate(
             input_ids=tensors["token_ids_L"].tolist(),
-            sampling_params=sampling_params(fields),
+            sampling_params=sampling_params(fields) | sampling,
             video_data=[video_item(fields, tensors, self._updater.num_loads)],
             return_logprob=True,
             logprob_start_len=-1,
             token_ids_logprob=list(fields["suppressed_ids"]),
+            **arguments,
         )
         metas = [answer["meta_info"] for answer in ([answers] if isinstance(answers, dict) else answers)]
         is_cut = [meta["finish_reason"]["type"] == "abort" for meta in metas]
