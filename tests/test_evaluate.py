@@ -295,6 +295,10 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(tmp_path, tiny_toke
     with (tmp_path / "answers-0.jsonl").open("a") as stream:
         stream.write('{"key": "torn')
     (tmp_path / "answers-7.jsonl").write_text("")  # of another number of ranks
+    whole = (tmp_path / "answers-0.jsonl").read_text().splitlines()[0]
+    (tmp_path / "answers-8.jsonl").write_text(
+        whole.replace("one", "one".replace("e", "a")).replace('"key": "', '"key": "9')
+    )
 
     second = ScriptedEngine(tiny_tokenizer, {"b": ["?"], "c": ["three"]})  # a is not asked again
     with contextlib.closing(store(tmp_path)) as answers:

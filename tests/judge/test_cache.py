@@ -76,3 +76,18 @@ def test_several_processes_write_at_once(tmp_path: Path):
     cache = AnswerCache(path)
     assert all(cache.get(f"{name}:{i}") == str(i) * 100 for name in "abc" for i in range(20))
     assert cache.get("same") == "v"
+
+
+def test_an_answer_that_the_disk_has_changed_is_asked_again(tmp_path: Path):
+    path = tmp_path / "cache.sqlite"
+    cache = AnswerCache(path)
+    cache.put("k", '{"entailed": [true]}')
+    cache.put("l", "as it was")
+    cache.close()
+    raw = path.read_bytes()
+    assert raw.count(b"[true]") == 1
+    path.write_bytes(raw.replace(b"[true]", b"[trud]"))
+    again = AnswerCache(path)
+    assert again.get("k") is None and again.get("l") == "as it was"
+    again.put("k", "asked again")
+    assert again.get("k") == "asked again"

@@ -1,9 +1,9 @@
 """Answers on disk while an evaluation runs, so that an interrupted one goes on where it stopped.
 
 The folder holds `answers_of.json`, what all answers depend on (weights by content, sampling, video settings), and one
-`answers-RANK.jsonl` for each process, a line per answer, found again by what was asked: question text, video file with
-its size and time of change. An answer to another question, or of other weights, is never taken. Unreadable videos are
-not kept: they are tried again.
+`answers-RANK.jsonl` for each process, a line with a checksum per answer, found again by what was asked: question text,
+video file with its size and time of change. An answer to another question, or of other weights, is never taken.
+Unreadable videos are not kept: they are tried again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -109,7 +110,8 @@ class AnswerStore:
         if answer.failure:
             return
         self._known[key] = answer
-        self._stream.write(to_json({"key": key, **asdict(answer)}) + "\n")
+        row = {"key": key, **asdict(answer)}
+        self._stream.write(to_json(row | {"crc32": _checksum(row)}) + "\n")
         self._stream.flush()
 
     def close(self) -> None:
@@ -141,12 +143,18 @@ def _check_manifest(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _read_answers(folder: Path) -> Iterator[tuple[str, Answer]]:
-    """Whole lines of all ranks' files; what a kill has torn is left out."""
+    """Whole lines of all ranks' files; what a kill has torn, or the disk has changed, is left out and asked again."""
     for file in sorted(folder.glob("answers-*.jsonl")):
         for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 row = json.loads(line)
+                if row.pop("crc32") != _checksum(row):
+                    continue
                 answer = Answer(str(row["text"]), "", str(row["finish_reason"]), int(row["num_tokens"]))
                 yield str(row["key"]), answer
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
+
+
+def _checksum(row: Mapping[str, Any]) -> int:
+    return zlib.crc32(to_json(row).encode())

@@ -8,6 +8,7 @@ import json
 import sqlite3
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 BUSY_TIMEOUT_S = 10.0  # how long to wait for another process that writes; a write takes milliseconds
@@ -16,6 +17,10 @@ BUSY_TIMEOUT_S = 10.0  # how long to wait for another process that writes; a wri
 def cache_key(model: str, prompt: str) -> str:
     """SHA-256 of model and prompt. The server's address is left out: the same model elsewhere says the same."""
     return hashlib.sha256(json.dumps([model, prompt]).encode()).hexdigest()
+
+
+def _checksum(key: str, answer: str) -> int:
+    return zlib.crc32(f"{key} {answer}".encode())  # SQLite has none of its own
 
 
 class AnswerCache:
@@ -38,21 +43,24 @@ class AnswerCache:
                 check_same_thread=False,
                 isolation_level=None,  # every statement is a transaction of its own
             )
-            self._connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS checked "
+                "(key TEXT PRIMARY KEY, answer TEXT NOT NULL, crc32 INTEGER NOT NULL)"
+            )
         except (OSError, sqlite3.Error) as error:
             self._give_up(error)
 
     def get(self, key: str) -> str | None:
-        """The stored answer, or None."""
+        """The stored answer; None without one, and where the disk has changed it."""
         with self._lock:
             if self._connection is None:
                 return None
             try:
-                row = self._connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+                row = self._connection.execute("SELECT answer, crc32 FROM checked WHERE key = ?", (key,)).fetchone()
             except sqlite3.Error as error:
                 self._give_up(error)
                 return None
-        return row[0] if row and isinstance(row[0], str) else None
+        return row[0] if row and isinstance(row[0], str) and row[1] == _checksum(key, row[0]) else None
 
     def put(self, key: str, answer: str) -> None:
         """Store an answer; the newest stays."""
@@ -60,7 +68,8 @@ class AnswerCache:
             if self._connection is None:
                 return
             try:
-                self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, answer))
+                row = (key, answer, _checksum(key, answer))
+                self._connection.execute("INSERT OR REPLACE INTO checked VALUES (?, ?, ?)", row)
             except UnicodeEncodeError:  # half a character, which JSON can say and UTF-8 cannot: asked again next time
                 return
             except sqlite3.Error as error:
