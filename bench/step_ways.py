@@ -66,7 +66,7 @@ def losses(
         return
     # packing: attention as the kernels have it, so that the difference between the two is the head
     kernels = KernelChoice(Pick("plain"), Pick("plain")) if name == "packing" else KernelChoice()
-    config = ModelConfig(gradient_checkpointing=options.gradient_checkpointing)
+    config = ModelConfig(gradient_checkpointing="full" if options.gradient_checkpointing else "none")
     policy = PolicyModel(hf, config, hf.dtype, kernels).train()
     batch = policy.device_batch(pack([group], [token_weights_of(group)]))
     objective = grpo_objective(batch, None, AlgorithmConfig())

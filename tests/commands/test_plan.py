@@ -26,6 +26,7 @@ from vcr1_fast.learner.memory_sums import (
     reduces_once,
     tower_bytes,
     video_tokens,
+    with_recompute,
 )
 from vcr1_fast.learner.model import load_hugging_face
 from vcr1_fast.learner.model_size import read_model_size
@@ -119,7 +120,7 @@ def test_tokens_of_a_step_by_hand():
 
 
 def test_memory_of_7b_on_8_gpus_by_hand():
-    config, size = config_7b(gradient_checkpointing=True), read_model_size("Qwen2.5-VL-7B")
+    config, size = config_7b(gradient_checkpointing="full"), read_model_size("Qwen2.5-VL-7B")
     memory = plan_memory(config, size, plan_tokens(config, 8), 8)
     params = 8.292166656
     assert memory.static == pytest.approx(
@@ -148,7 +149,7 @@ def test_memory_of_7b_on_8_gpus_by_hand():
 def test_whole_gradients_wait_for_the_last_row_where_they_fit():
     """33.2 GB more at 7B: not beside the worst step of 4 rows on 80 GB, but on 141; adapters always."""
     size = read_model_size("nowhere")
-    one_row = config_7b(gradient_checkpointing=True)
+    one_row = config_7b(gradient_checkpointing="full")
     rows = replace(one_row, train=replace(one_row.train, prompts_per_step=32, tokens_per_microbatch=8192))
     assert reduces_once(one_row, size, 8, 80) and reduces_once(rows, size, 1, 80)
     assert [reduces_once(rows, size, 8, gb) for gb in (80, 141)] == [False, True]
@@ -161,8 +162,25 @@ def test_whole_gradients_wait_for_the_last_row_where_they_fit():
     assert sum(waiting["update"].values()) - sum(plain["update"].values()) == pytest.approx(4 * size.params / 1e9)
 
 
+def test_what_is_recomputed_is_what_does_not_fit():
+    """One group of 12,024 tokens on each of 8 GPUs, by layer and token: none keeps 225,280 bytes, selective 4 x (2 x
+    3,584 + 18,944) = 104,448, full 7,168. The rest takes 43 GB with the engine's weights, head and gradients."""
+    size = read_model_size("Qwen2.5-VL-7B")
+    chosen = {gb: with_recompute(config_7b(), size, 8, gb).model.gradient_checkpointing for gb in (80, 141, 192)}
+    assert chosen == {80: "full", 141: "selective", 192: "none"}
+    kept = {
+        mode: plan_memory(config_7b(gradient_checkpointing=mode), size, plan_tokens(config_7b(), 8), 8).update
+        for mode in ("none", "selective")
+    }
+    assert kept["none"]["decoder activations"] == pytest.approx(12024 * 28 * 225280 / 1e9)
+    assert kept["selective"]["decoder activations"] == pytest.approx(12024 * 28 * 104448 / 1e9)
+    assert kept["selective"]["tower activations"] == pytest.approx(14336 * (2352 + 32 * (12 * 1280 + 4 * 3420)) / 1e9)
+    given = config_7b(gradient_checkpointing="none")
+    assert with_recompute(given, size, 8, 80) is given
+
+
 def test_what_settings_add_and_save():
-    config, size = config_7b(gradient_checkpointing=True), read_model_size("Qwen2.5-VL-7B")
+    config, size = config_7b(gradient_checkpointing="full"), read_model_size("Qwen2.5-VL-7B")
     tokens = plan_tokens(config, 8)
     base = plan_memory(config, size, tokens, 8)
     with_kl = plan_memory(replace(config, algorithm=AlgorithmConfig(beta=0.04)), size, tokens, 8)
@@ -177,7 +195,7 @@ def test_what_settings_add_and_save():
     assert head["head"] == pytest.approx(head_peak_bytes(8192, 3584, 152064, torch.bfloat16) / 1e9)
     assert head["decoder activations"] == pytest.approx(12024 * 28 * 7168 / 1e9)
     assert head["gradients, float32"] == pytest.approx(8.292166656 / 2)
-    stored = plan_memory(replace(config, model=replace(config.model, gradient_checkpointing=False)), size, tokens, 8)
+    stored = plan_memory(replace(config, model=replace(config.model, gradient_checkpointing="none")), size, tokens, 8)
     assert stored.update["decoder activations"] == pytest.approx(12024 * 28 * 225280 / 1e9)
     alone = plan_memory(config, size, plan_tokens(config, 1), 1)
     assert alone.static["AdamW, float32"] == pytest.approx(8 * 8.292166656)
@@ -187,7 +205,7 @@ def test_what_settings_add_and_save():
 
 def test_evaluation_is_counted_with_the_videos_that_it_sees(capsys):
     """13,824 tokens of video and 256 of text: 65,536 // (14,080 + 1,024) = 4 prompts at once, where 8 were of 3,840."""
-    config, size = config_7b(gradient_checkpointing=True), read_model_size("Qwen2.5-VL-7B")
+    config, size = config_7b(gradient_checkpointing="full"), read_model_size("Qwen2.5-VL-7B")
     video = EvalVideoConfig(total_pixels=13824 * 28 * 28)
     more = replace(config, eval=EvalConfig(video=video))
     tokens, plain = plan_tokens(more, 8), plan_tokens(config, 8)
@@ -204,7 +222,7 @@ def test_evaluation_is_counted_with_the_videos_that_it_sees(capsys):
 
 def test_adapters_need_no_masters_no_reference_and_no_copies():
     """Rank 32 on the seven matrices: 28 x 32 x (2 (2 x 3584 + 3584 + 512) + 3 (3584 + 18944)) = 80,740,352."""
-    config, size = config_7b(gradient_checkpointing=True), read_model_size("Qwen2.5-VL-7B")
+    config, size = config_7b(gradient_checkpointing="full"), read_model_size("Qwen2.5-VL-7B")
     config = replace(config, algorithm=AlgorithmConfig(beta=0.04))
     config = replace(config, model=replace(config.model, lora=LoRAConfig(rank=32)))
     tokens, adapters = plan_tokens(config, 8), 80.740352e-3
@@ -233,7 +251,7 @@ def test_adapters_need_no_masters_no_reference_and_no_copies():
     ],
 )
 def test_a_worst_case_that_cannot_fit_is_refused_before_anything_is_loaded(changes: dict, gpu_gb: float, message):
-    config = config_7b(gradient_checkpointing=True)
+    config = config_7b(gradient_checkpointing="full")
     config = replace(config, algorithm=AlgorithmConfig(beta=changes.get("beta", 0.0)))
     config = replace(config, train=replace(config.train, max_group_tokens=changes.get("max_group_tokens")))
     if "max_batch_tokens" in changes:
@@ -279,7 +297,7 @@ def test_activations_are_what_autograd_keeps():
             ).last_hidden_state
         ),
     )
-    assert 1.0 < decoder / decoder_bytes(size, num_tokens, is_checkpointed=False)[0] < 1.1
+    assert 1.0 < decoder / decoder_bytes(size, num_tokens, "none")[0] < 1.1
 
     config = Config(
         video=VideoConfig(min_frames=16, max_frames=16, min_frame_pixels=64 * 784, max_frame_pixels=64 * 784)
@@ -293,7 +311,7 @@ def test_activations_are_what_autograd_keeps():
 
 
 def test_dry_run_says_what_does_not_fit(tmp_path: Path, capsys):
-    config = replace(config_7b(gradient_checkpointing=True), rollout=RolloutConfig(max_batch_tokens=1 << 22))
+    config = replace(config_7b(gradient_checkpointing="full"), rollout=RolloutConfig(max_batch_tokens=1 << 22))
     result = plan_command(config, 8, is_fast=True)
     out = capsys.readouterr().out
     assert result["exceeds"] == {"80 GB (A100, H100)": ["evaluation"], "141 GB (H200)": ["evaluation"]}
@@ -304,7 +322,9 @@ def test_dry_run_says_what_does_not_fit(tmp_path: Path, capsys):
     bounded = replace(config, rollout=RolloutConfig())
     memory = plan_memory(bounded, read_model_size("Qwen2.5-VL-7B"), plan_tokens(bounded, 8), 8)
     assert memory.evaluation["KV cache"] == pytest.approx(57344 * 13 * 4864 / 1e9)
-    assert plan_command(config_7b(gradient_checkpointing=True), 8, is_fast=True)["exceeds"]["80 GB (A100, H100)"] == []
+    assert (
+        plan_command(config_7b(gradient_checkpointing="full"), 8, is_fast=True)["exceeds"]["80 GB (A100, H100)"] == []
+    )
     with pytest.raises(ConfigError, match="there are 3 ranks"):
         plan_command(config, 3, is_fast=True)
 

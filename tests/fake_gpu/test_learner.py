@@ -24,6 +24,7 @@ CONFIG = str(Path(__file__).parents[2] / "configs" / "qwen2_5_vl_7b_cotraining_8
 CLIP, SHORT_CLIP = (10, 34, 42), (2, 8, 12)  # 3,570 and 48 video tokens
 ANSWERS = (300, 330, 360, 390, 420, 450, 480, 512)
 WORLDS = (8, 64)
+FULL = "--model.gradient_checkpointing=full"  # what fits would have it otherwise, with so few blocks
 LOSSES = ("dr_grpo", "dapo", "gspo", "cispo", "sapo")  # and grpo everywhere else
 
 
@@ -32,7 +33,7 @@ def case(
 ) -> Case:
     """7B with fewer blocks, `groups` groups of 8 answers on rank 0."""
     model = with_blocks(whole_config(PUBLIC_SIZES["Qwen2.5-VL-7B"]), blocks, blocks - 1, 1)
-    all_overrides = (f"--train.prompts_per_step={num_gpus * max(groups, 1)}", *overrides)
+    all_overrides = (f"--train.prompts_per_step={num_gpus * max(groups, 1)}", FULL, *overrides)
     updates = (((clip, ANSWERS),) * groups,) * num_updates
     return Case(name, num_gpus, CONFIG, model, updates, overrides=all_overrides, **more)
 
@@ -41,11 +42,16 @@ def cases(num_gpus: int) -> list[Case]:
     def one(name: str, *overrides: str, **more: Any) -> Case:
         return case(name, num_gpus, *overrides, **more)
 
+    selective = "--model.gradient_checkpointing=selective"
     lora, frozen, idle = "--model.lora.rank=32", "--model.freeze_vision=true", {"groups": 0, "min_rows": 1}
-    taught = Case("sft", num_gpus, CONFIG, one("sft").hf_config, (((CLIP, (400,)),) * 2,), teaches=True)
+    taught = Case(
+        "sft", num_gpus, CONFIG, one("sft").hf_config, (((CLIP, (400,)),) * 2,), overrides=(FULL,), teaches=True
+    )
     return [
         one("full", num_updates=2),
         one("full, placeholder", **idle),
+        one("selective", selective),
+        one("selective, placeholder", selective, **idle),
         one("lora", lora),
         one("lora, placeholder", lora, **idle),
         one("frozen tower", frozen),
@@ -96,12 +102,26 @@ def test_an_update_runs_and_the_host_waits_twice_at_most(num_gpus: int, name: st
     assert sum(update["copies"].values()) <= 2 * num_rows, update["copies"]
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "frozen tower"])
+@pytest.mark.parametrize("name", ["full", "selective", "lora", "frozen tower"])
 @pytest.mark.parametrize("num_gpus", WORLDS)
 def test_a_rank_without_rows_runs_the_same_collectives(num_gpus: int, name: str):
     """In number, kind, size and order: NCCL would wait an hour for one that the others do not join."""
     busy, idle = last_update(num_gpus, name), last_update(num_gpus, f"{name}, placeholder")
     assert on_gpu(idle) == on_gpu(busy) != []
+
+
+@pytest.mark.parametrize("num_gpus", WORLDS)
+def test_selective_recomputation_runs_attention_once_and_of_products_keys_and_values_alone(num_gpus: int):
+    """Full runs each of them once more: a third of what the blocks take; the head is never run again."""
+    full, selective = last_update(num_gpus, "full"), last_update(num_gpus, "selective")
+    assert full["attention_flop"] / selective["attention_flop"] == pytest.approx((2 + 2.5) / (1 + 2.5))
+    text = whole_config(PUBLIC_SIZES["Qwen2.5-VL-7B"])["text_config"]
+    tokens, hidden = 7006, text["hidden_size"]
+    narrow = 2 * 2 * tokens * hidden * 512 * 2  # 2 layers, keys and values
+    layer = 2 * tokens * hidden * (2 * hidden + 2 * 512 + 2 * text["intermediate_size"])  # without the MLP's last
+    tower = 2 * 14280 * 1280 * (4 * 1280 + 2 * 3420)  # a block
+    saved = full["gemm_flop"] - selective["gemm_flop"]
+    assert saved == pytest.approx(2 * layer - narrow + 2 * tower, rel=0.02)
 
 
 @pytest.mark.parametrize("package", ["flash-attn 2", "flash-attn 3"])
@@ -147,8 +167,10 @@ def test_the_whole_model_runs_and_is_what_few_blocks_foretell():
     blocks = num_blocks(whole)
     sizes = {f"{size}": size for size in sizes_to_run()}
     row = (((CLIP, ANSWERS),),)
-    small = [Case(name, 8, CONFIG, with_blocks(whole, *size), row) for name, size in sizes.items()]
-    found = {report["name"]: report for report in run([*small, Case("whole", 8, CONFIG, whole, row)])}
+    small = [Case(name, 8, CONFIG, with_blocks(whole, *size), row, overrides=(FULL,)) for name, size in sizes.items()]
+    found = {
+        report["name"]: report for report in run([*small, Case("whole", 8, CONFIG, whole, row, overrides=(FULL,))])
+    }
     assert "error" not in found["whole"], found["whole"]
     for part in (lambda report: report["load"], lambda report: report["updates"][0]):
         foretold = to_blocks({size: part(found[name]) for name, size in sizes.items()}, blocks)
@@ -161,7 +183,7 @@ def test_the_whole_model_runs_and_is_what_few_blocks_foretell():
             assert total == pytest.approx(sum(kinds.values()), rel=0.01, abs=1e7), phase
     assert measured["gemm_flop"] + measured["attention_flop"] == pytest.approx(457e12, rel=0.01)
     # And the sums over the model's sizes, for a row of 7,006 tokens of which 3,570 are of 20 frames
-    config = load_config(CONFIG, ("--train.prompts_per_step=8", "--video.min_frames=20", "--video.max_frames=20"))
+    config = load_config(CONFIG, (FULL, "--train.prompts_per_step=8", "--video.min_frames=20", "--video.max_frames=20"))
     tokens = replace(plan_tokens(config, 8), row=7006, scored_rows=sum(ANSWERS))
     memory = plan_memory(config, read_model_size("Qwen2.5-VL-7B"), tokens, 8)
     summed = memory.static["weights, float32"] + sum(memory.update.values())  # moments come after the first update

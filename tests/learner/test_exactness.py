@@ -125,11 +125,12 @@ def test_a_wrong_position_is_caught(make_model, make_group):
     assert (got[name] - want[name]).norm() > 1e-3 * want[name].norm()
 
 
-def test_gradient_checkpointing_changes_nothing(make_model, make_group):
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_gradient_checkpointing_changes_nothing(make_model, make_group, mode):
     group = make_group(seed=10, lengths=(4, 6))
     plain, recomputed = make_model(), make_model()
     want = gradients(plain, packed_loss(plain, [group], [[0.1, 0.2]], AlgorithmConfig()))
-    policy = PolicyModel(recomputed, ModelConfig(gradient_checkpointing=True), torch.float32).train()
+    policy = PolicyModel(recomputed, ModelConfig(gradient_checkpointing=mode), torch.float32).train()
     batch = policy.device_batch(pack([group], [[0.1, 0.2]]))
     loss, _ = policy(batch, TEMPERATURE, grpo_objective(batch, None, AlgorithmConfig()))
     got = gradients(recomputed, loss)

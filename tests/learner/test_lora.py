@@ -124,15 +124,14 @@ def test_a_target_that_no_layer_has_is_named(model_path, targets):
 
 def test_gradient_checkpointing_changes_nothing(model_path, groups):
     results = []
-    for is_checkpointed in (False, True):
+    for mode in ("none", "selective", "full"):
         config = with_lora(make_config(model_path))
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, gradient_checkpointing=is_checkpointed)
-        )
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, gradient_checkpointing=mode))
         learner = Learner(config, World(), 10)
         disturb(learner.policy)
         results.append(update_and_capture(learner, groups)[1])
-    assert all(torch.allclose(value, results[1][name], rtol=1e-5, atol=1e-8) for name, value in results[0].items())
+    for other in results[1:]:
+        assert all(torch.allclose(value, other[name], rtol=1e-5, atol=1e-8) for name, value in results[0].items())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -26,16 +26,17 @@ def config() -> Qwen2_5_VLConfig:
     ("model", "passes", "tower_passes"),
     [
         ({}, 3, 3),
-        ({"gradient_checkpointing": True}, 4, 4),
+        ({"gradient_checkpointing": "full"}, 4, 4),
+        ({"gradient_checkpointing": "selective"}, 3, 3),
         ({"freeze_vision": True}, 3, 1),
-        ({"lora": LoRAConfig(rank=8), "gradient_checkpointing": True}, 3, 1),
+        ({"lora": LoRAConfig(rank=8), "gradient_checkpointing": "full"}, 3, 1),
     ],
 )
 def test_costs_are_those_of_the_counted_flops(config, model, passes, tower_passes):
     settings = ModelConfig(**model)
     cost = RowCost.of(config, settings)
     text, vision = config.text_config, config.vision_config
-    recomputed = settings.gradient_checkpointing
+    recomputed = settings.gradient_checkpointing == "full"
     forwards = 1 + recomputed
     assert cost.token_s == pytest.approx(decoder_flop(text, 1, 0) * passes / GEMM)
     one_pair = decoder_flop(text, 1, 1) - decoder_flop(text, 1, 0)

@@ -135,7 +135,7 @@ def cost_7b() -> RowCost:
     sizes = dict(PUBLIC_SIZES["Qwen2.5-VL-7B"])
     vision = sizes.pop("vision_config")
     config = Qwen2_5_VLConfig(text_config=sizes, vision_config=vision)
-    return RowCost.of(config, ModelConfig(gradient_checkpointing=True))
+    return RowCost.of(config, ModelConfig(gradient_checkpointing="full"))
 
 
 def steps(lengths: list[GroupSize], num_ranks: int, count: int) -> list[list[list[GroupSize]]]:

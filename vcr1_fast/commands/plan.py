@@ -28,6 +28,7 @@ from vcr1_fast.learner.memory_sums import (
     plan_tokens,
     reduces_once,
     trained_params,
+    with_recompute,
 )
 from vcr1_fast.learner.model_size import ModelSize, model_size, read_model_config
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
@@ -60,6 +61,7 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
     check_settings(config, "train", num_gpus)
     model, source = read_model_config(config.model.path)
     size, tokens = model_size(model, source), plan_tokens(config, num_gpus)
+    config = with_recompute(config, size, num_gpus, SMALLEST_GPU_GB)
     once = reduces_once(config, size, num_gpus, SMALLEST_GPU_GB)
     has_rows = num_gpus > 1 and tokens.groups_per_gpu > tokens.groups_per_row
     sums = plan_memory(config, size, tokens, num_gpus, has_whole_gradients=once and has_rows)
@@ -70,7 +72,7 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
     too_large = {gpu: [name for name, gb in phases.items() if gb > room] for gpu, room in GPUS_GB.items()}
     disk, (missing_files, missing_videos) = disk_gb(config, size), _missing(config)
     if is_main_rank():
-        say(f"model: {size.params:,} parameters ({source})")
+        say(f"model: {size.params:,} parameters ({source}); recomputed: {config.model.gradient_checkpointing}")
         console.print(_token_table(config, tokens))
         console.print(_memory_table(memory))
         _print_limits(phases, too_large)

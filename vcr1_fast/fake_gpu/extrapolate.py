@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SMALL = (4, 2, 1)  # decoder layers, tower blocks with windows, and those that see whole frames
+SMALL = (4, 4, 1)  # decoder layers, tower blocks with windows, and those that see whole frames; with fewer of them the
+# tower's phases peak where the root's weights are gathered, not at their last block
 STEP = 2  # blocks more of one kind
 Size = tuple[int, int, int]
 Report = Mapping[str, Any]  # dataclasses.asdict(learner.Measured), or a sum of such

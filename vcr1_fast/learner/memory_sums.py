@@ -19,6 +19,7 @@ import torch
 from vcr1_kernels.head_chunks import head_peak_bytes
 
 from vcr1_fast.learner.model_size import PATCH_VALUES, PATCHES_PER_TOKEN, ModelSize, read_model_size
+from vcr1_fast.learner.recompute import RECOMPUTE, Recompute
 from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, RolloutConfig, VideoConfig
 from vcr1_fast.video.resolution import FACTOR_PX, max_pixels_per_frame
 
@@ -28,7 +29,7 @@ USABLE_FRAC = 0.9  # of a GPU's memory: a tenth is left for what the sums do not
 ADVICE = {  # what makes a phase smaller
     "load": "more GPUs, or model.lora.rank",
     "export": "more GPUs, or model.lora.rank",
-    "update": "model.gradient_checkpointing=true, a smaller train.tokens_per_microbatch, video.total_pixels or "
+    "update": "model.gradient_checkpointing=full, a smaller train.tokens_per_microbatch, video.total_pixels or "
     "rollout.max_new_tokens, or more GPUs",
     "rollout": "a smaller rollout.max_batch_tokens, or more GPUs",
     "evaluation": "a smaller rollout.max_batch_tokens",
@@ -123,11 +124,23 @@ def reduces_once(config: Config, size: ModelSize, num_gpus: int, gpu_gb: float) 
     """
     if config.train.reduce_gradients != "auto":
         return config.train.reduce_gradients == "once"
-    tokens = plan_tokens(config, num_gpus)
+    tokens, config = plan_tokens(config, num_gpus), with_recompute(config, size, num_gpus, gpu_gb)
     if num_gpus == 1 or tokens.groups_per_gpu <= tokens.groups_per_row:
         return True
     update = plan_memory(config, size, tokens, num_gpus, gpu_gb).by_phase()["update"]
     return sum(update.values()) + 4 * trained_params(config, size) / 1e9 <= USABLE_FRAC * gpu_gb
+
+
+def with_recompute(config: Config, size: ModelSize, num_gpus: int, gpu_gb: float) -> Config:
+    """`config` with what `model.gradient_checkpointing: auto` means on GPUs of so many GB: the first mode whose worst
+    update fits, else the smallest one."""
+    if config.model.gradient_checkpointing != "auto":
+        return config
+    tokens = plan_tokens(config, num_gpus)
+    modes = [replace(config, model=replace(config.model, gradient_checkpointing=mode)) for mode in RECOMPUTE]
+    updates = (plan_memory(mode, size, tokens, num_gpus, gpu_gb).by_phase()["update"] for mode in modes)
+    fits = (sum(update.values()) <= USABLE_FRAC * gpu_gb for update in updates)
+    return next((mode for mode, does_fit in zip(modes, fits, strict=True) if does_fit), modes[-1])
 
 
 def check_memory(config: Config, num_gpus: int, gpu_gb: float) -> None:
@@ -136,6 +149,7 @@ def check_memory(config: Config, num_gpus: int, gpu_gb: float) -> None:
     A number in train.max_group_tokens is believed: what is larger is not run, and the rest is the user's to know.
     """
     size, tokens = read_model_size(config.model.path), plan_tokens(config, num_gpus)
+    config = with_recompute(config, size, num_gpus, gpu_gb)
     phases = plan_memory(config, size, tokens, num_gpus, gpu_gb).by_phase()
     needed = {phase: sum(parts.values()) for phase, parts in phases.items()}
     if config.train.max_group_tokens is None and needed["update"] > USABLE_FRAC * gpu_gb:
@@ -247,7 +261,7 @@ def _update_bytes(
     has_lora, has_rows = config.model.lora.rank > 0, tokens.groups_per_gpu > tokens.groups_per_row
     head = head_peak_bytes(tokens.scored_rows, size.hidden, size.vocab, dtype, trains_weight=not has_lora)
     head_gradient = 0 if has_lora else 4 * size.vocab * size.hidden  # whole until backward reaches the embedding
-    decoder_kept, layer = decoder_bytes(size, tokens.row, config.model.gradient_checkpointing)
+    decoder_kept, layer = decoder_bytes(size, tokens.row, _recompute(config))
     tower_kept, block = tower_bytes(size, tokens, config)
     always = {"gathered blocks": gathered, "whole gradients until the last row": whole}
     kept = {"decoder activations": decoder_kept, "tower activations": tower_kept}
@@ -262,19 +276,27 @@ def _update_bytes(
     return always | max(moments, key=lambda parts: sum(parts.values()))
 
 
-def decoder_bytes(size: ModelSize, num_tokens: int, is_checkpointed: bool) -> tuple[int, int]:
+def _recompute(config: Config) -> Recompute:
+    mode = config.model.gradient_checkpointing
+    return "none" if mode == "auto" else mode
+
+
+def decoder_bytes(size: ModelSize, num_tokens: int, mode: Recompute) -> tuple[int, int]:
     """What backward needs of the decoder, in bfloat16: (kept of all layers, of one layer while it is recomputed).
 
         layer = 20 D + 2 H + 4 K + 8 I       per token: two norms (float32 input 4D, scaled 2D, output 2D), q and
                                              attention output, keys and values, four MLP products; the residual is the
                                              norm's input
-        kept  = layers x layer;  checkpointed = layers x 2 D
+        kept  = layers x layer;  full: layers x 2 D
+        selective: layers x (4 D + 4 H + 4 I): the layer's input, and what attention and products that widen gave
 
     An estimate from the operators' saved tensors; on one GPU the residual is float32 and takes 2 D more a layer.
     """
     d = size.hidden
     layer = num_tokens * (16 * d + 4 * size.heads_width + 4 * size.key_width + 8 * size.mlp)
-    return (num_tokens * size.layers * 2 * d, layer) if is_checkpointed else (size.layers * layer, 0)
+    wide = 4 * d + 4 * size.heads_width + 4 * size.mlp
+    kept = {"none": layer, "selective": num_tokens * wide, "full": num_tokens * 2 * d}[mode]
+    return size.layers * kept, 0 if mode == "none" else layer
 
 
 def tower_bytes(size: ModelSize, tokens: TokenPlan, config: Config) -> tuple[int, int]:
@@ -282,7 +304,8 @@ def tower_bytes(size: ModelSize, tokens: TokenPlan, config: Config) -> tuple[int
 
         block = 30 d + 8 i                   per patch (4 to a video token, all videos of a row at once): as in the
                                              decoder, with q, k, v kept whole and attention output kept twice
-        kept  = 2352 + depth x block;  checkpointed = 2352 + depth x 2 d;  frozen: one block, before the decoder
+        kept  = 2352 + depth x block;  full: 2352 + depth x 2 d;  selective: 2352 + depth x (12 d + 4 i);
+        frozen: one block, before the decoder
 
     2352 bytes are the pixels of a patch, which the gradient of the patch embedding needs.
     """
@@ -290,10 +313,9 @@ def tower_bytes(size: ModelSize, tokens: TokenPlan, config: Config) -> tuple[int
     d, block = size.tower_width, num_patches * (30 * size.tower_width + 8 * size.tower_mlp)
     if config.model.is_tower_frozen:
         return 0, block
-    pixels = num_patches * 2 * PATCH_VALUES
-    if config.model.gradient_checkpointing:
-        return pixels + num_patches * size.tower_depth * 2 * d, block
-    return pixels + size.tower_depth * block, 0
+    pixels, mode = num_patches * 2 * PATCH_VALUES, _recompute(config)
+    kept = {"none": block, "selective": num_patches * (12 * d + 4 * size.tower_mlp), "full": num_patches * 2 * d}[mode]
+    return pixels + size.tower_depth * kept, 0 if mode == "none" else block
 
 
 def prompts_at_once(config: RolloutConfig, prompt: int, group: int, new_tokens: int) -> int:

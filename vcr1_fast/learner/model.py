@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from vcr1_fast.learner import recompute
 from vcr1_fast.learner.attention import use_packed_attention
 from vcr1_fast.learner.device_batch import DeviceBatch, device_batch
 from vcr1_fast.learner.families import family_of
@@ -81,8 +82,7 @@ class PolicyModel(nn.Module):
         self.kernels.switch_tower(tower, device or hf.device, compute_dtype)
         if config.freeze_vision:
             tower.requires_grad_(False)
-        if config.gradient_checkpointing:
-            hf.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute.switch_on(hf, config.gradient_checkpointing)
 
     def device_batch(self, batch: PackedBatch) -> DeviceBatch:
         """`batch` on the device of the weights. Raises ValueError where it does not fit this model."""

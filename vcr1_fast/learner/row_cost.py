@@ -69,12 +69,12 @@ class RowCost:
     def of(config: Any, settings: ModelConfig) -> RowCost:
         """`config`: of the whole model.
 
-        Passes of a matrix product: 1 forward, 1 again under checkpointing, 1 for the input's gradient, 1 for the
+        Passes of a matrix product: 1 forward, 1 again under full checkpointing, 1 for the input's gradient, 1 for the
         weight's where it is trained. A tower that is not trained runs forward only, and mostly before the step: its
         launches are not in row_s.
         """
         text, tower = config.get_text_config(), family_of(config).tower_work(config)
-        has_lora, recomputed = settings.lora.rank > 0, int(settings.gradient_checkpointing)
+        has_lora, recomputed = settings.lora.rank > 0, int(settings.gradient_checkpointing == "full")
         is_tower_trained = not settings.is_tower_frozen
         passes = 2 if has_lora else 3
         tower_passes = 3 + recomputed if is_tower_trained else 1

@@ -15,7 +15,7 @@ from vcr1_fast.learner.device_batch import DeviceBatch
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.loading import empty_model, load_weights, move_values
 from vcr1_fast.learner.lora import adapters_off, add_adapters
-from vcr1_fast.learner.memory_sums import reduces_once
+from vcr1_fast.learner.memory_sums import reduces_once, with_recompute
 from vcr1_fast.learner.model import PolicyModel, resolve_dtype
 from vcr1_fast.learner.model_size import read_model_size
 from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
@@ -80,6 +80,17 @@ def load_policy(
     return policy.train()
 
 
+def _fitted(config: Config, world: World) -> tuple[Config, bool]:
+    """(`config` with what is recomputed decided, whether gradients wait for an update's last row), by what fits into
+    the smallest of the GPUs: all ranks must do alike."""
+    if world.device.type != "cuda":
+        return config, config.train.reduce_gradients != "each_row"
+    memory_gb = torch.cuda.get_device_properties(world.device).total_memory / 1e9
+    smallest_gb, size = -all_max_float(-memory_gb, world), read_model_size(config.model.path)
+    config = with_recompute(config, size, world.world_size, smallest_gb)
+    return config, reduces_once(config, size, world.world_size, smallest_gb)
+
+
 class Learner:
     """Policy, optimizer and schedule of one rank; all ranks call the same methods in the same order."""
 
@@ -90,6 +101,7 @@ class Learner:
             num_updates: optimizer updates of the whole run, for the learning-rate schedule.
             kernels: as for `PolicyModel`.
         """
+        config, reduces_all_at_once = _fitted(config, world)
         self.config, self.world, self.kernels = config, world, kernels
         self.dtype = resolve_dtype(config.model, world.device)  # that forward and backward compute in
         self.policy = load_policy(config, world, kernels)
@@ -99,16 +111,10 @@ class Learner:
         torch.cuda.empty_cache()  # a colocated engine sizes itself by what is free, and cached memory is not
         self.optimizer = build_optimizer(self.policy, config.optimizer)
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_updates)
-        self.reduces_once = self._reduces_once()
+        self.reduces_once = reduces_all_at_once
         self._num_skipped = 0  # updates in a row
         kind = (self.policy.family, self.policy.hf.config, config.model.is_tower_frozen)
         self._placeholder = placeholder(*kind, world.device, self.dtype)
-
-    def _reduces_once(self) -> bool:
-        if self.world.device.type != "cuda":
-            return self.config.train.reduce_gradients != "each_row"
-        memory_gb = torch.cuda.get_device_properties(self.world.device).total_memory / 1e9
-        return reduces_once(self.config, read_model_size(self.config.model.path), self.world.world_size, memory_gb)
 
     def update_grpo(self, groups: Sequence[RolloutGroup]) -> list[UpdateReport]:
         """All updates of one rollout: this rank's groups, split into `minibatches_per_rollout` equal parts.
