@@ -31,6 +31,7 @@ from vcr1_fast.rollout.addresses import Address, read_addresses
 from vcr1_fast.rollout.sgl import ipc
 from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.group import UpdateGroup
+from vcr1_fast.rollout.sgl.libraries import Libraries, check_nccl
 from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, WeightTable, in_batches
 from vcr1_fast.run.tensor_files import write_tensors
 from vcr1_fast.settings.error import require
@@ -185,6 +186,9 @@ class Broadcast(_Streamed):
     def _group_of(self, seats: Sequence[Seat], feed: Feed) -> UpdateGroup:
         if self._group and all(seat.group == self._group.name for seat in seats):
             return self._group
+        if self._device.type == "cuda":
+            for seat in seats:
+                check_nccl(Libraries.here(), seat.worker.libraries, seat.worker.name)
         previous = self._group.name if self._group else ""
         self._leave()
         self._num_groups += 1
@@ -262,19 +266,25 @@ class Disk:
 def way_of(config: SGLangConfig, device: torch.device) -> str:
     """What `rollout.sglang.weights` auto stands for; any other value is given back. `device`: of the learner.
 
-    Raises ConfigError for cuda_ipc where it cannot work.
+    Raises ConfigError for cuda_ipc and broadcast where they cannot work.
     """
-    has_handles = device.type == "cuda" and ipc.has_handles()
-    if config.weights == "auto":
-        if device.type != "cuda":
-            return "shared_memory"
-        return "cuda_ipc" if config.placement == "colocated" and has_handles else "broadcast"
+    is_gpu, is_shared = device.type == "cuda", config.placement == "colocated"
+    way = config.weights
+    if way == "auto":
+        way = "shared_memory" if not is_gpu else "cuda_ipc" if is_shared else "broadcast"
+    require(way != "cuda_ipc" or is_gpu, f"rollout.sglang.weights is {way}, wanted auto: the learner is on a CPU")
     require(
-        config.weights != "cuda_ipc" or has_handles,
-        f"rollout.sglang.weights is cuda_ipc and the learner is on {device.type}, wanted a GPU and no "
-        "expandable_segments in PYTORCH_CUDA_ALLOC_CONF; auto chooses what works",
+        way != "cuda_ipc" or ipc.has_handles(),
+        "weights go to a worker on the same GPU by cuda_ipc, but PYTORCH_CUDA_ALLOC_CONF asks for expandable_segments, "
+        "whose memory no other process can open: take them out, or set rollout.sglang.weights to shared_memory, which "
+        "copies every push through host memory",
     )
-    return config.weights
+    require(
+        not (way == "broadcast" and is_gpu and is_shared),
+        "rollout.sglang.weights is broadcast and rollout.sglang.placement is colocated, but NCCL takes no two "
+        "processes on one GPU: set rollout.sglang.weights to auto",
+    )
+    return way
 
 
 def make_delivery(config: SGLangConfig, dtype: torch.dtype, device: torch.device, folder: Path) -> Delivery:
