@@ -22,7 +22,7 @@ from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.libraries import Libraries, check_nccl
 from vcr1_fast.rollout.sgl.link import WorkerGoneError
 from vcr1_fast.rollout.sgl.messages import Message
-from vcr1_fast.rollout.sgl.weights import WeightTable
+from vcr1_fast.rollout.sgl.weights import WeightStore, WeightTable
 from vcr1_fast.rollout.sgl.workers import Seat, Workers
 from vcr1_fast.settings.error import ConfigError
 from vcr1_fast.settings.learning import SGLangConfig
@@ -285,6 +285,24 @@ def test_a_load_that_breaks_off_leaves_nobody_reading(learner):
         assert not thread.is_alive(), thread
     learner.push(weights(2), 2)
     assert_holds(worker, weights(2))
+
+
+def test_the_host_copy_is_made_of_what_is_sent(monkeypatch, tmp_path):
+    """A copy of the float32 weights would move twice as much from a GPU, and leave the rounding to a core."""
+    placed: list[torch.dtype] = []
+    place, bfloat16 = WeightStore.place, torch.bfloat16
+
+    def recorded(store: WeightStore, name: str, value: torch.Tensor) -> None:
+        placed.append(value.dtype)
+        place(store, name, value)
+
+    monkeypatch.setattr(WeightStore, "place", recorded)
+    learner = Learner("cuda_ipc", tmp_path)
+    host = Host(BUCKET_BYTES, bfloat16)
+    learner.delivery = CudaIpc(BUCKET_BYTES, bfloat16, host, learner._share, learner._release)
+    learner.worker()
+    assert learner.push(weights(1), 1) == {} and placed == [bfloat16] * len(SHAPES)
+    assert_holds(learner.replace(0, 1), [(name, value.bfloat16()) for name, value in weights(1)])
 
 
 def test_a_broadcast_needs_one_nccl(start, monkeypatch):

@@ -11,7 +11,7 @@ before all have. After a worker's first load it compares checksums (check.py).
 A worker that is started again gets its weights from host memory (`Host`), from the files (`Disk`), never from the
 learner: gathering shards is a collective, and the other ranks do not know of this worker. For that cuda_ipc and
 broadcast keep a copy of the weights in host memory, too; `rollout.sglang.keep_host_copy` false saves it, and the loss
-of a worker then ends the run. The copy is made from the same whole tensors, so shards are gathered once.
+of a worker then ends the run. The copy is made from the buckets that are sent, so shards are gathered once.
 """
 
 from __future__ import annotations
@@ -72,13 +72,16 @@ class Host:
     def refeed(self, feed: Feed) -> None:
         self._send(self._store.all(), feed)
 
-    def copying(self, weights: Weights, table: WeightTable) -> Iterator[tuple[str, Tensor]]:
-        """Passes the weights on, and keeps each."""
+    def begin_copy(self, table: WeightTable) -> None:
+        """Before the first `keep` of a load."""
         if not table.is_named:
             self._store.close()
-        for name, value in weights:
-            self._store.place(name, value)
-            yield name, value
+
+    def keep(self, batch: Batch) -> None:
+        """Copy the weights of a bucket, which have the dtype that they are sent in: a copy from a GPU that also changes
+        the dtype moves float32, and one core changes it."""
+        for slot in batch.slots:
+            self._store.place(slot.name, slot.of(batch.flat_B))
 
     def close(self) -> None:
         self._store.close()
@@ -105,8 +108,13 @@ class _Streamed:
         self._copy.refeed(feed)
 
     def _batches(self, weights: Weights, table: WeightTable) -> Iterator[tuple[Batch, bool]]:
-        kept = self._copy.copying(weights, table) if self._copy else weights
-        return in_batches(kept, self._bucket_bytes, self._dtype)
+        """Each is kept when the next one is asked for: the workers load it meanwhile."""
+        if self._copy:
+            self._copy.begin_copy(table)
+        for batch, is_last in in_batches(weights, self._bucket_bytes, self._dtype):
+            yield batch, is_last
+            if self._copy:
+                self._copy.keep(batch)
 
 
 class CudaIpc(_Streamed):
