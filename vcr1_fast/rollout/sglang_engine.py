@@ -276,7 +276,8 @@ def engine_args(
 ) -> Mapping[str, Any]:
     """What `sglang.Engine` is started with; `config.engine_args` has the last word.
 
-    Raises ConfigError when `config.memory_gb` is too small."""
+    Raises ConfigError when `config.memory_gb` is too small.
+    """
     is_cpu = device.type == "cpu"
     has_size = not is_cpu or config.memory_gb is not None
     return {

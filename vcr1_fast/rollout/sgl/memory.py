@@ -9,7 +9,7 @@ from vcr1_fast.learner.model_size import ModelSize
 from vcr1_fast.settings.error import require
 from vcr1_fast.settings.learning import SGLangConfig
 
-KV_TOKENS = 131_072  # beside a learner; ten groups of 8 answers of 1,024 tokens to the longest default video
+KV_TOKENS = 131_072  # beside a learner: nine groups of 8 answers of 1,024 tokens to the longest default video
 # Of what is free when it starts, with a bound on the tokens; the rest stays free. SGLang sizes its cache as
 # free after loading - (1 - share) x free before (mem_cache/kv_cache_configurator.py), so that with a small share a
 # learner that holds its memory, and makes "free before" small, would leave nothing.
