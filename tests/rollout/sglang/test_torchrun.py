@@ -15,7 +15,7 @@ from tests.rollout.sglang.test_whole_run import steps_of
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
 
-LIMIT_S = 300  # on two quiet cores 30 s; a worker that waits for torchrun's store waits for ever
+LIMIT_S = 600  # on two busy cores 170 s; a worker that waits for torchrun's store waits for ever
 
 
 @pytest.mark.slow
