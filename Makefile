@@ -39,7 +39,7 @@ $(VENV)/.installed: $(SOURCES)
 	# a GPU machine usually comes with a torch that fits its driver: that one is kept
 	keep_torch=""
 	if nvidia-smi >/dev/null 2>&1; then
-	  keep_torch=$$("$(PYTHON)" -c 'import torch; v = torch.__version__; print(v if tuple(map(int, v.split(".")[:2])) >= (2, 11) else "")' 2>/dev/null || true)
+	  keep_torch=$$("$(PYTHON)" -c 'import torch; v = torch.__version__; print(v if (2, 11) <= tuple(map(int, v.split(".")[:2])) < (2, 15) else "")' 2>/dev/null || true)
 	fi
 	[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $${keep_torch:+--system-site-packages} $(VENV)
 	constraints=$(VENV)/constraints.txt
@@ -47,8 +47,9 @@ $(VENV)/.installed: $(SOURCES)
 	  echo "make install: a GPU and torch $$keep_torch are here; keeping that torch"
 	  echo "torch==$$keep_torch" > $$constraints
 	elif nvidia-smi >/dev/null 2>&1; then
-	  echo "make install: a GPU is here; taking pip's default torch"
-	  : > $$constraints
+	  # the torch of SGLang's environment: weights are broadcast between two processes with one NCCL
+	  sed -n 's/^torch==\([0-9.]*\).*/torch==\1/p' tests/rollout/sglang/constraints.txt > $$constraints
+	  echo "make install: a GPU is here; taking $$(cat $$constraints), as SGLang does"
 	else
 	  echo "make install: no NVIDIA GPU here; taking the CPU build of torch"
 	  cp constraints-cpu.txt $$constraints

@@ -160,13 +160,11 @@ def opened(
         hf = cast(Qwen2_5_VLForConditionalGeneration, setup.policy.get_submodule("hf"))
         if way == "adapters":
             add_adapters(hf, LORA, 0, setup.dtype)
-        fraction = None if setup.device.type == "cuda" else 0.5  # its pool is bounded by tokens there
         config = SGLangConfig(
             python=sglang_python(),
             weights="auto" if way == "adapters" else way,
             bucket_mb=bucket_mb,
             keep_host_copy=keeps_copy,
-            mem_fraction_static=fraction,
         )
         checkpoint = folder / "checkpoint"
         if not checkpoint.exists():

@@ -114,6 +114,13 @@ def fake_interpreter(folder: Path, script: str) -> str:
     return str(path)
 
 
+def probed(sglang: str, torch: str = "2.13.0+cpu", ninja: str = "/n", nvcc: str = "/c") -> str:
+    """A shell script in the place of an interpreter: what it finds, behind a banner."""
+    libraries = [torch, "", ""] if "cpu" in torch else [torch, "13.0", "2.30.7"]
+    found = {"ninja": ninja, "nvcc": None if "cpu" in torch else nvcc}
+    return f"echo a banner; echo '{json.dumps({'sglang': sglang, 'libraries': libraries, 'found': found})}'"
+
+
 def sglang_row(capsys, python: str) -> dict[str, object]:
     doctor(as_json=True, sglang_python=python)
     return next(row for row in json.loads(capsys.readouterr().out)["components"] if row["component"] == "sglang")
@@ -122,8 +129,15 @@ def sglang_row(capsys, python: str) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("script", "usable", "words"),
     [
-        ("echo a banner; echo 0.5.21.post1 2.13.0+cpu", True, "0.5.21.post1 on torch 2.13.0+cpu, in"),
-        ("echo 0.5.9 2.9.1", False, "0.5.9 in {python}, wanted 0.5.17 or later"),
+        (probed("0.5.21.post1"), True, "0.5.21.post1 on torch 2.13.0+cpu, no NCCL, ninja /n, in {python}"),
+        (probed("0.5.23", "2.14.1", nvcc=""), False, "no nvcc to compile kernels with when it starts"),
+        (
+            probed("0.5.23", "2.14.1"),
+            True,
+            "0.5.23 on torch 2.14.1, NCCL 2.30.7, ninja /n, nvcc /c, in {python}; here NCCL none: to broadcast "
+            "weights, `pip install torch==2.14.1` here",
+        ),
+        (probed("0.5.9"), False, "0.5.9 in {python}, wanted 0.5.17 or later"),
         ("echo ModuleNotFoundError: no triton >&2; exit 1", False, "{python}: ModuleNotFoundError: no triton"),
         ("kill -9 $$", False, "it ended with -9"),
     ],
@@ -145,7 +159,7 @@ def test_sglang_without_an_interpreter_to_ask(monkeypatch, capsys, tmp_path):
     assert doctor_module.sglang_interpreter() == sys.executable
     made = tmp_path / ".venv-sglang" / "bin"
     made.mkdir(parents=True)
-    fake_interpreter(made, "echo 0.5.17 2.13.0")
-    assert "0.5.17 on torch 2.13.0, in .venv-sglang/bin/python" in doctor_module._sglang(
+    fake_interpreter(made, probed("0.5.17"))
+    assert "0.5.17 on torch 2.13.0+cpu, no NCCL, ninja /n, in .venv-sglang/bin/python" in doctor_module._sglang(
         doctor_module.sglang_interpreter()
     )

@@ -80,13 +80,6 @@ def test_settings_refuse_what_is_no_address():
         elsewhere("a")
 
 
-def test_memory_share_follows_the_placement():
-    assert SGLangConfig().mem_fraction < elsewhere("a:1").mem_fraction < 1
-    assert SGLangConfig(mem_fraction_static=0.2).mem_fraction == 0.2
-    with pytest.raises(ConfigError, match="mem_fraction_static is 1"):
-        SGLangConfig(mem_fraction_static=1)
-
-
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [

@@ -28,11 +28,18 @@ TINY_FILES = ("train.yaml", "synth.yaml", "config.json", "model.safetensors", "t
 SGLANG_MIN = (0, 5, 17)
 SGLANG_LIMIT_S = 300.0  # an import takes 10 s of CPU, 25 the first time
 SGLANG_PROBE = """
+import json, os, shutil
 import sglang, torch
 from sglang import Engine
 
 Engine.async_generate
-print(sglang.__version__, torch.__version__)
+cuda = torch.version.cuda or ""
+nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda else ""
+home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")  # in SGLang's order
+nvcc = (None if home else shutil.which("nvcc")) or shutil.which((home or "/usr/local/cuda") + "/bin/nvcc")
+found = {"ninja": shutil.which("ninja"), "nvcc": nvcc}
+print()
+print(json.dumps({"sglang": sglang.__version__, "libraries": [torch.__version__, cuda, nccl], "found": found}))
 """
 
 
@@ -244,14 +251,35 @@ def _sglang(python: str) -> str:
         raise UnusableError("not installed")
     if not os.access(python, os.X_OK):
         raise UnusableError(f"{python} is not an interpreter that can be run")
-    told = subprocess.run([python, "-c", SGLANG_PROBE], capture_output=True, text=True, timeout=SGLANG_LIMIT_S)
+    from vcr1_fast.rollout.sgl.libraries import Libraries
+    from vcr1_fast.rollout.sgl.process import child_environment
+
+    told = subprocess.run(
+        [python, "-c", SGLANG_PROBE],
+        env=child_environment(python),
+        capture_output=True,
+        text=True,
+        timeout=SGLANG_LIMIT_S,
+    )
     if told.returncode != 0:
         reason = told.stderr.strip().splitlines()[-1:] or [f"it ended with {told.returncode}"]
         raise UnusableError(f"does not import in {python}: {reason[0]}")
-    version, torch_version = told.stdout.split()[-2:]
+    probed = json.loads(told.stdout.splitlines()[-1])
+    version, found, theirs, own = probed["sglang"], probed["found"], Libraries(*probed["libraries"]), Libraries.here()
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < SGLANG_MIN:
         raise UnusableError(f"{version} in {python}, wanted {'.'.join(map(str, SGLANG_MIN))} or later")
-    return f"{version} on torch {torch_version}, in {python}"
+    missing = [name for name in ("ninja", "nvcc") if theirs.cuda and not found[name]]
+    if missing:
+        raise UnusableError(
+            f"{version} in {python} finds no {' and no '.join(missing)} to compile kernels with when it starts: ninja "
+            f"comes by pip, nvcc with the toolkit of CUDA {theirs.cuda}, in PATH or CUDA_HOME"
+        )
+    tools = ", ".join(f"{name} {path}" for name, path in found.items() if path)
+    parts = [f"{version} on torch {theirs.torch}", f"NCCL {theirs.nccl}" if theirs.nccl else "no NCCL", tools]
+    detail = ", ".join([*filter(None, parts), f"in {python}"])
+    if own.nccl != theirs.nccl:
+        detail += f"; here NCCL {own.nccl or 'none'}: to broadcast weights, `{own.pip_line(theirs)}` here"
+    return detail
 
 
 def _tensorboard() -> str:
@@ -290,7 +318,7 @@ def _nccl() -> str:
 CUDA_TORCH = "a CUDA build of torch and an NVIDIA driver"
 COMPONENTS = (
     Component("python", _python, "Python 3.11, 3.12 or 3.13", is_required=True),
-    Component("torch", _torch, "pip install 'torch>=2.11'", is_required=True),
+    Component("torch", _torch, "pip install 'torch>=2.11,<2.15'", is_required=True),
     Component("CUDA device", _cuda, CUDA_TORCH),
     Component("transformers", _transformers, "pip install 'transformers>=5.12,<6'", is_required=True),
     Component("vcr1_fast.native", _native, "a C++17 compiler, then VCR1_NATIVE=cpu pip install -e . to see why"),

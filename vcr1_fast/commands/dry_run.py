@@ -123,7 +123,7 @@ def _whole(
     two = grown("learner", lambda report: report["updates"][-1]) if num_rows > 1 else one
     update, peak = to_rows(one, two, num_rows), peak_of(two)
     width = 4 if config.model.compute_dtype == "float32" else 2
-    engine = engine_bytes(config.rollout, width * size.params)
+    engine = engine_bytes(config.rollout, size, width)
     token_bytes = PATCHES_PER_TOKEN * PATCH_VALUES * 2
     clips = token_bytes * tokens.prompt * config.train.prompts_per_step // num_gpus
     static = {kind: peak.kinds.get(kind, 0) for kind in ("weights", "moments")} | engine

@@ -20,6 +20,7 @@ from vcr1_kernels.head_chunks import head_peak_bytes
 
 from vcr1_fast.learner.model_size import PATCH_VALUES, PATCHES_PER_TOKEN, ModelSize, read_model_size
 from vcr1_fast.learner.recompute import RECOMPUTE, Recompute
+from vcr1_fast.rollout.sgl import memory as sglang_memory
 from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, RolloutConfig, VideoConfig
 from vcr1_fast.video.resolution import FACTOR_PX, max_pixels_per_frame
 
@@ -127,7 +128,7 @@ def reduces_once(config: Config, size: ModelSize, num_gpus: int, gpu_gb: float) 
     tokens, config = plan_tokens(config, num_gpus), with_recompute(config, size, num_gpus, gpu_gb)
     if num_gpus == 1 or tokens.groups_per_gpu <= tokens.groups_per_row:
         return True
-    update = plan_memory(config, size, tokens, num_gpus, gpu_gb).by_phase()["update"]
+    update = plan_memory(config, size, tokens, num_gpus).by_phase()["update"]
     return sum(update.values()) + 4 * trained_params(config, size) / 1e9 <= USABLE_FRAC * gpu_gb
 
 
@@ -138,7 +139,7 @@ def with_recompute(config: Config, size: ModelSize, num_gpus: int, gpu_gb: float
         return config
     tokens = plan_tokens(config, num_gpus)
     modes = [replace(config, model=replace(config.model, gradient_checkpointing=mode)) for mode in RECOMPUTE]
-    updates = (plan_memory(mode, size, tokens, num_gpus, gpu_gb).by_phase()["update"] for mode in modes)
+    updates = (plan_memory(mode, size, tokens, num_gpus).by_phase()["update"] for mode in modes)
     fits = (sum(update.values()) <= USABLE_FRAC * gpu_gb for update in updates)
     return next((mode for mode, does_fit in zip(modes, fits, strict=True) if does_fit), modes[-1])
 
@@ -150,7 +151,7 @@ def check_memory(config: Config, num_gpus: int, gpu_gb: float) -> None:
     """
     size, tokens = read_model_size(config.model.path), plan_tokens(config, num_gpus)
     config = with_recompute(config, size, num_gpus, gpu_gb)
-    phases = plan_memory(config, size, tokens, num_gpus, gpu_gb).by_phase()
+    phases = plan_memory(config, size, tokens, num_gpus).by_phase()
     needed = {phase: sum(parts.values()) for phase, parts in phases.items()}
     if config.train.max_group_tokens is None and needed["update"] > USABLE_FRAC * gpu_gb:
         largest = _largest_group(config, size, tokens, num_gpus, gpu_gb)
@@ -179,7 +180,7 @@ def _largest_group(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus:
     def fits(hundreds: int) -> bool:
         row = 100 * hundreds
         alone = replace(tokens, groups_per_row=1, row=row, video=min(video, row), scored_rows=min(scored, row))
-        update = plan_memory(config, size, alone, num_gpus, gpu_gb).by_phase()["update"]
+        update = plan_memory(config, size, alone, num_gpus).by_phase()["update"]
         return sum(update.values()) <= USABLE_FRAC * gpu_gb
 
     return 100 * (bisect.bisect_left(range(1, tokens.group // 100 + 1), True, key=lambda n: not fits(n)))
@@ -190,7 +191,6 @@ def plan_memory(
     size: ModelSize,
     tokens: TokenPlan,
     num_gpus: int,
-    gpu_gb: float = SMALLEST_GPU_GB,
     *,
     has_whole_gradients: bool = False,
 ) -> MemoryPlan:
@@ -228,7 +228,7 @@ def plan_memory(
                 "frozen weights and adapters" if has_lora else "weights, float32": weights / num_gpus,
                 "AdamW, float32": 8 * trainable / num_gpus,
                 "reference": reference / num_gpus,
-                **engine_bytes(config.rollout, width * size.params, gpu_gb),
+                **engine_bytes(config.rollout, size, width),
             }
         ),
         update=_gb(_update_bytes(config, size, tokens, gathered, 4 * trainable / num_gpus, whole)),
@@ -245,12 +245,13 @@ def adapter_params(size: ModelSize, config: LoRAConfig) -> int:
     return config.rank * sum(sides.get(target, 0) for target in config.targets or sides)
 
 
-def engine_bytes(config: RolloutConfig, weight_bytes: int, gpu_gb: float = SMALLEST_GPU_GB) -> dict[str, float]:
-    """Of the learner's GPU. SGLang's share is of what is free when it starts; here of the whole GPU."""
+def engine_bytes(config: RolloutConfig, size: ModelSize, width: int) -> dict[str, float]:
+    """Of the learner's GPU. `width`: bytes of a weight of the engine."""
     if config.engine == "local":
-        return {"rollout engine": weight_bytes}
-    share = config.sglang.mem_fraction if config.sglang.placement == "colocated" else 0.0
-    return {f"SGLang, {share:g} of {gpu_gb:g} GB": share * gpu_gb * 1e9}
+        return {"rollout engine": width * size.params}
+    is_here = config.sglang.placement == "colocated"
+    num_bytes = sglang_memory.engine_bytes(config.sglang, size, width) if is_here else None
+    return {"SGLang, weights and KV cache": config.sglang.num_workers * (num_bytes or 0)}
 
 
 def _update_bytes(

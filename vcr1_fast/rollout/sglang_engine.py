@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.loading import read_config
+from vcr1_fast.learner.model_size import read_model_size
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
 from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.sampling import check_sampling
 from vcr1_fast.rollout.sgl import penalty
+from vcr1_fast.rollout.sgl.memory import BOUNDED_SHARE, memory_args
 from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.process import prepare_model_folder
 from vcr1_fast.rollout.sgl.round import Round
@@ -36,6 +38,7 @@ CPU_ARGS = {  # what runs without a GPU; on one, SGLang chooses
     "attention_backend": "torch_native",
     "mm_attention_backend": "sdpa",
     "sampling_backend": "pytorch",
+    "mem_fraction_static": BOUNDED_SHARE,
     "max_total_tokens": 16384,
     "sleep_on_idle": True,  # its scheduler would otherwise poll on a core that the learner needs
 }
@@ -271,7 +274,12 @@ def engine_args(
     *,
     can_penalise: bool = False,
 ) -> Mapping[str, Any]:
-    """What `sglang.Engine` is started with; `config.engine_args` has the last word."""
+    """What `sglang.Engine` is started with; `config.engine_args` has the last word.
+
+    Raises ConfigError when `config.memory_gb` is too small.
+    """
+    is_cpu = device.type == "cpu"
+    has_size = not is_cpu or config.memory_gb is not None
     return {
         "model_path": str(model_folder),
         "load_format": "dummy",  # weights come by message
@@ -280,11 +288,11 @@ def engine_args(
         "skip_tokenizer_init": True,
         "skip_server_warmup": True,
         "grammar_backend": "none",
-        "mem_fraction_static": config.mem_fraction,
         "custom_weight_loader": [CHECK_LOADER, ADAPTER_LOADER],
         "random_seed": seed,
         "log_level": "warning",
-        **(CPU_ARGS if device.type == "cpu" else {"base_gpu_id": device.index or 0}),
+        **(CPU_ARGS if is_cpu else {"base_gpu_id": device.index or 0}),
+        **(memory_args(config, read_model_size(str(model_folder)), dtype.itemsize) if has_size else {}),
         **(penalty.ENGINE_ARGS if can_penalise else {}),
         **({"enable_memory_saver": True} if config.release_memory and device.type == "cuda" else {}),
         **config.engine_args,

@@ -39,9 +39,9 @@ class SGLangConfig:
     num_workers: int = 1
     """Processes with an engine each: of each rank, or on a node without GPUs of `vcr1-fast serve` (with GPUs it starts
     one on each)."""
-    mem_fraction_static: float | None = None
-    """Share that SGLang takes, for weights and KV cache, of what is free on the GPU when it starts. Default: 0.35
-    colocated, else 0.85."""
+    memory_gb: float | None = None
+    """GB (1e9 bytes) of each engine for weights and KV cache; activations and CUDA graphs come on top. Default:
+    colocated the weights and 131,072 tokens (24 for 7B), else 0.85 of what is free on its GPU."""
     bucket_mb: int = 512
     """Weights are handed over in pieces of this size; cuda_ipc and broadcast take twice as much of the learner's
     memory."""
@@ -84,8 +84,10 @@ class SGLangConfig:
             require(getattr(self, name) >= 0, f"rollout.sglang.{name} is {getattr(self, name)}, wanted >= 0")
         for name in ("timeout_s", "start_timeout_s"):
             require(getattr(self, name) > 0, f"rollout.sglang.{name} is {getattr(self, name)}, wanted more than 0")
-        fraction = self.mem_fraction
-        require(0 < fraction < 1, f"rollout.sglang.mem_fraction_static is {fraction}, wanted in (0, 1)")
+        require(
+            self.memory_gb is None or self.memory_gb > 0,
+            f"rollout.sglang.memory_gb is {self.memory_gb}, wanted more than 0",
+        )
         for name in self.engine_args:
             reason = ENGINE_ARGS_REFUSED.get(name)
             require(reason is None, f"rollout.sglang.engine_args sets {name}: {reason}; leave it out")
@@ -93,14 +95,6 @@ class SGLangConfig:
             read_addresses(self.addresses)
         except ValueError as error:
             raise ConfigError(f"rollout.sglang.addresses: {error}") from None
-
-    @property
-    def mem_fraction(self) -> float:
-        """What `mem_fraction_static` stands for. Beside a learner that shards 7B over 8 GPUs of 80 GB it is 24 to 28
-        GB: 17 of weights, and at least 120,000 tokens of KV cache."""
-        if self.mem_fraction_static is not None:
-            return self.mem_fraction_static
-        return 0.35 if self.placement == "colocated" else 0.85
 
     def of_rank(self, rank: int, world_size: int) -> Self:
         """With the addresses of one rank alone. Raises ConfigError when there are fewer than ranks."""

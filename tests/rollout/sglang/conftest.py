@@ -66,7 +66,6 @@ def settings_for(python: str) -> SGLangConfig:
     """Small buckets, so that several are sent; long prompts go through the model in several pieces."""
     return SGLangConfig(
         python=python,
-        mem_fraction_static=0.1,
         bucket_mb=1,
         timeout_s=300,
         backoff_s=0.1,

@@ -276,6 +276,48 @@ def answers_have_what_is_read() -> None:
         assert f'"{name}"' in source, f"SGLang's answers have no {name}"
 
 
+def a_restart_beside_a_learner_gets_its_whole_cache() -> None:
+    """A bfloat16 7B on a GPU with 26 GiB free: SGLang's own sums give all tokens of the plan."""
+    from sglang.srt.mem_cache import kv_cache_configurator as configurator
+
+    told = json.loads(os.environ["ENGINE_ARGS"])
+    schedule = SimpleNamespace(mem_fraction_static=told["mem_fraction_static"], max_total_tokens=None)
+    free = {"before": 26.0, "after": 26.0 - 2 * 8_292_166_656 / 2**30}
+    parallel = SimpleNamespace(launch_world_size=1, pp_size=1, world_group=SimpleNamespace(cpu_group=None))
+    one = SimpleNamespace(world_size=1, cpu_group=None)
+    fakes = {"get_available_gpu_memory": lambda *_, **__: free["after"], "get_schedule": lambda: schedule}
+    fakes |= {"get_parallel": lambda: parallel, "get_mm": lambda: SimpleNamespace(mm_feature_transport=None)}
+    fakes["get_world_group"] = lambda: one  # 0.5.17's
+    for name, fake in fakes.items():
+        if hasattr(configurator, name):
+            setattr(configurator, name, fake)
+    asked = SimpleNamespace(device="cuda", gpu_id=0, mambaish_config=None, post_capture_kv_active=False)
+    asked.model_config = SimpleNamespace(is_multimodal=True)
+    asked.server_args = SimpleNamespace(pp_size=1)
+    cache = configurator.KVCacheConfigurator
+    num_bytes = cache._profile_available_bytes(asked, free["before"])  # pyright: ignore
+    num_tokens = num_bytes // 57_344
+    assert num_tokens > told["max_total_tokens"] == 131_072, num_tokens
+    schedule.max_total_tokens = told["max_total_tokens"]
+    assert cache._apply_token_constraints(asked, num_tokens) == told["max_total_tokens"]  # pyright: ignore
+    schedule.mem_fraction_static = 0.35  # a share of what is free, which the learner's memory makes small
+    try:
+        cache._profile_available_bytes(asked, free["before"])  # pyright: ignore
+    except (ValueError, RuntimeError):
+        pass
+    else:
+        raise AssertionError("a share of 0.35 would do as well")
+
+
+def a_token_takes_as_much_of_the_cache_as_the_plan_says() -> None:
+    """Of a bfloat16 7B: 2 x 28 layers x 4 heads x 128 x 2 bytes; SGLang's cache has a page more than its tokens."""
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    sizes = {"size": 15, "page_size": 1, "head_num": 4, "head_dim": 128, "layer_num": 28}
+    pool: Any = MHATokenToKVPool(**sizes, dtype=torch.bfloat16, device="cpu", enable_memory_saver=False)
+    assert sum(pool.get_kv_size_bytes()) == 16 * 57_344, pool.get_kv_size_bytes()
+
+
 def check_loader_is_found() -> None:
     from sglang.srt.utils import dynamic_import
 
@@ -296,6 +338,8 @@ CHECKS = [
     memory_by_tags,
     cuda_handle_is_rebuilt_by_sglang,
     answers_have_what_is_read,
+    a_restart_beside_a_learner_gets_its_whole_cache,
+    a_token_takes_as_much_of_the_cache_as_the_plan_says,
     check_loader_is_found,
 ]
 

@@ -9,6 +9,7 @@
     refuse      refuses a request
     unusable    does not start
     crash       ends before it connects
+    port        ends because a port is taken
     absent      is the real worker, in an interpreter without SGLang
     silent      never connects
     wrong       holds other weights than it was sent
@@ -55,6 +56,8 @@ def main(address: str) -> None:
     how = behaviour(Path(os.environ["SCRIPTED_WORKER_FOLDER"]))
     if how == "crash":
         sys.exit("this worker was told to crash")
+    if how == "port":
+        sys.exit("DistNetworkError: failed to listen, port: 29500, code: -98, name: EADDRINUSE")
     if how == "silent":
         time.sleep(3600)
     if how == "absent":
@@ -68,7 +71,8 @@ def main(address: str) -> None:
     if how == "unusable":
         channel.send("unusable", {"reason": "no such model"})
         return
-    channel.send("ready", {"limits": LIMITS, "version": "scripted", "pid": os.getpid()})
+    libraries = {"torch": "2.11.0+cu129", "cuda": "12.9", "nccl": "2.28.9"}
+    channel.send("ready", {"limits": LIMITS, "version": "scripted", "libraries": libraries, "pid": os.getpid()})
     version, num_requests = -1, 0
     held: list[Message] = []
     is_holding = how == "hold"

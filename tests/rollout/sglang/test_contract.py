@@ -26,6 +26,8 @@ CHECKS = [
     "memory_by_tags",
     "cuda_handle_is_rebuilt_by_sglang",
     "answers_have_what_is_read",
+    "a_restart_beside_a_learner_gets_its_whole_cache",
+    "a_token_takes_as_much_of_the_cache_as_the_plan_says",
     "check_loader_is_found",
 ]
 

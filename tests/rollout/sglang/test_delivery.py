@@ -19,9 +19,10 @@ from vcr1_fast.rollout.sgl import workers as sglang_workers
 from vcr1_fast.rollout.sgl.check import checksum
 from vcr1_fast.rollout.sgl.delivery import Broadcast, CudaIpc, Disk, Host, make_delivery, own_address, way_of
 from vcr1_fast.rollout.sgl.feed import Feed
+from vcr1_fast.rollout.sgl.libraries import Libraries, check_nccl
 from vcr1_fast.rollout.sgl.link import WorkerGoneError
 from vcr1_fast.rollout.sgl.messages import Message
-from vcr1_fast.rollout.sgl.weights import WeightTable
+from vcr1_fast.rollout.sgl.weights import WeightStore, WeightTable
 from vcr1_fast.rollout.sgl.workers import Seat, Workers
 from vcr1_fast.settings.error import ConfigError
 from vcr1_fast.settings.learning import SGLangConfig
@@ -286,6 +287,40 @@ def test_a_load_that_breaks_off_leaves_nobody_reading(learner):
     assert_holds(worker, weights(2))
 
 
+def test_the_host_copy_is_made_of_what_is_sent(monkeypatch, tmp_path):
+    """A copy of the float32 weights would move twice as much from a GPU, and leave the rounding to a core."""
+    placed: list[torch.dtype] = []
+    place, bfloat16 = WeightStore.place, torch.bfloat16
+
+    def recorded(store: WeightStore, name: str, value: torch.Tensor) -> None:
+        placed.append(value.dtype)
+        place(store, name, value)
+
+    monkeypatch.setattr(WeightStore, "place", recorded)
+    learner = Learner("cuda_ipc", tmp_path)
+    host = Host(BUCKET_BYTES, bfloat16)
+    learner.delivery = CudaIpc(BUCKET_BYTES, bfloat16, host, learner._share, learner._release)
+    learner.worker()
+    assert learner.push(weights(1), 1) == {} and placed == [bfloat16] * len(SHAPES)
+    assert_holds(learner.replace(0, 1), [(name, value.bfloat16()) for name, value in weights(1)])
+
+
+def test_a_broadcast_needs_one_nccl(start, monkeypatch):
+    """torch 2.11 and 2.14 bring two; the scripted worker says that it has the older one."""
+    ours = Libraries("2.14.1+cu130", "13.0", "2.30.7")
+    monkeypatch.setattr(Libraries, "here", lambda: ours)
+    [seat] = start(["ok"], has_weights=False)._workers.seats
+    theirs = Libraries("2.11.0+cu129", "12.9", "2.28.9")
+    assert seat.worker.libraries == theirs
+    learner = Broadcast(BUCKET_BYTES, FLOAT, None, torch.device("cuda", 0), "127.0.0.1", "g")
+    feed = Feed([seat], count().__next__, 1, 5.0, False)
+    said = r"worker-0 has NCCL 2\.28\.9 \(torch 2\.11\.0\+cu129\) .* 2\.30\.7 .*`pip install torch==2\.11\.0`"
+    with pytest.raises(ConfigError, match=said):
+        learner.push(weights(1), WeightTable(), feed, [seat])
+    check_nccl(ours, replace(theirs, nccl="2.30.7"), "w")
+    assert ours.pip_line(replace(ours, nccl="2.29.7")) == "pip install nvidia-nccl-cu13==2.29.7"
+
+
 def test_the_way_follows_the_placement(monkeypatch, tmp_path):
     gpu = torch.device("cuda", 0)
     far = SGLangConfig(**FAR)
@@ -295,13 +330,16 @@ def test_the_way_follows_the_placement(monkeypatch, tmp_path):
     assert way_of(SGLangConfig(), gpu) == "cuda_ipc"
     assert way_of(far, gpu) == "broadcast"
     assert way_of(SGLangConfig(weights="disk"), gpu) == "disk"
-    with pytest.raises(ConfigError, match="learner is on cpu"):
+    with pytest.raises(ConfigError, match="learner is on a CPU"):
         way_of(SGLangConfig(weights="cuda_ipc"), CPU)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
     assert not sglang_ipc.has_handles()
-    assert way_of(SGLangConfig(), gpu) == "broadcast"
-    with pytest.raises(ConfigError, match="expandable_segments"):
-        way_of(SGLangConfig(weights="cuda_ipc"), gpu)
+    for asked in ("auto", "cuda_ipc"):
+        with pytest.raises(ConfigError, match=r"expandable_segments.*shared_memory"):
+            way_of(SGLangConfig(weights=asked), gpu)
+    assert way_of(far, gpu) == "broadcast"
+    with pytest.raises(ConfigError, match="no two processes on one GPU"):
+        way_of(SGLangConfig(weights="broadcast"), gpu)
     for way, kind in (("shared_memory", Host), ("broadcast", Broadcast), ("disk", Disk)):
         config = replace(SGLangConfig(), weights=way)
         assert isinstance(make_delivery(config, FLOAT, CPU, tmp_path), kind)

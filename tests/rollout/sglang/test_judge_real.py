@@ -144,7 +144,6 @@ def server(sglang_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "host": host,
         "port": port,
         "api_key": KEY,
-        "mem_fraction_static": 0.1,
         "grammar_backend": "none",
         "skip_server_warmup": True,
     }

@@ -116,6 +116,40 @@ def test_a_start_that_fails_says_why(start, how, words):
         start([how], start_timeout_s=2.0 if how == "silent" else 60.0)
 
 
+def test_a_first_start_that_loses_a_port_is_begun_again(start, prompts):
+    engine = start(["port", "port", "ok"], max_restarts=2)
+    assert first_ids(engine.generate(prompts, SAMPLING)) == wanted(prompts)
+    with pytest.raises(RuntimeError, match=r"(?s)does not start: .*EADDRINUSE"):
+        start(["port"], max_restarts=1)
+
+
+def test_the_learners_cached_memory_goes_back_before_each_start(start, prompts, monkeypatch):
+    emptied: list[None] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))
+    engine = start(["die 1", "ok"])
+    assert len(emptied) == 1
+    engine.generate(prompts, SAMPLING)
+    assert len(emptied) == 2
+
+
+def test_of_the_trainers_environment_a_worker_gets_no_rank_and_finds_its_own_programs(monkeypatch, tmp_path):
+    """What torchrun sets; with TORCHELASTIC_USE_AGENT_STORE SGLang would wait for a store that nobody serves."""
+    names = [f"{of}{name}" for of in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")]
+    names += ["ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"]
+    names += [f"TORCHELASTIC_{name}" for name in ("RESTART_COUNT", "MAX_RESTARTS", "RUN_ID", "USE_AGENT_STORE")]
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    environment = sglang_process.child_environment("bin/python")
+    assert not set(names) & set(environment)
+    assert environment["PATH"] == f"{tmp_path}/bin:/usr/bin"
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3"
+
+
 def test_weights_that_did_not_arrive_stop_the_run(start):
     engine = start(["wrong"], has_weights=False)
     with pytest.raises(RuntimeError, match="does not hold the weights"):

@@ -153,23 +153,26 @@ def test_a_first_load_that_breaks_off_does_not_say_which_weights_there_are():
 
 
 def test_checksum_by_hand_and_what_it_sees(monkeypatch):
-    """Bits of 1, 2 and -1 as int32: 0x3F800000, 0x40000000, 0xBF800000 less 2^32."""
-    bits = [0x3F800000, 0x40000000, 0xBF800000 - (1 << 32)]
+    """Words of 1, 2 and -1 in float32, which are 0x3F800000, 0x40000000 and 0xBF800000: the first is the lower half."""
+    words = [0x40000000_3F800000, 0xBF800000]
     value = torch.tensor([1.0, 2.0, -1.0])
-    assert sglang_check.checksum(value) == [
-        sum(bits) % (1 << 64),
-        sum((i + 1) * b for i, b in enumerate(bits)) % (1 << 64),
-    ]
+    assert sglang_check.checksum(value) == [sum(words) % (1 << 64), (words[0] + 2 * words[1]) % (1 << 64)]
+    assert sglang_check.checksum(torch.tensor([0.0, 1.0, 2.0, -1.0])[1:]) == sglang_check.checksum(value)
+    assert sglang_check.checksum(torch.tensor([0.0, 1.0, 2.0])[1:]) == [words[0]] * 2  # begins within a word
+    assert sglang_check.checksum(torch.full((2,), -1, dtype=torch.int64)) == [2**64 - 2, 2**64 - 3]
     matrix = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
     whole = sglang_check.checksum(matrix)
     wider = torch.zeros(50, 9).bfloat16()
     wider[:, :7] = matrix
-    monkeypatch.setattr(sglang_check, "_CHUNK", 20)  # in pieces of two rows
+    monkeypatch.setattr(sglang_check, "_PART_BYTES", 250)  # in pieces of 16 rows of 14 bytes
     assert sglang_check.checksum(matrix) == sglang_check.checksum(wider[:, :7]) == whole
     swapped = matrix.clone()
-    swapped[[3, 30]] = swapped[[30, 3]]
+    swapped[4:8], swapped[28:32] = matrix[28:32], matrix[4:8]  # seven whole words
     assert sglang_check.checksum(swapped)[0] == whole[0]
     assert sglang_check.checksum(swapped)[1] != whole[1]
+    swapped = matrix.clone()
+    swapped[[3, 30]] = swapped[[30, 3]]
+    assert sglang_check.checksum(swapped) != whole
     changed = matrix.clone()
     changed[17, 3] += 2**-6 * changed[17, 3].abs()
     assert sglang_check.checksum(changed)[0] != whole[0]

@@ -110,7 +110,7 @@ def killed(run_demo, sglang_python: str) -> tuple[Outcome, list[int]]:
                 os.kill(pid, signal.SIGKILL)
 
     options = ("--rollout.engine=sglang", f"--rollout.sglang.python={sglang_python}")
-    options += ("--rollout.sglang.mem_fraction_static=0.1", "--rollout.sglang.backoff_s=0.1")
+    options += ("--rollout.sglang.backoff_s=0.1",)
     return run_demo("sglang", *options, watch=kill), pids
 
 

@@ -11,7 +11,7 @@ before all have. After a worker's first load it compares checksums (check.py).
 A worker that is started again gets its weights from host memory (`Host`), from the files (`Disk`), never from the
 learner: gathering shards is a collective, and the other ranks do not know of this worker. For that cuda_ipc and
 broadcast keep a copy of the weights in host memory, too; `rollout.sglang.keep_host_copy` false saves it, and the loss
-of a worker then ends the run. The copy is made from the same whole tensors, so shards are gathered once.
+of a worker then ends the run. The copy is made from the buckets that are sent, so shards are gathered once.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from vcr1_fast.rollout.addresses import Address, read_addresses
 from vcr1_fast.rollout.sgl import ipc
 from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.group import UpdateGroup
+from vcr1_fast.rollout.sgl.libraries import Libraries, check_nccl
 from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, WeightTable, in_batches
 from vcr1_fast.run.tensor_files import write_tensors
 from vcr1_fast.settings.error import require
@@ -71,13 +72,16 @@ class Host:
     def refeed(self, feed: Feed) -> None:
         self._send(self._store.all(), feed)
 
-    def copying(self, weights: Weights, table: WeightTable) -> Iterator[tuple[str, Tensor]]:
-        """Passes the weights on, and keeps each."""
+    def begin_copy(self, table: WeightTable) -> None:
+        """Before the first `keep` of a load."""
         if not table.is_named:
             self._store.close()
-        for name, value in weights:
-            self._store.place(name, value)
-            yield name, value
+
+    def keep(self, batch: Batch) -> None:
+        """Copy the weights of a bucket, which have the dtype that they are sent in: a copy from a GPU that also changes
+        the dtype moves float32, and one core changes it."""
+        for slot in batch.slots:
+            self._store.place(slot.name, slot.of(batch.flat_B))
 
     def close(self) -> None:
         self._store.close()
@@ -104,8 +108,13 @@ class _Streamed:
         self._copy.refeed(feed)
 
     def _batches(self, weights: Weights, table: WeightTable) -> Iterator[tuple[Batch, bool]]:
-        kept = self._copy.copying(weights, table) if self._copy else weights
-        return in_batches(kept, self._bucket_bytes, self._dtype)
+        """Each is kept when the next one is asked for: the workers load it meanwhile."""
+        if self._copy:
+            self._copy.begin_copy(table)
+        for batch, is_last in in_batches(weights, self._bucket_bytes, self._dtype):
+            yield batch, is_last
+            if self._copy:
+                self._copy.keep(batch)
 
 
 class CudaIpc(_Streamed):
@@ -185,6 +194,9 @@ class Broadcast(_Streamed):
     def _group_of(self, seats: Sequence[Seat], feed: Feed) -> UpdateGroup:
         if self._group and all(seat.group == self._group.name for seat in seats):
             return self._group
+        if self._device.type == "cuda":
+            for seat in seats:
+                check_nccl(Libraries.here(), seat.worker.libraries, seat.worker.name)
         previous = self._group.name if self._group else ""
         self._leave()
         self._num_groups += 1
@@ -262,19 +274,25 @@ class Disk:
 def way_of(config: SGLangConfig, device: torch.device) -> str:
     """What `rollout.sglang.weights` auto stands for; any other value is given back. `device`: of the learner.
 
-    Raises ConfigError for cuda_ipc where it cannot work.
+    Raises ConfigError for cuda_ipc and broadcast where they cannot work.
     """
-    has_handles = device.type == "cuda" and ipc.has_handles()
-    if config.weights == "auto":
-        if device.type != "cuda":
-            return "shared_memory"
-        return "cuda_ipc" if config.placement == "colocated" and has_handles else "broadcast"
+    is_gpu, is_shared = device.type == "cuda", config.placement == "colocated"
+    way = config.weights
+    if way == "auto":
+        way = "shared_memory" if not is_gpu else "cuda_ipc" if is_shared else "broadcast"
+    require(way != "cuda_ipc" or is_gpu, f"rollout.sglang.weights is {way}, wanted auto: the learner is on a CPU")
     require(
-        config.weights != "cuda_ipc" or has_handles,
-        f"rollout.sglang.weights is cuda_ipc and the learner is on {device.type}, wanted a GPU and no "
-        "expandable_segments in PYTORCH_CUDA_ALLOC_CONF; auto chooses what works",
+        way != "cuda_ipc" or ipc.has_handles(),
+        "weights go to a worker on the same GPU by cuda_ipc, but PYTORCH_CUDA_ALLOC_CONF asks for expandable_segments, "
+        "whose memory no other process can open: take them out, or set rollout.sglang.weights to shared_memory, which "
+        "copies every push through host memory",
     )
-    return config.weights
+    require(
+        not (way == "broadcast" and is_gpu and is_shared),
+        "rollout.sglang.weights is broadcast and rollout.sglang.placement is colocated, but NCCL takes no two "
+        "processes on one GPU: set rollout.sglang.weights to auto",
+    )
+    return way
 
 
 def make_delivery(config: SGLangConfig, dtype: torch.dtype, device: torch.device, folder: Path) -> Delivery:

@@ -6,11 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from vcr1_fast.rollout.sgl.libraries import Libraries
 from vcr1_fast.rollout.sgl.messages import Channel, Message
 
 
 class WorkerGoneError(Exception):
-    """The worker ended or does not answer. The engine starts another one."""
+    """The worker ended or does not answer. The engine starts another one.
+
+    `is_port_taken`: in its start, by a port that it had chosen and another process took before it was bound.
+    """
+
+    def __init__(self, what: str, *, is_port_taken: bool = False) -> None:
+        super().__init__(what)
+        self.is_port_taken = is_port_taken
 
 
 class WorkerLink(ABC):
@@ -24,6 +32,7 @@ class WorkerLink(ABC):
         self.name = name
         self.limits: Mapping[str, int] = {}  # what requests are checked against, see video.check_request
         self.version = ""  # of SGLang
+        self.libraries = Libraries("", "", "")
         self.num_starts = 0
         self._channel: Channel | None = None
 
@@ -88,6 +97,7 @@ class WorkerLink(ABC):
         if ready.kind != "ready":
             raise self._gone(f"cannot run: {ready.fields.get('reason', ready.kind)}")
         self.limits, self.version = ready.fields["limits"], ready.fields["version"]
+        self.libraries = Libraries(**ready.fields["libraries"])
 
     def _drop_channel(self) -> None:
         if self._channel is not None:

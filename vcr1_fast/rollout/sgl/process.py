@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import vcr1_fast
 from vcr1_fast.rollout.sgl.link import WorkerGoneError as WorkerGoneError
@@ -22,13 +26,16 @@ from vcr1_fast.run.stop_signals import kept_from_children
 WORKER_MODULE = "vcr1_fast.rollout.sgl.worker"
 STOP_WAIT_S = 15.0
 LOG_TAIL_LINES = 15
-# Of the trainer's environment: what would make SGLang join the trainer's process group, run its kernels in Triton's
-# interpreter, or share memory in a form that CUDA IPC does not know; and a secret that it does not need.
+PORT_TAKEN = re.compile("EADDRINUSE|Address already in use", re.IGNORECASE)  # torch's words, and the C library's
+# Of the trainer's environment: what would make SGLang join the trainer's process group or wait at torchrun's store, run
+# its kernels in Triton's interpreter, or share memory in a form that CUDA IPC does not know; and a secret that it does
+# not need. torchrun's are in torch/distributed/elastic/agent/server/local_elastic_agent.py.
 _NOT_INHERITED = {
-    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("TORCHELASTIC_RUN_ID", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "TRITON_INTERPRET"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "TRITON_INTERPRET"),
     *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "VCR1_ROLLOUT_KEY"),
 }
+_NOT_INHERITED_BEGIN = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 _PREPROCESSOR = {  # of Qwen2.5-VL; SGLang opens the checkpoint's processor although no picture goes through it
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
@@ -48,6 +55,7 @@ class Child:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._listener: Listener | None = None
+        self._log_begins = 0  # of the process that runs
 
     @property
     def pid(self) -> int:
@@ -63,10 +71,11 @@ class Child:
         """Begin a process and return. Raises OSError when the interpreter cannot be run."""
         self.kill()
         self._listener = Listener(self._folder)
-        environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        environment = child_environment(self._python)
         # Our package alone, through a link: its folder may hold all packages of the trainer, in the trainer's versions.
         environment |= {"PYTHONPATH": str(self._package_folder()), KEY_VARIABLE: self._listener.key.hex()}
         with self.log.open("ab") as log, kept_from_children():
+            self._log_begins = log.tell()
             # An own session: Ctrl-C ends the run in order, and the process group can be killed as a whole.
             self._process = subprocess.Popen(
                 [self._python, "-m", WORKER_MODULE, self._listener.address],
@@ -111,12 +120,16 @@ class Child:
     def last_words(self) -> str:
         """Of its process that ended, if it did, and of its log."""
         code = self.exit_code
-        try:
-            tail = "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:])
-        except OSError:
-            tail = "(no log)"
+        tail = "\n".join(self.printed().splitlines()[-LOG_TAIL_LINES:])
         ended = f"; its process ended with {code}" if code is not None else ""
         return f"{ended}. The end of its log {self.log}:\n{tail}"
+
+    def printed(self) -> str:
+        """By the process that was started last."""
+        try:
+            return self.log.read_bytes()[self._log_begins :].decode(errors="replace")
+        except OSError:
+            return "(no log)"
 
     def _package_folder(self) -> Path:
         folder = self._folder / "package"
@@ -124,6 +137,18 @@ class Child:
             folder.mkdir()
             (folder / "vcr1_fast").symlink_to(Path(vcr1_fast.__file__).resolve().parent)
         return folder
+
+
+def child_environment(python: str) -> dict[str, str]:
+    """This process's environment as a process of the interpreter `python` may have it: see _NOT_INHERITED. The programs
+    of its environment come first: SGLang calls `ninja` by name when it compiles kernels."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _NOT_INHERITED and not name.startswith(_NOT_INHERITED_BEGIN)
+    }
+    programs = os.path.abspath(os.path.dirname(shutil.which(python) or python))  # an environment's python is a link
+    return environment | {"PATH": os.pathsep.join([programs, environment.get("PATH", os.defpath)])}
 
 
 class WorkerProcess(WorkerLink):
@@ -141,6 +166,7 @@ class WorkerProcess(WorkerLink):
 
     def start(self) -> None:
         self.kill()
+        torch.cuda.empty_cache()  # of what the learner has cached the engine needs a part; nothing without a GPU
         self.num_starts += 1
         self._child.start()
 
@@ -164,8 +190,9 @@ class WorkerProcess(WorkerLink):
 
     def _gone(self, what: str) -> WorkerGoneError:
         words = self._child.last_words()
+        is_port_taken = bool(PORT_TAKEN.search(self._child.printed()))
         self.kill()
-        return WorkerGoneError(what + words)
+        return WorkerGoneError(what + words, is_port_taken=is_port_taken)
 
 
 def prepare_model_folder(checkpoint: Path, folder: Path) -> Path:

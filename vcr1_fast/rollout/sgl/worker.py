@@ -5,7 +5,7 @@ library, torch and SGLang. Started by process.py: by the trainer itself, which i
 by `vcr1-fast serve`, which brings the trainer's connection later (serving.py).
 
     trainer -> worker                                    worker -> trainer
-    start {engine_args}                                  ready {limits, version} or unusable {reason}
+    start {engine_args}                                  ready {limits, version, libraries} or unusable {reason}
     generate {id, ...} + ids, positions, patches         completions | refused | failed | aborted, with the id
     abort {id}                                           aborted {id}
     interrupt                                            completions of all requests, as far as they are
@@ -27,11 +27,13 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vcr1_fast.rollout.sgl.libraries import Libraries
 from vcr1_fast.rollout.sgl.messages import KEY_VARIABLE, Channel, Message, connect
 from vcr1_fast.rollout.sgl.penalty import request_arguments
 from vcr1_fast.rollout.sgl.pixels import unpack
@@ -115,7 +117,8 @@ class Worker:
     def run(self) -> None:
         """Until the trainer closes the connection."""
         loop: asyncio.AbstractEventLoop = self._engine.loop
-        self._channel.send("ready", {"limits": self._limits, "version": self._version, "pid": os.getpid()})
+        facts = {"limits": self._limits, "version": self._version, "libraries": asdict(Libraries.here())}
+        self._channel.send("ready", {**facts, "pid": os.getpid()})
         threading.Thread(target=self._read, args=(loop,), daemon=True).start()
         loop.run_until_complete(self._closed.wait())
         _limit_the_end()

@@ -83,7 +83,7 @@ class Workers:
             for seat in self.seats:
                 seat.worker.start()
             for seat in self.seats:
-                seat.worker.wait_ready(config.start_timeout_s)
+                self._wait_for_first_start(seat.worker)
         except WorkerGoneError as error:
             self.close()
             raise RunError(f"SGLang does not start: its worker {error}") from error
@@ -171,6 +171,18 @@ class Workers:
         self._delivery.close()
         if self._adapters:
             self._adapters.close()
+
+    def _wait_for_first_start(self, worker: WorkerLink) -> None:
+        """Begins it once more when another process took a port of SGLang's: it draws some 15 s before it binds them."""
+        for _ in range(self._config.max_restarts):
+            try:
+                return worker.wait_ready(self._config.start_timeout_s)
+            except WorkerGoneError as error:
+                if not error.is_port_taken:
+                    raise
+                print(f"SGLang worker {worker.name} is started again: a port of its choice was taken", file=sys.stderr)
+                worker.start()
+        worker.wait_ready(self._config.start_timeout_s)
 
     def _feed(self, seats: Sequence[Seat]) -> Feed:
         has_adapters = self._adapters is not None
