@@ -54,7 +54,7 @@ def ask_command(asked: Asked, overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(f"there is no video {asked.video}")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
         model = named_model(asked.model)
-    config = _settings(load_settings(Config, model.settings, overrides), model.path)
+    config = model.put_into(_settings(load_settings(Config, model.settings, overrides)))
     tasks = {PlainQuestion.name: PlainQuestion(config.task), **make_tasks(config.task, judge=config.judge)}
     with contextlib.closing(open_reader(replace(config.video, reader="pyav"))) as reader:
         probe = reader.probe(str(Path(asked.video).expanduser().absolute()))
@@ -67,11 +67,10 @@ def ask_command(asked: Asked, overrides: list[str]) -> dict[str, Any]:
     return result
 
 
-def _settings(config: Config, path: str) -> Config:
+def _settings(config: Config) -> Config:
     """Those of an evaluation of one video, which needs no workers and no annotation files."""
     video = replace(config.eval_video, num_workers=0)
-    rollout, model = replace(config.rollout, engine="local"), replace(config.model, path=path)
-    return replace(config, model=model, data=DataConfig(), video=video, rollout=rollout)
+    return replace(config, data=DataConfig(), video=video, rollout=replace(config.rollout, engine="local"))
 
 
 def _example(asked: Asked, probe: Probe, tasks: dict[str, Task], config: Config) -> Example:

@@ -30,6 +30,7 @@ from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run import exit_codes
 from vcr1_fast.run.checkpoint import RunState, save_checkpoint
+from vcr1_fast.run.checkpoint_files import recorded_model
 from vcr1_fast.run.checkpoint_model import with_model_of_checkpoint
 from vcr1_fast.run.export import (
     ADAPTER_CONFIG,
@@ -41,6 +42,7 @@ from vcr1_fast.run.export import (
 )
 from vcr1_fast.run.folder import prepare_output_dir
 from vcr1_fast.run.folder_lock import locked_folder
+from vcr1_fast.run.hub import with_hub_model
 from vcr1_fast.run.model_folder import CONFIG_FILE, TRAINED_WITH, model_digest, model_folder, read_json
 from vcr1_fast.run.random_state import seed_generators
 from vcr1_fast.run.sources import describe_eval_video, eval_builder, open_source, prompt_limits
@@ -72,6 +74,7 @@ class Run:
     quarantine: Quarantine
     kernels: KernelChoice
     export: ExportPlan | None  # of a command that exports
+    asked_model: str  # model.path before a model of the Hub got its commit, or a checkpoint became a folder
 
     def train_stream(self, *, needs_target: bool = False) -> PromptStream:
         self.source.loader.start()  # as in open_engine
@@ -128,7 +131,7 @@ class Run:
         where = (step, prompts.position, num_tokens, policy_version)
         of_run = (self.source.name, config_to_yaml(self.config), self.base_digest, program)
         digests = {"data": prompts.digest, "prompts": prompt_digests(self.tasks)}
-        return RunState(*where, *of_run, **digests, has_signal=False)
+        return RunState(*where, *of_run, **digests, asked_model=self.asked_model, has_signal=False)
 
     @cached_property
     def base_digest(self) -> str:
@@ -179,6 +182,8 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
     with contextlib.ExitStack() as opened:
         opened.callback(shutdown, world)
         check_settings(config, command, world.world_size)
+        asked_model = config.model.path
+        config = with_hub_model(config, world, recorded_model(config) if writes and world.is_main else None)
         if command == "train" and world.device.type == "cuda":
             memory_gb = torch.cuda.get_device_properties(world.device).total_memory / 1e9
             check_memory(config, world.world_size, memory_gb)
@@ -205,7 +210,7 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         export = planned_export(config, folder, source.name, world) if has_export else None
         seen_in_evaluation = opened.enter_context(eval_builder(config, builder, source, proof.choice))
         parts = (source, builder, seen_in_evaluation, quarantine)
-        run = Run(config, world, folder, tasks, *parts, proof.choice, export)
+        run = Run(config, world, folder, tasks, *parts, proof.choice, export, asked_model)
         lines = [run.describe(), *proof.lines(), quarantine.describe(), describe_eval_video(config)]
         say("\n".join(filter(None, lines)))
         yield run

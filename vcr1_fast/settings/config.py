@@ -46,8 +46,8 @@ class ModelConfig:
     """The policy."""
 
     path: str = "tiny"
-    """Folder of a Hugging Face Qwen2.5-VL checkpoint, or `tiny` for the 1 M parameter model in the package. For eval
-    also a checkpoint of a run, RUN/checkpoints/step_000100."""
+    """Folder of a Hugging Face Qwen2.5-VL checkpoint, or its id on the Hub, owner/name or owner/name@revision; `tiny`:
+    the 1 M parameter model in the package. For eval also a checkpoint of a run, RUN/checkpoints/step_000100."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of forward and backward; master weights stay float32. auto: bfloat16 on CUDA, float32 on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
