@@ -44,7 +44,7 @@ def log_answers(run: Run, telemetry: Telemetry, step: int, groups: Sequence[Roll
     if is_kept:
         with telemetry.forgiven("samples"):
             write_samples(run.folder / "samples" / f"step_{step}.jsonl", rows)
-        telemetry.log_text(step, "samples", "\n\n".join(map(as_text, rows[:MAX_TEXT_GROUPS])))
+        telemetry.log_media(step, {"samples": "\n\n".join(map(as_text, rows[:MAX_TEXT_GROUPS]))}, {})
     if is_printed:
         row = rows[step // config.print_every % len(rows)]  # not always the first of its step
         say("\n".join(answer_lines(row, console.width)))

@@ -46,7 +46,7 @@ from vcr1_fast.run.hub import with_hub_model
 from vcr1_fast.run.model_folder import CONFIG_FILE, TRAINED_WITH, model_digest, model_folder, read_json
 from vcr1_fast.run.random_state import seed_generators
 from vcr1_fast.run.sources import describe_eval_video, eval_builder, open_source, prompt_limits
-from vcr1_fast.run.telemetry import say
+from vcr1_fast.run.telemetry import Telemetry, say
 from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.checks import RunCommand, check_settings
 from vcr1_fast.settings.config import Config, ConfigError
@@ -108,6 +108,12 @@ class Run:
             max_batch_rows=rollout.max_batch_rows,
             max_batch_tokens=rollout.max_batch_tokens,
         )
+
+    def open_telemetry(self, resume_step: int) -> Telemetry:
+        """`resume_step`: of the checkpoint that the run goes on from, 0 of a new run."""
+        train = self.config.train
+        to = (train.log_to, config_to_yaml(self.config))
+        return Telemetry(self.folder, self.world.rank, resume_step, train.watchdog_s, *to)
 
     def describe(self) -> str:
         """One line on what this run uses, chosen now and not changed later."""

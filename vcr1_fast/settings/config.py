@@ -241,6 +241,8 @@ class TrainConfig:
     resume: str = "auto"
     """auto: continue from the newest checkpoint in output_dir if there is one. never: start anew (the folder
     must not hold checkpoints). Or the path of one checkpoint."""
+    log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where metrics, the configuration, samples and pictures of their clips go beside metrics.jsonl and samples/."""
     samples_every: int = 10
     """Steps between files samples/step_N.jsonl, the answers of up to 32 groups of that step; 0: never."""
     print_every: int = 10
