@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # As huggingface_hub.utils.validate_repo_id allows, with an owner: bare names such as gpt2 are names of folders, too.
-_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[^\s@]+))?", re.ASCII)
+_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]{,95}/[A-Za-z0-9_][\w.-]{,95})(@(?P<revision>[^\s@]{1,200}))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

@@ -22,8 +22,8 @@ from vcr1_fast.types import Box, Interval
 from vcr1_fast.video.draw import BACKGROUND, GIVEN, LINE_PX, SPAN, outline, pixel
 from vcr1_fast.video.reader import Probe, Reader
 
-TICKS_PER_S = 90_000  # MPEG's clock: whole ticks for each frame at 24, 25, 30, 50, 60 and 30000/1001 a second
-CODECS = {"libx264": {"crf": "18", "preset": "veryfast"}, "mpeg4": {"q": "3"}}  # the first that FFmpeg has here
+TICKS_PER_S = 60_000  # whole ticks for a frame at 24, 25, 30, 50, 60 and 30000/1001 a second; MPEG-4 takes up to 65,535
+CODECS = {"libx264": {"crf": "18", "preset": "veryfast"}, "mpeg4": {"b": "20M"}}  # the first that FFmpeg has here
 BT709 = 1  # in FFmpeg's list of colour spaces
 PLAYHEAD = (20, 20, 20)
 
