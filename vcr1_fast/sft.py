@@ -38,7 +38,7 @@ def _sft(run: Run) -> dict[str, Any]:
     learner = Learner(config, run.world, config.sft.num_steps, run.kernels)
     state = load_state(run, learner, prompts, "sft")
     prompts.position, num_tokens, has_signal = state.position, state.num_tokens, state.has_signal
-    telemetry = Telemetry(run.folder, run.world.rank, state.step, config.train.watchdog_s)
+    telemetry = run.open_telemetry(state.step)
     with Stopping(config.checkpoint, config.sft.num_steps, run.world) as stopping:
         for step in range(state.step + 1, config.sft.num_steps + 1):
             with telemetry.span("prompts"):

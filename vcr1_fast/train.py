@@ -20,7 +20,7 @@ from vcr1_fast.run.metrics import merged, rollout_metrics, update_metrics
 from vcr1_fast.run.resuming import load_state
 from vcr1_fast.run.run import Run, due, export_model, open_run, open_weight_sync, outcome, sampling_of, save_state
 from vcr1_fast.run.stopping import Stopping
-from vcr1_fast.run.telemetry import Telemetry, say
+from vcr1_fast.run.telemetry import say
 from vcr1_fast.settings.config import Config
 
 
@@ -48,7 +48,7 @@ def _train(run: Run) -> dict[str, Any]:
     queue = RolloutQueue(engine, collector, prompts, partial(sampling_of, config, world), run.builder.decode)
     task_scale = TaskScale(config.algorithm.scale_decay, state.task_scale)
     sync = open_weight_sync(run, learner, engine, state.policy_version)
-    telemetry = Telemetry(run.folder, world.rank, state.step, config.train.watchdog_s)
+    telemetry = run.open_telemetry(state.step)
 
     def score(step: int) -> Scores:
         with telemetry.span("eval"), queue.paused():

@@ -12,9 +12,10 @@ import pytest
 from vcr1_fast import cli
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.synth.config import SynthConfig
-from vcr1_fast.synth.dataset import write_dataset
+from vcr1_fast.synth.dataset import write_dataset, write_mp4
 from vcr1_fast.types import Completion
 from vcr1_fast.video.draw import GIVEN, SPAN
+from vcr1_fast.video.draw_clip import PLAYHEAD
 
 TRACK = "0.10,0.20,0.50,0.60"
 
@@ -132,7 +133,7 @@ def test_a_plain_question_goes_as_it_is_and_ends_where_it_is_told_to(clips, tmp_
         (["tiny", "{clip}", "q", "--task=object_tracking", "--box=0,0,1,x"], 2, "--box is '0,0,1,x', wanted numbers"),
         (["tiny", "{clip}", "q", "--task=object_tracking", "--box=0,0,1"], 2, "--box is '0,0,1', wanted four numbers"),
         (["tiny", "{clip}", "q", "--task=object_tracking", "--box=0,0,2,1"], 2, "box 0 is [0.0, 0.0, 2.0, 1.0], want"),
-        (["tiny", "bad.mp4", "q", "--save=a.mp4"], 2, "--save is a.mp4, wanted a name that ends in .png"),
+        (["tiny", "bad.mp4", "q", "--save=a.gif"], 2, "--save is a.gif, wanted a name that ends in .png or"),
         (["tiny", "bad.mp4", "q", "--video.max_fames=3"], 2, "did you mean video.max_frames?"),
         (["tiny", "bad.mp4", "q", "--temperature=hot"], 2, "eval.temperature is 'hot' on the command line"),
     ],
@@ -183,3 +184,71 @@ def test_predict_answers_rows_without_labels_once(clips, tmp_path, capsys, monke
 def test_predict_names_a_folder_that_is_not_there(capsys, tmp_path):
     code, out, err = run(capsys, "predict", "rows.jsonl", "--output", str(tmp_path / "no" / "said.jsonl"))
     assert (code, out, err.count("\n")) == (2, "", 1) and "does not exist: make that folder" in err
+
+
+def frames_of(file: Path) -> tuple[list[np.ndarray], list[float], str]:
+    """[H, W, 3] and the seconds of each frame, and the codec."""
+    with av.open(str(file)) as container:
+        frames = [*container.decode(video=0)]
+        images = [frame.to_ndarray(format="rgb24") for frame in frames]
+        return images, [float(frame.time or 0) for frame in frames], container.streams.video[0].codec_context.name
+
+
+def is_near(rgb: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    """Which pixels are that colour but for what encoding does to it."""
+    return np.abs(rgb.astype(int) - colour).max(axis=-1) < 40
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Puts an answer in the place of the model's."""
+
+    def put(said: str) -> None:
+        def generate(self, prompts, sampling):
+            ids = prompts[0].token_ids_L[:1]
+            return [[Completion(ids, ids.float(), "stop", said)]]
+
+        monkeypatch.setattr(LocalEngine, "generate", generate)
+
+    return put
+
+
+def test_a_clip_is_drawn_with_its_times_and_size(clips, tmp_path, capsys, says):
+    says("<think></think><answer>2.0 to 6.0</answer>")
+    [row] = [json.loads(line) for line in (clips / "eval_grounding.jsonl").read_text().splitlines()]
+    video, drawn = clips / row["video"], tmp_path / "span.mp4"
+    tokens = ("ask", "tiny", str(video), row["query"], "--task", "temporal_grounding", "--save")
+    code, out, _ = run(capsys, *tokens, str(drawn))
+    assert code == 0 and json.loads(out.splitlines()[-1])["saved"] == str(drawn)
+    assert [path.name for path in tmp_path.iterdir()] == ["span.mp4"]
+    before, times_before_s, _ = frames_of(video)
+    images, times_s, codec = frames_of(drawn)
+    assert (codec, len(images)) == ("h264", len(before)) and times_s == pytest.approx(times_before_s, abs=1e-5)
+    assert images[0].shape == before[0].shape
+    height_px, width_px, _ = images[0].shape
+    kept = slice(0, height_px - max(height_px // 12, 6) - 8)  # above the bar, which the codec smears a little
+    for time_s in (0.5, 4.0, 7.5):
+        index = times_s.index(time_s)
+        bottom = images[index][height_px - 4]
+        of_span = is_near(bottom, SPAN).nonzero()[0] / width_px  # 2 to 6 of 8 seconds
+        assert of_span.min() == pytest.approx(0.25, abs=0.03) and of_span.max() == pytest.approx(0.75, abs=0.03)
+        of_line = is_near(bottom, PLAYHEAD).nonzero()[0] / width_px
+        assert of_line.size and of_line.mean() == pytest.approx(time_s / 8, abs=0.03)
+        assert np.abs(images[index][kept].astype(int) - before[index][kept]).mean() < 4
+
+    code, _, err = run(capsys, *tokens, str(video))
+    assert code == 2 and "which is the video itself: give another name" in err
+
+
+def test_boxes_follow_their_instants_in_a_clip(tmp_path, capsys, says):
+    says("<think></think><answer>[[0.1,0.2,0.5,0.6],[0.25,0.25,0.75,0.75]]</answer>")
+    grey, drawn = tmp_path / "grey.mp4", tmp_path / "boxes.mp4"
+    write_mp4(grey, iter([np.full((240, 320, 3), 128, np.uint8)] * 12), 320, 240, 2)
+    asked = ("red circle", "--task", "object_tracking", "--box", TRACK, "--times", "0,4", "--save", str(drawn))
+    assert run(capsys, "ask", "tiny", str(grey), *asked)[0] == 0
+    images, times_s, _ = frames_of(drawn)
+    assert times_s == [i / 2 for i in range(12)]
+    for image, time_s in zip(images, times_s, strict=True):
+        is_second = time_s >= 2  # half way between the two instants
+        on_row = is_near(image[130], SPAN if is_second else GIVEN).nonzero()[0].tolist()  # the given one lies on top
+        assert on_row == ([80, 81, 238, 239] if is_second else [32, 33, 158, 159]), time_s

@@ -11,8 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.tiny_policy import run_ranks
 from vcr1_fast import cli, tiny
+from vcr1_fast.learner.sharding import SINGLE_PROCESS
+from vcr1_fast.run.checkpoint_model import with_model_of_checkpoint
 from vcr1_fast.run.named_model import named_model
+from vcr1_fast.settings.config import Config
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
 
@@ -67,11 +71,27 @@ def test_a_run_is_named_by_its_folder_before_its_end_and_after(trained: Path, tm
     running = tmp_path / "running"
     shutil.copytree(trained, running, ignore=shutil.ignore_patterns("model", "adapter"))
     before = named_model(str(running))
-    assert Path(before.path).parent == running / "eval" / "models" and before.settings == str(running / "config.yaml")
-    assert (Path(before.path) / WEIGHTS).read_bytes() == (trained / "model" / WEIGHTS).read_bytes()
-    made = (Path(before.path) / WEIGHTS).stat().st_mtime_ns
+    assert before.settings == str(running / "config.yaml")
     assert named_model(str(running / "checkpoints" / "step_000001")) == before
-    assert (Path(before.path) / WEIGHTS).stat().st_mtime_ns == made  # written once
+    made = Path(with_model_of_checkpoint(before.put_into(Config()), SINGLE_PROCESS).model.path)
+    assert made.parent == running / "eval" / "models"
+    assert (made / WEIGHTS).read_bytes() == (trained / "model" / WEIGHTS).read_bytes()
+
+
+def test_of_two_ranks_that_predict_one_writes_the_model(trained: Path, tmp_path: Path) -> None:
+    running, rows, notes = tmp_path / "running", tmp_path / "rows.jsonl", tmp_path / "notes"
+    shutil.copytree(trained, running, ignore=shutil.ignore_patterns("model", "adapter"))
+    [video] = [*(trained.parent / "data" / "videos").glob("*.mp4")][:1]
+    asked = [{"id": str(i), "task": "temporal_grounding", "video": str(video), "query": "x"} for i in (0, 1)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    settings = (f"--model.path={running}", "--video.num_workers=0", "--eval.max_new_tokens=4")
+    worker = Path(__file__).with_name("predict_ranks.py")
+    run_ranks(worker, str(notes), str(rows), "--output", str(tmp_path / "said.jsonl"), *settings)
+    assert notes.read_text() == "0"
+    [made] = (running / "eval" / "models").iterdir()
+    assert (made / WEIGHTS).read_bytes() == (trained / "model" / WEIGHTS).read_bytes()
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in said] == ["0", "1"] and said[0]["answer"] == said[1]["answer"] != ""
 
 
 def test_what_cannot_be_exported_is_one_line(trained: Path, tmp_path: Path, capsys) -> None:

@@ -8,7 +8,7 @@ import torch
 from rich.cells import cell_len
 
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
-from vcr1_fast.run.answers import MAX_GROUPS, answer_lines, gather_rows, group_row, write_samples
+from vcr1_fast.run.answers import MAX_GROUPS, answer_lines, clip_pictures, gather_rows, group_row, write_samples
 from vcr1_fast.run.telemetry import drop_later_files
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks import make_tasks
@@ -17,12 +17,15 @@ from vcr1_fast.types import (
     ChoiceTruth,
     Completion,
     Example,
+    Frames,
     GroundedChoiceTruth,
     IntervalTruth,
     RefusedTruth,
     RolloutGroup,
     TrackTruth,
 )
+from vcr1_fast.video.draw import GIVEN, SPAN
+from vcr1_fast.video.patches import to_patches
 
 TASKS = make_tasks(TaskConfig())
 
@@ -112,3 +115,17 @@ def test_truths_as_text():
     assert text("object_tracking", RefusedTruth("no box")) == "refused: no box"
     assert text("multiple_choice", IntervalTruth(((1.0, 2.0),)))  # named without the task
     assert text("numeric_answer", ChoiceTruth("B", ("a", "b"))) == ""  # the task raises
+
+
+def test_a_picture_has_frames_and_both_periods_below_them(group: RolloutGroup) -> None:
+    bytes_FHW3 = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 28, 56, 3) * 30
+    frames = Frames(bytes_FHW3.contiguous(), torch.arange(8.0, dtype=torch.float64), 1.0, 8.0, "made")
+    clip = replace(group, prompt=replace(group.prompt, patches=to_patches(frames)))
+    [(name, picture)] = clip_pictures([clip], TaskConfig()).items()
+    assert name == "samples/0" and picture.shape == (28 + 2 * 24, 4 * 56, 3)
+    assert [picture[0, 56 * i + 5].tolist() for i in range(4)] == [[60 * i] * 3 for i in range(4)]  # of each pair
+    blue, orange = (picture[28 + 5] == GIVEN).all(axis=1).nonzero()[0], (picture[-5] == SPAN).all(axis=1).nonzero()[0]
+    assert (blue.min(), blue.max() + 1) == (28, 70)  # 1 to 2.5 of 8 s on 224 pixels
+    assert (orange.min(), orange.max() + 1) == (56, 84)  # 2 to 3: what the policy drew, not the true answer before it
+    frozen = replace(clip.prompt.patches, embeddings_MD=torch.zeros(1, 1))
+    assert clip_pictures([replace(clip, prompt=replace(clip.prompt, patches=frozen))], TaskConfig()) == {}

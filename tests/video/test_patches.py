@@ -1,5 +1,7 @@
 """Patch rows against the Hugging Face processor where it runs, and against loops that follow the definition."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from vcr1_kernels.reference import CLIP_MEAN, CLIP_STD, patchify
 
 from vcr1_fast.types import Frames
-from vcr1_fast.video.patches import to_patches
+from vcr1_fast.video.patches import to_frames, to_patches
 
 
 def random_frames(num_frames: int, height: int, width: int) -> torch.Tensor:
@@ -113,3 +115,11 @@ def test_frames_may_be_let_go_while_the_gpu_is_busy(kind: str) -> None:
         later = [empty().fill_(k) for k in range(3)]
     reading.synchronize()
     assert torch.equal(patches.values_PC.cpu(), expected) and len(later) == 3
+
+
+def test_frames_come_back_out_of_patches() -> None:
+    rgb_FHW3 = random_frames(6, 56, 84)
+    patches = to_patches(Frames(rgb_FHW3, torch.arange(6.0, dtype=torch.float64), 1.0, 6.0, "made"))
+    again_FHW3 = to_frames(patches, [0, 2])
+    assert again_FHW3 is not None and torch.equal(again_FHW3, rgb_FHW3[[0, 4]])  # the first of each pair
+    assert to_frames(replace(patches, embeddings_MD=torch.zeros(1, 1)), [0]) is None

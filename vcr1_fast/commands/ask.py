@@ -23,6 +23,7 @@ from vcr1_fast.tasks.task import Task
 from vcr1_fast.tasks.unlabelled import Parsed, PlainQuestion, read_answer, unlabelled
 from vcr1_fast.types import Example, SampleError
 from vcr1_fast.video.draw import boxes_on_frames, read_at, strip, strip_times_s, write_png
+from vcr1_fast.video.draw_clip import box_mark, span_mark, write_clip
 from vcr1_fast.video.read import open_reader
 from vcr1_fast.video.reader import Probe, Reader
 
@@ -38,7 +39,7 @@ class Asked:
     options: tuple[str, ...] = ()
     box: tuple[float, ...] | None = None
     times_s: tuple[float, ...] | None = None
-    save: str | None = None  # PNG file
+    save: str | None = None  # PNG or MP4 file
 
 
 def ask_command(asked: Asked, overrides: list[str]) -> dict[str, Any]:
@@ -48,13 +49,15 @@ def ask_command(asked: Asked, overrides: list[str]) -> dict[str, Any]:
     Raises UsageError, ConfigError, or SampleError for a video that cannot be read.
     """
     save = Path(asked.save).expanduser() if asked.save else None
-    if save and (save.suffix.lower() != ".png" or not save.absolute().parent.is_dir()):
-        raise UsageError(f"--save is {asked.save}, wanted a name that ends in .png, in a folder that exists")
+    if save and (save.suffix.lower() not in (".png", ".mp4") or not save.absolute().parent.is_dir()):
+        raise UsageError(f"--save is {asked.save}, wanted a name that ends in .png or .mp4, in a folder that exists")
+    if save and save.exists() and save.samefile(Path(asked.video).expanduser()):
+        raise UsageError(f"--save is {asked.save}, which is the video itself: give another name")
     if not Path(asked.video).expanduser().exists():
         raise ConfigError(f"there is no video {asked.video}")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
         model = named_model(asked.model)
-    config = _settings(load_settings(Config, model.settings, overrides), model.path)
+    config = model.put_into(_settings(load_settings(Config, model.settings, overrides)))
     tasks = {PlainQuestion.name: PlainQuestion(config.task), **make_tasks(config.task, judge=config.judge)}
     with contextlib.closing(open_reader(replace(config.video, reader="pyav"))) as reader:
         probe = reader.probe(str(Path(asked.video).expanduser().absolute()))
@@ -67,11 +70,10 @@ def ask_command(asked: Asked, overrides: list[str]) -> dict[str, Any]:
     return result
 
 
-def _settings(config: Config, path: str) -> Config:
+def _settings(config: Config) -> Config:
     """Those of an evaluation of one video, which needs no workers and no annotation files."""
     video = replace(config.eval_video, num_workers=0)
-    rollout, model = replace(config.rollout, engine="local"), replace(config.model, path=path)
-    return replace(config, model=model, data=DataConfig(), video=video, rollout=rollout)
+    return replace(config, data=DataConfig(), video=video, rollout=replace(config.rollout, engine="local"))
 
 
 def _example(asked: Asked, probe: Probe, tasks: dict[str, Task], config: Config) -> Example:
@@ -114,15 +116,21 @@ def _put(streamer: TextStreamer) -> Callable[[Tensor], None]:
 
 
 def _draw(file: Path, example: Example, parsed: Parsed | None, reader: Reader, probe: Probe) -> bool:
-    """A strip with the spans, or the boxes on their frames. False, with a line, where there are neither."""
-    if parsed and "boxes" in parsed:
-        given = getattr(example.truth, "boxes", (None,))[0]
-        picture = boxes_on_frames(read_at(reader, probe, parsed["times_s"]), parsed["boxes"], given)
-    elif parsed and "intervals" in parsed and probe.duration_s > 0:
-        frames = read_at(reader, probe, strip_times_s(probe.duration_s))
-        picture = strip(frames, parsed["intervals"], probe.duration_s)
-    else:
+    """Boxes on their frames or a strip with the spans, or the whole clip with them. False, with a line, where there are
+    neither."""
+    has_boxes, is_clip = bool(parsed and "boxes" in parsed), file.suffix.lower() == ".mp4"
+    if not parsed or not (has_boxes or ("intervals" in parsed and probe.duration_s > 0)):
         print("no picture: no span and no boxes were read in the answer", file=sys.stderr)
         return False
-    write_png(picture, file)
+    given = getattr(example.truth, "boxes", (None,))[0]
+    if is_clip:
+        of_boxes = (parsed.get("boxes", ()), parsed.get("times_s", ()), given)
+        mark = box_mark(*of_boxes) if has_boxes else span_mark(parsed["intervals"], probe.duration_s)
+        with contextlib.redirect_stdout(sys.stderr):  # its progress
+            write_clip(file, reader, probe, mark)
+    elif has_boxes:
+        write_png(boxes_on_frames(read_at(reader, probe, parsed["times_s"]), parsed["boxes"], given), file)
+    else:
+        frames = read_at(reader, probe, strip_times_s(probe.duration_s))
+        write_png(strip(frames, parsed["intervals"], probe.duration_s), file)
     return True

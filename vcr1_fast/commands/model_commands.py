@@ -12,18 +12,20 @@ def run_ask(tokens: list[str]) -> object:
     parser = argparse.ArgumentParser(
         prog="vcr1-fast ask",
         allow_abbrev=False,
-        usage="vcr1-fast ask MODEL VIDEO QUESTION [--task TASK] [--save out.png] [--section.field=value ...]",
+        usage="vcr1-fast ask MODEL VIDEO QUESTION [--task TASK] [--save out.png|out.mp4] [--section.field=value ...]",
         description="Asks a model about a video, greedily by default; the answer is printed as it comes, and a JSON "
         "line says what was read in it. Settings are those of the run that made the model, and those given here.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a run, a checkpoint of one, or `tiny`")
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder or id, a run, a checkpoint, or `tiny`")
     parser.add_argument("video", metavar="VIDEO", help="a file, or a folder of images")
     parser.add_argument("question", metavar="QUESTION", help="with --task the query alone, such as 'a dog barks'")
     parser.add_argument("--task", help="such as temporal_grounding; without it the question goes as it is")
     parser.add_argument("--option", action="append", default=[], metavar="TEXT", help="of a choice; once for each")
     parser.add_argument("--box", metavar="X0,Y0,X1,Y1", help="start of a track, corners as fractions of the frame")
     parser.add_argument("--times", metavar="S,S,...", help="seconds to give boxes at; default: 8, evenly from 0 on")
-    parser.add_argument("--save", metavar="OUT.png", help="draw it: spans below a strip of frames, or boxes on frames")
+    parser.add_argument(
+        "--save", metavar="OUT", help="draw it: .png: spans below a strip of frames, or boxes on frames; .mp4: the clip"
+    )
     parser.add_argument("--max-new-tokens", metavar="N", help="short for --eval.max_new_tokens=N")
     parser.add_argument("--temperature", metavar="T", help="short for --eval.temperature=T")
     options, overrides = parser.parse_known_args(tokens)

@@ -32,6 +32,7 @@ from vcr1_fast.learner.memory_sums import (
 )
 from vcr1_fast.learner.model_size import ModelSize, model_size, read_model_config
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
+from vcr1_fast.run.hub import with_hub_config
 from vcr1_fast.run.telemetry import console, is_main_rank, say
 from vcr1_fast.settings.checks import check_settings
 from vcr1_fast.settings.config import Config, ConfigError
@@ -59,6 +60,10 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
     """
     num_gpus = num_gpus or default_num_gpus(config)
     check_settings(config, "train", num_gpus)
+    try:
+        config = with_hub_config(config)
+    except ConfigError as error:  # without a network, or a model as yet, public sizes stand in, which the plan says
+        say(str(error))
     model, source = read_model_config(config.model.path)
     size, tokens = model_size(model, source), plan_tokens(config, num_gpus)
     config = with_recompute(config, size, num_gpus, SMALLEST_GPU_GB)

@@ -41,7 +41,7 @@ def predict_command(rows: str, output: str, settings: str | None, overrides: lis
         raise UsageError(f"--output is {output}, but {file.parent} does not exist: make that folder")
     model = named_model(dict(read_overrides(overrides)).get("model.path") or _path_in(settings))
     config = load_settings(Config, settings or model.settings, overrides)
-    config = replace(config, model=replace(config.model, path=model.path), video=config.eval_video)
+    config = replace(model.put_into(config), video=config.eval_video)
     if config.eval.output_dir is None:
         config = replace(config, eval=replace(config.eval, output_dir=f"{file}.answers"))
     with open_run(config, "eval") as run:
@@ -50,7 +50,8 @@ def predict_command(rows: str, output: str, settings: str | None, overrides: lis
         lines = [_line(*pair, config.task) for pair in zip(examples, answers, strict=True)]
         on_main_rank("writing the answers", lambda: write_lines(file, lines), run.world)
         num_failed = sum(bool(answer.failure) for answer in answers)
-        result: dict[str, Any] = {"output": str(file), "n": len(lines), "num_failed": num_failed, "model": model.path}
+        result: dict[str, Any] = {"output": str(file), "n": len(lines), "num_failed": num_failed}
+        result |= {"model": run.config.model.path}
         return result | ({"exit_code": FAILED} if num_failed == len(lines) else {})  # not one answer
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from vcr1_fast.learner.families import require_known
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES, whole_config
-from vcr1_fast.run.model_folder import CONFIG_FILE, read_json
+from vcr1_fast.run.model_folder import CONFIG_FILE, cached_config, read_json
 from vcr1_fast.settings.config import ConfigError
 
 PATCHES_PER_TOKEN = 4
@@ -77,8 +77,8 @@ def read_model_config(path: str) -> tuple[dict[str, Any], str]:
     Raises ConfigError when it cannot be read or is of an architecture not known here.
     """
     folder = Path(__file__).parents[1] / "tiny" if path == "tiny" else Path(path).expanduser()
-    file = folder / CONFIG_FILE
-    if not folder.exists():
+    file = cached_config(path) or folder / CONFIG_FILE
+    if not file.exists() and not folder.exists():
         name = "Qwen2.5-VL-3B" if "3b" in Path(path).name.lower() else "Qwen2.5-VL-7B"
         return whole_config(PUBLIC_SIZES[name]), f"{name}, assumed because model.path {path!r} does not exist here"
     config = read_json(file)

@@ -25,6 +25,7 @@ from rich import box
 from rich.table import Table
 
 from vcr1_fast.learner.loading import read_config
+from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.addresses import Address, as_setting, is_loopback, read_bind, show
 from vcr1_fast.rollout.door import Door, Visitor
 from vcr1_fast.rollout.private_folder import PrivateFolder
@@ -32,6 +33,7 @@ from vcr1_fast.rollout.rollout_key import read_or_make_key
 from vcr1_fast.rollout.sgl.messages import HANDSHAKE_S, Channel
 from vcr1_fast.rollout.sgl.process import STOP_WAIT_S, Child, prepare_model_folder
 from vcr1_fast.rollout.sgl.tcp import TcpListener
+from vcr1_fast.run.hub import with_hub_model
 from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.run.telemetry import console, say
 from vcr1_fast.settings.config import Config, ConfigError
@@ -260,7 +262,7 @@ def serve(config: Config, bind: str = "", logs: str = "", num_workers: int | Non
     folder = Path(logs) if logs else Path(config.train.output_dir) / "serve" / socket.gethostname()
     key, place = read_or_make_key(settings.key_file)
     gpus = _gpus(config, num_workers)
-    checkpoint = model_folder(config.model.path)
+    checkpoint = model_folder(with_hub_model(config, SINGLE_PROCESS).model.path)
     read_config(checkpoint)  # its architecture is one that trainers know
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; the workers must not outlive this process
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts it with & switches it off

@@ -1,4 +1,4 @@
-"""What the policy says while it trains: rewards.jsonl, samples/step_N.jsonl, TensorBoard text, a printed answer.
+"""What the policy says while it trains: rewards.jsonl, samples/step_N.jsonl, texts and pictures, a printed answer.
 
 A line of samples/step_N.jsonl is one group: {"step", "id", "task", "video", "question", "truth", "times_s", "answers"},
 each answer {"text", "parsed", "parts", "reward", "advantage", "finish_reason", "num_tokens", "is_sampled"}; `truth` and
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.cells import cell_len
 from rich.text import Text
 
@@ -20,13 +21,18 @@ from vcr1_fast.prompts.difficulty import log_rewards
 from vcr1_fast.run.run import Run, due
 from vcr1_fast.run.telemetry import Telemetry, say
 from vcr1_fast.run.terminal import console, printable
+from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.prompt_file import one_line
 from vcr1_fast.tasks.shown import shown_answer, shown_question, shown_times_s, shown_truth
 from vcr1_fast.tasks.task import Task
-from vcr1_fast.types import RolloutGroup
+from vcr1_fast.tasks.unlabelled import read_answer
+from vcr1_fast.types import Completion, Interval, RolloutGroup
+from vcr1_fast.video.draw import GIVEN, STRIP_FRAMES, bar, side_by_side
+from vcr1_fast.video.patches import to_frames
 
 MAX_GROUPS = 32  # of a file
 MAX_TEXT_GROUPS = 4  # of a step in TensorBoard, which keeps all of them in memory
+MAX_PICTURE_PX = 112  # about the height of a frame in a picture: with 8 of 16 : 9 and 4 groups 0.5 MB a step
 MIN_ANSWER_WIDTH = 20  # characters that are printed of an answer even where its line gets longer than the terminal
 
 
@@ -44,7 +50,10 @@ def log_answers(run: Run, telemetry: Telemetry, step: int, groups: Sequence[Roll
     if is_kept:
         with telemetry.forgiven("samples"):
             write_samples(run.folder / "samples" / f"step_{step}.jsonl", rows)
-        telemetry.log_text(step, "samples", "\n\n".join(map(as_text, rows[:MAX_TEXT_GROUPS])))
+        pictures: dict[str, np.ndarray] = {}
+        with telemetry.forgiven("pictures", Exception):  # of rank 0's own groups, the first of the rows
+            pictures |= clip_pictures(groups[:MAX_TEXT_GROUPS], run.config.task)
+        telemetry.log_media(step, {"samples": "\n\n".join(map(as_text, rows[:MAX_TEXT_GROUPS]))}, pictures)
     if is_printed:
         row = rows[step // config.print_every % len(rows)]  # not always the first of its step
         say("\n".join(answer_lines(row, console.width)))
@@ -100,6 +109,36 @@ def as_text(row: Mapping[str, Any]) -> str:
         for answer in row["answers"]
     ]
     return "\n".join([f"{row['id']} ({row['task']}): {row['question']}", f"truth: {row['truth']}", *answers])
+
+
+def clip_pictures(groups: Sequence[RolloutGroup], config: TaskConfig) -> dict[str, np.ndarray]:
+    """Name -> picture, of those groups that have one."""
+    pictures = {f"samples/{i}": clip_picture(group, config) for i, group in enumerate(groups)}
+    return {name: picture for name, picture in pictures.items() if picture is not None}
+
+
+def clip_picture(group: RolloutGroup, config: TaskConfig) -> np.ndarray | None:
+    """[H, W, 3] uint8: frames that the model saw, side by side; below them the true periods in blue and those that the
+    first drawn answer says in orange, where the truth is of periods. None where the pixels are not kept."""
+    patches, truth = group.prompt.patches, group.prompt.example.truth
+    num_pairs = patches.grid_thw[0]
+    pairs = sorted({round((i + 0.5) * num_pairs / STRIP_FRAMES - 0.5) for i in range(STRIP_FRAMES)})
+    frames_FHW3 = to_frames(patches, pairs)
+    if frames_FHW3 is None:
+        return None
+    stride = max(1, frames_FHW3.shape[1] // MAX_PICTURE_PX)
+    row_HW3 = side_by_side(frames_FHW3[:, ::stride, ::stride].numpy())
+    true_s: Sequence[Interval] | None = getattr(truth, "intervals_s", None)
+    if true_s is None or patches.duration_s <= 0:
+        return row_HW3
+    said = read_answer(group.prompt.example, _drawn(group.completions).text, config) or {}
+    width_px, duration_s = row_HW3.shape[1], patches.duration_s
+    bars = bar(width_px, true_s, duration_s, GIVEN), bar(width_px, said.get("intervals", ()), duration_s)
+    return np.concatenate([row_HW3, *bars])
+
+
+def _drawn(completions: Sequence[Completion]) -> Completion:
+    return next((completion for completion in completions if completion.is_sampled), completions[0])
 
 
 def answer_lines(row: Mapping[str, Any], width: int) -> list[str]:

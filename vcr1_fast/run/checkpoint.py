@@ -85,6 +85,7 @@ class RunState:
     again: Mapping[str, Sequence[int]] = field(default_factory=dict)  # examples without a score, PromptStream.again
     failed_steps: Mapping[str, int] = field(default_factory=dict)  # Collector.failed_steps
     has_signal: bool = True  # whether any update so far had a gradient that is not 0; True where it was not noted
+    asked_model: str = ""  # model.path as it was given; of a model of the Hub config_yaml has the commit
     answers: Mapping[str, Tensor] = field(default_factory=dict)  # this rank's part of them; in a file of its own
 
 

@@ -8,6 +8,7 @@ single flipped bit, and a torn or exchanged file but for one chance in 4 billion
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -17,8 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World, gather_all, on_main_rank
-from vcr1_fast.settings.config import ConfigError
+from vcr1_fast.settings.config import Config, ConfigError
 
 CHECKPOINTS_FOLDER = "checkpoints"  # below train.output_dir
 STATE_FILE = "state.json"
@@ -203,6 +206,20 @@ def resolve_resume(resume: str, output_dir: str | Path, world: World = SINGLE_PR
             f"wanted a folder such as {Path(output_dir) / CHECKPOINTS_FOLDER / 'step_000010'}, auto, or never"
         )
     return path
+
+
+def recorded_model(config: Config) -> str | None:
+    """The `model.path` of the run that goes on, a commit of the Hub perhaps, if it was asked for in the same words.
+
+    By the newest checkpoint, of which state.json alone is read. On one rank.
+    """
+    resume = config.train.resume
+    with contextlib.suppress(ConfigError):  # what is wrong with a checkpoint, loading it says
+        found = [Path(resume)] if resume not in ("auto", "never") else scan(Path(config.train.output_dir))[0]
+        state = read_state(found[-1]) if found and resume != "never" else {}
+        if state.get("asked_model") == config.model.path:
+            return str(yaml.safe_load(state["config_yaml"])["model"]["path"])
+    return None
 
 
 def _scan_on_main(output_dir: Path, world: World) -> tuple[list[Path], dict[Path, str]]:

@@ -28,6 +28,7 @@ from vcr1_fast.learner.gathering import Part, plan_buckets, whole_weights
 from vcr1_fast.learner.lora import adapter_factors, merged_parts, parts_of, scale_of, split_weights, targets_of
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World, on_all_ranks
 from vcr1_fast.run.folder import replace_folder
+from vcr1_fast.run.hub_model import hub_model
 from vcr1_fast.run.model_folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, settings_files, stored_weights
 from vcr1_fast.run.tensor_files import write_tensors
 from vcr1_fast.settings.config import LoRAConfig
@@ -140,16 +141,17 @@ def export_adapter(
 ) -> Path:
     """Write the adapters of `policy.hf` alone, as PEFT's `PeftModel.from_pretrained(model, folder)` reads them.
 
-    base: the starting model, as its name stands in adapter_config.json. float32. A collective; an earlier export there
+    base: the starting model, as `model.path` names it. float32. A collective; an earlier export there
     is replaced. Raises OSError when it cannot be written or is something else.
     """
     final = Path(folder).absolute()
     hf = policy.get_submodule("hf")
-    family = family_of(hf.config)
+    family, of_hub = family_of(hf.config), hub_model(base)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": of_hub.repo if of_hub else base,
+        "revision": of_hub.revision if of_hub else None,
         "r": config.rank,
         "lora_alpha": config.alpha,
         # a pattern, because the vision tower's MLP has matrices of the same names

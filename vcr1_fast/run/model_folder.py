@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from vcr1_fast.run.hub_model import cached_file, hub_model
 from vcr1_fast.settings.error import ConfigError
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -43,18 +44,26 @@ class StoredWeight:
 def model_folder(path: str) -> Path:
     """The checkpoint folder that `model.path` names; `tiny` is the model inside the package.
 
+    `owner/name@<commit>` is the folder of that model in the Hub's cache, once `hub.with_hub_model` has put it there.
     Raises ConfigError when there is no config.json in it.
     """
     if path == "tiny":
         with as_file(files("vcr1_fast.tiny")) as folder:
             return Path(folder)
-    folder = Path(path).expanduser()
+    in_cache = cached_config(path)
+    folder = in_cache.parent if in_cache else Path(path).expanduser()
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(
             f"model.path is {path!r}, but {folder / CONFIG_FILE} does not exist: give the folder of a Hugging Face "
-            "checkpoint, or `tiny`"
+            "checkpoint, the id of one on the Hub such as Qwen/Qwen2.5-VL-7B-Instruct, or `tiny`"
         )
     return folder
+
+
+def cached_config(path: str) -> Path | None:
+    """config.json in the Hub's cache of a `model.path` that names a commit of the Hub."""
+    model = hub_model(path)
+    return cached_file(model, CONFIG_FILE) if model else None
 
 
 def settings_files(folder: Path) -> list[Path]:

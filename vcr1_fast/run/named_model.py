@@ -1,17 +1,14 @@
-"""What a person calls a model: `tiny`, a Hugging Face folder, a run's folder, or a checkpoint of a run."""
+"""What a person calls a model: `tiny`, a Hugging Face folder or id, a run's folder, or a checkpoint of a run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.run.checkpoint_files import CHECKPOINTS_FOLDER, STATE_FILE, latest_checkpoint
-from vcr1_fast.run.checkpoint_model import folder_of_model
+from vcr1_fast.run.hub_model import hub_model
 from vcr1_fast.run.model_folder import CONFIG_FILE, TRAINED_WITH
-from vcr1_fast.run.opened_checkpoint import open_checkpoint
-from vcr1_fast.run.telemetry import say
-from vcr1_fast.settings.config import ConfigError
+from vcr1_fast.settings.config import Config, ConfigError
 
 RUN_SETTINGS = "config.yaml"  # in the folder of a run
 
@@ -20,15 +17,21 @@ RUN_SETTINGS = "config.yaml"  # in the folder of a run
 class NamedModel:
     """What a name stands for."""
 
-    path: str  # for model.path: a folder, or tiny
+    path: str  # for model.path: tiny, a folder, an id of the Hub, or of a run without a model yet a checkpoint
     settings: str | None  # for load_settings: of the run that made it, where that is known
+    run: Path | None = None  # of a checkpoint: where its model is written, see checkpoint_model.py
+
+    def put_into(self, config: Config) -> Config:
+        """The settings with this as `model.path`."""
+        train = replace(config.train, output_dir=str(self.run)) if self.run else config.train
+        return replace(config, model=replace(config.model, path=self.path), train=train)
 
 
 def named_model(name: str) -> NamedModel:
     """The model of that name, and the settings that it was trained with (frame sizes, form of answers).
 
-    Of a run its model/, else its newest checkpoint, which is written as a model to RUN/eval/models, once.
-    Raises ConfigError when there is no such model, see also `open_checkpoint`.
+    Of a run its model/, else its newest checkpoint. Whether the Hub has a model of that id is asked later, and so is
+    whether a checkpoint is whole. Raises ConfigError when there is no such model.
     """
     if name == "tiny":
         return NamedModel("tiny", "tiny")
@@ -37,13 +40,11 @@ def named_model(name: str) -> NamedModel:
         return NamedModel(str(folder), _settings_in(folder.parent) if (folder / TRAINED_WITH).is_file() else None)
     if (folder / "model" / CONFIG_FILE).is_file():
         return NamedModel(str(folder / "model"), _settings_in(folder))
+    if hub_model(name):
+        return NamedModel(name, None)
     checkpoint = checkpoint_of(name)
     run = checkpoint.absolute().parents[1]
-    made = folder_of_model(checkpoint, run)
-    if not (made / CONFIG_FILE).is_file():
-        open_checkpoint(checkpoint, SINGLE_PROCESS).export(made, None, SINGLE_PROCESS)
-        say(f"model of {checkpoint}: {made}")
-    return NamedModel(str(made), _settings_in(run))
+    return NamedModel(str(checkpoint), _settings_in(run), run)
 
 
 def checkpoint_of(name: str) -> Path:
@@ -55,7 +56,7 @@ def checkpoint_of(name: str) -> Path:
     if newest is None:
         what = "holds no model and no checkpoint" if folder.is_dir() else "does not exist"
         raise ConfigError(
-            f"{name} {what}: give the folder of a run, one of its checkpoints, a Hugging Face folder, or `tiny`"
+            f"{name} {what}: give the folder of a run, one of its checkpoints, a Hugging Face folder or id, or `tiny`"
         )
     return newest
 

@@ -18,6 +18,7 @@ from vcr1_fast.learner.step import load_policy
 from vcr1_fast.run.checkpoint import load_checkpoint
 from vcr1_fast.run.checkpoint_files import DamagedError, find_damage, read_state
 from vcr1_fast.run.export import export_hugging_face, plan_export
+from vcr1_fast.run.hub import with_hub_model
 from vcr1_fast.run.model_folder import TRAINED_WITH, model_digest, model_folder
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import load_config
@@ -57,6 +58,7 @@ def open_checkpoint(checkpoint: Path, world: World) -> OpenedCheckpoint:
     if damage is not None:
         raise ConfigError(f"{checkpoint} is damaged: {damage}: name another checkpoint")
     try:
+        config = with_hub_model(config, world)
         source = model_folder(config.model.path)
     except ConfigError as error:
         raise ConfigError(f"the run of {checkpoint} began with another model, which is needed, too: {error}") from None

@@ -19,6 +19,7 @@ from vcr1_fast.tasks.prompt_file import prompt_digests
 
 # Where a run runs, how long, and what it keeps: the same run whatever they are
 _FREE = ("train.output_dir", "train.num_steps", "train.resume", "train.watchdog_s", "checkpoint.", "eval.", "data.eval")
+_FREE += ("train.log_to", "train.samples_every", "train.print_every")
 _FREE += ("video.num_workers", "video.prefetch_steps", "video.clips_per_worker", "video.cache_", "video.timeout_s")
 _MAX_SHOWN = 60  # characters of a value
 

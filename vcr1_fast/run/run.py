@@ -30,6 +30,7 @@ from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run import exit_codes
 from vcr1_fast.run.checkpoint import RunState, save_checkpoint
+from vcr1_fast.run.checkpoint_files import recorded_model
 from vcr1_fast.run.checkpoint_model import with_model_of_checkpoint
 from vcr1_fast.run.export import (
     ADAPTER_CONFIG,
@@ -41,10 +42,11 @@ from vcr1_fast.run.export import (
 )
 from vcr1_fast.run.folder import prepare_output_dir
 from vcr1_fast.run.folder_lock import locked_folder
+from vcr1_fast.run.hub import with_hub_model
 from vcr1_fast.run.model_folder import CONFIG_FILE, TRAINED_WITH, model_digest, model_folder, read_json
 from vcr1_fast.run.random_state import seed_generators
 from vcr1_fast.run.sources import describe_eval_video, eval_builder, open_source, prompt_limits
-from vcr1_fast.run.telemetry import say
+from vcr1_fast.run.telemetry import Telemetry, say
 from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.checks import RunCommand, check_settings
 from vcr1_fast.settings.config import Config, ConfigError
@@ -72,6 +74,7 @@ class Run:
     quarantine: Quarantine
     kernels: KernelChoice
     export: ExportPlan | None  # of a command that exports
+    asked_model: str  # model.path before a model of the Hub got its commit, or a checkpoint became a folder
 
     def train_stream(self, *, needs_target: bool = False) -> PromptStream:
         self.source.loader.start()  # as in open_engine
@@ -107,6 +110,12 @@ class Run:
             max_batch_tokens=rollout.max_batch_tokens,
         )
 
+    def open_telemetry(self, resume_step: int) -> Telemetry:
+        """`resume_step`: of the checkpoint that the run goes on from, 0 of a new run."""
+        train = self.config.train
+        to = (train.log_to, config_to_yaml(self.config))
+        return Telemetry(self.folder, self.world.rank, resume_step, train.watchdog_s, *to)
+
     def describe(self) -> str:
         """One line on what this run uses, chosen now and not changed later."""
         config, world = self.config, self.world
@@ -129,7 +138,7 @@ class Run:
         where = (step, prompts.position, num_tokens, policy_version)
         of_run = (self.source.name, config_to_yaml(self.config), self.base_digest, program)
         digests = {"data": prompts.digest, "prompts": prompt_digests(self.tasks)}
-        return RunState(*where, *of_run, **digests, has_signal=False)
+        return RunState(*where, *of_run, **digests, asked_model=self.asked_model, has_signal=False)
 
     @cached_property
     def base_digest(self) -> str:
@@ -180,6 +189,8 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
     with contextlib.ExitStack() as opened:
         opened.callback(shutdown, world)
         check_settings(config, command, world.world_size)
+        asked_model = config.model.path
+        config = with_hub_model(config, world, recorded_model(config) if writes and world.is_main else None)
         if command == "train" and world.device.type == "cuda":
             memory_gb = torch.cuda.get_device_properties(world.device).total_memory / 1e9
             check_memory(config, world.world_size, memory_gb)
@@ -206,7 +217,7 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         export = planned_export(config, folder, source.name, world) if has_export else None
         seen_in_evaluation = opened.enter_context(eval_builder(config, builder, source, proof.choice))
         parts = (source, builder, seen_in_evaluation, quarantine)
-        run = Run(config, world, folder, tasks, *parts, proof.choice, export)
+        run = Run(config, world, folder, tasks, *parts, proof.choice, export, asked_model)
         lines = [run.describe(), *proof.lines(), quarantine.describe(), describe_eval_video(config)]
         say("\n".join(filter(None, lines)))
         yield run

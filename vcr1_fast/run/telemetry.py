@@ -1,4 +1,4 @@
-"""What a run tells: one line a step for people, metrics.jsonl and TensorBoard for programs, progress bars.
+"""What a run tells: one line a step for people, metrics.jsonl and the writers of writers.py, progress bars.
 
 In: a dict of floats per step, and the wall time of named phases. Metric names are those of TRL where TRL has one.
 Only rank 0 writes or prints. Importing this loads neither torch nor TensorBoard.
@@ -13,17 +13,21 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vcr1_fast.run.step_line import StepLines
 from vcr1_fast.run.terminal import console as console
 from vcr1_fast.run.watchdog import Watchdog
+from vcr1_fast.run.writers import WRITERS, RunToLog, Writer
+
+if TYPE_CHECKING:
+    import numpy as np
 
 T = TypeVar("T")
 
@@ -82,32 +86,40 @@ class Telemetry:
         telemetry.log_step(1, {"reward": 0.5}, num_steps=100)
         telemetry.close()
 
-    `watchdog_s`: see run/watchdog.py. `resume_step` is the last step of the checkpoint that the run goes on from (0: a
-    new run). What an earlier process wrote about later steps is dropped, from rewards.jsonl and samples/, too, so a
-    killed run has no step twice. Raises OSError when `output_dir` cannot be written; what fails later is warned about
-    once.
+    `watchdog_s`: see run/watchdog.py. `log_to` and `config_yaml`: see run/writers.py. `resume_step` is the last step of
+    the checkpoint that the run goes on from (0: a new run). What an earlier process wrote about later steps is dropped,
+    from rewards.jsonl and samples/, too, so a killed run has no step twice. Raises OSError when `output_dir` cannot be
+    written; what fails later is warned about once.
     """
 
-    def __init__(self, output_dir: str | Path, rank: int = 0, resume_step: int = 0, watchdog_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        output_dir: str | Path,
+        rank: int = 0,
+        resume_step: int = 0,
+        watchdog_s: float = 0.0,
+        log_to: Sequence[str] = ("tensorboard",),
+        config_yaml: str = "{}",
+    ) -> None:
         self.is_writing = rank == 0
         self._watchdog = Watchdog(watchdog_s, rank)
         self._span_s: dict[str, float] = defaultdict(float)
         self._step_began = time.perf_counter()
         self._failed: set[str] = set()
         self._lines = StepLines()
+        self._writers: dict[str, Writer] = {}
         if not self.is_writing:
             return
-        from torch.utils.tensorboard import SummaryWriter  # 3 s, so not at import
-
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "rewards.jsonl"):
             keep_steps_up_to(folder / name, resume_step)
         drop_later_files(folder / "samples", resume_step)
         self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        # purge_step hides events of that step and later; a new run may log step 0 (the score before training) anew
         self._excepthook, threading.excepthook = threading.excepthook, self._note_thread_error
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
+        for name in log_to:
+            with self.forgiven(name, Exception):
+                self._writers[name] = WRITERS[name](RunToLog(folder, config_yaml, resume_step))
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -147,11 +159,9 @@ class Telemetry:
         if self.is_writing:
             say(f"held-out after step {step}: " + ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
 
-    def log_text(self, step: int, name: str, text: str) -> None:
-        """Shows a text in TensorBoard as it is, in fixed width."""
-        if self.is_writing:
-            with self.forgiven("tensorboard", Exception):
-                self._tensorboard.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), step)
+    def log_media(self, step: int, texts: Mapping[str, str], pictures: Mapping[str, np.ndarray]) -> None:
+        """Shows texts as they are, in fixed width, and pictures [H, W, 3] uint8, in each of the writers."""
+        self._each_writer(lambda writer: writer.log_media(step, texts, pictures))
 
     def _write(self, step: int, record: Mapping[str, float]) -> None:
         if not self.is_writing:
@@ -159,10 +169,13 @@ class Telemetry:
         with self.forgiven("metrics.jsonl"):
             self._jsonl.write(to_json({"step": step, **record}) + "\n")
             self._jsonl.flush()  # a killed process loses no finished step
-        with self.forgiven("tensorboard", Exception):  # it raises here what its own thread met
-            for name, value in record.items():
-                if math.isfinite(value):
-                    self._tensorboard.add_scalar(name, value, step)
+        finite = {name: value for name, value in record.items() if math.isfinite(value)}
+        self._each_writer(lambda writer: writer.log(step, finite))
+
+    def _each_writer(self, action: Callable[[Writer], None]) -> None:
+        for name, writer in self._writers.items():
+            with self.forgiven(name, Exception):  # TensorBoard's raises here what its own thread met
+                action(writer)
 
     @contextmanager
     def forgiven(self, name: str, kind: type[Exception] = OSError) -> Iterator[None]:
@@ -180,8 +193,7 @@ class Telemetry:
         if self.is_writing:
             with self.forgiven("metrics.jsonl"):
                 self._jsonl.close()
-            with self.forgiven("tensorboard", Exception):
-                self._tensorboard.close()
+            self._each_writer(lambda writer: writer.close())
             threading.excepthook = self._excepthook
 
     def _note_thread_error(self, error: threading.ExceptHookArgs) -> None:

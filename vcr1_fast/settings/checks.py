@@ -7,12 +7,15 @@ when the number of ranks is known. Nothing here imports torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Literal
 
 from vcr1_fast.settings.config import Config
 from vcr1_fast.settings.error import require
 from vcr1_fast.settings.learning import AlgorithmConfig, RolloutConfig, SGLangConfig
 
+SERVICES = {"wandb": "wandb>=0.18,<1", "trackio": "trackio>=0.40,<1"}  # the extras of pyproject.toml
 RunCommand = Literal["train", "sft", "eval"]
 
 
@@ -29,6 +32,7 @@ def check_settings(config: Config, command: RunCommand, world_size: int = 1) -> 
             f"sft.examples_per_step is {per_step}, but there are {world_size} ranks: make it a multiple of that",
         )
     if command != "eval":
+        _check_writers(config.train.log_to)
         require(
             (config.data.reward_range is None) == (config.data.rewards is None),
             "data.reward_range and data.rewards go together: set both, or none",
@@ -43,6 +47,16 @@ def check_settings(config: Config, command: RunCommand, world_size: int = 1) -> 
         )
         if command == "train" and config.rollout.sglang.release_memory:
             _check_lent_memory(config.rollout)
+
+
+def _check_writers(log_to: Sequence[str]) -> None:
+    """What the numbers of a run are to go to has to be installed."""
+    for name in log_to:
+        require(
+            find_spec(name) is not None,
+            f"train.log_to names {name}, which is not installed: pip install {SERVICES.get(name, name)!r}, or leave it "
+            "out",
+        )
 
 
 def _check_share_of_prompts(config: Config, world_size: int) -> None:

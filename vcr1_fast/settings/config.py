@@ -46,8 +46,8 @@ class ModelConfig:
     """The policy."""
 
     path: str = "tiny"
-    """Folder of a Hugging Face Qwen2.5-VL checkpoint, or `tiny` for the 1 M parameter model in the package. For eval
-    also a checkpoint of a run, RUN/checkpoints/step_000100."""
+    """Folder of a Hugging Face Qwen2.5-VL checkpoint, or its id on the Hub, owner/name or owner/name@revision; `tiny`:
+    the 1 M parameter model in the package. For eval also a checkpoint of a run, RUN/checkpoints/step_000100."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of forward and backward; master weights stay float32. auto: bfloat16 on CUDA, float32 on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -243,6 +243,8 @@ class TrainConfig:
     resume: str = "auto"
     """auto: continue from the newest checkpoint in output_dir if there is one. never: start anew (the folder
     must not hold checkpoints). Or the path of one checkpoint."""
+    log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where metrics, the configuration, samples and pictures of their clips go beside metrics.jsonl and samples/."""
     samples_every: int = 10
     """Steps between files samples/step_N.jsonl, the answers of up to 32 groups of that step; 0: never."""
     print_every: int = 10

@@ -21,6 +21,7 @@ STRIP_FRAMES = 8
 COLUMNS = 8  # of frames with boxes
 BAR_PX = 24
 LINE_PX = 2
+Colour = tuple[int, int, int]
 BACKGROUND, SPAN, GIVEN = (210, 210, 210), (225, 87, 30), (60, 130, 230)
 
 
@@ -42,15 +43,23 @@ def strip(frames_FHW3: np.ndarray, intervals_s: Sequence[Interval], duration_s: 
 
     What lies outside of the video is cut off; an interval is at least a line wide.
     """
+    row_HW3 = side_by_side(frames_FHW3)
+    return np.concatenate([row_HW3, bar(row_HW3.shape[1], intervals_s, duration_s)])
+
+
+def side_by_side(frames_FHW3: np.ndarray) -> np.ndarray:
+    """[H, F W, 3]"""
     num_frames, height_px, width_px, _ = frames_FHW3.shape
-    total_px = num_frames * width_px
-    picture = np.empty((height_px + BAR_PX, total_px, 3), np.uint8)
-    picture[:height_px] = frames_FHW3.transpose(1, 0, 2, 3).reshape(height_px, total_px, 3)
-    picture[height_px:] = BACKGROUND
+    return frames_FHW3.transpose(1, 0, 2, 3).reshape(height_px, num_frames * width_px, 3)
+
+
+def bar(width_px: int, intervals_s: Sequence[Interval], duration_s: float, colour: Colour = SPAN) -> np.ndarray:
+    """[BAR_PX, width_px, 3]: the whole duration, the intervals coloured."""
+    picture = np.full((BAR_PX, width_px, 3), BACKGROUND, np.uint8)
     for start_s, end_s in intervals_s:
-        left = _pixel(start_s / duration_s, total_px)
-        right = max(_pixel(end_s / duration_s, total_px), left + LINE_PX)
-        picture[height_px:, min(left, total_px - LINE_PX) : right] = SPAN
+        left = pixel(start_s / duration_s, width_px)
+        right = max(pixel(end_s / duration_s, width_px), left + LINE_PX)
+        picture[:, min(left, width_px - LINE_PX) : right] = colour
     return picture
 
 
@@ -70,17 +79,18 @@ def boxes_on_frames(frames_FHW3: np.ndarray, boxes: Sequence[Box], given: Box | 
     return picture
 
 
-def outline(rgb_HW3: np.ndarray, box: Box, colour: tuple[int, int, int]) -> None:
+def outline(rgb_HW3: np.ndarray, box: Box, colour: Colour, line_px: int = LINE_PX) -> None:
     """Draw a box of corners as fractions, in place; what lies outside of the frame is cut off."""
     height_px, width_px, _ = rgb_HW3.shape
-    left, right = sorted(_pixel(x, width_px) for x in (box[0], box[2]))
-    top, bottom = sorted(_pixel(y, height_px) for y in (box[1], box[3]))
+    left, right = sorted(pixel(x, width_px) for x in (box[0], box[2]))
+    top, bottom = sorted(pixel(y, height_px) for y in (box[1], box[3]))
     inside = rgb_HW3[top : max(bottom, top + 1), left : max(right, left + 1)]
-    for edge in (inside[:LINE_PX], inside[-LINE_PX:], inside[:, :LINE_PX], inside[:, -LINE_PX:]):
+    for edge in (inside[:line_px], inside[-line_px:], inside[:, :line_px], inside[:, -line_px:]):
         edge[...] = colour
 
 
-def _pixel(frac: float, size_px: int) -> int:
+def pixel(frac: float, size_px: int) -> int:
+    """Where a share of a length of so many pixels ends; shares outside of [0, 1] are moved to its ends."""
     return round(min(max(frac, 0.0), 1.0) * size_px)
 
 

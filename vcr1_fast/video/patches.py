@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from vcr1_kernels import patchify
 from vcr1_kernels.backend import Backend
+from vcr1_kernels.reference import CLIP_MEAN, CLIP_STD
 
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.settings.config import VideoConfig
@@ -138,6 +139,21 @@ def to_patches(
         num_frames=num_frames,
         duration_s=frames.duration_s,
     )
+
+
+def to_frames(patches: Patches, pairs: Sequence[int]) -> torch.Tensor | None:
+    """The first frame of each of these pairs again, as the vision tower sees it: [F, H, W, 3] uint8 on the CPU.
+
+    None of a clip of which embeddings alone are kept. The inverse of `patchify`, whose docstring has the order.
+    """
+    if patches.embeddings_MD is not None:
+        return None
+    t, h, w = patches.grid_thw
+    values = patches.values_PC.view(t, h // 2, w // 2, 2, 2, 3, FRAMES_PER_PATCH, PATCH_PX, PATCH_PX)[list(pairs)]
+    # pair, block row, block column, patch row, patch column, channel, y, x -> pair, row, column, channel
+    frames = values[:, :, :, :, :, :, 0].permute(0, 1, 3, 6, 2, 4, 7, 5)
+    rgb_FHW3 = frames.reshape(len(pairs), h * PATCH_PX, w * PATCH_PX, 3).float().cpu()
+    return ((rgb_FHW3 * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _unpacked(embeddings_MD: torch.Tensor, numbers: torch.Tensor, source: PatchSource) -> Patches:
