@@ -71,14 +71,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _pace(config: Mapping[str, Any], grid: Grid, seconds: float) -> dict[str, float]:
     """Packed tokens a second and MFU of one update that takes so long."""
-    config = AutoConfig.for_model(**config)
-    text, prompt_len = config.text_config, grid[0] * grid[1] * grid[2] // 4 + TEXT_TOKENS
+    hf_config = AutoConfig.for_model(**config)
+    text, prompt_len = hf_config.text_config, grid[0] * grid[1] * grid[2] // 4 + TEXT_TOKENS
     fed = [length - 1 for length in ANSWERS]
     pairs = prompt_len * (prompt_len + 1) // 2 + sum(prompt_len * f + f * (f + 1) // 2 for f in fed)
     num_tokens = prompt_len + sum(fed)
     products = decoder_flop(text, num_tokens, 0) + head_flop(text, sum(ANSWERS))
     attention = decoder_flop(text, num_tokens, pairs) - decoder_flop(text, num_tokens, 0)
-    flop = 3 * (products + tower_flop(config.vision_config, [grid])) + 3.5 * attention
+    flop = 3 * (products + tower_flop(hf_config.vision_config, [grid])) + 3.5 * attention
     return {"tokens_per_s": round(num_tokens / seconds), "mfu": round(flop / (PEAK_FLOP_S * seconds), 3)}
 
 
