@@ -26,6 +26,7 @@ from vcr1_fast.commands.score_commands import (
     run_suite,
     run_watch,
 )
+from vcr1_fast.commands.settings_help import SHORT_HELP, short_help
 from vcr1_fast.commands.version import version_line
 from vcr1_fast.run.exit_codes import FAILED, STOPPED_BY_SIGNAL, WRONG_USAGE
 from vcr1_fast.run.stop_signals import StoppedBySignal, heed_no_interrupt, heed_one_interrupt, heed_usr1
@@ -113,7 +114,7 @@ HELP_EPILOG = "\n".join(
         "  vcr1-fast train CONFIG.yaml --train.num_steps=3 --rollout.group_size=8",
         "  vcr1-fast train CONFIG.yaml --dry-run=8    memory, seconds and disk of a run on 8 GPUs, from its worst step",
         "                                             on fake ones; with --fast from sums alone",
-        "  vcr1-fast train --help        every setting, explained",
+        "  vcr1-fast train --help        the settings that matter most; --help-all: every one",
         "",
         "CONFIG is a YAML file or `tiny`, the example in the package. VCR1_DEBUG=1 shows the traceback of an error.",
     ]
@@ -207,7 +208,10 @@ def _run_with_settings(name: str, tokens: list[str]) -> object:
     """One of COMMANDS. Returns its result; raises as `load_settings`, and what the command raises."""
     command = COMMANDS[name]
     settings_class = command.settings()
-    if {"-h", "--help"} & set(tokens):
+    if {"-h", "--help", "--help-all"} & set(tokens):
+        if name in SHORT_HELP and "--help-all" not in tokens:
+            print(short_help(name, command.help, settings_class))
+            return None
         parser = settings_parser(settings_class, f"vcr1-fast {name}")
         parser.description = command.help
         parser.print_help()
@@ -256,7 +260,7 @@ def _run_serve(tokens: list[str]) -> object:
         allow_abbrev=False,
         usage="vcr1-fast serve CONFIG [--bind HOST:PORT] [--workers N] [--logs FOLDER] [--section.field=value ...]",
         description="Starts SGLang workers on this node, one for each GPU, for trainers that run elsewhere.",
-        epilog="Settings as in `vcr1-fast train --help`; used here: model.path, model.device and rollout.sglang.",
+        epilog="Settings as in `vcr1-fast train --help-all`; used here: model.path, model.device and rollout.sglang.",
     )
     parser.add_argument(
         "--bind", default="", help="where the first worker listens, the next ones on the ports after it"

@@ -54,7 +54,7 @@ def run_predict(tokens: list[str]) -> object:
         description='Answers rows without labels: {"id", "task", "video", "query"}, and what the task needs to ask: '
         '"options", "box" and "times_s" or "duration_s". Writes {"id", "answer", "parsed"} lines. Started again it '
         "goes on from the answers that it has.",
-        epilog="Settings as in `vcr1-fast eval --help`; the default are those of the run that made the model.",
+        epilog="Settings as in `vcr1-fast eval --help-all`; the default are those of the run that made the model.",
     )
     parser.add_argument("rows", metavar="FILE", help="JSONL, JSON, CSV or parquet")
     parser.add_argument("--output", metavar="OUT.jsonl", required=True, help="file to write")
