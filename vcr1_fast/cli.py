@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from vcr1_fast.commands.model_commands import run_ask, run_export, run_predict
+from vcr1_fast.commands.model_commands import run_ask, run_export, run_init, run_predict
 from vcr1_fast.commands.score_commands import (
     run_baselines,
     run_compare,
@@ -99,6 +99,7 @@ HELP_EPILOG = "\n".join(
     [
         "commands:",
         *(f"  {name:8s}{command.help}" for name, command in COMMANDS.items()),
+        "  init OUT.yaml  write a commented configuration for data of your own, that fits",
         "  doctor  say what is installed, what works and why the rest does not",
         "  serve CONFIG  start rollout workers on this node, for trainers on other nodes",
         "  baselines TASK FILE  score answers that need no model on an annotation file",
@@ -278,6 +279,7 @@ def _run_serve(tokens: list[str]) -> object:
 
 GO_ON = ("train", "sft", "eval", "predict")  # those that go on where they stopped when they are started again
 PLAIN_COMMANDS = {  # those without settings alone
+    "init": run_init,
     "doctor": _run_doctor,
     "baselines": run_baselines,
     "score": run_score,
