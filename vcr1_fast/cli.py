@@ -34,7 +34,14 @@ from vcr1_fast.run.telemetry import is_main_rank, to_json
 from vcr1_fast.run.terminal import printable_output
 from vcr1_fast.settings.checks import check_settings
 from vcr1_fast.settings.config import Config, ConfigError
-from vcr1_fast.settings.io import UsageError, config_to_yaml, load_settings, settings_parser, split_config_path
+from vcr1_fast.settings.io import (
+    UsageError,
+    config_to_yaml,
+    load_settings,
+    setting_types,
+    settings_parser,
+    split_config_path,
+)
 from vcr1_fast.types import RunError, SampleError
 
 
@@ -110,6 +117,7 @@ HELP_EPILOG = "\n".join(
         "  ask MODEL VIDEO QUESTION  one question about one video, its answer drawn with --save",
         "  predict FILE --output OUT.jsonl  answers to rows without labels",
         "  export RUN OUT  a checkpoint as a Hugging Face folder, or its adapter",
+        "  completion bash|zsh  a script that completes commands and settings",
         "  compare A B  whether two samples.jsonl of eval differ, with intervals and p-values",
         "",
         "  vcr1-fast train CONFIG.yaml --train.num_steps=3 --rollout.group_size=8",
@@ -277,6 +285,20 @@ def _run_serve(tokens: list[str]) -> object:
     return None
 
 
+def _run_completion(tokens: list[str]) -> object:
+    parser = argparse.ArgumentParser(
+        prog="vcr1-fast completion",
+        description="Prints a script that completes commands and settings: source <(vcr1-fast completion bash)",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh"))
+    shell = parser.parse_args(tokens).shell
+    from vcr1_fast.commands.completion import completion_script
+
+    with_settings = {name: setting_types(command.settings()) for name, command in COMMANDS.items()}
+    print(completion_script(shell, with_settings | {name: {} for name in PLAIN_COMMANDS}), end="")
+    return None
+
+
 GO_ON = ("train", "sft", "eval", "predict")  # those that go on where they stopped when they are started again
 PLAIN_COMMANDS = {  # those without settings alone
     "init": run_init,
@@ -291,6 +313,7 @@ PLAIN_COMMANDS = {  # those without settings alone
     "ask": run_ask,
     "predict": run_predict,
     "export": run_export,
+    "completion": _run_completion,
 }
 
 
