@@ -83,6 +83,7 @@ def test_a_large_model_fits_by_the_sums_of_the_dry_run(capsys, num_gpus: int, mo
     Path("model").mkdir()
     content = {"model_type": "qwen2_5_vl"} | PUBLIC_SIZES[f"Qwen2.5-VL-{model_name}"]
     Path("model", "config.json").write_text(json.dumps(content))
+    Path("model", "vcr1_fast_video.json").write_text('{"min_frame_pixels": 25088}')  # which init leaves to it
     tokens = ("my.yaml", "--data", "rows.jsonl", "--eval", "held_out.jsonl", "--model", "model", "--videos", "clips")
     code, out, err = run(capsys, *tokens, f"--gpus={num_gpus}")
     assert (code, err) == (0, "")
@@ -90,6 +91,7 @@ def test_a_large_model_fits_by_the_sums_of_the_dry_run(capsys, num_gpus: int, mo
     assert out.splitlines()[-1] == (train if num_gpus > 1 else "  vcr1-fast train my.yaml")
     config = load_config("my.yaml", [])
     assert config.data.video_root == "clips" and config.video.max_frames == 68  # 34 s at 2 a second
+    assert config.video.min_frame_pixels == 25088
     assert plan_command(config, num_gpus, is_fast=True)["exceeds"] == FITS
     has_adapters = num_gpus == 1
     assert config.model.lora.rank == (32 if has_adapters else 0)

@@ -22,7 +22,8 @@ def test_short_help_names_settings_that_exist_with_their_defaults(command: str):
     keys = [token[2:].partition("=")[0] for token in shown]
     assert keys == list(SHORT_HELP[command].settings) and len(keys) == len(set(keys)) <= 18
     assert set(keys) <= set(setting_types(Config))
-    assert load_config(None, shown) == Config()  # what is shown can be typed, and is the default
+    given = ["--model.path=none", *(token for token in shown if not token.startswith("--model.path="))]
+    assert load_config(None, given) == load_config(None, given[:1])  # what is shown can be typed, and is the default
     lines = text.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 100
 

@@ -72,7 +72,8 @@ def init_command(
     check_settings(config, "train", ranks)
     commands = next_commands(out, num_gpus)
     path.write_text(as_yaml(chosen, ["Written by `vcr1-fast init`; change what you know better.", *commands]), "utf-8")
-    assert load_config(str(path), []) == config, "what is written is what was chosen"
+    read = load_config(str(path), [])
+    assert config_of(chosen, read) == read, "what is written is what was chosen"
     where = f"{num_gpus} GPU{'s' * (num_gpus > 1)}" if num_gpus else "a CPU"
     say(f"wrote {out}, for {where}; a checkpoint takes {checkpoint_gb(chosen, size):.1f} GB")
     if num_gpus:

@@ -77,9 +77,9 @@ def choose(facts: Facts) -> Choices:
     return _fitted(chosen, facts) if facts.num_gpus else _for_cpu(chosen, facts)
 
 
-def config_of(chosen: Choices) -> Config:
-    """The defaults with these values. Raises ConfigError as the sections do."""
-    config = Config()
+def config_of(chosen: Choices, start: Config | None = None) -> Config:
+    """`start`, or the defaults, with these values. Raises ConfigError as the sections do."""
+    config = start or Config()
     for key, choice in chosen.items():
         config = _with(config, key.split("."), choice.value)
     return config
