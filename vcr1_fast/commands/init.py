@@ -71,7 +71,8 @@ def init_command(
     config, ranks = config_of(chosen), max(num_gpus, 1)
     check_settings(config, "train", ranks)
     commands = next_commands(out, num_gpus)
-    path.write_text(as_yaml(chosen, ["Written by `vcr1-fast init`; change what you know better.", *commands]), "utf-8")
+    with path.open("x", encoding="utf-8") as file:
+        file.write(as_yaml(chosen, ["Written by `vcr1-fast init`; change what you know better.", *commands]))
     read = load_config(str(path), [])
     assert config_of(chosen, read) == read, "what is written is what was chosen"
     where = f"{num_gpus} GPU{'s' * (num_gpus > 1)}" if num_gpus else "a CPU"
@@ -88,7 +89,7 @@ def init_command(
 
 def next_commands(out: str, num_gpus: int) -> list[str]:
     """Look at the data, plan, train: each with what it is for."""
-    file = shlex.quote(printable(out))
+    file = shlex.quote(printable(out).replace("\n", r"\n"))
     nodes, on_each = -(-num_gpus // GPUS_PER_NODE), min(num_gpus, GPUS_PER_NODE)
     start = "vcr1-fast train"
     if num_gpus > 1:
