@@ -1,5 +1,6 @@
 # make install   .venv with everything the main job needs
-# make demo      write clips, train the tiny model with GRPO, print held-out scores before and after
+# make demo      write clips, train the tiny model with GRPO, print held-out scores before and after; DEMO_ARGS="--seed 1"
+# make demo-full the same with more clips and steps
 # make sglang    .venv-sglang with SGLang for machines without a GPU, for the tests of that engine (2.4 GB)
 # make test      ruff, pyright and pytest, what .ci/run calls
 # make clean     remove build products and caches; .venv and runs/ stay
@@ -8,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install sglang test demo clean
+.PHONY: help install sglang test demo demo-full clean
 
 VENV ?= .venv
 DEMO_ARGS ?=
@@ -83,6 +84,9 @@ test: $(VENV)/.installed-dev
 
 demo: $(VENV)/.installed
 	@$(BIN)/python -m vcr1_fast.commands.demo $(DEMO_ARGS)
+
+demo-full: $(VENV)/.installed
+	@$(BIN)/python -m vcr1_fast.commands.demo --full $(DEMO_ARGS)
 
 clean:
 	rm -rf {.,kernels}/{build,dist,*.egg-info} .pytest_cache .ruff_cache .hypothesis

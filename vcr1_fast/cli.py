@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from vcr1_fast.commands.model_commands import run_ask, run_export, run_predict
+from vcr1_fast.commands.model_commands import run_ask, run_export, run_init, run_predict
 from vcr1_fast.commands.score_commands import (
     run_baselines,
     run_compare,
@@ -26,6 +26,7 @@ from vcr1_fast.commands.score_commands import (
     run_suite,
     run_watch,
 )
+from vcr1_fast.commands.settings_help import SHORT_HELP, short_help
 from vcr1_fast.commands.version import version_line
 from vcr1_fast.run.exit_codes import FAILED, STOPPED_BY_SIGNAL, WRONG_USAGE
 from vcr1_fast.run.stop_signals import StoppedBySignal, heed_no_interrupt, heed_one_interrupt, heed_usr1
@@ -33,7 +34,14 @@ from vcr1_fast.run.telemetry import is_main_rank, to_json
 from vcr1_fast.run.terminal import printable_output
 from vcr1_fast.settings.checks import check_settings
 from vcr1_fast.settings.config import Config, ConfigError
-from vcr1_fast.settings.io import UsageError, config_to_yaml, load_settings, settings_parser, split_config_path
+from vcr1_fast.settings.io import (
+    UsageError,
+    config_to_yaml,
+    load_settings,
+    setting_types,
+    settings_parser,
+    split_config_path,
+)
 from vcr1_fast.types import RunError, SampleError
 
 
@@ -98,6 +106,7 @@ HELP_EPILOG = "\n".join(
     [
         "commands:",
         *(f"  {name:8s}{command.help}" for name, command in COMMANDS.items()),
+        "  init OUT.yaml  write a commented configuration for data of your own, that fits",
         "  doctor  say what is installed, what works and why the rest does not",
         "  serve CONFIG  start rollout workers on this node, for trainers on other nodes",
         "  baselines TASK FILE  score answers that need no model on an annotation file",
@@ -108,12 +117,13 @@ HELP_EPILOG = "\n".join(
         "  ask MODEL VIDEO QUESTION  one question about one video, its answer drawn with --save",
         "  predict FILE --output OUT.jsonl  answers to rows without labels",
         "  export RUN OUT  a checkpoint as a Hugging Face folder, or its adapter",
+        "  completion bash|zsh  a script that completes commands and settings",
         "  compare A B  whether two samples.jsonl of eval differ, with intervals and p-values",
         "",
         "  vcr1-fast train CONFIG.yaml --train.num_steps=3 --rollout.group_size=8",
         "  vcr1-fast train CONFIG.yaml --dry-run=8    memory, seconds and disk of a run on 8 GPUs, from its worst step",
         "                                             on fake ones; with --fast from sums alone",
-        "  vcr1-fast train --help        every setting, explained",
+        "  vcr1-fast train --help        the settings that matter most; --help-all: every one",
         "",
         "CONFIG is a YAML file or `tiny`, the example in the package. VCR1_DEBUG=1 shows the traceback of an error.",
     ]
@@ -207,7 +217,10 @@ def _run_with_settings(name: str, tokens: list[str]) -> object:
     """One of COMMANDS. Returns its result; raises as `load_settings`, and what the command raises."""
     command = COMMANDS[name]
     settings_class = command.settings()
-    if {"-h", "--help"} & set(tokens):
+    if {"-h", "--help", "--help-all"} & set(tokens):
+        if name in SHORT_HELP and "--help-all" not in tokens:
+            print(short_help(name, command.help, settings_class))
+            return None
         parser = settings_parser(settings_class, f"vcr1-fast {name}")
         parser.description = command.help
         parser.print_help()
@@ -256,7 +269,7 @@ def _run_serve(tokens: list[str]) -> object:
         allow_abbrev=False,
         usage="vcr1-fast serve CONFIG [--bind HOST:PORT] [--workers N] [--logs FOLDER] [--section.field=value ...]",
         description="Starts SGLang workers on this node, one for each GPU, for trainers that run elsewhere.",
-        epilog="Settings as in `vcr1-fast train --help`; used here: model.path, model.device and rollout.sglang.",
+        epilog="Settings as in `vcr1-fast train --help-all`; used here: model.path, model.device and rollout.sglang.",
     )
     parser.add_argument(
         "--bind", default="", help="where the first worker listens, the next ones on the ports after it"
@@ -272,8 +285,23 @@ def _run_serve(tokens: list[str]) -> object:
     return None
 
 
+def _run_completion(tokens: list[str]) -> object:
+    parser = argparse.ArgumentParser(
+        prog="vcr1-fast completion",
+        description="Prints a script that completes commands and settings: source <(vcr1-fast completion bash)",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh"))
+    shell = parser.parse_args(tokens).shell
+    from vcr1_fast.commands.completion import completion_script
+
+    with_settings = {name: setting_types(command.settings()) for name, command in COMMANDS.items()}
+    print(completion_script(shell, with_settings | {name: {} for name in PLAIN_COMMANDS}), end="")
+    return None
+
+
 GO_ON = ("train", "sft", "eval", "predict")  # those that go on where they stopped when they are started again
 PLAIN_COMMANDS = {  # those without settings alone
+    "init": run_init,
     "doctor": _run_doctor,
     "baselines": run_baselines,
     "score": run_score,
@@ -285,6 +313,7 @@ PLAIN_COMMANDS = {  # those without settings alone
     "ask": run_ask,
     "predict": run_predict,
     "export": run_export,
+    "completion": _run_completion,
 }
 
 

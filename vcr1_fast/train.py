@@ -17,6 +17,7 @@ from vcr1_fast.rollout.parity import check_parity, warn_of_gap
 from vcr1_fast.rollout.queue import RolloutQueue
 from vcr1_fast.run.answers import log_answers
 from vcr1_fast.run.metrics import merged, rollout_metrics, update_metrics
+from vcr1_fast.run.no_signal import SignalWatch
 from vcr1_fast.run.resuming import load_state
 from vcr1_fast.run.run import Run, due, export_model, open_run, open_weight_sync, outcome, sampling_of, save_state
 from vcr1_fast.run.stopping import Stopping
@@ -61,7 +62,7 @@ def _train(run: Run) -> dict[str, Any]:
     say(f"{engine.version}: {parity or 'not compared with the learner, no usable example comes next'}")
     queue.restore(state.pending, state.answers, state.again, state.failed_steps)
     before = score(0) if held_out and state.step == 0 else scores_from_dict(state.before)
-    num_tokens, has_signal = state.num_tokens, state.has_signal
+    num_tokens, signal = state.num_tokens, SignalWatch(run, state.has_signal)
     with Stopping(config.checkpoint, config.train.num_steps, world) as stopping:
         for step in range(state.step + 1, config.train.num_steps + 1):
             with telemetry.span("prompts"):
@@ -73,7 +74,6 @@ def _train(run: Run) -> dict[str, Any]:
             with telemetry.span("update"):
                 groups = with_advantages(groups, config.algorithm.scale_advantages, task_scale)
                 reports = learner.update_grpo(groups)
-            has_signal |= any(report.has_signal for report in reports)
             run.quarantine.add_all(error for report in reports for error in report.too_large)
             with telemetry.span("weight_sync"), queue.paused():
                 sync.push()
@@ -83,10 +83,11 @@ def _train(run: Run) -> dict[str, Any]:
             warn_of_gap(step, metrics, config, learner.dtype)
             log_answers(run, telemetry, step, groups)
             telemetry.log_step(step, metrics | {"num_tokens": num_tokens}, config.train.num_steps)
+            signal.note(groups, reports)
             if stopping.wants_checkpoint(step):
                 with telemetry.span("checkpoint"):
                     now = run.state(step, prompts, num_tokens, sync.policy_version, "train")
-                    more = {"task_scale": task_scale.moments, "has_signal": has_signal, **queue.pending()}
+                    more = {"task_scale": task_scale.moments, "has_signal": signal.has_signal, **queue.pending()}
                     save_state(run, learner, replace(now, before=scores_as_dict(before), **more))
             stopping.end_if_asked(step)
             if due(config.eval.every, step) and step < config.train.num_steps and held_out:
@@ -95,7 +96,8 @@ def _train(run: Run) -> dict[str, Any]:
     for part in (telemetry, queue, engine):
         part.close()
     done = {"run": str(run.folder), "steps": config.train.num_steps, "engine": engine.version}
-    return done | _finish(run, learner, before, after) | outcome(run, has_signal, config.train.num_steps - state.step)
+    done |= _finish(run, learner, before, after)
+    return done | outcome(run, signal.has_signal, config.train.num_steps - state.step, signal.finish())
 
 
 def _finish(run: Run, learner: Learner, before: Scores, after: Scores) -> dict[str, Any]:

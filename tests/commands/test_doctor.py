@@ -1,14 +1,18 @@
 """The doctor never fails to answer, and its exit code says whether the main job can run."""
 
 import json
+import platform
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import vcr1_fast.commands.doctor as doctor_module
+from vcr1_fast import __version__
 from vcr1_fast.commands.doctor import COMPONENTS, Component, UnusableError, doctor, examine
+from vcr1_fast.commands.version import CHECKOUT, commit_of
 
 
 def fails_with(error: BaseException):
@@ -47,7 +51,19 @@ def test_only_a_required_component_makes_the_exit_code(monkeypatch, capsys, comp
     assert doctor(as_json=True) == code
     report = json.loads(capsys.readouterr().out)
     assert report["ready"] == (code == 0)
+    assert (report["version"], report["commit"]) == (__version__, commit_of(CHECKOUT) or None)
+    assert platform.machine() in report["platform"]
     assert [row["component"] for row in report["components"]] == [component.name for component in components]
+
+
+def test_what_an_issue_report_asks_for_is_in_it():
+    """A form of GitHub: name, description, a body of typed parts, each with its own id."""
+    form = yaml.safe_load((CHECKOUT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8"))
+    parts = {part["id"]: part for part in form["body"]}
+    assert len(parts) == len(form["body"]) and form["name"] and form["description"]
+    assert all(part["type"] == "textarea" and part["attributes"]["label"] for part in parts.values())
+    assert parts["doctor"]["attributes"]["label"] == "vcr1-fast doctor --json"
+    assert {"python", "torch", "CUDA device", "torch.distributed nccl", "sglang"} <= {c.name for c in COMPONENTS}
 
 
 def test_a_reason_with_square_brackets_is_printed_as_it_is(monkeypatch, capsys):

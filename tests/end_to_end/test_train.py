@@ -127,10 +127,10 @@ def test_ended_and_killed_run_resumes_to_the_same_bits(train_arguments, run_here
 
 
 def test_a_run_without_a_gradient_says_so_and_its_end_is_not_repeated(train_arguments, run_here, tmp_path):
-    """Answers of 2 tokens have no interval, so that all rewards are 0."""
+    """Answers of 2 tokens have no interval, so that all rewards are 0. What is printed says why."""
     arguments = train_arguments(
         *(tmp_path / "run", "--rollout.max_new_tokens=2", "--data.eval=[]"),
-        *("--checkpoint.every=1", "--checkpoint.export=false"),
+        *("--checkpoint.every=1", "--checkpoint.export=false", "--train.print_every=0"),
     )
     for num_steps, code in ((0, 0), (1, 3), (1, 0), (2, 3)):  # the third has no step left; the fourth goes on from it
         done = run_here([*arguments, f"--train.num_steps={num_steps}"])
@@ -139,6 +139,12 @@ def test_a_run_without_a_gradient_says_so_and_its_end_is_not_repeated(train_argu
         assert result["exit_code"] == code
         assert ("no update of this run had a gradient that is not 0" in result.get("no_signal", "")) == (code == 3)
         assert done.err.splitlines()[-1:] == [f"vcr1-fast: no signal: {result.get('no_signal')}"] * (code == 3)
+        assert done.out.count("no signal: in 1 steps in a row") == done.out.count("  asked (") / 3 == (code == 3)
+        for cause in (
+            "all 16 answers were cut at rollout.max_new_tokens=2: raise it",
+            "none of 16 answers has the form",
+        ):
+            assert (f"  likely: {cause}" in done.out) == (f"; likely: {cause}" in str(result)) == (code == 3)
 
 
 def test_a_signal_of_an_earlier_start_counts(train_arguments, run_here, tmp_path):

@@ -11,6 +11,8 @@ from vcr1_fast.run.resuming import differing_settings
 from vcr1_fast.settings.config import Config, ConfigError, EvalVideoConfig, VideoConfig
 from vcr1_fast.settings.io import config_to_yaml, load_config, setting_types
 
+OTHER = "--model.path=none"  # which says nothing of its frames
+
 
 def test_it_has_the_keys_of_video_each_left_to_it_by_default():
     video, over = setting_types(VideoConfig), setting_types(EvalVideoConfig)
@@ -21,7 +23,7 @@ def test_it_has_the_keys_of_video_each_left_to_it_by_default():
 
 def test_what_is_given_holds_in_evaluation_and_the_rest_is_videos(tmp_path: Path):
     (tmp_path / "c.yaml").write_text("video: {fps: 1, max_frames: 64}\neval: {video: {fps: 4, total_pixels: 10838016}}")
-    config = load_config(str(tmp_path / "c.yaml"), ["--eval.video.max_frames=512", "--video.reader=pyav"])
+    config = load_config(str(tmp_path / "c.yaml"), ["--eval.video.max_frames=512", "--video.reader=pyav", OTHER])
     assert config.video == VideoConfig(fps=1.0, max_frames=64, reader="pyav")
     assert config.eval_video == replace(config.video, fps=4.0, max_frames=512, total_pixels=128 * 108 * 28 * 28)
     (tmp_path / "saved.yaml").write_text(config_to_yaml(config))
@@ -47,7 +49,7 @@ def test_what_is_wrong_is_named_as_in_video(overrides: list[str], message: str):
 
 
 def test_answers_are_kept_by_what_evaluation_sees_and_a_run_goes_on_whatever_that_is():
-    plain, denser = Config(), load_config(None, ["--eval.video.fps=4"])
+    plain, denser = load_config(None, [OTHER]), load_config(None, [OTHER, "--eval.video.fps=4"])
     as_seen = [replace(config, video=config.eval_video) for config in (plain, denser)]
     kept = [answer_settings(config, "w", "pyav", torch.device("cpu")) for config in as_seen]
     assert {name for name in kept[0] if kept[0][name] != kept[1][name]} == {"video.fps"}

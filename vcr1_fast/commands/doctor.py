@@ -21,6 +21,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from vcr1_fast import __version__
+from vcr1_fast.commands.version import CHECKOUT, commit_of
 from vcr1_fast.run.terminal import console
 
 TINY_FOLDER = Path(__file__).parents[1] / "tiny"
@@ -80,7 +82,8 @@ def doctor(as_json: bool = False, sglang_python: str | None = None) -> int:
     findings = examine(components)
     is_ready = all(finding.usable for finding in findings if finding.required)
     if as_json:
-        print(json.dumps({"ready": is_ready, "components": [asdict(finding) for finding in findings]}))
+        about = {"version": __version__, "commit": commit_of(CHECKOUT) or None, "platform": platform.platform()}
+        print(json.dumps({**about, "ready": is_ready, "components": [asdict(finding) for finding in findings]}))
     else:
         _print_table(findings)
         broken = ", ".join(finding.component for finding in findings if finding.required and not finding.usable)

@@ -1,5 +1,5 @@
-"""Command lines of the commands that use a model: ask, predict, export. Called by cli.py; imports no torch until one
-runs."""
+"""Command lines of the commands that use a model: init, ask, predict, export. Called by cli.py; imports no torch until
+one runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run_predict(tokens: list[str]) -> object:
         description='Answers rows without labels: {"id", "task", "video", "query"}, and what the task needs to ask: '
         '"options", "box" and "times_s" or "duration_s". Writes {"id", "answer", "parsed"} lines. Started again it '
         "goes on from the answers that it has.",
-        epilog="Settings as in `vcr1-fast eval --help`; the default are those of the run that made the model.",
+        epilog="Settings as in `vcr1-fast eval --help-all`; the default are those of the run that made the model.",
     )
     parser.add_argument("rows", metavar="FILE", help="JSONL, JSON, CSV or parquet")
     parser.add_argument("--output", metavar="OUT.jsonl", required=True, help="file to write")
@@ -85,3 +85,25 @@ def run_export(tokens: list[str]) -> object:
     return export_command(
         options.checkpoint, options.out, options.dtype, merges=not options.no_merge, repo=options.push
     )
+
+
+def run_init(tokens: list[str]) -> object:
+    parser = argparse.ArgumentParser(
+        prog="vcr1-fast init",
+        allow_abbrev=False,
+        usage="vcr1-fast init OUT.yaml --data FILE... --model PATH [--gpus N] [--eval FILE...] [--videos FOLDER]",
+        description="Writes a commented configuration for data of your own that fits into so many GPUs of 80 GB. Looks "
+        "at the annotation files and at the model's config.json; videos and weights are not opened.",
+    )
+    parser.add_argument("out", metavar="OUT.yaml", help="file to write; it must not exist")
+    parser.add_argument("--data", metavar="FILE", nargs="+", required=True, help="annotation files to train on")
+    parser.add_argument("--eval", metavar="FILE", nargs="+", default=[], help="held-out annotation files")
+    parser.add_argument("--model", metavar="PATH", required=True, help="folder of a checkpoint, or `tiny`")
+    parser.add_argument("--gpus", metavar="N", type=int, help="0: a CPU; default: those of this machine")
+    parser.add_argument("--videos", metavar="FOLDER", help="of the videos; default: that of each annotation file")
+    options = parser.parse_args(tokens)
+    if options.gpus is not None and options.gpus < 0:
+        raise UsageError(f"--gpus is {options.gpus}, wanted 0 or more")
+    from vcr1_fast.commands.init import init_command
+
+    return init_command(options.out, options.data, options.eval, options.model, options.gpus, options.videos)

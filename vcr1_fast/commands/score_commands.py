@@ -57,8 +57,8 @@ def run_score(tokens: list[str]) -> object:
     parser.add_argument("answers", metavar="ANSWERS.jsonl", help='one {"id": ..., "answer": "..."} a line')
     parser.epilog = (
         "Ground truths are taken as the files have them; --task.recipe=fixed repairs them first, as eval does by "
-        "default. Also --task.think=false and all of --task and --judge in `vcr1-fast eval --help`. Ids of a suite are "
-        "those that `vcr1-fast suite` writes, or these without the suite's name in front."
+        "default. Also --task.think=false and all of --task and --judge in `vcr1-fast eval --help-all`. Ids of a suite "
+        "are those that `vcr1-fast suite` writes, or these without the suite's name in front."
     )
     num_files = next((i for i, token in enumerate(tokens) if token.startswith("--") and "." in token), len(tokens))
     options = parser.parse_args(tokens[:num_files])  # a value that follows its setting after a blank is no file
@@ -95,7 +95,7 @@ def run_baselines(tokens: list[str]) -> object:
         default="paper",
         help="paper (default): against the ground truth as it is, as benchmarks do. fixed: against the repaired one",
     )
-    parser.epilog = "Captioning asks a judge: --judge.url, --judge.model, ... as in `vcr1-fast eval --help`."
+    parser.epilog = "Captioning asks a judge: --judge.url, --judge.model, ... as in `vcr1-fast eval --help-all`."
     options, overrides = parser.parse_known_args(tokens)
     from vcr1_fast.commands.baselines import baselines_command
 

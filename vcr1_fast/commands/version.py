@@ -6,10 +6,12 @@ from pathlib import Path
 
 from vcr1_fast import __version__
 
+CHECKOUT = Path(__file__).parents[2]  # where the package runs from one
+
 
 def version_line() -> str:
     """Example: "vcr1-fast 0.3.0 (commit 1a2b3c4d5e6f)"; without a checkout the version alone."""
-    commit = commit_of(Path(__file__).parents[2])
+    commit = commit_of(CHECKOUT)
     return f"vcr1-fast {__version__}" + (f" (commit {commit[:12]})" if commit else "")
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import yaml
 
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World, gather_all, on_main_rank
+from vcr1_fast.run.model_folder import STATE_FILE as STATE_FILE
 from vcr1_fast.settings.config import Config, ConfigError
 
 CHECKPOINTS_FOLDER = "checkpoints"  # below train.output_dir
-STATE_FILE = "state.json"
 FORMAT = 2  # of state.json and the tensor names; raise it with every change that old code cannot read
 
 _LOG = logging.getLogger(__name__)

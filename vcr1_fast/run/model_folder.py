@@ -22,11 +22,14 @@ from vcr1_fast.settings.error import ConfigError
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 CONFIG_FILE = "config.json"
 TRAINED_WITH = "vcr1_fast.json"  # in the folder of an exported model: version and video reader of its training
+STATE_FILE = "state.json"  # in a checkpoint of a run, see checkpoint_files.py
+VIDEO_FILE = "vcr1_fast_video.json"  # settings of the section video that the model was taught with
 SETTINGS_FILES = (  # beside the weights: what model, tokenizer, processor and generation are read from
     *(CONFIG_FILE, "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    VIDEO_FILE,
 )
 _LFS_POINTER = b"version https://git-lfs"
 _NUM_HASHED_AT_ONCE = 4  # files; each rank of a node reads the same ones
@@ -47,11 +50,7 @@ def model_folder(path: str) -> Path:
     `owner/name@<commit>` is the folder of that model in the Hub's cache, once `hub.with_hub_model` has put it there.
     Raises ConfigError when there is no config.json in it.
     """
-    if path == "tiny":
-        with as_file(files("vcr1_fast.tiny")) as folder:
-            return Path(folder)
-    in_cache = cached_config(path)
-    folder = in_cache.parent if in_cache else Path(path).expanduser()
+    folder = named_folder(path)
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(
             f"model.path is {path!r}, but {folder / CONFIG_FILE} does not exist: give the folder of a Hugging Face "
@@ -64,6 +63,15 @@ def cached_config(path: str) -> Path | None:
     """config.json in the Hub's cache of a `model.path` that names a commit of the Hub."""
     model = hub_model(path)
     return cached_file(model, CONFIG_FILE) if model else None
+
+
+def named_folder(path: str) -> Path:
+    """`model_folder`, whether or not there is such a folder."""
+    if path == "tiny":
+        with as_file(files("vcr1_fast.tiny")) as folder:
+            return Path(folder)
+    in_cache = cached_config(path)
+    return in_cache.parent if in_cache else Path(path).expanduser()
 
 
 def settings_files(folder: Path) -> list[Path]:

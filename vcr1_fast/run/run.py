@@ -6,7 +6,7 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -244,13 +244,17 @@ def sampling_of(config: Config, world: World, step: int) -> SamplingParams:
     return config.rollout.sampling(seed)
 
 
-def outcome(run: Run, has_signal: bool, num_steps_done: int) -> dict[str, Any]:
-    """For the last line of training: exit_code, and, after a run without one gradient that is not 0, why that is."""
+def outcome(run: Run, has_signal: bool, num_steps_done: int, causes: Sequence[str] = ()) -> dict[str, Any]:
+    """For the last line of training: exit_code, and, after a run without one gradient that is not 0, why that is.
+
+    `causes`: the likely ones, see no_signal.py.
+    """
     if has_signal or not num_steps_done:  # a run that was done before has said it then
         return {"exit_code": 0}
     reason = (
         "no update of this run had a gradient that is not 0, so the model is as it was at the start: see bad samples, "
         f"reward failures and zero-variance in the lines above and in {run.folder / 'metrics.jsonl'}"
+        + "".join(f"; likely: {cause}" for cause in causes)
     )
     if run.world.is_main:
         print(f"vcr1-fast: no signal: {reason}", file=sys.stderr)

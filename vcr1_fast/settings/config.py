@@ -249,6 +249,9 @@ class TrainConfig:
     """Steps between files samples/step_N.jsonl, the answers of up to 32 groups of that step; 0: never."""
     print_every: int = 10
     """Steps between answers that are printed, one each time; 0: never."""
+    no_signal_steps: int = 10
+    """Steps in a row in which no weight moved, after which the run shows three answers and says why that may be; 0:
+    only at the end of a run that learned nothing."""
     watchdog_s: float = 1200.0
     """When no step ends for so long, every rank prints where each of its threads is, and the run goes on waiting: a
     collective gives up after 3,600 s. 20 minutes are several times the slowest step that a run should have; 0: never.
@@ -267,6 +270,9 @@ class TrainConfig:
         )
         require(self.samples_every >= 0, f"train.samples_every is {self.samples_every}, wanted >= 0 (0: never)")
         require(self.print_every >= 0, f"train.print_every is {self.print_every}, wanted >= 0 (0: never)")
+        require(
+            self.no_signal_steps >= 0, f"train.no_signal_steps is {self.no_signal_steps}, wanted >= 0 (0: at the end)"
+        )
         require(self.watchdog_s >= 0, f"train.watchdog_s is {self.watchdog_s}, wanted >= 0 (0: never)")
         require(
             self.max_group_tokens is None or self.max_group_tokens >= 1,

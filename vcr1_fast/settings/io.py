@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from vcr1_fast.settings.config import Config, ConfigError
+from vcr1_fast.settings.config import Config, ConfigError, ModelConfig
+from vcr1_fast.settings.of_model import video_of_model
 
 T = TypeVar("T")
 
@@ -34,7 +35,8 @@ class UsageError(ConfigError):
 
 
 def load_config(path: str | None, overrides: list[str]) -> Config:
-    """The settings of `path` (None: the defaults; `tiny`: the packaged file) with `--a.b=c` tokens on top.
+    """The settings of `path` (None: the defaults; `tiny`: the packaged file) with `--a.b=c` tokens on top, and below
+    them what the model says of its frames (of_model.py).
 
     Raises UsageError for an unknown key, a value of the wrong type or an unreadable file; ConfigError for a
     value out of range.
@@ -55,6 +57,8 @@ def load_settings(config_class: type[T], path: str | None, overrides: list[str])
         _check_known(key, known, " on the command line")
         _check_entries(key, _parsed(key, value, known), known, " on the command line")
     parser = settings_parser(config_class, prog="vcr1-fast")
+    if config_class is Config:
+        values = _with_video_of_model(values, dict(pairs))
     try:
         settings = parser.parse_object(_listed(values, known))
         where = " on the command line"
@@ -62,6 +66,15 @@ def load_settings(config_class: type[T], path: str | None, overrides: list[str])
     except argparse.ArgumentError as error:
         raise UsageError(_explain(str(error), known, where)) from None
     return config_class(**vars(parser.instantiate(settings)))
+
+
+def _with_video_of_model(values: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """`values` of a file with what the model says of its frames where neither they nor `overrides` do."""
+    path = overrides.get("model.path", (values.get("model") or {}).get("path", ModelConfig.path))
+    video = values.get("video") or {}
+    given = {*video, *(key.removeprefix("video.") for key in overrides if key.startswith("video."))}
+    found = video_of_model(str(path), given)
+    return {**values, "video": {**video, **found}} if found else values
 
 
 def config_to_yaml(config: object) -> str:

@@ -6,11 +6,13 @@ The weights in the package are this model after supervised cold start (`vcr1-fas
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from vcr1_fast.run.model_folder import VIDEO_FILE
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.synth.config import COLOURS, KINDS, SHAPES, SynthConfig
 from vcr1_fast.synth.dataset import make_clip
@@ -20,6 +22,8 @@ from vcr1_fast.tiny.published import write_as_published
 from vcr1_fast.tiny.tokenizer import build_tokenizer
 from vcr1_fast.types import Example
 
+# Clips of 8 s, and frames of 84 x 84: 9 tokens a second.
+VIDEO = {"max_frames": 16, "min_frame_pixels": 84 * 84, "max_frame_pixels": 84 * 84}
 _NUM_SAMPLE_CLIPS = 16  # enough that every word of the think texts occurs
 _PAPER_KINDS = ("grounding", "tracking")  # prompts of recipe paper whose words the vocabulary has; others are spelled
 
@@ -32,6 +36,7 @@ def build_tiny(folder: Path, seed: int = 0) -> None:
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     write_as_published(folder)
+    (folder / VIDEO_FILE).write_text(json.dumps(VIDEO, indent=2) + "\n", encoding="utf-8")
 
 
 def build_tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vcr1_fast.run.model_folder import VIDEO_FILE
 from vcr1_fast.settings.config import Config
 from vcr1_fast.settings.io import load_settings
 from vcr1_fast.sft import sft
@@ -30,6 +31,7 @@ MODEL_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    VIDEO_FILE,
 )
 POOR_CLIPS = SynthConfig(
     num_train=1200, num_eval=64, label_lag_s=0.9, label_slack_frac=0.16, label_careless_frac=0.6, seed=1

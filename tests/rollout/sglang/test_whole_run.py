@@ -1,7 +1,7 @@
-"""A whole GRPO run with SGLang beside the same one with the local engine: the steps of `make demo DEMO_ARGS=--short`.
+"""A whole GRPO run with SGLang beside the same one with the local engine: the steps of `make demo`.
 
-In the middle of it the worker is killed. Both runs are started by the command line, as a user does. Where the short
-demo has just been run, $VCR1_SHORT_DEMO names the file of its output, and it is not run again.
+In the middle of it the worker is killed. Both runs are started by the command line, as a user does. Where the
+demo has just been run, $VCR1_DEMO names the file of its output, and it is not run again.
 """
 
 import json
@@ -22,7 +22,7 @@ from vcr1_fast.commands import demo
 from vcr1_fast.settings.io import config_to_yaml
 from vcr1_fast.synth.dataset import write_dataset
 
-NUM_STEPS = 40
+NUM_STEPS = demo.NUM_STEPS
 KILL_AFTER_STEP = 15
 LIMIT_S = 1500  # on two quiet cores 140 s; ten times that where others work beside
 MIN_GAIN = 0.05
@@ -47,7 +47,7 @@ class Outcome:
 def run_demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
     """run_demo(name, "--a.b=c", ..., watch=...): trains; `watch(process, steps so far)` is called again and again."""
     folder = tmp_path_factory.mktemp("demo")
-    synth, config = demo.settings(folder, seed=0, short=True)
+    synth, config = demo.settings(folder, seed=0)
     write_dataset(synth, show_progress=False)
     settings = folder / "settings.yaml"
     settings.write_text(config_to_yaml(config), encoding="utf-8")
@@ -91,7 +91,7 @@ def workers_of(trainer: int) -> list[int]:
 @pytest.fixture(scope="module")
 def local(run_demo) -> dict[str, float]:
     """Held-out mIoU before and after, with the local engine."""
-    output = os.environ.get("VCR1_SHORT_DEMO")
+    output = os.environ.get("VCR1_DEMO")
     if output:
         return json.loads(Path(output).read_text(encoding="utf-8").splitlines()[-1])["tasks"]["temporal_grounding"]
     outcome = run_demo("local")
