@@ -2,13 +2,15 @@
 # make demo      write clips, train the tiny model with GRPO, print held-out scores before and after
 # make sglang    .venv-sglang with SGLang for machines without a GPU, for the tests of that engine (2.4 GB)
 # make test      ruff, pyright and pytest, what .ci/run calls
+# make docs      the pages of docs/ as a site in build/site
+# make audit     known weaknesses of the packages that are installed; ends with 75 where their list cannot be had
 # make clean     remove build products and caches; .venv and runs/ stay
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install sglang test demo clean
+.PHONY: help install sglang test demo docs audit clean
 
 VENV ?= .venv
 DEMO_ARGS ?=
@@ -82,6 +84,15 @@ test: $(VENV)/.installed-dev
 
 demo: $(VENV)/.installed
 	@$(BIN)/python -m vcr1_fast.commands.demo $(DEMO_ARGS)
+
+docs: $(VENV)/.installed
+	@$(BIN)/python -m pip install -qq -c $(VENV)/constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q -f docs/site/mkdocs.yml
+	echo "build/site/index.html, to be opened with a browser"
+
+audit: $(VENV)/.installed
+	@$(BIN)/python -m pip install -qq -c $(VENV)/constraints.txt -e '.[audit]'
+	tests/audit.sh $(BIN)/python
 
 clean:
 	rm -rf {.,kernels}/{build,dist,*.egg-info} .pytest_cache .ruff_cache .hypothesis
