@@ -75,6 +75,12 @@ def data_command(config: Config) -> dict[str, Any]:
     console.print(_table(checks))
     for check in checks:
         _say_what_is_wrong(check)
+    if any(check.problem == NO_SUCH_FILE for check in checks):
+        say(
+            "how to get public data sets, and where they go: docs/data.md; clips for the tiny model: vcr1-fast synth tiny"
+        )
+    if any(check.missing for check in checks):
+        say("data.video_root is the folder that video paths start from; default: that of the annotation file")
     is_complete = all(check.content and check.content.examples and not check.missing for check in checks)
     return {"files": [_as_dict(check) for check in checks], "exit_code": 0 if is_complete else FAILED}
 
@@ -97,8 +103,10 @@ def _listed(texts: Sequence[str]) -> str:
 
 
 def _table(checks: Sequence[FileCheck]) -> Table:
-    table = Table("annotation file", "read as", box=box.SIMPLE)
-    for name in ("rows", "usable", "videos found", "missing"):
+    table = Table(box=box.SIMPLE)
+    table.add_column("annotation file", overflow="fold")
+    table.add_column("schema", no_wrap=True)
+    for name in ("rows", "usable", "videos", "missing"):
         table.add_column(name, justify="right")
     for check in checks:
         summary = check.content.summary if check.content else None
