@@ -76,9 +76,7 @@ def data_command(config: Config) -> dict[str, Any]:
     for check in checks:
         _say_what_is_wrong(check)
     if any(check.problem == NO_SUCH_FILE for check in checks):
-        say(
-            "how to get public data sets, and where they go: docs/data.md; clips for the tiny model: vcr1-fast synth tiny"
-        )
+        say("how to get public data sets, and where they go: docs/data.md; for the tiny model: vcr1-fast synth tiny")
     if any(check.missing for check in checks):
         say("data.video_root is the folder that video paths start from; default: that of the annotation file")
     is_complete = all(check.content and check.content.examples and not check.missing for check in checks)
