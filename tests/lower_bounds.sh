@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The oldest packages that pyproject.toml allows: a fresh environment with the lower bound of each dependency, in which the
 # command line writes clips, trains, scores and exports the tiny model, and the tests that depend most on them run.
-# About 6 minutes of one core and 500 MB; needs an index of packages. Not part of `make test`.
-#     tests/lower_bounds.sh [PYTHON of this project's environment]
+# About 10 minutes and 500 MB; needs an index of packages. Not part of `make test`.
+#     tests/lower_bounds.sh [PYTHON of this project's environment [TESTS, and nothing else...]]
 # torch alone is the one of that environment, because older builds for a CPU are not in every index: links, in a folder that
 # a .pth names. Ends with 75 where a package cannot be had, else with 0 or 1.
 set -euo pipefail
@@ -62,7 +62,7 @@ cp -r pyproject.toml setup.py README.md LICENSE csrc vcr1_fast kernels "$folder/
 
 # The command line, as a stranger runs it
 export OMP_NUM_THREADS=1
-(
+[ $# -gt 1 ] || (
   cd "$folder/run"
   "$folder/venv/bin/vcr1-fast" doctor
   "$folder/venv/bin/vcr1-fast" synth tiny --num_train=16 --num_eval=8
@@ -70,6 +70,9 @@ export OMP_NUM_THREADS=1
   "$folder/venv/bin/vcr1-fast" eval tiny --model.path=runs/tiny/grpo/model
   "$folder/venv/bin/vcr1-fast" export runs/tiny/grpo exported --dtype bfloat16
 )
-"$lowest" -m pytest -q -p no:cacheprovider \
-  tests/settings tests/learner/test_exactness.py tests/learner/test_loading.py tests/run/test_export.py \
+tests=(
+  tests/settings tests/learner/test_exactness.py tests/learner/test_loading.py tests/run/test_export.py
   tests/run/test_checkpoint.py tests/rollout/test_engine_equals_trainer.py tests/video/test_readers.py tests/report
+)
+[ $# -lt 2 ] || tests=("${@:2}")
+"$lowest" -m pytest -q -p no:cacheprovider "${tests[@]}"

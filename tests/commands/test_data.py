@@ -60,6 +60,18 @@ def test_settings_without_a_file_say_which_setting_names_one(capsys: pytest.Capt
     assert end.value.code == 1 and "--data.train=" in capsys.readouterr().err
 
 
+def test_a_file_of_both_is_looked_at_once_and_one_named_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    rows = write(tmp_path / "rows.jsonl", {"video": "a.mp4"})
+    code, _, line = run(capsys, f"--data.train=[{rows}]", f"--data.eval=[{rows}]")
+    assert (code, len(line["files"])) == (0, 1)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["data", f"--data.train=[{rows}, {rows}]"])
+    assert end.value.code == 1 and f"data.train names {rows} twice" in capsys.readouterr().err
+
+
 def test_a_file_that_is_broken_as_a_whole_is_told_beside_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "a.mp4").write_bytes(b"x")

@@ -38,9 +38,16 @@ class FileCheck:
 
 
 def check_files(config: Config, tasks: dict[str, Task]) -> list[FileCheck]:
-    """One for each file of data.train and data.eval, in this order; a file of both is looked at once."""
-    files = dict.fromkeys([*config.data.sources("train"), *config.data.sources("eval")])
-    return [_check(file, tasks, config) for file in files]
+    """One for each file of data.train and data.eval, in this order; a file of both is looked at once.
+
+    Raises ConfigError when one of the two names a file twice.
+    """
+    train, held_out = config.data.sources("train"), config.data.sources("eval")
+    for name, files in (("train", train), ("eval", held_out)):
+        twice = next((file.path for number, file in enumerate(files) if file in files[:number]), None)
+        if twice is not None:
+            raise ConfigError(f"data.{name} names {twice} twice: name it once")
+    return [_check(file, tasks, config) for file in dict.fromkeys([*train, *held_out])]
 
 
 def _check(file: DataFile, tasks: dict[str, Task], config: Config) -> FileCheck:
