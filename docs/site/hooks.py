@@ -17,6 +17,10 @@ DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
 ELSEWHERE = {"README.md": "index.md", "kernels/README.md": "kernels.md"}  # pages that other files are
 _INCLUDE = re.compile(r"<!-- include: (\S+) -->")
+_ROW, _CODE = (
+    re.compile(r"^\|.*$", re.MULTILINE),
+    re.compile(r"`[^`]*`"),
+)  # GitHub wants \| there, MkDocs does not
 _LINK = re.compile(r"(?P<is_image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -28,6 +32,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         source = (DOCS / found[1]).resolve()
         markdown = source.read_text(encoding="utf-8")
     folder = source.parent.relative_to(ROOT).as_posix()
+    markdown = _ROW.sub(lambda row: _CODE.sub(lambda code: code[0].replace("\\|", "|"), row[0]), markdown)
     return _LINK.sub(lambda link: mended(link, folder), markdown)
 
 

@@ -34,6 +34,11 @@ def test_a_link_leads_to_a_page_or_becomes_a_name(written: str, wanted: str):
     assert hooks.on_page_markdown(f"See {written}.", page("tasks.md")) == f"See {wanted}."
 
 
+def test_pipes_in_the_code_of_a_table_are_written_as_mkdocs_wants_them():
+    rows = "| `a \\| b` | c \\| d |\n\nbash: `a \\| b`"
+    assert hooks.on_page_markdown(rows, page("tasks.md")) == "| `a | b` | c \\| d |\n\nbash: `a \\| b`"
+
+
 def test_pages_from_elsewhere_are_put_in_with_their_links():
     text = hooks.on_page_markdown("<!-- include: ../README.md -->\n\nfor readers of the repository", page("index.md"))
     assert text.startswith("# vcr1-fast\n") and "for readers" not in text
