@@ -17,10 +17,8 @@ DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
 ELSEWHERE = {"README.md": "index.md", "kernels/README.md": "kernels.md"}  # pages that other files are
 _INCLUDE = re.compile(r"<!-- include: (\S+) -->")
-_ROW, _CODE = (
-    re.compile(r"^\|.*$", re.MULTILINE),
-    re.compile(r"`[^`]*`"),
-)  # GitHub wants \| there, MkDocs does not
+_ROW = re.compile(r"^\|.*$", re.MULTILINE)
+_CODE = re.compile(r"`[^`]*`")  # in a row GitHub wants \| there, MkDocs does not
 _LINK = re.compile(r"(?P<is_image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
