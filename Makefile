@@ -3,13 +3,15 @@
 # make demo-full the same with more clips and steps
 # make sglang    .venv-sglang with SGLang for machines without a GPU, for the tests of that engine (2.4 GB)
 # make test      ruff, pyright and pytest, what .ci/run calls
+# make docs      the pages of docs/ as a site in build/site
+# make audit     known weaknesses of the packages that are installed; ends with 75 where their list cannot be had
 # make clean     remove build products and caches; .venv and runs/ stay
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install sglang test demo demo-full clean
+.PHONY: help install sglang test demo demo-full docs audit clean
 
 VENV ?= .venv
 DEMO_ARGS ?=
@@ -87,6 +89,15 @@ demo: $(VENV)/.installed
 
 demo-full: $(VENV)/.installed
 	@$(BIN)/python -m vcr1_fast.commands.demo --full $(DEMO_ARGS)
+
+docs: $(VENV)/.installed
+	@$(BIN)/python -m pip install -qq -c $(VENV)/constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q -f docs/site/mkdocs.yml
+	echo "build/site/index.html, to be opened with a browser"
+
+audit: $(VENV)/.installed
+	@$(BIN)/python -m pip install -qq -c $(VENV)/constraints.txt -e '.[audit]'
+	tests/audit.sh $(BIN)/python
 
 clean:
 	rm -rf {.,kernels}/{build,dist,*.egg-info} .pytest_cache .ruff_cache .hypothesis

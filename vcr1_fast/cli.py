@@ -79,6 +79,12 @@ def _evaluate(config: Config) -> object:
     return evaluate_command(config)
 
 
+def _data(config: Config) -> object:
+    from vcr1_fast.commands.data import data_command
+
+    return data_command(config)
+
+
 def _synth(config: Any) -> object:
     from vcr1_fast.synth.dataset import write_dataset
 
@@ -100,6 +106,7 @@ COMMANDS = {
     "sft": Command("supervised cold start", _sft, lambda: Config),
     "eval": Command("score a model on the held-out annotation files", _evaluate, lambda: Config),
     "synth": Command("write synthetic videos with exact annotations", _synth, _synth_settings),
+    "data": Command("count rows and videos, found and missing, of the annotation files", _data, lambda: Config),
     "config": Command("print every setting as the run would see it", _print_config, lambda: Config),
 }
 HELP_EPILOG = "\n".join(

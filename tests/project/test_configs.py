@@ -50,7 +50,7 @@ def test_every_experiment_of_the_paper_has_both_recipes(experiment: str, recipe:
     assert config.task.recipe == recipe
     files = [*config.data.sources("train"), *config.data.sources("eval")]
     assert all(file.path.startswith("data/") for file in files)
-    assert len({file.video_root for file in files}) == (4 if experiment == "cotraining" else 1)
+    assert len({file.video_root for file in files}) == {"cotraining": 4, "tracking": 2}.get(experiment, 1)
     assert (config.train.prompts_per_step, config.rollout.group_size) == (8, 8)
 
 

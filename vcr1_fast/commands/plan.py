@@ -15,6 +15,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from vcr1_fast.commands.data import NO_SUCH_FILE, check_files
 from vcr1_fast.commands.dry_run import Measured, measure
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 from vcr1_fast.learner.memory_sums import (
@@ -31,7 +32,6 @@ from vcr1_fast.learner.memory_sums import (
     with_recompute,
 )
 from vcr1_fast.learner.model_size import ModelSize, model_size, read_model_config
-from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.run.hub import with_hub_config
 from vcr1_fast.run.telemetry import console, is_main_rank, say
 from vcr1_fast.settings.checks import check_settings
@@ -129,16 +129,14 @@ def disk_gb(config: Config, size: ModelSize) -> dict[str, float]:
 
 def _missing(config: Config) -> tuple[list[str], int]:
     """Annotation and prompt files that do not exist, and how many of the videos that the former name do not."""
-    sources = [*config.data.sources("train"), *config.data.sources("eval")]
-    here = [file for file in sources if Path(file.path).expanduser().is_file()]
     asked = {task: file for task, file in config.task.prompts.items() if Path(file).expanduser().is_file()}
-    tasks = make_tasks(replace(config.task, prompts=asked), judge=config.judge)
-    given = [AnnotationSource(file.path, file.video_root, file.format or "auto", file.task) for file in here]
-    contents = read_annotation_files(given, tasks, config.task.recipe)
-    videos = {row.video for content in contents for row in content.rows}
-    gone = [file.path for file in sources if file not in here]
+    checks = check_files(config, make_tasks(replace(config.task, prompts=asked), judge=config.judge))
+    for check in checks:
+        if check.problem not in ("", NO_SUCH_FILE):
+            raise ConfigError(check.problem)
+    gone = [check.path for check in checks if check.content is None]
     gone += [file for task, file in config.task.prompts.items() if task not in asked]
-    return gone, sum(not Path(video).exists() for video in videos)
+    return gone, len({video for check in checks for video in check.missing})
 
 
 def _print_limits(phases: Mapping[str, float], too_large: Mapping[str, list[str]]) -> None:

@@ -1,4 +1,4 @@
-"""What the exit code of a command means to a script, as in docs/runs_that_end_early.md. 0: done, 2: wrong usage."""
+"""What the exit code of a command means to a script, as in docs/reliability.md. 0: done, 2: wrong usage."""
 
 from __future__ import annotations
 
