@@ -22,10 +22,11 @@ from vcr1_fast.commands.new_config import Choice, Facts, checkpoint_gb, choose, 
 from vcr1_fast.learner.memory_sums import SMALLEST_GPU_GB
 from vcr1_fast.learner.model_size import read_model_size
 from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
+from vcr1_fast.run.hub import with_hub_config
 from vcr1_fast.run.telemetry import say
 from vcr1_fast.run.terminal import printable
 from vcr1_fast.settings.checks import check_settings
-from vcr1_fast.settings.config import ConfigError, TaskConfig
+from vcr1_fast.settings.config import Config, ConfigError, ModelConfig, TaskConfig
 from vcr1_fast.settings.io import load_config
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Example
@@ -52,7 +53,8 @@ def init_command(
     if path.exists():
         raise ConfigError(f"{out} exists and is left as it is: give another name, or delete it first")
     num_gpus = _gpus_here() if num_gpus is None else num_gpus
-    size = read_model_size(model)
+    pinned = with_hub_config(Config(model=ModelConfig(path=model))).model.path
+    size = read_model_size(pinned)
     say(f"model: {size.params:,} parameters ({size.source})")
     rows = _read(train, held_out, video_root)
     facts = Facts(

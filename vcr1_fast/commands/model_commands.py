@@ -98,7 +98,7 @@ def run_init(tokens: list[str]) -> object:
     parser.add_argument("out", metavar="OUT.yaml", help="file to write; it must not exist")
     parser.add_argument("--data", metavar="FILE", nargs="+", required=True, help="annotation files to train on")
     parser.add_argument("--eval", metavar="FILE", nargs="+", default=[], help="held-out annotation files")
-    parser.add_argument("--model", metavar="PATH", required=True, help="folder of a checkpoint, or `tiny`")
+    parser.add_argument("--model", metavar="PATH", required=True, help="folder, id of the Hub, or `tiny`")
     parser.add_argument("--gpus", metavar="N", type=int, help="0: a CPU; default: those of this machine")
     parser.add_argument("--videos", metavar="FOLDER", help="of the videos; default: that of each annotation file")
     options = parser.parse_args(tokens)

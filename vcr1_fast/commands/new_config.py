@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from vcr1_fast.learner.memory_sums import SMALLEST_GPU_GB, USABLE_FRAC, plan_memory, plan_tokens, trained_params
+from vcr1_fast.learner.memory_sums import (
+    SMALLEST_GPU_GB,
+    USABLE_FRAC,
+    plan_memory,
+    plan_tokens,
+    trained_params,
+    with_recompute,
+)
 from vcr1_fast.learner.model_size import ModelSize
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import load_config
@@ -111,7 +118,7 @@ def _model(facts: Facts) -> Choices:
         return chosen
     return chosen | {
         "model.compute_dtype": Choice("bfloat16", "of forward and backward; the weights that are updated are float32"),
-        "model.gradient_checkpointing": Choice(True, "much less memory for about a third more time"),
+        "model.gradient_checkpointing": Choice("auto", "the backward pass computes again what does not fit"),
     }
 
 
@@ -209,6 +216,7 @@ def _loop(facts: Facts) -> Choices:
 
 def phases_gb(config: Config, size: ModelSize, num_gpus: int) -> dict[str, float]:
     """Worst-case GB on each GPU by phase, as `train --dry-run --fast` sums them."""
+    config = with_recompute(config, size, num_gpus, SMALLEST_GPU_GB)
     phases = plan_memory(config, size, plan_tokens(config, num_gpus), num_gpus).by_phase()
     return {name: sum(parts.values()) for name, parts in phases.items()}
 
