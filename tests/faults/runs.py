@@ -109,7 +109,8 @@ class Started:
                 raise LostError(f"it did not end within {limit_s:g} s: {self.text()[-300:]!r}")
             time.sleep(POLL_S)
         self._end_all()
-        return Ended(code, *(path.read_text(errors="replace") for path in self._logs))
+        # killed in its first moment it has not opened them yet
+        return Ended(code, *(path.read_text(errors="replace") if path.exists() else "" for path in self._logs))
 
     def _end_all(self) -> None:
         """Its video workers, too, which would otherwise see its end a moment later."""
