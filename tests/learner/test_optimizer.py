@@ -45,6 +45,19 @@ def test_only_matrices_decay_and_frozen_weights_are_left_out():
     assert (decayed["betas"], plain["eps"]) == ((0.8, 0.9), 1e-7)
 
 
+def test_a_tower_has_a_learning_rate_of_its_own_and_the_same_schedule():
+    policy = Mixed()
+    config = OptimizerConfig(learning_rate=0.5, vision_learning_rate=0.1, weight_decay=0.1, warmup_steps=2)
+    optimizer = build_optimizer(policy, config, tower=policy.patch)
+    schedule = build_schedule(optimizer, config, 10)
+    kinds = [(group["lr"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
+    assert kinds == [(0.25, 0.1, 1), (0.25, 0.0, 3), (0.05, 0.1, 1), (0.05, 0.0, 1)]  # half of it, in the first of 2
+    optimizer.step()
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5, 0.1, 0.1]
+    assert len(build_optimizer(policy, OptimizerConfig(), tower=policy.patch).param_groups) == 2
+
+
 def test_first_update_by_hand():
     # AdamW's first step moves a weight by lr * sign(grad) (moments cancel), after decaying it by lr * weight_decay.
     policy = nn.Linear(1, 1)

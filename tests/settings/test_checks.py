@@ -33,6 +33,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, set[str]]] = [
     ({"rollout.interrupt": True}, r"interrupt is true and rollout\.max_policy_lag is 0", TRAIN),
     ({"data.rewards": "r.jsonl"}, r"data\.reward_range and data\.rewards go together", LEARNS),
     ({"data.reward_range": (0.0, 1.0)}, r"data\.reward_range and data\.rewards go together", LEARNS),
+    ({"optimizer.vision_learning_rate": 1e-7, "model.freeze_vision": True}, "the vision tower is frozen", LEARNS),
     (SGLANG | {"rollout.sglang.placement": "disaggregated"}, "addresses is empty", ALL),
     (SGLANG | {"rollout.sglang.addresses": ("a:1",)}, "placement is colocated", ALL),
     (FAR | {"rollout.sglang.weights": "cuda_ipc"}, "cuda_ipc and rollout.sglang.placement is disaggregated", ALL),

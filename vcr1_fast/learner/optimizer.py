@@ -17,15 +17,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from vcr1_fast.settings.config import ConfigError, OptimizerConfig
 
 
-def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW over the trainable parameters, in two groups: matrices (decayed) and the rest (biases, norms: not).
+def build_optimizer(policy: nn.Module, config: OptimizerConfig, tower: nn.Module | None = None) -> AdamW:
+    """AdamW over the trainable parameters, in two groups: matrices (decayed) and the rest (biases, norms: not). The
+    vision tower has two more where its learning rate is another one.
 
     A matrix is any parameter of two or more dimensions, so embeddings and the patch convolution decay too.
-    States take the parameters' float32. Call it after sharding: FSDP2 replaces the parameters.
-    Raises TypeError for a trainable parameter that is not float32, ConfigError when nothing is trainable.
+    States take the parameters' float32. Call it after sharding: FSDP2 replaces the parameters. `tower`: a part of the
+    policy. Raises TypeError for a trainable parameter that is not float32, ConfigError when nothing is trainable.
     """
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+    in_tower = {id(parameter) for parameter in tower.parameters()} if tower and config.vision_learning_rate else set()
+    kinds = [(False, True), (False, False), (True, True), (True, False)]  # (of the tower, a matrix)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {kind: [] for kind in kinds}
     for name, parameter in policy.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -34,17 +36,18 @@ def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> AdamW:
                 f"{name} is {parameter.dtype}, wanted float32: at a learning rate of {config.learning_rate:g} most "
                 "updates would round to nothing; load the model in float32 and set model.compute_dtype instead"
             )
-        (matrices if parameter.ndim >= 2 else vectors).append(parameter)
-    if not matrices and not vectors:
+        groups[id(parameter) in in_tower, parameter.ndim >= 2].append(parameter)
+    if not any(groups.values()):
         raise ConfigError("no parameter is trainable: unfreeze a part of the model")
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
     # Fused on CUDA: the foreach default keeps a temporary as large as the weights, 28 GB at 7B in float32.
-    is_cuda = all(parameter.device.type == "cuda" for parameter in (*matrices, *vectors))
+    is_cuda = all(parameter.device.type == "cuda" for group in groups.values() for parameter in group)
     return AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": group, "weight_decay": config.weight_decay if is_matrix else 0.0}
+            | ({"lr": config.vision_learning_rate} if of_tower else {})
+            for (of_tower, is_matrix), group in groups.items()
+            if group
+        ],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,

@@ -109,7 +109,7 @@ class Learner:
         self.reference = load_policy(config, world, kernels, is_trained=False) if has_copy else None
         gc.collect()
         torch.cuda.empty_cache()  # a colocated engine sizes itself by what is free, and cached memory is not
-        self.optimizer = build_optimizer(self.policy, config.optimizer)
+        self.optimizer = build_optimizer(self.policy, config.optimizer, self.policy.family.tower(self.policy.hf))
         self.schedule = build_schedule(self.optimizer, config.optimizer, num_updates)
         self.reduces_once = reduces_all_at_once
         self._num_skipped = 0  # updates in a row

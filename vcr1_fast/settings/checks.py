@@ -37,6 +37,11 @@ def check_settings(config: Config, command: RunCommand, world_size: int = 1) -> 
             (config.data.reward_range is None) == (config.data.rewards is None),
             "data.reward_range and data.rewards go together: set both, or none",
         )
+    require(
+        command == "eval" or config.optimizer.vision_learning_rate is None or not config.model.is_tower_frozen,
+        f"optimizer.vision_learning_rate is {config.optimizer.vision_learning_rate}, but the vision tower is frozen: "
+        "leave it out, or set model.freeze_vision=false and model.lora.rank=0",
+    )
     opens_engine = command != "sft" or bool(config.data.eval)  # sft has one for the held-out score alone
     if config.rollout.engine == "sglang" and opens_engine:
         _check_workers(config.rollout.sglang, world_size)

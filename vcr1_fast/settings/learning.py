@@ -238,6 +238,8 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-6
     """Peak learning rate."""
+    vision_learning_rate: float | None = None
+    """Of the vision tower and its projector; the schedule's shape is the same. Default: learning_rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after warm-up; linear and cosine end at 0."""
     warmup_steps: int = 0
@@ -255,6 +257,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}, wanted > 0")
+        vision = self.vision_learning_rate
+        require(vision is None or vision > 0, f"optimizer.vision_learning_rate is {vision}, wanted > 0")
         require(self.max_grad_norm > 0, f"optimizer.max_grad_norm is {self.max_grad_norm}, wanted > 0")
         require(
             self.max_skipped_updates >= 0,
