@@ -113,7 +113,7 @@ class Run:
     def open_telemetry(self, resume_step: int) -> Telemetry:
         """`resume_step`: of the checkpoint that the run goes on from, 0 of a new run."""
         train = self.config.train
-        to = (train.log_to, config_to_yaml(self.config))
+        to = (train.log_to, config_to_yaml(self.config), train.profile_steps)
         return Telemetry(self.folder, self.world.rank, resume_step, train.watchdog_s, *to)
 
     def describe(self) -> str:

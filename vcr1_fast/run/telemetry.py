@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vcr1_fast.run.profiler import StepProfiler
 from vcr1_fast.run.step_line import StepLines
 from vcr1_fast.run.terminal import console as console
 from vcr1_fast.run.watchdog import Watchdog
@@ -86,10 +87,10 @@ class Telemetry:
         telemetry.log_step(1, {"reward": 0.5}, num_steps=100)
         telemetry.close()
 
-    `watchdog_s`: see run/watchdog.py. `log_to` and `config_yaml`: see run/writers.py. `resume_step` is the last step of
-    the checkpoint that the run goes on from (0: a new run). What an earlier process wrote about later steps is dropped,
-    from rewards.jsonl and samples/, too, so a killed run has no step twice. Raises OSError when `output_dir` cannot be
-    written; what fails later is warned about once.
+    `watchdog_s`: see run/watchdog.py. `log_to` and `config_yaml`: see run/writers.py. `profile_steps`: see
+    run/profiler.py. `resume_step` is the last step of the checkpoint that the run goes on from (0: a new run). What an
+    earlier process wrote about later steps is dropped, from rewards.jsonl and samples/, too, so a killed run has no
+    step twice. Raises OSError when `output_dir` cannot be written; what fails later is warned about once.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Telemetry:
         watchdog_s: float = 0.0,
         log_to: Sequence[str] = ("tensorboard",),
         config_yaml: str = "{}",
+        profile_steps: tuple[int, int] | None = None,
     ) -> None:
         self.is_writing = rank == 0
         self._watchdog = Watchdog(watchdog_s, rank)
@@ -108,6 +110,7 @@ class Telemetry:
         self._failed: set[str] = set()
         self._lines = StepLines()
         self._writers: dict[str, Writer] = {}
+        self._profiler = StepProfiler(Path(output_dir), rank, profile_steps, resume_step)
         if not self.is_writing:
             return
         folder = Path(output_dir)
@@ -127,7 +130,8 @@ class Telemetry:
         _wait_for_gpu()
         began = time.perf_counter()
         try:
-            yield
+            with self._profiler.span(name):
+                yield
         finally:
             _wait_for_gpu()
             self._span_s[name] += time.perf_counter() - began
@@ -151,6 +155,7 @@ class Telemetry:
         self._write(step, record)
         if self.is_writing:
             say(self._lines.line(step, num_steps, record))
+        self._profiler.after(step)
 
     def log_eval(self, step: int, scores: Mapping[str, float]) -> None:
         """Writes held-out scores, each under `eval/`, as a line of its own."""
@@ -190,6 +195,7 @@ class Telemetry:
     def close(self) -> None:
         """Flushes and closes the files."""
         self._watchdog.close()
+        self._profiler.close()
         if self.is_writing:
             with self.forgiven("metrics.jsonl"):
                 self._jsonl.close()

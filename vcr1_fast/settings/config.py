@@ -252,6 +252,9 @@ class TrainConfig:
     no_signal_steps: int = 10
     """Steps in a row in which no weight moved, after which the run shows three answers and says why that may be; 0:
     only at the end of a run that learned nothing."""
+    profile_steps: tuple[int, int] | None = None
+    """[first, last] step that torch's profiler follows; each rank writes a trace below profile/ in the run's folder,
+    and on a GPU an account of its memory. They take longer than others."""
     watchdog_s: float = 1200.0
     """When no step ends for so long, every rank prints where each of its threads is, and the run goes on waiting: a
     collective gives up after 3,600 s. 20 minutes are several times the slowest step that a run should have; 0: never.
@@ -273,6 +276,8 @@ class TrainConfig:
         require(
             self.no_signal_steps >= 0, f"train.no_signal_steps is {self.no_signal_steps}, wanted >= 0 (0: at the end)"
         )
+        first, last = self.profile_steps or (1, 1)
+        require(1 <= first <= last, f"train.profile_steps is {[first, last]}, wanted [first, last], from 1 on")
         require(self.watchdog_s >= 0, f"train.watchdog_s is {self.watchdog_s}, wanted >= 0 (0: never)")
         require(
             self.max_group_tokens is None or self.max_group_tokens >= 1,
