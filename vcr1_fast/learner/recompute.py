@@ -17,12 +17,11 @@ Recompute = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")  # each takes less memory than the one before
 
 PRODUCTS = ("aten::mm", "aten::addmm")  # their last argument is the weight, [in, out]
-KEPT = frozenset(  # by name, because packages register theirs when they are imported
+KEPT = frozenset(  # by name; a package of flash attention is called inside of prefix_attention_forward
     """
     aten::mm aten::addmm aten::_flash_attention_forward aten::_scaled_dot_product_flash_attention
     aten::_scaled_dot_product_flash_attention_for_cpu aten::_scaled_dot_product_efficient_attention
     aten::_scaled_dot_product_cudnn_attention vcr1_kernels::prefix_attention_forward
-    flash_attn::_flash_attn_varlen_forward flash_attn_3::fwd
     """.split()  # noqa: SIM905 - names in rows read better than a column of them
 )
 
