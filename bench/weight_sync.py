@@ -6,8 +6,7 @@ learner  gathering, casting and laying out, with workers that answer at once: wh
 engine   the same into a real SGLang worker, to its last answer; where $VCR1_SGLANG_PYTHON has SGLang
 
 The first push of a real worker is given by itself: there every weight's checksum is compared on both sides, which is
-the check that the timed pushes arrive. The limit is a copy of the same bytes within the memory of the same device. The
-last row pushes LoRA adapters alone (rank 32 on all matrices), which the worker adds to its weights.
+the check that the timed pushes arrive. The limit is a copy of the same bytes within the memory of the same device.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from torch import nn
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from bench.harness import measure_copy_gb_s, reason_of, summarize
-from vcr1_fast.learner.lora import add_adapters, lora_layers
 from vcr1_fast.learner.model import load_tokenizer
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.sgl.delivery import make_delivery
@@ -42,13 +40,10 @@ from vcr1_fast.rollout.sgl.workers import Seat
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.run.weight_sync import WeightSync
-from vcr1_fast.settings.config import LoRAConfig
 from vcr1_fast.settings.learning import SGLangConfig
 
-Whole = Literal["shared_memory", "cuda_ipc", "broadcast", "disk"]
-Way = Whole | Literal["adapters"]
-WAYS: dict[str, tuple[Whole, ...]] = {"cpu": ("shared_memory", "broadcast", "disk"), "cuda": get_args(Whole)}
-LORA = LoRAConfig(rank=32)
+Way = Literal["shared_memory", "cuda_ipc", "broadcast"]
+WAYS: dict[str, tuple[Way, ...]] = {"cpu": ("shared_memory", "broadcast"), "cuda": get_args(Way)}
 WIDE_FROM_MB = 2000
 
 
@@ -80,9 +75,9 @@ class SinkEngine:
 
     policy_version = 0
 
-    def __init__(self, way: Whole, setup: Setup, folder: Path, bucket_mb: int, *, keeps_copy: bool) -> None:
+    def __init__(self, way: Way, setup: Setup, bucket_mb: int, *, keeps_copy: bool) -> None:
         config = SGLangConfig(weights=way, bucket_mb=bucket_mb, keep_host_copy=keeps_copy)
-        self._delivery = make_delivery(config, setup.dtype, setup.device, folder)
+        self._delivery = make_delivery(config, setup.dtype, setup.device)
         self._table, self._seats = WeightTable(), [Seat(cast(WorkerLink, Sink()), is_checked=True)]
 
     def load_weights(self, weights: Weights, policy_version: int) -> None:
@@ -145,8 +140,6 @@ def plan(device: torch.device, *, has_engine: bool) -> Iterator[tuple[str, Way, 
             yield "engine", way, True
             if way in ("broadcast", "cuda_ipc"):
                 yield "engine", way, False
-    if has_engine:
-        yield "engine", "adapters", True  # last, because the model has them from then on
 
 
 @contextlib.contextmanager
@@ -155,17 +148,10 @@ def opened(
 ) -> Iterator[RolloutEngine]:
     """An engine that takes weights by `way`. Raises what makes that impossible here."""
     if side == "learner":
-        engine: Any = SinkEngine(cast(Whole, way), setup, folder, bucket_mb, keeps_copy=keeps_copy)
+        engine: Any = SinkEngine(way, setup, bucket_mb, keeps_copy=keeps_copy)
     else:
         hf = cast(Qwen2_5_VLForConditionalGeneration, setup.policy.get_submodule("hf"))
-        if way == "adapters":
-            add_adapters(hf, LORA, 0, setup.dtype)
-        config = SGLangConfig(
-            python=sglang_python(),
-            weights="auto" if way == "adapters" else way,
-            bucket_mb=bucket_mb,
-            keep_host_copy=keeps_copy,
-        )
+        config = SGLangConfig(python=sglang_python(), weights=way, bucket_mb=bucket_mb, keep_host_copy=keeps_copy)
         checkpoint = folder / "checkpoint"
         if not checkpoint.exists():
             save_configuration(hf, checkpoint)
@@ -175,7 +161,6 @@ def opened(
             config,
             dtype=setup.dtype,
             device=setup.device,
-            adapter_scale=LORA.scale if way == "adapters" else 0.0,
         )
     with contextlib.closing(engine):
         yield engine
@@ -183,7 +168,7 @@ def opened(
 
 def measure(engine: RolloutEngine, setup: Setup) -> dict[str, Any]:
     """Seconds of the first push, and of the ones after it, which change every weight in a way that shows."""
-    sync = WeightSync(setup.policy, engine, dtype=setup.dtype, adapters_only=bool(lora_layers(setup.policy)))
+    sync = WeightSync(setup.policy, engine, dtype=setup.dtype)
     report = sync.push()
     first_s = report.duration_s
     samples_ms: list[float] = []

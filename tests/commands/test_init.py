@@ -110,8 +110,6 @@ def test_what_does_not_fit_is_lowered_and_says_from_what():
     config = config_of(beside)
     assert config.rollout.sglang.python == "python" and config.algorithm.sampling_correction == "token_truncate"
     assert plan_command(config, 4, is_fast=True)["exceeds"] == FITS
-    adapters = config_of(choose(facts(1, sglang="python"))).rollout.sglang
-    assert adapters.adapters_only and not config.rollout.sglang.adapters_only
 
 
 def test_frames_and_prompts_follow_the_rows():

@@ -37,14 +37,6 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, set[str]]] = [
     (SGLANG | {"rollout.sglang.placement": "disaggregated"}, "addresses is empty", ALL),
     (SGLANG | {"rollout.sglang.addresses": ("a:1",)}, "placement is colocated", ALL),
     (FAR | {"rollout.sglang.weights": "cuda_ipc"}, "cuda_ipc and rollout.sglang.placement is disaggregated", ALL),
-    (FAR | {"rollout.sglang.weights": "disk"}, r"set rollout\.sglang\.weights_dir", ALL),
-    (SGLANG | {"rollout.sglang.weights_dir": "/s"}, r"weights_dir is set and rollout\.sglang\.weights is auto", ALL),
-    (SGLANG | {"rollout.sglang.adapters_only": True}, r"adapters_only is true, but model\.lora\.rank is 0", LEARNS),
-    (
-        SGLANG | {"rollout.sglang.adapters_only": True, "rollout.sglang.release_memory": True, "model.lora.rank": 4},
-        "a worker that gave its weights back needs all of them",
-        TRAIN,
-    ),
     (FAR | {"rollout.sglang.release_memory": True}, "share no GPU with the learner", TRAIN),
     (SGLANG | {"rollout.sglang.release_memory": True, "rollout.max_policy_lag": 1}, "no memory left to draw", TRAIN),
 ]
@@ -110,9 +102,6 @@ def test_settings_of_an_engine_that_is_not_opened_are_free():
 
 
 def test_settings_that_fit_each_other_pass():
-    by_disk = {"rollout.sglang.weights": "disk", "rollout.sglang.weights_dir": "/s"}
-    check_settings(changed(Config(), FAR | by_disk), "eval")
+    check_settings(changed(Config(), FAR | {"rollout.sglang.weights": "broadcast"}), "eval")
     fits = {"algorithm.sampling_correction": "token_mask", "algorithm.sampling_cap": 2.0, "algorithm.dual_clip": 3.0}
     check_settings(changed(Config(), fits | {"rollout.interrupt": True, "rollout.max_policy_lag": 1}), "train")
-    adapters = SGLANG | {"rollout.sglang.adapters_only": True, "model.lora.rank": 4}
-    check_settings(changed(Config(), adapters), "train")

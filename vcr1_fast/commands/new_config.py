@@ -263,9 +263,6 @@ def _with_adapters(chosen: Choices, facts: Facts) -> Choices:
     needed = f"{sum(static.values()):.0f} GB a GPU before the first token"
     adapters = {key: Choice(rank, f"adapters (LoRA): all weights with their moments and an engine take {needed}")}
     adapters["optimizer.learning_rate"] = Choice(LORA_LEARNING_RATE, "ten times that of whole weights, a first guess")
-    if "rollout.sglang.python" in chosen:
-        why = "SGLang keeps the frozen weights and is sent the adapters alone"
-        adapters["rollout.sglang.adapters_only"] = Choice(True, why)
     return chosen | adapters
 
 

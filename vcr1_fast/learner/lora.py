@@ -3,7 +3,7 @@
     y = x W^T + b + (alpha / rank) (x A^T) B^T        W [N, K], A [rank, K], B [N, rank]; B = 0 at the start
 
 Two ways out of here: the weights of an ordinary model, each changed matrix W + (alpha / rank) B A (`merged_parts`:
-export, rollout engines), and the factors alone (`adapter_factors`: checkpoints, rollout.sglang.adapters_only).
+export, rollout engines), and the factors alone (`adapter_factors`: checkpoints).
 
 Own code and not PEFT, because PEFT's layer casts the whole input to the adapter's float32 under autocast and adds the
 two products in a pass of their own; both are passes over a whole activation for each of 196 matrices. Its

@@ -27,7 +27,7 @@ from vcr1_fast.rollout.sgl.memory import BOUNDED_SHARE, memory_args
 from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.process import prepare_model_folder
 from vcr1_fast.rollout.sgl.round import Round
-from vcr1_fast.rollout.sgl.update import ADAPTER_LOADER, CHECK_LOADER
+from vcr1_fast.rollout.sgl.update import CHECK_LOADER
 from vcr1_fast.rollout.sgl.weights import checkpoint_weights
 from vcr1_fast.rollout.sgl.workers import Request, Workers
 from vcr1_fast.settings.learning import SGLangConfig
@@ -59,13 +59,11 @@ class SGLangEngine:
         dtype: torch.dtype = torch.float32,
         device: torch.device = CPU,
         seed: int = 0,
-        adapter_scale: float = 0.0,
         can_penalise: bool = False,
     ) -> None:
         """Starts the workers and waits for them. `checkpoint`: a Hugging Face folder; `seed`: of SGLang's sampling;
-        `adapter_scale`: alpha / rank where weights come as matrices and factors of adapters (`WeightSync`'s
-        adapters_only), else 0; `can_penalise`: `generate` takes a repetition penalty, for which SGLang's scheduler no
-        longer works ahead of its GPU.
+        `can_penalise`: `generate` takes a repetition penalty, for which SGLang's scheduler no longer works ahead of its
+        GPU.
 
         Raises ConfigError when checkpoint or tokenizer do not fit, OSError when the interpreter or folder cannot be
         used, and RuntimeError, with the end of the worker's log, when SGLang does not start.
@@ -84,7 +82,7 @@ class SGLangEngine:
         try:
             model_folder = prepare_model_folder(checkpoint, self._folder / "model")
             arguments = engine_args(config, model_folder, dtype, device, seed, can_penalise=can_penalise)
-            self._workers = Workers(config, arguments, self._folder, dtype, adapter_scale)
+            self._workers = Workers(config, arguments, self._folder, dtype)
         except BaseException:
             self._private.close()
             raise
@@ -147,10 +145,9 @@ class SGLangEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """See `RolloutEngine.load_weights`; names of the model's state dict or of the checkpoint.
 
-        The first load must name every weight, later ones may leave out frozen ones; factors of adapters come last.
-        After a worker's first load every weight is read back and compared. Raises ValueError for names or shapes that
-        do not fit, and RuntimeError when SGLang's model does not hold what was sent; `policy_version` then stays, and
-        the next load must be whole.
+        The first load must name every weight, later ones may leave out frozen ones. After a worker's first load every
+        weight is read back and compared. Raises ValueError for names or shapes that do not fit, and RuntimeError when
+        SGLang's model does not hold what was sent; `policy_version` then stays, and the next load must be whole.
         """
         named = ((self._family.checkpoint_name(name), value) for name, value in weights)
         # a tied head travels as the embedding that it is
@@ -288,7 +285,7 @@ def engine_args(
         "skip_tokenizer_init": True,
         "skip_server_warmup": True,
         "grammar_backend": "none",
-        "custom_weight_loader": [CHECK_LOADER, ADAPTER_LOADER],
+        "custom_weight_loader": [CHECK_LOADER],
         "random_seed": seed,
         "log_level": "warning",
         **(CPU_ARGS if is_cpu else {"base_gpu_id": device.index or 0}),

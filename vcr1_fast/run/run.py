@@ -99,7 +99,6 @@ class Run:
                 dtype=dtype,
                 device=self.world.device,
                 seed=self.config.train.seed * 8192 + self.world.rank,
-                adapter_scale=self.config.model.lora.scale if rollout.sglang.adapters_only else 0.0,
                 can_penalise=self.config.eval.repetition_penalty != 1,
             )
         hf = load_hugging_face(self.config.model.path, dtype, self.world.device)
@@ -291,7 +290,6 @@ def open_weight_sync(run: Run, learner: Learner, engine: RolloutEngine, policy_v
         dtype=learner.dtype,  # which open_engine resolves, too
         policy_version=max(policy_version - 1, 0),
         skips_frozen=not rollout.sglang.release_memory,
-        adapters_only=rollout.engine == "sglang" and rollout.sglang.adapters_only,
     )
 
 

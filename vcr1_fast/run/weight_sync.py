@@ -7,8 +7,7 @@ collective for each, two where adapters are added; the same order on every rank;
 this rank's engine one at a time through a lazy iterator, so that beside the shards and what the engine keeps
 (rollout/sgl/delivery.py) there is at most one bucket and one whole tensor, 2.5 GB together.
 The first push carries every weight; later ones leave out what is frozen, so an engine keeps what a push does not name.
-With LoRA a matrix that has an adapter travels as the sum of both; with `adapters_only` the matrices travel once, as
-they were at the start, and the adapters' factors each time, behind them.
+With LoRA a matrix that has an adapter travels as the sum of both.
 Tied weights travel once, under the name that `save_pretrained` keeps. An engine must copy what it gets before it asks
 for the next tensor: its memory is used again, or is the learner's own. The version counts pushes: 1 after the first.
 """
@@ -51,14 +50,12 @@ class WeightSync:
         dtype: torch.dtype | None = None,
         policy_version: int = 0,
         skips_frozen: bool = True,
-        adapters_only: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         """`dtype`: the engine's, which floating weights are cast to before they are gathered; None: as stored, sums of
         adapters in float32.
         `policy_version`: of the weights last pushed, from a checkpoint; the next push makes it one more.
         `skips_frozen`: False where the engine forgets between pushes (`rollout.sglang.release_memory`).
-        `adapters_only`: the engine adds the adapters to their matrices itself (`rollout.sglang.adapters_only`).
         `bucket_bytes`: of weights that are gathered together, see learner/gathering.py.
         """
         self._hf: nn.Module = policy.get_submodule("hf")
@@ -66,7 +63,6 @@ class WeightSync:
         self._dtype = dtype
         self._is_first = True
         self._skips_frozen = skips_frozen
-        self._merges = not adapters_only
         self._scale = scale_of(self._hf)
         self._bucket_bytes = bucket_bytes
         self.policy_version = policy_version
@@ -80,7 +76,7 @@ class WeightSync:
         start_s = time.perf_counter()
         base, factors = split_weights(self._hf)
         weights = self._changed(base, factors)
-        parts = merged_parts(weights, factors if self._merges else {}, self._scale, self._dtype)
+        parts = merged_parts(weights, factors, self._scale, self._dtype)
         num_bytes = 0
 
         def stream() -> Iterator[tuple[str, Tensor]]:
@@ -105,11 +101,9 @@ class WeightSync:
         """What this push carries, as it is in the learner: frozen matrices without their adapters."""
         if self._skips_frozen and not self._is_first:
             base = {
-                name: weight
-                for name, weight in base.items()
-                if not _is_frozen(weight) or (self._merges and has_adapter(name, factors))
+                name: weight for name, weight in base.items() if not _is_frozen(weight) or has_adapter(name, factors)
             }
-        return base if self._merges else {**base, **factors}
+        return base
 
 
 def _is_frozen(weight: Tensor) -> bool:

@@ -45,11 +45,6 @@ def check_settings(config: Config, command: RunCommand, world_size: int = 1) -> 
     opens_engine = command != "sft" or bool(config.data.eval)  # sft has one for the held-out score alone
     if config.rollout.engine == "sglang" and opens_engine:
         _check_workers(config.rollout.sglang, world_size)
-        require(
-            command == "eval" or config.model.lora.rank > 0 or not config.rollout.sglang.adapters_only,
-            "rollout.sglang.adapters_only is true, but model.lora.rank is 0, so there are no adapters: set "
-            "model.lora.rank, or leave rollout.sglang.adapters_only out",
-        )
         if command == "train" and config.rollout.sglang.release_memory:
             _check_lent_memory(config.rollout)
 
@@ -128,15 +123,6 @@ def _check_workers(sglang: SGLangConfig, world_size: int) -> None:
         not (is_remote and sglang.weights == "cuda_ipc"),
         "rollout.sglang.weights is cuda_ipc and rollout.sglang.placement is disaggregated, wanted broadcast",
     )
-    require(
-        sglang.weights_dir is not None or sglang.weights != "disk" or not is_remote,
-        "rollout.sglang.weights is disk and workers are on other machines: set rollout.sglang.weights_dir to a "
-        "folder that all of them see",
-    )
-    require(
-        sglang.weights_dir is None or sglang.weights == "disk",
-        f"rollout.sglang.weights_dir is set and rollout.sglang.weights is {sglang.weights}, wanted disk",
-    )
 
 
 def _check_lent_memory(rollout: RolloutConfig) -> None:
@@ -145,11 +131,6 @@ def _check_lent_memory(rollout: RolloutConfig) -> None:
         rollout.sglang.placement == "colocated",
         "rollout.sglang.release_memory is true and rollout.sglang.placement is disaggregated, where workers share "
         "no GPU with the learner: leave it out",
-    )
-    require(
-        not rollout.sglang.adapters_only,
-        "rollout.sglang.adapters_only and rollout.sglang.release_memory are both true, but a worker that gave its "
-        "weights back needs all of them again: set one of the two",
     )
     require(
         rollout.max_policy_lag == 0,

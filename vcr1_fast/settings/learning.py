@@ -45,21 +45,15 @@ class SGLangConfig:
     bucket_mb: int = 512
     """Weights are handed over in pieces of this size; cuda_ipc and broadcast take twice as much of the learner's
     memory."""
-    weights: Literal["auto", "shared_memory", "cuda_ipc", "broadcast", "disk"] = "auto"
+    weights: Literal["auto", "shared_memory", "cuda_ipc", "broadcast"] = "auto"
     """How they are handed over. shared_memory: through host memory, or TCP. cuda_ipc: in place, to a worker on the
-    learner's GPU. broadcast: by NCCL, on a CPU by gloo. disk: as files. auto: cuda_ipc where the GPU is shared,
-    broadcast to other GPUs, shared_memory without a GPU."""
+    learner's GPU. broadcast: by NCCL, on a CPU by gloo. auto: cuda_ipc where the GPU is shared, broadcast to other
+    GPUs, shared_memory without a GPU."""
     weights_address: str | None = None
     """Address of this machine for the broadcast. Default: the one from which workers elsewhere are reached."""
-    weights_dir: str | None = None
-    """Folder for weights by disk that all workers see under this path. Default: a temporary one of this machine."""
     keep_host_copy: bool = True
     """cuda_ipc and broadcast: keep the weights in host memory, too (15 GB for 7B in bfloat16, for each rank), to start
     a lost worker again. False: the loss of a worker ends the run."""
-    adapters_only: bool = False
-    """With model.lora: after the first time hand over the adapters alone (0.2 GB at rank 32 for 7B), and let each
-    worker add them to a copy of the matrices they change, in its own host memory (13 GB). False: the learner adds them
-    and hands over the sums."""
     release_memory: bool = False
     """Workers on the learner's GPU give their memory back during the update. Every weight is then pushed each time."""
     max_inflight: int = 64

@@ -170,7 +170,6 @@ def _weights(**changes: Any) -> dict[str, Any]:
     one_bucket = {
         "is_first": True,
         "is_last": True,
-        "ends": True,
         "check": False,
         "policy_version": 3,
         "entries": [entry],
@@ -197,7 +196,7 @@ def weight_bucket_crosses_the_process_border() -> None:
 
 def only_the_last_bucket_sets_the_version() -> None:
     flat_B = torch.zeros(64, dtype=torch.uint8)
-    first = Message("weights", _weights(source="message", is_last=False, ends=False), {"bytes_B": flat_B})
+    first = Message("weights", _weights(source="message", is_last=False), {"bytes_B": flat_B})
     names, requests, updater = _updates(first)
     request = requests[names.index("update_weights_from_tensor")]
     assert (request.flush_cache, request.weight_version, updater.policy_version) == (False, None, -1)
@@ -212,12 +211,6 @@ def weights_by_broadcast() -> None:
     request = requests[names.index("update_weights_from_distributed")]
     assert isinstance(request, UpdateWeightsFromDistributedReqInput)
     assert (request.names, request.dtypes, request.shapes, request.group_name) == (["w"], ["float32"], [[3, 4]], "g")
-
-
-def weights_from_disk() -> None:
-    names, [request], updater = _updates(Message("weights", _weights(source="disk", folder="/weights"), {}))
-    assert names == ["update_weights_from_disk"] and updater.policy_version == 3
-    assert (request.model_path, request.load_format, request.weight_version) == ("/weights", "safetensors", "3")
 
 
 def update_group() -> None:
@@ -333,7 +326,6 @@ CHECKS = [
     weight_bucket_crosses_the_process_border,
     only_the_last_bucket_sets_the_version,
     weights_by_broadcast,
-    weights_from_disk,
     update_group,
     memory_by_tags,
     cuda_handle_is_rebuilt_by_sglang,

@@ -21,7 +21,6 @@ CHECKS = [
     "weight_bucket_crosses_the_process_border",
     "only_the_last_bucket_sets_the_version",
     "weights_by_broadcast",
-    "weights_from_disk",
     "update_group",
     "memory_by_tags",
     "cuda_handle_is_rebuilt_by_sglang",

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import distributed as dist
 
-from vcr1_fast.rollout.sgl import delivery as sglang_delivery
 from vcr1_fast.rollout.sgl import ipc as sglang_ipc
 from vcr1_fast.rollout.sgl import workers as sglang_workers
 from vcr1_fast.rollout.sgl.check import checksum
-from vcr1_fast.rollout.sgl.delivery import Broadcast, CudaIpc, Disk, Host, make_delivery, own_address, way_of
+from vcr1_fast.rollout.sgl.delivery import Broadcast, CudaIpc, Host, make_delivery, own_address, way_of
 from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.libraries import Libraries, check_nccl
 from vcr1_fast.rollout.sgl.link import WorkerGoneError
@@ -122,15 +120,11 @@ class Worker:
         self._groups[fields["group"]].broadcast([flat_B], options).wait()
         return flat_B
 
-    def _disk(self, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-        for path in sorted((sglang_delivery.Path(fields["folder"])).glob("*.safetensors")):
-            self.held |= load_file(path)
-
 
 class Learner:
     """A delivery with its table and seats, as workers.py has them."""
 
-    def __init__(self, way: str, folder, *, copy: bool = True) -> None:
+    def __init__(self, way: str, *, copy: bool = True) -> None:
         self.shared: dict[int, torch.Tensor] = {}
         self.releases = 0
         host = Host(BUCKET_BYTES, FLOAT) if copy else None
@@ -138,7 +132,6 @@ class Learner:
             "shared_memory": lambda: Host(BUCKET_BYTES, FLOAT),
             "cuda_ipc": lambda: CudaIpc(BUCKET_BYTES, FLOAT, host, self._share, self._release),
             "broadcast": lambda: Broadcast(BUCKET_BYTES, FLOAT, host, CPU, "127.0.0.1", f"test-{id(self)}"),
-            "disk": lambda: Disk(folder / "weights", BUCKET_BYTES, FLOAT),
         }[way]()
         self.table, self.numbers = WeightTable(), count(1)
         self.seats: list[Seat] = []
@@ -180,13 +173,13 @@ def assert_holds(worker: Worker, *pushes: list[tuple[str, torch.Tensor]]) -> Non
     assert all(torch.equal(worker.held[name], value) for name, value in wanted.items())
 
 
-WAYS = ["shared_memory", "cuda_ipc", "broadcast", "disk"]
+WAYS = ["shared_memory", "cuda_ipc", "broadcast"]
 CHANGED = ("model.c", "model.e")
 
 
 @pytest.fixture(params=WAYS)
-def learner(request, tmp_path):
-    learner = Learner(request.param, tmp_path)
+def learner(request):
+    learner = Learner(request.param)
     yield learner
     learner.delivery.close()
 
@@ -217,7 +210,6 @@ def test_a_wrong_weight_is_found_at_the_first_load_alone(learner):
 
 @pytest.mark.parametrize("dies_at", [1, 2, 3])
 def test_a_worker_that_dies_is_lost_and_its_successor_gets_the_same(learner, dies_at):
-    """Not before the second message on disk, where there is one of them for each load."""
     healthy, _ = learner.worker(), learner.worker(dies_at=dies_at)
     given, lost = weights(1), {}
     version = 0
@@ -239,8 +231,8 @@ def test_a_worker_that_dies_is_lost_and_its_successor_gets_the_same(learner, die
 
 
 @pytest.mark.parametrize("way", ["cuda_ipc", "broadcast"])
-def test_without_a_host_copy_nothing_is_kept_and_a_loss_says_what_to_do(way, tmp_path):
-    learner = Learner(way, tmp_path, copy=False)
+def test_without_a_host_copy_nothing_is_kept_and_a_loss_says_what_to_do(way):
+    learner = Learner(way, copy=False)
     worker = learner.worker()
     learner.push(weights(1), 1)
     assert_holds(worker, weights(1))
@@ -250,30 +242,14 @@ def test_without_a_host_copy_nothing_is_kept_and_a_loss_says_what_to_do(way, tmp
     learner.delivery.close()
 
 
-def test_handles_are_new_for_each_worker_and_buckets_are_given_back(tmp_path):
-    learner = Learner("cuda_ipc", tmp_path)
+def test_handles_are_new_for_each_worker_and_buckets_are_given_back():
+    learner = Learner("cuda_ipc")
     for _ in range(2):
         learner.worker()
     learner.push(weights(1), 1)
     assert len(learner.shared) % 2 == 0 and len(learner.shared) >= 6
     assert len({flat_B.data_ptr() for flat_B in learner.shared.values()}) < len(learner.shared) / 2  # used again
     assert learner.releases == 1
-
-
-def test_files_of_old_versions_are_removed(tmp_path):
-    learner = Learner("disk", tmp_path)
-    learner.worker()
-    for version in range(1, 5):
-        learner.push(weights(version, tuple(SHAPES) if version == 1 else CHANGED), version)
-    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["version-1", "version-4"]
-    learner.push(weights(5), 5)
-    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version-5"]
-    with pytest.raises(ValueError, match="given twice"):
-        learner.push([*weights(6), weights(6)[0]], 6)
-    learner.push(weights(7), 7)
-    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version-7"]
-    learner.delivery.close()
-    assert not (tmp_path / "weights").exists()
 
 
 def test_a_load_that_breaks_off_leaves_nobody_reading(learner):
@@ -287,7 +263,7 @@ def test_a_load_that_breaks_off_leaves_nobody_reading(learner):
     assert_holds(worker, weights(2))
 
 
-def test_the_host_copy_is_made_of_what_is_sent(monkeypatch, tmp_path):
+def test_the_host_copy_is_made_of_what_is_sent(monkeypatch):
     """A copy of the float32 weights would move twice as much from a GPU, and leave the rounding to a core."""
     placed: list[torch.dtype] = []
     place, bfloat16 = WeightStore.place, torch.bfloat16
@@ -297,7 +273,7 @@ def test_the_host_copy_is_made_of_what_is_sent(monkeypatch, tmp_path):
         place(store, name, value)
 
     monkeypatch.setattr(WeightStore, "place", recorded)
-    learner = Learner("cuda_ipc", tmp_path)
+    learner = Learner("cuda_ipc")
     host = Host(BUCKET_BYTES, bfloat16)
     learner.delivery = CudaIpc(BUCKET_BYTES, bfloat16, host, learner._share, learner._release)
     learner.worker()
@@ -313,7 +289,7 @@ def test_a_broadcast_needs_one_nccl(start, monkeypatch):
     theirs = Libraries("2.11.0+cu129", "12.9", "2.28.9")
     assert seat.worker.libraries == theirs
     learner = Broadcast(BUCKET_BYTES, FLOAT, None, torch.device("cuda", 0), "127.0.0.1", "g")
-    feed = Feed([seat], count().__next__, 1, 5.0, False)
+    feed = Feed([seat], count().__next__, 1, 5.0)
     said = r"worker-0 has NCCL 2\.28\.9 \(torch 2\.11\.0\+cu129\) .* 2\.30\.7 .*`pip install torch==2\.11\.0`"
     with pytest.raises(ConfigError, match=said):
         learner.push(weights(1), WeightTable(), feed, [seat])
@@ -321,7 +297,7 @@ def test_a_broadcast_needs_one_nccl(start, monkeypatch):
     assert ours.pip_line(replace(ours, nccl="2.29.7")) == "pip install nvidia-nccl-cu13==2.29.7"
 
 
-def test_the_way_follows_the_placement(monkeypatch, tmp_path):
+def test_the_way_follows_the_placement(monkeypatch):
     gpu = torch.device("cuda", 0)
     far = SGLangConfig(**FAR)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
@@ -329,7 +305,6 @@ def test_the_way_follows_the_placement(monkeypatch, tmp_path):
     assert way_of(SGLangConfig(), CPU) == way_of(far, CPU) == "shared_memory"
     assert way_of(SGLangConfig(), gpu) == "cuda_ipc"
     assert way_of(far, gpu) == "broadcast"
-    assert way_of(SGLangConfig(weights="disk"), gpu) == "disk"
     with pytest.raises(ConfigError, match="learner is on a CPU"):
         way_of(SGLangConfig(weights="cuda_ipc"), CPU)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
@@ -340,9 +315,9 @@ def test_the_way_follows_the_placement(monkeypatch, tmp_path):
     assert way_of(far, gpu) == "broadcast"
     with pytest.raises(ConfigError, match="no two processes on one GPU"):
         way_of(SGLangConfig(weights="broadcast"), gpu)
-    for way, kind in (("shared_memory", Host), ("broadcast", Broadcast), ("disk", Disk)):
+    for way, kind in (("shared_memory", Host), ("broadcast", Broadcast)):
         config = replace(SGLangConfig(), weights=way)
-        assert isinstance(make_delivery(config, FLOAT, CPU, tmp_path), kind)
+        assert isinstance(make_delivery(config, FLOAT, CPU), kind)
     assert own_address([]) == own_address([("127.0.0.1", 29800)]) == "127.0.0.1"
 
 

@@ -75,7 +75,7 @@ def train_command(served: Served, folder: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
         *("-m", "vcr1_fast", "train", "tiny", *served.options, f"--rollout.sglang.key_file={served.key_file}"),
-        *("--rollout.sglang.weights=broadcast", "--model.lora.rank=4", "--rollout.sglang.adapters_only=true"),
+        *("--rollout.sglang.weights=broadcast", "--model.lora.rank=4"),
         *("--rollout.sglang.backoff_s=0.1", "--rollout.max_policy_lag=1", "--rollout.group_size=4"),
         *(f"--data.train=[{folder / 'data' / 'train_grounding.jsonl'}]", "--data.eval=[]", "--video.num_workers=1"),
         *(f"--train.output_dir={folder / 'run'}", f"--train.num_steps={NUM_STEPS}", "--train.prompts_per_step=4"),

@@ -3,24 +3,21 @@
     shared_memory  into host memory that the worker opens; the same machine
     cuda_ipc       into buckets on the GPU whose handles the worker opens; the same GPU
     broadcast      buckets by NCCL, on a CPU by gloo; other GPUs, other machines
-    disk           safetensors files in a folder that both sides see
 
 In: checked weights, whole tensors one at a time. Workers answer for each bucket, and a bucket is not written again
 before all have. After a worker's first load it compares checksums (check.py).
 
-A worker that is started again gets its weights from host memory (`Host`), from the files (`Disk`), never from the
-learner: gathering shards is a collective, and the other ranks do not know of this worker. For that cuda_ipc and
-broadcast keep a copy of the weights in host memory, too; `rollout.sglang.keep_host_copy` false saves it, and the loss
-of a worker then ends the run. The copy is made from the buckets that are sent, so shards are gathered once.
+A worker that is started again gets its weights from host memory (`Host`), never from the learner: gathering shards is a
+collective, and the other ranks do not know of this worker. For that cuda_ipc and broadcast keep a copy of the weights
+in host memory, too; `rollout.sglang.keep_host_copy` false saves it, and the loss of a worker then ends the run. The
+copy is made from the buckets that are sent, so shards are gathered once.
 """
 
 from __future__ import annotations
 
 import secrets
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -33,7 +30,6 @@ from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.group import UpdateGroup
 from vcr1_fast.rollout.sgl.libraries import Libraries, check_nccl
 from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, WeightTable, in_batches
-from vcr1_fast.run.tensor_files import write_tensors
 from vcr1_fast.settings.error import require
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import RunError
@@ -43,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Delivery(Protocol):
-    """`Host`, `CudaIpc`, `Broadcast` and `Disk`."""
+    """`Host`, `CudaIpc` and `Broadcast`."""
 
     def push(self, weights: Weights, table: WeightTable, feed: Feed, seats: Sequence[Seat]) -> None:
         """Bring changed weights, or all of them, to all seats of the feed, which notes the lost ones."""
@@ -220,57 +216,6 @@ class Broadcast(_Streamed):
         return group
 
 
-class Disk:
-    """A folder of safetensors files for each version, removed when all that it holds is in newer ones."""
-
-    def __init__(self, folder: Path, bucket_bytes: int, dtype: torch.dtype) -> None:
-        """`folder`: made here, removed at the end; workers must see it under the same path."""
-        self._folder, self._bucket_bytes, self._dtype = folder, bucket_bytes, dtype
-        self._versions: list[tuple[Path, list[dict[str, Any]]]] = []  # oldest first: folder, entries with checksums
-        self._num_written = 0
-
-    def push(self, weights: Weights, table: WeightTable, feed: Feed, seats: Sequence[Seat]) -> None:
-        self._write(weights)
-        if all(seat.is_checked for seat in seats):
-            self._send(self._versions[-1:], feed)
-        else:
-            self._send(self._versions, feed)
-
-    def refeed(self, feed: Feed) -> None:
-        self._send(self._versions, feed)
-
-    def close(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _write(self, weights: Weights) -> None:
-        """Under another name first: a folder with its final name is whole."""
-        self._num_written += 1
-        final = self._folder / f"version-{self._num_written}"
-        partial = self._folder / "partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of a load that broke off
-        partial.mkdir(parents=True)
-        entries: list[dict[str, Any]] = []
-        for number, (batch, _) in enumerate(in_batches(weights, self._bucket_bytes, self._dtype)):
-            tensors = {slot.name: slot.of(batch.flat_B).cpu().contiguous() for slot in batch.slots}
-            write_tensors(tensors, partial / f"model-{number:05d}.safetensors", {"format": "pt"})
-            entries += batch.entries(with_checksums=True)
-        partial.rename(final)
-        came = {entry["name"] for entry in entries}
-        self._versions = [
-            (folder, [entry for entry in older if entry["name"] not in came]) for folder, older in self._versions
-        ]
-        for folder, _ in [version for version in self._versions if not version[1]]:
-            shutil.rmtree(folder)
-        self._versions = [version for version in self._versions if version[1]] + [(final, entries)]
-
-    def _send(self, versions: list[tuple[Path, list[dict[str, Any]]]], feed: Feed) -> None:
-        """The oldest first: what newer ones hold again is compared only there."""
-        for index, (folder, entries) in enumerate(versions):
-            is_last = index == len(versions) - 1
-            feed.begin("disk", entries, is_last=is_last, details_of=lambda _, f=folder: {"folder": str(f)})
-            feed.finish()
-
-
 def way_of(config: SGLangConfig, device: torch.device) -> str:
     """What `rollout.sglang.weights` auto stands for; any other value is given back. `device`: of the learner.
 
@@ -295,15 +240,13 @@ def way_of(config: SGLangConfig, device: torch.device) -> str:
     return way
 
 
-def make_delivery(config: SGLangConfig, dtype: torch.dtype, device: torch.device, folder: Path) -> Delivery:
-    """The class that `config` asks for. `dtype`: that floating weights are sent in; `device`: of the learner; `folder`:
-    private to the engine. Raises ConfigError for a way that cannot work here."""
+def make_delivery(config: SGLangConfig, dtype: torch.dtype, device: torch.device) -> Delivery:
+    """The class that `config` asks for. `dtype`: that floating weights are sent in; `device`: of the learner.
+
+    Raises ConfigError for a way that cannot work here."""
     way, bucket_bytes = way_of(config, device), config.bucket_mb << 20
     if way == "shared_memory":
         return Host(bucket_bytes, dtype)
-    if way == "disk":
-        parent = Path(config.weights_dir).expanduser() if config.weights_dir else folder
-        return Disk(parent / f"weights-{secrets.token_hex(4)}", bucket_bytes, dtype)
     copy = Host(bucket_bytes, dtype) if config.keep_host_copy else None
     if way == "cuda_ipc":
         return CudaIpc(bucket_bytes, dtype, copy, ipc.share, ipc.release)

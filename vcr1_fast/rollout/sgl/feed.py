@@ -33,14 +33,11 @@ class Feed:
         next_number: NextNumber,
         policy_version: int,
         timeout_s: float,
-        has_adapters: bool = False,
     ) -> None:
-        """`has_adapters`: the load does not end with the weights, factors of adapters come behind them."""
         self.lost: dict[int, str] = {}  # by index in `seats`
         self._seats, self._next_number = seats, next_number
         self.timeout_s = timeout_s
         self._version = policy_version
-        self._has_adapters = has_adapters
         self._checked = [not seat.is_checked for seat in seats]
         self._is_first = True
         self._pool = ThreadPoolExecutor(max_workers=max(1, len(seats)))
@@ -70,11 +67,7 @@ class Feed:
         tensors: Payload | None = None,
         details_of: Callable[[int], Mapping[str, Any]] = lambda _: {},
     ) -> None:
-        """One bucket: where it comes from, what it holds, and `details_of(index)` of the worker.
-
-        `is_last`: of the weights, or of the adapters' factors (source adapters).
-        """
-        ends = is_last and (source == "adapters" or not self._has_adapters)
+        """One bucket: where it comes from, what it holds, and `details_of(index)` of the worker."""
 
         def fields_of(index: int) -> dict[str, Any]:
             return {
@@ -83,7 +76,6 @@ class Feed:
                 "policy_version": self._version,
                 "is_first": is_first,
                 "is_last": is_last,
-                "ends": ends,
                 "check": self._checked[index],
                 **details_of(index),
             }

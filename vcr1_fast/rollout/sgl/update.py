@@ -1,8 +1,7 @@
 """The worker's side of new weights and of memory that is lent to the learner; for worker.py.
 
 Runs in SGLang's interpreter: only the standard library, torch and SGLang. A load is a row of "weights" messages, one a
-bucket: the first opens SGLang's update session where it has one, the last ends it and sets the version. Factors of
-adapters come last, or alone.
+bucket: the first opens SGLang's update session where it has one, the last ends it and sets the version.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from torch.storage import TypedStorage
 from vcr1_fast.rollout.sgl.messages import Message
 
 CHECK_LOADER = "vcr1_fast.rollout.sgl.check.compare"
-ADAPTER_LOADER = "vcr1_fast.rollout.sgl.lora.add_adapters"
 NO_WEIGHTS = -1
 IDLE_WAIT_S = 30.0
 
@@ -44,21 +42,18 @@ class Updater:
         self._released: set[str] = set()
 
     async def load(self, message: Message) -> dict[str, Any]:
-        """One bucket. Gives what the comparison found wrong, if `check` asks for one, or what is with adapters."""
+        """One bucket. Gives what the comparison found wrong, if `check` asks for one."""
         fields = message.fields
         self.policy_version = NO_WEIGHTS  # until the last bucket is in
-        ends, version = bool(fields["ends"]), str(fields["policy_version"])
-        update = {"flush_cache": ends, "weight_version": version if ends else None}
+        is_last, version = bool(fields["is_last"]), str(fields["policy_version"])
+        update = {"flush_cache": is_last, "weight_version": version if is_last else None}
         if fields["is_first"] and self._is_open:  # of a load that broke off
             await self._close_session()
-        source = fields["source"]
-        ways = {"disk": self._from_disk, "broadcast": self._from_broadcast, "adapters": self._add_adapters}
-        if source != "disk":  # SGLang opens no session for files
-            await self._open_session()
-        wrong = await ways.get(source, self._from_bucket)(message, update)
-        if fields["check"] and source != "adapters":
-            wrong = await self._compare(fields)
-        if ends:
+        await self._open_session()
+        is_broadcast = fields["source"] == "broadcast"
+        await (self._from_broadcast if is_broadcast else self._from_bucket)(message, update)
+        wrong = await self._compare(fields) if fields["check"] else []
+        if is_last:
             await self._close_session()
             self.policy_version = int(fields["policy_version"])
             self.num_loads += 1
@@ -112,13 +107,12 @@ class Updater:
                 raise RuntimeError(f"SGLang has requests for {IDLE_WAIT_S:g} s after the last one was answered")
             await asyncio.sleep(0.05)
 
-    async def _from_bucket(self, message: Message, update: Mapping[str, Any]) -> list[str]:
+    async def _from_bucket(self, message: Message, update: Mapping[str, Any]) -> None:
         """Bytes that came with the message, or a handle of a bucket on the GPU; SGLang's own process opens either."""
         is_handle = message.fields["source"] == "cuda_ipc"
         flat_B = CudaHandle(message.fields["handle"]) if is_handle else message.tensors["bytes_B"]
         bucket = {"flattened_tensor": flat_B, "metadata": [_metadata(entry) for entry in message.fields["entries"]]}
         await self._from_tensors(bucket, "flattened_bucket", update)
-        return []
 
     async def _from_tensors(self, payload: object, load_format: str, update: Mapping[str, Any]) -> None:
         from sglang.srt.utils import MultiprocessingSerializer  # pyright: ignore[reportMissingImports]
@@ -131,7 +125,7 @@ class Updater:
         )
         _require(await self._manager.update_weights_from_tensor(request, None))
 
-    async def _from_broadcast(self, message: Message, update: Mapping[str, Any]) -> list[str]:
+    async def _from_broadcast(self, message: Message, update: Mapping[str, Any]) -> None:
         entries = message.fields["entries"]
         request = _request(
             "UpdateWeightsFromDistributedReqInput",
@@ -143,36 +137,15 @@ class Updater:
             **update,
         )
         _require(await self._manager.update_weights_from_distributed(request, None))
-        return []
-
-    async def _from_disk(self, message: Message, update: Mapping[str, Any]) -> list[str]:
-        folder = message.fields["folder"]
-        request = _request("UpdateWeightFromDiskReqInput", model_path=folder, load_format="safetensors", **update)
-        _require(await self._manager.update_weights_from_disk(request, None))
-        return []
-
-    async def _add_adapters(self, message: Message, update: Mapping[str, Any]) -> list[str]:
-        """Has lora.add_adapters take one bucket of factors."""
-        fields = message.fields
-        order = {name: fields[name] for name in ("entries", "is_last", "is_fresh", "scale")}
-        order["is_first"] = fields["begins"]
-        return await self._have_done(ADAPTER_LOADER, order, [("bytes", message.tensors["bytes_B"])], update)
 
     async def _compare(self, fields: Mapping[str, Any]) -> list[str]:
-        """Has check.compare read the bucket's weights back."""
-        await self._open_session()
-        order = {name: fields[name] for name in ("entries", "is_first", "is_last")}
-        return await self._have_done(CHECK_LOADER, order, [], {"flush_cache": False})
-
-    async def _have_done(
-        self, loader: str, order: Mapping[str, Any], named: list[tuple[str, Tensor]], update: Mapping[str, Any]
-    ) -> list[str]:
-        """Calls one of our loaders inside SGLang's process, with the order as the last tensor; what it found wrong."""
+        """Has check.compare read the bucket's weights back inside SGLang's process; its order goes as a tensor."""
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"
+            order = {name: fields[name] for name in ("entries", "is_first", "is_last")}
             note = json.dumps({**order, "path": str(report)}).encode()
-            everything = [*named, ("order", torch.frombuffer(bytearray(note), dtype=torch.uint8))]
-            await self._from_tensors(everything, loader, update)
+            named = [("order", torch.frombuffer(bytearray(note), dtype=torch.uint8))]
+            await self._from_tensors(named, CHECK_LOADER, {"flush_cache": False})
             return json.loads(report.read_text(encoding="utf-8"))
 
     async def _open_session(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from vcr1_fast.rollout.addresses import read_addresses
 from vcr1_fast.rollout.rollout_key import read_key
-from vcr1_fast.rollout.sgl.adapters import Adapters
 from vcr1_fast.rollout.sgl.delivery import make_delivery
 from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.link import WorkerGoneError, WorkerLink
@@ -62,10 +60,8 @@ class Workers:
         engine_args: Mapping[str, Any],
         folder: Path,
         dtype: torch.dtype,
-        adapter_scale: float = 0.0,
     ) -> None:
-        """Starts them and waits. `folder`: private, for sockets and logs; `dtype`: that floating weights are sent in;
-        `adapter_scale`: see `SGLangEngine`.
+        """Starts them and waits. `folder`: private, for sockets and logs; `dtype`: that floating weights are sent in.
 
         Raises OSError when the interpreter cannot be run, and RuntimeError, with the end of the worker's log, when
         SGLang does not start.
@@ -74,8 +70,7 @@ class Workers:
         self.num_restarts = 0
         self._config = config
         self._table = WeightTable()
-        self._delivery = make_delivery(config, dtype, torch.device(str(engine_args["device"])), folder)
-        self._adapters = Adapters(config.bucket_mb << 20, dtype, adapter_scale) if adapter_scale else None
+        self._delivery = make_delivery(config, dtype, torch.device(str(engine_args["device"])))
         self._next_number = 0
         self._failures_in_a_row = 0
         self.seats = [Seat(worker) for worker in make_workers(config, engine_args, folder)]
@@ -113,7 +108,7 @@ class Workers:
         try:
             with self._feed(self.seats) as feed:
                 self._resume(feed, ["weights"])
-                self._push(weights, feed)
+                self._delivery.push(self._table.checked(weights), self._table, feed, self.seats)
                 self._resume(feed, ["cuda_graph", "kv_cache"])
             for index, reason in feed.lost.items():
                 self._failures_in_a_row = 0  # of this load; several workers may be lost at once
@@ -169,8 +164,6 @@ class Workers:
         for seat in self.seats:
             seat.worker.stop()
         self._delivery.close()
-        if self._adapters:
-            self._adapters.close()
 
     def _wait_for_first_start(self, worker: WorkerLink) -> None:
         """Begins it once more when another process took a port of SGLang's: it draws some 15 s before it binds them."""
@@ -185,20 +178,7 @@ class Workers:
         worker.wait_ready(self._config.start_timeout_s)
 
     def _feed(self, seats: Sequence[Seat]) -> Feed:
-        has_adapters = self._adapters is not None
-        return Feed(seats, self.next_number, self.policy_version, self._config.timeout_s, has_adapters)
-
-    def _push(self, weights: Iterable[tuple[str, Tensor]], feed: Feed) -> None:
-        """The weights, and behind them the factors of adapters, where these are sent apart; or the factors alone."""
-        if self._adapters is None:
-            self._delivery.push(self._table.checked(weights), self._table, feed, self.seats)
-            return
-        others = self._adapters.keeping(weights)
-        first = next(others, None)
-        if first is not None or not self._table.is_whole:
-            others = itertools.chain([] if first is None else [first], others)
-            self._delivery.push(self._table.checked(others), self._table, feed, self.seats)
-        self._adapters.send(feed, is_fresh=first is not None)
+        return Feed(seats, self.next_number, self.policy_version, self._config.timeout_s)
 
     def _replace_ended(self) -> None:
         """Start again what died while it had nothing to do: found out by a broadcast, it would cost all the others."""
@@ -220,8 +200,6 @@ class Workers:
             raise RuntimeError("the engine has no whole set of weights: load_weights must give every weight first")
         with self._feed([seat]) as feed:
             self._delivery.refeed(feed)
-            if self._adapters:
-                self._adapters.send(feed, is_fresh=True)
         if feed.lost:
             raise WorkerGoneError(feed.lost[0])
 
