@@ -6,9 +6,11 @@ Prints one JSON object, check -> "" or what is wrong.
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import json
 import os
+import pickle
 import traceback
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 
 from vcr1_fast.rollout.sgl import update as sglang_update
 from vcr1_fast.rollout.sgl import video as sglang_video
+from vcr1_fast.rollout.sgl.features import SharedFeatures
 from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.update import CudaHandle, Updater
 
@@ -97,7 +100,9 @@ def video_becomes_one_item() -> None:
     from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor as Base
     from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor as Qwen
 
-    payload = sglang_video.video_item(FIELDS, TENSORS, 1)
+    values_PC = SharedFeatures.share(TENSORS["values_PC"])
+    payload = sglang_video.video_item(FIELDS, TENSORS | {"values_PC": values_PC}, 1)
+    assert payload["hash"] == sglang_video.video_item(FIELDS, TENSORS, 1)["hash"]
     names = SimpleNamespace(ATTR_NAME_TO_MODALITY={}, FEATURE_NAMES=[])
     source = inspect.getsource(Base.__init__)
     assert all(key in source for key in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"))
@@ -107,7 +112,10 @@ def video_becomes_one_item() -> None:
     names.FEATURE_NAMES = ["pixel_values_videos"]
     [item] = Base.collect_mm_items_from_processor_output(names, payload)  # pyright: ignore
     assert item.modality == Modality.VIDEO and item.hash == payload["hash"]
-    assert torch.equal(item.feature, TENSORS["values_PC"])
+    for request in (copy.copy(item), item):  # as for each of n + 1 requests
+        sent = pickle.dumps(request)
+        assert len(sent) < 4096 < values_PC.nbytes / 30, len(sent)
+        assert torch.equal(pickle.loads(sent).feature, TENSORS["values_PC"])
     assert item.video_grid_thw.tolist() == [[1, 4, 4], [1, 4, 4]]
     reader = SimpleNamespace(_get_processor_output_value=Qwen._get_processor_output_value)
     positions, delta = Qwen._get_precomputed_mrope_from_output(reader, payload)  # pyright: ignore

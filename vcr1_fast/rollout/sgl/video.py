@@ -80,7 +80,7 @@ def _check_sampling(fields: Mapping[str, Any], length: int, limits: Mapping[str,
 
 
 def _check_video(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], limits: Mapping[str, int]) -> None:
-    (t, h, w), features = fields["grid_thw"], _features(tensors)
+    (t, h, w), features = fields["grid_thw"], tensors[features_name(tensors)]
     is_grid = t >= 1 and h >= MERGE and w >= MERGE and h % MERGE == 0 and w % MERGE == 0
     num_tokens = t * h * w // MERGE**2
     has_embeddings = "embeddings_MD" in tensors
@@ -97,9 +97,9 @@ def _check_video(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], limit
         raise ValueError("the video's values are not all finite")
 
 
-def _features(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Patches, or what a frozen tower made of them."""
-    return tensors["embeddings_MD"] if "embeddings_MD" in tensors else tensors["values_PC"]
+def features_name(tensors: Mapping[str, Tensor]) -> str:
+    """Of the patches, or of what a frozen tower made of them."""
+    return "embeddings_MD" if "embeddings_MD" in tensors else "values_PC"
 
 
 def video_item(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], num_loads: int) -> dict[str, Any]:
@@ -107,10 +107,9 @@ def video_item(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], num_loa
     t, h, w = fields["grid_thw"]
     positions_3L = tensors["position_ids_3L"]
     delta = int(positions_3L.max()) + 1 - positions_3L.shape[1]
-    features = _features(tensors)
-    is_embedded = "embeddings_MD" in tensors
+    features = tensors[features_name(tensors)]
     media: dict[str, Any] = {"pixel_values_videos": features}
-    if is_embedded:
+    if "embeddings_MD" in tensors:
         media = {"modality": "VIDEO", "precomputed_embeddings": features}
     return {
         "format": "processor_output",

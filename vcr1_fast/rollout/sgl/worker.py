@@ -33,18 +33,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vcr1_fast.rollout.sgl.features import SharedFeatures
 from vcr1_fast.rollout.sgl.libraries import Libraries
 from vcr1_fast.rollout.sgl.messages import KEY_VARIABLE, Channel, Message, connect
 from vcr1_fast.rollout.sgl.penalty import request_arguments
 from vcr1_fast.rollout.sgl.pixels import unpack
 from vcr1_fast.rollout.sgl.serving import await_trainer
 from vcr1_fast.rollout.sgl.update import Updater, engine_arguments
-from vcr1_fast.rollout.sgl.video import check_request, completion_tensors, sampling_params, video_item
+from vcr1_fast.rollout.sgl.video import check_request, completion_tensors, features_name, sampling_params, video_item
 
 START_WAIT_S = 60.0
 PARENT_POLL_S = 2.0
 END_LIMIT_S = 30.0
 CUT_POLL_S = 0.1
+UNREAD_S = 60.0  # that a request given up may lie in SGLang's queue: it reads after each step
 LEAVE_POLL_S = 0.5
 
 
@@ -185,22 +187,29 @@ class Worker:
         await asyncio.to_thread(self._channel.send, kind, {"id": number, **fields}, tensors)
 
     async def _generate(self, message: Message) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        fields, tensors = message.fields, unpack(message.tensors)
+        fields = message.fields
         if fields["policy_version"] != self._updater.policy_version:
             raise RuntimeError(
                 f"the engine has policy {self._updater.policy_version}, wanted {fields['policy_version']}"
             )
-        check_request(fields, tensors, self._limits)
+        tensors, item = await asyncio.to_thread(self._prepared, message)  # passes over all pixels; others go on
+        features = tensors[features_name(tensors)]
+        assert isinstance(features, SharedFeatures)
         arguments, sampling = request_arguments(fields["repetition_penalty"], tensors["token_ids_L"])
-        answers = await self._engine.async_generate(
-            input_ids=tensors["token_ids_L"].tolist(),
-            sampling_params=sampling_params(fields) | sampling,
-            video_data=[video_item(fields, tensors, self._updater.num_loads)],
-            return_logprob=True,
-            logprob_start_len=-1,
-            token_ids_logprob=list(fields["suppressed_ids"]),
-            **arguments,
-        )
+        try:
+            answers = await self._engine.async_generate(
+                input_ids=tensors["token_ids_L"].tolist(),
+                sampling_params=sampling_params(fields) | sampling,
+                video_data=[item],
+                return_logprob=True,
+                logprob_start_len=-1,
+                token_ids_logprob=list(fields["suppressed_ids"]),
+                **arguments,
+            )
+        except BaseException:
+            asyncio.get_running_loop().call_later(UNREAD_S, features.close)
+            raise
+        features.close()
         metas = [answer["meta_info"] for answer in ([answers] if isinstance(answers, dict) else answers)]
         is_cut = [meta["finish_reason"]["type"] == "abort" for meta in metas]
         if any(is_cut) and fields["id"] not in self._cut:
@@ -215,6 +224,14 @@ class Worker:
             "num_cached_tokens": [int(meta.get("cached_tokens", 0)) for meta in metas],
         }
         return reply, {"token_ids": torch.cat([r[0] for r in rows]), "logprobs": torch.cat([r[1] for r in rows])}
+
+    def _prepared(self, message: Message) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The request's tensors, with features that are handed on by reference, and SGLang's form of the video."""
+        tensors = unpack(message.tensors)
+        check_request(message.fields, tensors, self._limits)
+        name = features_name(tensors)
+        tensors[name] = SharedFeatures.share(tensors[name])
+        return tensors, video_item(message.fields, tensors, self._updater.num_loads)
 
 
 def _follow(parent: int) -> None:
