@@ -23,6 +23,7 @@ from vcr1_fast.commands.score_commands import (
     run_compare,
     run_report,
     run_score,
+    run_select,
     run_suite,
     run_watch,
 )
@@ -119,6 +120,7 @@ HELP_EPILOG = "\n".join(
         "  baselines TASK FILE  score answers that need no model on an annotation file",
         "  suite NAME FILE...  read a public benchmark as it is published, write a JSONL for data.eval; `suite list`",
         "  score TASK|SUITE FILE ANSWERS.jsonl  score answers that were made elsewhere",
+        "  select ANSWERS.jsonl --target N --output OUT.jsonl  the rows worth training on, by what a model scores",
         "  watch RUN  the numbers of a run as a table that follows it",
         "  report RUN [RUN2]  one HTML file about a run, or two side by side: scores, curves, clips",
         "  ask MODEL VIDEO QUESTION  one question about one video, its answer drawn with --save",
@@ -313,6 +315,7 @@ PLAIN_COMMANDS = {  # those without settings alone
     "baselines": run_baselines,
     "score": run_score,
     "compare": run_compare,
+    "select": run_select,
     "suite": run_suite,
     "serve": _run_serve,
     "watch": run_watch,

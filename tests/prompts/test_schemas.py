@@ -37,6 +37,13 @@ QUESTION = {
 }
 QUALITY = {"video": "1378.mp4", "instruction": "'low quality' or 'high quality'?", "answer": "low quality"}
 TRACK = {"path": "/cluster/GOT-10k_Val_000010", "object": "sloth", "gt": [[0.1, 0.0, 0.8, 0.7]] * 8}
+BENCH = {"duration": 33.75, "spans": [[0.0, 6.9], [3, 4]], "queries": [" a person  sits. ", "..it stops."]}
+EVENTS = {
+    "source": "cosmo_cap",
+    "video_path": "a/b.mp4",
+    "duration": 60.1,
+    "events": [{"query": "a dog\nruns.", "span": [[1, 9], [12, 13]]}, {"query": "it stops", "span": [2, 3]}],
+}
 OWN = {"task": "temporal_grounding", "video": "a.mp4", "query": "q", "duration_s": 8, "intervals": [[1, 2]]}
 
 
@@ -91,6 +98,22 @@ def test_a_charades_entry_whose_lists_do_not_fit_is_refused(change, reason):
         rows_of("charades", VIDEO | change)
 
 
+def test_timelens_has_a_row_for_each_query():
+    common: Row = {"task": "temporal_grounding", "video": "w", "duration_s": 33.75}
+    assert rows_of("timelens_bench", BENCH) == [
+        ("w:1", common | {"query": "a person sits", "intervals": [[0.0, 6.9]]}),
+        ("w:2", common | {"query": "it stops", "intervals": [[3, 4]]}),
+    ]
+    common = {"task": "temporal_grounding", "video": "a/b.mp4", "duration_s": 60.1}
+    assert rows_of("timelens_100k", EVENTS) == [
+        ("w:1", common | {"query": "a dog runs", "intervals": [[1, 9], [12, 13]]}),
+        ("w:2", common | {"query": "it stops", "intervals": [[2, 3]]}),
+    ]
+    for events, reason in (([], "wanted a list of objects"), ([7], "event 1 is 7"), ([{"query": "q"}], "key 'span'")):
+        with pytest.raises(ValueError, match=reason):
+            rows_of("timelens_100k", EVENTS | {"events": events})
+
+
 def test_a_question_of_next_gqa_serves_two_tasks():
     asked: Row = {
         "video": "1104/7.mp4",
@@ -135,6 +158,8 @@ def test_a_track_of_another_number_of_boxes_is_refused(tmp_path: Path):
     [
         ({"AO8RW": VIDEO}, "charades"),
         ({"v_1": VIDEO | {"phrases": [["a"]]}}, "charades"),
+        ({"AO8RW": BENCH}, "timelens_bench"),
+        ([EVENTS], "timelens_100k"),
         ([TRACK], "got10k"),
         ([QUESTION], "nextgqa"),
         ([{key: value for key, value in QUESTION.items() if key != "glue"}], "nextgqa_choice"),

@@ -1,4 +1,4 @@
-"""Command lines of the commands that look at scores and runs: baselines, suite, score, compare, watch, report.
+"""Command lines of the commands that look at scores and runs: baselines, suite, score, compare, select, watch, report.
 
 Called by cli.py; what each of them needs it imports when it runs."""
 
@@ -79,6 +79,30 @@ def run_compare(tokens: list[str]) -> object:
     from vcr1_fast.evaluation.compare import compare_command, comparison_as_dict
 
     return comparison_as_dict(compare_command(options.a, options.b))
+
+
+def run_select(tokens: list[str]) -> object:
+    parser = argparse.ArgumentParser(
+        prog="vcr1-fast select",
+        description="Draws the rows worth training on from the scores that a model has on a pool, and writes their ids "
+        "for data.only. A row of score s is drawn with weight exp(-(s - MEAN)^2 / (2 STD^2)), divided by how many rows "
+        "of the pool lie in its twentieth of [0, 1] (TimeLens, arXiv 2512.14698).",
+    )
+    parser.add_argument("answers", metavar="ANSWERS.jsonl", help="samples.jsonl of vcr1-fast eval on the pool")
+    parser.add_argument("--output", metavar="OUT.jsonl", required=True, help="file to write")
+    parser.add_argument("--target", metavar="N", type=int, required=True, help="rows to draw")
+    parser.add_argument("--mean", type=float, default=0.05, help="score that is drawn most often (default: 0.05)")
+    parser.add_argument("--std", type=float, default=0.2, help="how far around it (default: 0.2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    parser.add_argument(
+        "--metric", default="miou", help="whose values count (default: miou); reward: ANSWERS is rewards.jsonl of a run"
+    )
+    options = parser.parse_args(tokens)
+    if options.target < 1 or not options.std > 0:
+        parser.error("wanted --target >= 1 and --std > 0")
+    from vcr1_fast.commands.select import select_command
+
+    return select_command(**vars(options))
 
 
 def run_baselines(tokens: list[str]) -> object:

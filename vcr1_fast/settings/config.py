@@ -71,7 +71,17 @@ class ModelConfig:
         return self.freeze_vision or self.lora.rank > 0
 
 
-AnnotationFormat = Literal["auto", "rows", "charades", "got10k", "nextgqa", "nextgqa_choice", "vidtab"]
+AnnotationFormat = Literal[
+    "auto",
+    "rows",
+    "charades",
+    "got10k",
+    "nextgqa",
+    "nextgqa_choice",
+    "vidtab",
+    "timelens_bench",
+    "timelens_100k",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +120,14 @@ class DataConfig:
     """[lowest, highest] mean reward in data.rewards of an example to train on; the others are left out."""
     rewards: str | None = None
     """rewards.jsonl of an earlier run, for data.reward_range."""
+    only: str | None = None
+    """JSONL file: of data.train the examples whose id stands in one of its lines, such as `vcr1-fast select` writes."""
+    duration_range_s: tuple[float, float] | None = None
+    """[shortest, longest] video in seconds to train on, by the annotation; where it does not say, the video is kept."""
+    max_query_words: int | None = None
+    """Examples of data.train whose query has more words are left out."""
+    excluded_words: tuple[str, ...] = ()
+    """Examples of data.train whose query holds one of these words, in any case, are left out; such as [hear, sound]."""
     max_prompt_tokens: int | None = None
     """An example whose prompt, video included, has more tokens is left out and counted. Default: what the positions of
     the model leave beside the longest answer; that is also the limit of an evaluation with an eval.video of its own."""
@@ -142,6 +160,14 @@ class DataConfig:
             f"data.max_prompt_tokens is {self.max_prompt_tokens}, wanted at least 1 token, or nothing",
         )
         require(
+            self.duration_range_s is None or 0 <= self.duration_range_s[0] <= self.duration_range_s[1],
+            f"data.duration_range_s is {self.duration_range_s}, wanted [shortest, longest] in seconds",
+        )
+        require(
+            self.max_query_words is None or self.max_query_words >= 1,
+            f"data.max_query_words is {self.max_query_words}, wanted >= 1, or nothing",
+        )
+        require(
             self.reward_range is None or self.reward_range[0] <= self.reward_range[1],
             f"data.reward_range is {self.reward_range}, wanted [lowest, highest]",
         )
@@ -170,9 +196,10 @@ class TaskConfig:
     """Reward parts of your own: task to a list of module:function. The part has the function's name."""
     iou: Literal["plain", "boundary"] = "plain"
     """Part `iou` of temporal grounding. boundary: less the further its ends are off (Time-R1); scores stay plain."""
-    grounding_answer: Literal["period", "list"] = "period"
+    grounding_answer: Literal["period", "list", "sentence"] = "period"
     """How temporal grounding is answered. list: by all periods of the event, [(start, end), ...], whose part `iou` is
-    that of two sets of instants (VideoChat-R1.5)."""
+    that of two sets of instants (VideoChat-R1.5). sentence: "The event happens in 1.5 - 4.0 seconds.", without tags and
+    think block (TimeLens)."""
     max_intervals: int | None = None
     """Answers that list more periods than this have no readable list for the reward, in grounded QA and in temporal
     grounding by list; 3 in VideoChat-R1.5. Default: no limit."""
@@ -213,8 +240,12 @@ class TaskConfig:
             f"task.max_intervals is {self.max_intervals}, wanted >= 1, or nothing",
         )
         require(
-            self.iou == "plain" or self.grounding_answer == "period",
+            self.iou == "plain" or self.grounding_answer != "list",
             f"task.iou is {self.iou} and task.grounding_answer is list: a list has no two ends, set one to its default",
+        )
+        require(
+            not (self.think and self.grounding_answer == "sentence"),
+            "task.grounding_answer is sentence, which has no think block: set task.think=false",
         )
         require(self.max_failed_steps >= 1, f"task.max_failed_steps is {self.max_failed_steps}, wanted >= 1")
 

@@ -10,6 +10,7 @@ from vcr1_fast.tasks.captioning import Captioning
 from vcr1_fast.tasks.custom import check_tasks, load_rewards, load_tasks, make_custom
 from vcr1_fast.tasks.grounded_qa import GroundedQA
 from vcr1_fast.tasks.grounding_list import GroundingByList
+from vcr1_fast.tasks.grounding_sentence import GroundingBySentence
 from vcr1_fast.tasks.multiple_choice import MultipleChoice
 from vcr1_fast.tasks.numeric_answer import NumericAnswer
 from vcr1_fast.tasks.object_tracking import ObjectTracking
@@ -38,6 +39,13 @@ def task_class(name: str, classes: Mapping[str, type[Task]] = TASKS) -> type[Tas
     return classes[name]
 
 
+GROUNDING: dict[str, type[TemporalGrounding]] = {  # by task.grounding_answer
+    "period": TemporalGrounding,
+    "list": GroundingByList,
+    "sentence": GroundingBySentence,
+}
+
+
 def make_tasks(
     config: TaskConfig, names: Iterable[str] | None = None, judge: JudgeConfig | None = None
 ) -> dict[str, Task]:
@@ -55,8 +63,8 @@ def make_tasks(
     tasks: dict[str, Task] = {}
     for name in classes if names is None else names:
         found = task_class(name, classes)
-        if found is TemporalGrounding and config.grounding_answer == "list":
-            found = GroundingByList
+        if found is TemporalGrounding:
+            found = GROUNDING[config.grounding_answer]
         if name in custom:
             tasks[name] = make_custom(name, found, config)
         else:

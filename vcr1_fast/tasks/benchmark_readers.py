@@ -5,7 +5,8 @@ whatever the recipe. A reader takes the text inside the tag where there is one, 
 block, and returns None where its rule finds nothing. Rules (repository, file):
 
     read_period    OpenGVLab/VideoChat-R1, src_eval/evaluate_grounding.py
-    read_boxes     the same, src_eval/evaluate_track.py
+    read_timelens  TencentARC/TimeLens, timelens/utils.py
+    read_boxes     the same as read_period, src_eval/evaluate_track.py
     read_evidence  the same, src_eval/evaluate_gqa.py
     read_label     the same, src_eval/evaluate_cls_quality_c8.py
     read_letter    a rule of CHOICE_RULES, by default that of Video-MME
@@ -19,6 +20,7 @@ Nothing here raises on any string, and every function takes time linear in it.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -45,6 +47,33 @@ def read_period(output: str) -> Interval | None:
 
 def _read_period(text: str) -> Interval | None:
     return read_paper_period(text, ignore_case=False)
+
+
+_CLOCKS = re.compile(r"(?<![\d:])(?:(\d{1,2}):)?(\d{1,2}):(\d{2})(?![\d:])")  # hh:mm:ss or mm:ss
+_SECONDS = r"(?<![\d.])(\d++(?:\.\d++)?+)"
+_SPANS = tuple(re.compile(rf"{_SECONDS}\s*+{joint}\s*+(\d++(?:\.\d++)?+)") for joint in ("-", "to"))
+_BARE = re.compile(_SECONDS)
+
+
+def read_timelens(output: str) -> Interval | None:
+    """The first period of all of the output: of two clock times; else "a - b"; else "a to b"; else of two numbers.
+
+    None where it does not end after it begins: its IoU is 0 there, too.
+    """
+    text = output.lower()
+    clocks = [60 * (60 * int(h or 0) + int(m)) + int(s) for h, m, s in _CLOCKS.findall(text)][:2]
+    found: Sequence[float | str] = clocks if len(clocks) == 2 else ()
+    for pattern in () if found else _SPANS:
+        span = pattern.search(text)
+        if span:
+            found = span.groups()
+            break
+    if not found:
+        found = [number[0] for number in itertools.islice(_BARE.finditer(text), 2)]
+    if len(found) < 2:
+        return None
+    start_s, end_s = float(found[0]), float(found[1])
+    return (start_s, end_s) if start_s < end_s < math.inf else None
 
 
 def read_boxes(output: str) -> list[Box] | None:

@@ -92,10 +92,8 @@ class TemporalGrounding:
         `boundary_factor`.
         """
         check_counts(len(examples), len(answers))
-        periods = read_periods(answers, self.rule)
-        is_formatted = have_format(answers, self.rule, self.think)
-        if not self.is_paper:
-            is_formatted = [ok and period is not None for ok, period in zip(is_formatted, periods, strict=True)]
+        periods = self.read_periods(answers)
+        is_formatted = self.have_format(answers, periods)
         predicted = [self._scored(period, ex) for period, ex in zip(periods, examples, strict=True)]
         iou = interval_iou_batch(predicted, _truths(examples), "hull" if self.is_paper else "set")
         if self.is_boundary:
@@ -115,12 +113,12 @@ class TemporalGrounding:
         without examples.
         """
         check_counts(len(examples), len(answers))
-        iou = _best_iou([read_period(answer) for answer in answers], examples)
+        iou = _best_iou([self.read_score(answer) for answer in answers], examples)
         recalls = {f"r@{threshold}": frac_at_least(iou, threshold) for threshold in (0.3, 0.5, 0.7)}
         return {"miou": mean(iou), **recalls}
 
     def are_readable(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
-        return [read_period(answer) is not None for answer in answers]
+        return [self.read_score(answer) is not None for answer in answers]
 
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
         """whole_video: 0 to the duration. best_constant: the part of the video that scores best on these examples.
@@ -136,6 +134,19 @@ class TemporalGrounding:
     def best_constant(self, examples: Sequence[Example]) -> Interval:
         """(start, end) as fractions of the duration: of all on a grid the one with the highest mean IoU."""
         return best_constant_interval(_truths(examples), [ex.duration_s for ex in examples])
+
+    def read_periods(self, answers: Sequence[str]) -> list[Interval | None]:
+        """What the reward reads."""
+        return read_periods(answers, self.rule)
+
+    def have_format(self, answers: Sequence[str], periods: Sequence[Interval | None]) -> list[bool]:
+        """Part `format`; `periods`: what was read in the answers."""
+        is_formatted = have_format(answers, self.rule, self.think)
+        return [ok and (self.is_paper or period is not None) for ok, period in zip(is_formatted, periods, strict=True)]
+
+    def read_score(self, answer: str) -> Interval | None:
+        """What the held-out score reads."""
+        return read_period(answer)
 
     def _answer(self, start_s: float, end_s: float, reasoning: str = "") -> str:
         think = f"<think>{reasoning}</think>" if self.think else ""

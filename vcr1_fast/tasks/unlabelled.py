@@ -22,6 +22,7 @@ from vcr1_fast.tasks.answers_batch import (
     read_paper_choices,
     read_periods,
 )
+from vcr1_fast.tasks.benchmark_readers import read_timelens
 from vcr1_fast.tasks.captioning import Captioning
 from vcr1_fast.tasks.grounded_qa import GroundedQA
 from vcr1_fast.tasks.multiple_choice import MultipleChoice, read_choice_row
@@ -149,7 +150,8 @@ def read_answer(example: Example, text: str, config: TaskConfig) -> Parsed | Non
         case IntervalTruth() if config.grounding_answer == "list":
             return _intervals(read_glues([text], config.recipe, "answer", pick)[0])
         case IntervalTruth():
-            period = read_periods([text], config.recipe)[0]
+            is_sentence = config.grounding_answer == "sentence"
+            period = read_timelens(clip(text)) if is_sentence else read_periods([text], config.recipe)[0]
             return _intervals([period] if period and period[0] <= period[1] else None)
         case TrackTruth():
             return _boxes(example, read_box_lists([text], config.recipe, pick=pick)[0])

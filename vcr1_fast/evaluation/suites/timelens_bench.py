@@ -12,15 +12,12 @@ from pathlib import Path
 
 from vcr1_fast.evaluation.suites.grounding import read_sentences
 from vcr1_fast.evaluation.suites.suite import Found, Suite
+from vcr1_fast.prompts.schemas.timelens import clean_query
 
 
 def _read(files: Sequence[Path], videos: Path) -> Found:
     for file in files:  # the three files may share names of videos
-        yield from read_sentences(f"timelens_bench:{file.stem}", [file], videos, ("spans", "queries"), _clean)
-
-
-def _clean(query: str) -> str:
-    return " ".join(query.split()).strip(".").strip()
+        yield from read_sentences(f"timelens_bench:{file.stem}", [file], videos, ("spans", "queries"), clean_query)
 
 
 SUITE = Suite(

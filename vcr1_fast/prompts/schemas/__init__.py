@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from vcr1_fast.prompts.annotation_files import Entries
-from vcr1_fast.prompts.schemas import charades, got10k, nextgqa, own_rows, vidtab
+from vcr1_fast.prompts.schemas import charades, got10k, nextgqa, own_rows, timelens, vidtab
 from vcr1_fast.prompts.schemas.schema import Schema
 from vcr1_fast.settings.config import ConfigError
 
@@ -21,6 +21,8 @@ SCHEMAS: dict[str, Schema] = {
         nextgqa.SCHEMA,
         nextgqa.CHOICE_SCHEMA,
         vidtab.SCHEMA,
+        timelens.BENCH_SCHEMA,
+        timelens.SCHEMA,
     )
 }
 NUM_LOOKED_AT = 100  # entries in which a schema is sought: the first may be broken
