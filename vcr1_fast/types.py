@@ -162,6 +162,7 @@ class Patches:
     num_frames: int
     duration_s: float
     embeddings_MD: torch.Tensor | None = None  # [M, D] what a frozen tower made of them, M = num_tokens
+    pair_times_s: tuple[float, ...] = ()  # [t] mean of the presentation times of each pair's frames
 
     @property
     def num_tokens(self) -> int:

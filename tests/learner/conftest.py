@@ -37,10 +37,14 @@ def random_model(seed: int = 0, tied: bool = False) -> Qwen2_5_VLForConditionalG
 
 
 def random_prompt(
-    generator: torch.Generator, grid: tuple[int, int, int], second_per_grid_s: float, text: int
+    generator: torch.Generator, grid: tuple[int, int, int], second_per_grid_s: float, text: int, num_parts: int = 1
 ) -> Prompt:
-    """Text, one video, text. Positions by the rule of the original model, written out here a second time."""
+    """Text, one video, text. Positions by the rule of the original model, written out here a second time.
+
+    num_parts t: two words before each pair of frames, which is a video of its own to the rule."""
     t, h, w = grid
+    if num_parts > 1:
+        return _prompt_of_parts(generator, grid, text)
     num_video = t * h * w // 4
     words = torch.randint(2, 50, (text,), generator=generator)
     video = torch.full((num_video,), VIDEO_PAD)
@@ -58,6 +62,27 @@ def random_prompt(
     return Prompt(example, token_ids, torch.tensor(positions).T, Patches(patches, grid, second_per_grid_s, 2 * t, 8.0))
 
 
+def _prompt_of_parts(generator: torch.Generator, grid: tuple[int, int, int], text: int) -> Prompt:
+    t, h, w = grid
+    ids, positions = torch.randint(2, 50, (text,), generator=generator).tolist(), [[i] * 3 for i in range(text)]
+    for _ in range(t):
+        start = max(positions[-1]) + 1
+        ids += [*torch.randint(2, 50, (2,), generator=generator).tolist(), VISION_START]
+        positions += [[start + i] * 3 for i in range(3)]
+        ids += [VIDEO_PAD] * (h * w // 4)
+        positions += [
+            [start + 3, start + 3 + row, start + 3 + column] for row in range(h // 2) for column in range(w // 2)
+        ]
+        after = start + 3 + max(h, w) // 2
+        ids.append(VISION_END)
+        positions.append([after] * 3)
+    ids += ids[:3]
+    positions += [[after + 1 + i] * 3 for i in range(3)]
+    patches = Patches(torch.randn(t * h * w, 1176, generator=generator), grid, 1.0, 2 * t, 8.0)
+    example = Example("e", "temporal_grounding", "v.mp4", "q", 8.0, IntervalTruth(((1.0, 2.0),)))
+    return Prompt(example, torch.tensor(ids), torch.tensor(positions).T, patches)
+
+
 def random_group(
     seed: int,
     lengths: tuple[int, ...],
@@ -65,6 +90,7 @@ def random_group(
     grid: tuple[int, int, int] = (3, 4, 8),
     second_per_grid_s: float = 1.0,
     text: int = 5,
+    num_parts: int = 1,
 ) -> RolloutGroup:
     generator = torch.Generator().manual_seed(seed)
     completions = tuple(
@@ -73,7 +99,7 @@ def random_group(
     )
     if advantages is None:
         advantages = tuple(torch.randn(len(lengths), generator=generator, dtype=torch.float64).tolist())
-    prompt = random_prompt(generator, grid, second_per_grid_s, text)
+    prompt = random_prompt(generator, grid, second_per_grid_s, text, num_parts)
     return RolloutGroup(prompt, completions, 1, advantages=advantages)
 
 

@@ -65,6 +65,7 @@ CASES = {
     "empty_completion": [dict(seed=2, lengths=(5, 0, 3))],
     "slow_video": [dict(seed=3, lengths=(5, 7), second_per_grid_s=2.5)],
     "fast_video": [dict(seed=4, lengths=(5, 7), second_per_grid_s=0.35, grid=(5, 4, 4))],
+    "times_in_words": [dict(seed=7, lengths=(5, 7), num_parts=3), dict(seed=8, lengths=(2, 4))],
     "two_prompts": [
         dict(seed=5, lengths=(3, 8, 2)),
         dict(seed=6, lengths=(7, 1), grid=(2, 8, 4), second_per_grid_s=0.5, text=11),

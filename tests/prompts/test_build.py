@@ -88,6 +88,30 @@ def test_the_video_may_stand_first(tiny_tokenizer: PreTrainedTokenizerFast) -> N
     assert not torch.equal(prompt.token_ids_L, text_first.build(example()).token_ids_L)
 
 
+def test_times_in_words_stand_before_each_pair_of_frames(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Positions worked out by hand: each pair begins one after the largest so far and takes 3 columns, 2 rows."""
+    timed = dataclasses.replace(patches(), pair_times_s=(0.25, 1.05, 12.0))
+    tasks: Any = {"echo": EchoTask()}
+    prompt = PromptBuilder(tiny_tokenizer, tasks, lambda _: timed, video_first=True, writes_times=True).build(example())
+    seen = "<|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|>"
+    head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    written = [f"<{time} seconds>{seen}" for time in ("0.2", "1.1", "12.0")]
+    tail = "when does it roll?<|im_end|>\n<|im_start|>assistant\n"
+    assert tiny_tokenizer.decode(prompt.token_ids_L.tolist()) == head + "".join(written) + tail
+    is_pad = prompt.token_ids_L == tiny_tokenizer.get_vocab()["<|video_pad|>"]
+    assert prompt.position_ids_3L.shape == (3, len(prompt.token_ids_L))
+    start = int(is_pad.nonzero()[0])
+    first = prompt.position_ids_3L[:, is_pad][:, :6] - start
+    assert first.tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
+    assert prompt.position_ids_3L[:, start + 6].tolist() == [start + 3] * 3  # vision_end, behind the third column
+    text = prompt.position_ids_3L[:, ~is_pad]
+    assert bool((text[0] == text[1]).all()) and bool((text[0].diff() > 0).all())
+    assert prompt.next_position == len(prompt.token_ids_L) - 3 * 6 + 3 * 3
+    with pytest.raises(SampleError, match="2 times were read for 3 pairs of frames"):
+        short = dataclasses.replace(timed, pair_times_s=(0.0, 1.0))
+        PromptBuilder(tiny_tokenizer, tasks, lambda _: short, writes_times=True).build(example())
+
+
 def test_positions_are_the_rule_at_the_video_s_own_rate(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = builder(tiny_tokenizer).build(example())
     pad_id = tiny_tokenizer.get_vocab()["<|video_pad|>"]

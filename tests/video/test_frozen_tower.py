@@ -124,6 +124,7 @@ def test_a_clip_seen_before_is_not_even_decoded(clips: Path, tmp_path: Path, mon
     later.close()
     assert again.embeddings_MD is not None and wanted.embeddings_MD is not None
     assert torch.equal(again.embeddings_MD, wanted.embeddings_MD)
+    assert len(again.pair_times_s) == again.grid_thw[0]
     assert replace(again, embeddings_MD=None, values_PC=wanted.values_PC) == replace(wanted, embeddings_MD=None)
 
 

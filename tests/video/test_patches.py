@@ -86,6 +86,11 @@ def test_patches_know_their_grid_and_rate() -> None:
     assert patches.second_per_grid_s == 0.5
     assert patches.num_tokens == 18
     assert (patches.num_frames, patches.duration_s) == (6, 1.5)
+    assert patches.pair_times_s == (0.125, 0.625, 1.125)
+    assert to_patches(replace(frames, rgb_FHW3=frames.rgb_FHW3[:3], times_s=frames.times_s[:3])).pair_times_s == (
+        0.125,
+        0.5,
+    )
 
 
 def fill_with_noise(rgb_FHW3: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,7 @@ def answer_settings(
         "reader": reader,
         **{f"video.{name}": value for name, value in video.items()},
         **({"task.video_first": config.task.video_first} if config.task.video_first is not None else {}),
+        **({"task.timestamps": config.task.timestamps} if config.task.timestamps != "positions" else {}),
         **(rounds if config.eval.perceptions > 1 else {}),
         **{f"task.prompts.{task}": digest for task, digest in (prompts or {}).items()},
     }

@@ -36,6 +36,7 @@ ADVICE = {  # what makes a phase smaller
     "evaluation": "a smaller rollout.max_batch_tokens",
 }
 TEXT_TOKENS = 256  # system message, question and options; the longest of NExT-GQA takes about 180
+TIME_TOKENS = 11  # "<1234.5 seconds>" with a digit a token, and the two ids around a pair of frames
 
 
 def video_tokens(num_frames: int, config: VideoConfig) -> int:
@@ -78,14 +79,14 @@ def plan_tokens(config: Config, num_gpus: int) -> TokenPlan:
     """Groups go into rows of at most train.tokens_per_microbatch; a larger group has a row of its own."""
     size, completion = config.rollout.group_size, config.rollout.max_new_tokens
     video = max_video_tokens(config.video)
-    prompt = video + TEXT_TOKENS
+    prompt = video + _text_tokens(config, config.video)
     group = prompt + size * (completion - 1)
     per_gpu = config.train.prompts_per_step // config.algorithm.minibatches_per_rollout // num_gpus
     per_row = min(max(1, config.train.tokens_per_microbatch // group), per_gpu)
     return TokenPlan(
         video=video,
         prompt=prompt,
-        eval_prompt=max_video_tokens(config.eval_video) + TEXT_TOKENS,
+        eval_prompt=max_video_tokens(config.eval_video) + _text_tokens(config, config.eval_video),
         completion=completion,
         group=group,
         unshared_group=size * (prompt + completion - 1),
@@ -94,6 +95,11 @@ def plan_tokens(config: Config, num_gpus: int) -> TokenPlan:
         row=per_row * group,
         scored_rows=per_row * size * completion,
     )
+
+
+def _text_tokens(config: Config, video: VideoConfig) -> int:
+    """Beside those of the video itself."""
+    return TEXT_TOKENS + (TIME_TOKENS * video.max_frames // 2 if config.task.timestamps == "text" else 0)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ SYSTEM_MESSAGE = "You are a helpful assistant."  # the default of Qwen's chat te
 
 class PromptBuilder:
     """Builds prompts of the original's layout: one user turn, text first, then the video, under Qwen's system message.
-    With `video_first` the other way round, as VideoChat-R1.5 and Qwen's own examples have it.
+    With `video_first` the other way round, as VideoChat-R1.5 and Qwen's own examples have it. With `writes_times` the
+    time of each pair of frames stands before it in words, `<12.5 seconds>`, and each pair is a video of its own to the
+    position rule, as in Qwen3-VL; without, positions alone tell the time.
 
     Example: `PromptBuilder(tokenizer, tasks, read).build(example)`.
     """
@@ -42,6 +44,7 @@ class PromptBuilder:
         merge: int = 2,
         limits: PromptLimits | None = None,
         video_first: bool = False,
+        writes_times: bool = False,
     ) -> None:
         """`read` gives the patches of an `Example.video` and raises SampleError if it cannot; `prefetch` has such
         videos read ahead. `tokens_per_second` and `merge` are `vision_config.tokens_per_second` and
@@ -56,7 +59,7 @@ class PromptBuilder:
         self._tokens_per_second = tokens_per_second
         self._merge = merge
         self.limits = limits
-        self.video_first = video_first
+        self.video_first, self.writes_times = video_first, writes_times
         self._newline = self._text_ids("\n")
 
     def placing(self, video_first: bool) -> PromptBuilder:
@@ -89,12 +92,15 @@ class PromptBuilder:
         num_rows, (t, h, w) = patches.values_PC.shape[0], patches.grid_thw
         if num_rows != t * h * w and patches.embeddings_MD is None:
             raise SampleError(example.video, f"{num_rows} patches were read, but the grid {(t, h, w)} has {t * h * w}")
-        token_ids_L = torch.tensor(self._layout(question, patches.num_tokens, example), dtype=torch.int64)
+        if self.writes_times and len(patches.pair_times_s) != t:
+            raise SampleError(example.video, f"{len(patches.pair_times_s)} times were read for {t} pairs of frames")
+        token_ids_L = torch.tensor(self._layout(question, patches, example), dtype=torch.int64)
+        grids = [(1, h, w)] * t if self.writes_times else [patches.grid_thw]
         try:
             positions_3L = mrope_positions(
                 token_ids_L,
-                [patches.grid_thw],
-                [patches.second_per_grid_s],
+                grids,
+                [patches.second_per_grid_s] * len(grids),
                 self.special_ids.video_pad,
                 self._tokens_per_second,
                 self._merge,
@@ -117,9 +123,9 @@ class PromptBuilder:
         """The texts of completions, without special tokens."""
         return self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
 
-    def _layout(self, question: str, num_video_tokens: int, example: Example) -> list[int]:
+    def _layout(self, question: str, patches: Patches, example: Example) -> list[int]:
         special, newline = self.special_ids, self._newline
-        video = [special.vision_start, *[special.video_pad] * num_video_tokens, special.vision_end]
+        video = self._video(patches)
         if self.video_first:
             turn = [*self._text_ids("user\n"), *video, *self._safe_ids(question, example)]
         else:
@@ -136,6 +142,17 @@ class PromptBuilder:
             special.im_start,
             *self._text_ids("assistant\n"),
         ]
+
+    def _video(self, patches: Patches) -> list[int]:
+        if not self.writes_times:
+            return self._seen(patches.num_tokens)
+        seen = self._seen(patches.num_tokens // patches.grid_thw[0])
+        times = [self._text_ids(f"<{time_s:.1f} seconds>") for time_s in patches.pair_times_s]
+        return [token_id for time in times for token_id in (*time, *seen)]
+
+    def _seen(self, num_tokens: int) -> list[int]:
+        special = self.special_ids
+        return [special.vision_start, *[special.video_pad] * num_tokens, special.vision_end]
 
     def _task(self, example: Example) -> Task:
         if example.task not in self.tasks:

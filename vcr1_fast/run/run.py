@@ -207,7 +207,13 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         proof = choose_kernels(config, world)
         source = opened.enter_context(contextlib.closing(open_source(config, world.device, proof.choice)))
         builder = PromptBuilder(
-            tokenizer, tasks, source, prefetch=source.prefetch, limits=limits, video_first=bool(config.task.video_first)
+            tokenizer,
+            tasks,
+            source,
+            prefetch=source.prefetch,
+            limits=limits,
+            video_first=bool(config.task.video_first),
+            writes_times=config.task.timestamps == "text",
         )
         if writes and world.is_main:
             (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")

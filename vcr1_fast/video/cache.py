@@ -54,7 +54,7 @@ def clip_key(request: ClipRequest, reader_name: str) -> str:
 
 def tower_key(clip_key: str, tower_digest: str, dtype: torch.dtype) -> str:
     """Key of what a frozen vision tower makes of a clip. `tower_digest` names its weights, code and inputs."""
-    return _digest("tower", CACHE_FORMAT, clip_key, tower_digest, str(dtype))
+    return _digest("tower, times", CACHE_FORMAT, clip_key, tower_digest, str(dtype))
 
 
 def _folder_identity(path: str) -> list[list[str | int]]:

@@ -78,7 +78,11 @@ class PatchSource:
         patches = to_patches(self.loader.get(request), self.tower.dtype, self.tower.device, self._backend)
         embeddings_MD = self.tower.embed(patches)
         numbers = torch.tensor(
-            [*patches.grid_thw, patches.second_per_grid_s, patches.num_frames, patches.duration_s], dtype=torch.float64
+            [
+                *(*patches.grid_thw, patches.second_per_grid_s, patches.num_frames, patches.duration_s),
+                *patches.pair_times_s,
+            ],
+            dtype=torch.float64,
         )
         self.cache.put(key, {"embeddings_MD": embeddings_MD, "numbers": numbers}, {})
         return _unpacked(embeddings_MD, numbers, self)
@@ -138,7 +142,15 @@ def to_patches(
         second_per_grid_s=FRAMES_PER_PATCH / frames.sampled_fps,
         num_frames=num_frames,
         duration_s=frames.duration_s,
+        pair_times_s=_pair_times_s(frames.times_s),
     )
+
+
+def _pair_times_s(times_s: torch.Tensor) -> tuple[float, ...]:
+    """[F] seconds -> mean of each pair; a last frame without another is its own pair, as `patchify` has it."""
+    if len(times_s) % FRAMES_PER_PATCH:
+        times_s = torch.cat([times_s, times_s[-1:]])
+    return tuple(times_s.view(-1, FRAMES_PER_PATCH).mean(dim=1).tolist())
 
 
 def to_frames(patches: Patches, pairs: Sequence[int]) -> torch.Tensor | None:
@@ -157,7 +169,7 @@ def to_frames(patches: Patches, pairs: Sequence[int]) -> torch.Tensor | None:
 
 
 def _unpacked(embeddings_MD: torch.Tensor, numbers: torch.Tensor, source: PatchSource) -> Patches:
-    t, h, w, second_per_grid_s, num_frames, duration_s = numbers.tolist()
+    t, h, w, second_per_grid_s, num_frames, duration_s, *pair_times_s = numbers.tolist()
     return Patches(
         values_PC=torch.empty(0, 3 * FRAMES_PER_PATCH * PATCH_PX**2, dtype=source.dtype, device=source.device),
         grid_thw=(int(t), int(h), int(w)),
@@ -165,4 +177,5 @@ def _unpacked(embeddings_MD: torch.Tensor, numbers: torch.Tensor, source: PatchS
         num_frames=int(num_frames),
         duration_s=duration_s,
         embeddings_MD=embeddings_MD.to(source.device),
+        pair_times_s=tuple(pair_times_s),
     )
