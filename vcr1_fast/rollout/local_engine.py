@@ -194,7 +194,7 @@ class LocalEngine:
             logprob_SB[step].index_copy_(0, row_B, logprob_B)
             if self.on_token is not None:
                 self.on_token(token_B)
-            batch.add(token_B.tolist())  # the one wait for the device
+            batch.add(token_B.cpu().tolist())  # the one wait for the device
             is_cut = self._is_interrupted.is_set() and step + 1 >= given.longest
             if batch.num_active == 0 or step + 1 == max_new or is_cut:
                 break
