@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from bench.decode_step import operators, ways_of
@@ -15,7 +17,7 @@ from tests.rollout.test_local_engine import full_logits
 from vcr1_fast.rollout.decode_step import DecodeStep
 from vcr1_fast.rollout.grouped_cache import GROWTH_TOKENS
 from vcr1_fast.rollout.local_engine import LocalEngine
-from vcr1_fast.types import Completion, Prompt, SamplingParams
+from vcr1_fast.types import Completion, Prompt, RunError, SamplingParams
 
 SAMPLING = SamplingParams(4, GROWTH_TOKENS + 6, seed=5)  # buffers grow once
 
@@ -85,3 +87,71 @@ def test_projections_stay_the_model_s_own_weights(make_tiny_model) -> None:
     assert k.data_ptr() == q.data_ptr() + q.numel() * q.element_size()
     model.load_state_dict(source.state_dict())
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+class RecordedGraph(TorchDispatchMode):
+    """Plays a CUDA graph on the CPU: `replay` does the recorded operators again, on the same memory and with the same
+    numbers, whatever the host has changed since."""
+
+    replays = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operators: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._operators.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        type(self).replays += 1
+        for func, args, kwargs, out in self._operators:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # a view stays one
+                    old.copy_(new)
+
+
+def test_a_recorded_step_gives_the_same_answers(make_tiny_model, tiny_tokenizer, make_prompt, monkeypatch) -> None:
+    """Over grown buffers and dropped rows: nothing in the step depends on what the host knows of a token."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
+    monkeypatch.setattr(RecordedGraph, "replays", 0)
+    prompts = [make_prompt((4, 4, 6), "what?", 1.0, 1), make_prompt((2, 8, 8), "when is the door opened?", 0.7, 2)]
+    sampling = SamplingParams(4, 160, seed=1, repetition_penalty=1.3)
+    engine = LocalEngine(make_tiny_model(head_scale=0.05), tiny_tokenizer)
+    want = engine.generate(prompts, sampling)
+    engine._is_captured = True
+    got = engine.generate(prompts, sampling)
+    lengths = [answer.num_tokens for group in want for answer in group]
+    assert sorted(lengths)[3] < max(lengths) - 5 and max(lengths) > 2 * GROWTH_TOKENS  # rows were dropped
+    assert RecordedGraph.replays >= max(lengths) - 1
+    for group, others in zip(want, got, strict=True):
+        for answer, other in zip(group, others, strict=True):
+            assert torch.equal(answer.token_ids_R, other.token_ids_R)
+            assert torch.equal(answer.logprobs_R, other.logprobs_R)
+
+
+def test_a_recorded_step_that_differs_is_an_error(make_tiny_model, tiny_tokenizer, make_prompt, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
+    monkeypatch.setattr(RecordedGraph, "replay", lambda graph: graph._operators[-1][3].zero_())
+    engine = LocalEngine(make_tiny_model(), tiny_tokenizer)
+    engine._is_captured = True
+    with pytest.raises(RunError, match=r"set rollout\.cuda_graph to false"):
+        engine.generate([make_prompt((4, 4, 6), "what?")], SamplingParams(2, 4))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_cuda_graph_gives_the_same_answers(make_tiny_model, tiny_tokenizer, make_prompt) -> None:
+    prompts = [make_prompt((4, 4, 6), "what?", 1.0, 1), make_prompt((2, 8, 8), "when is the door opened?", 0.7, 2)]
+    model = make_tiny_model(head_scale=0.05).to("cuda")
+    want, got = (
+        LocalEngine(model, tiny_tokenizer, cuda_graph=is_on).generate(prompts, SamplingParams(4, 160, seed=1))
+        for is_on in (False, True)
+    )
+    for group, others in zip(want, got, strict=True):
+        for answer, other in zip(group, others, strict=True):
+            assert torch.allclose(answer.logprobs_R[:8], other.logprobs_R[:8], atol=1e-4)
+            assert torch.equal(answer.token_ids_R[:8], other.token_ids_R[:8])

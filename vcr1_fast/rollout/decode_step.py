@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vcr1_fast.rollout.grouped_cache import GroupedCache
+from vcr1_fast.types import RunError
 
 _PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _WEIGHTS = {
@@ -53,6 +54,36 @@ class DecodeStep:
         for index, layer in enumerate(self._layers):
             hidden_BD = layer(index, hidden_BD, cos_P11E, sin_P11E, cache)
         return self._head(_normalised(hidden_BD, self._norm))
+
+
+class CapturedStep:
+    """A `DecodeStep` on CUDA that is recorded once for each set of buffers and then costs the host one launch a token.
+
+    One for each batch: what it holds is let go with it.
+    """
+
+    def __init__(self, step: DecodeStep) -> None:
+        self._step, self._graph = step, torch.cuda.CUDAGraph()
+        self._buffers: object = None  # of the cache, when the graph was recorded
+        self._token_B = self._logits_BV = torch.empty(0)
+
+    def __call__(self, token_B: Tensor, cache: GroupedCache) -> Tensor:
+        """As `DecodeStep`; what it gives is overwritten by the next call. Raises RunError where the recorded step does
+        not give what the step itself does."""
+        if self._buffers is cache.layers:
+            self._token_B.copy_(token_B)
+            self._graph.replay()
+            return self._logits_BV
+        self._buffers, self._token_B = cache.layers, token_B.clone()
+        want_BV = self._step(self._token_B, cache)  # also what a first call sets up, which must not be recorded
+        self._graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads, a learner's or NCCL's, may call what a capture must not
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._logits_BV = self._step(self._token_B, cache)
+        self._graph.replay()
+        if not torch.allclose(self._logits_BV, want_BV, rtol=1e-2, atol=1e-2 * float(want_BV.abs().max())):
+            raise RunError("a decode step gives other logits as a CUDA graph: set rollout.cuda_graph to false")
+        return self._logits_BV
 
 
 class _Layer:

@@ -52,7 +52,7 @@ class GroupedCache:
         """
         self.group_size, self.rotary_N2E, self.first_row_P = group_size, rotary_N2E, first_row_P
         self._length_P = length_P
-        self._layers: list[_Layer] = []
+        self.layers: list[_Layer] = []  # another list whenever buffers are other ones
         self._num_own = 0
         self.slot_1 = torch.zeros_like(length_P[:1])  # place of the token that is being added among its row's own
         self._own_bias_C = self._padding_bias_X1L = torch.empty(0)  # 0, or -inf where there is no token
@@ -61,17 +61,17 @@ class GroupedCache:
         """Called by one attention layer after the other with the prompts' [P, K, L, E]."""
         prompts, heads, _length, width = keys.shape
         room = keys.new_empty(prompts, heads, self.group_size, 0, width)
-        self._layers.append(_Layer((keys.contiguous(), values.contiguous()), (room, room)))
+        self.layers.append(_Layer((keys.contiguous(), values.contiguous()), (room, room)))
         return keys, values
 
     def begin_decode(self) -> None:
         """To be called once, after the prefill."""
-        self._own_bias_C = self._layers[0].prefix[0].new_empty(0)
+        self._own_bias_C = self.layers[0].prefix[0].new_empty(0)
         self._softmax_dtype = torch.promote_types(self._own_bias_C.dtype, torch.float32)
         self._pad()
 
     def _pad(self) -> None:
-        keys_PKLE = self._layers[0].prefix[0]
+        keys_PKLE = self.layers[0].prefix[0]
         is_padding_PL = torch.arange(keys_PKLE.shape[2], device=keys_PKLE.device) >= self._length_P[:, None]
         bias_PL = keys_PKLE.new_zeros(is_padding_PL.shape).masked_fill_(is_padding_PL, -torch.inf)
         self._padding_bias_X1L = bias_PL.repeat_interleave(keys_PKLE.shape[1], dim=0)[:, None]
@@ -79,7 +79,7 @@ class GroupedCache:
     def begin_token(self) -> None:
         """To be called before each token; what it does is all that changes between tokens but the rows' contents."""
         if self._num_own == self._own_bias_C.numel():
-            self._layers = [layer.grown() for layer in self._layers]
+            self.layers = [layer.grown() for layer in self.layers]
             room = self._own_bias_C.new_full((GROWTH_TOKENS,), -torch.inf)
             self._own_bias_C = torch.cat([self._own_bias_C, room])
         self.slot_1.fill_(self._num_own)
@@ -91,7 +91,7 @@ class GroupedCache:
 
         One softmax, in float32 at least, over both parts: the result is that of a cache with the prompt copied G times.
         """
-        layer = self._layers[index]
+        layer = self.layers[index]
         layer.own[0].index_copy_(3, self.slot_1, key_PKG1E)
         layer.own[1].index_copy_(3, self.slot_1, value_PKG1E)
         length, width = layer.prefix_values_XLE.shape[1:]
@@ -108,7 +108,7 @@ class GroupedCache:
     def keep(self, row_PG: Tensor) -> None:
         """Go on with these rows only, equally many of each prompt that is left: their places among the present ones."""
         prompts_P, rows_PG = row_PG[:, 0] // self.group_size, row_PG % self.group_size
-        self._layers = [layer.kept(prompts_P, rows_PG) for layer in self._layers]
+        self.layers = [layer.kept(prompts_P, rows_PG) for layer in self.layers]
         self.group_size, self.first_row_P = row_PG.shape[1], self.first_row_P[prompts_P]
         self._length_P = self._length_P[prompts_P]
         self._pad()

@@ -23,7 +23,7 @@ from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.tower_attention import use_tower_attention
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.batches import in_batches
-from vcr1_fast.rollout.decode_step import DecodeStep
+from vcr1_fast.rollout.decode_step import CapturedStep, DecodeStep
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
 from vcr1_fast.rollout.grouped_cache import GroupedCache
 from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, seen_in_prompts, uniforms
@@ -50,9 +50,10 @@ class LocalEngine:
         *,
         max_batch_rows: int = 256,
         max_batch_tokens: int = 65536,
+        cuda_graph: bool = False,
     ) -> None:
         """`max_batch_rows`, `max_batch_tokens`: bounds of what is decoded together, see `batches.in_batches`; a group
-        is never split.
+        is never split. `cuda_graph`: on CUDA, see `decode_step.CapturedStep`.
 
         Raises ValueError when the tokenizer does not fit the model, or the model has sliding-window layers.
         """
@@ -80,6 +81,7 @@ class LocalEngine:
             is_half = model.dtype in (torch.bfloat16, torch.float16)
             use_tower_attention(self._family.tower(model), "flash" if is_half else "plain")
         self._step = DecodeStep(decoder, model.lm_head)
+        self._is_captured = cuda_graph and model.device.type == "cuda"
         self._stop_ids = special.stop
         self._suppressed_ids = torch.tensor(special.vision, device=model.device)
         self._is_whole = False  # every weight was loaded without an error
@@ -187,6 +189,7 @@ class LocalEngine:
         seen_BV = None  # 0.15 MB a row with 152,064 ids, so only where it is used
         if sampling.repetition_penalty != 1:
             seen_BV = seen_in_prompts(prompts, group_size, logits_BV.shape[1], model.device)
+        decode = CapturedStep(self._step) if self._is_captured else self._step
         for step in range(max_new):
             token_B, logprob_B = sample_tokens(logits_BV, uniform_SB[step], sampling, self._suppressed_ids, seen_BV)
             if step < given.longest:
@@ -206,7 +209,7 @@ class LocalEngine:
                 kept_B = kept_PG.flatten()
                 token_B, row_B, uniform_SB = token_B[kept_B], row_B[kept_B], uniform_SB[:, kept_B]
                 seen_BV = seen_BV[kept_B] if seen_BV is not None else None
-            logits_BV = self._next_logits(token_B, cache)
+            logits_BV = self._next_logits(token_B, cache, decode)
         return list(batch.tokens.values()), logprob_SB.cpu()
 
     def _prefill(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> tuple[GroupedCache, Tensor]:
@@ -253,10 +256,10 @@ class LocalEngine:
         video_MD = embed_videos(self._family, tower, clips, model.device, model.dtype)
         return embeds_PLD.masked_scatter((token_ids_PL == video_pad).unsqueeze(-1), video_MD.to(embeds_PLD.dtype))
 
-    def _next_logits(self, token_B: Tensor, cache: GroupedCache) -> Tensor:
+    def _next_logits(self, token_B: Tensor, cache: GroupedCache, decode: DecodeStep | CapturedStep) -> Tensor:
         """[B, V] after one more token per row."""
         cache.begin_token()
-        return self._step(token_B, cache)
+        return decode(token_B, cache)
 
     def _completions(self, tokens: list[list[int]], logprob_SB: Tensor, max_new_tokens: int) -> list[Completion]:
         """Of all rows. Log-probs are cloned outside inference mode: autograd refuses inference tensors."""
