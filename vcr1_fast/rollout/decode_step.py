@@ -41,10 +41,11 @@ class DecodeStep:
         """[N, 2, E]: cosines and signed sines of positions. A new token's three axes are one, so M-RoPE has one row."""
         weight = self._embed.weight
         position_N = torch.arange(first, first + num_positions, device=weight.device)
-        cos_1NE, sin_1NE = self._rotary(weight, position_N.expand(3, 1, -1))
-        sign_E = torch.ones_like(sin_1NE[0, 0])
+        # [1, N, E], or [3, 1, N, E] of releases that mix the axes later
+        cos_NE, sin_NE = (x.flatten(0, -3)[0] for x in self._rotary(weight, position_N.expand(3, 1, -1)))
+        sign_E = torch.ones_like(sin_NE[0])
         sign_E[: sign_E.numel() // 2] = -1  # the turned vector is [-second half | first half]
-        return torch.stack([cos_1NE[0], sin_1NE[0] * sign_E], dim=1)
+        return torch.stack([cos_NE, sin_NE * sign_E], dim=1)
 
     def __call__(self, token_B: Tensor, cache: GroupedCache) -> Tensor:
         """[B, V]. To be called after `cache.begin_token`; calling it twice changes nothing."""

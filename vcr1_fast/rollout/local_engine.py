@@ -34,8 +34,8 @@ READY_MASK = {"full_attention": None}  # as a dict it is taken as it is: causal 
 
 
 class LocalEngine:
-    """A RolloutEngine around a model that nobody else uses: it is switched to eval mode and its
-    projections are laid behind one another, see `decode_step`.
+    """A RolloutEngine around a model that nobody else uses: it is switched to eval mode, and projections of one input
+    are laid behind one another, see `decode_step`.
 
     Tokens depend on weights, prompt, its index in the call, and the seed; not on the batches, but for rounding.
     Ids that stand for pictures are never drawn. Log-probs are over the whole vocabulary, see `sampling.sample_tokens`.
@@ -55,7 +55,7 @@ class LocalEngine:
         """`max_batch_rows`, `max_batch_tokens`: bounds of what is decoded together, see `batches.in_batches`; a group
         is never split. `cuda_graph`: on CUDA, see `decode_step.CapturedStep`.
 
-        Raises ValueError when the tokenizer does not fit the model, or the model has sliding-window layers.
+        Raises ValueError when the tokenizer does not fit the model, or the model has other layers than Qwen2.5's.
         """
         if max_batch_rows < 1:
             raise ValueError(f"max_batch_rows is {max_batch_rows}, wanted >= 1")
@@ -80,7 +80,7 @@ class LocalEngine:
         if model.device.type == "cuda":
             is_half = model.dtype in (torch.bfloat16, torch.float16)
             use_tower_attention(self._family.tower(model), "flash" if is_half else "plain")
-        self._step = DecodeStep(decoder, model.lm_head)
+        self._step: Any = DecodeStep(decoder, model.lm_head)
         self._is_captured = cuda_graph and model.device.type == "cuda"
         self._stop_ids = special.stop
         self._suppressed_ids = torch.tensor(special.vision, device=model.device)
@@ -167,7 +167,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """Let go of the model; the engine cannot be used any more."""
-        self._model = None
+        self._model = self._step = None
 
     def _run_chunk(
         self, prompts: Sequence[Prompt], first_index: int, sampling: SamplingParams, begun: Sequence[Completion]
