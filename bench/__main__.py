@@ -14,6 +14,7 @@ from bench.machine import machine_card
 
 BENCHMARKS = {
     "decode": "video files to patches with each reader, the cache and the workers, and qwen-vl-utils' way",
+    "decode_step": "one token of the embedded engine beside the stock forward: operators and milliseconds",
     "learner": "an update of 7B counted on fake GPUs; no GPU needed",
     "head_memory": "what head and loss of 7B take, fused and plain, counted on fake GPUs; no GPU needed",
     "kernels": "each kernel against its floor and against other projects' kernels",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import pytest
 import torch
@@ -66,34 +65,24 @@ def ids(groups: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
     return [[c.token_ids_R.tolist() for c in group] for group in groups]
 
 
-class CacheOrder:
-    """Stands for the cache: the rows it holds, in its order."""
-
-    def __init__(self, num_rows: int) -> None:
-        self.rows = torch.arange(num_rows)
-
-    def keep(self, prompts_P: Tensor, rows_B: Tensor) -> None:
-        self.rows = self.rows[rows_B]
-
-
 @pytest.mark.parametrize(
     ("active", "want"),
     [
         # one prompt still needs all 4 rows and every prompt needs one: nothing can be dropped, nothing may move
-        ([[1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1]], list(range(12))),
-        ([[0, 0, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0]], [5, 6, 8, 9]),  # a prompt goes; 8 stays with a finished row
-        ([[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], [4, 5, 6, 7]),
+        ([[1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1]], []),
+        ([[0, 0, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0]], [[5, 6], [8, 9]]),  # a prompt goes; 8 stays with a finished row
+        ([[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], [[4, 5, 6, 7]]),
     ],
 )
-def test_dropping_rows_keeps_batch_and_cache_in_one_order(active: list[list[int]], want: list[int]) -> None:
-    num_rows = len(active) * 4
-    is_done_B = torch.tensor(active).flatten() == 0
-    batch = _Batch(torch.arange(num_rows), is_done_B, 100 + torch.arange(num_rows), len(active))
-    cache = CacheOrder(num_rows)
-    kept_B = batch.compact(cast(GroupedCache, cache))
-    assert kept_B.tolist() == batch.rows.tolist() == cache.rows.tolist() == want
-    assert batch.next_position.tolist() == [100 + row for row in want]
-    assert batch.is_done.tolist() == is_done_B[torch.tensor(want)].tolist()
+def test_dropping_rows_keeps_equally_many_of_each_prompt(active: list[list[int]], want: list[list[int]]) -> None:
+    batch = _Batch(range(100, 112), 4, frozenset({9}))
+    batch.add([0 if is_active else 9 for group in active for is_active in group])
+    assert batch.compact() == want
+    rows = [100 + place for group in want for place in group] or list(range(100, 112))
+    assert batch.rows == rows and batch.group_size == len(rows) // (len(want) or 3)
+    batch.add([1] * len(rows))
+    drawn = {row: [0, 1] if active[place // 4][place % 4] else [9] for place, row in enumerate(range(100, 112))}
+    assert batch.tokens == drawn and batch.num_active == sum(map(sum, active))
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -138,13 +127,13 @@ def test_rows_that_end_early_leave_the_others_right(
     group_size: int,
 ) -> None:
     # Near-uniform over 288 ids, two of which end a row: half of the rows are done after about 100 tokens. 160 tokens
-    # also make the buffers of new tokens grow once.
+    # also make the buffers of new tokens grow twice.
     kept: list[tuple[int, int]] = []
     original = GroupedCache.keep
 
-    def spy(cache: GroupedCache, prompts_P: Tensor, rows_B: Tensor) -> None:
-        kept.append((prompts_P.numel(), rows_B.numel()))
-        original(cache, prompts_P, rows_B)
+    def spy(cache: GroupedCache, row_PG: Tensor) -> None:
+        kept.append((row_PG.shape[0], row_PG.numel()))
+        original(cache, row_PG)
 
     monkeypatch.setattr(GroupedCache, "keep", spy)
     engine = LocalEngine(make_tiny_model(head_scale=0.05), tiny_tokenizer)
@@ -314,7 +303,7 @@ def test_tower_and_prefill_run_once_for_a_prompt(engine: LocalEngine, prompts: l
     engine.generate(prompts, SamplingParams(4, 6, temperature=1.0))
     assert tower_rows == [sum(p.patches.values_PC.shape[0] for p in prompts)]
     longest = max(p.token_ids_L.numel() for p in prompts)
-    assert decoder_shapes[0] == (3, longest) and decoder_shapes[1:] == [(12, 1)] * 5
+    assert decoder_shapes == [(3, longest)]
 
 
 def test_completions_can_be_trained_on(engine: LocalEngine, prompts: list[Prompt]) -> None:

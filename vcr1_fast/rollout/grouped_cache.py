@@ -1,142 +1,114 @@
-"""A KV cache that keeps each prompt once for its G completions, and the attention that reads it; of the local engine.
+"""What the local engine's decoder has seen: keys and values of prompts, and of the tokens of their completions.
 
 Copying the prompt's keys and values G times, as `generate` does, costs G times the memory and G times the reads per
-token. Here all G queries of a prompt meet the one copy in a single matrix product; their own tokens are kept per row.
+token. Here all G queries of a prompt meet the one copy in a single matrix product; own tokens are kept per row, in
+buffers of which each token reads all, so that shapes and addresses stay the same from one token to the next.
 
-Shape letters: P prompts, G completions of one prompt, B = P * G rows, L prompt tokens (right-padded), n new tokens,
-H query heads, K key heads, g = H / K, E head width.
+Shape letters: P prompts, G completions of one prompt, L prompt tokens (right-padded), C own tokens there is room for,
+H query heads, K key heads, g = H / K, E head width, N rotary positions, X = P * K, Y = P * K * G.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch import Tensor
 
-GROUPED_ATTENTION = "vcr1_grouped_decode"
-GROWTH_TOKENS = 128  # new tokens a buffer grows by: one copy per 128 tokens, where torch.cat copies all at every token
+GROWTH_TOKENS = 64  # that room is made for at once: the buffers are copied once per 64 tokens, and 63 read in vain
+Pair = tuple[Tensor, Tensor]  # of keys and of values
 
 
 class _Layer:
     """Keys and values of one decoder layer."""
 
-    def __init__(self, prefix_keys_PKLE: Tensor, prefix_values_PKLE: Tensor) -> None:
-        self.prefix = (prefix_keys_PKLE, prefix_values_PKLE)
-        self._buffers: tuple[Tensor, Tensor] | None = None  # [B, K, capacity, E] each
+    def __init__(self, prefix: Pair, own: Pair) -> None:
+        """`prefix`: [P, K, L, E] each; `own`: [P, K, G, C, E] each; all contiguous."""
+        self.prefix, self.own = prefix, own
+        self.prefix_keys_XEL, self.prefix_values_XLE = prefix[0].flatten(0, 1).mT, prefix[1].flatten(0, 1)
+        self.own_keys_YEC, self.own_values_YCE = own[0].flatten(0, 2).mT, own[1].flatten(0, 2)
 
-    def append(self, keys_BK1E: Tensor, values_BK1E: Tensor, num_before: int) -> tuple[Tensor, Tensor]:
-        if self._buffers is None or num_before == self._buffers[0].shape[2]:
-            self._buffers = (self._grown(0, keys_BK1E), self._grown(1, values_BK1E))
-        keys, values = self._buffers
-        keys[:, :, num_before] = keys_BK1E[:, :, 0]
-        values[:, :, num_before] = values_BK1E[:, :, 0]
-        return keys[:, :, : num_before + 1], values[:, :, : num_before + 1]
+    def grown(self) -> _Layer:
+        def longer(buffer_PKGCE: Tensor) -> Tensor:  # zeros: a weight of 0 on garbage that is not finite would be NaN
+            room = buffer_PKGCE.new_zeros(*buffer_PKGCE.shape[:3], GROWTH_TOKENS, buffer_PKGCE.shape[4])
+            return torch.cat([buffer_PKGCE, room], dim=3)
 
-    def _grown(self, which: int, like_BK1E: Tensor) -> Tensor:
-        rows, heads, _, width = like_BK1E.shape
-        room = like_BK1E.new_empty(rows, heads, GROWTH_TOKENS, width)
-        return room if self._buffers is None else torch.cat([self._buffers[which], room], dim=2)
+        return _Layer(self.prefix, (longer(self.own[0]), longer(self.own[1])))
 
-    def keep(self, prompts_P: Tensor, rows_B: Tensor) -> None:
-        self.prefix = (self.prefix[0][prompts_P], self.prefix[1][prompts_P])
-        if self._buffers is not None:
-            self._buffers = (self._buffers[0][rows_B], self._buffers[1][rows_B])
+    def kept(self, prompts_P: Tensor, rows_PG: Tensor) -> _Layer:
+        heads_K = torch.arange(self.prefix[0].shape[1], device=prompts_P.device)
+        which = (prompts_P[:, None, None], heads_K[:, None], rows_PG[:, None])
+        return _Layer((self.prefix[0][prompts_P], self.prefix[1][prompts_P]), (self.own[0][which], self.own[1][which]))
 
 
 class GroupedCache:
-    """The model's `past_key_values`: the first forward fills the prompts, each later one adds a token per row."""
+    """`past_key_values` of the forward of P prompts, then the state of decoding G rows of each, one token at a time."""
 
-    def __init__(self, prefix_length_P: Tensor) -> None:
-        """`prefix_length_P`: [P] int64, tokens of each prompt without padding."""
-        self._prefix_length_P = prefix_length_P
-        self._layers: list[_Layer] = []
-        self._num_new = -1  # tokens of each row; -1 until the prompts are in
-        self.padding_bias_P11L: Tensor | None = None  # 0 or -inf; None when no prompt is padded
+    def __init__(self, length_P: Tensor, group_size: int, rotary_N2E: Tensor, first_row_P: Tensor) -> None:
+        """All tensors on the device, indices in int64.
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Called by each attention layer. Prefill: [P, K, L, E] is stored. Decode: [B, K, 1, E] is appended, and the
-        row's own keys and values [B, K, n, E] come back."""
-        if self._num_new < 0:
-            self._layers.append(_Layer(keys, values))
-            return keys, values
-        return self._layers[layer_idx].append(keys, values, self._num_new - 1)
+        Args:
+            length_P: tokens of each prompt without padding.
+            rotary_N2E: see `DecodeStep.rotary_rows`.
+            first_row_P: which of these rows is that of a prompt's first new token.
+        """
+        self.group_size, self.rotary_N2E, self.first_row_P = group_size, rotary_N2E, first_row_P
+        self._length_P = length_P
+        self.layers: list[_Layer] = []  # another list whenever buffers are other ones
+        self._num_own = 0
+        self.slot_1 = torch.zeros_like(length_P[:1])  # place of the token that is being added among its row's own
+        self._own_bias_C = self._padding_bias_X1L = torch.empty(0)  # 0, or -inf where there is no token
+
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> Pair:
+        """Called by one attention layer after the other with the prompts' [P, K, L, E]."""
+        prompts, heads, _length, width = keys.shape
+        room = keys.new_empty(prompts, heads, self.group_size, 0, width)
+        self.layers.append(_Layer((keys.contiguous(), values.contiguous()), (room, room)))
+        return keys, values
 
     def begin_decode(self) -> None:
         """To be called once, after the prefill."""
-        self._num_new = 0
-        keys_PKLE = self._layers[0].prefix[0]
-        length = keys_PKLE.shape[2]
-        if bool((self._prefix_length_P < length).any()):
-            is_padding_PL = torch.arange(length, device=keys_PKLE.device) >= self._prefix_length_P[:, None]
-            bias_PL = torch.zeros(is_padding_PL.shape, dtype=keys_PKLE.dtype, device=keys_PKLE.device)
-            self.padding_bias_P11L = bias_PL.masked_fill_(is_padding_PL, -torch.inf)[:, None, None]
+        self._own_bias_C = self.layers[0].prefix[0].new_empty(0)
+        self._softmax_dtype = torch.promote_types(self._own_bias_C.dtype, torch.float32)
+        self._pad()
+
+    def _pad(self) -> None:
+        keys_PKLE = self.layers[0].prefix[0]
+        is_padding_PL = torch.arange(keys_PKLE.shape[2], device=keys_PKLE.device) >= self._length_P[:, None]
+        bias_PL = keys_PKLE.new_zeros(is_padding_PL.shape).masked_fill_(is_padding_PL, -torch.inf)
+        self._padding_bias_X1L = bias_PL.repeat_interleave(keys_PKLE.shape[1], dim=0)[:, None]
 
     def begin_token(self) -> None:
-        """To be called before each forward of one token per row."""
-        self._num_new += 1
+        """To be called before each token; what it does is all that changes between tokens but the rows' contents."""
+        if self._num_own == self._own_bias_C.numel():
+            self.layers = [layer.grown() for layer in self.layers]
+            room = self._own_bias_C.new_full((GROWTH_TOKENS,), -torch.inf)
+            self._own_bias_C = torch.cat([self._own_bias_C, room])
+        self.slot_1.fill_(self._num_own)
+        self._own_bias_C.index_fill_(0, self.slot_1, 0)
+        self._num_own += 1
 
-    def prefix(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the prompts, [P, K, L, E] each."""
-        return self._layers[layer_idx].prefix
+    def attend(self, index: int, query_PKGqE: Tensor, key_PKG1E: Tensor, value_PKG1E: Tensor, scaling: float) -> Tensor:
+        """Append a token to a layer and attend to [prompt | own tokens]: [Y, g, E], for contiguous queries.
 
-    def keep(self, prompts_P: Tensor, rows_B: Tensor) -> None:
-        """Go on with these prompts and rows only: indices into the present ones, equally many rows per prompt."""
-        for layer in self._layers:
-            layer.keep(prompts_P, rows_B)
-        if self.padding_bias_P11L is not None:
-            self.padding_bias_P11L = self.padding_bias_P11L[prompts_P]
+        One softmax, in float32 at least, over both parts: the result is that of a cache with the prompt copied G times.
+        """
+        layer = self.layers[index]
+        layer.own[0].index_copy_(3, self.slot_1, key_PKG1E)
+        layer.own[1].index_copy_(3, self.slot_1, value_PKG1E)
+        length, width = layer.prefix_values_XLE.shape[1:]
+        query_YgE = query_PKGqE.flatten(0, 2)
+        query_XqE = query_YgE.view(layer.prefix_values_XLE.shape[0], -1, width)  # q = G * g share a prompt's key head
+        prefix_score_XqL = torch.baddbmm(self._padding_bias_X1L, query_XqE, layer.prefix_keys_XEL, alpha=scaling)
+        own_score_YgC = torch.baddbmm(self._own_bias_C, query_YgE, layer.own_keys_YEC, alpha=scaling)
+        score_XqS = torch.cat([prefix_score_XqL, own_score_YgC.view(*prefix_score_XqL.shape[:2], -1)], dim=-1)
+        prob_XqS = score_XqS.softmax(dim=-1, dtype=self._softmax_dtype).to(score_XqS.dtype)
+        from_prefix_XqE = prob_XqS[..., :length].bmm(layer.prefix_values_XLE)
+        own_prob_YgC = prob_XqS[..., length:].view(own_score_YgC.shape)
+        return torch.baddbmm(from_prefix_XqE.view(query_YgE.shape), own_prob_YgC, layer.own_values_YCE)
 
-
-def grouped_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    grouped_cache: GroupedCache | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """An attention function for transformers: one token per row over [prompt | own tokens], or SDPA without a cache.
-
-    query [B, H, 1, E], key and value [B, K, n, E] (the row's own tokens) -> [B, 1, H, E].
-    Softmax in float32 over both parts together, so the result is that of a cache with the prompt copied G times.
-    """
-    if grouped_cache is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return output, None
-    assert isinstance(module.layer_idx, int), "decoder layers are numbered"
-    prefix_keys_PKLE, prefix_values_PKLE = grouped_cache.prefix(module.layer_idx)
-    num_prompts, num_key_heads, prefix_length, width = prefix_keys_PKLE.shape
-    rows, num_heads, _, _ = query.shape
-    by_row = (rows, num_key_heads, num_heads // num_key_heads, -1)
-    by_group = (num_prompts, rows // num_prompts, *by_row[1:])
-    merged = (num_prompts, num_key_heads, rows // num_prompts * by_row[2], -1)
-
-    query_BKgE = (query * scaling).reshape(by_row)
-    query_PKqE = (
-        query_BKgE.view(by_group).transpose(1, 2).reshape(merged)
-    )  # q = G * g queries share a prompt's key head
-    prefix_score_PKqL = query_PKqE @ prefix_keys_PKLE.transpose(2, 3)
-    if grouped_cache.padding_bias_P11L is not None:
-        prefix_score_PKqL = prefix_score_PKqL + grouped_cache.padding_bias_P11L
-    own_score_BKgn = query_BKgE @ key.transpose(2, 3)
-    own_score_PKqn = own_score_BKgn.view(by_group).transpose(1, 2).reshape(merged)
-    score_PKqS = torch.cat([prefix_score_PKqL, own_score_PKqn], dim=-1)
-    prob_PKqS = score_PKqS.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-
-    def to_rows(tensor_PKqX: Tensor) -> Tensor:
-        split = (num_prompts, num_key_heads, rows // num_prompts, by_row[2], -1)
-        return tensor_PKqX.reshape(split).transpose(1, 2).reshape(by_row)
-
-    from_prefix_BKgE = to_rows(prob_PKqS[..., :prefix_length] @ prefix_values_PKLE)
-    from_own_BKgE = to_rows(prob_PKqS[..., prefix_length:]) @ value
-    return (from_prefix_BKgE + from_own_BKgE).reshape(rows, 1, num_heads, width), None
-
-
-AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
-AttentionMaskInterface.register(GROUPED_ATTENTION, sdpa_mask)  # for a stock forward of the same model, as tests do
+    def keep(self, row_PG: Tensor) -> None:
+        """Go on with these rows only, equally many of each prompt that is left: their places among the present ones."""
+        prompts_P, rows_PG = row_PG[:, 0] // self.group_size, row_PG % self.group_size
+        self.layers = [layer.kept(prompts_P, rows_PG) for layer in self.layers]
+        self.group_size, self.first_row_P = row_PG.shape[1], self.first_row_P[prompts_P]
+        self._length_P = self._length_P[prompts_P]
+        self._pad()

@@ -23,8 +23,9 @@ from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.tower_attention import use_tower_attention
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.batches import in_batches
+from vcr1_fast.rollout.decode_step import CapturedStep, DecodeStep
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
-from vcr1_fast.rollout.grouped_cache import GROUPED_ATTENTION, GroupedCache
+from vcr1_fast.rollout.grouped_cache import GroupedCache
 from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, seen_in_prompts, uniforms
 from vcr1_fast.types import Completion, FinishReason, Prompt, RunError, SamplingParams
 from vcr1_fast.video.embed import embed_videos
@@ -33,7 +34,8 @@ READY_MASK = {"full_attention": None}  # as a dict it is taken as it is: causal 
 
 
 class LocalEngine:
-    """A RolloutEngine around a model that nobody else uses: it is switched to eval mode and to our decode attention.
+    """A RolloutEngine around a model that nobody else uses: it is switched to eval mode, and projections of one input
+    are laid behind one another, see `decode_step`.
 
     Tokens depend on weights, prompt, its index in the call, and the seed; not on the batches, but for rounding.
     Ids that stand for pictures are never drawn. Log-probs are over the whole vocabulary, see `sampling.sample_tokens`.
@@ -48,11 +50,12 @@ class LocalEngine:
         *,
         max_batch_rows: int = 256,
         max_batch_tokens: int = 65536,
+        cuda_graph: bool = False,
     ) -> None:
         """`max_batch_rows`, `max_batch_tokens`: bounds of what is decoded together, see `batches.in_batches`; a group
-        is never split.
+        is never split. `cuda_graph`: on CUDA, see `decode_step.CapturedStep`.
 
-        Raises ValueError when the tokenizer does not fit the model, or the model has sliding-window layers.
+        Raises ValueError when the tokenizer does not fit the model, or the model has other layers than Qwen2.5's.
         """
         if max_batch_rows < 1:
             raise ValueError(f"max_batch_rows is {max_batch_rows}, wanted >= 1")
@@ -73,11 +76,13 @@ class LocalEngine:
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
         self.on_token: Callable[[Tensor], None] | None = None  # called with each step's ids [B] of the rows not ended
         self._model: Any = model.eval().requires_grad_(False)
-        decoder.set_attn_implementation(GROUPED_ATTENTION)
+        decoder.set_attn_implementation("sdpa")
         if model.device.type == "cuda":
             is_half = model.dtype in (torch.bfloat16, torch.float16)
             use_tower_attention(self._family.tower(model), "flash" if is_half else "plain")
-        self._stop_ids = torch.tensor(special.stop, device=model.device)
+        self._step: Any = DecodeStep(decoder, model.lm_head)
+        self._is_captured = cuda_graph and model.device.type == "cuda"
+        self._stop_ids = special.stop
         self._suppressed_ids = torch.tensor(special.vision, device=model.device)
         self._is_whole = False  # every weight was loaded without an error
         self._is_interrupted = threading.Event()
@@ -105,8 +110,8 @@ class LocalEngine:
             is_open = any(c.finish_reason == "aborted" for c in rows)
             if is_open and not self._is_interrupted.is_set():
                 with torch.inference_mode():
-                    tokens_BS, logprobs_BS = self._run_chunk(chunk, first, sampling, rows)
-                rows = self._completions(tokens_BS, logprobs_BS, sampling.max_new_tokens)
+                    tokens, logprob_SB = self._run_chunk(chunk, first, sampling, rows)
+                rows = self._completions(tokens, logprob_SB, sampling.max_new_tokens)
             result += [rows[i : i + size] for i in range(0, len(rows), size)]
         return result
 
@@ -162,56 +167,52 @@ class LocalEngine:
 
     def close(self) -> None:
         """Let go of the model; the engine cannot be used any more."""
-        self._model = None
+        self._model = self._step = None
 
     def _run_chunk(
         self, prompts: Sequence[Prompt], first_index: int, sampling: SamplingParams, begun: Sequence[Completion]
-    ) -> tuple[Tensor, Tensor]:
-        """Sampled ids and log-probs, [P * G, S] each, on the CPU; what follows a row's stop id is noise.
+    ) -> tuple[list[list[int]], Tensor]:
+        """Sampled ids of the P * G rows, and their log-probs [S, P * G], on the CPU; what is past a row's ids is noise.
 
-        S is max_new_tokens at most, and less when all rows ended, or after an interruption. Rows begin as `begun` says.
+        Rows begin as `begun` says. All ends when all rows ended, or after an interruption.
         """
-        model, group_size = self.model, sampling.num_completions
+        model, group_size, max_new = self.model, sampling.num_completions, sampling.max_new_tokens
         given = _Given.of(begun, model.device)
-        cache, hidden_PD = self._prefill(prompts)
-        batch = _Batch.of(prompts, group_size, model.device)
-        steps = [
-            uniforms(sampling.seed, first_index + i, sampling.max_new_tokens, group_size) for i in range(len(prompts))
-        ]
+        cache, hidden_PD = self._prefill(prompts, sampling)
+        batch = _Batch(range(len(begun)), group_size, frozenset(self._stop_ids))
+        numbers = range(first_index, first_index + len(prompts))
+        steps = [uniforms(sampling.seed, number, max_new, group_size) for number in numbers]
         uniform_SB = torch.cat(steps, dim=1).to(model.device)
-        tokens_BS = torch.zeros(
-            len(prompts) * group_size, sampling.max_new_tokens, dtype=torch.long, device=model.device
-        )
-        logprobs_BS = torch.zeros_like(tokens_BS, dtype=torch.float32)
+        row_B = torch.arange(len(begun), device=model.device)
+        logprob_SB = torch.zeros(max_new, len(begun), device=model.device)
         logits_BV = model.lm_head(hidden_PD).repeat_interleave(group_size, dim=0)
-        seen_BV = None  # of all rows of the chunk; 0.15 MB a row with 152,064 ids, so only where it is used
+        seen_BV = None  # 0.15 MB a row with 152,064 ids, so only where it is used
         if sampling.repetition_penalty != 1:
             seen_BV = seen_in_prompts(prompts, group_size, logits_BV.shape[1], model.device)
-        for step in range(sampling.max_new_tokens):
-            seen_here_BV = seen_BV[batch.rows] if seen_BV is not None else None
-            token_B, logprob_B = sample_tokens(
-                logits_BV, uniform_SB[step, batch.rows], sampling, self._suppressed_ids, seen_here_BV
-            )
+        decode = CapturedStep(self._step) if self._is_captured else self._step
+        for step in range(max_new):
+            token_B, logprob_B = sample_tokens(logits_BV, uniform_SB[step], sampling, self._suppressed_ids, seen_BV)
             if step < given.longest:
-                token_B, logprob_B = given.put(step, batch.rows, token_B, logprob_B)
-            if seen_BV is not None:
-                seen_BV[batch.rows, token_B] = True
-            tokens_BS[batch.rows, step] = token_B
-            logprobs_BS[batch.rows, step] = logprob_B
+                token_B, logprob_B = given.put(step, row_B, token_B, logprob_B)
+            logprob_SB[step].index_copy_(0, row_B, logprob_B)
             if self.on_token is not None:
                 self.on_token(token_B)
-            batch.is_done |= (token_B.unsqueeze(1) == self._stop_ids).any(dim=1)
-            num_active = int(batch.rows.numel() - batch.is_done.sum())
+            batch.add(token_B.cpu().tolist())  # the one wait for the device
             is_cut = self._is_interrupted.is_set() and step + 1 >= given.longest
-            if num_active == 0 or step + 1 == sampling.max_new_tokens or is_cut:
-                tokens_BS, logprobs_BS = tokens_BS[:, : step + 1], logprobs_BS[:, : step + 1]
+            if batch.num_active == 0 or step + 1 == max_new or is_cut:
                 break
-            if 2 * num_active <= batch.rows.numel():
-                token_B = token_B[batch.compact(cache)]
-            logits_BV = self._next_logits(token_B, batch.next_position + step, cache)
-        return tokens_BS.cpu(), logprobs_BS.cpu()
+            if seen_BV is not None:
+                seen_BV.scatter_(1, token_B[:, None], True)
+            if 2 * batch.num_active <= len(batch.rows) and (kept := batch.compact()):
+                kept_PG = torch.tensor(kept, device=model.device)
+                cache.keep(kept_PG)
+                kept_B = kept_PG.flatten()
+                token_B, row_B, uniform_SB = token_B[kept_B], row_B[kept_B], uniform_SB[:, kept_B]
+                seen_BV = seen_BV[kept_B] if seen_BV is not None else None
+            logits_BV = self._next_logits(token_B, cache, decode)
+        return list(batch.tokens.values()), logprob_SB.cpu()
 
-    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[GroupedCache, Tensor]:
+    def _prefill(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> tuple[GroupedCache, Tensor]:
         """Cache of the prompts, and the hidden state of each one's last token [P, D].
 
         Prompts are padded on the right: under a causal mask no real token then sees padding, and no mask is needed.
@@ -219,12 +220,16 @@ class LocalEngine:
         model = self.model
         length_P = torch.tensor([p.token_ids_L.numel() for p in prompts])
         shape = (len(prompts), int(length_P.max()))
-        token_ids_PL = torch.full(shape, int(self._stop_ids[-1]))
+        token_ids_PL = torch.full(shape, self._stop_ids[-1])
         position_ids_3PL = torch.zeros(3, *shape, dtype=torch.long)
         for index, prompt in enumerate(prompts):
             token_ids_PL[index, : length_P[index]] = prompt.token_ids_L
             position_ids_3PL[:, index, : length_P[index]] = prompt.position_ids_3L
-        cache = GroupedCache(length_P.to(model.device))
+        next_position_P = torch.tensor([p.next_position for p in prompts])
+        first, last = int(next_position_P.min()), int(next_position_P.max())
+        rotary_N2E = self._step.rotary_rows(first, last - first + sampling.max_new_tokens)
+        of_prompts = (length_P.to(model.device), (next_position_P - first).to(model.device))
+        cache = GroupedCache(of_prompts[0], sampling.num_completions, rotary_N2E, of_prompts[1])
         output = self._family.decoder(model)(
             inputs_embeds=self._embed(prompts, token_ids_PL.to(model.device)),
             position_ids=position_ids_3PL.to(model.device),
@@ -251,36 +256,24 @@ class LocalEngine:
         video_MD = embed_videos(self._family, tower, clips, model.device, model.dtype)
         return embeds_PLD.masked_scatter((token_ids_PL == video_pad).unsqueeze(-1), video_MD.to(embeds_PLD.dtype))
 
-    def _next_logits(self, token_B: Tensor, position_B: Tensor, cache: GroupedCache) -> Tensor:
+    def _next_logits(self, token_B: Tensor, cache: GroupedCache, decode: DecodeStep | CapturedStep) -> Tensor:
         """[B, V] after one more token per row."""
-        model = self.model
         cache.begin_token()
-        output = self._family.decoder(model)(
-            inputs_embeds=model.get_input_embeddings()(token_B).unsqueeze(1),
-            position_ids=position_B.view(1, -1, 1).expand(3, -1, 1),
-            attention_mask=READY_MASK,
-            past_key_values=cache,
-            use_cache=True,
-            grouped_cache=cache,
-        )
-        return model.lm_head(output.last_hidden_state[:, 0])
+        return decode(token_B, cache)
 
-    def _completions(self, tokens_BS: Tensor, logprobs_BS: Tensor, max_new_tokens: int) -> list[Completion]:
-        """Cut each row after its first stop id. Cloned outside inference mode: autograd refuses inference tensors."""
-        is_stop_BS = torch.isin(tokens_BS, self._stop_ids.cpu())
-        rows: list[tuple[Tensor, Tensor, bool]] = []
-        for token_S, logprob_S, is_stop_S in zip(tokens_BS, logprobs_BS, is_stop_BS, strict=True):
-            has_stop = bool(is_stop_S.any())
-            length = int(is_stop_S.int().argmax()) + 1 if has_stop else token_S.numel()
-            rows.append((token_S[:length].clone(), logprob_S[:length].clone(), has_stop))
-        if not all(bool(logprob_R.isfinite().all()) for _, logprob_R, _ in rows):
-            raise RunError("the model's logits are not finite: its weights have diverged or are broken, load others")
-        texts = self.tokenizer.batch_decode([token_R.tolist() for token_R, _, _ in rows], skip_special_tokens=True)
-        without_stop: FinishReason = "length" if tokens_BS.shape[1] == max_new_tokens else "aborted"
-        return [
-            Completion(token_R, logprob_R, "stop" if has_stop else without_stop, text)
-            for (token_R, logprob_R, has_stop), text in zip(rows, texts, strict=True)
-        ]
+    def _completions(self, tokens: list[list[int]], logprob_SB: Tensor, max_new_tokens: int) -> list[Completion]:
+        """Of all rows. Log-probs are cloned outside inference mode: autograd refuses inference tensors."""
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        result: list[Completion] = []
+        for ids, logprob_S, text in zip(tokens, logprob_SB.T, texts, strict=True):
+            logprob_R = logprob_S[: len(ids)].clone()
+            if not bool(logprob_R.isfinite().all()):
+                raise RunError("the model's logits are not finite: its weights diverged or are broken, load others")
+            reason: FinishReason = "length" if len(ids) == max_new_tokens else "aborted"
+            if ids[-1] in self._stop_ids:
+                reason = "stop"
+            result.append(Completion(torch.tensor(ids), logprob_R, reason, text))
+        return result
 
 
 @dataclass
@@ -312,36 +305,38 @@ class _Given:
         return token_B, torch.where(is_given_B, self.logprob_BS[rows_B, step], logprob_B)
 
 
-@dataclass
 class _Batch:
-    """The rows still decoded: P prompts with the same number of rows each."""
+    """Which rows are decoded, and what was drawn for all; on the host. Prompts have the same number of rows each."""
 
-    rows: Tensor  # [B] int64, which of the chunk's completions
-    is_done: Tensor  # [B] bool, its stop id was drawn
-    next_position: Tensor  # [B] int64, rotary position of the first new token
-    num_prompts: int
+    def __init__(self, rows: Sequence[int], group_size: int, stop_ids: frozenset[int]) -> None:
+        self.rows = list(rows)  # still decoded
+        self.group_size, self._stop_ids = group_size, stop_ids
+        self.tokens: dict[int, list[int]] = {row: [] for row in rows}  # of all rows there were, to their stop id
+        self._ended: set[int] = set()  # rows whose stop id was drawn
 
-    @classmethod
-    def of(cls, prompts: Sequence[Prompt], group_size: int, device: torch.device) -> _Batch:
-        next_position_P = torch.tensor([p.next_position for p in prompts], device=device)
-        row_B = torch.arange(len(prompts) * group_size, device=device)
-        is_done_B = torch.zeros_like(row_B, dtype=torch.bool)
-        return cls(row_B, is_done_B, next_position_P.repeat_interleave(group_size), len(prompts))
+    @property
+    def num_active(self) -> int:
+        return len(self.tokens) - len(self._ended)
 
-    def compact(self, cache: GroupedCache) -> Tensor:
+    def add(self, tokens: Sequence[int]) -> None:
+        """One for each of `rows`; what follows a stop id is noise."""
+        for row, token in zip(self.rows, tokens, strict=True):
+            if row not in self._ended:
+                self.tokens[row].append(token)
+                if token in self._stop_ids:
+                    self._ended.add(row)
+
+    def compact(self) -> list[list[int]]:
         """Drop finished prompts, and finished rows as far as every prompt keeps the same number of rows.
 
-        Gives the indices [B'] of the rows that stay.
+        Gives places among `rows`, a list for each prompt that stays; nothing where nothing can be dropped.
         """
-        is_done_PG = self.is_done.view(self.num_prompts, -1)
-        num_active_P = (~is_done_PG).sum(dim=1)
-        prompts_P = num_active_P.nonzero().squeeze(1)
-        active_first_PG = is_done_PG[prompts_P].int().argsort(dim=1, stable=True)[:, : int(num_active_P.max())]
-        keep_B = (prompts_P.unsqueeze(1) * is_done_PG.shape[1] + active_first_PG).flatten()
-        if keep_B.numel() == self.rows.numel():  # nothing to drop: rows must then stay in the order of the cache
-            return torch.arange(keep_B.numel(), device=keep_B.device)
-        cache.keep(prompts_P, keep_B)
-        self.rows, self.is_done = self.rows[keep_B], self.is_done[keep_B]
-        self.next_position = self.next_position[keep_B]
-        self.num_prompts = prompts_P.numel()
-        return keep_B
+        groups = [range(start, start + self.group_size) for start in range(0, len(self.rows), self.group_size)]
+        has_ended = [row in self._ended for row in self.rows]
+        num_active = [sum(not has_ended[place] for place in group) for group in groups]
+        size = max(num_active)
+        kept = [sorted(g, key=has_ended.__getitem__)[:size] for g, n in zip(groups, num_active, strict=True) if n]
+        if size * len(kept) == len(self.rows):
+            return []
+        self.rows, self.group_size = [self.rows[place] for group in kept for place in group], size
+        return kept

@@ -62,7 +62,9 @@ def sample_tokens(
     Args:
         seen_BV: bool, the tokens that are penalised, see `seen_in_prompts`; None: no penalty.
     """
-    scaled_BV = logits_BV.float() / (sampling.temperature or 1.0)
+    scaled_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+    if sampling.temperature not in (0, 1):
+        scaled_BV = scaled_BV / sampling.temperature
     drawn_BV = scaled_BV if seen_BV is None else penalised(scaled_BV, seen_BV, sampling.repetition_penalty)
     allowed_BV = drawn_BV.index_fill(1, suppressed_ids, -torch.inf)
     if 0 < sampling.top_k < allowed_BV.shape[1]:
@@ -77,8 +79,8 @@ def sample_tokens(
         token_B1 = order_BV.gather(1, _invert(kept_BV, uniform_B))
     else:
         token_B1 = _invert(allowed_BV.softmax(dim=-1), uniform_B)
-    logprob_B1 = scaled_BV.gather(1, token_B1) - scaled_BV.logsumexp(dim=-1, keepdim=True)
-    return token_B1.squeeze(1), logprob_B1.squeeze(1)
+    logprob_B1 = scaled_BV.log_softmax(dim=-1).gather(1, token_B1)
+    return token_B1.squeeze(1), logprob_B1.squeeze(1).float()
 
 
 def penalised(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:

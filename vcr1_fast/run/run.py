@@ -107,6 +107,7 @@ class Run:
             self.builder.tokenizer,
             max_batch_rows=rollout.max_batch_rows,
             max_batch_tokens=rollout.max_batch_tokens,
+            cuda_graph=rollout.cuda_graph,
         )
 
     def open_telemetry(self, resume_step: int) -> Telemetry:
