@@ -1,8 +1,16 @@
 """A random model of the real architecture with weights large enough that a wrong position or mask is visible."""
 
+from typing import TypeVar
+
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from vcr1_fast.types import Completion, Example, IntervalTruth, Patches, Prompt, RolloutGroup
 
@@ -26,7 +34,35 @@ def random_model(seed: int = 0, tied: bool = False) -> Qwen2_5_VLForConditionalG
         vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, tie_word_embeddings=tied,
     )  # fmt: skip
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config).float().eval()
+    return with_large_weights(Qwen2_5_VLForConditionalGeneration(config).float().eval(), seed)
+
+
+def random_qwen3(seed: int = 0, tied: bool = False) -> Qwen3VLForConditionalGeneration:
+    """Four decoder layers, of which three get features of the tower."""
+    text = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096,
+        "tie_word_embeddings": tied, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+        },
+    }  # fmt: skip
+    vision = {
+        "depth": 4, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+        "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 3],
+    }  # fmt: skip
+    config = Qwen3VLConfig(
+        text_config=text, vision_config=vision, image_token_id=59, video_token_id=VIDEO_PAD,
+        vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, tie_word_embeddings=tied,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return with_large_weights(Qwen3VLForConditionalGeneration(config).float().eval(), seed)
+
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def with_large_weights(model: Model, seed: int) -> Model:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -37,14 +73,19 @@ def random_model(seed: int = 0, tied: bool = False) -> Qwen2_5_VLForConditionalG
 
 
 def random_prompt(
-    generator: torch.Generator, grid: tuple[int, int, int], second_per_grid_s: float, text: int, num_parts: int = 1
+    generator: torch.Generator,
+    grid: tuple[int, int, int],
+    second_per_grid_s: float,
+    text: int,
+    num_parts: int = 1,
+    num_values: int = 1176,
 ) -> Prompt:
     """Text, one video, text. Positions by the rule of the original model, written out here a second time.
 
     num_parts t: two words before each pair of frames, which is a video of its own to the rule."""
     t, h, w = grid
     if num_parts > 1:
-        return _prompt_of_parts(generator, grid, text)
+        return _prompt_of_parts(generator, grid, text, num_values)
     num_video = t * h * w // 4
     words = torch.randint(2, 50, (text,), generator=generator)
     video = torch.full((num_video,), VIDEO_PAD)
@@ -57,12 +98,12 @@ def random_prompt(
             positions.extend([time, start + row, start + column] for column in range(w // 2))
     after = max(max(p) for p in positions) + 1
     positions += [[after + i] * 3 for i in range(1 + 3)]
-    patches = torch.randn(t * h * w, 1176, generator=generator)
+    patches = torch.randn(t * h * w, num_values, generator=generator)
     example = Example("e", "temporal_grounding", "v.mp4", "q", 8.0, IntervalTruth(((1.0, 2.0),)))
     return Prompt(example, token_ids, torch.tensor(positions).T, Patches(patches, grid, second_per_grid_s, 2 * t, 8.0))
 
 
-def _prompt_of_parts(generator: torch.Generator, grid: tuple[int, int, int], text: int) -> Prompt:
+def _prompt_of_parts(generator: torch.Generator, grid: tuple[int, int, int], text: int, num_values: int) -> Prompt:
     t, h, w = grid
     ids, positions = torch.randint(2, 50, (text,), generator=generator).tolist(), [[i] * 3 for i in range(text)]
     for _ in range(t):
@@ -78,7 +119,7 @@ def _prompt_of_parts(generator: torch.Generator, grid: tuple[int, int, int], tex
         positions.append([after] * 3)
     ids += ids[:3]
     positions += [[after + 1 + i] * 3 for i in range(3)]
-    patches = Patches(torch.randn(t * h * w, 1176, generator=generator), grid, 1.0, 2 * t, 8.0)
+    patches = Patches(torch.randn(t * h * w, num_values, generator=generator), grid, 1.0, 2 * t, 8.0)
     example = Example("e", "temporal_grounding", "v.mp4", "q", 8.0, IntervalTruth(((1.0, 2.0),)))
     return Prompt(example, torch.tensor(ids), torch.tensor(positions).T, patches)
 
@@ -91,6 +132,7 @@ def random_group(
     second_per_grid_s: float = 1.0,
     text: int = 5,
     num_parts: int = 1,
+    num_values: int = 1176,
 ) -> RolloutGroup:
     generator = torch.Generator().manual_seed(seed)
     completions = tuple(
@@ -99,7 +141,7 @@ def random_group(
     )
     if advantages is None:
         advantages = tuple(torch.randn(len(lengths), generator=generator, dtype=torch.float64).tolist())
-    prompt = random_prompt(generator, grid, second_per_grid_s, text, num_parts)
+    prompt = random_prompt(generator, grid, second_per_grid_s, text, num_parts, num_values)
     return RolloutGroup(prompt, completions, 1, advantages=advantages)
 
 

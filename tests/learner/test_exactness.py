@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from tests.learner.conftest import random_qwen3
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
@@ -87,6 +88,32 @@ def test_loss_and_every_gradient_equal_separate_rows(make_model, make_group, cas
     assert abs(got_loss.item() - want_loss.item()) <= 1e-5 * max(abs(want_loss.item()), 1.0)
     want, got = gradients(stock, want_loss), gradients(ours, got_loss)
     assert any("visual" in name and want[name].norm() > 0 for name in want)
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-9, name
+
+
+QWEN3_CASES = {
+    "times_in_words": [dict(seed=1, lengths=(4, 9, 1, 6), num_parts=3)],
+    "two_prompts": [
+        dict(seed=5, lengths=(3, 8, 0, 2), num_parts=3),
+        dict(seed=6, lengths=(7, 1), grid=(2, 8, 4), num_parts=2, text=11),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", QWEN3_CASES.values(), ids=QWEN3_CASES.keys())
+def test_qwen3_vl_is_as_exact_and_its_deepstack_features_count(make_group, case):
+    groups = [make_group(**options, num_values=1536) for options in case]
+    weights = [[0.1 * (i + 1) for i in range(len(g.completions))] for g in groups]
+    stock = random_qwen3()
+    ours = copy.deepcopy(stock)
+    want_loss = separate_rows_loss(stock, groups, weights, AlgorithmConfig())
+    got_loss = packed_loss(ours, groups, weights, AlgorithmConfig())
+    assert abs(got_loss.item() - want_loss.item()) <= 1e-5 * max(abs(want_loss.item()), 1.0)
+    want, got = gradients(stock, want_loss), gradients(ours, got_loss)
+    for index in range(3):
+        name = f"model.visual.deepstack_merger_list.{index}.linear_fc2.weight"
+        assert want[name].norm() > 1e-3 * max(value.norm() for value in want.values())
     for name in want:
         assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-9, name
 

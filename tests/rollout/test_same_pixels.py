@@ -76,6 +76,6 @@ def test_sglang_is_sent_the_very_tensors_and_handed_their_bits() -> None:
         for sent in (tensors, as_bytes):
             here.send("generate", fields, sent, timeout_s=5)
             message = there.receive(5)
-            item = video_item(message.fields, sglang_pixels.unpack(message.tensors), 1)
+            item = video_item(message.fields, sglang_pixels.unpack(message.tensors))
             assert torch.equal(item["pixel_values_videos"], prompt.patches.values_PC)
             assert torch.equal(item["mrope_positions"], prompt.position_ids_3L)

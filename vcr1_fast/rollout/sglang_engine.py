@@ -27,7 +27,7 @@ from vcr1_fast.rollout.sgl.memory import BOUNDED_SHARE, memory_args
 from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.process import prepare_model_folder
 from vcr1_fast.rollout.sgl.round import Round
-from vcr1_fast.rollout.sgl.update import CHECK_LOADER
+from vcr1_fast.rollout.sgl.update import CHECK_LOADER, FORGET_LOADER
 from vcr1_fast.rollout.sgl.weights import checkpoint_weights
 from vcr1_fast.rollout.sgl.workers import Request, Workers
 from vcr1_fast.settings.learning import SGLangConfig
@@ -285,7 +285,7 @@ def engine_args(
         "skip_tokenizer_init": True,
         "skip_server_warmup": True,
         "grammar_backend": "none",
-        "custom_weight_loader": [CHECK_LOADER],
+        "custom_weight_loader": [CHECK_LOADER, FORGET_LOADER],
         "random_seed": seed,
         "log_level": "warning",
         **(CPU_ARGS if is_cpu else {"base_gpu_id": device.index or 0}),

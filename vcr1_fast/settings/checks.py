@@ -45,11 +45,6 @@ def check_settings(config: Config, command: RunCommand, world_size: int = 1) -> 
     opens_engine = command != "sft" or bool(config.data.eval)  # sft has one for the held-out score alone
     if config.rollout.engine == "sglang" and opens_engine:
         _check_workers(config.rollout.sglang, world_size)
-        require(
-            config.task.timestamps == "positions",
-            "task.timestamps is text, and SGLang would keep the pictures of each pair of frames over updates of the "
-            "weights: set rollout.engine=local, or task.timestamps=positions",
-        )
         if command == "train" and config.rollout.sglang.release_memory:
             _check_lent_memory(config.rollout)
 

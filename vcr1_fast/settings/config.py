@@ -190,7 +190,7 @@ class TaskConfig:
     VideoChat-R1, but before it in the rounds of eval.perception focus, as in VideoChat-R1.5."""
     timestamps: Literal["positions", "text"] = "positions"
     """How the model is told the time of frames. positions: by the time axis of M-RoPE, as Qwen2.5-VL is trained. text:
-    in words before each pair of frames, <12.5 seconds>, as in Qwen3-VL and TimeLens; engine local alone."""
+    in words before each pair of frames, <12.5 seconds>, as in Qwen3-VL and TimeLens."""
     reward_weights: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "iou": 1.0})
     """Weight of each reward part; parts not named count 1."""
     custom: tuple[str, ...] = ()

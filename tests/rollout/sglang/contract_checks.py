@@ -41,6 +41,7 @@ TENSORS = {
     "position_ids_3L": torch.arange(10).expand(3, -1),
     "values_PC": torch.randn(32, 1176),
 }
+SHARED = TENSORS | {"values_PC": SharedFeatures.share(TENSORS["values_PC"])}
 
 
 def engine_arguments() -> None:
@@ -66,7 +67,7 @@ def request_is_expanded_to_a_group() -> None:
     request = GenerateReqInput(
         input_ids=TENSORS["token_ids_L"].tolist(),
         sampling_params=sglang_video.sampling_params(FIELDS),
-        video_data=[sglang_video.video_item(FIELDS, TENSORS, 1)],
+        video_data=[sglang_video.video_item(FIELDS, SHARED)],
         return_logprob=True,
         logprob_start_len=-1,
         token_ids_logprob=FIELDS["suppressed_ids"],
@@ -100,9 +101,7 @@ def video_becomes_one_item() -> None:
     from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor as Base
     from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor as Qwen
 
-    values_PC = SharedFeatures.share(TENSORS["values_PC"])
-    payload = sglang_video.video_item(FIELDS, TENSORS | {"values_PC": values_PC}, 1)
-    assert payload["hash"] == sglang_video.video_item(FIELDS, TENSORS, 1)["hash"]
+    payload = sglang_video.video_item(FIELDS, SHARED)
     names = SimpleNamespace(ATTR_NAME_TO_MODALITY={}, FEATURE_NAMES=[])
     source = inspect.getsource(Base.__init__)
     assert all(key in source for key in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"))
@@ -114,7 +113,7 @@ def video_becomes_one_item() -> None:
     assert item.modality == Modality.VIDEO and item.hash == payload["hash"]
     for request in (copy.copy(item), item):  # as for each of n + 1 requests
         sent = pickle.dumps(request)
-        assert len(sent) < 4096 < values_PC.nbytes / 30, len(sent)
+        assert len(sent) < 4096 < TENSORS["values_PC"].nbytes / 30, len(sent)
         assert torch.equal(pickle.loads(sent).feature, TENSORS["values_PC"])
     assert item.video_grid_thw.tolist() == [[1, 4, 4], [1, 4, 4]]
     reader = SimpleNamespace(_get_processor_output_value=Qwen._get_processor_output_value)
@@ -161,16 +160,17 @@ def _updates(*messages: Message, method: str = "load") -> tuple[list[str], list[
 
 
 def _between_sessions(names: list[str]) -> list[str]:
-    """The calls within the one update session, which SGLang has since 0.5.18."""
+    """The calls within the one update session, which SGLang has since 0.5.18, before the one that forgets videos."""
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
     if not hasattr(TokenizerManager, "begin_weight_update"):
         assert "begin_weight_update" not in names and "end_weight_update" not in names
-        return names
-    assert names[0] == "begin_weight_update" and names[-1] == "end_weight_update" and len(names) == len(set(names)), (
-        names
-    )
-    return names[1:-1]
+        *inside, forgets = names
+    else:
+        first, *inside, forgets, last = names
+        assert (first, last) == ("begin_weight_update", "end_weight_update") and not {first, last} & {*inside}, names
+    assert forgets == "update_weights_from_tensor", names
+    return inside
 
 
 def _weights(**changes: Any) -> dict[str, Any]:
@@ -325,6 +325,23 @@ def check_loader_is_found() -> None:
     assert dynamic_import(sglang_update.CHECK_LOADER).__name__ == "compare"
 
 
+def the_cache_of_videos_is_found_and_emptied() -> None:
+    from sglang.srt.managers import mm_utils
+    from sglang.srt.mem_cache.multimodal_cache import EmbeddingResult
+    from sglang.srt.utils import dynamic_import
+
+    mm_utils.init_mm_embedding_cache(1 << 20)
+    try:
+        from sglang.srt.managers.mm_schedule import embedding_cache
+    except ImportError:
+        from sglang.srt.managers.mm_utils import embedding_cache
+    assert embedding_cache is not None
+    embedding_cache.set(7, EmbeddingResult(embedding=torch.ones(4, 4)))
+    assert embedding_cache.get_single(7) is not None
+    dynamic_import(sglang_update.FORGET_LOADER)(torch.nn.Linear(1, 1), [("nothing", torch.zeros(1))])
+    assert embedding_cache.get_single(7) is None and embedding_cache.current_size == 0
+
+
 CHECKS = [
     engine_arguments,
     generate_arguments,
@@ -341,6 +358,7 @@ CHECKS = [
     a_restart_beside_a_learner_gets_its_whole_cache,
     a_token_takes_as_much_of_the_cache_as_the_plan_says,
     check_loader_is_found,
+    the_cache_of_videos_is_found_and_emptied,
 ]
 
 

@@ -28,6 +28,7 @@ CHECKS = [
     "a_restart_beside_a_learner_gets_its_whole_cache",
     "a_token_takes_as_much_of_the_cache_as_the_plan_says",
     "check_loader_is_found",
+    "the_cache_of_videos_is_found_and_emptied",
 ]
 
 pytestmark = pytest.mark.sglang

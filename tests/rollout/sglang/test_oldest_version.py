@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from tests.rollout.sglang.parity import BOUND, difference, disturb, short_and_long
+from tests.rollout.timed_prompt import timed_prompt
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.config import ModelConfig
@@ -18,6 +19,7 @@ def test_oldest_version_agrees_before_and_after_an_update(oldest_engine, make_ti
     assert f"sglang=={version}" in PINS  # not the newer one that stands behind it on the path
     policy = PolicyModel(make_tiny_model(seed=31), ModelConfig(), torch.float32)
     prompts, sync = short_and_long(make_prompt), WeightSync(policy, oldest_engine)
+    prompts.append(timed_prompt(oldest_engine.tokenizer))
     for update in range(2):
         assert sync.push().policy_version == update + 1  # the first one is read back and compared
         worst, spread = difference(policy, prompts, oldest_engine.generate(prompts, SamplingParams(4, 12)))

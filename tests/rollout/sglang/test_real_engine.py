@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.rollout.sglang.parity import BOUND, difference, is_among_the_largest, short_and_long
+from tests.rollout.timed_prompt import timed_prompt
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.rollout.local_engine import LocalEngine
@@ -27,7 +28,8 @@ SAMPLINGS = (  # of each update, so that none is like the one before
 def test_random_model_agrees_after_each_update_at_temperatures_top_p_and_group_sizes(
     random_engine, make_tiny_model, make_prompt
 ):
-    prompts = short_and_long(make_prompt)
+    plain = short_and_long(make_prompt)
+    prompts = [*plain, timed_prompt(random_engine.tokenizer)]
     for update, sampling in enumerate(SAMPLINGS):
         policy = PolicyModel(make_tiny_model(seed=50 + update), ModelConfig(), torch.float32)  # nothing of it is kept
         random_engine.load_weights(policy.hf.state_dict().items(), 70 + update)
@@ -39,7 +41,8 @@ def test_random_model_agrees_after_each_update_at_temperatures_top_p_and_group_s
         assert worst < BOUND
         vision = [random_engine.tokenizer.get_vocab()[f"<|{name}|>"] for name in VISION]
         if sampling.top_k:
-            assert is_among_the_largest(make_tiny_model(seed=50 + update), prompts, answers, sampling.top_k, vision)
+            model = make_tiny_model(seed=50 + update)
+            assert is_among_the_largest(model, plain, answers[: len(plain)], sampling.top_k, vision)
         assert not set(vision) & {int(i) for group in answers for c in group for i in c.token_ids_R}
 
 

@@ -85,25 +85,30 @@ def test_each_frame_pair_is_a_row_and_positions_are_ours():
     fields, tensors = request()
     positions = torch.arange(10).expand(3, -1).clone()
     positions[0, 9] = 20
-    item = video_item(fields, tensors | {"position_ids_3L": positions}, 4)
+    item = video_item(fields, tensors | {"position_ids_3L": positions})
     assert item["video_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 4]]
     assert item["second_per_grid_ts"].tolist() == [0.5, 0.5]
     assert item["mrope_position_delta"].tolist() == [[11]]  # 20 + 1 - 10
     assert item["mrope_positions"] is positions
 
 
-def test_the_hash_knows_pixels_grid_and_policy():
+def test_video_tokens_stand_in_one_place_or_one_for_each_pair_of_frames():
+    apart = [1, *[7] * 4, 5, 6, *[7] * 4, 2]
+    check_request(*request(token_ids_L=torch.tensor(apart), position_ids_3L=torch.arange(12).expand(3, -1)), LIMITS)
+    for broken in ([1, *[7] * 5, 5, 6, *[7] * 3, 2], [1, *[7] * 2, 5, *[7] * 2, 6, *[7] * 4]):
+        ids = torch.tensor(broken)
+        positions = torch.arange(len(broken)).expand(3, -1)
+        with pytest.raises(ValueError, match=r"stand in \d places, of .* for each of 2 pairs"):
+            check_request(*request(token_ids_L=ids, position_ids_3L=positions), LIMITS)
+
+
+def test_the_hash_knows_pixels_and_grid():
     values = torch.arange(32 * 1176, dtype=torch.float32).view(32, 1176)
     changed = values.clone()
     changed[31, 1175] += 1
-    hashes = {
-        item_hash(values, (2, 4, 4), 1),
-        item_hash(values, (2, 4, 4), 2),
-        item_hash(values, (1, 8, 4), 1),
-        item_hash(changed, (2, 4, 4), 1),
-    }
-    assert len(hashes) == 4
-    assert item_hash(values.clone(), (2, 4, 4), 1) in hashes
+    hashes = {item_hash(values, (2, 4, 4)), item_hash(values, (1, 8, 4)), item_hash(changed, (2, 4, 4))}
+    assert len(hashes) == 3
+    assert item_hash(values.clone(), (2, 4, 4)) in hashes
     assert all(0 <= value < 2**63 for value in hashes)
 
 

@@ -1,4 +1,5 @@
-"""Reads weights back inside SGLang's own process and compares them with what was sent: a "custom weight loader".
+"""Reads weights back inside SGLang's own process and compares them with what was sent: a "custom weight loader". A
+second one empties the cache of what its tower made of videos.
 
 SGLang skips names that it does not know without a word, fuses some weights, and ties others. So the table of names is
 not trusted: after the first update of an engine, the checksum of every weight sent must be that of its place in the
@@ -8,6 +9,7 @@ takes `checksum` from here, so that both count alike. Only the standard library 
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -140,3 +142,17 @@ def _not_sent(parameters: dict[str, nn.Parameter]) -> list[str]:
         for name, count in missing.items()
         if count > 0
     ]
+
+
+def forget_videos(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Empty the cache of video embeddings, which SGLang keeps when weights change. Raises RuntimeError where there is
+    none: it would go on with those of older weights without a word."""
+    for name in ("mm_schedule", "mm_utils"):  # the first one since 0.5.20
+        try:
+            module = importlib.import_module(f"sglang.srt.managers.{name}")
+        except ImportError:
+            continue
+        cache = getattr(module, "embedding_cache", None)
+        if cache is not None:
+            return cache.clear()
+    raise RuntimeError("SGLang's cache of video embeddings was not found: take a version that is supported")

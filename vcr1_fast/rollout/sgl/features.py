@@ -7,6 +7,7 @@ by skip_tokenizer_init. Here they lie in anonymous memory, and what is pickled s
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from vcr1_fast.rollout.sgl.messages import SharedBytes, flat_bytes
+
+MAX_MAPPED = 4  # clips kept mapped: of several hundred parts each is pickled apart, and Linux allows 65,530 mappings
 
 
 class SharedFeatures(Tensor):
@@ -27,27 +30,50 @@ class SharedFeatures(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     memory: SharedBytes
+    start: int  # of this tensor's bytes
 
     @staticmethod
     def share(features: Tensor) -> SharedFeatures:
         """A copy in shared memory. Raises OSError when there is none left."""
         memory = SharedBytes(features.numel() * features.element_size())
         memory.bytes_B.copy_(flat_bytes(features))
-        shared = memory.bytes_B.view(features.dtype).view(features.shape).as_subclass(SharedFeatures)
-        shared.memory = memory
+        return SharedFeatures._of(memory.bytes_B.view(features.dtype).view(features.shape), memory, 0)
+
+    @staticmethod
+    def _of(values: Tensor, memory: SharedBytes, start: int) -> SharedFeatures:
+        shared = values.as_subclass(SharedFeatures)
+        shared.memory, shared.start = memory, start
         return shared
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        """Rows in one piece are of this kind, too: SGLang parts a video whose tokens stand in several places."""
+        values = self.as_subclass(Tensor)[rows]
+        if not isinstance(rows, slice) or rows.step not in (None, 1):
+            return values
+        first = rows.indices(len(self))[0]
+        return self._of(values, self.memory, self.start + first * self.stride(0) * self.element_size())
 
     def close(self) -> None:
         """Nobody opens it any more; those who did, keep it."""
         self.memory.close()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return opened, (os.getpid(), self.memory.descriptor, dtype, tuple(self.shape))
+        descriptor, dtype = self.memory.descriptor, str(self.dtype).removeprefix("torch.")
+        file = (os.getpid(), descriptor, os.fstat(descriptor).st_ino)
+        return opened, (file, self.start, dtype, tuple(self.shape))
 
 
-def opened(process: int, descriptor: int, dtype: str, shape: Sequence[int]) -> Tensor:
+def opened(file: tuple[int, int, int], start: int, dtype: str, shape: Sequence[int]) -> Tensor:
     """The tensor that `SharedFeatures` stands for; what is written into it stays in this process. Raises OSError."""
+    data_type: torch.dtype = getattr(torch, dtype)
+    num_bytes = data_type.itemsize * functools.reduce(lambda a, b: a * b, shape, 1)
+    return _mapped(*file)[start : start + num_bytes].view(data_type).view(tuple(shape))
+
+
+@functools.lru_cache(MAX_MAPPED)
+def _mapped(process: int, descriptor: int, inode: int) -> Tensor:
+    """The bytes of a file. `inode`: tells it from another one that got the same descriptor later."""
     with open(f"/proc/{process}/fd/{descriptor}", "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(mapped, dtype=getattr(torch, dtype)).view(shape)
+        if os.fstat(file.fileno()).st_ino != inode:
+            raise FileNotFoundError(f"the features that lay in descriptor {descriptor} are given back")
+        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)

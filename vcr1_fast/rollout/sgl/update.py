@@ -26,6 +26,7 @@ from torch.storage import TypedStorage
 from vcr1_fast.rollout.sgl.messages import Message
 
 CHECK_LOADER = "vcr1_fast.rollout.sgl.check.compare"
+FORGET_LOADER = "vcr1_fast.rollout.sgl.check.forget_videos"
 NO_WEIGHTS = -1
 IDLE_WAIT_S = 30.0
 
@@ -36,7 +37,6 @@ class Updater:
     def __init__(self, manager: Any) -> None:
         """`manager`: the engine's tokenizer manager."""
         self.policy_version = NO_WEIGHTS
-        self.num_loads = 0  # whole ones; unlike the version it never comes twice
         self._manager = manager
         self._is_open = False
         self._released: set[str] = set()
@@ -54,9 +54,9 @@ class Updater:
         await (self._from_broadcast if is_broadcast else self._from_bucket)(message, update)
         wrong = await self._compare(fields) if fields["check"] else []
         if is_last:
+            await self._from_tensors([("nothing", torch.zeros(1))], FORGET_LOADER, {"flush_cache": False})
             await self._close_session()
             self.policy_version = int(fields["policy_version"])
-            self.num_loads += 1
         return {"wrong": wrong}
 
     async def join(self, message: Message) -> dict[str, Any]:

@@ -6,8 +6,8 @@ found with SGLang 0.5.17 to 0.5.23; tests/rollout/sglang runs the real engine ag
 - SGLang's vision tower lets its full-attention blocks see all frames of one grid row at once, the model's own tower one
   frame pair. Sent as t rows [1, h, w], a video gives the same embeddings in both; as one row [t, h, w] it is 1 nat off.
 - Positions are ours (prompts/positions.py); SGLang would read seconds per grid step from elsewhere.
-- SGLang keeps video embeddings by the item's hash and does not drop them when weights change: the number of loads so
-  far is part of the hash. Left out, answers after an update were 2 to 3 nats off.
+- SGLang keeps video embeddings by the item's hash and does not drop them when weights change: each load empties that
+  cache (check.forget_videos). Left out, answers after an update were 2 to 3 nats off.
 - Pictures' ids are kept from being drawn by a bias on their logits, which SGLang leaves in its log-probs:
   `whole_vocabulary` takes it out again.
 - top_k and top_p leave its log-probs as they are. It draws from the tokens that are among the k largest and whose
@@ -93,6 +93,13 @@ def _check_video(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], limit
     num_pads = int((tensors["token_ids_L"] == limits["video_token_id"]).sum())
     if num_pads != num_tokens:
         raise ValueError(f"the prompt has {num_pads} video placeholders, but its grid stands for {num_tokens} tokens")
+    runs = placeholder_runs(tensors["token_ids_L"], limits["video_token_id"])
+    lengths = {last + 1 - first for first, last in runs}
+    if len(runs) not in (1, t) or len(lengths) > 1:
+        raise ValueError(
+            f"video placeholders stand in {len(runs)} places, of {sorted(lengths)} tokens, wanted one place, or one of "
+            f"{h * w // MERGE**2} tokens for each of {t} pairs of frames"
+        )
     if not bool(features.isfinite().all()):
         raise ValueError("the video's values are not all finite")
 
@@ -102,7 +109,7 @@ def features_name(tensors: Mapping[str, Tensor]) -> str:
     return "embeddings_MD" if "embeddings_MD" in tensors else "values_PC"
 
 
-def video_item(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], num_loads: int) -> dict[str, Any]:
+def video_item(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """SGLang's `processor_output` form of one video, see the module's docstring."""
     t, h, w = fields["grid_thw"]
     positions_3L = tensors["position_ids_3L"]
@@ -118,13 +125,21 @@ def video_item(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], num_loa
         "second_per_grid_ts": torch.full((t,), float(fields["second_per_grid_s"])),
         "mrope_positions": positions_3L,
         "mrope_position_delta": torch.tensor([[delta]]),
-        "hash": item_hash(features, (t, h, w), num_loads),
+        "hash": item_hash(features, (t, h, w)),
     }
 
 
-def item_hash(features: Tensor, grid_thw: tuple[int, int, int], num_loads: int) -> int:
-    """63 bits from patches or embeddings, grid and the number of weight loads so far. 40 MB of pixels take 40 ms."""
-    digest = hashlib.blake2b(repr((grid_thw, num_loads)).encode(), digest_size=8)
+def placeholder_runs(token_ids_L: Tensor, video_token_id: int) -> list[tuple[int, int]]:
+    """First and last place of each unbroken run of video placeholders."""
+    places = (token_ids_L == video_token_id).nonzero().squeeze(1)
+    ends = torch.cat([places.diff() > 1, torch.ones(min(1, len(places)), dtype=torch.bool)])
+    starts = torch.cat([ends[-1:], ends[:-1]])
+    return list(zip(places[starts].tolist(), places[ends].tolist(), strict=True))
+
+
+def item_hash(features: Tensor, grid_thw: tuple[int, int, int]) -> int:
+    """63 bits from patches or embeddings and grid. 40 MB of pixels take 40 ms."""
+    digest = hashlib.blake2b(repr(grid_thw).encode(), digest_size=8)
     digest.update(features.contiguous().view(-1).view(torch.uint8).numpy().data)
     return int.from_bytes(digest.digest(), "little") >> 1
 

@@ -231,7 +231,7 @@ class Worker:
         check_request(message.fields, tensors, self._limits)
         name = features_name(tensors)
         tensors[name] = SharedFeatures.share(tensors[name])
-        return tensors, video_item(message.fields, tensors, self._updater.num_loads)
+        return tensors, video_item(message.fields, tensors)
 
 
 def _follow(parent: int) -> None:

@@ -1,0 +1,122 @@
+"""Qwen3-VL: a tower without windows, learned position embeddings, and deepstack features for the first decoder layers.
+
+What it shares with Qwen2.5-VL is inherited. Features of a video token lie one beside the other, [M, D (1 + K)]: its
+embedding, and what is added to its hidden state behind each of the first K decoder layers (arXiv 2406.04334).
+
+Shape letters: P patches, M video tokens, K layers of the tower that give features, T packed tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
+from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout
+
+from vcr1_fast.learner.families.family import Grid, TowerInputs, TowerWork
+from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
+from vcr1_fast.learner.tower_attention import TowerSegments
+
+
+class Qwen3VL(Qwen25VL):
+    """See `ModelFamily`."""
+
+    model_type = "qwen3_vl"
+    model_class: type[PreTrainedModel] = Qwen3VLForConditionalGeneration
+    patch_values = 3 * 2 * 16 * 16
+
+    def module_name(self, name: str) -> str:
+        return name  # its published checkpoints name the parts as its modules do
+
+    def checkpoint_name(self, name: str) -> str:
+        return name
+
+    def feature_width(self, config: Any) -> int:
+        return config.text_config.hidden_size * (1 + len(config.vision_config.deepstack_visual_indexes))
+
+    def build_tower(self, config: Any) -> Any:
+        config.vision_config._attn_implementation = "sdpa"
+        return Qwen3VLVisionModel(config.vision_config)
+
+    def tower_work(self, config: Any) -> TowerWork:
+        """Letters: d width, i MLP width. A patch's products: embedding, blocks (4 d d + 2 d i), its share of the 1 + K
+        mergers."""
+        tower = config.vision_config
+        width, merged = tower.hidden_size, tower.spatial_merge_size**2 * tower.hidden_size
+        values = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+        block = 4 * width * width + 2 * width * tower.intermediate_size
+        merger = width * merged + width * tower.out_hidden_size
+        num_mergers = 1 + len(tower.deepstack_visual_indexes)
+        return TowerWork(
+            num_blocks=tower.depth,
+            patch_flop=2.0 * (values * width + tower.depth * block + num_mergers * merger),
+            window_flop=0.0,
+            pair_flop=4.0 * width * tower.depth,
+        )
+
+    def tower_inputs(self, grids: Sequence[Grid], config: Any) -> TowerInputs:
+        grid_thw = torch.tensor(grids, dtype=torch.long)
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid_thw,
+            num_grid_per_side=int(config.num_position_embeddings**0.5),
+            mode="bilinear",
+            align_corners=True,
+            spatial_merge_size=config.spatial_merge_size,
+        )
+        cu_seqlens = get_vision_cu_seqlens(grid_thw)
+        return TowerInputs(
+            tensors={
+                "grid_thw": grid_thw,
+                "position_ids": get_vision_position_ids(grid_thw, config.spatial_merge_size),
+                "interp_indices": indices,
+                "interp_weights": weights,
+                "cu_seqlens": cu_seqlens,
+            },
+            lengths={"frame": tuple(cu_seqlens.diff().tolist())},
+        )
+
+    def run_tower(self, tower: nn.Module, values_PC: Tensor, inputs: TowerInputs) -> Tensor:
+        frame = inputs.lengths["frame"]
+        output = tower(
+            values_PC, **inputs.tensors, max_seqlen=max(frame), tower_segments=TowerSegments(window=(), frame=frame)
+        )
+        return torch.cat([output.pooler_output, *output.deepstack_features], dim=1)
+
+    def decode(
+        self,
+        hf: nn.Module,
+        embeds_TD: Tensor,
+        position_ids_3T: Tensor,
+        features_MW: Tensor,
+        video_row_M: Tensor,
+        layout: PrefixLayout,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        embedded_MD, *deepstack = features_MW.to(embeds_TD.dtype).split(embeds_TD.shape[1], dim=1)
+        decoder = self.decoder(hf)
+        decoder._deepstack_process = add_features  # the release's own finds the places by a mask: it waits for the GPU
+        output = decoder(
+            inputs_embeds=embeds_TD.index_copy(0, video_row_M, embedded_MD).unsqueeze(0),
+            position_ids=position_ids_3T.unsqueeze(1),
+            attention_mask={"full_attention": None},
+            use_cache=False,
+            visual_pos_masks=video_row_M,
+            deepstack_visual_embeds=deepstack,
+            prefix_layout=layout,
+            prefix_backend=backend,
+        )
+        return output.last_hidden_state[0]
+
+
+def add_features(hidden_1TD: Tensor, video_row_M: Tensor, features_MD: Tensor) -> Tensor:
+    """Hidden states with the features of one layer added at the rows of the video tokens."""
+    return hidden_1TD.index_add(1, video_row_M, features_MD.to(hidden_1TD.dtype).unsqueeze(0))
