@@ -103,7 +103,8 @@ def test_a_copy_computes_with_its_own_weights(make_tiny_model, monkeypatch):
 
 
 def test_a_compiled_attention_has_the_operator(make_tiny_model):
-    """torch.compile looks globals of a function up in the module that they name, where the stock function stands."""
+    """Within another function, as in a decoder layer, torch.compile looks globals up in the module that they name,
+    where the stock function stands."""
     seen: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
@@ -115,7 +116,7 @@ def test_a_compiled_attention_has_the_operator(make_tiny_model):
     layer, inputs = attention_of(model)
     expected = layer(**inputs)[0]
     torch._dynamo.reset()
-    got = torch.compile(layer, backend=backend)(**inputs)[0]
+    got = torch.compile(lambda: layer(**inputs)[0], backend=backend)()
     torch.testing.assert_close(got, expected)
     assert any("vcr1_kernels.rotary" in name for name in seen)
 

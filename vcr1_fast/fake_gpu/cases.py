@@ -51,7 +51,8 @@ def _run(gpu: FakeGpu, case: dict[str, Any]) -> dict[str, Any]:
     if case["prompts"]:
         shapes = [GroupShape(tuple(grid), (), has_features) for grid in case["prompts"]]
         return answer(gpu, config, hf_config, shapes, case["group_size"])
-    kernels = KernelChoice(**{name: Pick(way) for name, way in case["ways"].items()}) if case["ways"] else None
+    picks: dict[str, Any] = {name: Pick(way) for name, way in case["ways"].items()}
+    kernels = KernelChoice(**picks) if picks else None
     learner = FakeLearner(gpu, config, hf_config, case["num_gpus"], kernels)
     updates = []
     for update in case["updates"]:
