@@ -12,6 +12,7 @@ from .losses import PolicyLoss, TokenVectors
 from .patchify import patchify
 from .policy_loss import logprob_of_logits, policy_loss
 from .prefix_attention import AttentionChoice, PrefixGroup, PrefixLayout, attention_backend, prefix_attention
+from .rotary import rotary
 
 __all__ = [
     "AttentionChoice",
@@ -28,5 +29,6 @@ __all__ = [
     "policy_loss",
     "prefix_attention",
     "reference",
+    "rotary",
     "unavailable_reason",
 ]

@@ -6,6 +6,8 @@ N scored tokens, D hidden size, V vocabulary, C head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -94,6 +96,42 @@ def prefix_attention(
     scores_HTT = torch.einsum("qhc,khc->hqk", query_THC, key_THC) * scale
     probs_HTT = torch.softmax(scores_HTT.masked_fill(~visible_TT, float("-inf")), dim=-1)
     return torch.einsum("hqk,khc->qhc", probs_HTT, value_THC)
+
+
+def rotary(
+    query_THC: Tensor,
+    key_TKC: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    sections: Sequence[int] = (),
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The definition of `vcr1_kernels.rotary`: x cos + (-x_2, x_1) sin, in float32 or wider. Arguments as there."""
+    wide = torch.promote_types(torch.promote_types(query_THC.dtype, cos.dtype), torch.float32)
+    if sections:
+        cos, sin = (_of_axes(table_3TC, sections, interleaved) for table_3TC in (cos, sin))
+    cos_T1C, sin_T1C = (table_TC.unsqueeze(1).to(wide) for table_TC in (cos, sin))
+
+    def rotated(x_TNC: Tensor) -> Tensor:
+        first, second = x_TNC.to(wide).chunk(2, dim=-1)
+        return (x_TNC.to(wide) * cos_T1C + torch.cat((-second, first), -1) * sin_T1C).to(x_TNC.dtype)
+
+    return rotated(query_THC), rotated(key_TKC)
+
+
+def _of_axes(table_3TC: Tensor, sections: Sequence[int], interleaved: bool) -> Tensor:
+    """[T, C]: each column of either half from the table of its axis."""
+    halves = []
+    for half_3Tc in table_3TC.chunk(2, dim=-1):
+        if interleaved:
+            half_Tc = half_3Tc[0].clone()
+            for axis in (1, 2):
+                columns = slice(axis, 3 * sections[axis], 3)
+                half_Tc[:, columns] = half_3Tc[axis][:, columns]
+        else:
+            half_Tc = torch.cat([part[axis] for axis, part in enumerate(half_3Tc.split(list(sections), dim=-1))], -1)
+        halves.append(half_Tc)
+    return torch.cat(halves, dim=-1)
 
 
 PATCH_PX = 14

@@ -128,13 +128,13 @@ def test_memory_of_7b_on_8_gpus_by_hand():
     )
     # a decoder layer has 233,057,792 parameters; embedding and head 2 * 152,064 * 3,584 and the ends of the tower
     root = 2 * 152064 * 3584 + 3584 + 676_550_144 - 32 * 19_702_200
-    # Backward of the decoder's last block: 12,024 tokens x (20 x 3584 + 4 x 512 + 8 x 18944), the head's whole
-    # gradient, 4 x 3584 patches x (pixels 2352 + 32 x 2 x 1280) that wait for the tower. 10.2 GB; at the head 10.1.
+    # Backward of the decoder's last block: 12,024 tokens x (12 x 3584 + 4 x 512 + 6 x 18944), the head's whole
+    # gradient, 4 x 3584 patches x (pixels 2352 + 32 x 2 x 1280) that wait for the tower. 9.4 GB; at the head 9.1.
     assert memory.update == pytest.approx(
         {
             "gradients, float32": params / 2,
             "gathered blocks": (2 * (root + 2 * 233_057_792) + 6 * 233_057_792) / 1e9,
-            "a decoder layer": 12024 * (71680 + 2048 + 151552) / 1e9,
+            "a decoder layer": 12024 * (43008 + 2048 + 113664) / 1e9,
             "tower activations": 14336 * (2352 + 81920) / 1e9,
             "head": 4 * 152064 * 3584 / 1e9,
         }
@@ -163,16 +163,16 @@ def test_whole_gradients_wait_for_the_last_row_where_they_fit():
 
 
 def test_what_is_recomputed_is_what_does_not_fit():
-    """One group of 12,024 tokens on each of 8 GPUs, by layer and token: none keeps 225,280 bytes, selective 4 x (2 x
+    """One group of 12,024 tokens on each of 8 GPUs, by layer and token: none keeps 158,720 bytes, selective 4 x (2 x
     3,584 + 18,944) = 104,448, full 7,168. The rest takes 43 GB with the engine's weights, head and gradients."""
     size = read_model_size("Qwen2.5-VL-7B")
-    chosen = {gb: with_recompute(config_7b(), size, 8, gb).model.gradient_checkpointing for gb in (80, 141, 192)}
-    assert chosen == {80: "full", 141: "selective", 192: "none"}
+    chosen = {gb: with_recompute(config_7b(), size, 8, gb).model.gradient_checkpointing for gb in (80, 110, 141)}
+    assert chosen == {80: "full", 110: "selective", 141: "none"}
     kept = {
         mode: plan_memory(config_7b(gradient_checkpointing=mode), size, plan_tokens(config_7b(), 8), 8).update
         for mode in ("none", "selective")
     }
-    assert kept["none"]["decoder activations"] == pytest.approx(12024 * 28 * 225280 / 1e9)
+    assert kept["none"]["decoder activations"] == pytest.approx(12024 * 28 * 158720 / 1e9)
     assert kept["selective"]["decoder activations"] == pytest.approx(12024 * 28 * 104448 / 1e9)
     assert kept["selective"]["tower activations"] == pytest.approx(14336 * (2352 + 32 * (12 * 1280 + 4 * 3420)) / 1e9)
     given = config_7b(gradient_checkpointing="none")
@@ -186,17 +186,17 @@ def test_what_settings_add_and_save():
     with_kl = plan_memory(replace(config, algorithm=AlgorithmConfig(beta=0.04)), size, tokens, 8)
     assert with_kl.static["reference"] == pytest.approx(2 * 8.292166656 / 8)
     assert "reference" not in base.static
-    frozen = plan_memory(replace(config, model=replace(config.model, freeze_vision=True)), size, tokens, 8)
+    rows = replace(tokens, groups_per_gpu=2)
+    frozen = plan_memory(replace(config, model=replace(config.model, freeze_vision=True)), size, rows, 8)
     assert frozen.static["weights, float32"] == pytest.approx((4 * 8.292166656 - 2 * 0.676550144) / 8)
     assert frozen.update["gradients, float32"] == pytest.approx((8.292166656 - 0.676550144) / 2)
-    assert set(frozen.update) == {"gradients, float32", "gathered blocks", "a decoder layer", "head"}
-    rows = replace(tokens, groups_per_gpu=2)
+    assert set(frozen.update) == {"gradients, float32", "gathered blocks", "decoder activations", "head"}
     head = plan_memory(config, size, rows, 8).update  # where the gradients of the row before are, too
     assert head["head"] == pytest.approx(head_peak_bytes(8192, 3584, 152064, torch.bfloat16) / 1e9)
     assert head["decoder activations"] == pytest.approx(12024 * 28 * 7168 / 1e9)
     assert head["gradients, float32"] == pytest.approx(8.292166656 / 2)
     stored = plan_memory(replace(config, model=replace(config.model, gradient_checkpointing="none")), size, tokens, 8)
-    assert stored.update["decoder activations"] == pytest.approx(12024 * 28 * 225280 / 1e9)
+    assert stored.update["decoder activations"] == pytest.approx(12024 * 28 * 158720 / 1e9)
     alone = plan_memory(config, size, plan_tokens(config, 1), 1)
     assert alone.static["AdamW, float32"] == pytest.approx(8 * 8.292166656)
     assert alone.update["gathered blocks"] == pytest.approx(2 * 8.292166656)  # autocast's copies
@@ -244,9 +244,9 @@ def test_adapters_need_no_masters_no_reference_and_no_copies():
     ("changes", "gpu_gb", "message"),
     [
         ({}, 80, None),
-        ({"beta": 1.0}, 40, "update needs about 46 GB for a group of 12,024 tokens, the largest that video and"),
-        ({}, 46, "train.max_group_tokens=2400, above which a group is left out and counted"),
-        ({"max_group_tokens": 2400}, 46, None),
+        ({"beta": 1.0}, 40, "update needs about 45 GB for a group of 12,024 tokens, the largest that video and"),
+        ({}, 46, "train.max_group_tokens=2700, above which a group is left out and counted"),
+        ({"max_group_tokens": 2700}, 46, None),
         ({"max_batch_tokens": 1 << 22}, 80, "evaluation needs about 240 GB for the largest batch, but a GPU"),
     ],
 )
@@ -297,10 +297,11 @@ def test_activations_are_what_autograd_keeps():
             ).last_hidden_state
         ),
     )
-    assert 1.0 < decoder / decoder_bytes(size, num_tokens, "none")[0] < 1.1
+    assert 1.0 < decoder / decoder_bytes(size, num_tokens, "none", has_kernels=False)[0] < 1.1
 
     config = Config(
-        video=VideoConfig(min_frames=16, max_frames=16, min_frame_pixels=64 * 784, max_frame_pixels=64 * 784)
+        model=ModelConfig(kernels="off"),
+        video=VideoConfig(min_frames=16, max_frames=16, min_frame_pixels=64 * 784, max_frame_pixels=64 * 784),
     )
     tokens = replace(plan_tokens(config, 8), groups_per_row=1)
     assert max_video_tokens(config.video) == 8 * 67  # 1.05 * 64 tokens a pair

@@ -24,6 +24,7 @@ PUBLIC = {
     "policy_loss",
     "prefix_attention",
     "reference",
+    "rotary",
     "unavailable_reason",
 }
 
@@ -169,6 +170,8 @@ def use_every_op(package):
     q, k, v = torch.randn(6, 2, 8), torch.randn(6, 1, 8), torch.randn(6, 1, 8)
     out = package.prefix_attention(q, k, v, layout, 0.5)
     torch.testing.assert_close(out, package.reference.prefix_attention(q, k, v, layout, 0.5))
+    turned = package.rotary(q, k, q[:, 0], q[:, 1])
+    torch.testing.assert_close(turned, package.reference.rotary(q, k, q[:, 0], q[:, 1]))
     clip = torch.randint(0, 256, (3, 28, 56, 3), dtype=torch.uint8)
     assert torch.equal(package.patchify(clip), package.reference.patchify(clip, torch.bfloat16))
 """

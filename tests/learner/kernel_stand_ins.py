@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from vcr1_kernels import reference
 
-from vcr1_fast.learner import kernel_problems
+from vcr1_fast.learner import kernel_problems, operator_problems
 from vcr1_fast.learner.kernel_choice import on_device
 from vcr1_fast.learner.kernel_problems import Shapes
 from vcr1_fast.learner.kernel_proof import Subject
 from vcr1_fast.settings.config import AlgorithmConfig
 
 # [N, D] x [V, D] and heads as small as the ops take
-SMALL = Shapes(torch.bfloat16, 32, 96, 2, 1, 16, 2, 16, temperature=0.9)
+SMALL = Shapes(torch.bfloat16, 32, 96, 2, 1, 16, 2, 16, 48, 40, temperature=0.9)
 SUBJECT = Subject(SMALL, AlgorithmConfig())
 
 
@@ -47,16 +47,35 @@ def flash_varlen(query, key, value, ends, max_length, scale) -> Tensor:
     return torch.cat(windows).to(value.dtype)
 
 
+def norm_forward(module: Any, hidden: Tensor) -> Tensor:
+    wide = hidden.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + module.variance_epsilon)
+    return (normed * module.weight.float()).to(hidden.dtype)
+
+
+def mlp_forward(module: Any, hidden: Any) -> Tensor:
+    gate, up = module.gate_proj(hidden), module.up_proj(hidden)
+    return module.down_proj((torch.nn.functional.silu(gate.float()) * up.float()).to(up.dtype))
+
+
+def tower_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.rotary(query, key, cos, sin)
+
+
 STAND_INS: dict[str, Callable[..., Any]] = {
     "fused_linear_logprob": linear_logprob,
     "fused_linear_policy_loss": linear_policy_loss,
     "prefix_attention": prefix_attention,
     "patchify": patchify,
     "flash_varlen": flash_varlen,
+    "norm_forward": norm_forward,
+    "mlp_forward": mlp_forward,
+    "tower_rotary": tower_rotary,  # the decoder's runs its own twin on the CPU
 }
 
 
 def put_stand_ins(monkeypatch: pytest.MonkeyPatch, **broken: Callable[..., Any]) -> None:
     """All of them, with those of `broken` in the places that they name."""
     for name, function in (STAND_INS | broken).items():
-        monkeypatch.setattr(kernel_problems, name, function)
+        module = kernel_problems if hasattr(kernel_problems, name) else operator_problems
+        monkeypatch.setattr(module, name, function)

@@ -34,6 +34,7 @@ from vcr1_fast.video import patches as patches_module
 from vcr1_fast.video.patches import PatchSource
 
 PROVEN = {"logprob": "triton", "policy_loss": "triton", "attention": "flash", "tower": "flash", "patchify": "triton"}
+PROVEN |= {"norm": "liger", "mlp": "liger", "rotary": "triton"}
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +86,20 @@ def not_a_number(rgb_FHW3, dtype, *, backend):
     return patches
 
 
+def the_scale_is_left_out(module, hidden):
+    return kernel_stand_ins.norm_forward(SimpleNamespace(weight=module.weight * 0 + 1, variance_epsilon=0.0), hidden)
+
+
+def half_the_gradient_of_the_gate(module, pair):
+    return kernel_stand_ins.mlp_forward(module, (0.5 * pair[0] + 0.5 * pair[0].detach(), pair[1]))
+
+
+def one_token_turns_back(query, key, cos, sin):
+    sin = sin.clone()
+    sin[5] *= -1
+    return kernel_stand_ins.tower_rotary(query, key, cos, sin)
+
+
 WRONG = [
     ("logprob", "fused_linear_logprob", one_token_is_off, "logprob"),
     ("policy_loss", "fused_linear_policy_loss", one_row_has_no_gradient, "grad hidden"),
@@ -92,10 +107,13 @@ WRONG = [
     ("tower", "flash_varlen", one_window_too_large, "out"),
     ("patchify", "patchify", the_last_frame_is_not_repeated, "patches"),
     ("patchify", "patchify", not_a_number, "patches nan"),
+    ("norm", "norm_forward", the_scale_is_left_out, "decoder 0"),
+    ("mlp", "mlp_forward", half_the_gradient_of_the_gate, "decoder gradient 0"),
+    ("rotary", "tower_rotary", one_token_turns_back, "tower 0"),
     ("patchify", "patchify", lambda rgb_FHW3, dtype, *, backend: torch.zeros(4, 1176), "gave the shape (4, 1176)"),
     *((kernel, name, raises, "raised RuntimeError: no such instruction") for kernel, name in (
         ("logprob", "fused_linear_logprob"), ("policy_loss", "fused_linear_policy_loss"),
-        ("tower", "flash_varlen"), ("patchify", "patchify"),
+        ("tower", "flash_varlen"), ("patchify", "patchify"), ("norm", "norm_forward"), ("rotary", "tower_rotary"),
     )),
 ]  # fmt: skip
 
@@ -119,7 +137,7 @@ def test_right_kernels_are_all_taken_and_the_numbers_printed(monkeypatch):
     put_stand_ins(monkeypatch)
     proof = prove(SUBJECT)
     assert ways(proof.choice) == PROVEN
-    assert [v.outcome for v in proof.verdicts] == ["held"] * 5
+    assert [v.outcome for v in proof.verdicts] == ["held"] * 8
     for verdict, line in zip(proof.verdicts, proof.lines(), strict=True):
         assert 0 < verdict.distance <= verdict.allowed and verdict.plain_distance < verdict.allowed
         assert f"{verdict.distance:.1e} from float64, allowed {verdict.allowed:.1e}" in line
@@ -330,7 +348,7 @@ def test_on_a_gpu_in_ten_seconds_with_the_same_first_step(make_model, make_group
         [report], _ = update_and_capture(learner, [make_group(0, (5, 3, 8))])
         losses.append(report.sums["loss"])
     print("\n".join(proof.lines()), proof.check_s, proof.compile_s)
-    assert [pick.is_fallback for _, pick in proof.choice.picks()] == [False] * 5, proof.lines()
+    assert [pick.is_fallback for _, pick in proof.choice.picks()] == [False] * 8, proof.lines()
     assert all(v.outcome == "held" for v in proof.verdicts), proof.lines()
     assert proof.check_s <= 10.0
     assert losses[0] == losses[1]
@@ -344,13 +362,13 @@ def test_what_model_kernels_means(monkeypatch):
         assert ways(choose_kernels(off, world).choice) == ways(plain_choice())
     assert choose_kernels(off, cuda).choice.describe() == (
         "head: plain torch, whole logits; attention: packed rows, dense scores in torch; tower: segment by segment; "
-        "patchify: torch; model.kernels is off"
+        "patchify: torch; norm: transformers; mlp: transformers; rotary: transformers; model.kernels is off"
     )
     for each in (config, required):
         said = choose_kernels(each, SINGLE_PROCESS).choice.describe()
         assert said == (
             "head: fused, rows in torch; attention: packed rows, flash (torch's flash attention for CPUs); "
-            "tower: segment by segment; patchify: torch"
+            "tower: segment by segment; patchify: torch; norm: transformers; mlp: transformers; rotary: transformers"
         )
     subjects = []
     reason = "triton raised RuntimeError: triton is not installed"

@@ -328,6 +328,11 @@ COMPONENTS = (
     Component("vcr1_kernels", _kernels, "pip install -e .", is_required=True),
     Component("kernels, compared", _kernel_proof, CUDA_TORCH + "; a run leaves out what does not hold, and says so"),
     Component("triton", _triton, CUDA_TORCH + "; torch brings its triton"),
+    Component(
+        "liger-kernel",
+        lambda: _load("liger_kernel", "liger-kernel"),
+        "pip install 'liger-kernel>=0.8.5,<0.9' (Linux); norms and MLPs on a GPU are transformers' own without",
+    ),
     Component("PyAV", _pyav, "pip install 'av>=17'", is_required=True),
     Component("decord", lambda: _load("decord", "decord"), "pip install decord (x86-64 only)"),
     Component("torchcodec", _torchcodec, "pip install -e '.[torchcodec]', and FFmpeg's shared libraries"),

@@ -18,6 +18,7 @@ from vcr1_fast.fake_gpu.local_engine import answer
 from vcr1_fast.fake_gpu.mode import FakeGpu
 from vcr1_fast.fake_gpu.predict import Rates
 from vcr1_fast.fake_gpu.whole_run import run_training
+from vcr1_fast.learner.kernel_choice import KernelChoice, Pick
 from vcr1_fast.settings.io import load_config
 
 
@@ -50,7 +51,9 @@ def _run(gpu: FakeGpu, case: dict[str, Any]) -> dict[str, Any]:
     if case["prompts"]:
         shapes = [GroupShape(tuple(grid), (), has_features) for grid in case["prompts"]]
         return answer(gpu, config, hf_config, shapes, case["group_size"])
-    learner = FakeLearner(gpu, config, hf_config, case["num_gpus"])
+    picks: dict[str, Any] = {name: Pick(way) for name, way in case["ways"].items()}
+    kernels = KernelChoice(**picks) if picks else None
+    learner = FakeLearner(gpu, config, hf_config, case["num_gpus"], kernels)
     updates = []
     for update in case["updates"]:
         groups = learner.groups([GroupShape(tuple(grid), tuple(lengths), has_features) for grid, lengths in update])

@@ -21,6 +21,8 @@ NO_KERNEL = frozenset(
 SHARDING = frozenset({"all_gather_copy_in", "split_with_sizes_copy", "chunk_cat", "_foreach_copy_"})
 # waits for the GPU, because the size of the result depends on values
 READS_VALUES = frozenset({"nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive"})
+# arguments of Triton kernels that are read and then written over
+OVERWRITTEN = {"_swiglu_backward_kernel": (1, 2)}
 # one launch takes so many tensors: chunks of torch's multi-tensor kernels
 TENSORS_PER_LAUNCH = {"_foreach": 100, "_fused_adam": 24}
 

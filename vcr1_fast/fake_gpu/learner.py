@@ -25,6 +25,7 @@ from vcr1_fast.fake_gpu.mode import FakeGpu
 from vcr1_fast.learner import step, update_rows
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
+from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.sharding import World
 from vcr1_fast.settings.config import Config
@@ -76,7 +77,9 @@ def measured(meter: Meter, began_s: float, num_gpus: int) -> Measured:
 class FakeLearner:
     """A `Learner` on fake GPU 0 of `num_gpus`. Make it inside the mode: `with gpu: FakeLearner(...)`."""
 
-    def __init__(self, gpu: FakeGpu, config: Config, hf_config: Any, num_gpus: int) -> None:
+    def __init__(
+        self, gpu: FakeGpu, config: Config, hf_config: Any, num_gpus: int, kernels: KernelChoice | None = None
+    ) -> None:
         self.gpu, self.config, self.hf_config, self.num_gpus = gpu, config, hf_config, num_gpus
         self.family = family_of(hf_config)
         if num_gpus > 1 and not dist.is_initialized():
@@ -87,7 +90,7 @@ class FakeLearner:
         with tempfile.TemporaryDirectory() as folder, _marking(gpu):
             write_checkpoint(Path(folder), hf_config)
             config = replace(config, model=replace(config.model, path=folder))
-            self.learner = step.Learner(config, World(0, num_gpus, 0, DEVICE), num_updates=100)
+            self.learner = step.Learner(config, World(0, num_gpus, 0, DEVICE), 100, kernels)
         for policy in (self.learner.policy, self.learner.reference):
             for parameter in policy.parameters() if policy else ():
                 gpu.meter.memory.mark(_local(parameter), "weights")

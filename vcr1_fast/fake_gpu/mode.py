@@ -20,7 +20,7 @@ from vcr1_kernels.prefix_attention_flash import flash_ops
 from vcr1_fast.fake_gpu import costs, cuda_module, flash_packages, triton_launches
 from vcr1_fast.fake_gpu.meter import Meter
 
-_KERNELS = "vcr1_kernels"  # namespace of our own operators
+_OWN = ("vcr1_kernels", "vcr1_fast")  # namespaces of our own operators
 _MAX_KNOWN_BYTES = 64 << 20  # of a host buffer whose values are remembered on the device
 
 
@@ -58,7 +58,7 @@ class FakeGpu(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         if not any(isinstance(x, FakeTensor) for x in leaves) and not _is_cuda(kwargs.get("device")):
             return self._on_host(func, namespace, name, args, kwargs)
-        if namespace == _KERNELS:
+        if namespace in _OWN:
             return self._own_operator(func, args, kwargs)
         if namespace == "aten" and _only_decomposes(func):
             with self:
@@ -223,8 +223,9 @@ class FakeGpu(TorchDispatchMode):
         counts.seconds += self.meter.rates.attention_seconds(flop, is_backward)
 
     def _launched(self, name: str, arguments: tuple[Any, ...]) -> None:
-        """A Triton kernel: its traffic is that of its tensors, once each."""
-        num_bytes = costs.moved_bytes(arguments)
+        """A Triton kernel: its traffic is that of its tensors, once each, and twice where one is overwritten."""
+        overwritten = [arguments[place] for place in costs.OVERWRITTEN.get(name, ())]
+        num_bytes = costs.moved_bytes(arguments, overwritten)
         self.meter.now.launches += 1
         self.meter.now.moved_bytes += num_bytes
         self.meter.now.seconds += self.meter.rates.kernel_seconds(0, num_bytes)

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vcr1_fast.fake_gpu.predict import H100_RATES, Rates
@@ -45,6 +45,7 @@ class Case:
     min_rows: int = 0  # rows that another rank has at least: this one runs placeholders
     overrides: tuple[str, ...] = ()  # `--a.b=c`
     rates: Rates = H100_RATES  # by which its seconds are predicted
+    ways: Mapping[str, str] = field(default_factory=dict)  # of kernels by name, see KernelChoice; others by device
     flash: str | None = None  # package of flash-attn there seems to be, see flash_packages.py; None: what there is
 
 

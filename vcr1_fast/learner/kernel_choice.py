@@ -19,6 +19,7 @@ from vcr1_kernels.backend import Backend
 from vcr1_kernels.losses import LossFunction, TokenVectors
 from vcr1_kernels.prefix_attention import AttentionBackend, attention_backend
 
+from vcr1_fast.learner.model_operators import ModelOperators, use_operators
 from vcr1_fast.learner.tower_attention import TowerBackend, use_tower_attention
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -28,6 +29,7 @@ _HEAD_WORDS = {
     "torch": "fused, rows in torch",
     "plain": "plain torch, whole logits",
 }
+_LIGER_WORDS = {"auto": "by device", "liger": "Liger", "plain": "transformers"}
 _WORDS = {
     "logprob": _HEAD_WORDS,
     "policy_loss": _HEAD_WORDS,
@@ -39,6 +41,9 @@ _WORDS = {
     },
     "tower": {"auto": "by device", "flash": "flash, one call a layer", "plain": "segment by segment"},
     "patchify": {"auto": "by device", "triton": "Triton", "torch": "torch"},
+    "norm": _LIGER_WORDS,
+    "mlp": _LIGER_WORDS,
+    "rotary": {"auto": "by device", "triton": "Triton", "plain": "transformers"},
 }
 _LABELS = {"logprob": "log-probs", "policy_loss": "policy loss"}
 
@@ -61,6 +66,9 @@ class KernelChoice:
     attention: Pick = Pick()  # forward and backward together: backward takes what forward left
     tower: Pick = Pick()
     patchify: Pick = Pick()
+    norm: Pick = Pick()  # RMSNorm of decoder and tower, as the next two
+    mlp: Pick = Pick()  # SwiGLU between an MLP's products
+    rotary: Pick = Pick()
     proof: str = ""  # one clause for the run's header: what the choice rests on
 
     def picks(self) -> Iterator[tuple[str, Pick]]:
@@ -101,6 +109,12 @@ class KernelChoice:
     def patchify_backend(self) -> Backend:
         return cast(Backend, self.patchify.way)
 
+    def switch_operators(self, model: Any, operators: ModelOperators, device: torch.device) -> None:
+        """Gives the modules of a model, or of a tower alone, on CUDA their kernels; elsewhere they stay stock."""
+        picks = {"norm": self.norm, "mlp": self.mlp, "rotary": self.rotary}
+        if device.type == "cuda":
+            use_operators(model, operators, [name for name, pick in picks.items() if pick.way != "plain"])
+
     def switch_tower(self, tower: Any, device: torch.device, dtype: torch.dtype) -> None:
         """Gives a vision tower on CUDA its attention; elsewhere it keeps transformers' own."""
         if device.type != "cuda":
@@ -136,11 +150,12 @@ def on_device(tokens: TokenVectors, device: torch.device) -> TokenVectors:
 def plain_choice(reason: str = "") -> KernelChoice:
     """No kernel at all: every definition in plain torch. `reason`: for the run's header."""
     plain, in_torch = Pick("plain"), Pick("torch")
-    return KernelChoice(plain, plain, in_torch, plain, in_torch, reason)
+    return KernelChoice(plain, plain, in_torch, plain, in_torch, plain, plain, plain, reason)
 
 
 def cpu_choice(dtype: torch.dtype) -> KernelChoice:
     """On the CPU: the torch twins of the kernels, with nothing to compare."""
     attention = attention_backend("cpu", dtype)
-    in_torch = Pick("torch")
-    return KernelChoice(in_torch, in_torch, Pick(attention.name, attention.reason), Pick("plain"), in_torch)
+    in_torch, plain = Pick("torch"), Pick("plain")
+    packed = Pick(attention.name, attention.reason)
+    return KernelChoice(in_torch, in_torch, packed, plain, in_torch, plain, plain, plain)

@@ -24,8 +24,11 @@ import vcr1_kernels
 
 from vcr1_fast import __version__
 
-PACKAGES = ("triton", "flash-attn", "flash-attn-3")
-OWN_SOURCES = ("attention.py", "tower_attention.py", "kernel_problems.py", "kernel_proof.py", "kernel_memory.py")
+PACKAGES = ("triton", "flash-attn", "flash-attn-3", "liger-kernel")
+OWN_SOURCES = (
+    "attention.py", "tower_attention.py", "kernel_problems.py", "kernel_proof.py", "kernel_memory.py",
+    "liger_ops.py", "model_operators.py", "operator_problems.py",
+)  # fmt: skip
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 

@@ -2,6 +2,7 @@
 
 Few tokens, so that all of them take a second; but the widths, head sizes, element type, loss and temperature are the
 run's, and every length is chosen so that whole tiles, ragged ends and a second chunk occur. Called by `kernel_proof`.
+Those of norms, MLPs and rotary embeddings stand in `operator_problems`.
 Inputs come from generators of their own.
 
 Shape letters: N scored tokens, D hidden size, V vocabulary, T packed tokens, H K query and key heads, C head dimension,
@@ -42,9 +43,12 @@ class Shapes:
     head_dim: int
     tower_heads: int
     tower_head_dim: int
+    mlp_width: int
+    tower_mlp_width: int
     trains_head: bool = True  # False: its weight needs no gradient
     trains_tower: bool = True
     temperature: float = 1.0
+    model_type: str = "qwen2_5_vl"  # whose modules the operators are compared with
 
     @classmethod
     def of_model(cls, text: Any, vision: Any, dtype: torch.dtype, **options: Any) -> Shapes:
@@ -52,7 +56,8 @@ class Shapes:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
             dtype, text.hidden_size, text.vocab_size, text.num_attention_heads, text.num_key_value_heads, head_dim,
-            vision.num_heads, vision.hidden_size // vision.num_heads, **options,
+            vision.num_heads, vision.hidden_size // vision.num_heads, text.intermediate_size,
+            vision.intermediate_size, **options,
         )  # fmt: skip
 
     @property
@@ -70,7 +75,7 @@ class Problem:
     exact: Callable[[], Outputs]
 
 
-def _normal(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+def normal(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
     """Drawn on the device: moving a head's weight there would take longer than all problems together."""
     return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
@@ -88,9 +93,9 @@ class _Head:
         num_rows, width, vocab = sum(SEQUENCE_LENS), shapes.hidden_size, shapes.vocab_chunk
         generator = torch.Generator().manual_seed(2)
         return cls(
-            hidden_ND=_normal((num_rows, width), 0, device).to(shapes.dtype),
+            hidden_ND=normal((num_rows, width), 0, device).to(shapes.dtype),
             # logits of standard deviation 2, where the largest probabilities of a row are a few per cent
-            weight_VD=(_normal((vocab, width), 1, device) * (2.0 / width**0.5)).to(shapes.dtype),
+            weight_VD=(normal((vocab, width), 1, device) * (2.0 / width**0.5)).to(shapes.dtype),
             target_N=torch.randint(0, vocab, (num_rows,), generator=generator).to(device),
             trains_weight=shapes.trains_head,
             temperature=shapes.temperature,
@@ -108,7 +113,7 @@ class _Head:
 def logprob_problem(shapes: Shapes, device: torch.device) -> Problem:
     """Log-prob and entropy of the head, and the gradients of a random combination of log-probs."""
     head = _Head.make(shapes, device)
-    cotangent_N = _normal((len(head.target_N),), 3, device)
+    cotangent_N = normal((len(head.target_N),), 3, device)
 
     def outputs(function: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype) -> Outputs:
         leaves = head.leaves(dtype)
@@ -192,9 +197,7 @@ def attention_problem(shapes: Shapes, device: torch.device) -> Problem:
     """Shared-prefix attention of a row with two groups, and the gradients of queries, keys and values."""
     layout, scale = _row_layout(), shapes.head_dim**-0.5
     heads = (shapes.num_heads, shapes.num_key_heads, shapes.num_key_heads, shapes.num_heads)
-    made = [
-        _normal((layout[-1].end, n, shapes.head_dim), seed, device).to(shapes.dtype) for seed, n in enumerate(heads)
-    ]
+    made = [normal((layout[-1].end, n, shapes.head_dim), seed, device).to(shapes.dtype) for seed, n in enumerate(heads)]
 
     def outputs(attend: Callable[..., Tensor], dtype: torch.dtype) -> Outputs:
         return _attention_outputs(lambda *qkv: attend(*qkv, layout, scale), made, dtype)
@@ -230,7 +233,7 @@ def tower_problem(shapes: Shapes, device: torch.device) -> Problem:
     lengths = [64, 64, 40, 16, 200] if not is_interpreted() else [16, 9]
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
     shape, scale = (sum(lengths), shapes.tower_heads, shapes.tower_head_dim), shapes.tower_head_dim**-0.5
-    made = [_normal(shape, seed, device).to(shapes.dtype) for seed in range(4)]
+    made = [normal(shape, seed, device).to(shapes.dtype) for seed in range(4)]
 
     def in_one_call(query_PHC: Tensor, key_PHC: Tensor, value_PHC: Tensor) -> Tensor:
         return flash_varlen(query_PHC, key_PHC, value_PHC, ends, max(lengths), scale)
@@ -272,4 +275,7 @@ def ways_of(kernel: str, dtype: torch.dtype) -> tuple[str, ...]:
         "attention": ("flash", "triton") if half else ("triton",),  # no flash attention has float32
         "tower": ("flash",) if half else (),
         "patchify": ("triton",),
+        "norm": ("liger",),
+        "mlp": ("liger",),
+        "rotary": ("triton",),
     }[kernel]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from vcr1_kernels.prefix_attention import attention_backend
 
-from vcr1_fast.learner import kernel_problems
+from vcr1_fast.learner import kernel_problems, operator_problems
 from vcr1_fast.learner.kernel_choice import KernelChoice, Pick, cpu_choice, plain_choice
 from vcr1_fast.learner.kernel_memory import Memory, Verdict, machine_key
 from vcr1_fast.learner.kernel_problems import Outputs, Problem, Shapes, ways_of
@@ -66,6 +66,7 @@ class Subject:
             trains_head=config.model.lora.rank == 0,
             trains_tower=not config.model.is_tower_frozen,
             temperature=config.rollout.temperature,
+            model_type=checkpoint.model_type,
         )
         return cls(shapes, config.algorithm)
 
@@ -80,7 +81,8 @@ class Subject:
         if kernel == "policy_loss":
             losses = {self.algorithm.loss: policy_loss(self.algorithm), "sft": negative_log_likelihood}
             return kernel_problems.policy_loss_problem(self.shapes, device, losses)
-        return getattr(kernel_problems, f"{kernel}_problem")(self.shapes, device)
+        module = operator_problems if kernel in operator_problems.KERNELS else kernel_problems
+        return getattr(module, f"{kernel}_problem")(self.shapes, device)
 
     def key(self) -> dict[str, str]:
         loss = policy_loss(self.algorithm)

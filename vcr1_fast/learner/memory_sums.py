@@ -268,7 +268,7 @@ def _update_bytes(
     has_lora, has_rows = config.model.lora.rank > 0, tokens.groups_per_gpu > tokens.groups_per_row
     head = head_peak_bytes(tokens.scored_rows, size.hidden, size.vocab, dtype, trains_weight=not has_lora)
     head_gradient = 0 if has_lora else 4 * size.vocab * size.hidden  # whole until backward reaches the embedding
-    decoder_kept, layer = decoder_bytes(size, tokens.row, _recompute(config))
+    decoder_kept, layer = decoder_bytes(size, tokens.row, _recompute(config), config.model.kernels != "off")
     tower_kept, block = tower_bytes(size, tokens, config)
     always = {"gathered blocks": gathered, "whole gradients until the last row": whole}
     kept = {"decoder activations": decoder_kept, "tower activations": tower_kept}
@@ -288,19 +288,20 @@ def _recompute(config: Config) -> Recompute:
     return "none" if mode == "auto" else mode
 
 
-def decoder_bytes(size: ModelSize, num_tokens: int, mode: Recompute) -> tuple[int, int]:
+def decoder_bytes(size: ModelSize, num_tokens: int, mode: Recompute, has_kernels: bool = True) -> tuple[int, int]:
     """What backward needs of the decoder, in bfloat16: (kept of all layers, of one layer while it is recomputed).
 
-        layer = 20 D + 2 H + 4 K + 8 I       per token: two norms (float32 input 4D, scaled 2D, output 2D), q and
-                                             attention output, keys and values, four MLP products; the residual is the
-                                             norm's input
+        layer = 8 D + 4 H + 4 K + 6 I        per token: the residual before each norm and what the norm gives, q and
+                                             attention output, keys and values, gate, up and their product
         kept  = layers x layer;  full: layers x 2 D
         selective: layers x (4 D + 4 H + 4 I): the layer's input, and what attention and products that widen gave
 
-    An estimate from the operators' saved tensors; on one GPU the residual is float32 and takes 2 D more a layer.
+    Without kernels (model.kernels=off) 8 D + 2 I more: a norm's row in float32 and scaled, the gate's activation.
+    An estimate from the operators' saved tensors; on one GPU the residual is float32 and takes 4 D more a layer.
     """
     d = size.hidden
-    layer = num_tokens * (16 * d + 4 * size.heads_width + 4 * size.key_width + 8 * size.mlp)
+    layer = num_tokens * (8 * d + 4 * size.heads_width + 4 * size.key_width + 6 * size.mlp)
+    layer += 0 if has_kernels else num_tokens * (8 * d + 2 * size.mlp)
     wide = 4 * d + 4 * size.heads_width + 4 * size.mlp
     kept = {"none": layer, "selective": num_tokens * wide, "full": num_tokens * 2 * d}[mode]
     return size.layers * kept, 0 if mode == "none" else layer
@@ -309,15 +310,17 @@ def decoder_bytes(size: ModelSize, num_tokens: int, mode: Recompute) -> tuple[in
 def tower_bytes(size: ModelSize, tokens: TokenPlan, config: Config) -> tuple[int, int]:
     """What backward needs of the tower, in bfloat16: (kept of all blocks, of one block while it is recomputed).
 
-        block = 30 d + 8 i                   per patch (4 to a video token, all videos of a row at once): as in the
-                                             decoder, with q, k, v kept whole and attention output kept twice
+        block = 20 d + 6 i                   per patch (4 to a video token, all videos of a row at once): as in the
+                                             decoder, with q and k kept before their rotation as well as after;
+                                             without kernels 30 d + 8 i
         kept  = 2352 + depth x block;  full: 2352 + depth x 2 d;  selective: 2352 + depth x (12 d + 4 i);
         frozen: one block, before the decoder
 
     2352 bytes are the pixels of a patch, which the gradient of the patch embedding needs.
     """
     num_patches = tokens.groups_per_row * tokens.video * PATCHES_PER_TOKEN
-    d, block = size.tower_width, num_patches * (30 * size.tower_width + 8 * size.tower_mlp)
+    d, block = size.tower_width, num_patches * (20 * size.tower_width + 6 * size.tower_mlp)
+    block += num_patches * (10 * d + 2 * size.tower_mlp) if config.model.kernels == "off" else 0
     if config.model.is_tower_frozen:
         return 0, block
     pixels, mode = num_patches * 2 * PATCH_VALUES, _recompute(config)

@@ -80,6 +80,7 @@ class PolicyModel(nn.Module):
         use_packed_attention(self.family.decoder(hf))
         tower = self.family.tower(hf)
         self.kernels.switch_tower(tower, device or hf.device, compute_dtype)
+        self.kernels.switch_operators(hf, self.family.operators, device or hf.device)
         if config.freeze_vision:
             tower.requires_grad_(False)
         recompute.switch_on(hf, config.gradient_checkpointing)

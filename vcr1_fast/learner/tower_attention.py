@@ -58,7 +58,7 @@ def varlen_attention(
     """
     _check_mask(attention_mask)
     longest = max(_lengths(tower_segments, cu_seq_lens_q))
-    query_PHC, key_PHC, value_PHC = (x[0].transpose(0, 1) for x in (query, key, value))
+    query_PHC, key_PHC, value_PHC = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     return flash_varlen(query_PHC, key_PHC, value_PHC, cu_seq_lens_q, longest, scaling).unsqueeze(0), None
 
 

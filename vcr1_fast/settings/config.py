@@ -53,12 +53,12 @@ class ModelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs. auto: CUDA when torch sees a GPU."""
     kernels: Literal["auto", "required", "off"] = "auto"
-    """auto: the fused head, shared-prefix attention and the rest of vcr1_kernels; on CUDA each of them is compared with
-    its plain path when a run starts, and one that does not hold is left out and named. required: the run then does not
-    start. off: the plain torch definitions, for comparison."""
+    """auto: the fused head, shared-prefix attention and the rest of vcr1_kernels, on CUDA with Liger's norms and MLPs;
+    there each of them is compared with its plain path when a run starts, and one that does not hold is left out and
+    named. required: the run then does not start. off: plain torch and transformers' own modules, for comparison."""
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What of decoder layers and tower blocks runs again in the backward pass. full: all, least memory, about one third
-    more time. selective: all but matrix products and attention, about half of the memory that none takes. auto: the
+    more time. selective: all but matrix products and attention, about two thirds of what none keeps. auto: the
     first of none, selective and full whose worst step fits into the GPU; without one none."""
     freeze_vision: bool = False
     """Train the language model only."""

@@ -65,7 +65,9 @@ def load_frozen_tower(
     compute_buffers(visual)
     load_weights(visual, folder, device, family, f"{family.tower_name}.")
     visual.eval().requires_grad_(False)
-    (kernels or KernelChoice()).switch_tower(visual, device, dtype)
+    kernels = kernels or KernelChoice()
+    kernels.switch_tower(visual, device, dtype)
+    kernels.switch_operators(visual, family.operators, device)
     return FrozenTower(family, visual, _digest(visual, folder, family))
 
 

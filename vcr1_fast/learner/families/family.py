@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout
 
+from vcr1_fast.learner.model_operators import ModelOperators
+
 Grid = tuple[int, int, int]  # (frame pairs, rows, columns) in patches
 
 
@@ -75,6 +77,11 @@ class ModelFamily(Protocol):
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """The matrices of a decoder layer that get an adapter where no setting says which."""
+        ...
+
+    @property
+    def operators(self) -> ModelOperators:
+        """The modules whose work kernels can do."""
         ...
 
     def module_name(self, name: str) -> str:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout
 
 from vcr1_fast.learner.families.family import Grid, TowerInputs, TowerWork
+from vcr1_fast.learner.model_operators import ModelOperators, RotaryCall
 from vcr1_fast.learner.tower_attention import TowerSegments
 
 # transformers names the parts of the model by its modules, the published checkpoints and other engines by these.
@@ -32,6 +33,12 @@ class Qwen25VL:
     tower_name = "model.visual"
     layers_name = "model.language_model.layers"
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    operators = ModelOperators(
+        norms=(modeling.Qwen2_5_VLRMSNorm,),
+        mlps=(modeling.Qwen2MLP, modeling.Qwen2_5_VLMLP),
+        text=RotaryCall(modeling.Qwen2_5_VLAttention, ("apply_rotary_pos_emb", "apply_multimodal_rotary_pos_emb")),
+        tower=RotaryCall(modeling.Qwen2_5_VLVisionAttention, ("apply_rotary_pos_emb_vision",)),
+    )
 
     def module_name(self, name: str) -> str:
         if name.startswith(tuple(_RENAMED)):
@@ -55,7 +62,7 @@ class Qwen25VL:
 
     def build_tower(self, config: Any) -> Any:
         config.vision_config._attn_implementation = "sdpa"
-        return Qwen2_5_VisionTransformerPretrainedModel(config.vision_config)
+        return modeling.Qwen2_5_VisionTransformerPretrainedModel(config.vision_config)
 
     def tower(self, hf: Any) -> Any:
         return hf.model.visual
@@ -137,4 +144,4 @@ class Qwen25VL:
             prefix_layout=layout,
             prefix_backend=backend,
         )
-        return output.last_hidden_state[0]
+        return output.last_hidden_state.squeeze(0)  # the gradient of [0] would be a copy into zeros
