@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from transformers.models.qwen3_vl import modeling_qwen3_vl as modeling
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -24,6 +24,7 @@ from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout
 
 from vcr1_fast.learner.families.family import Grid, TowerInputs, TowerWork
 from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
+from vcr1_fast.learner.model_operators import ModelOperators, RotaryCall
 from vcr1_fast.learner.tower_attention import TowerSegments
 
 
@@ -33,6 +34,12 @@ class Qwen3VL(Qwen25VL):
     model_type = "qwen3_vl"
     model_class: type[PreTrainedModel] = Qwen3VLForConditionalGeneration
     patch_values = 3 * 2 * 16 * 16
+    operators = ModelOperators(
+        norms=(modeling.Qwen3VLTextRMSNorm,),
+        mlps=(modeling.Qwen3VLTextMLP,),
+        text=RotaryCall(modeling.Qwen3VLTextAttention, ("apply_rotary_pos_emb",)),
+        tower=RotaryCall(modeling.Qwen3VLVisionAttention, ("apply_rotary_pos_emb_vision",)),
+    )
 
     def module_name(self, name: str) -> str:
         return name  # its published checkpoints name the parts as its modules do
@@ -45,7 +52,7 @@ class Qwen3VL(Qwen25VL):
 
     def build_tower(self, config: Any) -> Any:
         config.vision_config._attn_implementation = "sdpa"
-        return Qwen3VLVisionModel(config.vision_config)
+        return modeling.Qwen3VLVisionModel(config.vision_config)
 
     def tower_work(self, config: Any) -> TowerWork:
         """Letters: d width, i MLP width. A patch's products: embedding, blocks (4 d d + 2 d i), its share of the 1 + K
