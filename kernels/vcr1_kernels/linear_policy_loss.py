@@ -29,10 +29,9 @@ from .backend import Backend, runs_triton
 from .head_chunks import (
     Head,
     HeadGradients,
+    check_chunk_rows,
     check_head_inputs,
     effective_logits_dtype,
-    resolve_chunk_rows,
-    row_chunks,
     scale_unless_one_,
     temperature_to_scale,
     without_autocast,
@@ -65,19 +64,20 @@ def is_sequence_level(loss: LossFunction, tokens: TokenVectors) -> bool:
     return bool(getattr(loss, "is_sequence_level", tokens.sequence_lens is not None))
 
 
-def plan_pieces(loss: LossFunction, tokens: TokenVectors, num_rows: int, chunk_rows: int) -> Plan:
+def plan_pieces(loss: LossFunction, tokens: TokenVectors, head: Head, chunk_rows: int | None) -> Plan:
     """Chunks of the rows that have a coefficient, then chunks of those that have none (1 GEMM instead of 3).
 
     Which rows those are is read from `tokens.is_zero_on_host`, else from `loss.zero_rows(tokens)`; on CUDA tensors that
     waits for the device once, on CPU tensors not at all.
     """
+    num_rows = head.hidden_ND.shape[0]
     lens = tokens.sequence_lens if is_sequence_level(loss, tokens) else None
     zero_rows: Callable[[TokenVectors], Tensor] | None = getattr(loss, "zero_rows", None)
     zero_N = tokens.is_zero_on_host
     if zero_N is None:
         zero_N = zero_rows(tokens).cpu() if zero_rows is not None else torch.zeros(num_rows, dtype=torch.bool)
     if not bool(zero_N.any()):
-        chunks = row_chunks(num_rows, chunk_rows, lens) or [(0, 0)]
+        chunks = head.chunks(chunk_rows, num_rows, lens) or [(0, 0)]
         return Plan(None, lens, [Piece(start, stop, True) for start, stop in chunks])
     live_lens = idle_lens = None
     if lens is not None:  # a sequence is dropped as a whole or not at all
@@ -88,8 +88,8 @@ def plan_pieces(loss: LossFunction, tokens: TokenVectors, num_rows: int, chunk_r
         lens = (*live_lens, *idle_lens)
     num_idle = int(zero_N.sum())
     num_live = num_rows - num_idle
-    pieces = [Piece(start, stop, True) for start, stop in row_chunks(num_live, chunk_rows, live_lens)]
-    idle = row_chunks(num_idle, chunk_rows, idle_lens)
+    pieces = [Piece(start, stop, True) for start, stop in head.chunks(chunk_rows, num_live, live_lens)]
+    idle = head.chunks(chunk_rows, num_idle, idle_lens)
     pieces += [Piece(num_live + start, num_live + stop, False) for start, stop in idle]
     is_in_order = bool(zero_N[num_live:].all())  # the idle rows come last anyway
     return Plan(None if is_in_order else zero_N.to(torch.uint8).argsort(stable=True), lens, pieces)
@@ -258,8 +258,9 @@ def fused_linear_policy_loss(
     check_loss(loss, tokens, num_rows)
     dtype = effective_logits_dtype(hidden_ND.dtype, logits_dtype)
     scale_N = temperature_to_scale(temperature, num_rows, hidden_ND)
-    chunk_rows = resolve_chunk_rows(chunk_rows, weight_VD, dtype)
-    plan = plan_pieces(loss, tokens, num_rows, chunk_rows)
+    check_chunk_rows(chunk_rows)
+    head = Head(hidden_ND, weight_VD, target_N, scale_N, dtype, runs_triton(backend, hidden_ND))
+    plan = plan_pieces(loss, tokens, head, chunk_rows)
     ordered, order_N = _in_order(tokens, plan, hidden_ND.device)
     names: list[str] = []
     with without_autocast(hidden_ND):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from vcr1_kernels import PolicyLoss, TokenVectors, fused_linear_policy_loss, logprob_of_logits, policy_loss, reference
+from vcr1_kernels.head_chunks import Head
 from vcr1_kernels.linear_policy_loss import plan_pieces
 from vcr1_kernels.losses import LossFunction
 
@@ -106,17 +107,18 @@ def test_rows_without_coefficient_are_scored_but_not_trained(zero: tuple[int, ..
 
 
 def test_plan_of_dropped_rows():
-    *_, tokens = make(zero_sequences=(0, 2))
-    plan = plan_pieces(PolicyLoss(), tokens, NUM_ROWS, 8)
+    hidden, weight, target, tokens = make(zero_sequences=(0, 2))
+    head = Head(hidden, weight, target, torch.ones(NUM_ROWS), torch.float32, False)
+    plan = plan_pieces(PolicyLoss(), tokens, head, 8)
     # 15 live rows (1 + 5 + 9), then the 19 of sequences 0 and 2
     assert plan.pieces == [(0, 8, True), (8, 15, True), (15, 23, False), (23, 31, False), (31, 34, False)]
     assert plan.order_N is not None and plan.sequence_lens is None
     assert plan.order_N.tolist() == [7, *range(20, 34), *range(7), *range(8, 20)]
-    plan = plan_pieces(PolicyLoss("gspo"), tokens, NUM_ROWS, 8)
+    plan = plan_pieces(PolicyLoss("gspo"), tokens, head, 8)
     # whole sequences: 1 + 5, 9, then 7 and 12; that without a token goes with the idle ones
     assert plan.sequence_lens == (1, 5, 9, 7, 12, 0)
     assert plan.pieces == [(0, 6, True), (6, 15, True), (15, 22, False), (22, 34, False)]
-    plan = plan_pieces(PolicyLoss(beta=0.1), tokens, NUM_ROWS, 8)  # with a KL every row has a coefficient
+    plan = plan_pieces(PolicyLoss(beta=0.1), tokens, head, 8)  # with a KL every row has a coefficient
     assert plan.order_N is None and [p.needs_gradient for p in plan.pieces] == [True] * 5
 
 
