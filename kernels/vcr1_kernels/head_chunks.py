@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ._ops import add_op_namespace_prefix
 from .backend import runs_triton
 from .head_rows import exp_rows, gradient_rows
 from .input_checks import check_target_dtype, check_tensors
@@ -261,6 +262,10 @@ class HeadGradients:
         self._weight_grad_VD: Tensor | None = None  # the first chunk makes it: no pass that only writes zeros
 
     @property
+    def are_needed(self) -> bool:
+        return self._need_hidden or self._need_weight
+
+    @property
     def weight_VD(self) -> Tensor:  # noqa: N802 - named like the tensor it is
         """What was added so far, zeros when nothing was."""
         if self._weight_grad_VD is None:
@@ -297,6 +302,7 @@ class HeadGradients:
             self._add_to_weight(exp_CV.T, (hidden_CD * coefficient_C[:, None]).to(hidden_CD.dtype))
 
 
+@torch.library.custom_op(add_op_namespace_prefix("scale_unless_one"), mutates_args=("x",))
 def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
     """x *= factor, a scalar tensor.
 
@@ -309,3 +315,8 @@ def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
         head_rows_launch.scale_unless_one_(x, factor)
     elif x.device.type != "cpu" or float(factor) != 1.0:
         x.mul_(factor)
+
+
+@scale_unless_one_.register_fake
+def _(x, factor):
+    return None

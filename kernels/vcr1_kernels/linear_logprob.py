@@ -186,7 +186,7 @@ def can_keep(hidden_ND: Tensor, vocab_size: int) -> bool:
     """
     num_bytes = hidden_ND.shape[0] * vocab_size * hidden_ND.element_size()
     is_fixed = torch.compiler.is_compiling() or isinstance(hidden_ND, FakeTensor)
-    if not is_fixed and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if not is_fixed and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # pyright: ignore
         return False
     if is_fixed or not hidden_ND.is_cuda or torch.cuda.is_current_stream_capturing():
         return num_bytes <= KEEP_BYTES

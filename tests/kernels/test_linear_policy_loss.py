@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from vcr1_kernels import PolicyLoss, TokenVectors, fused_linear_policy_loss, logprob_of_logits, policy_loss, reference
 from vcr1_kernels.head_chunks import Head
-from vcr1_kernels.linear_policy_loss import plan_pieces
 from vcr1_kernels.losses import LossFunction
+from vcr1_kernels.policy_visit import plan_pieces
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "triton"]
@@ -238,6 +242,82 @@ def test_inside_a_compiled_function():
     hidden.grad = None
     (fused_linear_policy_loss(hidden * 2.0, weight, target, PolicyLoss(), tokens)[0] + 1.0).backward()
     torch.testing.assert_close(compiled, hidden.grad)
+
+
+def value_sums_and_gradients(
+    function: Callable[..., Any], hidden: Tensor, weight: Tensor, *inputs: Any
+) -> tuple[Tensor, dict[str, float], list[Tensor | None]]:
+    hidden.grad = weight.grad = None
+    value, sums = function(hidden, weight, *inputs)
+    (3.0 * value).backward()
+    return value.detach(), {name: float(x) for name, x in sums.items()}, [hidden.grad, weight.grad]
+
+
+@pytest.mark.parametrize(
+    "name,compiler",
+    [
+        ("grpo no kl", "aot_eager"),  # rows without a coefficient
+        ("dapo entropy", "aot_eager"),
+        ("sequence mask", "aot_eager"),
+        pytest.param("gspo", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_without_a_break(name: str, compiler: str):
+    torch._dynamo.reset()
+    hidden, weight, target, tokens = make(zero_sequences=(0, 2))
+
+    def step(hidden: Tensor, weight: Tensor, tokens: TokenVectors) -> tuple[Tensor, dict[str, Tensor]]:
+        return fused_linear_policy_loss(hidden * 2.0, weight, target, LOSSES[name], tokens, 0.9, chunk_rows=8)
+
+    inputs = hidden, weight, cast(tokens, torch.float32)
+    wanted = value_sums_and_gradients(step, *inputs)
+    got = value_sums_and_gradients(torch.compile(step, fullgraph=True, backend=compiler), *inputs)
+    assert torch.equal(got[0], wanted[0]) and list(got[1]) == list(wanted[1])
+    assert got[1] == pytest.approx(wanted[1], rel=1e-6)  # counts are float32 here
+    for a, b in zip(got[2], wanted[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0.0)
+
+
+def test_exports_as_one_operator_and_compiles_with_a_frozen_weight():
+    hidden, weight, target, tokens = make()
+    tokens, loss = cast(tokens, torch.float32), PolicyLoss("gspo", clip_high=0.28)
+    weight.requires_grad_(False)
+
+    class Module(torch.nn.Module):
+        def forward(self, hidden: Tensor, advantage_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            changed = replace(tokens, advantage_N=advantage_N)
+            return fused_linear_policy_loss(hidden, weight, target, loss, changed, 0.9)
+
+    wanted = Module()(hidden, tokens.advantage_N)
+    exported = torch.export.export(Module(), (hidden, tokens.advantage_N))
+    names = {str(node.target) for node in exported.graph.nodes}
+    assert "vcr1_kernels.linear_policy_loss.default" in names and "aten.mm.default" not in names
+    got = exported.module()(hidden, tokens.advantage_N)
+    assert torch.equal(got[0], wanted[0]) and float(got[1]["entropy"]) == pytest.approx(float(wanted[1]["entropy"]))
+    got = torch.compile(Module(), fullgraph=True, backend="aot_eager")(hidden, tokens.advantage_N)
+    torch.testing.assert_close(torch.autograd.grad(got[0], hidden), torch.autograd.grad(wanted[0], hidden))
+
+
+@pytest.mark.parametrize("loss", [*LOSSES.values(), PolicyLoss(dialect="verl", dual_clip=float("inf"))])
+def test_what_a_compiled_graph_is_told_of_a_loss(loss: PolicyLoss):
+    *_, tokens = make()
+    logprob_N = torch.zeros(NUM_ROWS, dtype=torch.float64)
+    for given in (tokens, replace(tokens, sampling_logprob_N=None)):
+        if given is tokens or loss.sampling_correction == "none":
+            assert list(loss(logprob_N, logprob_N, given)[1]) == loss.sum_names(given)
+    assert PolicyLoss.from_settings(loss.settings) == loss
+    assert PolicyLoss(clip_low=0.1).settings != PolicyLoss().settings
+
+
+def test_the_operators_are_registered_right():
+    hidden, weight, target, tokens = make()
+    tokens = cast(tokens, torch.float32)
+    vectors, scale = [tokens.advantage_N, tokens.weight_N], torch.ones(NUM_ROWS, device=DEVICE)
+    for loss, lens in ((PolicyLoss(), None), (PolicyLoss("gspo"), list(LENS))):
+        arguments = (hidden.detach(), weight.detach(), target, scale, vectors, "advantage_N weight_N", lens)
+        options = (loss.settings, 6, torch.float32, 8, False, True, True)
+        torch.library.opcheck(torch.ops.vcr1_kernels.linear_policy_loss, (*arguments, *options))
+    torch.library.opcheck(torch.ops.vcr1_kernels.scale_unless_one, (torch.ones(5), torch.tensor(2.0)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
