@@ -9,8 +9,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vcr1_kernels import PolicyLoss, TokenVectors, fused_linear_policy_loss, logprob_of_logits, policy_loss, reference
-from vcr1_kernels.head_chunks import Head
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from vcr1_kernels import (
+    PolicyLoss,
+    PrefixGroup,
+    TokenVectors,
+    fused_linear_logprob,
+    fused_linear_policy_loss,
+    logprob_of_logits,
+    patchify,
+    policy_loss,
+    prefix_attention,
+    reference,
+)
+from vcr1_kernels.head_chunks import Head, scale_unless_one_
 from vcr1_kernels.losses import LossFunction
 from vcr1_kernels.policy_visit import plan_pieces
 
@@ -318,6 +330,26 @@ def test_the_operators_are_registered_right():
         options = (loss.settings, 6, torch.float32, 8, False, True, True)
         torch.library.opcheck(torch.ops.vcr1_kernels.linear_policy_loss, (*arguments, *options))
     torch.library.opcheck(torch.ops.vcr1_kernels.scale_unless_one, (torch.ones(5), torch.tensor(2.0)))
+
+
+def test_on_fake_tensors_no_kernel_is_launched(monkeypatch: pytest.MonkeyPatch):
+    """A launch outside of an operator would run there, on memory that does not exist."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    options: dict[str, Any] = {"backend": "triton"}
+    with FakeTensorMode():
+        hidden, weight, logits = (torch.empty(6, n, requires_grad=True) for n in (16, 16, 6))
+        target = torch.zeros(6, dtype=torch.long)
+        tokens = TokenVectors(torch.empty(6), torch.empty(6), sequence_lens=(2, 4))
+        loss, _ = fused_linear_policy_loss(hidden, weight, target, PolicyLoss("gspo"), tokens, **options)
+        loss.backward()
+        for values in fused_linear_logprob(hidden, weight, target, entropy_grad=True, **options):
+            values.sum().backward(retain_graph=True)
+        policy_loss(logits * 1.0, target, PolicyLoss("dapo", entropy_coef=0.1), tokens, **options)[0].backward()
+        scale_unless_one_(torch.empty(5), torch.ones(()))
+        assert patchify(torch.empty(2, 28, 28, 3, dtype=torch.uint8), **options).shape == (4, 1176)
+        query, key = torch.empty(9, 4, 64, requires_grad=True), torch.empty(9, 2, 64)
+        prefix_attention(query, key, key, (PrefixGroup(0, 5, (4,)),), 0.1, **options).sum().backward()
+    assert all(isinstance(x.grad, FakeTensor) for x in (hidden, weight, logits, query))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
