@@ -52,9 +52,10 @@ class HeadProblem:
     def sequence_lens(self) -> tuple[int, ...]:
         return (self.num_tokens // NUM_SEQUENCES,) * NUM_SEQUENCES
 
-    def loss(self, logprob_T: Tensor) -> Tensor:
-        ratio_T = torch.exp(logprob_T - logprob_T.detach())
-        return -(self.weight_T * self.advantage_T * ratio_T).sum()
+    def loss(self, logprob_C: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Of `rows`, whose log-probs these are."""
+        ratio_C = torch.exp(logprob_C - logprob_C.detach())
+        return -(self.weight_T[rows] * self.advantage_T[rows] * ratio_C).sum()
 
 
 def make_head_problem(head: HeadSize, num_tokens: int, dtype: torch.dtype, device: torch.device) -> HeadProblem:
@@ -149,6 +150,32 @@ def our_policy_loss() -> Callable[[HeadProblem], Outputs]:
     return run
 
 
+def _finished_by_chunk(chunk_rows: Callable[[int], int]) -> Callable[[], Callable[[HeadProblem], Outputs]]:
+    """Logits, loss and backward of one chunk after the other by autograd: 3 GEMMs, the logits in the inputs' dtype, the
+    weight's gradient added up in the weight's. Written out here, because the classes that do so, XTuner's in
+    v1/loss/chunk_loss.py and torchtitan's in components/loss.py, import their trainers."""
+
+    def run(problem: HeadProblem) -> Outputs:
+        hidden_TD, weight_VD = _leaves(problem)
+        grad_hidden_TD = torch.empty_like(problem.hidden_TD)
+        total = problem.weight_T.new_zeros(())
+        size = chunk_rows(problem.num_tokens)
+        for start in range(0, problem.num_tokens, size):
+            rows = slice(start, start + size)
+            hidden_CD = hidden_TD.detach()[rows].requires_grad_()
+            logits_CV = (hidden_CD @ weight_VD.T).float()
+            logprob_C = -torch.nn.functional.cross_entropy(logits_CV, problem.target_T[rows], reduction="none")
+            loss = problem.loss(logprob_C, rows)
+            loss.backward()
+            assert hidden_CD.grad is not None
+            grad_hidden_TD[rows] = hidden_CD.grad
+            total += loss.detach()
+        assert weight_VD.grad is not None
+        return {"loss": total, "grad_hidden": grad_hidden_TD, "grad_weight": weight_VD.grad}
+
+    return lambda: run
+
+
 def _liger_grpo(autocast: bool) -> Callable[[], Callable[[HeadProblem], Outputs]]:
     def loader() -> Callable[[HeadProblem], Outputs]:
         loss_function = peers.liger_grpo_loss()
@@ -191,6 +218,8 @@ TRAINED: dict[str, Callable[[], Runner]] = {
     "vcr1 logprob, recompute": _through_logprob(our_logprob("none")),
     "vcr1 logprob, keep probs": _through_logprob(our_logprob("probs")),
     "torch eager": _through_logprob(lambda: peers.torch_logprob),
+    "XTuner's way, 1024 rows": _finished_by_chunk(lambda num_tokens: 1024),
+    "torchtitan's way, 8 chunks": _finished_by_chunk(lambda num_tokens: -(-num_tokens // 8)),
     "TRL chunked logprob": _through_logprob(peers.trl_chunked_logprob),
     "Liger GRPO": _liger_grpo(autocast=False),
     "Liger GRPO, autocast": _liger_grpo(autocast=True),

@@ -45,6 +45,8 @@ def runs_triton(backend: Backend, tensor: Tensor) -> bool:
         raise ValueError(f"backend is {backend!r}, wanted auto, torch or triton")
     if backend == "torch" or (backend == "auto" and not tensor.is_cuda):
         return False
+    if torch.compiler.is_compiling():
+        return True  # the questions below are not for a graph; a kernel that cannot run raises when it is launched
     reason = None if is_interpreted() else unavailable_reason()
     if reason is None and not tensor.is_cuda and not is_interpreted():
         reason = "the tensor is on the CPU (set TRITON_INTERPRET=1 to run kernels in Triton's interpreter)"

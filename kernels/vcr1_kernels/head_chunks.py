@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ._ops import add_op_namespace_prefix
 from .backend import runs_triton
 from .head_rows import exp_rows, gradient_rows
 from .input_checks import check_target_dtype, check_tensors
@@ -23,46 +24,53 @@ from .upload import upload
 
 NUM_SMS = 132  # H100 SXM and H200
 TILE_ROWS, TILE_COLS = 128, 256  # cuBLAS's usual bfloat16 tile on Hopper
-CHUNK_BYTES = 4 << 30  # logits and their gradient of one chunk: 4,096 rows at V = 152k with float32 logits
+GEMM_TFLOPS, MEMORY_TBS = 680.0, 2.7  # rates that chunks are weighed by: assumed for an H100, not measured here
+CHUNK_BYTES = 7 << 29  # logits and their gradient of one chunk: 4,096 rows at V = 152k with float32 logits
 HEAD_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 VECTORS_PER_ROW = 64  # numbers of a row beside its matrices: statistics, the loss and its autograd; ours take 32
 HAS_MM_OUT_DTYPE = ("cuda", "meta")  # devices where torch.mm gives sums of bfloat16 products in float32
 
 
-def wave_efficiency(num_rows: int, hidden_size: int) -> float:
-    """Share of the multiprocessors at work, on average, in the [C, V] x [V, D] product of backward.
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
-    tiles = ceil(C / 128) ceil(D / 256);  efficiency = (C D / tile) / (132 ceil(tiles / 132))
-    """
+
+def num_waves(num_rows: int, hidden_size: int) -> int:
+    """How often all multiprocessors work on a tile each in the [C, V] x [V, D] product of backward."""
     tiles = math.ceil(num_rows / TILE_ROWS) * math.ceil(hidden_size / TILE_COLS)
-    useful = num_rows * hidden_size / (TILE_ROWS * TILE_COLS)
-    return useful / (NUM_SMS * math.ceil(tiles / NUM_SMS))
+    return math.ceil(tiles / NUM_SMS)
 
 
-def auto_chunk_rows(hidden_size: int, vocab_size: int, bytes_per_logit: int) -> int:
-    """Rows of a chunk: the most efficient multiple of 128 in the upper half of what CHUNK_BYTES allows.
+def largest_chunk(vocab_size: int, bytes_per_logit: int) -> int:
+    """Rows, a multiple of 128, that CHUNK_BYTES allows."""
+    return max(CHUNK_BYTES // (vocab_size * bytes_per_logit) // TILE_ROWS, 1) * TILE_ROWS
 
-    Every chunk reads and writes the float32 gradient of the weight once (1 ms on an H200 for a 7B head), so chunks are
-    large; but 2,304 rows of a 2,048-wide head would leave half of the last wave idle where 2,048 rows fill 0.97.
+
+def auto_chunk_rows(num_rows: int, hidden_size: int, vocab_size: int, bytes_per_logit: int) -> int:
+    """Rows of a chunk, a multiple of 128: N rows in equal chunks, as many as cost least, none above `largest_chunk`.
+
+    k chunks of C rows cost k (waves(C) + p) waves. p: what it costs to read and write the float32 gradient of the
+    weight once a chunk, 8 V D bytes, in waves of 2 x 128 x 256 x 132 V FLOPs; 0.83 for a 7B head, 0.48 for a 3B one.
+    4,096 rows of a 7B head are one chunk (4 waves, one pass), where 3,584 and 512 would be 4 waves and two passes.
     """
-    most = max(CHUNK_BYTES // (vocab_size * bytes_per_logit) // TILE_ROWS * TILE_ROWS, TILE_ROWS)
-    candidates = range(most, max(most // 2, TILE_ROWS) - 1, -TILE_ROWS)
-    return max(candidates, key=lambda rows: (round(wave_efficiency(rows, hidden_size), 2), rows))
+    wave_flop = 2 * TILE_ROWS * TILE_COLS * NUM_SMS
+    weight_pass = (8 * hidden_size / MEMORY_TBS) / (wave_flop / GEMM_TFLOPS)
+    num_rows = max(num_rows, 1)
+    fewest = math.ceil(num_rows / largest_chunk(vocab_size, bytes_per_logit))
+    sizes = [_round_up(math.ceil(num_rows / k), TILE_ROWS) for k in range(fewest, 2 * fewest + 1)]
+
+    def cost(rows: int) -> float:
+        whole, rest = divmod(num_rows, rows)
+        waves = whole * num_waves(rows, hidden_size) + num_waves(rest, hidden_size)
+        return waves + weight_pass * math.ceil(num_rows / rows)
+
+    return min(sizes, key=cost)
 
 
 def check_chunk_rows(chunk_rows: int | None) -> None:
     """ValueError unless it is None or an int >= 1."""
     if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise ValueError(f"chunk_rows is {chunk_rows!r}, wanted an int >= 1, or None to have it chosen")
-
-
-def resolve_chunk_rows(chunk_rows: int | None, weight_VD: Tensor, logits_dtype: torch.dtype) -> int:
-    """What was asked for, or what `auto_chunk_rows` chooses for logits and a gradient of them in the weight's dtype."""
-    check_chunk_rows(chunk_rows)
-    if chunk_rows is not None:
-        return chunk_rows
-    vocab_size, hidden_size = weight_VD.shape
-    return auto_chunk_rows(hidden_size, vocab_size, logits_dtype.itemsize + weight_VD.dtype.itemsize)
 
 
 def head_peak_bytes(
@@ -75,7 +83,8 @@ def head_peak_bytes(
     chunk_rows: int | None = None,
     trains_weight: bool = True,
 ) -> int:
-    """Most bytes that a fused head holds at a time besides its inputs, over forward and backward, results included.
+    """Most bytes that a fused head holds at a time besides its inputs, over forward and backward, results included,
+    with N rows or fewer.
 
         peak  = gradients + chunk + vectors, or what is handed out where that is more
         chunk     C (V b + max(V l, D (s + 2 b)))   E or d(logits) beside the logits, or beside the scaled operands
@@ -84,15 +93,15 @@ def head_peak_bytes(
         handed out, when no chunk is left: the gradient in s and its copy in b
         vectors   64 N s                            at most
 
-    N rows, C those of the largest chunk (`auto_chunk_rows`, or the longest sequence of a sequence-level loss), D hidden
+    N rows, C those of the largest chunk (`largest_chunk`, or the longest sequence of a sequence-level loss), D hidden
     size, V vocabulary; bytes of an element: b of the inputs, l of the logits, s of sums (4, or 8 for float64). On CUDA,
-    without the allocator's rounding and cuBLAS's workspace. `keep="probs"` keeps N V b more. Scoring alone, without
-    gradients, takes C V l.
+    without the allocator's rounding and cuBLAS's workspace. Kept probabilities of `fused_linear_logprob` are N V b
+    more. Scoring alone, without gradients, takes C V l.
     """
     logits = effective_logits_dtype(dtype, logits_dtype).itemsize
     size, sums = dtype.itemsize, stats_dtype(dtype).itemsize
     if chunk_rows is None:
-        chunk_rows = auto_chunk_rows(hidden_size, vocab_size, logits + size)
+        chunk_rows = largest_chunk(vocab_size, logits + size)
     chunk = vocab_size * size + max(vocab_size * logits, hidden_size * (sums + 2 * size))
     chunk *= min(chunk_rows, num_rows)
     hidden, weight = num_rows * hidden_size, vocab_size * hidden_size
@@ -203,6 +212,19 @@ class Head(NamedTuple):
     logits_dtype: torch.dtype
     triton: bool
 
+    def chunks(
+        self, chunk_rows: int | None, num_rows: int, sequence_lens: Sequence[int] | None = None
+    ) -> list[tuple[int, int]]:
+        """`row_chunks` of `num_rows` rows, with chunks of `chunk_rows`, or as many as suit their number.
+
+        Whole sequences fill a chunk badly, so they get the largest one: fewer passes over the weight's gradient.
+        """
+        vocab_size, hidden_size = self.weight_VD.shape
+        bytes_per_logit = self.logits_dtype.itemsize + self.weight_VD.dtype.itemsize
+        if chunk_rows is None and sequence_lens is None:
+            chunk_rows = auto_chunk_rows(num_rows, hidden_size, vocab_size, bytes_per_logit)
+        return row_chunks(num_rows, chunk_rows or largest_chunk(vocab_size, bytes_per_logit), sequence_lens)
+
     def logits(self, rows: slice | Tensor) -> Tensor:
         return matmul(self.hidden_ND[rows], self.weight_VD.T, self.logits_dtype)
 
@@ -238,6 +260,10 @@ class HeadGradients:
         self._total_dtype = stats_dtype(hidden_ND.dtype)
         self.hidden_ND = torch.zeros_like(hidden_ND) if need_hidden else hidden_ND.new_empty(0)
         self._weight_grad_VD: Tensor | None = None  # the first chunk makes it: no pass that only writes zeros
+
+    @property
+    def are_needed(self) -> bool:
+        return self._need_hidden or self._need_weight
 
     @property
     def weight_VD(self) -> Tensor:  # noqa: N802 - named like the tensor it is
@@ -276,6 +302,7 @@ class HeadGradients:
             self._add_to_weight(exp_CV.T, (hidden_CD * coefficient_C[:, None]).to(hidden_CD.dtype))
 
 
+@torch.library.custom_op(add_op_namespace_prefix("scale_unless_one"), mutates_args=("x",))
 def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
     """x *= factor, a scalar tensor.
 
@@ -288,3 +315,8 @@ def scale_unless_one_(x: Tensor, factor: Tensor) -> None:
         head_rows_launch.scale_unless_one_(x, factor)
     elif x.device.type != "cpu" or float(factor) != 1.0:
         x.mul_(factor)
+
+
+@scale_unless_one_.register_fake
+def _(x, factor):
+    return None

@@ -4,8 +4,9 @@
 
 The logits exist for one chunk of rows at a time. With 1 GEMM unit = 2 N D V FLOPs:
 
-    keep="none"    4 units: logits are made again in backward; nothing of size V is kept
     keep="probs"   3 units: exp(z - z_y) is kept in the dtype of hidden, 2 N V bytes in bfloat16
+    keep="none"    4 units: logits are made again in backward; nothing of size V is kept
+    keep="auto"    probs where `can_keep` says that they fit, else none
     frozen head    2 units: forward keeps u = d(logprob)/d(hidden) in float32 [N, D], backward is g u
 
 Shape letters: N tokens, C rows of one chunk, D hidden size, V vocabulary.
@@ -17,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ._ops import add_op_namespace_prefix
 from .backend import Backend, runs_triton
@@ -27,14 +29,14 @@ from .head_chunks import (
     check_head_inputs,
     effective_logits_dtype,
     matmul,
-    resolve_chunk_rows,
-    row_chunks,
     temperature_to_scale,
     without_autocast,
 )
 from .row_stats import RowStats, stats_dtype
 
-Keep = Literal["none", "probs"]
+Keep = Literal["auto", "none", "probs"]
+KEEP_FREE_FRAC = 0.25  # of a GPU's free memory that kept probabilities may take; gradients need the rest
+KEEP_BYTES = 2 << 30  # the same where free memory is not looked at: 7,000 rows at V = 152k in bfloat16
 
 
 @torch.library.custom_op(add_op_namespace_prefix("linear_logprob_forward"), mutates_args=())
@@ -46,14 +48,14 @@ def _forward(
     keep: str,
     with_entropy: bool,
     logits_dtype: torch.dtype,
-    chunk_rows: int,
+    chunk_rows: int | None,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """(stats [5, N], kept); kept is [N, V] for `probs`, [N, D] for `direction`, else empty."""
     head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton)
     stats_5N = hidden_ND.new_empty(5, hidden_ND.shape[0], dtype=stats_dtype(hidden_ND.dtype))
     kept = _empty_kept(hidden_ND, weight_VD.shape[0], keep)
-    for start, stop in row_chunks(hidden_ND.shape[0], chunk_rows):
+    for start, stop in head.chunks(chunk_rows, hidden_ND.shape[0]):
         _score(head, slice(start, stop), keep, with_entropy, stats_5N, kept)
     return stats_5N, kept
 
@@ -103,13 +105,13 @@ def _backward(
     need_hidden: bool,
     need_weight: bool,
     logits_dtype: torch.dtype,
-    chunk_rows: int,
+    chunk_rows: int | None,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """(d hidden, d weight), empty where not needed."""
     head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton)
     grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
-    for start, stop in row_chunks(hidden_ND.shape[0], chunk_rows):
+    for start, stop in head.chunks(chunk_rows, hidden_ND.shape[0]):
         rows = slice(start, stop)
         stats = RowStats(*stats_5N[:, rows].unbind())
         if keep == "probs":
@@ -145,7 +147,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, scale_N: Tensor,
-        keep: str, logits_dtype: torch.dtype, chunk_rows: int, triton: bool,
+        keep: str, logits_dtype: torch.dtype, chunk_rows: int | None, triton: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         stats_5N, kept = _forward(hidden_ND, weight_VD, target_N, scale_N, keep, True, logits_dtype, chunk_rows, triton)
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept)
@@ -175,10 +177,28 @@ class _LinearLogprob(torch.autograd.Function):
         return hidden_grad if need_hidden else None, weight_grad if need_weight else None, *nothing[2:]
 
 
-def check_head_options(chunk_rows: int | None, backend: Backend, keep: Keep = "none") -> None:
+def can_keep(hidden_ND: Tensor, vocab_size: int) -> bool:
+    """Whether `keep="auto"` keeps probabilities: N V numbers in the dtype of hidden.
+
+    On a GPU they may take KEEP_FREE_FRAC of what is free at the call. Elsewhere, and wherever the answer must not
+    depend on the moment (torch.compile, fake tensors, a CUDA graph), KEEP_BYTES. Never where hooks watch what autograd
+    saves: checkpointing would run the head again, perhaps with another answer, and offloading would copy all of it.
+    """
+    num_bytes = hidden_ND.shape[0] * vocab_size * hidden_ND.element_size()
+    is_fixed = torch.compiler.is_compiling() or isinstance(hidden_ND, FakeTensor)
+    if not is_fixed and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # pyright: ignore
+        return False
+    if is_fixed or not hidden_ND.is_cuda or torch.cuda.is_current_stream_capturing():
+        return num_bytes <= KEEP_BYTES
+    device = hidden_ND.device
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free again, in torch's hands
+    return num_bytes <= KEEP_FREE_FRAC * (torch.cuda.mem_get_info(device)[0] + cached)
+
+
+def check_head_options(chunk_rows: int | None, backend: Backend, keep: Keep = "auto") -> None:
     """ValueError for an option that `fused_linear_logprob` does not have; a drop-in asks before the first step does."""
-    if keep not in ("none", "probs"):
-        raise ValueError(f"keep is {keep!r}, wanted 'none' or 'probs'")
+    if keep not in get_args(Keep):
+        raise ValueError(f"keep is {keep!r}, wanted 'auto', 'none' or 'probs'")
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}, wanted auto, torch or triton")
     check_chunk_rows(chunk_rows)
@@ -190,7 +210,7 @@ def fused_linear_logprob(
     target_N: Tensor,
     temperature: float | Tensor = 1.0,
     *,
-    keep: Keep = "none",
+    keep: Keep = "auto",
     entropy_grad: bool = False,
     logits_dtype: torch.dtype = torch.float32,
     chunk_rows: int | None = None,
@@ -205,12 +225,13 @@ def fused_linear_logprob(
         target_N: [N] int32 or int64 in 0..V-1; -100 leaves a row out: log-prob 0, entropy 0, no gradient. Its row
             still goes through the matrix products, so drop rows beforehand where there are many.
         temperature: > 0, or [N] with one per row.
-        keep: `none` makes the logits again in backward (4 GEMM units); `probs` keeps [N, V] numbers in the dtype of
-            hidden (3 units). With a weight that needs no gradient [N, D] numbers are kept instead (2 units).
-        entropy_grad: let gradients flow through the entropy (needs keep="none"); otherwise it comes detached.
+        keep: `probs` keeps [N, V] numbers in the dtype of hidden (3 GEMM units); `none` makes the logits again in
+            backward (4 units); `auto` keeps them without entropy_grad where they fit: `can_keep`, a quarter of a GPU's
+            free memory. With a weight that needs no gradient [N, D] numbers are kept instead (2 units).
+        entropy_grad: let gradients flow through the entropy (not with keep="probs"); otherwise it comes detached.
         logits_dtype: of the logits for bfloat16 inputs. float32 keeps log-probs within 1e-4; bfloat16 saves a third of
             the chunk's memory and puts 0.02 to 0.13 nats of noise on each log-prob.
-        chunk_rows: rows whose logits exist at a time; None chooses by the sizes (`head_chunks.auto_chunk_rows`).
+        chunk_rows: rows whose logits exist at a time; None makes equal chunks (`head_chunks.auto_chunk_rows`).
 
     Returns: (logprob [N], entropy [N]) float32, or float64 for float64 inputs. Entropy in nats.
 
@@ -223,15 +244,16 @@ def fused_linear_logprob(
     check_head_inputs(hidden_ND, weight_VD, target_N, logits_dtype)
     check_head_options(chunk_rows, backend, keep)
     if keep == "probs" and entropy_grad:
-        raise ValueError("keep='probs' has no gradient of the entropy: use keep='none' with entropy_grad=True")
+        raise ValueError("keep='probs' has no gradient of the entropy: use keep='auto' with entropy_grad=True")
     dtype = effective_logits_dtype(hidden_ND.dtype, logits_dtype)
     scale_N = temperature_to_scale(temperature, hidden_ND.shape[0], hidden_ND)
-    chunk_rows = resolve_chunk_rows(chunk_rows, weight_VD, dtype)
     wants_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     if not wants_grad:
         resolved_keep = "none"
     elif not weight_VD.requires_grad and not entropy_grad:
         resolved_keep = "direction"
+    elif keep == "auto":
+        resolved_keep = "probs" if not entropy_grad and can_keep(hidden_ND, weight_VD.shape[0]) else "none"
     else:
         resolved_keep = keep
     triton = runs_triton(backend, hidden_ND)

@@ -19,179 +19,41 @@ Shape letters: N tokens, C rows of one chunk, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix
 from .backend import Backend, runs_triton
 from .head_chunks import (
     Head,
     HeadGradients,
+    check_chunk_rows,
     check_head_inputs,
     effective_logits_dtype,
-    resolve_chunk_rows,
-    row_chunks,
     scale_unless_one_,
     temperature_to_scale,
     without_autocast,
 )
-from .input_checks import check_loss, checked_result
-from .losses import LossFunction, TokenVectors
-from .row_stats import stats_dtype
-from .sequences import lens_on
-from .upload import upload
-
-
-class Piece(NamedTuple):
-    """Rows start to stop - 1, in the order of the plan, that go through the head together."""
-
-    start: int
-    stop: int
-    needs_gradient: bool  # False: log-prob and entropy are wanted for the sums, but every coefficient is 0
-
-
-class Plan(NamedTuple):
-    """Which rows go through the head when. Host values only."""
-
-    order_N: Tensor | None  # [N] int64, positions of the rows in the order of the pieces; None: as they come
-    sequence_lens: tuple[int, ...] | None  # in that order, where pieces hold whole sequences
-    pieces: list[Piece]
-
-
-def is_sequence_level(loss: LossFunction, tokens: TokenVectors) -> bool:
-    """Whether chunks must hold whole sequences. A function of the user's counts as such when lengths are given."""
-    return bool(getattr(loss, "is_sequence_level", tokens.sequence_lens is not None))
-
-
-def plan_pieces(loss: LossFunction, tokens: TokenVectors, num_rows: int, chunk_rows: int) -> Plan:
-    """Chunks of the rows that have a coefficient, then chunks of those that have none (1 GEMM instead of 3).
-
-    Which rows those are is read from `tokens.is_zero_on_host`, else from `loss.zero_rows(tokens)`; on CUDA tensors that
-    waits for the device once, on CPU tensors not at all.
-    """
-    lens = tokens.sequence_lens if is_sequence_level(loss, tokens) else None
-    zero_rows: Callable[[TokenVectors], Tensor] | None = getattr(loss, "zero_rows", None)
-    zero_N = tokens.is_zero_on_host
-    if zero_N is None:
-        zero_N = zero_rows(tokens).cpu() if zero_rows is not None else torch.zeros(num_rows, dtype=torch.bool)
-    if not bool(zero_N.any()):
-        chunks = row_chunks(num_rows, chunk_rows, lens) or [(0, 0)]
-        return Plan(None, lens, [Piece(start, stop, True) for start, stop in chunks])
-    live_lens = idle_lens = None
-    if lens is not None:  # a sequence is dropped as a whole or not at all
-        is_zero_S = [bool(part.all()) for part in zero_N.split(lens)]
-        zero_N = torch.tensor(is_zero_S).repeat_interleave(torch.tensor(lens))
-        live_lens = tuple(n for n, is_zero in zip(lens, is_zero_S, strict=True) if not is_zero)
-        idle_lens = tuple(n for n, is_zero in zip(lens, is_zero_S, strict=True) if is_zero)
-        lens = (*live_lens, *idle_lens)
-    num_idle = int(zero_N.sum())
-    num_live = num_rows - num_idle
-    pieces = [Piece(start, stop, True) for start, stop in row_chunks(num_live, chunk_rows, live_lens)]
-    idle = row_chunks(num_idle, chunk_rows, idle_lens)
-    pieces += [Piece(num_live + start, num_live + stop, False) for start, stop in idle]
-    is_in_order = bool(zero_N[num_live:].all())  # the idle rows come last anyway
-    return Plan(None if is_in_order else zero_N.to(torch.uint8).argsort(stable=True), lens, pieces)
-
-
-def _in_order(tokens: TokenVectors, plan: Plan, device: torch.device) -> tuple[TokenVectors, Tensor | None]:
-    """The vectors in the order of the plan, and that order, on `device`: one copy for each, however many pieces."""
-    order_N = None if plan.order_N is None else upload(plan.order_N, device)
-
-    def in_order(vector_N: Tensor) -> Tensor:
-        vector_N = upload(vector_N, device)
-        return vector_N if order_N is None else vector_N[order_N]
-
-    lens = plan.sequence_lens
-    return tokens.map(in_order, lens, None if lens is None else lens_on(lens, device)), order_N
-
-
-class Evaluated(NamedTuple):
-    """A loss and its derivatives with respect to log-prob and entropy, [C] each; None where there is none."""
-
-    loss: Tensor
-    sums: dict[str, Tensor]
-    logprob_grad: Tensor | None
-    entropy_grad: Tensor | None
-
-
-def evaluate_loss(
-    loss: LossFunction, logprob_C: Tensor, entropy_C: Tensor, tokens: TokenVectors, needs_gradient: bool
-) -> Evaluated:
-    """Runs the loss under autograd on vectors alone.
-
-    Raises: TypeError or ValueError when the loss function returns something else than a scalar and a dict of sums.
-    """
-    with torch.enable_grad():
-        leaves = logprob_C.detach().requires_grad_(needs_gradient), entropy_C.detach().requires_grad_(needs_gradient)
-        value, sums = checked_result(loss(*leaves, tokens))
-        sums = {name: x.detach() for name, x in sums.items()}
-        if not needs_gradient or not value.requires_grad:
-            return Evaluated(value.detach(), sums, None, None)
-        return Evaluated(value.detach(), sums, *torch.autograd.grad(value, leaves, allow_unused=True))
-
-
-def _score(
-    head: Head, rows: slice | Tensor, loss: LossFunction, tokens: TokenVectors, needs_gradient: bool
-) -> tuple[Evaluated, Tensor | None, Tensor | None]:
-    """The loss of a piece, and d(loss)/d(logits) as a matrix [C, V] and the factors [C] of its rows (None: 1)."""
-    logits_CV = head.logits(rows)
-    exp_CV = head.hidden_ND.new_empty(logits_CV.shape) if needs_gradient else None
-    stats = head.exp_rows(rows, logits_CV, exp_CV)
-    result = evaluate_loss(loss, stats.logprob, stats.entropy, tokens, needs_gradient)
-    if exp_CV is None or (result.logprob_grad is None and result.entropy_grad is None):
-        return result, None, None
-    logprob_grad_C = torch.zeros_like(stats.logprob) if result.logprob_grad is None else result.logprob_grad
-    if result.entropy_grad is None:
-        return result, exp_CV, -logprob_grad_C * head.scale_N[rows] * stats.inv_total
-    head.gradient_rows(rows, logits_CV, stats, logprob_grad_C, result.entropy_grad, exp_CV)
-    return result, exp_CV, None
-
-
-def _finish(
-    head: Head,
-    grads: HeadGradients,
-    rows: slice | Tensor,
-    loss: LossFunction,
-    tokens: TokenVectors,
-    needs_gradient: bool,
-) -> Evaluated:
-    """All there is to do for a piece: its loss, and its share of the gradients.
-
-    The logits are gone when the gradients' products begin, and the matrix [C, V] when the next piece does: in variables
-    of the loop over pieces both would live on beside the next logits.
-    """
-    result, matrix_CV, factor_C = _score(head, rows, loss, tokens, needs_gradient)
-    if matrix_CV is not None and factor_C is None:
-        grads.add_rows(rows, matrix_CV)
-    elif matrix_CV is not None and factor_C is not None:
-        grads.add_scaled_rows(rows, matrix_CV, factor_C)
-    return result
+from .input_checks import check_loss
+from .losses import LossFunction, PolicyLoss, TokenVectors
+from .policy_visit import visit_all
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, scale_N: Tensor, loss: LossFunction,
-        tokens: TokenVectors, order_N: Tensor | None, pieces: list[Piece], logits_dtype: torch.dtype, triton: bool,
-        wants_grad: bool, names: list[str],
+        tokens: TokenVectors, logits_dtype: torch.dtype, chunk_rows: int | None, triton: bool, wants_grad: bool,
+        names: list[str],
     ) -> tuple[Tensor, ...]:  # fmt: skip
         need_hidden, need_weight = (wants_grad and needs for needs in ctx.needs_input_grad[:2])
         head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton)
-        grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
-        total = torch.zeros((), dtype=stats_dtype(hidden_ND.dtype), device=hidden_ND.device)
-        totals: dict[str, Tensor] = {}
-        for start, stop, has_coefficient in pieces:
-            rows = slice(start, stop) if order_N is None else order_N[start:stop]
-            needs_gradient = has_coefficient and (need_hidden or need_weight)
-            result = _finish(head, grads, rows, loss, tokens.rows(start, stop), needs_gradient)
-            total += result.loss
-            for name, value in result.sums.items():
-                totals[name] = totals[name] + value if name in totals else value
-        ctx.grads = grads
-        names.extend(totals)
-        outputs = tuple(totals.values())
+        ctx.grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
+        total, sums = visit_all(head, ctx.grads, loss, tokens, chunk_rows)
+        names.extend(sums)
+        outputs = tuple(sums.values())
         ctx.mark_non_differentiable(*outputs)
         return total, *outputs
 
@@ -211,8 +73,87 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return (
             grads.hidden_ND if needs_hidden else None,
             grads.weight_VD if needs_weight else None,
-            *(None,) * 10,
+            *(None,) * 9,
         )
+
+
+VECTORS = ("advantage_N", "weight_N", "old_logprob_N", "ref_logprob_N", "sampling_logprob_N", "kl_weight_N",
+           "entropy_weight_N", "lens_S", "is_zero_on_host")  # fmt: skip
+
+
+@torch.library.custom_op(add_op_namespace_prefix("linear_policy_loss"), mutates_args=())
+def _whole(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    scale_N: Tensor,
+    vectors: list[Tensor],
+    vector_names: str,
+    sequence_lens: list[int] | None,
+    settings: str,
+    num_sums: int,
+    logits_dtype: torch.dtype,
+    chunk_rows: int | None,
+    triton: bool,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """([1 + num_sums] loss and sums, d hidden, d weight) for a compiled graph, which cannot hold a choice of rows by
+    their values, nor objects: the loss comes as `PolicyLoss.settings`, its vectors with their names."""
+    lens = None if sequence_lens is None else tuple(sequence_lens)
+    given: dict[str, Any] = dict(zip(vector_names.split(), vectors, strict=True))
+    head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton)
+    grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
+    # below an operator autograd is off, and the loss needs it
+    with (
+        without_autocast(hidden_ND),
+        torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False),
+    ):
+        loss = PolicyLoss.from_settings(settings)
+        total, sums = visit_all(head, grads, loss, TokenVectors(**given, sequence_lens=lens), chunk_rows)
+    return torch.stack([total, *(x.to(total.dtype) for x in sums.values())]), grads.hidden_ND, grads.weight_VD
+
+
+@_whole.register_fake
+def _(
+    hidden_ND, weight_VD, target_N, scale_N, vectors, vector_names, sequence_lens, settings, num_sums,
+    logits_dtype, chunk_rows, triton, need_hidden, need_weight,
+):  # fmt: skip
+    grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
+    return scale_N.new_empty(1 + num_sums), grads.hidden_ND, grads.weight_VD
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        values, hidden_grad, weight_grad = _whole(hidden_ND, weight_VD, *arguments)
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.needed = arguments[-2:]
+        sums = values[1:].clone()
+        ctx.mark_non_differentiable(sums)
+        return values[0].clone(), sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, loss_grad: Tensor, _sums: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        grads = zip(ctx.saved_tensors, ctx.needed, strict=True)
+        return *(x * loss_grad if is_needed else None for x, is_needed in grads), *(None,) * 12
+
+
+def _compiled(
+    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, scale_N: Tensor, loss: PolicyLoss, tokens: TokenVectors,
+    logits_dtype: torch.dtype, chunk_rows: int | None, triton: bool, wants_grad: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The loss as one operator of a compiled graph. The sums are of the loss's dtype, counts too."""
+    given = [name for name in VECTORS if getattr(tokens, name) is not None]
+    lens = None if tokens.sequence_lens is None else list(tokens.sequence_lens)
+    names = loss.sum_names(tokens)
+    value, sums = _Compiled.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden_ND, weight_VD, target_N, scale_N, [getattr(tokens, name) for name in given], " ".join(given), lens,
+        loss.settings, len(names), logits_dtype, chunk_rows, triton,
+        wants_grad and hidden_ND.requires_grad, wants_grad and weight_VD.requires_grad,
+    )  # fmt: skip
+    return value, dict(zip(names, sums.unbind(), strict=True))
 
 
 def fused_linear_policy_loss(
@@ -247,6 +188,9 @@ def fused_linear_policy_loss(
     Returns: (loss, sums): a float32 scalar (float64 for float64 inputs) to call backward on once, and the detached
     sums of the loss function added up over chunks.
 
+    torch.compile(fullgraph=True) and torch.export take it with a `losses.PolicyLoss` that was made outside; the sums
+    are then of the loss's dtype, counts too. Another function breaks the graph here.
+
     FLOPs: 3 times 2 N D V (2 with a frozen weight, 1 without gradients). Extra memory: one chunk's logits and E, the
     gradient of hidden, and a float32 gradient of the weight (`head_chunks.head_peak_bytes`).
 
@@ -258,13 +202,13 @@ def fused_linear_policy_loss(
     check_loss(loss, tokens, num_rows)
     dtype = effective_logits_dtype(hidden_ND.dtype, logits_dtype)
     scale_N = temperature_to_scale(temperature, num_rows, hidden_ND)
-    chunk_rows = resolve_chunk_rows(chunk_rows, weight_VD, dtype)
-    plan = plan_pieces(loss, tokens, num_rows, chunk_rows)
-    ordered, order_N = _in_order(tokens, plan, hidden_ND.device)
+    check_chunk_rows(chunk_rows)
+    options = (dtype, chunk_rows, runs_triton(backend, hidden_ND), torch.is_grad_enabled())
+    if isinstance(loss, PolicyLoss) and torch.compiler.is_compiling():
+        return _compiled(hidden_ND, weight_VD, target_N, scale_N, loss, tokens, *options)
     names: list[str] = []
     with without_autocast(hidden_ND):
         value, *sums = _LinearPolicyLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            hidden_ND, weight_VD, target_N, scale_N, loss, ordered, order_N, plan.pieces, dtype,
-            runs_triton(backend, hidden_ND), torch.is_grad_enabled(), names,
-        )  # fmt: skip
+            hidden_ND, weight_VD, target_N, scale_N, loss, tokens, *options, names
+        )
     return value, dict(zip(names, sums, strict=True))

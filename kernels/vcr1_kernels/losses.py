@@ -36,8 +36,9 @@ Shape letters: N scored tokens of all sequences (completions) one after the othe
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Literal, get_args
 
@@ -190,6 +191,9 @@ class PolicyLoss:
             raise ValueError(f"sapo_tau_pos, sapo_tau_neg are {self.sapo_tau_pos}, {self.sapo_tau_neg}, wanted > 0")
         self._refuse_what_the_dialect_lacks()
         self._correction.check(self.variant)
+        object.__setattr__(
+            self, "_settings", json.dumps(asdict(self))
+        )  # text goes into a compiled graph, objects do not
 
     def _refuse_what_the_dialect_lacks(self) -> None:
         is_clipped = self.variant not in ("cispo", "sapo")
@@ -204,6 +208,30 @@ class PolicyLoss:
         for what, is_lacking in lacks.items():
             if is_lacking:
                 raise ValueError(f"{self.dialect} has no {what}: see the tables of vcr1_kernels.losses for what it has")
+
+    @classmethod
+    def from_settings(cls, settings: str) -> PolicyLoss:
+        """The loss whose `settings` these are."""
+        return cls(**json.loads(settings))
+
+    @property
+    def settings(self) -> str:
+        """Its fields as JSON."""
+        return self.__dict__["_settings"]
+
+    def sum_names(self, tokens: TokenVectors) -> list[str]:
+        """Keys of the sums of `__call__`, in their order."""
+        has_engine = tokens.sampling_logprob_N is not None
+        is_corrected = has_engine and self.sampling_correction != "none"
+        has_dual = self.variant not in ("cispo", "sapo") and self._dual_clip is not None
+        return [
+            *("clipped_low", "clipped_high"),
+            *(("clipped_dual",) if has_dual else ()),
+            *("tokens", "entropy", "log_ratio"),
+            *(("sampling_gap",) if has_engine else ()),
+            *(("sampling_weight", "sampling_cut") if is_corrected else ()),
+            "kl",
+        ]
 
     @property
     def is_sequence_level(self) -> bool:

@@ -84,16 +84,11 @@ class AtenOps:
     def backward(
         self, grad_THC: Tensor, tensors: Tensors, segments: Segments, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # dropout is 0: the random state is not read, but its type is checked
-        rng_state, unused = _no_random_state(grad_THC.device)
+        # dropout is 0: the random state is not read, so it needs no values, but its type is checked
+        rng_state, unused = grad_THC.new_empty(2, dtype=torch.uint64), grad_THC.new_empty(0, dtype=torch.float32)
         return torch.ops.aten._flash_attention_backward(
             *(grad_THC, *tensors, *segments[:4], 0.0, segments.causal, rng_state, unused), scale=scale
         )
-
-
-@functools.lru_cache(maxsize=16)
-def _no_random_state(device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
 
 
 @dataclass(frozen=True)

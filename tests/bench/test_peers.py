@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import peers
-from bench.head_problem import HEADS, head_reference, load_runners, make_head_problem
+from bench.head_problem import HEADS, TRAINED, head_reference, load_runners, make_head_problem
 
 
 def write_package(folder: Path) -> None:
@@ -47,6 +48,18 @@ def test_the_reference_of_the_head_is_plain_autograd():
     torch.testing.assert_close(expected["logprob"], logprob)
     torch.testing.assert_close(expected["grad_hidden"], grads[0])
     torch.testing.assert_close(expected["grad_weight"], grads[1])
+
+
+@pytest.mark.parametrize("name", ["XTuner's way, 1024 rows", "torchtitan's way, 8 chunks"])
+def test_heads_that_finish_a_chunk_at_a_time_take_three_products(name: str):
+    """1,032 rows: 1,024 and 8, or eight times 129."""
+    problem = make_head_problem(HEADS["small"], 1032, torch.float64, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        got = TRAINED[name]()(problem)
+    assert counter.get_total_flops() == 3 * 2 * 1032 * 64 * 1187
+    expected = head_reference(problem)
+    for key in ("loss", "grad_hidden", "grad_weight"):  # log-probs are float32
+        torch.testing.assert_close(got[key].double(), expected[key].double(), rtol=1e-4, atol=1e-8)
 
 
 def test_a_loader_that_raises_becomes_an_absent_way():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from vcr1_kernels import PolicyLoss, TokenVectors, fused_linear_logprob, fused_linear_policy_loss
-from vcr1_kernels.head_chunks import VECTORS_PER_ROW, auto_chunk_rows, head_peak_bytes
+from vcr1_kernels.head_chunks import VECTORS_PER_ROW, auto_chunk_rows, head_peak_bytes, largest_chunk
 
 from tests.kernels.device_traffic import DEVICE
 from tests.kernels.live_bytes import LiveBytes
@@ -52,14 +52,24 @@ def policy_loss_peak(
 @pytest.mark.parametrize("name", LOSSES)
 def test_policy_loss_holds_one_chunk_and_the_gradients(name: str, size: tuple[int, int]):
     peak = policy_loss_peak(NUM_ROWS, size, torch.bfloat16, LOSSES[name])
-    bound = head_peak_bytes(NUM_ROWS, *size, torch.bfloat16)
-    assert 0.99 * bound <= peak <= bound
+    is_whole = LOSSES[name].is_sequence_level
+    chunk_rows = largest_chunk(size[1], 6) if is_whole else auto_chunk_rows(NUM_ROWS, *size, 6)
+    bound = head_peak_bytes(NUM_ROWS, *size, torch.bfloat16, chunk_rows=chunk_rows)
+    assert 0.99 * bound <= peak <= bound <= head_peak_bytes(NUM_ROWS, *size, torch.bfloat16)
+
+
+@pytest.mark.parametrize("num_rows", [4096, 4097, 6000, 9000, 12_000])
+def test_fewer_rows_never_need_more(num_rows: int):
+    """Chunks of fewer rows may be larger: a plan for the most rows must cover them."""
+    peak = policy_loss_peak(num_rows, HEAD_7B, torch.bfloat16, LOSSES["token"])
+    bound, most = (head_peak_bytes(n, *HEAD_7B, torch.bfloat16) for n in (num_rows, NUM_ROWS))
+    assert peak <= bound <= most
 
 
 def test_the_bound_of_a_3b_head_by_hand():
-    """4,224 rows at a time: 4,224 x 151,936 x 6 bytes of logits and E, 151,936 x 2,048 x 4 of dW, 64 MiB of dX."""
-    assert auto_chunk_rows(*HEAD_3B, 6) == 4224
-    chunk, weight, hidden = 4224 * 151_936 * 6, 151_936 * 2048 * 4, NUM_ROWS * 2048 * 2
+    """4,096 rows at a time: 4,096 x 151,936 x 6 bytes of logits and E, 151,936 x 2,048 x 4 of dW, 64 MiB of dX."""
+    assert auto_chunk_rows(NUM_ROWS, *HEAD_3B, 6) == 4096
+    chunk, weight, hidden = 4096 * 151_936 * 6, 151_936 * 2048 * 4, NUM_ROWS * 2048 * 2
     vectors = NUM_ROWS * VECTORS_PER_ROW * 4
     assert head_peak_bytes(NUM_ROWS, *HEAD_3B, torch.bfloat16) == chunk + weight + hidden + vectors
 
@@ -67,9 +77,9 @@ def test_the_bound_of_a_3b_head_by_hand():
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_idle": 3000},  # rows are gathered, not sliced
+        {"num_idle": 4096},  # rows are gathered, not sliced
         {"trains_weight": False},
-        {"logits_dtype": torch.bfloat16},
+        {"logits_dtype": torch.bfloat16, "chunk_rows": 4096},
         {"chunk_rows": 700},
         {"chunk_rows": NUM_ROWS},
     ],
@@ -100,7 +110,7 @@ def test_vectors_of_every_loss():
 
 
 @pytest.mark.parametrize("trains_weight", [True, False])
-@pytest.mark.parametrize("keep", ["none", "probs"])
+@pytest.mark.parametrize("keep", ["auto", "none", "probs"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_logprob_head(dtype: torch.dtype, keep: str, trains_weight: bool):
     hidden, weight, target = make_head(NUM_ROWS, HEAD_3B, dtype)
@@ -120,7 +130,7 @@ def test_logprob_head(dtype: torch.dtype, keep: str, trains_weight: bool):
 
 def test_scoring_holds_one_chunk_of_logits():
     hidden, weight, target = make_head(NUM_ROWS, HEAD_3B, torch.bfloat16)
-    chunk = auto_chunk_rows(*HEAD_3B, 6) * HEAD_3B[1] * 4
+    chunk = auto_chunk_rows(NUM_ROWS, *HEAD_3B, 6) * HEAD_3B[1] * 4
     tokens = TokenVectors(torch.ones(NUM_ROWS), torch.ones(NUM_ROWS))
     with torch.no_grad():
         for score in (

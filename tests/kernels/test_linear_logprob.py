@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
-from vcr1_kernels import fused_linear_logprob, reference
-from vcr1_kernels.head_chunks import auto_chunk_rows, row_chunks, wave_efficiency
+from torch._subclasses.fake_tensor import FakeTensorMode
+from vcr1_kernels import fused_linear_logprob, linear_logprob, reference
+from vcr1_kernels.head_chunks import auto_chunk_rows, largest_chunk, num_waves, row_chunks
+from vcr1_kernels.linear_logprob import can_keep
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "triton"]
@@ -160,7 +165,7 @@ def test_gradcheck(keep: str):
 def test_log_probs_depend_on_neither_chunks_nor_grad_mode(backend: str):
     """A scoring pass without gradients equals the training pass to the bit: the on-policy ratio is exactly 1."""
     hidden, weight, target = make(130)
-    whole, _ = fused_linear_logprob(hidden, weight, target, backend=backend)
+    whole, _ = fused_linear_logprob(hidden, weight, target, keep="none", backend=backend)
     with torch.no_grad():
         scored, _ = fused_linear_logprob(hidden, weight, target, backend=backend)
     probs, _ = fused_linear_logprob(hidden, weight, target, keep="probs", backend=backend)
@@ -170,9 +175,10 @@ def test_log_probs_depend_on_neither_chunks_nor_grad_mode(backend: str):
     assert all(torch.equal(a, b) for a, b in zip(again, twice, strict=True))
 
 
-def test_a_second_backward_gives_the_same_gradients():
+@pytest.mark.parametrize("keep", ["none", "probs"])
+def test_a_second_backward_gives_the_same_gradients(keep: str):
     hidden, weight, target = make(20)
-    logprob, _ = fused_linear_logprob(hidden, weight, target)
+    logprob, _ = fused_linear_logprob(hidden, weight, target, keep=keep)
     first = torch.autograd.grad(logprob.sum(), (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(logprob.sum(), (hidden, weight))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -184,6 +190,64 @@ def test_entropy_is_detached_unless_asked_for():
     assert fused_linear_logprob(hidden, weight, target, entropy_grad=True)[1].requires_grad
     with pytest.raises(ValueError, match="keep='probs' has no gradient of the entropy"):
         fused_linear_logprob(hidden, weight, target, keep="probs", entropy_grad=True)
+
+
+def kept_shape(logprob_N: Tensor) -> tuple[int, ...]:
+    """Of what forward left for backward beside its inputs and statistics."""
+    node: Any = logprob_N.grad_fn
+    return tuple(node.saved_tensors[5].shape)
+
+
+def test_probabilities_are_kept_where_they_fit(monkeypatch: pytest.MonkeyPatch):
+    inputs = make(20)
+    monkeypatch.setattr(linear_logprob, "KEEP_BYTES", 20 * VOCAB * 4)
+    assert kept_shape(fused_linear_logprob(*inputs)[0]) == (20, VOCAB)
+    assert kept_shape(fused_linear_logprob(*inputs, entropy_grad=True)[0]) == (0,)
+    with torch.autograd.graph.save_on_cpu():  # they would be copied, or made twice by checkpointing
+        assert kept_shape(fused_linear_logprob(*inputs)[0]) == (0,)
+    monkeypatch.setattr(linear_logprob, "KEEP_BYTES", 20 * VOCAB * 4 - 1)
+    assert kept_shape(fused_linear_logprob(*inputs)[0]) == (0,)
+    assert kept_shape(fused_linear_logprob(*inputs, keep="probs")[0]) == (20, VOCAB)
+
+
+def test_a_gpu_keeps_them_within_a_quarter_of_its_free_memory(monkeypatch: pytest.MonkeyPatch):
+    """1,000 x 1,000 x 2 bytes; the driver has 5 MB free and torch another 3 MB: 2 MB may be taken."""
+    hidden: Any = SimpleNamespace(shape=(1000, 64), is_cuda=True, device=None, element_size=lambda: 2)
+    numbers = {"memory_reserved": 7e6, "memory_allocated": 4e6, "mem_get_info": (5e6, 9e9)}
+    numbers["is_current_stream_capturing"] = False
+    for name, value in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert can_keep(hidden, 1000) and not can_keep(hidden, 1001)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert can_keep(hidden, 1001)
+
+
+def test_without_values_the_answer_does_not_depend_on_the_moment():
+    """7,062 rows x 152,064 x 2 bytes are 2 GiB; no GPU is asked, as there is none."""
+    with FakeTensorMode():
+        assert can_keep(torch.empty(7061, 8, dtype=torch.bfloat16, device="cuda"), 152_064)
+        assert not can_keep(torch.empty(7062, 8, dtype=torch.bfloat16, device="cuda"), 152_064)
+
+
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_compiles_without_a_break_and_exports(entropy_grad: bool):
+    inputs = make(20)
+
+    def head(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return fused_linear_logprob(hidden, weight, target, 0.7, **options)
+
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    wanted = outputs_and_gradients(head, *inputs, entropy_grad=entropy_grad)
+    assert_same(outputs_and_gradients(compiled, *inputs, entropy_grad=entropy_grad), wanted, 1e-7)
+
+    class Module(torch.nn.Module):
+        def forward(self, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            return head(hidden, weight, target)
+
+    with torch.no_grad():
+        rows = {0: torch.export.Dim.AUTO}
+        exported = torch.export.export(Module(), inputs, dynamic_shapes=(rows, None, rows))
+        assert torch.equal(exported.module()(*inputs)[0], wanted[0])
 
 
 def test_strided_inputs():
@@ -211,7 +275,7 @@ def test_autocast_does_not_round_float32_inputs():
         ({"hidden_ND": torch.zeros(4, 24, dtype=torch.float16)}, TypeError, "float16 cannot hold"),
         ({"temperature": 0.0}, ValueError, "temperature is 0.0"),
         ({"temperature": torch.ones(3)}, ValueError, r"temperature has shape \(3,\)"),
-        ({"keep": "logits"}, ValueError, "keep is 'logits'"),
+        ({"keep": "logits"}, ValueError, "keep is 'logits', wanted 'auto'"),
         ({"backend": "cuda"}, ValueError, "wanted auto, torch or triton"),
         ({"logits_dtype": torch.float16}, TypeError, "logits_dtype is torch.float16"),
     ],
@@ -244,13 +308,23 @@ def test_chunks():
     assert row_chunks(9, 4) == [(0, 4), (4, 8), (8, 9)]
     assert row_chunks(9, 4, (2, 3, 1, 3)) == [(0, 2), (2, 6), (6, 9)]
     assert row_chunks(9, 4, (0, 6, 0, 2, 1)) == [(0, 6), (6, 9)]  # longer than a chunk: one of its own
-    # kernels at the sizes of the 3B and 7B heads: 128 x 256 tiles over 132 multiprocessors
-    assert wave_efficiency(2048, 2048) == pytest.approx(128 / 132)
-    assert wave_efficiency(2304, 2048) == pytest.approx(144 / 264)
-    assert wave_efficiency(3584, 3584) == pytest.approx(392 / 396)
-    assert auto_chunk_rows(2048, 151_936, 6) == 4224  # 264 tiles: two full waves
-    assert auto_chunk_rows(3584, 152_064, 6) == 3584
-    assert auto_chunk_rows(64, 1000, 8) % 128 == 0
+
+
+def test_chunks_are_as_even_as_the_tiles_allow():
+    """At the sizes of the 3B and 7B heads: tiles of 128 x 256 over 132 multiprocessors, 4,096 rows at most."""
+    head_3b, head_7b = (2048, 151_936, 6), (3584, 152_064, 6)
+    assert [num_waves(rows, 3584) for rows in (512, 2048, 3584, 4096)] == [1, 2, 3, 4]  # 56, 224, 392, 448 tiles
+    assert largest_chunk(*head_3b[1:]) == largest_chunk(*head_7b[1:]) == 4096
+    # one chunk and pass over dW; 3,584 + 512 would be 4 waves as well, and two passes
+    assert auto_chunk_rows(4096, *head_7b) == 4096
+    assert auto_chunk_rows(4500, *head_7b) == 2304  # 18 x 14 tiles, 2 waves, twice
+    # four chunks of 4 waves are 16, five of 3 waves 15: a wave is more than a fifth pass of 0.83 waves
+    assert auto_chunk_rows(16_384, *head_7b) == 3328
+    assert auto_chunk_rows(16_384, *head_3b) == 4096
+    assert auto_chunk_rows(0, *head_7b) == auto_chunk_rows(1, *head_7b) == 128
+    for num_rows in range(1, 20_000, 397):
+        rows = auto_chunk_rows(num_rows, *head_7b)
+        assert rows % 128 == 0 and rows <= 4096
 
 
 @pytest.mark.gpu

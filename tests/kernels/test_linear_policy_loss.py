@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
-from vcr1_kernels import PolicyLoss, TokenVectors, fused_linear_policy_loss, logprob_of_logits, policy_loss, reference
-from vcr1_kernels.linear_policy_loss import plan_pieces
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from vcr1_kernels import (
+    PolicyLoss,
+    PrefixGroup,
+    TokenVectors,
+    fused_linear_logprob,
+    fused_linear_policy_loss,
+    logprob_of_logits,
+    patchify,
+    policy_loss,
+    prefix_attention,
+    reference,
+)
+from vcr1_kernels.head_chunks import Head, scale_unless_one_
 from vcr1_kernels.losses import LossFunction
+from vcr1_kernels.policy_visit import plan_pieces
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "triton"]
@@ -106,17 +123,18 @@ def test_rows_without_coefficient_are_scored_but_not_trained(zero: tuple[int, ..
 
 
 def test_plan_of_dropped_rows():
-    *_, tokens = make(zero_sequences=(0, 2))
-    plan = plan_pieces(PolicyLoss(), tokens, NUM_ROWS, 8)
+    hidden, weight, target, tokens = make(zero_sequences=(0, 2))
+    head = Head(hidden, weight, target, torch.ones(NUM_ROWS), torch.float32, False)
+    plan = plan_pieces(PolicyLoss(), tokens, head, 8)
     # 15 live rows (1 + 5 + 9), then the 19 of sequences 0 and 2
     assert plan.pieces == [(0, 8, True), (8, 15, True), (15, 23, False), (23, 31, False), (31, 34, False)]
     assert plan.order_N is not None and plan.sequence_lens is None
     assert plan.order_N.tolist() == [7, *range(20, 34), *range(7), *range(8, 20)]
-    plan = plan_pieces(PolicyLoss("gspo"), tokens, NUM_ROWS, 8)
+    plan = plan_pieces(PolicyLoss("gspo"), tokens, head, 8)
     # whole sequences: 1 + 5, 9, then 7 and 12; that without a token goes with the idle ones
     assert plan.sequence_lens == (1, 5, 9, 7, 12, 0)
     assert plan.pieces == [(0, 6, True), (6, 15, True), (15, 22, False), (22, 34, False)]
-    plan = plan_pieces(PolicyLoss(beta=0.1), tokens, NUM_ROWS, 8)  # with a KL every row has a coefficient
+    plan = plan_pieces(PolicyLoss(beta=0.1), tokens, head, 8)  # with a KL every row has a coefficient
     assert plan.order_N is None and [p.needs_gradient for p in plan.pieces] == [True] * 5
 
 
@@ -236,6 +254,102 @@ def test_inside_a_compiled_function():
     hidden.grad = None
     (fused_linear_policy_loss(hidden * 2.0, weight, target, PolicyLoss(), tokens)[0] + 1.0).backward()
     torch.testing.assert_close(compiled, hidden.grad)
+
+
+def value_sums_and_gradients(
+    function: Callable[..., Any], hidden: Tensor, weight: Tensor, *inputs: Any
+) -> tuple[Tensor, dict[str, float], list[Tensor | None]]:
+    hidden.grad = weight.grad = None
+    value, sums = function(hidden, weight, *inputs)
+    (3.0 * value).backward()
+    return value.detach(), {name: float(x) for name, x in sums.items()}, [hidden.grad, weight.grad]
+
+
+@pytest.mark.parametrize(
+    "name,compiler",
+    [
+        ("grpo no kl", "aot_eager"),  # rows without a coefficient
+        ("dapo entropy", "aot_eager"),
+        ("sequence mask", "aot_eager"),
+        pytest.param("gspo", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_without_a_break(name: str, compiler: str):
+    torch._dynamo.reset()
+    hidden, weight, target, tokens = make(zero_sequences=(0, 2))
+
+    def step(hidden: Tensor, weight: Tensor, tokens: TokenVectors) -> tuple[Tensor, dict[str, Tensor]]:
+        return fused_linear_policy_loss(hidden * 2.0, weight, target, LOSSES[name], tokens, 0.9, chunk_rows=8)
+
+    inputs = hidden, weight, cast(tokens, torch.float32)
+    wanted = value_sums_and_gradients(step, *inputs)
+    got = value_sums_and_gradients(torch.compile(step, fullgraph=True, backend=compiler), *inputs)
+    assert torch.equal(got[0], wanted[0]) and list(got[1]) == list(wanted[1])
+    assert got[1] == pytest.approx(wanted[1], rel=1e-6)  # counts are float32 here
+    for a, b in zip(got[2], wanted[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0.0)
+
+
+def test_exports_as_one_operator_and_compiles_with_a_frozen_weight():
+    hidden, weight, target, tokens = make()
+    tokens, loss = cast(tokens, torch.float32), PolicyLoss("gspo", clip_high=0.28)
+    weight.requires_grad_(False)
+
+    class Module(torch.nn.Module):
+        def forward(self, hidden: Tensor, advantage_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            changed = replace(tokens, advantage_N=advantage_N)
+            return fused_linear_policy_loss(hidden, weight, target, loss, changed, 0.9)
+
+    wanted = Module()(hidden, tokens.advantage_N)
+    exported = torch.export.export(Module(), (hidden, tokens.advantage_N))
+    names = {str(node.target) for node in exported.graph.nodes}
+    assert "vcr1_kernels.linear_policy_loss.default" in names and "aten.mm.default" not in names
+    got = exported.module()(hidden, tokens.advantage_N)
+    assert torch.equal(got[0], wanted[0]) and float(got[1]["entropy"]) == pytest.approx(float(wanted[1]["entropy"]))
+    got = torch.compile(Module(), fullgraph=True, backend="aot_eager")(hidden, tokens.advantage_N)
+    torch.testing.assert_close(torch.autograd.grad(got[0], hidden), torch.autograd.grad(wanted[0], hidden))
+
+
+@pytest.mark.parametrize("loss", [*LOSSES.values(), PolicyLoss(dialect="verl", dual_clip=float("inf"))])
+def test_what_a_compiled_graph_is_told_of_a_loss(loss: PolicyLoss):
+    *_, tokens = make()
+    logprob_N = torch.zeros(NUM_ROWS, dtype=torch.float64)
+    for given in (tokens, replace(tokens, sampling_logprob_N=None)):
+        if given is tokens or loss.sampling_correction == "none":
+            assert list(loss(logprob_N, logprob_N, given)[1]) == loss.sum_names(given)
+    assert PolicyLoss.from_settings(loss.settings) == loss
+    assert PolicyLoss(clip_low=0.1).settings != PolicyLoss().settings
+
+
+def test_the_operators_are_registered_right():
+    hidden, weight, target, tokens = make()
+    tokens = cast(tokens, torch.float32)
+    vectors, scale = [tokens.advantage_N, tokens.weight_N], torch.ones(NUM_ROWS, device=DEVICE)
+    for loss, lens in ((PolicyLoss(), None), (PolicyLoss("gspo"), list(LENS))):
+        arguments = (hidden.detach(), weight.detach(), target, scale, vectors, "advantage_N weight_N", lens)
+        options = (loss.settings, 6, torch.float32, 8, False, True, True)
+        torch.library.opcheck(torch.ops.vcr1_kernels.linear_policy_loss, (*arguments, *options))
+    torch.library.opcheck(torch.ops.vcr1_kernels.scale_unless_one, (torch.ones(5), torch.tensor(2.0)))
+
+
+def test_on_fake_tensors_no_kernel_is_launched(monkeypatch: pytest.MonkeyPatch):
+    """A launch outside of an operator would run there, on memory that does not exist."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    options: dict[str, Any] = {"backend": "triton"}
+    with FakeTensorMode():
+        hidden, weight, logits = (torch.empty(6, n, requires_grad=True) for n in (16, 16, 6))
+        target = torch.zeros(6, dtype=torch.long)
+        tokens = TokenVectors(torch.empty(6), torch.empty(6), sequence_lens=(2, 4))
+        loss, _ = fused_linear_policy_loss(hidden, weight, target, PolicyLoss("gspo"), tokens, **options)
+        loss.backward()
+        for values in fused_linear_logprob(hidden, weight, target, entropy_grad=True, **options):
+            values.sum().backward(retain_graph=True)
+        policy_loss(logits * 1.0, target, PolicyLoss("dapo", entropy_coef=0.1), tokens, **options)[0].backward()
+        scale_unless_one_(torch.empty(5), torch.ones(()))
+        assert patchify(torch.empty(2, 28, 28, 3, dtype=torch.uint8), **options).shape == (4, 1176)
+        query, key = torch.empty(9, 4, 64, requires_grad=True), torch.empty(9, 2, 64)
+        prefix_attention(query, key, key, (PrefixGroup(0, 5, (4,)),), 0.1, **options).sum().backward()
+    assert all(isinstance(x.grad, FakeTensor) for x in (hidden, weight, logits, query))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

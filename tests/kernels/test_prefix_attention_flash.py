@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from vcr1_kernels import prefix_attention_flash as flash
 from vcr1_kernels import reference
 from vcr1_kernels.prefix_attention import IMPLEMENTATIONS, prefix_attention
@@ -138,6 +139,17 @@ def test_two_calls_and_the_merge_equal_one_softmax(dense_aten, layout, heads, kv
     grads = dense_aten.backward(grad, (query, key, value, out, lse), layout, 0.3)
     for got, want in zip((out, *grads), expected_of(query, key, value, grad, layout), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+def test_the_built_in_backward_keeps_no_tensor_for_another_mode() -> None:
+    """A tensor made under one fake mode cannot be used under the next, as those of two compilations are."""
+    for _ in range(2):
+        with FakeTensorMode():
+            query, key, value, out, grad = torch.empty(5, 6, 2, 16, device="cuda", dtype=torch.bfloat16)
+            lse, ends = torch.empty(2, 6, device="cuda"), torch.empty(2, device="cuda", dtype=torch.int32)
+            segments = flash.Segments(ends, ends, 6, 6, causal=True)
+            grads = flash.AtenOps().backward(grad, (query, key, value, out, lse), segments, 0.25)
+        assert [x.shape for x in grads] == [query.shape] * 3
 
 
 class RecordingOps(flash.AtenOps):

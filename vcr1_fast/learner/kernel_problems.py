@@ -123,7 +123,7 @@ def logprob_problem(shapes: Shapes, device: torch.device) -> Problem:
 
     def fused(way: str) -> Callable[..., tuple[Tensor, Tensor]]:
         backend = cast(Backend, way)
-        return lambda *inputs: fused_linear_logprob(*inputs, chunk_rows=CHUNK_ROWS, backend=backend)
+        return lambda *inputs: fused_linear_logprob(*inputs, keep="none", chunk_rows=CHUNK_ROWS, backend=backend)
 
     return Problem(
         run=lambda way: outputs(fused(way), shapes.dtype),

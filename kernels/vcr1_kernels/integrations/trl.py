@@ -97,7 +97,7 @@ class FusedHead:
 def use_fused_head(
     trainer: Any = None,
     *,
-    keep: Keep = "none",
+    keep: Keep = "auto",
     entropy_grad: bool | None = None,
     chunk_rows: int | None = None,
     backend: Backend = "auto",
@@ -107,8 +107,8 @@ def use_fused_head(
     Args:
         trainer: a GRPOTrainer. It only says whether the loss has an entropy bonus; without it gradients flow through
             the entropy wherever TRL asks for one, which is always right and costs the short cut of a frozen head (2
-            matrix products instead of 3) and `keep="probs"`.
-        keep: `none`, 4 matrix products and nothing of size V kept; `probs`, 3 of them and 2 N V bytes in bfloat16.
+            matrix products instead of 3) and kept probabilities (3 instead of 4).
+        keep: as in `fused_linear_logprob`: by default 3 matrix products where 2 N V bytes, in bfloat16, fit.
         entropy_grad: says it outright, instead of `trainer`.
         chunk_rows, backend: as in `fused_linear_logprob`.
 
@@ -131,7 +131,7 @@ def use_fused_head(
     if entropy_grad and keep == "probs":
         known = "the trainer has an entropy bonus" if bonus else "nothing says that the loss has no entropy bonus"
         raise ValueError(
-            f"keep='probs' carries no gradient of the entropy, and {known}: use keep='none', or pass a GRPOTrainer "
+            f"keep='probs' carries no gradient of the entropy, and {known}: use keep='auto', or pass a GRPOTrainer "
             "without entropy bonus, or entropy_grad=False"
         )
     previous = symbols._ChunkedLogProbFunction

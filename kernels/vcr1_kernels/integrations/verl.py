@@ -166,7 +166,7 @@ _replaced: ReplacedHead | None = None
 
 def replace_head(
     *,
-    keep: Keep = "none",
+    keep: Keep = "auto",
     entropy_grad: bool = True,
     responses_only: bool = True,
     chunk_rows: int | None = None,
@@ -178,7 +178,7 @@ def replace_head(
     responses_only, wraps the FSDP engine's `prepare_model_inputs`. A second call replaces the first.
 
     Args:
-        keep: `none`, 4 matrix products; `probs`, 3 and 2 N V bytes in bfloat16, without gradient of the entropy.
+        keep: as in `fused_linear_logprob`. 3 matrix products instead of 4 need entropy_grad=False.
         entropy_grad: False where `entropy_coeff` is 0: verl then still asks for a gradient of the entropy, all zeros.
             With another `entropy_coeff` our losses raise then; verl's own losses lose the bonus's gradient silently.
         responses_only: give the positions that predict no response token the target -100, so that the head skips them;

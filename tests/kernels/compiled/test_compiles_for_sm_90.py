@@ -16,7 +16,8 @@ from bench.compile_checks import Facts, Result, violations
 from bench.compiled import README, Report, check, generated_section, markdown
 
 HERE = Path(__file__).parent
-OTHER_TRITON = os.environ.get("VCR1_TRITON36", "")
+# Folders with other versions of Triton: pip install --no-deps --target FOLDER triton==...; 3.6, 3.8 and 3.9 besides 3.7
+OTHER_TRITONS = list(filter(None, os.environ.get("VCR1_TRITONS", "").split(os.pathsep)))
 CASES = {case.name: case for case in collect()}
 pytestmark = pytest.mark.slow
 
@@ -112,10 +113,11 @@ def test_a_readme_without_markers_is_refused() -> None:
         generated_section("# vcr1_kernels")
 
 
-@pytest.mark.skipif(not OTHER_TRITON, reason="VCR1_TRITON36 names no folder with triton 3.6.0 (pip install --target)")
-def test_all_cases_hold_on_triton_3_6() -> None:
-    other = check(triton_folder=Path(OTHER_TRITON))
-    assert other.triton == "3.6.0"
+@pytest.mark.skipif(not OTHER_TRITONS, reason="VCR1_TRITONS names no folders with other versions of triton")
+@pytest.mark.parametrize("folder", OTHER_TRITONS)
+def test_all_cases_hold_on_another_triton(folder: str, report: Report) -> None:
+    other = check(triton_folder=Path(folder))
+    assert other.triton != report.triton
     assert {result.name: result.violations for result in other.results} == dict.fromkeys(CASES, ())
 
 
