@@ -37,7 +37,7 @@ def _sft(run: Run) -> dict[str, Any]:
     prompts = run.train_stream(needs_target=True)
     learner = Learner(config, run.world, config.sft.num_steps, run.kernels)
     state = load_state(run, learner, prompts, "sft")
-    prompts.position, num_tokens, has_signal = state.position, state.num_tokens, state.has_signal
+    num_tokens, has_signal = state.num_tokens, state.has_signal
     telemetry, saver = run.open_telemetry(state.step), make_saver(run, learner)
     with Stopping(config.checkpoint, config.sft.num_steps, run.world) as stopping, saver:
         for step in range(state.step + 1, config.sft.num_steps + 1):

@@ -43,7 +43,6 @@ def _train(run: Run) -> dict[str, Any]:
     prompts, held_out = run.train_stream(), run.eval_examples()
     learner = Learner(config, world, config.train.num_steps * config.algorithm.minibatches_per_rollout, run.kernels)
     state = load_state(run, learner, prompts, "train")  # step 0, or where a checkpoint stands
-    prompts.position = state.position
     engine = run.open_engine()
     collector = Collector(run.tasks, config, world, run.builder.completion_ids)
     queue = RolloutQueue(engine, collector, prompts, partial(sampling_of, config, world), run.builder.decode)
@@ -54,8 +53,7 @@ def _train(run: Run) -> dict[str, Any]:
     def score(step: int) -> Scores:
         with telemetry.span("eval"), queue.paused():
             scores = evaluate(engine, held_out, run.eval_builder, run.tasks, config, world, must_read=step == 0)
-        telemetry.log_eval(step, flat_scores(scores))
-        saver.note_scores(step, flat_scores(scores))
+        telemetry.log_eval(step, saver.noted(step, flat_scores(scores)))
         return scores
 
     sync.push()  # before the first step: a broken path fails now; after a resume it restores the version, too
@@ -64,7 +62,7 @@ def _train(run: Run) -> dict[str, Any]:
     queue.restore(state.pending, state.answers, state.again, state.failed_steps)
     before = score(0) if held_out and state.step == 0 else scores_from_dict(state.before)
     num_tokens, signal = state.num_tokens, SignalWatch(run, state.has_signal)
-    with Stopping(config.checkpoint, config.train.num_steps, world) as stopping, saver:
+    with Stopping(config.checkpoint, config.train.num_steps, world, config.eval.every) as stopping, saver:
         for step in range(state.step + 1, config.train.num_steps + 1):
             with telemetry.span("prompts"):
                 queue.fill(step)
@@ -86,14 +84,13 @@ def _train(run: Run) -> dict[str, Any]:
             log_answers(run, telemetry, step, groups)
             telemetry.log_step(step, metrics | {"num_tokens": num_tokens}, config.train.num_steps)
             signal.note(groups, reports)
-            is_scored = due(config.eval.every, step) and step < config.train.num_steps and bool(held_out)
-            if stopping.wants_checkpoint(step) or (is_scored and config.checkpoint.keep_best):
+            if stopping.wants_checkpoint(step):
                 with telemetry.span("checkpoint"):
                     now = run.state(step, prompts, num_tokens, sync.policy_version, "train")
                     more = {"task_scale": task_scale.moments, "has_signal": signal.has_signal, **queue.pending()}
                     saver.save(replace(now, before=scores_as_dict(before), **more))
             stopping.end_if_asked(step)
-            if is_scored:
+            if due(config.eval.every, step) and step < config.train.num_steps and held_out:
                 score(step)
     after = score(config.train.num_steps) if held_out else {}
     for part in (telemetry, queue, engine):

@@ -2,7 +2,7 @@
 
 state.json names every file with its size and CRC-32, and holds a CRC-32 of itself. What does not fit is damage: such a
 checkpoint is named and passed over. The CRC is of zlib: 1.7 GB/s on one core, and each rank reads its own files, so
-100 GB cost 60 s on one rank and 8 s on eight (once after a save, from memory, and once on a resume). It sees every
+100 GB cost 60 s on one rank and 8 s on eight (once in a save, from memory, and once on a resume). It sees every
 single flipped bit, and a torn or exchanged file but for one chance in 4 billion.
 """
 

@@ -18,6 +18,7 @@ lives on after a run that is killed; and see staging.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -133,12 +134,13 @@ class CheckpointSaver:
         on_main_rank("publishing the checkpoint", lambda: self._name(pending), self._world)
         say(f"checkpoint: {pending.final}")
 
-    def note_scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """Held-out scores after a step, by their names below eval/, for checkpoint.keep_best. Not a collective, but
-        alike on all ranks. Raises ConfigError when the metric that it names is not among them."""
+    def noted(self, step: int, scores: Mapping[str, float]) -> Mapping[str, float]:
+        """The held-out scores after a step, by their names below eval/, once checkpoint.keep_best has seen them. Not a
+        collective, but alike on all ranks. Raises ConfigError when the metric that it names is not among them."""
         self._best.note(step, scores)
         if self._world.is_main:
             self._best.settle()
+        return scores
 
     def metrics(self) -> dict[str, float]:
         """Seconds of the writer, in the step after a checkpoint got its name."""
@@ -219,11 +221,15 @@ class _Writer:
     def status(self, wait_s: float) -> int:
         """Of the last job, after `wait_s` at most."""
         if self._answer.status == _WRITING and select.select([self._connection], [], [], wait_s)[0]:
-            line = self._connection.makefile("rb").readline()
-            answer = json.loads(line) if line.endswith(b"\n") else None
-            self._answer = self._death() if answer is None else _Answer(_FAILED if "error" in answer else _DONE)
-            if answer is not None:
-                self._answer.error, self.seconds = answer.get("error", ""), answer.get("seconds", 0.0)
+            line = b""
+            with contextlib.suppress(ConnectionResetError):  # it died before it had read its job
+                line = self._connection.makefile("rb").readline()
+            if line.endswith(b"\n"):
+                answer = json.loads(line)
+                self._answer = _Answer(_FAILED, answer["error"]) if "error" in answer else _Answer(_DONE)
+                self.seconds = answer.get("seconds", 0.0)
+            else:
+                self._answer = self._death()
         return self._answer.status
 
     def _death(self) -> _Answer:
