@@ -71,7 +71,7 @@ def check_saver(run: Path, parts: tuple, world: World) -> None:
     """Each rank's writer leaves its own files, the first one completes them; one that is killed ends both ranks."""
     state = RunState(4, 40, 400, 5, "pyav 18", "a: 1\n")
     wanted = whole_state(parts[0], parts[1])
-    with CheckpointSaver(run, parts, CheckpointConfig(), world) as saver:
+    with CheckpointSaver(run, parts, CheckpointConfig(keep=9), world) as saver:
         saver.save(state)
         with torch.no_grad():
             for weight in parts[0].parameters():
@@ -85,7 +85,7 @@ def check_saver(run: Path, parts: tuple, world: World) -> None:
     assert all(torch.equal(wanted[name], loaded[name]) for name in wanted)
     assert not list((run / "checkpoints" / "step_000004").glob("rank*"))
     try:
-        with CheckpointSaver(run, parts, CheckpointConfig(), world) as saver:
+        with CheckpointSaver(run, parts, CheckpointConfig(keep=9), world) as saver:
             if world.rank == 1 and saver._writer is not None:
                 os.kill(saver._writer.process.pid, signal.SIGSTOP)
             saver.save(replace(state, step=6))

@@ -100,7 +100,8 @@ class CheckpointSaver:
         """
         self.poll()
         if self._pending is not None and not self._has_waited:
-            say(f"the run waits for {self._pending.final.name} to be written: checkpoints are due faster than the disk")
+            name = self._pending.final.name
+            say(f"the run waits for {name} to be written: checkpoints are due faster than the disk takes them")
             self._has_waited = True
         self.poll(wait=True)
         if self._writer is None:

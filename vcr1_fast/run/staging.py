@@ -67,9 +67,9 @@ class Staging:
 
     def _pin(self, wanted: bool) -> None:
         """So that the GPU copies at the speed of its link. Memory that cannot be pinned is copied to all the same."""
-        if self._device.type != "cuda" or not self._bytes_B.numel():
+        runtime: Any = torch.cuda.cudart() if self._device.type == "cuda" else None  # none on a GPU that is played
+        if runtime is None or not self._bytes_B.numel():
             return
-        runtime: Any = torch.cuda.cudart()
         address = self._bytes_B.data_ptr()
         if wanted:
             runtime.cudaHostRegister(address, self._bytes_B.numel(), 0)
