@@ -9,8 +9,8 @@
 
 `save` copies what is to be written into host memory that a process of its own writes out (staging.py,
 checkpoint_writer.py), and returns; the weights may then change. `poll` gives the checkpoint its name once it is whole,
-which only the run itself does: a writer that outlived it could not. One is written at a time. All calls but the last
-two of the class are collectives. Called by the loops of train.py and sft.py.
+which only the run itself does: a writer that outlived it could not. One is written at a time. `save`, `poll` and the
+ends of the block are collectives. Called by the loops of train.py and sft.py.
 
 Why not torch's `async_save` with a process: it needs a process group, which one process has not; the writer it starts
 lives on after a run that is killed; and see staging.py.
@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -113,7 +113,7 @@ class CheckpointSaver:
         made = begin_checkpoint(self._output_dir, *self._parts, state, self._world, self._plan)
         with removed_on_error(made.aside, self._world):
             on_all_ranks("copying the checkpoint to host memory", lambda: writer.begin(made), self._world)
-        self._pending = made
+        self._pending = replace(made, files=())  # which hold the tensors
 
     def poll(self, *, wait: bool = False) -> None:
         """Give a checkpoint that has been written its name, and delete old ones. `wait`: until it is written.
