@@ -31,6 +31,9 @@ def disturb_the_writer(bench: Bench, runs: Runs, rng: random.Random) -> None:
         time.sleep(pause_s)
         started.kill()
     ended = started.wait().checked()
+    for writer in writers:
+        if not _ends_with_its_run(writer):  # it was stopped in its first moment: it must see that it is alone, and end
+            os.kill(writer, signal.SIGCONT)
     until = time.monotonic() + GONE_S
     while left := [writer for writer in writers if _is_alive(writer)]:
         if time.monotonic() > until:
@@ -52,6 +55,15 @@ def _writers_of(parent: int) -> list[int]:
 
 def _is_alive(pid: int) -> bool:
     return _field(pid, 0) not in ("", "Z", "X")
+
+
+def _ends_with_its_run(pid: int) -> bool:
+    """Whether the kernel has been asked to end it, which loader_worker.end_with does just before it sets the score; or
+    it is gone."""
+    try:
+        return Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "1000"
+    except OSError:
+        return True
 
 
 def _field(pid: int, number: int) -> str:
