@@ -16,7 +16,7 @@ from vcr1_fast.evaluation.scores import flat_scores, scores_as_dict
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.run.metrics import update_metrics
 from vcr1_fast.run.resuming import load_state
-from vcr1_fast.run.run import Run, export_model, open_run, open_weight_sync, outcome, save_state
+from vcr1_fast.run.run import Run, export_model, make_saver, open_run, open_weight_sync, outcome
 from vcr1_fast.run.stopping import Stopping
 from vcr1_fast.run.telemetry import Telemetry
 from vcr1_fast.settings.config import Config
@@ -37,23 +37,24 @@ def _sft(run: Run) -> dict[str, Any]:
     prompts = run.train_stream(needs_target=True)
     learner = Learner(config, run.world, config.sft.num_steps, run.kernels)
     state = load_state(run, learner, prompts, "sft")
-    prompts.position, num_tokens, has_signal = state.position, state.num_tokens, state.has_signal
-    telemetry = run.open_telemetry(state.step)
-    with Stopping(config.checkpoint, config.sft.num_steps, run.world) as stopping:
+    num_tokens, has_signal = state.num_tokens, state.has_signal
+    telemetry, saver = run.open_telemetry(state.step), make_saver(run, learner)
+    with Stopping(config.checkpoint, config.sft.num_steps, run.world) as stopping, saver:
         for step in range(state.step + 1, config.sft.num_steps + 1):
             with telemetry.span("prompts"):
                 groups = [taught_group(prompt, run) for prompt in prompts.next(config.sft.examples_per_step)]
+            saver.poll()
             with telemetry.span("update"):
                 report = learner.update_sft(groups)
             has_signal |= report.has_signal
             metrics = update_metrics([report])
             num_tokens += int(metrics["step_tokens/executed"])
-            metrics |= {**prompts.metrics(), "num_tokens": num_tokens}
+            metrics |= {**prompts.metrics(), **saver.metrics(), "num_tokens": num_tokens}
             telemetry.log_step(step, metrics, config.sft.num_steps)
             if stopping.wants_checkpoint(step):
                 with telemetry.span("checkpoint"):
                     now = run.state(step, prompts, num_tokens, 0, "sft")
-                    save_state(run, learner, replace(now, has_signal=has_signal))
+                    saver.save(replace(now, has_signal=has_signal))
             stopping.end_if_asked(step)
     export_model(run, learner)
     scores = _score(run, learner, telemetry)

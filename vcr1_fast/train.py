@@ -19,7 +19,7 @@ from vcr1_fast.run.answers import log_answers
 from vcr1_fast.run.metrics import merged, rollout_metrics, update_metrics
 from vcr1_fast.run.no_signal import SignalWatch
 from vcr1_fast.run.resuming import load_state
-from vcr1_fast.run.run import Run, due, export_model, open_run, open_weight_sync, outcome, sampling_of, save_state
+from vcr1_fast.run.run import Run, due, export_model, make_saver, open_run, open_weight_sync, outcome, sampling_of
 from vcr1_fast.run.stopping import Stopping
 from vcr1_fast.run.telemetry import say
 from vcr1_fast.settings.config import Config
@@ -43,18 +43,17 @@ def _train(run: Run) -> dict[str, Any]:
     prompts, held_out = run.train_stream(), run.eval_examples()
     learner = Learner(config, world, config.train.num_steps * config.algorithm.minibatches_per_rollout, run.kernels)
     state = load_state(run, learner, prompts, "train")  # step 0, or where a checkpoint stands
-    prompts.position = state.position
     engine = run.open_engine()
     collector = Collector(run.tasks, config, world, run.builder.completion_ids)
     queue = RolloutQueue(engine, collector, prompts, partial(sampling_of, config, world), run.builder.decode)
     task_scale = TaskScale(config.algorithm.scale_decay, state.task_scale)
     sync = open_weight_sync(run, learner, engine, state.policy_version)
-    telemetry = run.open_telemetry(state.step)
+    telemetry, saver = run.open_telemetry(state.step), make_saver(run, learner)
 
     def score(step: int) -> Scores:
         with telemetry.span("eval"), queue.paused():
             scores = evaluate(engine, held_out, run.eval_builder, run.tasks, config, world, must_read=step == 0)
-        telemetry.log_eval(step, flat_scores(scores))
+        telemetry.log_eval(step, saver.noted(step, flat_scores(scores)))
         return scores
 
     sync.push()  # before the first step: a broken path fails now; after a resume it restores the version, too
@@ -63,13 +62,14 @@ def _train(run: Run) -> dict[str, Any]:
     queue.restore(state.pending, state.answers, state.again, state.failed_steps)
     before = score(0) if held_out and state.step == 0 else scores_from_dict(state.before)
     num_tokens, signal = state.num_tokens, SignalWatch(run, state.has_signal)
-    with Stopping(config.checkpoint, config.train.num_steps, world) as stopping:
+    with Stopping(config.checkpoint, config.train.num_steps, world, config.eval.every) as stopping, saver:
         for step in range(state.step + 1, config.train.num_steps + 1):
             with telemetry.span("prompts"):
                 queue.fill(step)
             with telemetry.span("rollout"):
                 groups = queue.take(step)
                 task_scale.update(groups, run.tasks, world)
+            saver.poll()
             engine.release_memory()
             with telemetry.span("update"):
                 groups = with_advantages(groups, config.algorithm.scale_advantages, task_scale)
@@ -78,7 +78,7 @@ def _train(run: Run) -> dict[str, Any]:
             with telemetry.span("weight_sync"), queue.paused():
                 sync.push()
             metrics = rollout_metrics(groups, run.tasks, world) | update_metrics(reports)
-            metrics |= merged(part.metrics() for part in (prompts, collector, queue, task_scale, run.source))
+            metrics |= merged(part.metrics() for part in (prompts, collector, queue, task_scale, run.source, saver))
             num_tokens += int(metrics["step_tokens/executed"])
             warn_of_gap(step, metrics, config, learner.dtype)
             log_answers(run, telemetry, step, groups)
@@ -88,7 +88,7 @@ def _train(run: Run) -> dict[str, Any]:
                 with telemetry.span("checkpoint"):
                     now = run.state(step, prompts, num_tokens, sync.policy_version, "train")
                     more = {"task_scale": task_scale.moments, "has_signal": signal.has_signal, **queue.pending()}
-                    save_state(run, learner, replace(now, before=scores_as_dict(before), **more))
+                    saver.save(replace(now, before=scores_as_dict(before), **more))
             stopping.end_if_asked(step)
             if due(config.eval.every, step) and step < config.train.num_steps and held_out:
                 score(step)

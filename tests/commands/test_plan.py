@@ -12,7 +12,7 @@ from safetensors import safe_open
 from vcr1_kernels.head_chunks import head_peak_bytes
 
 import vcr1_fast.cli as cli
-from vcr1_fast.commands.plan import plan_command
+from vcr1_fast.commands.plan import disk_gb, plan_command
 from vcr1_fast.fake_gpu.predict import Rates
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 from vcr1_fast.learner import memory_sums
@@ -33,6 +33,7 @@ from vcr1_fast.learner.model_size import read_model_size
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
 from vcr1_fast.settings.config import (
     AlgorithmConfig,
+    CheckpointConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -218,6 +219,18 @@ def test_evaluation_is_counted_with_the_videos_that_it_sees(capsys):
     for settings, is_told in ((config, False), (more, True)):
         plan_command(settings, 8, is_fast=True)
         assert ("prompt in evaluation" in capsys.readouterr().out) == is_told
+
+
+def test_the_plan_has_what_checkpoints_take_of_host_memory_and_disk(capsys):
+    """12 bytes for each of 8,292,166,656 weights: 99.506 GB; two are kept, one is written, with keep_best one more."""
+    config, size = config_7b(), read_model_size("Qwen2.5-VL-7B")
+    assert plan_command(config, 8, is_fast=True)["staging_gb"] == 99.51
+    assert "host memory for checkpoints, GB: 99.5 over all machines (12.4 a rank)" in capsys.readouterr().out
+    assert disk_gb(config, size)["checkpoints"] == pytest.approx(3 * 99.506, abs=0.01)
+    best = CheckpointConfig(asynchronous=False, keep_best="eval/temporal_grounding/miou")
+    assert disk_gb(replace(config, checkpoint=best), size)["checkpoints"] == pytest.approx(4 * 99.506, abs=0.01)
+    between = replace(config, checkpoint=CheckpointConfig(asynchronous=False))
+    assert plan_command(between, 8, is_fast=True)["staging_gb"] == 0
 
 
 def test_adapters_need_no_masters_no_reference_and_no_copies():

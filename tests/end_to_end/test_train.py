@@ -29,7 +29,9 @@ def bytes_of_weights(run: Path) -> bytes:
 
 def test_run_writes_what_it_says(train_arguments, run_here, tmp_path):
     run = tmp_path / "run"
-    done = run_here(train_arguments(run, "--train.num_steps=2", "--checkpoint.every=1", "--train.samples_every=2"))
+    best = ("--eval.every=1", "--checkpoint.keep_best=eval/temporal_grounding/miou", "--checkpoint.keep=1")
+    options = ("--train.num_steps=2", "--checkpoint.every=1", "--train.samples_every=2", *best)
+    done = run_here(train_arguments(run, *options))
     assert done.code == 0, done.err
     result = json.loads(done.out.splitlines()[-1])
     assert [path.name for path in (run / "samples").iterdir()] == ["step_2.jsonl"]
@@ -53,7 +55,13 @@ def test_run_writes_what_it_says(train_arguments, run_here, tmp_path):
     assert {"reward", "kl", "clip_ratio/region_mean", "rewards/object_tracking/iou/mean"} <= set(steps[1])
     assert list((run / "tensorboard").glob("events*"))
     assert (run / "config.yaml").read_text().count("group_size: 4") == 1
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
+    scores = {r["step"]: r["eval/temporal_grounding/miou"] for r in logged(run) if "eval/temporal_grounding/miou" in r}
+    best_step = max((1, 2), key=lambda step: scores[step])  # the first of two equal ones
+    assert json.loads((run / "checkpoints" / "best.json").read_text())["score"] == scores[best_step]
+    assert (run / "checkpoints" / "best").resolve().name == f"step_00000{best_step}"
+    kept = sorted({f"step_00000{best_step}", "step_000002"})
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best", "best.json", *kept]
+    assert "checkpoint/write_s" in steps[2] and "checkpoints: written beside the steps" in done.out
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "model")
     assert model.config.text_config.hidden_size == 128
     assert json.loads((run / "model" / "vcr1_fast.json").read_text())["reader"].startswith("pyav 1")

@@ -42,6 +42,7 @@ KINDS: dict[str, Kind] = {
     "clip": Kind("clips:read_a_mutated_clip", num_short=5),
     "clips": Kind("clips:train_on_a_mutated_clip"),
     "worker": Kind("workers:kill_workers"),
+    "writer": Kind("writers:disturb_the_writer", num_short=1),
     "eval": Kind("evaluations:disturb_an_evaluation", needs_library=True),
     "ranks": Kind("ranks:disturb_one_rank", needs_library=True),
     "frame": Kind("frames:be_hostile", num_short=2),

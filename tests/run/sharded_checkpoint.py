@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
 from vcr1_fast.run.checkpoint_files import latest_checkpoint
 from vcr1_fast.run.export import export_hugging_face, plan_export
 from vcr1_fast.run.folder import prepare_output_dir
+from vcr1_fast.run.saver import CheckpointSaver
 from vcr1_fast.run.stop_signals import StoppedBySignal
 from vcr1_fast.run.stopping import Stopping
 from vcr1_fast.settings.config import CheckpointConfig, ConfigError, OptimizerConfig
@@ -63,6 +65,38 @@ def check_failure_on_one_rank(run: Path, parts: tuple, world: World) -> None:
         assert "cannot be written" in str(error) or "rank 0 failed while preparing" in str(error)
     else:
         raise AssertionError("a folder in /proc was made")
+
+
+def check_saver(run: Path, parts: tuple, world: World) -> None:
+    """Each rank's writer leaves its own files, the first one completes them; one that is killed ends both ranks."""
+    state = RunState(4, 40, 400, 5, "pyav 18", "a: 1\n")
+    wanted = whole_state(parts[0], parts[1])
+    with CheckpointSaver(run, parts, CheckpointConfig(keep=9), world) as saver:
+        saver.save(state)
+        with torch.no_grad():
+            for weight in parts[0].parameters():
+                weight.zero_()
+        saver.poll(wait=True)
+        saver.save(replace(state, step=5))
+    load_checkpoint(run / "checkpoints" / "step_000005", *parts, world)
+    assert not any(whole_tensor(weight).any() for weight in parts[0].parameters())
+    load_checkpoint(run / "checkpoints" / "step_000004", *parts, world)
+    loaded = whole_state(parts[0], parts[1])
+    assert all(torch.equal(wanted[name], loaded[name]) for name in wanted)
+    assert not list((run / "checkpoints" / "step_000004").glob("rank*"))
+    try:
+        with CheckpointSaver(run, parts, CheckpointConfig(keep=9), world) as saver:
+            if world.rank == 1 and saver._writer is not None:
+                os.kill(saver._writer.process.pid, signal.SIGSTOP)
+            saver.save(replace(state, step=6))
+            if world.rank == 1 and saver._writer is not None:
+                os.kill(saver._writer.process.pid, signal.SIGKILL)
+    except OSError as error:
+        assert ("ended with signal 9" if world.rank else "rank 1 failed while writing") in str(error)
+    else:
+        raise AssertionError("the death of rank 1's writer was not seen")
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert not world.is_main or left[-1] == "step_000005"  # the first rank has removed the rest
 
 
 def check_stop_is_agreed_on(world: World) -> None:
@@ -131,6 +165,7 @@ def main() -> None:
     assert wanted.keys() == again.keys()
     assert all(torch.equal(wanted[name], again[name]) for name in wanted)
     assert random.random() == draw  # each rank continues its own
+    check_saver(run, parts, world)
     check_stop_is_agreed_on(world)
     check_failed_export(run, policy, world)
     export.FILE_BYTES = 60_000  # of 200 KB: several files, as a 7B model has

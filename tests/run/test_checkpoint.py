@@ -24,7 +24,7 @@ from tests.run.sharded_checkpoint import CONFIG, whole_state
 from tests.tiny_policy import TinyPolicy, run_ranks, tiny_folder, tokens
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
-from vcr1_fast.run import checkpoint_files, folder, random_state
+from vcr1_fast.run import checkpoint_files, checkpoint_layout, folder, random_state
 from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
 from vcr1_fast.run.checkpoint_files import latest_checkpoint, resolve_resume
 from vcr1_fast.run.folder import prepare_output_dir
@@ -120,7 +120,7 @@ def test_state_file_is_readable_and_says_what_made_it(run: Path):
 
 
 def test_tensors_are_spread_over_files_of_bounded_size(run: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checkpoint, "_MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(checkpoint_layout, "FILE_BYTES", 100_000)
     parts = make()
     train(parts, 1)
     path = save(run, parts, 1)
@@ -149,7 +149,7 @@ def test_loading_moments_into_a_used_optimizer_forgets_its_own(run: Path):
     assert not used[1].state
 
 
-MOMENTS = [("write_tensors", 1), ("write_state", 1), ("_flush", 1), ("rename", 1), ("rename", 2)]
+MOMENTS = [("write_file", 1), ("write_state", 1), ("_flush", 1), ("rename", 1), ("rename", 2)]
 
 
 @pytest.mark.parametrize(("operation", "number"), MOMENTS, ids=lambda part: str(part))
@@ -180,7 +180,7 @@ def test_a_save_killed_at_any_moment_loses_no_checkpoint(
         return act
 
     with monkeypatch.context() as patch:
-        for module, name in ((checkpoint, "write_tensors"), (checkpoint, "write_state"), (folder, "_flush")):
+        for module, name in ((checkpoint, "write_file"), (checkpoint, "write_state"), (folder, "_flush")):
             patch.setattr(module, name, mortal(name, getattr(module, name)))
         patch.setattr(os, "rename", mortal("rename", os.rename))
         patch.setattr(shutil, "rmtree", mortal("rmtree", shutil.rmtree))
@@ -241,18 +241,18 @@ def test_a_failed_save_gives_its_space_back(run: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_tensors", fail)
+    monkeypatch.setattr(checkpoint, "write_file", fail)
     with pytest.raises(OSError, match="No space left on device"):
         save(run, make(), 2)
     assert list((run / "checkpoints").iterdir()) == []
 
 
-def test_a_failure_inside_the_tensor_writer_is_an_oserror(run: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failure_while_torch_plans_is_an_oserror(run: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", fail)
-    with pytest.raises(OSError, match=r"cannot write checkpoint .*No space left on device"):
+    monkeypatch.setattr(checkpoint_layout._Listing, "write_data", fail)
+    with pytest.raises(OSError, match=r"cannot plan checkpoint .*No space left on device"):
         save(run, make(), 2)
     assert list((run / "checkpoints").iterdir()) == []
 
@@ -344,7 +344,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     document = json.loads((path / "state.json").read_text())
     change(document)
     del document["crc32"]
-    document["crc32"] = checkpoint_files._crc32_of(document)
+    document["crc32"] = checkpoint_files.crc32_of_document(document)
     (path / "state.json").write_text(json.dumps(document))
 
 

@@ -14,7 +14,7 @@ from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.run.checkpoint import RunState
 from vcr1_fast.run.model_folder import model_digest
 from vcr1_fast.run.resuming import differing_settings, load_state
-from vcr1_fast.run.run import Run, save_state
+from vcr1_fast.run.run import Run, make_saver
 from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, ModelConfig, TaskConfig, TrainConfig
 from vcr1_fast.settings.io import config_to_yaml
 from vcr1_fast.tasks import make_tasks
@@ -37,7 +37,8 @@ def save(run: Run, data: str = "d") -> None:
     learner = Learner(run.config, SINGLE_PROCESS, 10)
     prompts = prompt_digests(run.tasks)
     state = RunState(3, 0, 0, 0, "pyav 18", config_to_yaml(run.config), run.base_digest, data=data, prompts=prompts)
-    save_state(run, learner, state)
+    with make_saver(run, learner) as saver:
+        saver.save(state)
 
 
 def load(run: Run) -> RunState:

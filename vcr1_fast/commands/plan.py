@@ -76,6 +76,7 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
     phases = {phase: round(sum(kinds.values()), 2) for phase, kinds in memory.items()}
     too_large = {gpu: [name for name, gb in phases.items() if gb > room] for gpu, room in GPUS_GB.items()}
     disk, (missing_files, missing_videos) = disk_gb(config, size), _missing(config)
+    staging = 0.0 if config.checkpoint.asynchronous is False else round(checkpoint_bytes(config, size) / 1e9, 2)
     if is_main_rank():
         say(f"model: {size.params:,} parameters ({source}); recomputed: {config.model.gradient_checkpointing}")
         console.print(_token_table(config, tokens))
@@ -85,6 +86,7 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
             _print_prediction(measured, config)
         on_disk = ", ".join(f"{name} {gb:.1f}" for name, gb in disk.items())
         say(f"disk, GB: {on_disk}; ranks, each with a GPU: {num_gpus}")
+        say(f"host memory for checkpoints, GB: {staging:.1f} over all machines ({staging / num_gpus:.1f} a rank)")
         if missing_files or missing_videos:
             say(f"not found: {', '.join(missing_files) or 'no annotation file'}; {missing_videos:,} videos")
     return {
@@ -100,6 +102,7 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
         "predicted": measured.predicted if measured else None,
         "learner": measured.learner if measured else None,
         "disk_gb": disk,
+        "staging_gb": staging,
         "missing_files": missing_files,
         "missing_videos": missing_videos,
     }
@@ -116,13 +119,17 @@ def _measured(
         return None
 
 
+def checkpoint_bytes(config: Config, size: ModelSize) -> int:
+    """Float32 weights and two moments of what is trained."""
+    return 12 * trained_params(config, size)
+
+
 def disk_gb(config: Config, size: ModelSize) -> dict[str, float]:
-    """Checkpoints: float32 weights and two moments of what is trained, `checkpoint.keep` of them and the one being
-    written. Export: every weight in bfloat16, as public checkpoints have them, unless `checkpoint.export_dtype` says
-    float32."""
-    trained = trained_params(config, size)
+    """Checkpoints: `checkpoint.keep` of them, the best one and the one being written. Export: every weight in bfloat16,
+    as public checkpoints have them, unless `checkpoint.export_dtype` says float32."""
     width = 4 if config.checkpoint.export_dtype == "float32" else 2
-    checkpoints = 12 * trained * (config.checkpoint.keep + 1)
+    num_kept = config.checkpoint.keep + (config.checkpoint.keep_best is not None)
+    checkpoints = checkpoint_bytes(config, size) * (num_kept + 1)
     export = width * size.params if config.checkpoint.export else 0
     return {"checkpoints": round(checkpoints / 1e9, 2), "export": round(export / 1e9, 2)}
 

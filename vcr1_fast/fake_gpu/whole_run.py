@@ -25,6 +25,7 @@ from vcr1_fast.learner import update_rows
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.kernel_proof import Proof
 from vcr1_fast.run import run as run_module
+from vcr1_fast.run.saver import CheckpointSaver
 from vcr1_fast.settings.io import load_config
 
 
@@ -62,6 +63,6 @@ def _as_rank_0(num_gpus: int) -> Iterator[None]:
         stack.enter_context(mock.patch.object(dist, "init_process_group", join_fake))
         if num_gpus > 1:
             # a checkpoint of several ranks is checked against what the others hold, and there are no others
-            stack.enter_context(mock.patch.object(train_module, "save_state", lambda *_: None))
+            stack.enter_context(mock.patch.object(CheckpointSaver, "save", lambda *_: None))
             stack.enter_context(mock.patch.dict(os.environ, launcher | {"WORLD_SIZE": str(num_gpus)}))
         yield

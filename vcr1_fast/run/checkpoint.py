@@ -9,6 +9,7 @@
 Called by the training loop. A checkpoint is written aside as `step_000010.tmp-<pid>`, flushed, and renamed, so a crash
 at any point leaves only complete checkpoints under their final names. Nothing is pickled: all files are safetensors or
 JSON, so a checkpoint from somebody else cannot run code. Frozen weights are not in it: they are those of `model.path`.
+`save_checkpoint` does it all at once; saver.py has the same files written while the run goes on.
 """
 
 from __future__ import annotations
@@ -29,11 +30,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -49,20 +48,17 @@ from vcr1_fast.learner.sharding import (
 from vcr1_fast.run.checkpoint_files import (
     CHECKPOINTS_FOLDER,
     DamagedError,
-    crc32_of_files,
     read_state,
     scan,
-    shard_files,
-    write_state,
 )
+from vcr1_fast.run.checkpoint_layout import ShardPlan, TensorFile, local_part, tensor_file
+from vcr1_fast.run.checkpoint_writer import FileEntry, write_file, write_state
 from vcr1_fast.run.folder import replace_folder
 from vcr1_fast.run.random_state import rng_state, set_rng_state
-from vcr1_fast.run.tensor_files import write_tensors
 from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.types import RunError
 
 _LOG = logging.getLogger(__name__)
-_MAX_FILE_BYTES = 2 << 30  # the writer holds one file in memory: a 7B run's 84 GB of state need 2 GiB beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +85,16 @@ class RunState:
     answers: Mapping[str, Tensor] = field(default_factory=dict)  # this rank's part of them; in a file of its own
 
 
+@dataclass(frozen=True)
+class Unwritten:
+    """A checkpoint whose folder is there, and whose files are not."""
+
+    final: Path
+    aside: Path  # where it is written
+    document: Mapping[str, Any]  # of state.json, without the files
+    files: Sequence[TensorFile]  # of this rank
+
+
 def save_checkpoint(
     output_dir: str | Path,
     policy: nn.Module,
@@ -103,6 +109,41 @@ def save_checkpoint(
     A checkpoint of the same step is replaced. Returns the new folder. Raises OSError when it cannot be written, and
     RunError for weights or moments that are not finite, on every rank; earlier checkpoints are then untouched.
     """
+    made = begin_checkpoint(output_dir, policy, optimizer, schedule, state, world)
+    mine: dict[str, FileEntry] = {}
+
+    def write() -> None:
+        for file in made.files:
+            mine[file.name] = write_file(made.aside / file.name, file.parts())
+
+    with removed_on_error(made.aside, world):
+        on_all_ranks("writing the checkpoint", write, world)
+        entries = {name: entry for part in gather_all(mine, world) for name, entry in part.items()}
+
+        def publish() -> None:
+            write_state(made.aside, made.document, entries)
+            replace_folder(made.aside, made.final)
+
+        on_main_rank("publishing the checkpoint", publish, world)
+    if world.is_main:
+        prune(Path(output_dir).absolute(), keep)
+    barrier(world)
+    return made.final
+
+
+def begin_checkpoint(
+    output_dir: str | Path,
+    policy: nn.Module,
+    optimizer: Optimizer,
+    schedule: LambdaLR,
+    state: RunState,
+    world: World,
+    plan: ShardPlan | None = None,
+) -> Unwritten:
+    """What is to be written, and a folder for it. A collective.
+
+    `plan`: that of the save before, whose names and shapes are mostly the same. Raises as `save_checkpoint` does.
+    """
     tensors = _tensors(policy, optimizer)
     _require_finite(tensors, state.step, world)
     parent = Path(output_dir).absolute() / CHECKPOINTS_FOLDER
@@ -114,30 +155,36 @@ def save_checkpoint(
         "world_size": world.world_size,
         "versions": installed_versions(),
     }
+
+    def make_folders() -> None:
+        document["save_index"] = 1 + max((read_state(path)["save_index"] for path in scan(parent.parent)[0]), default=0)
+        for name in ("rng", "answers"):
+            (aside / name).mkdir(parents=True)
+
+    with removed_on_error(aside, world):
+        on_main_rank("making the checkpoint folder", make_folders, world)
+    own: list[TensorFile] = []  # of this rank alone
+
+    def take_own() -> None:
+        own.append(tensor_file(_rng_name(world), rng_state()))
+        if state.pending:
+            own.append(tensor_file(_answers_name(world), state.answers))
+
+    with removed_on_error(aside, world), _dcp_errors("plan", aside):
+        on_all_ranks("saving the random state and answers", take_own, world)
+        files = (plan or ShardPlan()).files(tensors, aside, world)
+    return Unwritten(final, aside, document, [*files, *own])
+
+
+@contextmanager
+def removed_on_error(aside: Path, world: World) -> Iterator[None]:
+    """A full disk must not stay full."""
     try:
-        on_main_rank("making the checkpoint folder", lambda: _make_folders(aside), world)
-        _save_tensors(aside, tensors, world)
-        mine: dict[str, str] = {}  # of this rank: name of a file -> CRC-32
-
-        def save_rest() -> None:
-            own = {_rng_name(world): rng_state()} | (
-                {_answers_name(world): dict(state.answers)} if state.pending else {}
-            )
-            for name, tensors in own.items():
-                write_tensors(tensors, aside / name)
-            mine.update(crc32_of_files(aside, [*shard_files(aside, world.rank), *own]))
-
-        on_all_ranks("saving the random state and answers, and reading all files back", save_rest, world)
-        crc32 = {name: crc for part in gather_all(mine, world) for name, crc in part.items()}
-        on_main_rank("publishing the checkpoint", lambda: _publish(aside, final, document, crc32), world)
+        yield
     except Exception:
-        if world.is_main:  # a full disk must not stay full
+        if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-    if world.is_main:
-        _prune(parent.parent, keep)
-    barrier(world)
-    return final
 
 
 def load_checkpoint(
@@ -190,7 +237,7 @@ def load_checkpoint(
 
 def _require_finite(tensors: Mapping[str, Tensor], step: int, world: World) -> None:
     """One pass over this rank's shards: 3.4 GB/s on a CPU core."""
-    local = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+    local = {name: local_part(tensor) for name, tensor in tensors.items()}
     floats = {name: tensor for name, tensor in local.items() if tensor.is_floating_point() and tensor.numel()}
     extremes = [torch.stack(torch.aminmax(tensor)).float().cpu() for tensor in floats.values()]  # NaN where one is
     bad = [name for name, pair in zip(floats, extremes, strict=True) if not pair.isfinite().all()]
@@ -200,11 +247,6 @@ def _require_finite(tensors: Mapping[str, Tensor], step: int, world: World) -> N
             f"after step {step} {found[0]} is not finite, so no checkpoint is written; go on from the last one with a "
             "lower optimizer.learning_rate"
         )
-
-
-def _make_folders(aside: Path) -> None:
-    for name in ("rng", "answers"):
-        (aside / name).mkdir(parents=True)
 
 
 def installed_versions() -> dict[str, str]:
@@ -266,20 +308,6 @@ def _set_num_updates(schedule: LambdaLR, num_updates: int) -> None:
         group["lr"] = learning_rate
 
 
-def _save_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
-    file_index: dict[str, int] = {}
-    index, filled_bytes = 1, 0
-    for name, tensor in tensors.items():
-        num_bytes = tensor.numel() * tensor.element_size() // world.world_size
-        if filled_bytes and filled_bytes + num_bytes > _MAX_FILE_BYTES:
-            index, filled_bytes = index + 1, 0
-        file_index[name] = index
-        filled_bytes += num_bytes
-    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_index, save_distributed=True)
-    with _dcp_errors("write", folder):
-        dcp_save(tensors, storage_writer=writer, no_dist=world.world_size == 1)
-
-
 @contextmanager
 def _dcp_errors(action: str, folder: Path) -> Iterator[None]:
     """Make torch's CheckpointException, which is no Exception and is raised on all ranks, an OSError."""
@@ -292,17 +320,12 @@ def _dcp_errors(action: str, folder: Path) -> Iterator[None]:
         raise OSError(f"cannot {action} checkpoint {folder}: {reasons}") from error
 
 
-def _publish(aside: Path, final: Path, document: dict[str, Any], crc32: dict[str, str]) -> None:
-    """Complete the folder `aside` with state.json, flush it, and give it its final name."""
-    earlier = scan(final.parent.parent)[0]
-    save_index = 1 + max((read_state(path)["save_index"] for path in earlier), default=0)
-    write_state(aside, document | {"save_index": save_index}, crc32)
-    replace_folder(aside, final)
-
-
-def _prune(output_dir: Path, keep: int) -> None:
-    """Delete all but the `keep` >= 1 checkpoints saved last. A folder that cannot be deleted is only warned about."""
+def prune(output_dir: Path, keep: int, spared: str = "") -> None:
+    """Delete all but the `keep` >= 1 checkpoints saved last and the one named `spared`. A folder that cannot be deleted
+    is only warned about."""
     for path in scan(output_dir)[0][: -max(1, keep)]:
+        if path.name == spared:
+            continue
         try:
             # Renamed first: a deletion that is cut short must not leave a folder that looks like a checkpoint.
             doomed = path.with_name(f"{path.name}.tmp-old-{os.getpid()}")

@@ -2,7 +2,7 @@
 
 state.json names every file with its size and CRC-32, and holds a CRC-32 of itself. What does not fit is damage: such a
 checkpoint is named and passed over. The CRC is of zlib: 1.7 GB/s on one core, and each rank reads its own files, so
-100 GB cost 60 s on one rank and 8 s on eight (once after a save, from memory, and once on a resume). It sees every
+100 GB cost 60 s on one rank and 8 s on eight (once in a save, from memory, and once on a resume). It sees every
 single flipped bit, and a torn or exchanged file but for one chance in 4 billion.
 """
 
@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from typing import Any
 import yaml
 
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World, gather_all, on_main_rank
+from vcr1_fast.run.checkpoint_writer import FORMAT, crc32_of_document
 from vcr1_fast.run.model_folder import STATE_FILE as STATE_FILE
 from vcr1_fast.settings.config import Config, ConfigError
 
 CHECKPOINTS_FOLDER = "checkpoints"  # below train.output_dir
-FORMAT = 2  # of state.json and the tensor names; raise it with every change that old code cannot read
 
 _LOG = logging.getLogger(__name__)
 _WITHOUT_DIGESTS = 1  # the format before this one: sizes alone
@@ -48,7 +48,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        if document["format"] != _WITHOUT_DIGESTS and document.pop("crc32") != _crc32_of(document):
+        if document["format"] != _WITHOUT_DIGESTS and document.pop("crc32") != crc32_of_document(document):
             raise DamagedError(f"{STATE_FILE} is damaged: it does not fit its CRC-32")
         if document["format"] > FORMAT:
             raise ConfigError(
@@ -68,16 +68,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{STATE_FILE} is damaged: {type(error).__name__} {error}") from None
     return document
-
-
-def write_state(folder: Path, document: dict[str, Any], crc32: dict[str, str]) -> None:
-    """state.json of the files below `folder`; what others wrote and `crc32` does not name is read here."""
-    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.safetensors"))}
-    crc32 = crc32 | crc32_of_files(folder, [name for name in paths if name not in crc32])
-    files = {name: {"bytes": path.stat().st_size, "crc32": crc32[name]} for name, path in paths.items()}
-    document = document | {"format": FORMAT, "files": files}
-    text = json.dumps(document | {"crc32": _crc32_of(document)}, indent=2)
-    (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def find_damage(checkpoint: Path, world: World = SINGLE_PROCESS) -> str | None:
@@ -119,10 +109,6 @@ def _crc32_of_file(path: Path) -> str:
         while num_bytes := file.readinto(buffer):
             crc = zlib.crc32(buffer[:num_bytes], crc)
     return f"{crc:08x}"
-
-
-def _crc32_of(document: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(document, sort_keys=True).encode()):08x}"
 
 
 def _files(document: dict[str, Any]) -> dict[str, tuple[int, str | None]]:
@@ -237,8 +223,3 @@ def _warn_of(damaged: dict[Path, str], world: World) -> None:
     if world.is_main:
         for path, reason in damaged.items():
             _LOG.warning("passing over checkpoint %s: %s", path, reason)
-
-
-def shard_files(folder: Path, rank: int) -> Sequence[str]:
-    """The files of one rank's tensors in a checkpoint that is being written, as torch's writer names them."""
-    return [path.name for path in sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))]

@@ -25,7 +25,7 @@ _MAX_SHOWN = 60  # characters of a value
 
 
 def load_state(run: Run, learner: Learner, prompts: PromptStream, program: str) -> RunState:
-    """Load the checkpoint `train.resume` names into the learner, or give the state of a new run.
+    """Load the checkpoint `train.resume` names into learner and prompts, or give the state of a new run.
 
     Says which settings differ from those it was made with. Raises ConfigError when it is of another program (`train` or
     `sft`), was read by another video reader, belongs to other frozen weights, or when data, prompt files, seed or
@@ -55,6 +55,7 @@ def load_state(run: Run, learner: Learner, prompts: PromptStream, program: str) 
     say(f"resumed from {checkpoint} (step {state.step})")
     for difference in differing_settings(state.config_yaml, config_to_yaml(run.config)):
         say(f"other than before: {difference}")
+    prompts.position = state.position
     return state
 
 

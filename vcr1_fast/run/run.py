@@ -29,7 +29,7 @@ from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run import exit_codes
-from vcr1_fast.run.checkpoint import RunState, save_checkpoint
+from vcr1_fast.run.checkpoint import RunState
 from vcr1_fast.run.checkpoint_files import recorded_model
 from vcr1_fast.run.checkpoint_model import with_model_of_checkpoint
 from vcr1_fast.run.export import (
@@ -45,6 +45,7 @@ from vcr1_fast.run.folder_lock import locked_folder
 from vcr1_fast.run.hub import with_hub_model
 from vcr1_fast.run.model_folder import CONFIG_FILE, TRAINED_WITH, model_digest, model_folder, read_json
 from vcr1_fast.run.random_state import seed_generators
+from vcr1_fast.run.saver import CheckpointSaver
 from vcr1_fast.run.sources import describe_eval_video, eval_builder, open_source, prompt_limits
 from vcr1_fast.run.telemetry import Telemetry, say
 from vcr1_fast.run.weight_sync import WeightSync
@@ -267,11 +268,9 @@ def outcome(run: Run, has_signal: bool, num_steps_done: int, causes: Sequence[st
     return {"exit_code": exit_codes.NO_SIGNAL, "no_signal": reason}
 
 
-def save_state(run: Run, learner: Learner, state: RunState) -> None:
-    """Write a checkpoint of everything the run needs to go on bit for bit."""
+def make_saver(run: Run, learner: Learner) -> CheckpointSaver:
     parts = (learner.policy, learner.optimizer, learner.schedule)
-    folder = save_checkpoint(run.folder, *parts, state, run.world, run.config.checkpoint.keep)
-    say(f"checkpoint: {folder}")
+    return CheckpointSaver(run.folder, parts, run.config.checkpoint, run.world)
 
 
 def warn_of_other_reader(run: Run) -> None:

@@ -25,7 +25,9 @@ from vcr1_fast.settings.config import CheckpointConfig
 class Stopping:
     """See the module's docstring."""
 
-    def __init__(self, config: CheckpointConfig, num_steps: int, world: World) -> None:
+    def __init__(self, config: CheckpointConfig, num_steps: int, world: World, eval_every: int = 0) -> None:
+        """`eval_every`: steps between held-out scores, each of which has a checkpoint with checkpoint.keep_best."""
+        self._every = [config.every, eval_every if config.keep_best else 0]
         self._config, self._num_steps, self._world = config, num_steps, world
         self._signals = StopSignals()
         self._signum = 0  # that all ranks know of
@@ -47,8 +49,8 @@ class Stopping:
         is_late = self._world.is_main and late_s > 0 and time.monotonic() - self._saved_s >= late_s
         asked = all_max_int(self._signals.signum << 1 | is_late, self._world)
         self._signum = asked >> 1
-        every = self._config.every
-        wants = bool(asked) or step == self._num_steps or (every > 0 and step % every == 0)
+        is_due = any(every > 0 and step % every == 0 for every in self._every)
+        wants = bool(asked) or step == self._num_steps or is_due
         if wants:
             self._saved_s = time.monotonic()
         return wants

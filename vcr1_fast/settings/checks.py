@@ -25,6 +25,11 @@ def check_settings(config: Config, command: RunCommand, world_size: int = 1) -> 
         _check_share_of_prompts(config, world_size)
         _check_objective(config.algorithm)
         _check_groups(config.rollout)
+        require(
+            config.checkpoint.keep_best is None or (config.eval.every > 0 and bool(config.data.eval)),
+            f"checkpoint.keep_best is {config.checkpoint.keep_best}, but nothing is scored while training: set "
+            "data.eval and eval.every",
+        )
     if command == "sft":
         per_step = config.sft.examples_per_step
         require(
