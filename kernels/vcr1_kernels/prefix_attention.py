@@ -29,9 +29,10 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .backend import runs_triton, unavailable_reason
+from .flash_routes import HALF_TYPES, flash_ops
 from .input_checks import FLOAT_DTYPES, check_tensors
 from .prefix_attention_dense import DENSE, FLASH_CPU, BatchedAttention
-from .prefix_attention_flash import HALF_TYPES, FlashAttention, flash_ops
+from .prefix_attention_flash import FlashAttention
 from .prefix_attention_launch import MAX_HEAD_DIM
 from .prefix_attention_triton import TritonAttention
 from .prefix_layout import PrefixGroup, PrefixLayout, check_layout, layout_from_ints, layout_to_ints
@@ -105,7 +106,7 @@ def attention_backend(
 
     float64               torch: dense scores
     CPU                   flash: torch's blocked kernel for CPUs, in float32
-    CUDA, half precision  flash: flash-attn 3 or 2 where installed, else torch's own
+    CUDA, half precision  flash: flash-attn 3, 4 or 2 where installed, else torch's own (flash_routes)
     CUDA, float32         triton: flash kernels have no float32, and dense scores of a long row do not fit (17 GB for
                           16 heads at 16k tokens); its products are full float32, not tf32, and use no tensor cores
     CUDA, anything else   triton where the head has at most 128 dimensions, else torch

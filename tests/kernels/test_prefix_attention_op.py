@@ -4,8 +4,8 @@ import pytest
 import torch
 from vcr1_kernels import reference
 from vcr1_kernels._ops import ops
+from vcr1_kernels.flash_routes import flash_ops
 from vcr1_kernels.prefix_attention import _choice, attention_backend, prefix_attention
-from vcr1_kernels.prefix_attention_flash import flash_ops
 from vcr1_kernels.prefix_layout import PrefixGroup, layout_from_ints, layout_to_ints
 
 LAYOUT = (PrefixGroup(0, 6, (2, 5)), PrefixGroup(13, 1, (4, 0)))

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vcr1_fast.fake_gpu.predict import H100_RATES, Rates
 from vcr1_fast.fake_gpu.shim import FakeGpuError
@@ -45,7 +45,7 @@ class Case:
     min_rows: int = 0  # rows that another rank has at least: this one runs placeholders
     overrides: tuple[str, ...] = ()  # `--a.b=c`
     rates: Rates = H100_RATES  # by which its seconds are predicted
-    flash: str | None = None  # package of flash-attn there seems to be, see flash_packages.py; None: what there is
+    flash: Literal["fa2", "fa3", "fa4"] | None = None  # flash-attn that seems to be installed; None: what there is
 
 
 def run(cases: Sequence[Case], timeout_s: float = 600.0) -> Iterator[dict[str, Any]]:

@@ -114,7 +114,7 @@ class Qwen25VL:
             **inputs.tensors,
             max_seqlen=max(frame),
             max_window_seqlen=max(window),
-            tower_segments=TowerSegments(window, frame),
+            tower_segments=TowerSegments.of_lengths(window, frame),
         )
         return output.pooler_output
 
