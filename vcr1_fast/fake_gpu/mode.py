@@ -43,7 +43,7 @@ class FakeGpu(TorchDispatchMode):
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, Tensor] = weakref.WeakKeyDictionary()
         cuda_module.install(gpu, num_gpus, self._waited)
         triton_launches.install(self._launched)
-        self._installed_flash = flash_packages.installed_version()
+        self._installed_flash: FlashVersion | None = flash_packages.installed_version()
         _patch_torch(self)
 
     def use_flash(self, version: FlashVersion | None) -> None:

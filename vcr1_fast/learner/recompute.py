@@ -29,11 +29,18 @@ KEPT = frozenset(  # by name; flash attention is called inside of vcr1_kernels' 
 
 def switch_on(hf: Any, mode: str) -> None:
     """Has the decoder layers and tower blocks of a Hugging Face model recompute as `mode` says; `auto` is none."""
+    options = checkpoint_options(mode)
+    if options is not None:
+        hf.gradient_checkpointing_enable(options)
+
+
+def checkpoint_options(mode: str) -> dict[str, Any] | None:
+    """Of `torch.utils.checkpoint.checkpoint`; None where nothing is recomputed."""
+    if mode not in ("selective", "full"):
+        return None
     if mode == "full":
-        hf.gradient_checkpointing_enable({"use_reentrant": False})
-    if mode == "selective":
-        contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
-        hf.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        return {"use_reentrant": False}
+    return {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)}
 
 
 def _policy(_context: Any, operator: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:

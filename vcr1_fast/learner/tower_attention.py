@@ -14,8 +14,7 @@ Shape letters: P patches of all videos, H heads, C head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ NAMES = {"flash": "vcr1_flash_varlen", "plain": "vcr1_flash_plain"}
 TowerBackend = Literal["flash", "plain"]
 
 
-@dataclass(frozen=True, slots=True)
-class TowerSegments:
+class TowerSegments(NamedTuple):
     """Patches of each segment, on the host: of the windows, and of the frames that some layers see whole.
 
     As tensors, because compiled code would be compiled anew for other numbers."""
@@ -104,3 +102,8 @@ def use_tower_attention(tower: Any, backend: TowerBackend) -> None:
     AttentionInterface.register(NAMES["flash"], flash_attention)
     AttentionInterface.register(NAMES["plain"], plain_attention)
     tower.config._attn_implementation = NAMES[backend]
+
+
+def is_one_call(tower: Any) -> bool:
+    """Whether a layer's attention is one call of a registered operator (`flash`), as compiled blocks need it."""
+    return tower.config._attn_implementation == NAMES["flash"]
