@@ -40,7 +40,7 @@ def packed_attention(
             f"packed attention got batch size {query.shape[0]} and a mask of type {type(attention_mask).__name__}, "
             "wanted one row and no mask"
         )
-    query_THC, key_TKC, value_TKC = (x[0].transpose(0, 1) for x in (query, key, value))
+    query_THC, key_TKC, value_TKC = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     out_THC = prefix_attention(query_THC, key_TKC, value_TKC, prefix_layout, scaling, prefix_backend)
     return out_THC.unsqueeze(0), None
 

@@ -64,7 +64,7 @@ def flash_attention(
     Returns: ([1, P, H, C], None).
     """
     _check_mask(attention_mask)
-    query_PHC, key_PHC, value_PHC = (x[0].transpose(0, 1) for x in (query, key, value))
+    query_PHC, key_PHC, value_PHC = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     lengths = _lengths(tower_segments, cu_seq_lens_q)
     return varlen_attention(query_PHC, key_PHC, value_PHC, cu_seq_lens_q, lengths, scaling).unsqueeze(0), None
 
