@@ -44,6 +44,7 @@ def compile_blocks(blocks: Iterable[nn.Module], mode: str, backend: str | Callab
         return checkpoint(forward, block, *args, **options, **kwargs)
 
     compiled = torch.compile(run, fullgraph=True, backend=backend)
+    block: Any
     for block in blocks:
         block.gradient_checkpointing = False  # transformers' own, outside of the graph
         block.forward = functools.partial(_call, compiled, block)
