@@ -41,8 +41,11 @@ COLUMNS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is recomputed, for all points."""
+    """What is recomputed and which flash-attn is there, for all points."""
     parser.add_argument("--recompute", choices=RECOMPUTE, default="full", help="as model.gradient_checkpointing")
+    parser.add_argument(
+        "--attention", choices=("fa2", "fa3", "fa4"), default="fa2", help="version of flash-attn; torch's own is fa2"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -50,13 +53,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     whole = whole_config(PUBLIC_SIZES["Qwen2.5-VL-7B"])
     blocks = num_blocks(whole)
     sizes = {str(size): size for size in sizes_to_run()}
+    overrides = (f"--model.gradient_checkpointing={arguments.recompute}",)
+    options: dict[str, Any] = {"overrides": overrides, "flash": arguments.attention}
     rows: list[dict[str, Any]] = []
     for num_gpus in WORLDS:
         for prompt, grid in CLIPS.items():
             updates = (((grid, ANSWERS),),) * 2  # the first makes the optimizer's moments
-            options = (f"--model.gradient_checkpointing={arguments.recompute}",)
             cases = [
-                Case(name, num_gpus, str(CONFIG), with_blocks(whole, *size), updates, overrides=options)
+                Case(name, num_gpus, str(CONFIG), with_blocks(whole, *size), updates, **options)
                 for name, size in sizes.items()
             ]
             found = {sizes[report["name"]]: report for report in run_cases(cases)}
@@ -66,7 +70,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for row in rows:
         table.add_row(*(f"{row[key]:,}" if isinstance(row[key], int | float) else row[key] for key in COLUMNS))
     Console(width=118).print(table)
-    return {"rows": rows, "rates": vars(predict.H100_RATES), "answers": ANSWERS, "recompute": arguments.recompute}
+    chosen = {"recompute": arguments.recompute, "attention": arguments.attention}
+    return {"rows": rows, "rates": vars(predict.H100_RATES), "answers": ANSWERS, **chosen}
 
 
 def _pace(config: Mapping[str, Any], grid: Grid, seconds: float) -> dict[str, float]:

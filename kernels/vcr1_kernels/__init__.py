@@ -11,7 +11,14 @@ from .linear_policy_loss import fused_linear_policy_loss
 from .losses import PolicyLoss, TokenVectors
 from .patchify import patchify
 from .policy_loss import logprob_of_logits, policy_loss
-from .prefix_attention import AttentionChoice, PrefixGroup, PrefixLayout, attention_backend, prefix_attention
+from .prefix_attention import (
+    AttentionChoice,
+    PrefixGroup,
+    PrefixLayout,
+    attention_backend,
+    layout_to_tensor,
+    prefix_attention,
+)
 from .rotary import rotary
 
 __all__ = [
@@ -23,6 +30,7 @@ __all__ = [
     "attention_backend",
     "fused_linear_logprob",
     "fused_linear_policy_loss",
+    "layout_to_tensor",
     "logprob_of_logits",
     "losses",
     "patchify",

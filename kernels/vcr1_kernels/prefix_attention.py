@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -29,12 +29,13 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .backend import runs_triton, unavailable_reason
+from .flash_routes import HALF_TYPES, flash_ops
 from .input_checks import FLOAT_DTYPES, check_tensors
 from .prefix_attention_dense import DENSE, FLASH_CPU, BatchedAttention
-from .prefix_attention_flash import HALF_TYPES, FlashAttention, flash_ops
+from .prefix_attention_flash import FlashAttention
 from .prefix_attention_launch import MAX_HEAD_DIM
 from .prefix_attention_triton import TritonAttention
-from .prefix_layout import PrefixGroup, PrefixLayout, check_layout, layout_from_ints, layout_to_ints
+from .prefix_layout import PrefixGroup, PrefixLayout, check_layout, layout_to_tensor, read_layout
 
 __all__ = [
     "AttentionBackend",
@@ -43,6 +44,7 @@ __all__ = [
     "PrefixLayout",
     "attention_backend",
     "check_layout",
+    "layout_to_tensor",
     "prefix_attention",
 ]
 
@@ -105,7 +107,7 @@ def attention_backend(
 
     float64               torch: dense scores
     CPU                   flash: torch's blocked kernel for CPUs, in float32
-    CUDA, half precision  flash: flash-attn 3 or 2 where installed, else torch's own
+    CUDA, half precision  flash: flash-attn 3, 4 or 2 where installed, else torch's own (flash_routes)
     CUDA, float32         triton: flash kernels have no float32, and dense scores of a long row do not fit (17 GB for
                           16 heads at 16k tokens); its products are full float32, not tf32, and use no tensor cores
     CUDA, anything else   triton where the head has at most 128 dimensions, else torch
@@ -150,16 +152,16 @@ def _as_given(query: Tensor) -> Iterator[None]:
 @torch.library.custom_op(
     add_op_namespace_prefix("prefix_attention_forward"),
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, SymInt[] layout, float scale, str backend) -> (Tensor, Tensor)",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor layout, float scale, str backend) -> (Tensor, Tensor)",
 )
 def _forward_op(
-    query: Tensor, key: Tensor, value: Tensor, layout: Sequence[int], scale: float, backend: str
+    query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     if query.shape[0] == 0:
         return _forward_fake(query, key, value, layout, scale, backend)
     with _as_given(query):
         implementation = _implementation(backend, query.device)
-        return implementation.forward(query, key, value, layout_from_ints(layout), scale)
+        return implementation.forward(query, key, value, read_layout(tuple(layout.tolist()), len(query)), scale)
 
 
 @_forward_op.register_fake
@@ -171,7 +173,7 @@ def _forward_fake(query, key, value, layout, scale, backend):
 @torch.library.custom_op(
     add_op_namespace_prefix("prefix_attention_backward"),
     mutates_args=(),
-    schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, SymInt[] layout, float scale,"
+    schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor layout, float scale,"
     " str backend) -> (Tensor, Tensor, Tensor)",
 )
 def _backward_op(grad, query, key, value, out, lse, layout, scale, backend):
@@ -179,7 +181,8 @@ def _backward_op(grad, query, key, value, out, lse, layout, scale, backend):
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     with _as_given(query):
         implementation = _implementation(backend, query.device)
-        return implementation.backward(grad, (query, key, value, out, lse), layout_from_ints(layout), scale)
+        groups = read_layout(tuple(layout.tolist()), len(query))
+        return implementation.backward(grad, (query, key, value, out, lse), groups, scale)
 
 
 @_backward_op.register_fake
@@ -188,30 +191,41 @@ def _backward_fake(grad, query, key, value, out, lse, layout, scale, backend):
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ctx.layout, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(query, key, value, *output)
+    query, key, value, layout, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(query, key, value, *output, layout)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     # the gradient of lse is dropped: it leaves this module only as a saved tensor
-    grads = ops.prefix_attention_backward(grad_out, *ctx.saved_tensors, ctx.layout, ctx.scale, ctx.backend)
+    grads = ops.prefix_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.backend)
     return (*grads, None, None, None)
 
 
 _forward_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _check_inputs(query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, layout: PrefixLayout, scale: float) -> None:
+def _check_inputs(
+    query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, layout: PrefixLayout | Tensor, scale: float
+) -> None:
     check_tensors("prefix_attention", query=query_THC, key=key_TKC, value=value_TKC)
     dtypes = [x.dtype for x in (query_THC, key_TKC, value_TKC)]
     if not set(dtypes) <= set(FLOAT_DTYPES):
         raise TypeError(f"prefix_attention got {dtypes}, wanted bfloat16, float16, float32 or float64")
     _check_shapes(query_THC, key_TKC, value_TKC)
-    if not isinstance(layout, tuple | list) or not all(isinstance(group, PrefixGroup) for group in layout):
-        raise TypeError(f"layout is {layout!r}, wanted a tuple of PrefixGroup")
-    check_layout(layout, query_THC.shape[0])
+    _check_layout(layout, query_THC.shape[0])
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ValueError(f"scale is {scale!r}, wanted a finite number, usually C ** -0.5")
+
+
+def _check_layout(layout: PrefixLayout | Tensor, num_tokens: int) -> None:
+    """Of a tensor no values: compiled code has none, and the op reads them anyway."""
+    if isinstance(layout, Tensor):
+        if layout.device.type != "cpu" or layout.dtype != torch.int64 or layout.ndim != 1:
+            raise TypeError(f"layout is a tensor {layout.dtype} on {layout.device}, wanted that of layout_to_tensor")
+        return
+    if not isinstance(layout, tuple | list) or not all(isinstance(group, PrefixGroup) for group in layout):
+        raise TypeError(f"layout is {layout!r}, wanted a tuple of PrefixGroup")
+    check_layout(layout, num_tokens)
 
 
 def _check_shapes(query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor) -> None:
@@ -259,7 +273,7 @@ def prefix_attention(
     query_THC: Tensor,
     key_TKC: Tensor,
     value_TKC: Tensor,
-    layout: PrefixLayout,
+    layout: PrefixLayout | Tensor,
     scale: float,
     backend: AttentionBackend = "auto",
 ) -> Tensor:
@@ -267,7 +281,7 @@ def prefix_attention(
 
     Args:
         query_THC: [T, H, C]; key_TKC, value_TKC: [T, K, C], H a multiple of K; rotary embedding already applied.
-        layout: the groups of the row, covering 0..T.
+        layout: the groups of the row, covering 0..T; inside of torch.compile `layout_to_tensor` of them.
         scale: factor of the scores, usually C ** -0.5.
         backend: `auto` is `attention_backend(device, value dtype, C)`.
 
@@ -288,7 +302,8 @@ def prefix_attention(
     """
     _check_inputs(query_THC, key_TKC, value_TKC, layout, scale)
     name, dtype = _choose(backend, query_THC, value_TKC)
+    numbers = layout if isinstance(layout, Tensor) else layout_to_tensor(layout)
     out_THC, _lse_HT = ops.prefix_attention_forward(
-        *(x.to(dtype) for x in (query_THC, key_TKC, value_TKC)), layout_to_ints(layout), scale, name
+        *(x.to(dtype) for x in (query_THC, key_TKC, value_TKC)), numbers, scale, name
     )
     return out_THC.to(value_TKC.dtype)

@@ -17,169 +17,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .flash_routes import Segments, Tensors, VarlenOps
 from .prefix_attention_launch import ROW_LAUNCH, row_options
 from .prefix_attention_triton import unit_stride
 from .prefix_layout import PrefixLayout
 from .upload import upload_ints
-
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # query, key, value, out, lse
-HALF_TYPES = (torch.float16, torch.bfloat16)
-
-
-class Segments(NamedTuple):
-    """The segments of one variable-length call. Lengths are host ints: nothing waits for the GPU."""
-
-    cu_q: Tensor  # [B + 1] int32, first query of each segment and the total
-    cu_k: Tensor  # [B + 1] int32
-    max_q: int
-    max_k: int
-    causal: bool  # query i of a segment sees key j <= i; the segments of q and k are then equal
-
-
-class VarlenOps(Protocol):
-    """A pair of flash attention calls. lse is [H, T] float32, natural logarithm."""
-
-    @property
-    def name(self) -> str: ...
-
-    def forward(
-        self, query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, segments: Segments, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """(out [T, H, C], lse [H, T])"""
-        ...
-
-    def backward(
-        self,
-        grad_THC: Tensor,
-        tensors: Tensors,
-        segments: Segments,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dQ, dK, dV, from (query, key, value, out, lse): probabilities are exp(S - lse) for the lse that is given."""
-        ...
-
-
-class AtenOps:
-    """The flash attention inside torch (CUDA builds): FlashAttention 2, or what is registered in its place."""
-
-    name = "torch's built-in flash attention"
-
-    def forward(
-        self, query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, segments: Segments, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *(query_THC, key_TKC, value_TKC, *segments[:4], 0.0, segments.causal, False), scale=scale
-        )
-        return out, lse
-
-    def backward(
-        self, grad_THC: Tensor, tensors: Tensors, segments: Segments, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # dropout is 0: the random state is not read, so it needs no values, but its type is checked
-        rng_state, unused = grad_THC.new_empty(2, dtype=torch.uint64), grad_THC.new_empty(0, dtype=torch.float32)
-        return torch.ops.aten._flash_attention_backward(
-            *(grad_THC, *tensors, *segments[:4], 0.0, segments.causal, rng_state, unused), scale=scale
-        )
-
-
-@dataclass(frozen=True)
-class PackageOps:
-    """flash-attn 2 or 3 from its own package. The names of their arguments were read from the sources of 2.8 and 3."""
-
-    name: str
-    forward_function: Callable[..., Any]
-    backward_function: Callable[..., Any]
-    causal_name: str  # of the backward function: it changed between releases of version 3
-    is_version_3: bool
-
-    def forward(
-        self, query_THC: Tensor, key_TKC: Tensor, value_TKC: Tensor, segments: Segments, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        extra = {} if self.is_version_3 else {"dropout_p": 0.0}
-        out, lse, *_ = self.forward_function(
-            *(query_THC, key_TKC, value_TKC),
-            **{**_segment_arguments(segments), "softmax_scale": scale, "causal": segments.causal, **extra},
-        )
-        return out, lse
-
-    def backward(
-        self, grad_THC: Tensor, tensors: Tensors, segments: Segments, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = (torch.empty_like(x) for x in tensors[:3])
-        options: dict[str, Any] = {"softmax_scale": scale, self.causal_name: segments.causal, "softcap": 0.0}
-        options |= {"window_size_left": -1, "window_size_right": -1}
-        options |= {"deterministic": torch.are_deterministic_algorithms_enabled()}
-        if not self.is_version_3:
-            options |= {"dropout_p": 0.0, "alibi_slopes": None}
-        self.backward_function(grad_THC, *tensors, dq=dq, dk=dk, dv=dv, **_segment_arguments(segments), **options)
-        return dq, dk, dv
-
-
-def _segment_arguments(segments: Segments) -> dict[str, Any]:
-    return {
-        "cu_seqlens_q": segments.cu_q,
-        "cu_seqlens_k": segments.cu_k,
-        "max_seqlen_q": segments.max_q,
-        "max_seqlen_k": segments.max_k,
-    }
-
-
-def _parameters(function: Callable[..., Any]) -> set[str]:
-    return set(inspect.signature(getattr(function, "_init_fn", function)).parameters)  # a custom_op hides its own
-
-
-def _package_ops(module: str, forward: str, backward: str, is_version_3: bool) -> PackageOps | str:
-    """The functions of an installed package, or why they cannot be used."""
-    try:
-        namespace = importlib.import_module(module)
-    except ImportError as error:
-        return f"{module} cannot be imported ({error})"
-    functions = [getattr(namespace, name, None) for name in (forward, backward)]
-    if functions[0] is None or functions[1] is None:
-        return f"{module} has no {forward} and {backward}"
-    wanted = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale"}
-    of_forward, of_backward = _parameters(functions[0]), _parameters(functions[1])
-    causal = "is_causal" if "is_causal" in of_backward else "causal"
-    missing = (wanted | {"causal"}) - of_forward
-    missing |= (wanted | {causal, "dq", "dk", "dv", "softcap", "window_size_left", "deterministic"}) - of_backward
-    if missing:
-        return f"{module} has other arguments than known here (missing {', '.join(sorted(missing))})"
-    return PackageOps(module, functions[0], functions[1], causal, is_version_3)
-
-
-@functools.lru_cache(maxsize=8)
-def flash_ops(device: torch.device) -> tuple[VarlenOps | None, str]:
-    """The flash attention that runs on a CUDA device, and why it is that one; None where there is none.
-
-    flash-attn 3 on compute capability 9.0, else flash-attn 2, else torch's own. Nothing is tried out: a package counts
-    when it is importable and its functions have the arguments that are passed here.
-    """
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return None, f"flash attention wants compute capability 8.0, the device has {capability[0]}.{capability[1]}"
-    passed_over: list[str] = []
-    if capability[0] == 9:
-        found = _package_ops("flash_attn_interface", "_flash_attn_forward", "_flash_attn_backward", True)
-        if isinstance(found, PackageOps):
-            return found, "flash-attn 3 is installed"
-        passed_over.append(found)
-    module = "flash_attn.flash_attn_interface"
-    found = _package_ops(module, "_flash_attn_varlen_forward", "_flash_attn_varlen_backward", False)
-    if isinstance(found, PackageOps):
-        return found, "; ".join(("flash-attn 2 is installed", *passed_over))
-    passed_over.append(found)
-    if not torch.backends.cuda.is_flash_attention_available():
-        return None, "; ".join(("this torch was built without flash attention", *passed_over))
-    return AtenOps(), "; ".join(passed_over)
 
 
 @dataclass(frozen=True)

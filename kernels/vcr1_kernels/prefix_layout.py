@@ -1,4 +1,4 @@
-"""What a packed row `[prompt | c_1 | ... | c_G]`, group after group, consists of. Host integers only, no tensors.
+"""What a packed row `[prompt | c_1 | ... | c_G]`, group after group, consists of. Host integers only.
 
 Every completion sees the prompt of its group and itself, nothing else:
 
@@ -10,8 +10,12 @@ Every completion sees the prompt of its group and itself, nothing else:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,38 @@ def check_layout(layout: PrefixLayout, num_tokens: int) -> None:
 
 
 def layout_to_ints(layout: PrefixLayout) -> list[int]:
-    """The layout as an `int[]`, the form in which a registered op takes it: P, G, R_1 .. R_G of each group."""
+    """The layout as numbers: P, G, R_1 .. R_G of each group."""
     return [n for group in layout for n in (group.prompt_len, len(group.completion_lens), *group.completion_lens)]
 
 
+def layout_to_tensor(layout: PrefixLayout) -> Tensor:
+    """`layout_to_ints` as int64 on the host, the form in which a registered op takes it and `prefix_attention` may.
+
+    Inside of torch.compile give that: code compiled for a tuple is compiled anew for every other layout.
+    """
+    return torch.tensor(layout_to_ints(layout), dtype=torch.int64)
+
+
 def layout_from_ints(numbers: Sequence[int]) -> PrefixLayout:
-    """Inverse of `layout_to_ints`. Example: `[4, 2, 2, 3]` is `(PrefixGroup(0, 4, (2, 3)),)`."""
+    """Inverse of `layout_to_ints`. Example: `[4, 2, 2, 3]` is `(PrefixGroup(0, 4, (2, 3)),)`.
+
+    Raises ValueError for numbers that are not those of a layout.
+    """
     groups: list[PrefixGroup] = []
     start = index = 0
     while index < len(numbers):
-        prompt_len, num_completions = numbers[index : index + 2]
+        prompt_len, num_completions = (*numbers[index : index + 2], -1)[:2]
         index += 2 + num_completions
+        if num_completions < 0 or index > len(numbers):
+            raise ValueError(f"layout: got the numbers {list(numbers)}, wanted P, G, R_1 .. R_G of each group")
         groups.append(PrefixGroup(start, prompt_len, tuple(numbers[index - num_completions : index])))
         start = groups[-1].end
     return tuple(groups)
+
+
+@functools.lru_cache(maxsize=64)
+def read_layout(numbers: tuple[int, ...], num_tokens: int) -> PrefixLayout:
+    """`layout_from_ints` of a row of `num_tokens`. Raises ValueError as it and `check_layout` do."""
+    layout = layout_from_ints(numbers)
+    check_layout(layout, num_tokens)
+    return layout

@@ -3,11 +3,13 @@
 import json
 import platform
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from vcr1_kernels.flash_routes import flash_ops
 
 import vcr1_fast.commands.doctor as doctor_module
 from vcr1_fast import __version__
@@ -179,3 +181,31 @@ def test_sglang_without_an_interpreter_to_ask(monkeypatch, capsys, tmp_path):
     assert "0.5.17 on torch 2.13.0+cpu, no NCCL, ninja /n, in .venv-sglang/bin/python" in doctor_module._sglang(
         doctor_module.sglang_interpreter()
     )
+
+
+@pytest.mark.parametrize(
+    ("installed", "on_gpu", "is_usable", "detail"),
+    [
+        ({}, False, False, "installed: none"),
+        ({"flash-attn-4": "4.0.0b36"}, False, True, "installed: flash-attn-4 4.0.0b36"),
+        ({}, True, False, "installed: none; torch's built-in flash attention is used (flash-attn 3 is not installed"),
+        ({"flash-attn-4": "4.0.0b36", "flash-attn": "2.8.3"}, False, False, "overwrite each other's flash_attn/cute"),
+    ],
+)
+def test_flash_attention_is_named_and_two_that_overwrite_each_other_are_seen(
+    monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], on_gpu: bool, is_usable: bool, detail: str
+):
+    def version(name: str) -> str:
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(doctor_module.metadata, "version", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    flash_ops.cache_clear()
+    [found] = examine([component for component in COMPONENTS if component.name == "flash-attn"])
+    flash_ops.cache_clear()
+    assert found.usable is is_usable and detail in found.detail

@@ -380,7 +380,7 @@ def test_a_dry_run_runs_the_step(capsys, monkeypatch, tmp_path: Path):
     # 12 bytes a parameter, the checkpoints that are kept and one being written; bfloat16 export
     assert line["disk_gb"]["export"] == pytest.approx(2 * 1_112_000 / 1e9, abs=0.005)
     assert line["missing_files"] == [f"{tmp_path}/none.jsonl"] and line["missing_videos"] == 1
-    assert "predicted by rates that are of a slow GPU (GEMM 680 TFLOP/s, attention 370" in " ".join(told.split())
+    assert "predicted by rates that are of a slow GPU (GEMM 680 TFLOP/s, attention fa2 370" in " ".join(told.split())
     # 0.1 GB/s: an update takes at least the time of its traffic, which is rounded to 0.1 GB
     assert line["predicted"]["update_s"] >= (learner["elementwise_gb"] - 0.05) / 0.1 > 0
 

@@ -2,14 +2,13 @@
 
 import inspect
 import itertools
-import sys
-import types
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vcr1_kernels import prefix_attention_flash as flash
 from vcr1_kernels import reference
+from vcr1_kernels.flash_routes import AtenOps
 from vcr1_kernels.prefix_attention import IMPLEMENTATIONS, prefix_attention
 from vcr1_kernels.prefix_layout import PrefixGroup
 
@@ -103,7 +102,7 @@ def dense_backward(
 def dense_aten(monkeypatch):
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", dense_forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", dense_backward)
-    return flash.FlashAttention(flash.AtenOps())
+    return flash.FlashAttention(AtenOps())
 
 
 def make_inputs(layout, heads, kv_heads, dtype=torch.float64, head_dim=8):
@@ -148,11 +147,11 @@ def test_the_built_in_backward_keeps_no_tensor_for_another_mode() -> None:
             query, key, value, out, grad = torch.empty(5, 6, 2, 16, device="cuda", dtype=torch.bfloat16)
             lse, ends = torch.empty(2, 6, device="cuda"), torch.empty(2, device="cuda", dtype=torch.int32)
             segments = flash.Segments(ends, ends, 6, 6, causal=True)
-            grads = flash.AtenOps().backward(grad, (query, key, value, out, lse), segments, 0.25)
+            grads = AtenOps().backward(grad, (query, key, value, out, lse), segments, 0.25)
         assert [x.shape for x in grads] == [query.shape] * 3
 
 
-class RecordingOps(flash.AtenOps):
+class RecordingOps(AtenOps):
     def __init__(self):
         self.calls = []
 
@@ -243,74 +242,3 @@ def test_merge_kernel_equals_its_torch_twin(layout, head_dim):
     flash.merge_in_triton(*tensors, plan)
     for got, expected in zip(tensors[:2], want[:2], strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=2e-6)
-
-
-def fake_package(monkeypatch, drop=()):
-    """A module with the functions of flash-attn 2 that computes by the dense stand-ins."""
-
-    def _flash_attn_varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal
-    ):
-        tables = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return dense_forward(q, k, v, *tables, dropout_p, causal, False, scale=softmax_scale)[:2]
-
-    def _flash_attn_varlen_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        alibi_slopes,
-        deterministic,
-    ):
-        assert (window_size_left, window_size_right, softcap, alibi_slopes) == (-1, -1, 0.0, None)
-        tables = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        state = (torch.zeros(2, dtype=torch.uint64), torch.empty(0))
-        tensors = (q, k, v, out, softmax_lse)
-        grads = dense_backward(dout, *tensors, *tables, dropout_p, causal, *state, scale=softmax_scale)
-        for target, grad in zip((dq, dk, dv), grads, strict=True):
-            target.copy_(grad)
-
-    module = types.ModuleType("fake_flash")
-    for function in (_flash_attn_varlen_forward, _flash_attn_varlen_backward):
-        if function.__name__ not in drop:
-            setattr(module, function.__name__, function)
-    monkeypatch.setitem(sys.modules, "fake_flash", module)
-    return "fake_flash", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward", False
-
-
-def test_installed_package_is_called_with_its_own_argument_names(monkeypatch):
-    ops = flash._package_ops(*fake_package(monkeypatch))
-    assert isinstance(ops, flash.PackageOps)
-    layout = LAYOUTS["two_groups"]
-    query, key, value, grad = make_inputs(layout, 4, 2)
-    attention = flash.FlashAttention(ops)
-    out, lse = attention.forward(query, key, value, layout, 0.3)
-    grads = attention.backward(grad, (query, key, value, out, lse), layout, 0.3)
-    for got, want in zip((out, *grads), expected_of(query, key, value, grad, layout), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
-
-
-def test_a_package_that_does_not_fit_is_passed_over_with_a_reason(monkeypatch):
-    assert "cannot be imported" in str(flash._package_ops("no_such_flash", "a", "b", True))
-    arguments = fake_package(monkeypatch, drop=("_flash_attn_varlen_backward",))
-    assert "has no _flash_attn_varlen_forward and" in str(flash._package_ops(*arguments))
-    arguments = fake_package(monkeypatch)
-    sys.modules["fake_flash"]._flash_attn_varlen_forward = lambda q, k, v, causal: None
-    assert "missing cu_seqlens_k, cu_seqlens_q, max_seqlen_k, max_seqlen_q, softmax_scale" in str(
-        flash._package_ops(*arguments)
-    )

@@ -4,9 +4,9 @@ import pytest
 import torch
 from vcr1_kernels import reference
 from vcr1_kernels._ops import ops
+from vcr1_kernels.flash_routes import flash_ops
 from vcr1_kernels.prefix_attention import _choice, attention_backend, prefix_attention
-from vcr1_kernels.prefix_attention_flash import flash_ops
-from vcr1_kernels.prefix_layout import PrefixGroup, layout_from_ints, layout_to_ints
+from vcr1_kernels.prefix_layout import PrefixGroup, layout_from_ints, layout_to_ints, layout_to_tensor
 
 LAYOUT = (PrefixGroup(0, 6, (2, 5)), PrefixGroup(13, 1, (4, 0)))
 NUM_TOKENS = 18
@@ -26,7 +26,7 @@ def test_layout_survives_the_way_through_an_int_list(layout):
 def test_registration(backend):
     """Schema, fakes (shapes, strides, types), autograd registration, and tracing with static and dynamic shapes."""
     inputs = make_inputs()
-    numbers = layout_to_ints(LAYOUT)
+    numbers = layout_to_tensor(LAYOUT)
     # the dynamic trace would give the kernels symbolic lengths; static is what a layout of host ints means
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(

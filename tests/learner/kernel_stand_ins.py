@@ -39,7 +39,7 @@ def patchify(rgb_FHW3: Tensor, dtype: torch.dtype, *, backend: str) -> Tensor:
     return reference.patchify(rgb_FHW3, dtype)
 
 
-def flash_varlen(query, key, value, ends, max_length, scale) -> Tensor:
+def varlen_attention(query, key, value, ends, lengths, scale) -> Tensor:
     windows = []
     for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
         q, k, v = (x[start:end].float().transpose(0, 1) for x in (query, key, value))
@@ -67,7 +67,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "fused_linear_policy_loss": linear_policy_loss,
     "prefix_attention": prefix_attention,
     "patchify": patchify,
-    "flash_varlen": flash_varlen,
+    "varlen_attention": varlen_attention,
     "norm_forward": norm_forward,
     "mlp_forward": mlp_forward,
     "tower_rotary": tower_rotary,  # the decoder's runs its own twin on the CPU

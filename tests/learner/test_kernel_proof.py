@@ -73,7 +73,7 @@ def half_the_gradient_of_keys(query, key, *inputs: Any):
 def one_window_too_large(query, key, value, ends, *inputs: Any):
     ends = ends.clone()
     ends[1] += 1
-    return kernel_stand_ins.flash_varlen(query, key, value, ends, *inputs)
+    return kernel_stand_ins.varlen_attention(query, key, value, ends, *inputs)
 
 
 def the_last_frame_is_not_repeated(rgb_FHW3, dtype, *, backend):
@@ -104,7 +104,7 @@ WRONG = [
     ("logprob", "fused_linear_logprob", one_token_is_off, "logprob"),
     ("policy_loss", "fused_linear_policy_loss", one_row_has_no_gradient, "grad hidden"),
     ("attention", "prefix_attention", half_the_gradient_of_keys, "grad key"),
-    ("tower", "flash_varlen", one_window_too_large, "out"),
+    ("tower", "varlen_attention", one_window_too_large, "out"),
     ("patchify", "patchify", the_last_frame_is_not_repeated, "patches"),
     ("patchify", "patchify", not_a_number, "patches nan"),
     ("norm", "norm_forward", the_scale_is_left_out, "decoder 0"),
@@ -113,7 +113,7 @@ WRONG = [
     ("patchify", "patchify", lambda rgb_FHW3, dtype, *, backend: torch.zeros(4, 1176), "gave the shape (4, 1176)"),
     *((kernel, name, raises, "raised RuntimeError: no such instruction") for kernel, name in (
         ("logprob", "fused_linear_logprob"), ("policy_loss", "fused_linear_policy_loss"),
-        ("tower", "flash_varlen"), ("patchify", "patchify"), ("norm", "norm_forward"), ("rotary", "tower_rotary"),
+        ("tower", "varlen_attention"), ("patchify", "patchify"), ("norm", "norm_forward"), ("rotary", "tower_rotary"),
     )),
 ]  # fmt: skip
 

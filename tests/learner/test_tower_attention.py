@@ -20,14 +20,14 @@ def test_the_tower_in_one_call_is_the_tower_window_by_window(monkeypatch):
     dense attention under a mask of segments stands for it here."""
     calls = []
 
-    def dense(query, key, value, ends, max_length, scale):
+    def dense(query, key, value, ends, lengths, scale):
         segment = torch.searchsorted(ends.long(), torch.arange(query.shape[0]), right=True)
-        calls.append((int(segment.max()), max_length))
+        calls.append((int(segment.max()), int(lengths.max())))
         heads_first = [x.transpose(0, 1)[None] for x in (query, key, value)]
         out = scaled_dot_product_attention(*heads_first, attn_mask=segment[:, None] == segment[None], scale=scale)
         return out[0].transpose(0, 1)
 
-    monkeypatch.setattr(tower_attention, "flash_varlen", dense)
+    monkeypatch.setattr(tower_attention, "varlen_attention", dense)
     hf = load_hugging_face("tiny", torch.float32, torch.device("cpu"))
     grids, values = two_videos()
     expected = hf.model.visual(values, grid_thw=grids).pooler_output

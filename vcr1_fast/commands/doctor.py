@@ -6,6 +6,7 @@ that raises is a finding, never a crash. The exit code is 1 when a component tha
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -318,6 +319,27 @@ def _nccl() -> str:
     return ".".join(map(str, nccl.version()))
 
 
+def _flash_attention() -> str:
+    """Which flash-attn packages are installed, and on a GPU which one the kernels call and why."""
+    import torch
+    from vcr1_kernels.flash_routes import PackageOps, flash_ops
+
+    versions: dict[str, str] = {}
+    for name in ("flash-attn-3", "flash-attn-4", "flash-attn"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    said = [f"installed: {', '.join(f'{name} {version}' for name, version in versions.items()) or 'none'}"]
+    used = None
+    if torch.cuda.is_available():
+        used, reason = flash_ops(torch.device("cuda", torch.cuda.current_device()))
+        said.append(f"{used.name if used else 'none'} is used ({reason})")
+    if {"flash-attn-4", "flash-attn"} <= versions.keys():
+        said.insert(0, "flash-attn and flash-attn-4 overwrite each other's flash_attn/cute: remove one of them")
+    elif isinstance(used, PackageOps) or (versions and not torch.cuda.is_available()):
+        return "; ".join(said)
+    raise UnusableError("; ".join(said))
+
+
 CUDA_TORCH = "a CUDA build of torch and an NVIDIA driver"
 COMPONENTS = (
     Component("python", _python, "Python 3.11, 3.12 or 3.13", is_required=True),
@@ -346,5 +368,5 @@ COMPONENTS = (
         "make sglang, or pip install 'sglang>=0.5.17,<0.6' in an environment of its own (rollout.sglang.python)",
     ),
     Component("DALI", _dali, "pip install -e '.[dali]'"),
-    Component("flash-attn", lambda: _load("flash_attn", "flash-attn"), "pip install -e '.[flash]' (needs nvcc)"),
+    Component("flash-attn", _flash_attention, "pip install -e '.[flash]', or '.[flash2]' (needs nvcc); never both"),
 )

@@ -43,9 +43,10 @@ def run_cases(cases: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _run(gpu: FakeGpu, case: dict[str, Any]) -> dict[str, Any]:
     gpu.meter.rates = Rates(**case["rates"])
     gpu.use_flash(case["flash"])
+    overrides = [*case["overrides"], "--model.compile=false"]  # what it would spare is not known
     if case["trains"]:
-        return run_training(gpu, case["config"], case["overrides"], case["num_gpus"])
-    config = load_config(case["config"], case["overrides"])
+        return run_training(gpu, case["config"], overrides, case["num_gpus"])
+    config = load_config(case["config"], overrides)
     hf_config = AutoConfig.for_model(**case["hf_config"])
     has_features = config.model.is_tower_frozen
     if case["prompts"]:

@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from vcr1_kernels.prefix_attention_flash import flash_ops
+from vcr1_kernels.flash_routes import flash_ops
 
 from vcr1_fast.fake_gpu import costs, cuda_module, flash_packages, triton_launches
+from vcr1_fast.fake_gpu.flash_packages import FlashVersion
 from vcr1_fast.fake_gpu.meter import Meter
 
 _OWN = ("vcr1_kernels", "vcr1_fast")  # namespaces of our own operators
@@ -42,12 +43,12 @@ class FakeGpu(TorchDispatchMode):
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, Tensor] = weakref.WeakKeyDictionary()
         cuda_module.install(gpu, num_gpus, self._waited)
         triton_launches.install(self._launched)
-        self._installed_flash = flash_packages.installed_package()
+        self._installed_flash: FlashVersion | None = flash_packages.installed_version()
         _patch_torch(self)
 
-    def use_flash(self, package: str | None) -> None:
-        """Which flash-attn package there seems to be ("": none). None: what this environment has."""
-        flash_packages.install(self._installed_flash if package is None else package, self._package_attention)
+    def use_flash(self, version: FlashVersion | None) -> None:
+        """Which version of flash-attn seems to be installed. None: what this environment has."""
+        flash_packages.install(version or self._installed_flash, self._package_attention)
         flash_ops.cache_clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -199,20 +200,30 @@ class FakeGpu(TorchDispatchMode):
         # the copy into an all-gather's buffer reads and writes a shard, not the whole buffer that it returns
         counts.seconds += self.meter.rates.kernel_seconds(flop, 0 if name == "all_gather_copy_in" else num_bytes)
 
-    def _package_attention(self, query: Tensor, cu_q: Tensor, cu_k: Tensor, is_causal: bool, is_backward: bool) -> None:
+    def _package_attention(
+        self, query: Tensor, cu_q: Tensor, cu_k: Tensor, is_causal: bool, is_backward: bool, version: FlashVersion
+    ) -> None:
         self.meter.now.launches += 1
-        self._count_attention(query, cu_q, cu_k, is_causal, is_backward)
+        self._count_attention(query, cu_q, cu_k, is_causal, is_backward, version)
 
-    def _count_attention(self, query: Tensor, cu_q: Tensor, cu_k: Tensor, is_causal: bool, is_backward: bool) -> None:
+    def _count_attention(
+        self,
+        query: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        is_causal: bool,
+        is_backward: bool,
+        version: FlashVersion = "fa2",
+    ) -> None:
         """Variable-length attention between segments."""
         ends_q, ends_k = self.values(cu_q), self.values(cu_k)
         if ends_q is None or ends_k is None:
             raise RuntimeError("attention was called with segment lengths that were not sent from the host")
         lengths_q, lengths_k = ends_q.diff().tolist(), ends_k.diff().tolist()
         width = query.shape[-1] * query.shape[-2]
-        self.add_attention(costs.attention_flop(width, lengths_q, lengths_k, bool(is_causal)), bool(is_backward))
+        self.add_attention(costs.attention_flop(width, lengths_q, lengths_k, bool(is_causal)), is_backward, version)
 
-    def add_attention(self, forward_flop: int, is_backward: bool) -> None:
+    def add_attention(self, forward_flop: int, is_backward: bool, version: FlashVersion = "fa2") -> None:
         """Count one attention kernel by the FLOPs of its forward."""
         counts = self.meter.now
         flop = forward_flop * 5 // 2 if is_backward else forward_flop
@@ -220,7 +231,7 @@ class FakeGpu(TorchDispatchMode):
             counts.attention_backward_flop += flop
         else:
             counts.attention_forward_flop += flop
-        counts.seconds += self.meter.rates.attention_seconds(flop, is_backward)
+        counts.seconds += self.meter.rates.attention_seconds(flop, is_backward, version)
 
     def _launched(self, name: str, arguments: tuple[Any, ...]) -> None:
         """A Triton kernel: its traffic is that of its tensors, once each, and twice where one is overwritten."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 LAUNCH_S = 2.5e-6  # the shortest a kernel takes, its launch included
 
@@ -13,8 +14,9 @@ class Rates:
 
     source: str = "assumed of an H100, not measured"
     gemm_flop_s: float = 680e12  # cuBLAS, bfloat16, large sizes
-    attention_forward_flop_s: float = 370e12  # FlashAttention 2
-    attention_backward_flop_s: float = 300e12
+    attention_flop_s: Mapping[str, tuple[float, float]] = field(  # forward and backward, by version of flash-attn
+        default_factory=lambda: {"fa2": (370e12, 300e12), "fa3": (640e12, 540e12), "fa4": (640e12, 540e12)}
+    )
     memory_bytes_s: float = 2.7e12  # of 3.35e12
     link_bytes_s: float = 360e9  # NVLink, what all-gather and reduce-scatter reach of 450e9 each way
     network_bytes_s: float = 40e9  # per GPU, of a 400 Gb/s port
@@ -23,10 +25,9 @@ class Rates:
         """Of one kernel that is no attention: the slower of its arithmetic and its traffic, and at least a launch."""
         return max(gemm_flop / self.gemm_flop_s, moved_bytes / self.memory_bytes_s, LAUNCH_S)
 
-    def attention_seconds(self, flop: int, is_backward: bool) -> float:
-        """Of one attention kernel."""
-        rate = self.attention_backward_flop_s if is_backward else self.attention_forward_flop_s
-        return max(flop / rate, LAUNCH_S)
+    def attention_seconds(self, flop: int, is_backward: bool, version: str = "fa2") -> float:
+        """Of one attention kernel. `version`: of flash-attn; torch's own is 2."""
+        return max(flop / self.attention_flop_s[version][is_backward], LAUNCH_S)
 
     def collective_seconds(self, num_bytes: float, num_gpus: int, gpus_per_node: int = 8) -> float:
         """Of a ring all-gather or reduce-scatter of `num_bytes` in all: (N - 1) / N of them pass each GPU's link."""
@@ -35,10 +36,11 @@ class Rates:
 
     def describe(self) -> str:
         """One line of numbers."""
-        tera = (self.gemm_flop_s, self.attention_forward_flop_s, self.attention_backward_flop_s, self.memory_bytes_s)
-        gemm, forward, backward, memory = (f"{rate / 1e12:.3g}" for rate in tera)
+        gemm, memory = (f"{rate / 1e12:.3g}" for rate in (self.gemm_flop_s, self.memory_bytes_s))
+        pairs = {name: [f"{rate / 1e12:.3g}" for rate in pair] for name, pair in self.attention_flop_s.items()}
+        attention = ", ".join(f"{name} {forward} forward and {back} back" for name, (forward, back) in pairs.items())
         links = f"{self.link_bytes_s / 1e9:.3g} GB/s between GPUs, {self.network_bytes_s / 1e9:.3g} between nodes"
-        return f"GEMM {gemm} TFLOP/s, attention {forward} forward and {backward} back, memory {memory} TB/s, {links}"
+        return f"GEMM {gemm} TFLOP/s, attention {attention}, memory {memory} TB/s, {links}"
 
 
 H100_RATES = Rates()

@@ -21,11 +21,11 @@ def present_rates() -> Rates:
         return H100_RATES
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
-    return measure_rates(device, f"measured on this {name}, but for links, which are assumed")
+    return measure_rates(device, f"measured on this {name}, but for links and flash-attn 3 and 4, which are assumed")
 
 
 def measure_rates(device: torch.device, source: str, side: int = 8192, num_tokens: int = 4096) -> Rates:
-    """Of bfloat16: a square GEMM, causal attention (16 heads of 128), a copy of 4 side^2 bytes in float32.
+    """Of bfloat16: a square GEMM, causal attention of torch (16 heads of 128), a copy of 4 side^2 bytes in float32.
 
     `side` and `num_tokens` are large enough that a GPU is busy; nothing stays allocated.
     """
@@ -47,8 +47,7 @@ def measure_rates(device: torch.device, source: str, side: int = 8192, num_token
         source=source,
         gemm_flop_s=2 * side**3 / gemm_s,
         memory_bytes_s=2 * source_NN.nbytes / copy_s,
-        attention_forward_flop_s=flop / forward_s,
-        attention_backward_flop_s=2.5 * flop / backward_s,
+        attention_flop_s={**H100_RATES.attention_flop_s, "fa2": (flop / forward_s, 2.5 * flop / backward_s)},
     )
 
 

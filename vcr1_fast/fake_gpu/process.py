@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vcr1_fast.fake_gpu.predict import H100_RATES, Rates
 from vcr1_fast.fake_gpu.shim import FakeGpuError
@@ -46,7 +46,7 @@ class Case:
     overrides: tuple[str, ...] = ()  # `--a.b=c`
     rates: Rates = H100_RATES  # by which its seconds are predicted
     ways: Mapping[str, str] = field(default_factory=dict)  # of kernels by name, see KernelChoice; others by device
-    flash: str | None = None  # package of flash-attn there seems to be, see flash_packages.py; None: what there is
+    flash: Literal["fa2", "fa3", "fa4"] | None = None  # flash-attn that seems to be installed; None: what there is
 
 
 def run(cases: Sequence[Case], timeout_s: float = 600.0) -> Iterator[dict[str, Any]]:

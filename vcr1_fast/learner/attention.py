@@ -23,7 +23,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    prefix_layout: PrefixLayout,
+    prefix_layout: PrefixLayout | Tensor,
     prefix_backend: AttentionBackend = "auto",
     **_unused: Any,
 ) -> tuple[Tensor, None]:

@@ -24,7 +24,7 @@ import vcr1_kernels
 
 from vcr1_fast import __version__
 
-PACKAGES = ("triton", "flash-attn", "flash-attn-3", "liger-kernel")
+PACKAGES = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
 OWN_SOURCES = (
     "attention.py", "tower_attention.py", "kernel_problems.py", "kernel_proof.py", "kernel_memory.py",
     "liger_ops.py", "model_operators.py", "operator_problems.py",

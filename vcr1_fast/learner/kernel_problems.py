@@ -21,9 +21,9 @@ from vcr1_kernels import fused_linear_logprob, fused_linear_policy_loss, patchif
 from vcr1_kernels.backend import Backend, is_interpreted
 from vcr1_kernels.losses import LossFunction, TokenVectors
 from vcr1_kernels.prefix_attention import AttentionBackend, PrefixGroup, PrefixLayout
+from vcr1_kernels.varlen_attention import varlen_attention
 
 from vcr1_fast.learner.kernel_choice import HALF_TYPES, on_device
-from vcr1_fast.learner.tower_attention import flash_varlen
 
 Outputs = dict[str, Tensor]
 VOCAB_STEP = 8192  # two blocks of the row kernels; 152,064 entries would be 4.4 GB of float64 for a 7B head
@@ -236,7 +236,7 @@ def tower_problem(shapes: Shapes, device: torch.device) -> Problem:
     made = [normal(shape, seed, device).to(shapes.dtype) for seed in range(4)]
 
     def in_one_call(query_PHC: Tensor, key_PHC: Tensor, value_PHC: Tensor) -> Tensor:
-        return flash_varlen(query_PHC, key_PHC, value_PHC, ends, max(lengths), scale)
+        return varlen_attention(query_PHC, key_PHC, value_PHC, ends, torch.tensor(lengths), scale)
 
     def window_by_window(query_PHC: Tensor, key_PHC: Tensor, value_PHC: Tensor) -> Tensor:
         windows = []

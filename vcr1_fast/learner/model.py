@@ -17,6 +17,7 @@ from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.kernel_choice import KernelChoice, plain_choice
 from vcr1_fast.learner.loading import empty_model, load_weights
 from vcr1_fast.learner.objective import Objective, Sums
+from vcr1_fast.learner.tower_attention import is_one_call
 from vcr1_fast.run.model_folder import model_folder, require_tokenizer, settings_files
 from vcr1_fast.settings.config import ConfigError, ModelConfig
 from vcr1_fast.types import PackedBatch
@@ -84,6 +85,15 @@ class PolicyModel(nn.Module):
         if config.freeze_vision:
             tower.requires_grad_(False)
         recompute.switch_on(hf, config.gradient_checkpointing)
+        if config.compile:
+            self._compile(config.gradient_checkpointing)
+
+    def _compile(self, mode: str) -> None:
+        """Blocks of the decoder, and of a tower whose attention is one call: elsewhere it is one for each window."""
+        from vcr1_fast.learner.compiling import compile_blocks  # imports torch's compiler
+
+        of_tower, of_decoder = self.family.block_lists(self.hf)
+        compile_blocks([*of_decoder, *(of_tower if is_one_call(self.family.tower(self.hf)) else ())], mode)
 
     def device_batch(self, batch: PackedBatch) -> DeviceBatch:
         """`batch` on the device of the weights. Raises ValueError where it does not fit this model."""

@@ -17,22 +17,30 @@ Recompute = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")  # each takes less memory than the one before
 
 PRODUCTS = ("aten::mm", "aten::addmm")  # their last argument is the weight, [in, out]
-KEPT = frozenset(  # by name; a package of flash attention is called inside of prefix_attention_forward
+KEPT = frozenset(  # by name; flash attention is called inside of vcr1_kernels' two
     """
     aten::mm aten::addmm aten::_flash_attention_forward aten::_scaled_dot_product_flash_attention
     aten::_scaled_dot_product_flash_attention_for_cpu aten::_scaled_dot_product_efficient_attention
-    aten::_scaled_dot_product_cudnn_attention vcr1_kernels::prefix_attention_forward
+    aten::_scaled_dot_product_cudnn_attention
+    vcr1_kernels::prefix_attention_forward vcr1_kernels::varlen_attention_forward
     """.split()  # noqa: SIM905 - names in rows read better than a column of them
 )
 
 
 def switch_on(hf: Any, mode: str) -> None:
     """Has the decoder layers and tower blocks of a Hugging Face model recompute as `mode` says; `auto` is none."""
+    options = checkpoint_options(mode)
+    if options is not None:
+        hf.gradient_checkpointing_enable(options)
+
+
+def checkpoint_options(mode: str) -> dict[str, Any] | None:
+    """Of `torch.utils.checkpoint.checkpoint`; None where nothing is recomputed."""
+    if mode not in ("selective", "full"):
+        return None
     if mode == "full":
-        hf.gradient_checkpointing_enable({"use_reentrant": False})
-    if mode == "selective":
-        contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
-        hf.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        return {"use_reentrant": False}
+    return {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)}
 
 
 def _policy(_context: Any, operator: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:

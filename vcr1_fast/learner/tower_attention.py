@@ -1,7 +1,8 @@
 """The vision tower's attention on CUDA, where transformers' own would read every segment's length back from the GPU.
 
-    flash   all segments of a layer in one variable-length call; half precision. Without a flash-attn package
-            transformers calls attention once per window, which for one video is thousands of launches.
+    flash   all segments of a layer in one variable-length call (vcr1_kernels.varlen_attention), by the same flash
+            attention as packed rows; half precision. Without a flash-attn package transformers calls attention once
+            per window, which for one video is thousands of launches.
     plain   one dense call for each segment, any precision
 
 Registered with transformers' AttentionInterface, no model code is forked. Lengths come as host numbers with the call
@@ -12,31 +13,37 @@ Shape letters: P patches of all videos, H heads, C head dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
+from vcr1_kernels.varlen_attention import varlen_attention
 
 # transformers hands cu_seqlens to implementations with "flash" in their name, and splits the others itself
 NAMES = {"flash": "vcr1_flash_varlen", "plain": "vcr1_flash_plain"}
 TowerBackend = Literal["flash", "plain"]
 
 
-@dataclass(frozen=True, slots=True)
-class TowerSegments:
-    """Patches of each segment, on the host: of the windows, and of the frames that some layers see whole."""
+class TowerSegments(NamedTuple):
+    """Patches of each segment, on the host: of the windows, and of the frames that some layers see whole.
 
-    window: tuple[int, ...]
-    frame: tuple[int, ...]
+    As tensors, because compiled code would be compiled anew for other numbers."""
 
-    def of(self, cu_seqlens: Tensor) -> tuple[int, ...]:
+    window: Tensor  # int64 [windows]
+    frame: Tensor  # int64 [frames]
+
+    @classmethod
+    def of_lengths(cls, window: Sequence[int], frame: Sequence[int]) -> TowerSegments:
+        return cls(torch.tensor(window, dtype=torch.int64), torch.tensor(frame, dtype=torch.int64))
+
+    def of(self, cu_seqlens: Tensor) -> Tensor:
         """Those that end where `cu_seqlens` says, told apart by their number: where it is equal, so are they."""
-        return self.window if len(self.window) + 1 == cu_seqlens.numel() else self.frame
+        return self.window if self.window.numel() + 1 == cu_seqlens.numel() else self.frame
 
 
-def varlen_attention(
+def flash_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -57,9 +64,9 @@ def varlen_attention(
     Returns: ([1, P, H, C], None).
     """
     _check_mask(attention_mask)
-    longest = max(_lengths(tower_segments, cu_seq_lens_q))
     query_PHC, key_PHC, value_PHC = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return flash_varlen(query_PHC, key_PHC, value_PHC, cu_seq_lens_q, longest, scaling).unsqueeze(0), None
+    lengths = _lengths(tower_segments, cu_seq_lens_q)
+    return varlen_attention(query_PHC, key_PHC, value_PHC, cu_seq_lens_q, lengths, scaling).unsqueeze(0), None
 
 
 def plain_attention(
@@ -73,16 +80,16 @@ def plain_attention(
     tower_segments: TowerSegments | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
-    """`varlen_attention` segment by segment."""
+    """`flash_attention` segment by segment."""
     _check_mask(attention_mask)
-    lengths = list(_lengths(tower_segments, cu_seq_lens_q))
+    lengths = _lengths(tower_segments, cu_seq_lens_q).tolist()
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     attend = torch.nn.functional.scaled_dot_product_attention
     return torch.cat([attend(*part, scale=scaling) for part in parts], dim=2).transpose(1, 2), None
 
 
-def _lengths(segments: TowerSegments | None, cu_seqlens: Tensor) -> tuple[int, ...]:
-    return segments.of(cu_seqlens) if segments is not None else tuple(cu_seqlens.diff().tolist())
+def _lengths(segments: TowerSegments | None, cu_seqlens: Tensor) -> Tensor:
+    return segments.of(cu_seqlens) if segments is not None else cu_seqlens.diff().cpu()
 
 
 def _check_mask(attention_mask: Tensor | None) -> None:
@@ -90,17 +97,13 @@ def _check_mask(attention_mask: Tensor | None) -> None:
         raise ValueError("the tower's attention got a mask, wanted segments by cu_seq_lens_q alone")
 
 
-def flash_varlen(
-    query_PHC: Tensor, key_PHC: Tensor, value_PHC: Tensor, ends: Tensor, max_length: int, scale: float
-) -> Tensor:
-    """Full attention within each segment [ends[i], ends[i + 1]); CUDA, half precision."""
-    flash: Any = torch.ops.aten._flash_attention_forward
-    lengths = (max_length, max_length)
-    return flash(query_PHC, key_PHC, value_PHC, ends, ends, *lengths, 0.0, False, False, scale=scale)[0]
-
-
 def use_tower_attention(tower: Any, backend: TowerBackend) -> None:
     """Switch a tower to one of the two. `flash`: CUDA, bfloat16 or float16."""
-    AttentionInterface.register(NAMES["flash"], varlen_attention)
+    AttentionInterface.register(NAMES["flash"], flash_attention)
     AttentionInterface.register(NAMES["plain"], plain_attention)
     tower.config._attn_implementation = NAMES[backend]
+
+
+def is_one_call(tower: Any) -> bool:
+    """Whether a layer's attention is one call of a registered operator (`flash`), as compiled blocks need it."""
+    return tower.config._attn_implementation == NAMES["flash"]

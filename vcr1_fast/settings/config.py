@@ -60,6 +60,9 @@ class ModelConfig:
     """What of decoder layers and tower blocks runs again in the backward pass. full: all, least memory, about one third
     more time. selective: all but matrix products and attention, about two thirds of what none keeps. auto: the
     first of none, selective and full whose worst step fits into the GPU; without one none."""
+    compile: bool = False
+    """torch.compile of each decoder layer, and of each tower block on CUDA, at its first use; what that takes is
+    printed, and no other layout of a row is compiled anew. Not measured on a GPU: neither its gain nor its time."""
     freeze_vision: bool = False
     """Train the language model only."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
-from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout
+from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout, layout_to_tensor
 
 from vcr1_fast.learner.families.family import Grid, TowerInputs, TowerWork
 from vcr1_fast.learner.model_operators import ModelOperators, RotaryCall
@@ -114,14 +114,15 @@ class Qwen25VL:
 
     def run_tower(self, tower: nn.Module, values_PC: Tensor, inputs: TowerInputs) -> Tensor:
         # Everything is given, so that nothing of it is computed from a grid on the device, which would wait for it.
-        # Newer releases take the longest lengths, older ones hand them on; our attention reads `tower_segments`.
+        # Newer releases take the longest lengths, older ones hand them on; our attention reads `tower_segments`, and no
+        # other looks at them: the same number each time, for which no block has to be compiled anew.
         window, frame = inputs.lengths["window"], inputs.lengths["frame"]
         output = tower(
             values_PC,
             **inputs.tensors,
-            max_seqlen=max(frame),
-            max_window_seqlen=max(window),
-            tower_segments=TowerSegments(window, frame),
+            max_seqlen=1,
+            max_window_seqlen=1,
+            tower_segments=TowerSegments.of_lengths(window, frame),
         )
         return output.pooler_output
 
@@ -141,7 +142,7 @@ class Qwen25VL:
             position_ids=position_ids_3T.unsqueeze(1),
             attention_mask={"full_attention": None},  # as a dict it is taken as ready: no [T, T] mask is built
             use_cache=False,
-            prefix_layout=layout,
+            prefix_layout=layout_to_tensor(layout),
             prefix_backend=backend,
         )
         return output.last_hidden_state.squeeze(0)  # the gradient of [0] would be a copy into zeros
