@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+WIDTH, WRAPPED = 180, 40  # characters of a line, and of the longest text that is not wrapped
 Columns = Mapping[str, tuple[str, str]]  # key of a row -> (head, meaning)
 
 
@@ -26,11 +27,12 @@ def print_rows(rows: Iterable[Mapping[str, Any]], columns: Columns, title: str) 
     table = Table(title=title)
     rows = list(rows)
     for key, (head, _) in columns.items():
-        is_text = any(isinstance(row.get(key), str) for row in rows)
-        table.add_column(head, justify="left" if is_text else "right", overflow="fold")
+        texts = [row[key] for row in rows if isinstance(row.get(key), str)]
+        is_long = any(len(text) > WRAPPED for text in texts)
+        table.add_column(head, justify="left" if texts else "right", overflow="fold", no_wrap=not is_long)
     for row in rows:
         table.add_row(*(shown(row.get(key)) for key in columns))
-    Console(width=150).print(table)
+    Console(width=WIDTH).print(table)
 
 
 def shown(value: Any) -> str:

@@ -152,7 +152,7 @@ def own_point(arguments: argparse.Namespace, num_gpus: int) -> Point:
 
 
 def prompts_of(config: Path) -> int:
-    train = load_config(str(config)).train
+    train = load_config(str(config), []).train
     return train.num_steps * train.prompts_per_step
 
 

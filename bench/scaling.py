@@ -8,6 +8,7 @@ proportion, 0 is no growth. Times say nothing of a GPU; how the work grows does.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -79,7 +80,7 @@ def measure(hf: Any, point: StepPoint, rounds: int) -> list[dict[str, Any]]:
     """Loss and memory of each way once, which also warms up, then times in turns."""
     group = point.group(hf.config.video_token_id, hf.device, hf.dtype)
     options = WayOptions(point.num_completions, gradient_checkpointing=False)
-    calls = {way: lambda way=way: losses(way, hf, group, options) for way in WAYS}
+    calls = {way: functools.partial(losses, way, hf, group, options) for way in WAYS}
     found_losses, peaks = [], {}
     for way in WAYS:
         with PeakBytes() as memory:

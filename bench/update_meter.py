@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from bench.floors import shared_pairs
 from bench.flops import decoder_flop, head_flop, tower_flop
 from vcr1_fast.fake_gpu.costs import ATTENTION, GEMM
-from vcr1_fast.fake_gpu.extrapolate import SMALL, STEP, Size, combined, peak_of, sizes_to_run, to_blocks
+from vcr1_fast.fake_gpu.extrapolate import Size, combined, peak_of, sizes_to_run, to_blocks
 from vcr1_fast.fake_gpu.groups import TEXT_TOKENS
 from vcr1_fast.fake_gpu.predict import H100_RATES, H200_RATES, Rates
 from vcr1_fast.fake_gpu.process import Case
@@ -37,8 +37,9 @@ PEAK_FLOP_S = 989e12  # of an H100 and an H200, dense bfloat16
 GPUS: dict[str, tuple[float, Rates]] = {"H100": (80.0, H100_RATES), "H200": (141.0, H200_RATES)}  # GB, rates
 # flash-attn's package, and TFLOP/s forward and backward at head width 128: reported for FlashAttention 2 and 3 on H100
 ATTENTIONS = {"fa2": ("flash_attn", 370e12, 300e12), "fa3": ("flash_attn_interface", 640e12, 540e12)}
-PARTS = ("tower", "decoder products", "attention", "element-wise", "head", "optimizer")
+PARTS: tuple[str, ...] = ("tower", "decoder products", "attention", "element-wise", "head", "optimizer")
 TIMEOUT_S = 3600.0
+WHOLE_BLOCKS = 12  # of decoder and tower together, at most, that are run without extrapolation
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,12 @@ class Point:
             "video.max_frame_pixels": tokens * FACTOR_PX**2,
         }
         options = (*(f"--{name}={value}" for name, value in sizes.items()), *(f"--{word}" for word in self.settings))
-        config = load_config(str(self.config), options)
+        config = load_config(str(self.config), list(options))
         mode = with_recompute(config, self.size, self.num_gpus, GPUS[self.gpu][0]).model.gradient_checkpointing
         return (*options, f"--model.gradient_checkpointing={mode}")
 
     def loaded(self) -> Config:
-        return load_config(str(self.config), self.options())
+        return load_config(str(self.config), list(self.options()))
 
 
 def count(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -130,9 +131,9 @@ def count(points: Sequence[Point]) -> list[dict[str, Any]]:
 
 
 def _sizes(point: Point) -> list[Size]:
-    """Blocks of the models to run: those of a small one are run as they are."""
+    """Blocks of the models to run: a small one is run as it is."""
     blocks = num_blocks(point.model)
-    return [blocks] if sum(blocks) <= sum(SMALL) + STEP else sizes_to_run()
+    return [blocks] if sum(blocks) <= WHOLE_BLOCKS else sizes_to_run()
 
 
 def _row(point: Point, reports: Mapping[Size, Mapping[str, Any]]) -> dict[str, Any]:
