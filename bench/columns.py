@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WIDTH, WRAPPED = 180, 40  # characters of a line, and of the longest text that is not wrapped
+WIDTH, WRAPPED = 200, 40  # characters of a line, and of the longest text that is not wrapped
 Columns = Mapping[str, tuple[str, str]]  # key of a row -> (head, meaning)
 
 

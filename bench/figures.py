@@ -25,7 +25,7 @@ from bench.update_meter import PARTS, PEAK_FLOP_S, ROOT
 MEMORY_BYTES_S = 3.35e12  # of an H100's data sheet, as PEAK_FLOP_S is
 SHOWN_CASE = "group_3k8_7b_8"
 SPLIT_CASES = {"group_3k8_7b_8": "prompt of 3.8k", "group_16k6_7b_8": "prompt of 16.6k"}
-NUM_LABELS = 12
+NUM_NAMED, SHOWN_S, MARKERS = 14, 1e-4, "od"  # kernels with a name, the least seconds of one, their markers
 COLUMN_HEADS: dict[str, str] = {}  # prints no table
 
 
@@ -108,42 +108,40 @@ def measured(folder: Path) -> list[RooflinePoint]:
 
 
 def draw_roofline(path: Path, points: list[RooflinePoint]) -> None:
-    """Marker area: seconds. The largest are named."""
-    with drawing(path, (9.0, 5.6)) as (figure, [[axes]]):
-        lowest, highest = (pick(point.intensity for point in points) for pick in (min, max))
+    """The largest by name, the others in grey. An open marker is a prediction, a full one was measured."""
+    points = sorted((point for point in points if point.seconds >= SHOWN_S), key=lambda point: -point.seconds)
+    with drawing(path, (10.0, 5.2)) as (figure, [[axes]]):
         ridge = PEAK_FLOP_S / MEMORY_BYTES_S
-        roof = [min(lowest, 0.1), ridge, max(highest, 2 * ridge)]
-        axes.plot(
-            roof,
-            [min(x * MEMORY_BYTES_S, PEAK_FLOP_S) / 1e12 for x in roof],
-            "k-",
-            label="floor: an H100's 3.35 TB/s and 989 TFLOP/s",
-        )
-        named = sorted(points, key=lambda point: -point.seconds)[:NUM_LABELS]
-        for is_measured, label in ((False, "PREDICTED, not measured"), (True, "measured")):
-            chosen = [point for point in points if point.is_measured == is_measured]
-            if chosen:
-                axes.scatter(
-                    [point.intensity for point in chosen],
-                    [point.tflop_s for point in chosen],
-                    [max(12.0, 2500 * point.seconds) for point in chosen],
-                    marker="o" if is_measured else "D",
-                    facecolors="tab:blue" if is_measured else "none",
-                    edgecolors="tab:blue" if is_measured else "tab:orange",
-                    label=label,
-                )
-        listed = []
-        for number, point in enumerate(named, 1):
-            where = (point.intensity, point.tflop_s)
-            axes.annotate(str(number), where, fontsize=7, ha="center", va="center")
+        roof = [min(point.intensity for point in points), ridge, max(4 * ridge, *(p.intensity for p in points))]
+        heights = [min(x * MEMORY_BYTES_S, PEAK_FLOP_S) / 1e12 for x in roof]
+        axes.plot(roof, heights, "k-", label="floor: an H100's 3.35 TB/s and 989 TFLOP/s")
+        for rank, point in enumerate(points):
             share = 100 * point.floor_s / point.seconds
-            listed.append(f"{number:>2}  {point.name}: {1e3 * point.seconds:,.1f} ms, {share:.0f} % of the floor")
+            color = f"C{rank % 10}" if rank < NUM_NAMED else "0.7"
+            axes.plot(
+                point.intensity,
+                point.tflop_s,
+                MARKERS[rank // 10] if rank < NUM_NAMED else ".",
+                color=color,
+                markerfacecolor=color if point.is_measured else "none",
+                linestyle="",
+                label=f"{point.name}: {1e3 * point.seconds:,.1f} ms, {share:.0f} % of the floor"
+                if rank < NUM_NAMED
+                else f"others above {1e3 * SHOWN_S:g} ms"
+                if rank == NUM_NAMED
+                else None,
+            )
         axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TFLOP/s")
         axes.grid(alpha=0.3)
+        full = "; full: measured" if any(point.is_measured for point in points) else ""
         figure.suptitle("Kernels of an update, Qwen2.5-VL-7B, prompt of 3.8k, 8 answers, 8 H100", fontsize=11)
-        marks = axes.get_legend_handles_labels()
-        figure.legend(*marks, loc="outside lower center", ncols=3, fontsize=8, markerscale=0.5, frameon=False)
-        axes.text(1.02, 1.0, "\n".join(listed), transform=axes.transAxes, va="top", fontsize=7.5)
+        figure.legend(
+            loc="outside right center",
+            title=f"open markers: PREDICTED, not measured{full}",
+            fontsize=7.5,
+            title_fontsize=8,
+            frameon=False,
+        )
 
 
 def draw_split(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:

@@ -29,6 +29,7 @@ PAPER = ROOT / "configs" / "qwen2_5_vl_7b_cotraining_paper_8xh100.yaml"
 # the engine whose seconds are predicted; its memory is the learner's during an update
 ENGINE = ("rollout.engine=sglang", "rollout.sglang.release_memory=true")
 MODELS = {name: whole_config(sizes) for name, sizes in PUBLIC_SIZES.items()} | STAND_INS
+CASES = ("group_3k8_7b_8", "group_16k6_7b_8", "easyvideor1_group_8b_h200", "videochat_r1_8xh100")
 COLUMNS = {
     "name": ("case", "one group of G answers on each GPU, unless --groups says more"),
     "prompt": ("P", "tokens of the prompt"),
@@ -69,6 +70,7 @@ COLUMN_HEADS = heads_of(COLUMNS, PUBLIC_COLUMNS, ERROR_COLUMNS)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One point, on several numbers of GPUs; without --frames the four cases."""
+    parser.add_argument("--case", nargs="+", choices=CASES, default=[], help="these of the four, and nothing else")
     parser.add_argument("--frames", type=int, default=None, help="of the clip: a point of your own")
     parser.add_argument(
         "--video-tokens", type=int, default=None, help="most tokens of the clip (default: the config's)"
@@ -91,13 +93,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises SystemExit for a number of GPUs that is not in 1 to 1,024.
     """
     points = [own_point(arguments, num_gpus) for num_gpus in arguments.gpus] if arguments.frames else cases(arguments)
-    measured = [] if arguments.frames else own_points()
+    measured = [] if arguments.frames or arguments.case else own_points()
     counted = count([*points, *(point for _, point in measured)])
     prompts = arguments.prompts or prompts_of(arguments.config)
     rows = [whole_step(point, row, prompts) for point, row in zip(points, counted[: len(points)], strict=True)]
     print_rows(rows, COLUMNS, f"a step, PREDICTED, none was measured; hours for {prompts:,} prompts")
     found = {row["name"]: row for row in rows}
-    public = [] if arguments.frames else [beside(entry, found[entry["case"]]) for entry in PUBLIC]
+    public = [entry | {"predicted": found[entry["case"]][entry["key"]]} for entry in PUBLIC if entry["case"] in found]
     errors = error_rows([row for row, _ in measured], counted[len(points) :])
     if public:
         print_rows(public, PUBLIC_COLUMNS, "other systems, as reported, and ours, predicted")
@@ -116,15 +118,15 @@ def cases(arguments: argparse.Namespace) -> list[Point]:
     """What the predictions are held to; the 3.8k and 16.6k groups are those of `bench learner`."""
     seven, eight = MODELS["Qwen2.5-VL-7B"], MODELS["Qwen3-VL-8B"]
     points = [
-        Point("group_3k8_7b_8", seven, CLIPS["3.8k"]),
-        Point("group_16k6_7b_8", seven, CLIPS["16.6k"]),
+        Point(CASES[0], seven, CLIPS["3.8k"]),
+        Point(CASES[1], seven, CLIPS["16.6k"]),
         # 256 frames of 143 tokens a pair: a prompt of 18.5k, where 18.3k were reported; one group on each of 32 GPUs
-        Point("easyvideor1_group_8b_h200", eight, (128, 22, 26), (1000,) * 8, num_gpus=32, gpu="H200"),
+        Point(CASES[2], eight, (128, 22, 26), (1000,) * 8, num_gpus=32, gpu="H200"),
         # a clip of 30 s at 2 frames a second under the original's budget, its recipe with a reference model
-        Point("videochat_r1_8xh100", seven, (30, 14, 34), config=PAPER),
+        Point(CASES[3], seven, (30, 14, 34), config=PAPER),
     ]
-    settings = (*ENGINE, *arguments.set)
-    return [replace(point, attention=arguments.attention, settings=settings) for point in points]
+    chosen = {"attention": arguments.attention, "settings": (*ENGINE, *arguments.set)}
+    return [replace(point, **chosen) for point in points if not arguments.case or point.name in arguments.case]
 
 
 def own_point(arguments: argparse.Namespace, num_gpus: int) -> Point:
@@ -178,8 +180,3 @@ def case_of(row: dict[str, Any]) -> dict[str, float]:
         "mfu": row["mfu"],
         "completions_per_s_per_gpu": row["completions_per_s"],
     }
-
-
-def beside(entry: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """A public number with ours."""
-    return entry | {"predicted": row[entry["key"]]}

@@ -10,6 +10,7 @@ from bench import predict, predict_points
 from bench.floors import attention_bytes, head_bytes
 from bench.update_meter import ATTENTIONS, CLIPS, Point, by_name, count, model_flop, split
 from vcr1_fast.fake_gpu.predict import H100_RATES, H200_RATES, Rates, rollout_seconds
+from vcr1_fast.fake_gpu.sizes import with_blocks
 from vcr1_fast.learner.memory_sums import engine_bytes
 from vcr1_fast.learner.model_size import ModelSize, model_size
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES, whole_config
@@ -68,38 +69,40 @@ def test_bytes_of_the_floors():
 
 
 def test_the_point_is_the_largest_that_its_settings_allow():
-    options = Point("x", SEVEN, CLIPS["3.8k"], num_gpus=4, groups=2, settings=predict.ENGINE).options()
-    assert "--train.prompts_per_step=8" in options and "--rollout.max_new_tokens=512" in options
-    assert "--model.gradient_checkpointing=selective" in options  # of 80 GB; nothing recomputed would take more
+    point = Point("x", SEVEN, CLIPS["3.8k"], settings=predict.ENGINE)
+    assert "--rollout.max_new_tokens=512" in point.options()
+    assert "--model.gradient_checkpointing=selective" in point.options()  # of 80 GB; with nothing recomputed it is 92
+    two = replace(point, groups=2).options()
+    assert "--train.prompts_per_step=16" in two and "--model.gradient_checkpointing=full" in two
     assert "--model.gradient_checkpointing=none" in Point("x", SEVEN, CLIPS["3.8k"], gpu="H200").options()
 
 
 @pytest.fixture(scope="module")
 def counted():
-    """A short clip on 8 and on 1,024 GPUs."""
-    point = Point("8", SEVEN, (2, 8, 12), (20, 30), settings=("model.gradient_checkpointing=full",), attention="fa3")
+    """A short clip through 9 blocks of 7B, on 8 and on 1,024 GPUs."""
+    settings = ("model.gradient_checkpointing=full",)
+    point = Point("8", with_blocks(SEVEN, 4, 4, 1), (2, 8, 12), (20, 30), settings=settings, attention="fa3")
     points = [point, replace(point, name="1024", num_gpus=1024)]
-    return dict(zip(points, count(points), strict=True))
+    return list(zip(points, count(points), strict=True))
 
 
 def test_the_meter_gives_a_row_for_each_point(counted):
-    (point, row), (_, large) = counted.items()
+    (point, row), (_, large) = counted
     assert point.prompt == 248 and point.num_tokens == 248 + 48
     assert row["recompute"] == "full" and row["fits"] and row["attention"] == "fa3"
-    assert row["tokens_per_s"] == pytest.approx(point.num_tokens / row["predicted_s"], rel=0.01)
+    assert row["tokens_per_s"] == pytest.approx(point.num_tokens / row["predicted_s"], rel=0.02)
     assert row["mfu"] == pytest.approx(model_flop(point) / (989e12 * row["predicted_s"]), abs=1e-3)
-    assert sum(row["parts_s"].values()) == pytest.approx(row["predicted_s"], rel=0.01)
+    assert row["predicted_s"] == pytest.approx(max(sum(row["parts_s"].values()), row["network_s"]), abs=2e-3)
     assert all(seconds > 0 for seconds in row["parts_s"].values())
-    # two products of each weight for each token, once more in backward for each operand, and once more recomputed
-    assert 1e12 * row["tflop"] == pytest.approx(4 / 3 * model_flop(point), rel=0.1)
+    # two products of each weight for each token in backward, one forward, and one recomputed
     flop = sum(kernel["flop"] for name, kernel in row["kernels"].items() if name.startswith(("matrix", "attention")))
-    assert flop == pytest.approx(1e12 * row["tflop"], rel=0.05)
+    assert flop == pytest.approx(4 / 3 * model_flop(point), rel=0.1) and row["tflop"] == round(flop / 1e12)
     # between nodes a ring is slower: 1,024 GPUs wait for it
     assert large["predicted_s"] == large["network_s"] > 8 * row["network_s"]
 
 
 def test_a_step_is_rollout_update_and_push(counted):
-    (point, row), _ = counted.items()
+    (point, row), _ = counted
     whole = predict.whole_step(point, row, prompts=800)
     rollout_s = rollout_seconds(point.size, point.rates, 248, (20, 30))
     push_s = point.rates.collective_seconds(2 * point.size.params, 8)

@@ -63,9 +63,9 @@ def moved_bytes(*values: Any) -> int:
     )
 
 
-def num_elements(values: Any) -> int:
-    """Of all tensors in there."""
-    return sum(x.numel() for x in tree_leaves(values) if isinstance(x, Tensor))
+def num_operations(arguments: Sequence[Any], result: Any) -> int:
+    """Of a kernel that is neither product nor attention: one for each element of the largest argument or result."""
+    return max(sum(x.numel() for x in tree_leaves(value) if isinstance(x, Tensor)) for value in (*arguments, result))
 
 
 GEMM, ATTENTION = "matrix product", "attention"  # how names of such kernels begin, whichever library has them

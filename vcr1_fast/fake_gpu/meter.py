@@ -26,7 +26,7 @@ class Kernel:
     """All launches of one name in one phase."""
 
     launches: int = 0
-    flop: float = 0.0  # of what is neither product nor attention: one for each element of its results
+    flop: float = 0.0  # of what is neither product nor attention: see costs.num_operations
     num_bytes: float = 0.0  # of arguments and results, once each
     seconds: float = 0.0
 

@@ -204,7 +204,7 @@ class FakeGpu(TorchDispatchMode):
         num_bytes = 0 if name == "all_gather_copy_in" else num_bytes
         seconds = self.meter.rates.kernel_seconds(flop, num_bytes)
         counts.seconds += seconds
-        done = flop or costs.num_elements(out)
+        done = flop or costs.num_operations(args, out)
         meter.note(costs.kernel_name(name, flop), launches=launches, flop=done, num_bytes=num_bytes, seconds=seconds)
 
     def _package_attention(self, query: Tensor, cu_q: Tensor, cu_k: Tensor, is_causal: bool, is_backward: bool) -> None:
@@ -241,8 +241,8 @@ class FakeGpu(TorchDispatchMode):
         self.meter.now.moved_bytes += num_bytes
         seconds = self.meter.rates.kernel_seconds(0, num_bytes)
         self.meter.now.seconds += seconds
-        largest = costs.num_elements(max(arguments, key=costs.num_elements, default=()))
-        self.meter.note(name, flop=largest, num_bytes=num_bytes, seconds=seconds)
+        done = costs.num_operations(arguments, ())
+        self.meter.note(name, flop=done, num_bytes=num_bytes, seconds=seconds)
 
 
 def _is_cuda(device: Any) -> bool:
