@@ -10,15 +10,20 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from bench.columns import explain
 from bench.machine import machine_card
 
 BENCHMARKS = {
+    "compare": "two results of one benchmark: ratios, and which are beyond the spread",
     "decode": "video files to patches with each reader, the cache and the workers, and qwen-vl-utils' way",
     "decode_step": "one token of the embedded engine beside the stock forward: operators and milliseconds",
+    "figures": "the figures of docs/images, from the results in bench/results",
     "learner": "an update of 7B counted on fake GPUs; no GPU needed",
     "head_memory": "what head and loss of 7B take, fused and plain, counted on fake GPUs; no GPU needed",
     "kernels": "each kernel against its floor and against other projects' kernels",
+    "predict": "seconds, completions and MFU of a step on 1 to 1,024 GPUs; no GPU needed",
     "rewards": "rewards of N completions, the original's way and ours",
+    "scaling": "how time and memory of an update grow with frames, answers and their length",
     "step": "one policy update, the original's way and ours, on the same groups",
     "weight_sync": "the learner's weights into the rollout engine, by each way, beside a copy in memory",
 }
@@ -35,10 +40,14 @@ def main() -> None:
     # only the chosen benchmark is imported: one with a missing package must not take the others along
     chosen = next((word for word in sys.argv[1:] if word in BENCHMARKS), None)
     for name, purpose in BENCHMARKS.items():
-        command = commands.add_parser(name, help=purpose, description=purpose)
+        command = commands.add_parser(
+            name, help=purpose, description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         command.add_argument("--output", type=Path, default=None, help="folder for NAME_DEVICE.json (default: none)")
         if name == chosen:
-            importlib.import_module(f"bench.{name}").add_arguments(command)
+            benchmark = importlib.import_module(f"bench.{name}")
+            benchmark.add_arguments(command)
+            command.epilog = explain(benchmark.COLUMN_HEADS)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, stop)
     benchmark = importlib.import_module(f"bench.{arguments.name}")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.decode_report import COLUMN_HEADS as COLUMN_HEADS
 from bench.decode_report import print_decode_report
 from bench.decode_sources import SOURCE_FPS, Source, write_source
 from bench.decode_ways import Clip, ClipWay, decode_everything, mean_levels, openers, read_plain

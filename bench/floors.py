@@ -90,6 +90,16 @@ def measure_head_gemms(num_tokens: int, hidden: int, vocab: int, dtype: torch.dt
     return HeadGemms(*(timings[way.name].median_ms for way in ways))
 
 
+def head_bytes(num_tokens: int, hidden: int, vocab: int, itemsize: int, *, is_trained: bool = True) -> int:
+    """Least of a fused head: hidden states and weight read once, the gradient of each that has one written once."""
+    return itemsize * hidden * (2 * num_tokens + (1 + is_trained) * vocab)
+
+
+def attention_bytes(num_tokens: int, num_heads: int, num_key_heads: int, head_dim: int, itemsize: int) -> int:
+    """Least of both ways: q, k, v read, the result written; then these and its gradient read, three written."""
+    return itemsize * num_tokens * head_dim * (6 * num_heads + 6 * num_key_heads)
+
+
 def logits_bytes(num_tokens: int, vocab: int, itemsize: int, passes: int) -> int:
     """Bytes of a logits-level op: 1 pass reads the logits (forward), 2 read and write them (forward and backward in
     place in a single sweep), 3 read them twice and write once (two sweeps)."""

@@ -4,19 +4,46 @@
 #   `python -m bench kernels`, `step`, `weight_sync` and, where PyAV is installed, `decode`. Prints a short table last;
 #   exits 1 when a stage failed.
 #
-# usage: bench/gpu_check.sh [WHEELS] [OUT] [--dry-run]
+# usage: bench/gpu_check.sh [WHEELS] [OUT] [--dry-run] [--only PART]...
 #   WHEELS     folder of wheels to use besides what is installed (default: $WHEELS, else none); see gpu_wheels.txt
 #   OUT        folder for the JSON files, the plots and the log (default: $OUT, else gpu_check_out)
 #   --dry-run  the same stages without a GPU: CPU build, gpu tests skip, smallest benchmark sizes
+#   --only     a part, and again for more: build, tests, sanitizer, kernels, head (of kernels, alone), step, weight_sync,
+#              decode. tests and sanitizer build first
 # PYTHON names another interpreter than python3, LIMIT_S another total than 525 seconds.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 dry_run=0
 places=()
-for argument in "$@"; do
-  if [ "$argument" = --dry-run ]; then dry_run=1; else places+=("$argument"); fi
+only=" "
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) dry_run=1 ;;
+    --only)
+      case ${2:-} in
+        tests | sanitizer) only+="build $2 " ;;
+        build | kernels | head | step | weight_sync | decode) only+="$2 " ;;
+        *)
+          echo "--only got '${2:-}', wanted build, tests, sanitizer, kernels, head, step, weight_sync or decode" >&2
+          exit 2
+          ;;
+      esac
+      shift
+      ;;
+    *) places+=("$1") ;;
+  esac
+  shift
 done
+
+wanted() { # wanted PART: head is a part of kernels, and runs alone only when it is asked for
+  case "$only" in
+    " ") [ "$1" != head ] ;;
+    *" $1 "*) true ;;
+    *) false ;;
+  esac
+}
+
 wheels=${places[0]:-${WHEELS:-}}
 out=${places[1]:-${OUT:-gpu_check_out}}
 python=${PYTHON:-python3}
@@ -83,15 +110,21 @@ fi
 
 native=cuda
 if [ $dry_run = 1 ]; then native=cpu; fi
-VCR1_NATIVE=$native stage build 100 "$python" setup.py -q build_ext --inplace --build-temp "$scratch/build" || failed=1
+if wanted build; then
+  VCR1_NATIVE=$native stage build 100 "$python" setup.py -q build_ext --inplace --build-temp "$scratch/build" || failed=1
+fi
 
 # only files with gpu tests: the others may import what a GPU machine lacks (a video decoder, say)
 mapfile -t gpu_tests < <(grep -rlE 'mark\.gpu' tests --include='test_*.py' | sort)
 workers=() # most of their time goes into compiling kernels, so several processes share the GPU where pytest-xdist is there
 if "$python" -c 'import xdist' 2> /dev/null; then workers=(-n 4); fi
-stage tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider "${workers[@]}" "${gpu_tests[@]}" || failed=1
+if wanted tests; then
+  stage tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider "${workers[@]}" "${gpu_tests[@]}" || failed=1
+fi
 
-if [ $dry_run = 1 ]; then
+if ! wanted sanitizer; then
+  :
+elif [ $dry_run = 1 ]; then
   note sanitizer skipped 0 "dry run"
 elif ! command -v compute-sanitizer > /dev/null; then
   note sanitizer skipped 0 "compute-sanitizer is not installed"
@@ -114,22 +147,30 @@ else
 fi
 sync_s=25 decode_s=0 # kept for the last stages
 if "$python" -c 'import av' 2> /dev/null; then decode_s=60; fi
-stage kernels 135 "$python" -m bench kernels --output "$out" "${kernels_options[@]}" || failed=1
+if wanted kernels; then
+  stage kernels 135 "$python" -m bench kernels --output "$out" "${kernels_options[@]}" || failed=1
+elif wanted head; then
+  stage head 135 "$python" -m bench kernels --op head --output "$out" "${kernels_options[@]}" || failed=1
+fi
 if [ $dry_run = 1 ]; then
   step_options=(--quick)
 else # all that is left, less the start of Python and the building of the model
   step_options=(--seconds $(($(left_s) - decode_s - sync_s > 60 ? $(left_s) - decode_s - sync_s - 30 : 30)))
 fi
-stage step 400 "$python" -m bench step --output "$out" "${step_options[@]}" || failed=1
+if wanted step; then stage step 400 "$python" -m bench step --output "$out" "${step_options[@]}" || failed=1; fi
 sync_options=(--repeats 5)
 if [ $dry_run = 1 ]; then sync_options=(--quick); fi
-stage weight_sync $((sync_s + 15)) "$python" -m bench weight_sync --output "$out" "${sync_options[@]}" || failed=1
+if wanted weight_sync; then
+  stage weight_sync $((sync_s + 15)) "$python" -m bench weight_sync --output "$out" "${sync_options[@]}" || failed=1
+fi
 if [ $dry_run = 1 ]; then
   decode_options=(--quick)
 else
   decode_options=(--seconds $((decode_s - 20)))
 fi
-if [ $decode_s = 0 ]; then
+if ! wanted decode; then
+  :
+elif [ $decode_s = 0 ]; then
   note decode skipped 0 "PyAV is not installed"
 elif [ "$(left_s)" -lt 45 ] && [ $dry_run = 0 ]; then
   note decode skipped 0 "less than 45 s are left"

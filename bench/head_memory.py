@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.plots import drawing
 from vcr1_fast.fake_gpu.process import Case
 from vcr1_fast.fake_gpu.process import run as run_cases
 from vcr1_fast.fake_gpu.sizes import with_blocks
@@ -23,6 +24,9 @@ CONFIG = Path(__file__).parents[1] / "configs" / "qwen2_5_vl_7b_cotraining_8xh10
 CLIP = (2, 8, 12)  # frame pairs, rows and columns of patches: the head does not see it
 NUM_ANSWERS, LENGTHS, NUM_GPUS = 8, (64, 128, 256, 512, 1024), 8
 WAYS = {"auto": "fused head", "off": "plain torch"}
+COLUMN_HEADS = {"tokens": "scored, in one row"} | {
+    f"{title}, GB": "most that head and loss take" for title in WAYS.values()
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +49,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         {"tokens": NUM_ANSWERS * length, **{way: _head_gb(found[f"{way} {length}"]) for way in WAYS}}
         for length in LENGTHS
     ]
-    table = Table("tokens", *(f"{title}, GB" for title in WAYS.values()), title="head and loss of 7B, counted")
+    table = Table(*COLUMN_HEADS, title="head and loss of 7B, counted")
     for row in rows:
         table.add_row(*(f"{row[key]:,}" for key in ("tokens", *WAYS)))
     Console(width=100).print(table)
@@ -61,16 +65,9 @@ def _head_gb(report: dict[str, Any]) -> float:
 
 
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = "head_memory"  # the same file from the same numbers
-    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-    for way, title in WAYS.items():
-        axes.plot([row["tokens"] for row in rows], [row[way] for row in rows], marker="o", label=title)
-    axes.set(xlabel="scored tokens of a row", ylabel="GB", title="Head and policy loss, Qwen2.5-VL-7B, counted")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    with drawing(path, (6.4, 3.2)) as (_, [[axes]]):
+        for way, title in WAYS.items():
+            axes.plot([row["tokens"] for row in rows], [row[way] for row in rows], marker="o", label=title)
+        axes.set(xlabel="scored tokens of a row", ylabel="GB", title="Head and policy loss, Qwen2.5-VL-7B, counted")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)

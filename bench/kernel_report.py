@@ -9,6 +9,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+COLUMN_HEADS = {
+    "size": "of the problem: model, T tokens, P prompt tokens, R tokens of each of G answers",
+    "way": "whose kernel",
+    "ms": "median",
+    "quartiles": "of that",
+    "floor ms": "least time by the rates measured in this run, for what the title names",
+    "% of floor": "100 at the floor, 50 at twice its time",
+    "extra MiB": "most memory beyond the inputs; none is measured on a CPU",
+    "largest error": "against the reference: the worst relative one, and the worst absolute one",
+}
+
 
 def print_report(result: dict[str, Any]) -> None:
     console = Console(width=150)
@@ -37,7 +48,7 @@ def print_report(result: dict[str, Any]) -> None:
 def op_table(op: str, rows: list[dict[str, Any]]) -> Table:
     """Rows of one op, sizes in the order measured, ways from fast to slow."""
     table = Table(title=f"{op} (floor: {rows[0]['floor']})")
-    for column in ("size", "way", "ms", "quartiles", "floor ms", "% of floor", "extra MiB", "largest error"):
+    for column in COLUMN_HEADS:
         table.add_column(column, justify="left" if column in ("size", "way", "largest error") else "right")
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     for row in sorted(rows, key=lambda row: (sizes.index(row["size"]), row["median_ms"])):

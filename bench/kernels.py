@@ -22,6 +22,7 @@ from bench import floors, peers
 from bench import head_problem as head
 from bench import logits_problem as logits
 from bench.harness import Absent, Contest, Deadline, Outputs, Timing, Way, free_memory
+from bench.kernel_report import COLUMN_HEADS as COLUMN_HEADS
 from bench.kernel_report import print_report
 from bench.plots import plot_kernels
 
@@ -29,6 +30,7 @@ CPU_WARNING = "CPU run: small sizes through the torch twins. These times mean no
 GPU_TOKENS = (8192, 16384, 4096, 32768)  # the sizes of the bars first: a short budget leaves the others out
 CPU_TOKENS = (256, 512)
 QUICK_TOKENS = (64,)
+OPS = ("head", "logits", "attention", "patchify")
 Row = dict[str, Any]
 
 
@@ -80,6 +82,7 @@ def _timing_json(timing: Timing) -> Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", default=None, help="tokens T of the head ops, such as 4k,8k (default: by device)")
+    parser.add_argument("--op", choices=OPS, default=None, help="this one alone")
     parser.add_argument("--quick", action="store_true", help="the smallest sizes and fewest repeats: does it run?")
     parser.add_argument("--seconds", type=float, default=None, help="budget; what does not fit is named as left out")
 
@@ -116,7 +119,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if is_quick and is_cuda:
         tokens = tokens[:1]
     try:
-        measure_all(session, tokens, ("3B", "7B") if is_cuda else ("small",), is_quick)
+        measure_all(session, tokens, ("3B", "7B") if is_cuda else ("small",), is_quick, arguments.op)
     except KeyboardInterrupt:
         session.deadline.left_out.append("what came after the last row: stopped from outside")
     result = {
@@ -135,16 +138,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def measure_all(session: Session, tokens: Sequence[int], heads: Sequence[str], is_quick: bool) -> None:
-    """Points in order of importance, so that a short budget leaves out the least important."""
-    vocab, sizes = head.HEADS[heads[0]].vocab, attention_sizes(session.is_cuda, is_quick)
+def measure_all(
+    session: Session, tokens: Sequence[int], heads: Sequence[str], is_quick: bool, only: str | None = None
+) -> None:
+    """Points in order of importance, so that a short budget leaves out the least important. `only`: one of OPS."""
+    wanted = {op: only in (None, op) for op in OPS}
+    vocab = head.HEADS[heads[0]].vocab
+    sizes = attention_sizes(session.is_cuda, is_quick) if wanted["attention"] else []
     for index, num_tokens in enumerate(tokens):
-        for name in heads:
+        for name in heads if wanted["head"] else ():
             measure_head(session, head.HEADS[name], num_tokens)
-        measure_logits(session, vocab, num_tokens)
-        if index == 0:
-            measure_attention(session, sizes[0])
+        if wanted["logits"]:
+            measure_logits(session, vocab, num_tokens)
+        if index:
+            continue
+        for size in sizes[:1]:
+            measure_attention(session, size)
+        if wanted["patchify"]:
             measure_patchify(session, is_quick)
+        if wanted["head"]:
             measure_frozen_head(session, head.HEADS[heads[0]], num_tokens)
     for size in sizes[1:]:
         measure_attention(session, size)
@@ -170,6 +182,8 @@ def measure_head(session: Session, size: head.HeadSize, num_tokens: int) -> None
         "tokens": num_tokens,
         "floor": "3 matrix products",
         "floor_ms": gemms.train_ms,
+        "flop": flop,
+        "num_bytes": floors.head_bytes(num_tokens, size.hidden, size.vocab, session.dtype.itemsize),
         "gemms_ms": asdict(gemms),
         "expected_extra_bytes": head_peak_bytes(num_tokens, size.hidden, size.vocab, session.dtype),
     }
@@ -190,6 +204,8 @@ def measure_frozen_head(session: Session, size: head.HeadSize, num_tokens: int) 
         "tokens": num_tokens,
         "floor": "2 matrix products",
         "floor_ms": gemms.frozen_ms,
+        "flop": 4.0 * num_tokens * size.hidden * size.vocab,
+        "num_bytes": floors.head_bytes(num_tokens, size.hidden, size.vocab, session.dtype.itemsize, is_trained=False),
     }
     session.hold(head.head_ways(problem, runners), absent, head.head_reference(problem), labels)
 
@@ -205,11 +221,14 @@ def measure_logits(session: Session, vocab: int, num_tokens: int) -> None:
     expected = logits.logits_reference(problem)
     size = {"size": f"V={vocab} T={num_tokens}", "tokens": num_tokens}
     ways, absent = logits.logits_ways(problem, logits.FORWARD)
+    num_bytes, flop = floors.logits_bytes(num_tokens, vocab, itemsize, 1), 2 * num_tokens * vocab
     labels = {"op": "logits, forward", **size, "floor": "logits read once", "floor_ms": one_read_ms}
+    labels |= {"flop": flop, "num_bytes": num_bytes}
     session.hold(ways, absent, expected, labels)
     ways, absent = logits.logits_ways(problem, logits.TRAIN)
     labels = {"op": "logits, forward and backward", **size, "floor": "logits read once, written once"}
     labels |= {"floor_ms": 2 * one_read_ms, "two_read_floor_ms": 3 * one_read_ms}
+    labels |= {"flop": 2 * flop, "num_bytes": 2 * num_bytes}
     session.hold(ways, absent, expected, labels)
 
 
@@ -240,6 +259,10 @@ def measure_attention(session: Session, size: attention.AttentionSize) -> None:
         "floor": "7 products per visible pair at the rate of a large matrix product",
         "floor_ms": floors.attention_floor_ms(session.limits, shared, size.num_heads, size.head_dim),
         "pair_ratio": pairs / shared,
+        "flop": floors.attention_flop(shared, size.num_heads, size.head_dim, backward=True),
+        "num_bytes": floors.attention_bytes(
+            size.num_tokens, size.num_heads, size.num_key_heads, size.head_dim, session.dtype.itemsize
+        ),
     }
     session.hold(ways, absent, attention.attention_reference(problem), labels)
 
@@ -256,6 +279,7 @@ def measure_patchify(session: Session, is_quick: bool) -> None:
         num_bytes = floors.patchify_bytes(num_frames, height, width, 2)
         labels = {"op": "patchify to bfloat16", "size": f"{num_frames}x{height}x{width}", "tokens": None}
         labels |= {"floor": "frames read once, patches written once", "floor_ms": session.limits.bytes_ms(num_bytes)}
+        labels |= {"flop": num_frames * height * width * 3 * 2, "num_bytes": num_bytes}  # a product and a sum each
         expected = {"patches": reference.patchify(rgb_FHW3, torch.float64)}
         session.hold(ways, absent, expected, labels)
 

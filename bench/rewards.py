@@ -39,6 +39,17 @@ Scores = tuple[list[float], list[float], list[float]]  # format, iou, advantage 
 Way = Callable[[], Scores]
 
 
+COLUMN_HEADS = {
+    "task": "whose rewards",
+    "N": "answers scored at once",
+    "way": "the original's, or one of ours",
+    "ms": "median, of all N",
+    "quartiles": "of that",
+    "answers/s": "by the median",
+    "speed-up": "times faster than the original's way",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=15, help="timed samples of each way; the median counts")
 
@@ -49,7 +60,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         row for task in ("grounding", "tracking") for count in COUNTS for row in measure(task, count, arguments.repeats)
     ]
     table = Table(title=f"rewards of N completions (compiled module: {native.status()})")
-    for column in ("task", "N", "way", "ms", "quartiles", "answers/s", "speed-up"):
+    for column in COLUMN_HEADS:
         table.add_column(column, justify="left" if column in ("task", "way") else "right")
     for row in rows:
         table.add_row(

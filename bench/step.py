@@ -25,6 +25,7 @@ from bench.floors import Limits, measure_limits
 from bench.flops import activation_bytes, checkpoint_bytes
 from bench.harness import Deadline, free_memory, reason_of, summarize
 from bench.step_model import StepPoint
+from bench.step_report import COLUMN_HEADS as COLUMN_HEADS
 from bench.step_report import print_step_report
 from bench.step_timing import (
     PARTS,

@@ -11,6 +11,25 @@ from rich.table import Table
 RATIO = "time_ratio_original"
 RATIOS = ("time_ratio", "share_of_token_ratio")
 
+COLUMN_HEADS = {
+    "way": "see step_ways.py",
+    "rows, ckpt": "rows of a micro-batch, and whether activations are checkpointed",
+    "ms": "median of an update: forward, backward and optimizer",
+    "quartiles": "of that",
+    "x original": "times faster than the original's way",
+    "share o.": "of the ratio of tokens to that way, forward and backward alone: 1 where all time is spent per token",
+    "x plain": "times faster than separate rows with the head on answers only",
+    "share p.": "of the ratio of tokens to these",
+    "tokens x": "fewer tokens than those run through the model",
+    "compl./s": "completions a second",
+    "tok/s exec.": "tokens run through the model a second",
+    "tok/s unsh.": "tokens of the G separate rows a second",
+    "TFLOP/s": "forward and backward, nothing recomputed counted",
+    "MFU %": "of the rate of a large matrix product measured in this run",
+    "peak GiB": "most memory allocated; none is measured on a CPU",
+    "gradient": "distance from the plain way's, relative",
+}
+
 
 def print_step_report(result: dict[str, Any]) -> None:
     console = Console(width=200)
@@ -45,11 +64,8 @@ def disagreeing(result: dict[str, Any]) -> str:
 
 
 def main_table(size: str, rows: list[dict[str, Any]]) -> Table:
-    """`x`: times faster than that way, whole update; `share`: forward and backward, over the ratio of tokens."""
     table = Table(title=f"one update, {size}")
-    columns = ("way", "rows, ckpt", "ms", "quartiles", "x original", "share", "x plain", "share", "tokens x")
-    columns += ("compl./s", "tok/s exec.", "tok/s unsh.", "TFLOP/s", "MFU %", "peak GiB", "gradient")
-    for column in columns:
+    for column in COLUMN_HEADS:
         table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
     for row in rows:
         peak = row["peak_bytes"]

@@ -207,6 +207,18 @@ def sized_model(megabytes: int, dtype: torch.dtype) -> nn.Module:
     return cast(nn.Module, Qwen2_5_VLForConditionalGeneration(config)).to(dtype)
 
 
+COLUMN_HEADS = {
+    "side": "learner: workers that answer at once; engine: a real worker of SGLang",
+    "way": "rollout.sglang.weights",
+    "MB": "1e6 bytes handed over",
+    "first push s": "seconds of the first; a real worker compares every weight's checksum in it",
+    "s": "median of those after it",
+    "quartiles": "of that",
+    "GB/s": "1e9 bytes a second",
+    "% of copy": "of the speed of a copy in memory",
+}
+
+
 def save_configuration(hf: nn.Module, folder: Path) -> None:
     """All that SGLang reads of a checkpoint but the weights."""
     folder.mkdir()
@@ -226,7 +238,7 @@ def report(rows: list[dict[str, Any]], absent: list[dict[str, str]], setup: Setu
     console = Console(width=118)
     copy_s = setup.num_bytes / setup.copy_gb_s / 1e9
     table = Table(title=f"{setup.num_bytes / 1e6:,.0f} MB of weights; copying them takes {copy_s:.3f} s")
-    for column in ("side", "way", "MB", "first push s", "s", "quartiles", "GB/s", "% of copy"):
+    for column in COLUMN_HEADS:
         table.add_column(column, justify="left" if column in ("side", "way") else "right")
     for row in rows:
         table.add_row(

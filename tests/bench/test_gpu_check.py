@@ -130,8 +130,7 @@ case "$*" in "-m pytest "*) exit 3 ;; esac
 """
 
 
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_the_script_ends_with_its_tables_whatever_a_stage_prints(tmp_path: Path, locale: str):
+def run_with_stubs(tmp_path: Path, *arguments: str, locale: str = "C") -> subprocess.CompletedProcess[bytes]:
     for name in ("python", "compute-sanitizer"):
         (tmp_path / name).write_text(STUB, encoding="utf-8")
         (tmp_path / name).chmod(0o755)
@@ -140,7 +139,35 @@ def test_the_script_ends_with_its_tables_whatever_a_stage_prints(tmp_path: Path,
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
     environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LC_ALL": locale, "PYTHON": str(tmp_path / "python")}
     environment |= {"REAL_PYTHON": sys.executable, "KERNELS": str(tmp_path / "kernels.json")}
-    done = subprocess.run([SCRIPT, "", tmp_path / "out"], env=environment, capture_output=True, timeout=60)
+    words = [SCRIPT, "", tmp_path / "out", *arguments]
+    return subprocess.run(words, env=environment, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("parts", "stages"),
+    [
+        (["step"], ["step"]),
+        (["tests"], ["build", "tests"]),
+        (["head", "decode"], ["head", "decode"]),
+        (["weight_sync", "kernels"], ["kernels", "weight_sync"]),
+    ],
+)
+def test_parts_run_alone(tmp_path: Path, parts: list[str], stages: list[str]):
+    done = run_with_stubs(tmp_path, *(word for part in parts for word in ("--only", part)))
+    found = json.loads((tmp_path / "out" / "gpu_check.json").read_text(encoding="utf-8"))["stages"]
+    assert [stage["name"] for stage in found] == stages, done.stdout
+    log = (tmp_path / "out" / "gpu_check.log").read_text(encoding="utf-8", errors="replace")
+    assert ("bench kernels --op head " in log) == ("head" in parts)
+
+
+def test_a_part_that_is_none_is_refused(tmp_path: Path):
+    done = run_with_stubs(tmp_path, "--only", "heads")
+    assert done.returncode == 2 and b"--only got 'heads', wanted build, tests" in done.stderr
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_the_script_ends_with_its_tables_whatever_a_stage_prints(tmp_path: Path, locale: str):
+    done = run_with_stubs(tmp_path, locale=locale)
     assert (done.returncode, done.stderr) == (1, b"")
     told = done.stdout.decode("utf-8", errors="surrogateescape")
     assert set(re.findall("[\udc80-\udcff]", told)) == {"\udcff"}  # the stage's own, and no half of a character

@@ -154,7 +154,7 @@ def test_a_run_stopped_from_outside_reports_what_it_has(monkeypatch):
     monkeypatch.setattr(step, "measure_points", stopped)
     assert "stopped from outside" in step.run(quick())["left_out"][0]
     monkeypatch.setattr(kernels, "measure_all", stopped)
-    assert "stopped from outside" in kernels.run(quick(sizes=None))["left_out"][0]
+    assert "stopped from outside" in kernels.run(quick(sizes=None, op=None))["left_out"][0]
 
 
 def test_marks_divide_the_time_between_parts():

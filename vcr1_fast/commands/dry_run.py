@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vcr1_fast.fake_gpu.extrapolate import SMALL, Size, peak_of, sizes_to_run, to_blocks, to_rows
-from vcr1_fast.fake_gpu.predict import Rates
+from vcr1_fast.fake_gpu.predict import Rates, rollout_seconds
 from vcr1_fast.fake_gpu.present import present_rates
 from vcr1_fast.fake_gpu.process import Case, run
 from vcr1_fast.fake_gpu.shim import FakeGpuError
@@ -134,7 +134,8 @@ def _whole(
     }
     seconds = {"update_s": max(update["predicted_s"], update["collective_s"])}
     seconds["update_s"] *= config.algorithm.minibatches_per_rollout
-    rollout_s = _sglang_seconds(config, size, tokens, num_gpus, rates)
+    group = (tokens.completion,) * config.rollout.group_size  # of SGLang, until the local engine's takes its place
+    rollout_s = rollout_seconds(size, rates, tokens.prompt, group, config.train.prompts_per_step / num_gpus)
     asked = _engine_chunks(config, tokens, num_gpus) if config.rollout.engine == "local" else []
     for phase, prompt, prompts, answers in asked:
         few, more = (grown(phase, lambda report, n=n: report["answers"][n]) for n in ("2", "4"))
@@ -176,14 +177,6 @@ def _learner(
         "peak_gb": round(peak_bytes / 1e9, 2),
         "load_peak_gb": round(peak_of(load).num_bytes / 1e9, 2),
     }
-
-
-def _sglang_seconds(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: int, rates: Rates) -> float:
-    """Of an engine that answers all of a GPU's groups at once: prefill, then weights and cache read for each token."""
-    groups = config.train.prompts_per_step / num_gpus
-    prefill_s = 2 * size.params * groups * tokens.prompt / rates.gemm_flop_s
-    cache = size.kv_bytes_per_token * groups * (tokens.prompt + config.rollout.group_size * tokens.completion / 2)
-    return prefill_s + tokens.completion * (2 * size.params + cache) / rates.memory_bytes_s
 
 
 def _gb(phases: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -57,7 +57,8 @@ def _run(gpu: FakeGpu, case: dict[str, Any]) -> dict[str, Any]:
     learner = FakeLearner(gpu, config, hf_config, case["num_gpus"], kernels)
     updates = []
     for update in case["updates"]:
-        groups = learner.groups([GroupShape(tuple(grid), tuple(lengths), has_features) for grid, lengths in update])
+        shapes = [GroupShape(tuple(g), tuple(lengths), has_features, case["text_tokens"]) for g, lengths in update]
+        groups = learner.groups(shapes)
         updates.append(asdict(learner.update(groups, case["teaches"], case["min_rows"])))
         del groups
     return {"load": asdict(learner.load), "updates": updates}

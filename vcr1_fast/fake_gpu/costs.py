@@ -65,6 +65,23 @@ def moved_bytes(*values: Any) -> int:
     )
 
 
+def num_operations(arguments: Sequence[Any], result: Any) -> int:
+    """Of a kernel that is neither product nor attention: one for each element of the largest argument or result."""
+    return max(sum(x.numel() for x in tree_leaves(value) if isinstance(x, Tensor)) for value in (*arguments, result))
+
+
+GEMM, ATTENTION = "matrix product", "attention"  # how names of such kernels begin, whichever library has them
+
+
+def kernel_name(name: str, gemm_flop: int) -> str:
+    """Under which a kernel is listed: products by what they are, others as torch or Triton calls them."""
+    return f"{GEMM}, {name}" if gemm_flop else name
+
+
+def attention_name(is_backward: bool) -> str:
+    return f"{ATTENTION}, {'backward' if is_backward else 'forward'}"
+
+
 def num_launches(name: str, arguments: Sequence[Any]) -> int:
     """Of one operation that launches; those on lists of tensors take many at once."""
     for prefix, limit in TENSORS_PER_LAUNCH.items():

@@ -20,15 +20,16 @@ class GroupShape:
     grid: Grid
     completions: tuple[int, ...]
     has_features: bool = False  # the clip comes as a frozen tower left it
+    text_tokens: int = TEXT_TOKENS
 
 
 def make_group(shape: GroupShape, family: ModelFamily, config: Any, device: torch.device) -> RolloutGroup:
     """A group of that shape, its pixels or features on `device` as a run's are; token values mean nothing."""
     t, h, w = shape.grid
     num_video = t * h * w // family.patches_per_token
-    length = num_video + TEXT_TOKENS
+    length, start = num_video + shape.text_tokens, shape.text_tokens // 2
     ids_L = torch.full((length,), 20)  # an id that stands for no picture
-    ids_L[TEXT_TOKENS // 2 : TEXT_TOKENS // 2 + num_video] = family.video_token_id(config)
+    ids_L[start : start + num_video] = family.video_token_id(config)
     rows = 0 if shape.has_features else t * h * w
     values_PC = torch.zeros(rows, family.patch_values, dtype=torch.bfloat16, device=device)
     features_MW = None

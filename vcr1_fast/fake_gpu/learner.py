@@ -47,6 +47,7 @@ class Measured:
     moved_bytes: int  # of kernels that are neither, see meter.Counts
     predicted_s: float  # kernels one after the other
     collective_s: float
+    kernels: dict[str, dict[str, dict[str, float]]]  # phase -> name -> vars(meter.Kernel)
     syncs: dict[str, int]
     blocking_copies: dict[str, int]
     copies: dict[str, int]
@@ -67,6 +68,7 @@ def measured(meter: Meter, began_s: float, num_gpus: int) -> Measured:
         moved_bytes=sum(c.moved_bytes for c in counts),
         predicted_s=meter.seconds,
         collective_s=sum(meter.rates.collective_seconds(size, num_gpus) for size in on_gpu),
+        kernels={phase: {n: vars(k) for n, k in named.items()} for phase, named in meter.kernels.items()},
         syncs=dict(meter.syncs),
         blocking_copies=dict(meter.blocking_copies),
         copies=dict(meter.copies),

@@ -22,6 +22,16 @@ class Counts:
 
 
 @dataclass
+class Kernel:
+    """All launches of one name in one phase."""
+
+    launches: int = 0
+    flop: float = 0.0  # of what is neither product nor attention: see costs.num_operations
+    num_bytes: float = 0.0  # of arguments and results, once each
+    seconds: float = 0.0
+
+
+@dataclass
 class Meter:
     """Everything since the last `start`."""
 
@@ -29,6 +39,7 @@ class Meter:
     rates: Rates = H100_RATES  # by which seconds are predicted
     phase: str = "start"
     counts: dict[str, Counts] = field(default_factory=dict)
+    kernels: dict[str, dict[str, Kernel]] = field(default_factory=dict)  # phase -> name
     syncs: Counter[str] = field(default_factory=Counter)  # what the host waited for, and where in the code
     blocking_copies: Counter[str] = field(default_factory=Counter)  # host to device, with a wait, and where
     copies: Counter[str] = field(default_factory=Counter)  # host to device, without one
@@ -50,6 +61,14 @@ class Meter:
     @property
     def now(self) -> Counts:
         return self.counts.setdefault(self.phase, Counts())
+
+    def note(self, name: str, *, launches: int = 1, flop: float = 0, num_bytes: float = 0, seconds: float = 0) -> None:
+        """What one operation was, by its name; the sums over all of them are `counts`."""
+        kernel = self.kernels.setdefault(self.phase, {}).setdefault(name, Kernel())
+        kernel.launches += launches
+        kernel.flop += flop
+        kernel.num_bytes += num_bytes
+        kernel.seconds += seconds
 
     @property
     def launches(self) -> int:

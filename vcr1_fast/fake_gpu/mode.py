@@ -178,7 +178,11 @@ class FakeGpu(TorchDispatchMode):
             return
         if name in costs.NO_KERNEL:
             return
-        counts.launches += costs.num_launches(name, args)
+        launches = costs.num_launches(name, args)
+        counts.launches += launches
+        if name.startswith(("_flash_attention", "_scaled_dot_product")):
+            num_bytes = costs.moved_bytes(args, kwargs, out)
+            meter.note(costs.attention_name("backward" in name), launches=launches, num_bytes=num_bytes)
         if name.startswith("_flash_attention"):
             is_backward = "backward" in name
             query, (cu_q, cu_k) = args[is_backward], args[6:8] if is_backward else args[3:5]
@@ -198,12 +202,18 @@ class FakeGpu(TorchDispatchMode):
         if not flop and name not in costs.SHARDING:
             counts.moved_bytes += num_bytes
         # the copy into an all-gather's buffer reads and writes a shard, not the whole buffer that it returns
-        counts.seconds += self.meter.rates.kernel_seconds(flop, 0 if name == "all_gather_copy_in" else num_bytes)
+        num_bytes = 0 if name == "all_gather_copy_in" else num_bytes
+        seconds = self.meter.rates.kernel_seconds(flop, num_bytes)
+        counts.seconds += seconds
+        done = flop or costs.num_operations(args, out)
+        meter.note(costs.kernel_name(name, flop), launches=launches, flop=done, num_bytes=num_bytes, seconds=seconds)
 
     def _package_attention(
         self, query: Tensor, cu_q: Tensor, cu_k: Tensor, is_causal: bool, is_backward: bool, version: FlashVersion
     ) -> None:
         self.meter.now.launches += 1
+        # query and result, keys and values at most as wide; backward reads these and the gradient, writes three
+        self.meter.note(costs.attention_name(is_backward), num_bytes=(8 if is_backward else 4) * query.nbytes)
         self._count_attention(query, cu_q, cu_k, is_causal, is_backward, version)
 
     def _count_attention(
@@ -231,7 +241,9 @@ class FakeGpu(TorchDispatchMode):
             counts.attention_backward_flop += flop
         else:
             counts.attention_forward_flop += flop
-        counts.seconds += self.meter.rates.attention_seconds(flop, is_backward, version)
+        seconds = self.meter.rates.attention_seconds(flop, is_backward, version)
+        counts.seconds += seconds
+        self.meter.note(costs.attention_name(is_backward), launches=0, flop=flop, seconds=seconds)
 
     def _launched(self, name: str, arguments: tuple[Any, ...]) -> None:
         """A Triton kernel: its traffic is that of its tensors, once each, and twice where one is overwritten."""
@@ -239,7 +251,10 @@ class FakeGpu(TorchDispatchMode):
         num_bytes = costs.moved_bytes(arguments, overwritten)
         self.meter.now.launches += 1
         self.meter.now.moved_bytes += num_bytes
-        self.meter.now.seconds += self.meter.rates.kernel_seconds(0, num_bytes)
+        seconds = self.meter.rates.kernel_seconds(0, num_bytes)
+        self.meter.now.seconds += seconds
+        done = costs.num_operations(arguments, ())
+        self.meter.note(name, flop=done, num_bytes=num_bytes, seconds=seconds)
 
 
 def _is_cuda(device: Any) -> bool:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vcr1_fast.learner.model_size import ModelSize
 
 LAUNCH_S = 2.5e-6  # the shortest a kernel takes, its launch included
 
@@ -44,3 +48,30 @@ class Rates:
 
 
 H100_RATES = Rates()
+# A data sheet tells an H200 from an H100 by its memory alone: 4.8e12 bytes/s, of which the same share is reached.
+H200_RATES = replace(
+    H100_RATES,
+    source="assumed of an H200, not measured: an H100's, memory by the data sheets' 4.8 TB/s to 3.35",
+    memory_bytes_s=H100_RATES.memory_bytes_s * 4.8 / 3.35,
+)
+
+
+def rollout_seconds(size: ModelSize, rates: Rates, prompt: int, answers: Sequence[int], groups: float = 1) -> float:
+    """Of an engine that answers all groups of a GPU at once, bound by arithmetic and memory alone.
+
+    Each prompt is filled once. Then every token of the longest answer reads the weights, and every answer that still
+    goes on the keys and values of its prompt and of what it has so far: an engine that reads a prompt's once for all
+    answers is faster. The tower counts its products alone; sampling, launches and the scheduler are left out.
+
+    Args:
+        prompt: its tokens, taken as video: 4 patches each.
+        answers: tokens of each answer of a group.
+    """
+    layers, head = size.layers * size.layer_params, size.vocab * size.hidden
+    pairs, own = prompt * (prompt + 1) / 2, sum(n * prompt + n * (n + 1) / 2 for n in answers)
+    attention = 4 * size.layers * size.heads_width * groups
+    fill_s = 2 * groups * prompt * (layers + 4 * size.tower_depth * size.tower_block_params) / rates.gemm_flop_s
+    fill_s += rates.attention_seconds(round(attention * pairs), is_backward=False, version="fa3")  # what engines have
+    read = 2 * max(answers) * (layers + head) + size.kv_bytes_per_token * groups * own
+    flop = 2 * groups * sum(answers) * (layers + head) + attention * own
+    return fill_s + max(read / rates.memory_bytes_s, flop / rates.gemm_flop_s)

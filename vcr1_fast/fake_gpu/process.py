@@ -38,6 +38,7 @@ class Case:
     config: str  # settings: a YAML file
     hf_config: dict[str, Any]  # config.json of the model; of a whole run it is the checkpoint's own
     updates: tuple[tuple[Group, ...], ...] = ()  # this rank's groups in each of them
+    text_tokens: int = 200  # of each prompt, beside the video
     trains: bool = False  # a whole run of `train` by these settings instead
     teaches: bool = False  # supervised: each group holds the one completion to learn
     prompts: tuple[tuple[int, int, int], ...] = ()  # clips that the local engine answers together, not a learner

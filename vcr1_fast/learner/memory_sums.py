@@ -252,10 +252,10 @@ def adapter_params(size: ModelSize, config: LoRAConfig) -> int:
 
 
 def engine_bytes(config: RolloutConfig, size: ModelSize, width: int) -> dict[str, float]:
-    """Of the learner's GPU. `width`: bytes of a weight of the engine."""
+    """Of the learner's GPU during an update. `width`: bytes of a weight of the engine."""
     if config.engine == "local":
         return {"rollout engine": width * size.params}
-    is_here = config.sglang.placement == "colocated"
+    is_here = config.sglang.placement == "colocated" and not config.sglang.release_memory
     num_bytes = sglang_memory.engine_bytes(config.sglang, size, width) if is_here else None
     return {"SGLang, weights and KV cache": config.sglang.num_workers * (num_bytes or 0)}
 

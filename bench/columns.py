@@ -1,0 +1,46 @@
+"""Tables whose heads `python -m bench NAME --help` explains: a benchmark's COLUMN_HEADS, head -> meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+WIDTH, WRAPPED = 200, 40  # characters of a line, and of the longest text that is not wrapped
+Columns = Mapping[str, tuple[str, str]]  # key of a row -> (head, meaning)
+
+
+def heads_of(*tables: Columns) -> dict[str, str]:
+    return {head: meaning for columns in tables for head, meaning in columns.values()}
+
+
+def explain(heads: Mapping[str, str]) -> str:
+    """One line for each head, for the end of a help text."""
+    width = max(map(len, heads), default=0)
+    return "\n".join(["columns:", *(f"  {head:<{width}}  {meaning}" for head, meaning in heads.items())])
+
+
+def print_rows(rows: Iterable[Mapping[str, Any]], columns: Columns, title: str) -> None:
+    """A column for each key; text to the left, numbers to the right, what a row lacks left blank."""
+    table = Table(title=title)
+    rows = list(rows)
+    for key, (head, _) in columns.items():
+        texts = [row[key] for row in rows if isinstance(row.get(key), str)]
+        is_long = any(len(text) > WRAPPED for text in texts)
+        table.add_column(head, justify="left" if texts else "right", overflow="fold", no_wrap=not is_long)
+    for row in rows:
+        table.add_row(*(shown(row.get(key)) for key in columns))
+    Console(width=WIDTH).print(table)
+
+
+def shown(value: Any) -> str:
+    """Numbers with separators of thousands, fractions to three digits."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
