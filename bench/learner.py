@@ -36,7 +36,8 @@ PEAK_FLOP_S = 989e12  # of an H100, dense bfloat16
 COLUMNS = {
     "prompt": "P", "num_gpus": "GPUs", "load_peak_gb": "load, GB", "peak_gb": "update, GB", "tflop": "TFLOP",
     "launches": "launches", "syncs": "waits", "copies": "copies", "blocking_copies": "blocking",
-    "collectives": "collectives", "predicted_s": "predicted s", "tokens_per_s": "tokens/s", "mfu": "MFU",
+    "collectives": "collectives", "collective_s": "their s", "predicted_s": "predicted s", "tokens_per_s": "tokens/s",
+    "mfu": "MFU",
 }  # fmt: skip
 
 
@@ -100,5 +101,6 @@ def counts_of(reports: Mapping[Size, Mapping[str, Any]], blocks: Size) -> dict[s
         "blocking_copies": sum(update["blocking_copies"].values()),
         "collectives": update["collectives"],
         "elementwise_gb": round(update["moved_bytes"] / 1e9),
+        "collective_s": round(update["collective_s"], 2),
         "predicted_s": round(max(update["predicted_s"], update["collective_s"]), 2),
     }

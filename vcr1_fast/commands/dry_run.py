@@ -146,7 +146,8 @@ def _whole(
             per_token = max((more["predicted_s"] - few["predicted_s"]) / 2, cache / rates.memory_bytes_s)
             chunks = math.ceil(config.train.prompts_per_step / num_gpus / prompts)
             rollout_s = chunks * (few["predicted_s"] + (tokens.completion - 2) * per_token)
-    push_s = 0.0 if num_gpus == 1 else rates.collective_seconds(width * size.params, num_gpus)
+    row = range(num_gpus // config.train.replicate)  # of ranks that have all weights together
+    push_s = rates.collective_seconds(width * size.params, row)
     seconds |= {"rollout_s": rollout_s, "push_s": push_s}
     work = (seconds["rollout_s"], seconds["update_s"])
     seconds["step_s"] = push_s + (max(work) if config.rollout.max_policy_lag else sum(work))

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import torch._subclasses.fake_tensor as fake_tensor
+import torch.distributed as dist
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -173,7 +175,7 @@ class FakeGpu(TorchDispatchMode):
         meter, counts = self.meter, self.meter.now
         if namespace in ("c10d", "_c10d_functional"):
             if "wrap_tensor" not in name and "wait_tensor" not in name:
-                meter.collectives.append((name, _largest_bytes((args, kwargs))))
+                meter.communicate(name, _largest_bytes((args, kwargs)), _ranks((args, kwargs)))
             return
         if name in costs.NO_KERNEL:
             return
@@ -243,6 +245,16 @@ def _only_decomposes(func: Any) -> bool:
 
 def _largest_bytes(values: Any) -> int:
     return max((x.numel() * x.element_size() for x in tree_leaves(values) if isinstance(x, Tensor)), default=0)
+
+
+def _ranks(values: Any) -> list[int]:
+    """Of the process group among a collective's arguments: boxed, or by its name."""
+    for x in tree_leaves(values):
+        if isinstance(x, torch.ScriptObject) and x._type().qualified_name().endswith(".ProcessGroup"):
+            return dist.get_process_group_ranks(dist.ProcessGroup.unbox(x))
+        if isinstance(x, str) and x not in ("sum", "avg", "max", "min"):
+            return dist.get_process_group_ranks(_resolve_process_group(x))
+    raise RuntimeError("a collective without a process group")
 
 
 def _site() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LAUNCH_S = 2.5e-6  # the shortest a kernel takes, its launch included
@@ -28,10 +29,12 @@ class Rates:
         rate = self.attention_backward_flop_s if is_backward else self.attention_forward_flop_s
         return max(flop / rate, LAUNCH_S)
 
-    def collective_seconds(self, num_bytes: float, num_gpus: int, gpus_per_node: int = 8) -> float:
-        """Of a ring all-gather or reduce-scatter of `num_bytes` in all: (N - 1) / N of them pass each GPU's link."""
-        rate = self.link_bytes_s if num_gpus <= gpus_per_node else self.network_bytes_s
-        return num_bytes * (num_gpus - 1) / num_gpus / rate
+    def collective_seconds(self, num_bytes: float, ranks: Sequence[int], gpus_per_node: int = 8) -> float:
+        """Of one ring, all-gather or reduce-scatter, of `num_bytes` in all: (N - 1) / N of them pass each GPU's link,
+        all of them at the network's pace where one hop is between nodes. `ranks`: of the group."""
+        is_within_node = len({rank // gpus_per_node for rank in ranks}) <= 1
+        rate = self.link_bytes_s if is_within_node else self.network_bytes_s
+        return num_bytes * (len(ranks) - 1) / max(len(ranks), 1) / rate
 
     def describe(self) -> str:
         """One line of numbers."""

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from vcr1_fast.learner import recompute
 from vcr1_fast.learner.attention import use_packed_attention
 from vcr1_fast.learner.device_batch import DeviceBatch, device_batch
+from vcr1_fast.learner.ends import embedded, scored, use_ends
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.kernel_choice import KernelChoice, plain_choice
 from vcr1_fast.learner.loading import empty_model, load_weights
@@ -78,6 +79,7 @@ class PolicyModel(nn.Module):
         self.compute_dtype = compute_dtype
         self.kernels = kernels or (plain_choice() if config.kernels == "off" else KernelChoice())
         use_packed_attention(self.family.decoder(hf))
+        use_ends(hf)
         tower = self.family.tower(hf)
         self.kernels.switch_tower(tower, device or hf.device, compute_dtype)
         if config.freeze_vision:
@@ -103,18 +105,24 @@ class PolicyModel(nn.Module):
             hidden_TD = self._decode(batch)
         # Under autocast the last hidden states and the weight are float32; the head multiplies what the decoder would.
         scored_ND = hidden_TD[batch.scored_row_N].to(self.compute_dtype)
-        head = (scored_ND, self.hf.lm_head.weight.to(self.compute_dtype), batch.target_N)
-        if objective is None:
-            return self.kernels.linear_logprob(*head, temperature)
-        return self.kernels.linear_policy_loss(*head, objective.loss, objective.tokens, temperature)
+
+        def score(scored_ND: Tensor, weight_VD: Tensor) -> Any:
+            head = (scored_ND, weight_VD.to(self.compute_dtype), batch.target_N)
+            if objective is None:
+                return self.kernels.linear_logprob(*head, temperature)
+            return self.kernels.linear_policy_loss(*head, objective.loss, objective.tokens, temperature)
+
+        is_fused = objective is not None and self.kernels.policy_loss.way != "plain"  # gradients are made in forward
+        return scored(self.hf, scored_ND, score, needs_weight_again=not is_fused)
 
     def _decode(self, batch: DeviceBatch) -> Tensor:
         """Final hidden states [T, D] of the packed row."""
-        embeds_TD = self.hf.get_input_embeddings()(batch.token_ids_T)
         features_MW = batch.features_MW
         if features_MW is None:
             assert batch.values_PC is not None and batch.tower is not None, "pixels or features"
             features_MW = self.family.run_tower(self.family.tower(self.hf), batch.values_PC, batch.tower)
+        # After the tower, so that its gradient is complete, and added up over ranks, before the tower's backward
+        embeds_TD, features_MW = embedded(self.hf, batch.token_ids_T, features_MW)
         row = (batch.position_ids_3T, features_MW, batch.video_row_M, batch.layout)
         return self.family.decode(self.hf, embeds_TD, *row, self.kernels.prefix_backend)
 

@@ -33,6 +33,8 @@ def switch_on(hf: Any, mode: str) -> None:
     if mode == "selective":
         contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
         hf.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    # transformers has embeddings ask for a gradient, for torch's older way to recompute; frozen ones need none
+    hf.disable_input_require_grads()
 
 
 def _policy(_context: Any, operator: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
