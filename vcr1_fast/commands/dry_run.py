@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vcr1_fast.fake_gpu.extrapolate import SMALL, Size, peak_of, sizes_to_run, to_blocks, to_rows
+from vcr1_fast.fake_gpu.extrapolate import SMALL, Peak, Size, peak_of, sizes_to_run, to_blocks, to_rows
 from vcr1_fast.fake_gpu.predict import Rates
 from vcr1_fast.fake_gpu.present import present_rates
 from vcr1_fast.fake_gpu.process import Case, run
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 from vcr1_fast.fake_gpu.sizes import num_blocks, with_blocks
+from vcr1_fast.learner.adamw_8bit import MOMENT_BYTES
 from vcr1_fast.learner.memory_sums import TokenPlan, engine_bytes, prompts_at_once, video_tokens
 from vcr1_fast.learner.model_size import PATCH_VALUES, PATCHES_PER_TOKEN, ModelSize
 from vcr1_fast.run.telemetry import progress
@@ -80,7 +81,8 @@ def measure(
     return _whole(config, size, tokens, num_gpus, reports, blocks, num_rows, rates)
 
 
-_ONE_UPDATE = ("--algorithm.minibatches_per_rollout=1",)
+# Moments of 8 bits are float32 ones for the GPUs that are played, since torchao compiles its step; see `_with_moments`
+_ONE_UPDATE = ("--algorithm.minibatches_per_rollout=1", "--optimizer.name=adamw")
 
 
 def worst_grid(config: VideoConfig) -> tuple[int, int, int]:
@@ -121,7 +123,7 @@ def _whole(
     load = grown("learner", lambda report: report["load"])
     one = grown("learner", lambda report: report["updates"][1])
     two = grown("learner", lambda report: report["updates"][-1]) if num_rows > 1 else one
-    update, peak = to_rows(one, two, num_rows), peak_of(two)
+    update, peak = to_rows(one, two, num_rows), _with_moments(peak_of(two), config)
     width = 4 if config.model.compute_dtype == "float32" else 2
     engine = engine_bytes(config.rollout, size, width)
     token_bytes = PATCHES_PER_TOKEN * PATCH_VALUES * 2
@@ -153,6 +155,14 @@ def _whole(
     seconds["step_s"] = push_s + (max(work) if config.rollout.max_policy_lag else sum(work))
     seconds["run_h"] = seconds["step_s"] * config.train.num_steps / 3600
     return Measured(_gb(phases), _learner(reports, sizes, load, update, peak.num_bytes), seconds, rates)
+
+
+def _with_moments(peak: Peak, config: Config) -> Peak:
+    """With moments of the size that `optimizer.name` gives them."""
+    if config.optimizer.name == "adamw":
+        return peak
+    kinds = peak.kinds | {"moments": round(peak.kinds.get("moments", 0) * MOMENT_BYTES / 8)}
+    return replace(peak, kinds=kinds, num_bytes=sum(kinds.values()))
 
 
 def _learner(

@@ -15,6 +15,7 @@ from vcr1_fast.learner.attention import use_packed_attention
 from vcr1_fast.learner.device_batch import DeviceBatch, device_batch
 from vcr1_fast.learner.ends import embedded, scored, use_ends
 from vcr1_fast.learner.families import family_of
+from vcr1_fast.learner.freezing import freeze
 from vcr1_fast.learner.kernel_choice import KernelChoice, plain_choice
 from vcr1_fast.learner.loading import empty_model, load_weights
 from vcr1_fast.learner.objective import Objective, Sums
@@ -82,8 +83,7 @@ class PolicyModel(nn.Module):
         use_ends(hf)
         tower = self.family.tower(hf)
         self.kernels.switch_tower(tower, device or hf.device, compute_dtype)
-        if config.freeze_vision:
-            tower.requires_grad_(False)
+        freeze(hf, config)
         recompute.switch_on(hf, config.gradient_checkpointing)
 
     def device_batch(self, batch: PackedBatch) -> DeviceBatch:

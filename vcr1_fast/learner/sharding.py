@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
@@ -161,10 +161,13 @@ def _set_prefetch(tower: Sequence[Unit], decoder: Sequence[Unit]) -> None:
     embedding = decoder[0]
     if len(embedding) == 1:
         forward[len(tower)].set_unshard_in_backward(False)
-    is_tower_trained = any(weight.requires_grad for part in tower[-1] for weight in part.parameters())
-    backward = [*(unit[0] for unit in tower if is_tower_trained), *(unit[0] for unit in decoder[1:])]
-    for before, unit in pairwise(backward):
+    backward = dropwhile(_is_frozen, (*tower, *decoder))  # before the first trained weight nothing has a gradient
+    for before, unit in pairwise(unit[0] for unit in backward if embedding[0] not in unit):
         unit.set_modules_to_backward_prefetch([before])
+
+
+def _is_frozen(unit: Unit) -> bool:
+    return not any(weight.requires_grad for part in unit for weight in part.parameters())
 
 
 def reduce_gradients(policy: nn.Module, at_once: bool, is_last: bool) -> None:

@@ -62,6 +62,9 @@ class ModelConfig:
     first of none, selective and full whose worst step fits into the GPU; without one none."""
     freeze_vision: bool = False
     """Train the language model only."""
+    freeze: tuple[str, ...] = ()
+    """Weights that are not trained, by patterns of their names in the published checkpoint, such as
+    [visual.patch_embed.*, model.embed_tokens.weight]; * stands for any part of a name."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Train low-rank adapters of the language model only."""
 
