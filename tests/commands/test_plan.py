@@ -20,6 +20,7 @@ from vcr1_fast.learner.memory_sums import (
     check_memory,
     clip_tokens,
     decoder_bytes,
+    largest_group,
     max_video_tokens,
     plan_memory,
     plan_tokens,
@@ -190,9 +191,9 @@ def test_what_settings_add_and_save():
     assert frozen.static["weights, float32"] == pytest.approx((4 * 8.292166656 - 2 * 0.676550144) / 8)
     assert frozen.static["AdamW, float32"] == pytest.approx(8.292166656 - 0.676550144)
     assert set(frozen.update) == {"decoder activations", "gathered blocks", "a decoder layer", "head"}
-    rows = replace(tokens, groups_per_gpu=2, scored_rows=32768)
+    rows = replace(tokens, groups_per_gpu=2, scored_rows=131072)
     head = plan_memory(config, size, rows, 8).update  # where the gradients of the row before are, too
-    assert head["head"] == pytest.approx(head_peak_bytes(32768, 3584, 152064, torch.bfloat16) / 1e9)
+    assert head["head"] == pytest.approx(head_peak_bytes(131072, 3584, 152064, torch.bfloat16) / 1e9)
     assert head["gathered blocks"] == pytest.approx(2 * 152064 * 3584 / 1e9)  # its weight
     assert head["decoder activations"] == pytest.approx(12024 * 28 * 7168 / 1e9)
     assert head["gradients, float32"] == pytest.approx(8.292166656 / 2)
@@ -217,6 +218,18 @@ def test_moments_of_8_bits_copies_and_frozen_weights_are_counted():
     static = plan_memory(frozen, size, tokens, 8).static
     assert static["AdamW, float32"] == pytest.approx(params - words)
     assert static["weights, float32"] == pytest.approx((4 * params - 2 * words) / 8)
+
+
+def test_the_largest_group_of_a_gpu_is_as_long_as_memory_is(capsys):
+    """Its row of the largest size fits into nine tenths of the GPU, and 100 tokens more do not."""
+    config, size = config_7b(gradient_checkpointing="full"), read_model_size("Qwen2.5-VL-7B")
+    tokens = plan_tokens(config, 8)
+    most = largest_group(config, size, tokens, 8, 80)
+    for row, fits in ((most, True), (most + 100, False)):
+        longer = replace(tokens, row=row, video=row - 8 * 1023 - 256)
+        assert (sum(plan_memory(config, size, longer, 8).by_phase()["update"].values()) <= 72) == fits
+    assert plan_command(config, 8, is_fast=True)["largest_group"]["80 GB (A100, H100)"] == most
+    assert f"{most:,}" in capsys.readouterr().out
 
 
 def test_evaluation_is_counted_with_the_videos_that_it_sees(capsys):

@@ -159,7 +159,7 @@ def check_memory(config: Config, num_gpus: int, gpu_gb: float) -> None:
     phases = plan_memory(config, size, tokens, num_gpus).by_phase()
     needed = {phase: sum(parts.values()) for phase, parts in phases.items()}
     if config.train.max_group_tokens is None and needed["update"] > USABLE_FRAC * gpu_gb:
-        largest = _largest_group(config, size, tokens, num_gpus, gpu_gb)
+        largest = largest_group(config, size, tokens, num_gpus, gpu_gb, tokens.group)
         what = f"a group of {tokens.group:,} tokens, the largest that video and rollout allow"
         what += f", in rows of {tokens.row:,}" if tokens.row > tokens.group else ""
         advice = ADVICE["update"] + (
@@ -178,17 +178,24 @@ def _raise_too_large(phase: str, what: str, needed_gb: float, gpu_gb: float, adv
     )
 
 
-def _largest_group(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: int, gpu_gb: float) -> int:
-    """Tokens of the largest group that fits with a row of its own, in hundreds; 0 where none does."""
-    video, scored = tokens.video, config.rollout.group_size * tokens.completion
+def largest_group(
+    config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: int, gpu_gb: float, most_tokens: int = 1_000_000
+) -> int:
+    """Tokens of the largest group that fits with a row of its own, in hundreds, up to `most_tokens`; 0 where none does.
+
+    A group is never split, so this is a GPU's limit, however many there are. Larger ones than the settings allow have
+    more video.
+    """
+    answers, scored = tokens.group - tokens.prompt, config.rollout.group_size * tokens.completion
 
     def fits(hundreds: int) -> bool:
         row = 100 * hundreds
-        alone = replace(tokens, groups_per_row=1, row=row, video=min(video, row), scored_rows=min(scored, row))
+        video = max(min(tokens.video, row), row - answers - TEXT_TOKENS)
+        alone = replace(tokens, groups_per_row=1, row=row, video=video, scored_rows=min(scored, row))
         update = plan_memory(config, size, alone, num_gpus).by_phase()["update"]
         return sum(update.values()) <= USABLE_FRAC * gpu_gb
 
-    return 100 * (bisect.bisect_left(range(1, tokens.group // 100 + 1), True, key=lambda n: not fits(n)))
+    return 100 * (bisect.bisect_left(range(1, most_tokens // 100 + 1), True, key=lambda n: not fits(n)))
 
 
 def plan_memory(
@@ -227,17 +234,18 @@ def plan_memory(
     videos = prompts_at_once(config.rollout, tokens.eval_prompt, 1, eval_tokens) if config.data.eval else 0
     rollout = _generation_bytes(size, tokens.prompt, prompts, group, tokens.completion)
     evaluation = _generation_bytes(size, tokens.eval_prompt, videos, 1, eval_tokens)
+    engine, lends = engine_bytes(config.rollout, size, width), lends_memory(config.rollout)
     return MemoryPlan(
         static=_gb(
             {
                 "frozen weights and adapters" if has_lora else "weights, float32": weights / shards,
                 f"AdamW, {kind}": moments * trainable / shards,
                 "reference": reference / shards,
-                **engine_bytes(config.rollout, size, width),
+                **({} if lends else engine),
             }
         ),
         update=_gb(_update_bytes(config, size, tokens, gathered, 4 * trainable / shards, whole)),
-        rollout={} if config.rollout.engine == "sglang" else _gb(rollout),
+        rollout=_gb((engine if lends else {}) if config.rollout.engine == "sglang" else rollout),
         evaluation={} if config.rollout.engine == "sglang" else _gb(evaluation),
     )
 
@@ -248,6 +256,11 @@ def adapter_params(size: ModelSize, config: LoRAConfig) -> int:
     sides = {"q_proj": d + h, "k_proj": d + k, "v_proj": d + k, "o_proj": h + d}
     sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), d + i)
     return config.rank * sum(sides.get(target, 0) for target in config.targets or sides)
+
+
+def lends_memory(config: RolloutConfig) -> bool:
+    """Whether the engine has none while the learner updates."""
+    return config.engine == "sglang" and config.sglang.release_memory
 
 
 def engine_bytes(config: RolloutConfig, size: ModelSize, width: int) -> dict[str, float]:

@@ -24,7 +24,8 @@ def build_optimizer(policy: nn.Module, config: OptimizerConfig, tower: nn.Module
 
     A matrix is any parameter of two or more dimensions, so embeddings and the patch convolution decay too.
     States take the parameters' float32, or 8 bits (optimizer.name). Call it after sharding: FSDP2 replaces the
-    parameters. `tower`: a part of the policy. Raises TypeError for a trainable parameter that is not float32, ConfigError when nothing is trainable.
+    parameters. `tower`: a part of the policy. Raises TypeError for a trainable parameter that is not float32,
+    ConfigError when nothing is trainable or torchao is wanted and not installed.
     """
     in_tower = {id(parameter) for parameter in tower.parameters()} if tower and config.vision_learning_rate else set()
     kinds = [(False, True), (False, False), (True, True), (True, False)]  # (of the tower, a matrix)

@@ -237,7 +237,7 @@ class OptimizerConfig:
     """AdamW on float32 master weights."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit: moments of 8 bits instead of float32, 2 bytes a trained weight instead of 8 (needs torchao, an extra).
+    """adamw_8bit: moments of 8 bits instead of float32, 2 bytes a trained weight instead of 8 (torchao, an extra).
     Updates are no longer exact: moments are rounded in blocks of 256. Checkpoints are the same."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
