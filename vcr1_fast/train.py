@@ -44,8 +44,7 @@ def _train(run: Run) -> dict[str, Any]:
     prompts, held_out = run.train_stream(), run.eval_examples()
     learner = Learner(config, world, config.train.num_steps * config.algorithm.minibatches_per_rollout, run.kernels)
     state = load_state(run, learner, prompts, "train")  # step 0, or where a checkpoint stands
-    prompts.position = state.position
-    engine = run.open_engine()
+    prompts.position, engine = state.position, run.open_engine()
     collector = Collector(run.tasks, config, world, run.builder.completion_ids)
     queue = RolloutQueue(engine, collector, prompts, partial(sampling_of, config, world), run.builder.decode)
     task_scale = TaskScale(config.algorithm.scale_decay, state.task_scale)
