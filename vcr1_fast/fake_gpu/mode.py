@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +21,7 @@ from vcr1_kernels.prefix_attention_flash import flash_ops
 from vcr1_fast.fake_gpu import costs, cuda_module, flash_packages, triton_launches
 from vcr1_fast.fake_gpu.meter import Meter
 
+_c10d: Any = dist.distributed_c10d
 _KERNELS = "vcr1_kernels"  # namespace of our own operators
 _MAX_KNOWN_BYTES = 64 << 20  # of a host buffer whose values are remembered on the device
 
@@ -253,7 +253,7 @@ def _ranks(values: Any) -> list[int]:
         if isinstance(x, torch.ScriptObject) and x._type().qualified_name().endswith(".ProcessGroup"):
             return dist.get_process_group_ranks(dist.ProcessGroup.unbox(x))
         if isinstance(x, str) and x not in ("sum", "avg", "max", "min"):
-            return dist.get_process_group_ranks(_resolve_process_group(x))
+            return dist.get_process_group_ranks(_c10d._resolve_process_group(x))
     raise RuntimeError("a collective without a process group")
 
 

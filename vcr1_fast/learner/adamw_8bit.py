@@ -54,7 +54,7 @@ class AdamW8bit(Optimizer):
 
 @functools.cache
 def _compiled_step() -> Callable[..., None]:
-    from torchao.optim.adam import single_param_adam
+    from torchao.optim.adam import single_param_adam  # pyright: ignore[reportMissingImports]
 
     return torch.compile(single_param_adam, fullgraph=True, dynamic=False)
 
@@ -62,7 +62,7 @@ def _compiled_step() -> Callable[..., None]:
 def require_torchao() -> None:
     """Raises ConfigError where it is not installed."""
     try:
-        import torchao.optim  # noqa: F401
+        import torchao.optim  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             f"optimizer.name is adamw_8bit, which needs torchao ({error}): pip install 'vcr1-fast[torchao]', or set "
@@ -72,7 +72,7 @@ def require_torchao() -> None:
 
 def empty_state(parameter: Tensor) -> dict[str, Tensor]:
     """Of a parameter without an update so far: moments of this rank's rows, flat."""
-    from torchao.optim.subclass_8bit import OptimState8bit
+    from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
 
     flat = _flat(parameter)
     is_coded = flat.numel() >= MIN_NUMBERS and flat.numel() % BLOCK == 0
@@ -96,7 +96,7 @@ def as_stored(parameter: Tensor, moment: Tensor) -> Tensor:
 
 def take_stored(moment: Tensor, stored: Tensor) -> None:
     """Put what `as_stored` gave into a moment: the same codes where the rank has the rows that it had."""
-    from torchao.optim.quant_utils import quantize_8bit_with_qmap
+    from torchao.optim.quant_utils import quantize_8bit_with_qmap  # pyright: ignore[reportMissingImports]
 
     coded: Any = moment
     if moment.ndim == 0:

@@ -47,7 +47,8 @@ def embedded(hf: Any, token_ids_T: Tensor, features_MW: Tensor) -> tuple[Tensor,
 
 def scored(hf: Any, hidden_ND: Tensor, score: Callable[[Tensor, Tensor], T], *, needs_weight_again: bool) -> T:
     """score(hidden_ND, weight_VD). needs_weight_again: in backward, where FSDP else has it in pieces."""
-    head = hf.get_output_embeddings()
-    if isinstance(head, FSDPModule):
+    head: Any = hf.get_output_embeddings()
+    is_sharded = isinstance(head, FSDPModule)
+    if is_sharded:
         head.set_unshard_in_backward(needs_weight_again)
     return head(hidden_ND, score)

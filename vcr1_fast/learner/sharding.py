@@ -161,8 +161,9 @@ def _set_prefetch(tower: Sequence[Unit], decoder: Sequence[Unit]) -> None:
     embedding = decoder[0]
     if len(embedding) == 1:
         forward[len(tower)].set_unshard_in_backward(False)
-    backward = dropwhile(_is_frozen, (*tower, *decoder))  # before the first trained weight nothing has a gradient
-    for before, unit in pairwise(unit[0] for unit in backward if embedding[0] not in unit):
+    trained = dropwhile(_is_frozen, (*tower, *decoder))  # before the first trained weight nothing has a gradient
+    backward: list[Any] = [unit[0] for unit in trained if embedding[0] not in unit]
+    for before, unit in pairwise(backward):
         unit.set_modules_to_backward_prefetch([before])
 
 
