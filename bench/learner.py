@@ -26,6 +26,7 @@ COLUMNS = {
     "copies": ("copies", "from the host to the GPU that nobody waits for"),
     "blocking_copies": ("blocking", "copies that the host waits for"),
     "collectives": ("coll.", "collectives"),
+    "network_s": ("their s", "PREDICTED seconds of these on their links, beside the kernels"),
     "elementwise_gb": ("moved, GB", "read and written by kernels that are neither products nor attention"),
     "predicted_s": ("s", "PREDICTED seconds: the kernels one after the other, or the network where that takes longer"),
     "tokens_per_s": ("tokens/s", "packed tokens a second on one GPU, predicted"),

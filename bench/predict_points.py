@@ -94,7 +94,9 @@ def _own_point(name: str, result: dict[str, Any], row: dict[str, Any], grid: tup
     """At the rates for products and copies of the same run. On a CPU attention is taken to reach that of products."""
     limits, is_tiny = result["limits"], result["model"] == "tiny"
     gemm = limits["gemm_tflop_s"] * 1e12
-    kinds = {} if result["is_gpu"] else {"attention_flop_s": dict.fromkeys(ATTENTIONS, (gemm, gemm))}
+    kinds: dict[str, Any] = (
+        {} if result["is_gpu"] else {"attention_flop_s": {version: (gemm, gemm) for version in ATTENTIONS}}
+    )
     rates = Rates(f"measured: {name}", gemm_flop_s=gemm, memory_bytes_s=limits["copy_gb_s"] * 1e9, **kinds)
     tiny = json.loads((ROOT / "vcr1_fast" / "tiny" / "config.json").read_text(encoding="utf-8"))
     return Point(

@@ -23,7 +23,7 @@ from vcr1_fast.fake_gpu.predict import H100_RATES, H200_RATES, Rates
 from vcr1_fast.fake_gpu.process import Case
 from vcr1_fast.fake_gpu.process import run as run_cases
 from vcr1_fast.fake_gpu.sizes import num_blocks, with_blocks
-from vcr1_fast.learner.memory_sums import engine_bytes, with_recompute
+from vcr1_fast.learner.memory_sums import engine_bytes, lends_memory, with_recompute
 from vcr1_fast.learner.model_size import ModelSize, model_size
 from vcr1_fast.run.telemetry import progress
 from vcr1_fast.settings.config import Config
@@ -144,7 +144,7 @@ def _row(point: Point, reports: Mapping[Size, Mapping[str, Any]]) -> dict[str, A
     )
     seconds = max(update["predicted_s"], update["collective_s"])
     peak_gb, gpu_gb = peak_of(update).num_bytes / 1e9, GPUS[point.gpu][0]
-    engine_gb = sum(engine_bytes(config.rollout, point.size, 2).values()) / 1e9
+    engine = {} if lends_memory(config.rollout) else engine_bytes(config.rollout, point.size, 2)
     return {
         "name": point.name,
         "prompt": point.prompt,
@@ -156,7 +156,7 @@ def _row(point: Point, reports: Mapping[Size, Mapping[str, Any]]) -> dict[str, A
         "recompute": config.model.gradient_checkpointing,
         "load_peak_gb": round(peak_of(load).num_bytes / 1e9, 1),
         "peak_gb": round(peak_gb, 1),
-        "fits": peak_gb + engine_gb <= gpu_gb,
+        "fits": peak_gb + sum(engine.values()) / 1e9 <= gpu_gb,
         "tflop": round((update["gemm_flop"] + update["attention_flop"]) / 1e12),
         "launches": update["launches"],
         "syncs": sum(update["syncs"].values()),

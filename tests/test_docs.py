@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -157,7 +158,8 @@ def check_copy(words: list[str]) -> None:
 def check_sbatch(words: list[str]) -> None:
     script, *command = [word for word in words if not word.startswith("--") or "=" not in word or "." in word]
     assert (ROOT / script).is_file()
-    check_line(command)
+    with mock.patch.dict(os.environ, WORLD_SIZE="16" if script.endswith("slurm_nodes.sh") else "1"):
+        check_line(command)
 
 
 CHECKS: dict[str, Callable[[list[str]], None]] = {

@@ -64,14 +64,14 @@ class TinyPolicy(nn.Module):
 
     def forward(self, token_ids_BT: Tensor, patches_PC: Tensor | None = None) -> Tensor:
         """Mean negative log-likelihood of the shifted tokens, plus the vision tower's mean square if it is fed."""
-        logits_BTV = self.hf(input_ids=token_ids_BT).logits.float() * self.one.float()
-        targets = token_ids_BT[:, 1:].reshape(-1)
-        loss = nn.functional.cross_entropy(logits_BTV[:, :-1].reshape(targets.numel(), -1), targets)
+        loss = torch.zeros(())
         if patches_PC is not None:
             grid_thw = torch.tensor([[1, 4, 4]])
             features = self.hf.model.visual(patches_PC, grid_thw=grid_thw).pooler_output
             loss = loss + features.float().square().mean()
-        return loss
+        logits_BTV = self.hf(input_ids=token_ids_BT).logits.float() * self.one.float()
+        targets = token_ids_BT[:, 1:].reshape(-1)
+        return loss + nn.functional.cross_entropy(logits_BTV[:, :-1].reshape(targets.numel(), -1), targets)
 
 
 def tokens(seed: int) -> Tensor:

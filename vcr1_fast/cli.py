@@ -237,8 +237,8 @@ def _run_with_settings(name: str, tokens: list[str]) -> object:
     is_dry_run, num_gpus, is_fast, tokens = _take_dry_run(name, tokens)
     path, overrides = split_config_path(tokens)
     settings = load_settings(settings_class, path, overrides)
-    if name in ("train", "sft", "eval"):
-        check_settings(settings, name)  # before torch is loaded
+    if name in ("train", "sft", "eval") and not is_dry_run:  # whose plan asks for its own number of GPUs
+        check_settings(settings, name, int(os.environ.get("WORLD_SIZE", "1")))  # before torch is loaded
     return command.plan(settings, num_gpus, is_fast) if is_dry_run and command.plan else command.run(settings)
 
 

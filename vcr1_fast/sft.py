@@ -15,6 +15,7 @@ from vcr1_fast.evaluate import evaluate
 from vcr1_fast.evaluation.scores import flat_scores, scores_as_dict
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.run.metrics import update_metrics
+from vcr1_fast.run.pace import pace_metrics
 from vcr1_fast.run.resuming import load_state
 from vcr1_fast.run.run import Run, export_model, make_saver, open_run, open_weight_sync, outcome
 from vcr1_fast.run.stopping import Stopping
@@ -47,7 +48,7 @@ def _sft(run: Run) -> dict[str, Any]:
             with telemetry.span("update"):
                 report = learner.update_sft(groups)
             has_signal |= report.has_signal
-            metrics = update_metrics([report])
+            metrics = update_metrics([report]) | pace_metrics([report], telemetry.seconds_of("update"), run.world)
             num_tokens += int(metrics["step_tokens/executed"])
             metrics |= {**prompts.metrics(), **saver.metrics(), "num_tokens": num_tokens}
             telemetry.log_step(step, metrics, config.sft.num_steps)

@@ -18,6 +18,7 @@ from vcr1_fast.rollout.queue import RolloutQueue
 from vcr1_fast.run.answers import log_answers
 from vcr1_fast.run.metrics import merged, rollout_metrics, update_metrics
 from vcr1_fast.run.no_signal import SignalWatch
+from vcr1_fast.run.pace import pace_metrics
 from vcr1_fast.run.resuming import load_state
 from vcr1_fast.run.run import Run, due, export_model, make_saver, open_run, open_weight_sync, outcome, sampling_of
 from vcr1_fast.run.stopping import Stopping
@@ -78,6 +79,7 @@ def _train(run: Run) -> dict[str, Any]:
             with telemetry.span("weight_sync"), queue.paused():
                 sync.push()
             metrics = rollout_metrics(groups, run.tasks, world) | update_metrics(reports)
+            metrics |= pace_metrics(reports, telemetry.seconds_of("update"), world)
             metrics |= merged(part.metrics() for part in (prompts, collector, queue, task_scale, run.source, saver))
             num_tokens += int(metrics["step_tokens/executed"])
             warn_of_gap(step, metrics, config, learner.dtype)

@@ -48,6 +48,9 @@ def cases(num_gpus: int) -> list[Case]:
     taught = Case(
         "sft", num_gpus, CONFIG, one("sft").hf_config, (((CLIP, (400,)),) * 2,), overrides=(FULL,), teaches=True
     )
+    copies, each_row = f"--train.replicate={num_gpus // 8}", "--train.reduce_gradients=each_row"
+    rows = one("copy on each node, rows", copies, each_row, "--train.tokens_per_microbatch=8192", groups=3)
+    replicated = [one("copy on each node", copies), rows] if num_gpus > 8 else []
     return [
         one("full", num_updates=2),
         one("full, placeholder", **idle),
@@ -66,6 +69,7 @@ def cases(num_gpus: int) -> list[Case]:
         one("stock", num_updates=2, ways=dict.fromkeys(("norm", "mlp", "rotary"), "plain")),
         *(one(version, flash=version) for version in FLASH_VERSIONS),
         taught,
+        *replicated,
         *(one(loss, f"--algorithm.loss={loss}", clip=SHORT_CLIP) for loss in LOSSES),
         one(
             "corrected",
@@ -152,13 +156,46 @@ def test_a_package_of_flash_attention_does_the_work_of_the_one_in_torch_at_its_o
 
 @pytest.mark.parametrize("num_gpus", WORLDS)
 def test_gradients_of_several_rows_are_reduced_once(num_gpus: int):
-    """One reduce-scatter for each block and the rest, all of them after the last gather."""
+    """One reduce-scatter for each unit and the rest, all of them after the last row's forward."""
     one, three = (on_gpu(last_update(num_gpus, name)) for name in ("full", "rows"))
     reduced = [size for name, size in one if "reduce_scatter" in name]
-    assert [size for name, size in three if "reduce_scatter" in name] == reduced and len(reduced) == 5
+    assert [size for name, size in three if "reduce_scatter" in name] == reduced and len(reduced) == 6
     first = next(index for index, (name, _) in enumerate(three) if "reduce_scatter" in name)
     gathers = [index for index, (name, _) in enumerate(three) if "allgather" in name]
     assert sum(index < first for index in gathers) >= 3 * sum("allgather" in name for name, _ in one) - 4
+
+
+HEAD, LAYER, TOWER, REST = 544_997_376, 233_057_792, 83_999_360, 1_508_864  # weights: 152,064 x 3,584; 2 blocks, merger
+
+
+@pytest.mark.parametrize("num_gpus", WORLDS)
+def test_what_is_large_travels_beside_other_work(num_gpus: int):
+    """Nothing but the patch embedding and a norm is gathered before the first kernel and added up behind the last one;
+    the embedding's gradient goes while the tower's is computed, and its weight does not come back for that."""
+    update = on_gpu(last_update(num_gpus, "full"))
+    gathered = [size // 2 for name, size in update if "allgather" in name]
+    assert gathered == [REST, TOWER, HEAD, LAYER, LAYER, HEAD, LAYER, LAYER, TOWER]
+    assert [size // 4 for name, size in update if "reduce_scatter" in name] == [HEAD, LAYER, LAYER, HEAD, TOWER, REST]
+
+
+def test_a_copy_on_each_node_has_only_gradients_travel_between_nodes():
+    """8 nodes: what the GPUs of one do by themselves, and an all-reduce of each share behind each reduce-scatter, in an
+    update of several rows behind those of the last one alone."""
+    replicated, rows = (on_gpu(last_update(64, name)) for name in ("copy on each node", "copy on each node, rows"))
+    on_one = on_gpu(last_update(8, "full"))
+    reduced = [size for name, size in on_one if "reduce_scatter" in name]
+    shares = [size for name, size in replicated if name == "allreduce_"]
+    assert shares == [size // 8 for size in reduced]
+    assert [entry for entry in replicated if entry[0] != "allreduce_"] == on_one
+    assert [size for name, size in rows if name == "allreduce_"] == shares
+    assert [size for name, size in rows if "reduce_scatter" in name] == 3 * reduced
+    first = next(index for index, (name, _) in enumerate(rows) if name == "allreduce_")
+    assert sum("reduce_scatter" in name for name, _ in rows[:first]) == 2 * len(reduced) + 1
+    kept, split = (last_update(64, name)["peaks"]["optimizer"]["weights"] for name in ("copy on each node", "full"))
+    assert kept == pytest.approx(8 * split, rel=0.01)
+    # By one ring, 360e9 bytes a second in a node and 40e9 between: 7/8 of what is whole, twice 7/8 of a share
+    seconds = sum(size for _, size in on_one) * 7 / 8 / 360e9 + 2 * sum(shares) * 7 / 8 / 40e9
+    assert last_update(64, "copy on each node")["collective_s"] == pytest.approx(seconds, rel=1e-3)
 
 
 def test_what_cannot_run_is_reported_with_its_error():

@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -122,3 +123,10 @@ def test_a_norm_that_is_not_finite_is_reported_and_leaves_the_gradients_alone(ba
 
 def test_no_gradient_has_norm_zero():
     assert clip_grad_norm(nn.Linear(2, 1), 1.0) == 0.0
+
+
+def test_eight_bits_ask_for_torchao(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ConfigError, match=r"optimizer.name is adamw_8bit, which needs torchao .*pip install"):
+        build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(name="adamw_8bit"))

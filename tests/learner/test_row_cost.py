@@ -8,7 +8,7 @@ from transformers import Qwen2_5_VLConfig
 
 from bench.flops import decoder_flop, head_flop, tower_flop
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
-from vcr1_fast.learner.row_cost import RowCost, group_size
+from vcr1_fast.learner.row_cost import GroupSize, RowCost, group_size
 from vcr1_fast.settings.config import LoRAConfig, ModelConfig
 
 GEMM, FORWARD, BACKWARD = 680e12, 370e12, 300e12
@@ -55,6 +55,22 @@ def test_costs_are_those_of_the_counted_flops(config, model, passes, tower_passe
     assert got == pytest.approx(products * tower_passes / GEMM + attention_s)
     num_blocks = 28 + (32 if is_trained else 0)
     assert cost.row_s == pytest.approx(num_blocks * 172 * 5e-6)
+
+
+def test_model_flop_count_nothing_twice(config):
+    """Forward and two products back, attention two and a half times back; what is recomputed is no work of the step."""
+    text, num_pairs = config.text_config, 2_000_000
+    size = GroupSize(3000, num_pairs, GRID, (300,), 300, True)
+    attention = decoder_flop(text, 3000, num_pairs) - decoder_flop(text, 3000, 0)
+    tower, frame = tower_flop(config.vision_config, [GRID]), 4 * 24 * 32
+    tower_attention = 4 * 1280 * frame * (28 * 64 + 4 * 24 * 32)
+    products = decoder_flop(text, 3000, 0) + head_flop(text, 300) + tower - tower_attention
+    wanted = 3 * products + 3.5 * (attention + tower_attention)
+    for mode in ("none", "full"):
+        assert RowCost.of(config, ModelConfig(gradient_checkpointing=mode)).model_flop(size) == pytest.approx(wanted)
+    lora = RowCost.of(config, ModelConfig(lora=LoRAConfig(rank=8))).model_flop(size)  # no gradient of a matrix
+    decoder = decoder_flop(text, 3000, 0) + head_flop(text, 300)
+    assert lora == pytest.approx(2 * decoder + 3.5 * attention + tower)
 
 
 def test_sizes_of_a_group_by_hand(make_group):

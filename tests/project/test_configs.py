@@ -28,7 +28,7 @@ def test_config_loads(path: Path):
     assert isinstance(config, Config)
     assert config != Config(), "a config that changes nothing"
     for command in get_args(RunCommand):
-        check_settings(config, command)
+        check_settings(config, command, 8 * config.train.replicate if config.train.replicate > 1 else 1)
 
 
 @pytest.mark.parametrize("config_class", [Config, SynthConfig])

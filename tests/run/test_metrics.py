@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vcr1_fast.learner.sharding import SINGLE_PROCESS
+from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.learner.step import UpdateReport
+from vcr1_fast.run import pace
 from vcr1_fast.run.metrics import rollout_metrics, update_metrics
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks import make_tasks
@@ -71,3 +72,16 @@ def test_update_sums_become_means_per_token():
     assert metrics["step_tokens/executed"] == 800.0
     assert metrics["step_tokens/unshared"] == 1800.0
     assert (metrics["busy_frac"], metrics["groups_too_large"]) == (0.75, 4.0)
+
+
+def test_pace_is_of_each_gpu_and_mfu_of_a_known_one_alone(monkeypatch: pytest.MonkeyPatch):
+    """2 updates of 400 tokens and 989e12 operations in 4 s on 8 GPUs: 25 tokens a second, and 2 / 32 of the peak."""
+    reports = [UpdateReport({"tokens_executed": 400.0, "model_flop": 989e12}, 1.0, 0.1, False)] * 2
+    on_cpu = pace.pace_metrics(reports, 4.0, World(0, 8))
+    assert on_cpu == {"train/tokens_per_second_per_gpu": 25.0}
+    on_gpu = World(0, 8, 0, torch.device("cuda", 0))
+    names = {"NVIDIA H100 80GB HBM3": 2 / 32, "NVIDIA H100 PCIe": 2 / 32 * 989 / 756, "NVIDIA Tesla T4": None}
+    for name, mfu in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        wanted = on_cpu | ({} if mfu is None else {"train/mfu": pytest.approx(mfu)})
+        assert pace.pace_metrics(reports, 4.0, on_gpu) == wanted

@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vcr1_fast.fake_gpu.extrapolate import SMALL, Size, peak_of, sizes_to_run, to_blocks, to_rows
+from vcr1_fast.fake_gpu.extrapolate import SMALL, Peak, Size, peak_of, sizes_to_run, to_blocks, to_rows
 from vcr1_fast.fake_gpu.predict import Rates, rollout_seconds
 from vcr1_fast.fake_gpu.present import present_rates
 from vcr1_fast.fake_gpu.process import Case, run
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 from vcr1_fast.fake_gpu.sizes import num_blocks, with_blocks
-from vcr1_fast.learner.memory_sums import TokenPlan, engine_bytes, prompts_at_once, video_tokens
+from vcr1_fast.learner.adamw_8bit import MOMENT_BYTES
+from vcr1_fast.learner.memory_sums import TokenPlan, engine_bytes, lends_memory, prompts_at_once, video_tokens
 from vcr1_fast.learner.model_size import PATCH_VALUES, PATCHES_PER_TOKEN, ModelSize
 from vcr1_fast.run.telemetry import progress
 from vcr1_fast.settings.config import Config, VideoConfig
@@ -80,7 +81,8 @@ def measure(
     return _whole(config, size, tokens, num_gpus, reports, blocks, num_rows, rates)
 
 
-_ONE_UPDATE = ("--algorithm.minibatches_per_rollout=1",)
+# Moments of 8 bits are float32 ones for the GPUs that are played, since torchao compiles its step; see `_with_moments`
+_ONE_UPDATE = ("--algorithm.minibatches_per_rollout=1", "--optimizer.name=adamw")
 
 
 def worst_grid(config: VideoConfig) -> tuple[int, int, int]:
@@ -121,17 +123,20 @@ def _whole(
     load = grown("learner", lambda report: report["load"])
     one = grown("learner", lambda report: report["updates"][1])
     two = grown("learner", lambda report: report["updates"][-1]) if num_rows > 1 else one
-    update, peak = to_rows(one, two, num_rows), peak_of(two)
+    update, peak = to_rows(one, two, num_rows), _with_moments(peak_of(two), config)
     width = 4 if config.model.compute_dtype == "float32" else 2
     engine = engine_bytes(config.rollout, size, width)
     token_bytes = PATCHES_PER_TOKEN * PATCH_VALUES * 2
     clips = token_bytes * tokens.prompt * config.train.prompts_per_step // num_gpus
-    static = {kind: peak.kinds.get(kind, 0) for kind in ("weights", "moments")} | engine
+    learner, lends = {kind: peak.kinds.get(kind, 0) for kind in ("weights", "moments")}, lends_memory(config.rollout)
+    static = learner | ({} if lends else engine)
     phases: dict[str, dict[str, float]] = {
         "load": dict(load["peaks"]["load"]),
-        "update": {**peak.kinds, "clips": clips, **engine},
+        "update": {**peak.kinds, "clips": clips, **({} if lends else engine)},
         "export": {**static, "gathered": min(GATHER_BYTES, width * size.params) if num_gpus > 1 else 0},
     }
+    if lends:
+        phases["rollout"] = learner | {"clips": clips} | engine
     seconds = {"update_s": max(update["predicted_s"], update["collective_s"])}
     seconds["update_s"] *= config.algorithm.minibatches_per_rollout
     group = (tokens.completion,) * config.rollout.group_size  # of SGLang, until the local engine's takes its place
@@ -147,12 +152,21 @@ def _whole(
             per_token = max((more["predicted_s"] - few["predicted_s"]) / 2, cache / rates.memory_bytes_s)
             chunks = math.ceil(config.train.prompts_per_step / num_gpus / prompts)
             rollout_s = chunks * (few["predicted_s"] + (tokens.completion - 2) * per_token)
-    push_s = 0.0 if num_gpus == 1 else rates.collective_seconds(width * size.params, num_gpus)
+    row = range(num_gpus // config.train.replicate)  # of ranks that have all weights together
+    push_s = rates.collective_seconds(width * size.params, row)
     seconds |= {"rollout_s": rollout_s, "push_s": push_s}
     work = (seconds["rollout_s"], seconds["update_s"])
     seconds["step_s"] = push_s + (max(work) if config.rollout.max_policy_lag else sum(work))
     seconds["run_h"] = seconds["step_s"] * config.train.num_steps / 3600
     return Measured(_gb(phases), _learner(reports, sizes, load, update, peak.num_bytes), seconds, rates)
+
+
+def _with_moments(peak: Peak, config: Config) -> Peak:
+    """With moments of the size that `optimizer.name` gives them."""
+    if config.optimizer.name == "adamw":
+        return peak
+    kinds = peak.kinds | {"moments": round(peak.kinds.get("moments", 0) * MOMENT_BYTES / 8)}
+    return replace(peak, kinds=kinds, num_bytes=sum(kinds.values()))
 
 
 def _learner(

@@ -25,6 +25,7 @@ from vcr1_fast.learner.memory_sums import (
     TEXT_TOKENS,
     TokenPlan,
     clip_tokens,
+    largest_group,
     plan_memory,
     plan_tokens,
     reduces_once,
@@ -75,6 +76,8 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
     memory = measured.phases if measured else sums.by_phase()
     phases = {phase: round(sum(kinds.values()), 2) for phase, kinds in memory.items()}
     too_large = {gpu: [name for name, gb in phases.items() if gb > room] for gpu, room in GPUS_GB.items()}
+    smallest = replace(config, model=replace(config.model, gradient_checkpointing="full"))
+    held = {gpu: largest_group(smallest, size, tokens, num_gpus, gb) for gpu, gb in GPUS_GB.items()}
     disk, (missing_files, missing_videos) = disk_gb(config, size), _missing(config)
     staging = 0.0 if config.checkpoint.asynchronous is False else round(checkpoint_bytes(config, size) / 1e9, 2)
     if is_main_rank():
@@ -82,6 +85,8 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
         console.print(_token_table(config, tokens))
         console.print(_memory_table(memory))
         _print_limits(phases, too_large)
+        holds = "; ".join(f"{gpu}: {most:,}" for gpu, most in held.items())
+        say(f"largest group that a GPU holds, all recomputed, in tokens (by sums; it is never split): {holds}")
         if measured:
             _print_prediction(measured, config)
         on_disk = ", ".join(f"{name} {gb:.1f}" for name, gb in disk.items())
@@ -99,6 +104,7 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
         "memory_gb": memory,
         "phases_gb": phases,
         "exceeds": too_large,
+        "largest_group": held,
         "predicted": measured.predicted if measured else None,
         "learner": measured.learner if measured else None,
         "disk_gb": disk,

@@ -10,17 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SMALL = (4, 4, 1)  # decoder layers, tower blocks with windows, and those that see whole frames; with fewer of them the
-# tower's phases peak where the root's weights are gathered, not at their last block
-STEP = 2  # blocks more of one kind
+SMALL = (4, 7, 1)  # decoder layers, tower blocks with windows, and those that see whole frames: two units of FSDP, of
+# which the one gathered ahead is not the last. One unit alone would never have a second beside it.
+STEP = (2, 4, 4)  # more of each kind: tower blocks are sharded four at a time
 Size = tuple[int, int, int]
 Report = Mapping[str, Any]  # dataclasses.asdict(learner.Measured), or a sum of such
 
 
 def sizes_to_run() -> list[Size]:
     """The models to run: a small one, and for each kind of block one with more of them."""
-    layers, windowed, full = SMALL
-    return [SMALL, (layers + STEP, windowed, full), (layers, windowed + STEP, full), (layers, windowed, full + STEP)]
+    return [SMALL, *(_deeper(kind) for kind in range(3))]
+
+
+def _deeper(kind: int) -> Size:
+    layers, windowed, full = (n + (STEP[kind] if k == kind else 0) for k, n in enumerate(SMALL))
+    return layers, windowed, full
 
 
 def to_blocks(reports: Mapping[Size, Report], blocks: Size) -> dict[str, Any]:
@@ -29,7 +33,7 @@ def to_blocks(reports: Mapping[Size, Report], blocks: Size) -> dict[str, Any]:
     for size, report in reports.items():
         kinds = [index for index in range(3) if size[index] != SMALL[index]]
         if kinds:
-            times = (blocks[kinds[0]] - SMALL[kinds[0]]) / STEP
+            times = (blocks[kinds[0]] - SMALL[kinds[0]]) / STEP[kinds[0]]
             terms += [(times, report), (-times, reports[SMALL])]
     return combined(terms)
 

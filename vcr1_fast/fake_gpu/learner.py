@@ -54,10 +54,9 @@ class Measured:
     collectives: list[tuple[str, int]]
 
 
-def measured(meter: Meter, began_s: float, num_gpus: int) -> Measured:
+def measured(meter: Meter, began_s: float) -> Measured:
     """The meter's counts since its last start."""
     counts = list(meter.counts.values())
-    on_gpu = [size for name, size in meter.collectives if not name.startswith("host ")]
     return Measured(
         seconds_here=round(time.perf_counter() - began_s, 2),
         live_bytes=meter.memory.now_bytes,
@@ -67,7 +66,7 @@ def measured(meter: Meter, began_s: float, num_gpus: int) -> Measured:
         attention_flop=sum(c.attention_forward_flop + c.attention_backward_flop for c in counts),
         moved_bytes=sum(c.moved_bytes for c in counts),
         predicted_s=meter.seconds,
-        collective_s=sum(meter.rates.collective_seconds(size, num_gpus) for size in on_gpu),
+        collective_s=meter.collective_s,
         kernels={phase: {n: vars(k) for n, k in named.items()} for phase, named in meter.kernels.items()},
         syncs=dict(meter.syncs),
         blocking_copies=dict(meter.blocking_copies),
@@ -96,7 +95,7 @@ class FakeLearner:
         for policy in (self.learner.policy, self.learner.reference):
             for parameter in policy.parameters() if policy else ():
                 gpu.meter.memory.mark(_local(parameter), "weights")
-        self.load = measured(gpu.meter, began_s, num_gpus)
+        self.load = measured(gpu.meter, began_s)
 
     def groups(self, shapes: Sequence[GroupShape]) -> list[RolloutGroup]:
         """As a rollout would leave them, on the GPU."""
@@ -123,7 +122,7 @@ class FakeLearner:
         for state in self.learner.optimizer.state.values():
             for value in state.values():
                 self.gpu.meter.memory.mark(_local(value), "moments")
-        return measured(self.gpu.meter, began_s, self.num_gpus)
+        return measured(self.gpu.meter, began_s)
 
 
 def _local(tensor: Any) -> Any:

@@ -52,7 +52,7 @@ def answer(
     tokenizer: Any = _Tokenizer(family.video_token_id(hf_config))
     many = 1 << 40  # of tokens: all prompts in one chunk
     engine = LocalEngine(model, tokenizer, max_batch_rows=many, max_batch_tokens=many)
-    report: dict[str, Any] = {"load": asdict(measured(gpu.meter, began_s, 1)), "answers": {}}
+    report: dict[str, Any] = {"load": asdict(measured(gpu.meter, began_s)), "answers": {}}
     prompts = [make_group(shape, family, hf_config, DEVICE).prompt for shape in shapes]
     gpu.unknown_int = len(prompts) * group_size  # rows that go on after a token: all of them
     for num_tokens in NEW_TOKENS:
@@ -60,6 +60,6 @@ def answer(
         gpu.meter.start()
         gpu.meter.enter("rollout", "KV cache and activations")
         engine.generate(prompts, SamplingParams(group_size, num_tokens))
-        report["answers"][num_tokens] = asdict(measured(gpu.meter, began_s, 1))
+        report["answers"][num_tokens] = asdict(measured(gpu.meter, began_s))
     engine.close()
     return report

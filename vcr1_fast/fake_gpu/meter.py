@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vcr1_fast.fake_gpu.memory import Memory
@@ -44,6 +45,7 @@ class Meter:
     blocking_copies: Counter[str] = field(default_factory=Counter)  # host to device, with a wait, and where
     copies: Counter[str] = field(default_factory=Counter)  # host to device, without one
     collectives: list[tuple[str, int]] = field(default_factory=list)  # in their order: name, bytes of the largest part
+    collective_s: float = 0.0  # of those on the GPU, one after the other
 
     def start(self) -> None:
         """Forget what was counted; live memory stays and is the new peak."""
@@ -57,6 +59,12 @@ class Meter:
         """What follows belongs to this phase, and what it allocates is of this kind."""
         self.phase, self.memory.kind = phase, kind
         self.memory.enter(phase)
+
+    def communicate(self, name: str, num_bytes: int, ranks: Sequence[int]) -> None:
+        """A collective on the GPU among these ranks; an all-reduce goes round twice."""
+        self.collectives.append((name, num_bytes))
+        seconds = self.rates.collective_seconds(num_bytes, ranks)
+        self.collective_s += 2 * seconds if "all_reduce" in name or "allreduce" in name else seconds
 
     @property
     def now(self) -> Counts:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch._subclasses.fake_tensor as fake_tensor
+import torch.distributed as dist
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -21,6 +22,7 @@ from vcr1_fast.fake_gpu import costs, cuda_module, flash_packages, triton_launch
 from vcr1_fast.fake_gpu.flash_packages import FlashVersion
 from vcr1_fast.fake_gpu.meter import Meter
 
+_c10d: Any = dist.distributed_c10d
 _OWN = ("vcr1_kernels", "vcr1_fast")  # namespaces of our own operators
 _MAX_KNOWN_BYTES = 64 << 20  # of a host buffer whose values are remembered on the device
 
@@ -174,7 +176,7 @@ class FakeGpu(TorchDispatchMode):
         meter, counts = self.meter, self.meter.now
         if namespace in ("c10d", "_c10d_functional"):
             if "wrap_tensor" not in name and "wait_tensor" not in name:
-                meter.collectives.append((name, _largest_bytes((args, kwargs))))
+                meter.communicate(name, _largest_bytes((args, kwargs)), _ranks((args, kwargs)))
             return
         if name in costs.NO_KERNEL:
             return
@@ -270,6 +272,16 @@ def _only_decomposes(func: Any) -> bool:
 
 def _largest_bytes(values: Any) -> int:
     return max((x.numel() * x.element_size() for x in tree_leaves(values) if isinstance(x, Tensor)), default=0)
+
+
+def _ranks(values: Any) -> list[int]:
+    """Of the process group among a collective's arguments: boxed, or by its name."""
+    for x in tree_leaves(values):
+        if isinstance(x, torch.ScriptObject) and x._type().qualified_name().endswith(".ProcessGroup"):
+            return dist.get_process_group_ranks(dist.ProcessGroup.unbox(x))
+        if isinstance(x, str) and x not in ("sum", "avg", "max", "min"):
+            return dist.get_process_group_ranks(_c10d._resolve_process_group(x))
+    raise RuntimeError("a collective without a process group")
 
 
 def _site() -> str:

@@ -33,10 +33,12 @@ class Rates:
         """Of one attention kernel. `version`: of flash-attn; torch's own is 2."""
         return max(flop / self.attention_flop_s[version][is_backward], LAUNCH_S)
 
-    def collective_seconds(self, num_bytes: float, num_gpus: int, gpus_per_node: int = 8) -> float:
-        """Of a ring all-gather or reduce-scatter of `num_bytes` in all: (N - 1) / N of them pass each GPU's link."""
-        rate = self.link_bytes_s if num_gpus <= gpus_per_node else self.network_bytes_s
-        return num_bytes * (num_gpus - 1) / num_gpus / rate
+    def collective_seconds(self, num_bytes: float, ranks: Sequence[int], gpus_per_node: int = 8) -> float:
+        """Of one ring, all-gather or reduce-scatter, of `num_bytes` in all: (N - 1) / N of them pass each GPU's link,
+        all of them at the network's pace where one hop is between nodes. `ranks`: of the group."""
+        is_within_node = len({rank // gpus_per_node for rank in ranks}) <= 1
+        rate = self.link_bytes_s if is_within_node else self.network_bytes_s
+        return num_bytes * (len(ranks) - 1) / max(len(ranks), 1) / rate
 
     def describe(self) -> str:
         """One line of numbers."""

@@ -34,7 +34,7 @@ def run_training(gpu: FakeGpu, config: str, overrides: Sequence[str], num_gpus: 
     gpu.meter.start()
     with _as_rank_0(num_gpus):
         result = train_module.train(load_config(config, list(overrides)))
-    return {"result": result, "run": vars(measured(gpu.meter, 0.0, num_gpus))}
+    return {"result": result, "run": vars(measured(gpu.meter, 0.0))}
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """Weights split over the ranks -> whole ones on every rank, many in one collective.
 
-In: weights in the same order on every rank, divided by FSDP2 along dimension 0 or not at all. Out: each of them whole,
-in that order, one at a time. Called by the weight sync and by export; lora.py adds adapters to their matrices here.
+In: weights in the same order on every rank, divided by FSDP2 along dimension 0, over each row of the mesh, or not at
+all. Out: each of them whole, in that order, one at a time. Called by the weight sync and by export; lora.py adds
+adapters to their matrices here.
 
-Layout. Rank r of N has the rows [r c, (r + 1) c) of a weight of R rows, c = ceil(R / N); the last ranks may have fewer,
-or none. A bucket holds a block of equal size for each rank, with room for c rows of each of its weights:
+Layout. Rank r of the N of a row has the rows [r c, (r + 1) c) of a weight of R rows, c = ceil(R / N); the last may have
+fewer, or none. A bucket holds a block of equal size for each rank, with room for c rows of each of its weights:
 
     [ rank 0: c_0 rows of weight 0 | c_1 rows of weight 1 | ... ][ rank 1: ... ] ...
 
@@ -116,7 +117,8 @@ class _Gatherer:
         if divided:
             mesh, device = divided[0].device_mesh, divided[0].device
             assert all(tensor.device_mesh == mesh for tensor in divided), "weights are divided over several meshes"
-            self._num_ranks, self._rank, self._group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
+            row = mesh.ndim - 1  # of a mesh with several rows each has every weight: nothing travels between them
+            self._num_ranks, self._rank, self._group = mesh.size(row), mesh.get_local_rank(row), mesh.get_group(row)
         weights = [self._share(part.weight, part.dtype) for part in parts]
         factors = [0 if part.factor is None else self._share(part.factor, part.factor.dtype) for part in parts]
         sizes = [weight + factor for weight, factor in zip(weights, factors, strict=True)]
@@ -165,4 +167,4 @@ def _rows_bytes(shape: Sequence[int], dtype: torch.dtype, num_ranks: int) -> int
 
 
 def _is_divided(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor) and tensor.placements == (Shard(0),)
+    return isinstance(tensor, DTensor) and tensor.placements[-1] == Shard(0)

@@ -88,8 +88,8 @@ def compute_buffers(model: PreTrainedModel) -> None:
 def load_weights(module: nn.Module, folder: Path, device: torch.device, family: ModelFamily, part: str = "") -> None:
     """Bring `module`, of weights on meta, to `device` with the checkpoint's values, in the dtypes that it has.
 
-    Weights and buffers that are real already are moved. Sharded weights (DTensors of one dimension of the mesh, split
-    along rows) get this rank's rows. Tied weights stay tied. No collective; the optimizer is made after it.
+    Weights and buffers that are real already are moved. Sharded weights (DTensors, split along rows over the last
+    dimension of the mesh) get this rank's rows. Tied weights stay tied. No collective; the optimizer is made after it.
 
     Args:
         family: whose names the checkpoint may have, beside those of the model's modules.
@@ -209,10 +209,10 @@ def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """What this rank holds of a tensor, and which row of the whole that begins with."""
     if not isinstance(tensor, DTensor):
         return tensor, 0
-    [placement], mesh = tensor.placements, tensor.device_mesh
-    assert placement.is_shard(0), f"weights are split along rows, not as {placement}"
-    share = -(-tensor.shape[0] // mesh.size())  # as torch.chunk cuts: the last ranks may have fewer rows, or none
-    return tensor.to_local(), min(mesh.get_local_rank() * share, tensor.shape[0])
+    mesh, row = tensor.device_mesh, tensor.device_mesh.ndim - 1
+    assert tensor.placements[row].is_shard(0), f"weights are split along rows, not as {tensor.placements[row]}"
+    share = -(-tensor.shape[0] // mesh.size(row))  # as torch.chunk cuts: the last ranks may have fewer rows, or none
+    return tensor.to_local(), min(mesh.get_local_rank(row) * share, tensor.shape[0])
 
 
 def _pieces(tensor: Tensor, first_row: int) -> Iterator[tuple[slice, slice]]:

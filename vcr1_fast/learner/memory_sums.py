@@ -18,8 +18,11 @@ from dataclasses import dataclass, replace
 import torch
 from vcr1_kernels.head_chunks import head_peak_bytes
 
+from vcr1_fast.learner.adamw_8bit import MOMENT_BYTES
+from vcr1_fast.learner.freezing import num_trained
 from vcr1_fast.learner.model_size import PATCH_VALUES, PATCHES_PER_TOKEN, ModelSize, read_model_size
 from vcr1_fast.learner.recompute import RECOMPUTE, Recompute
+from vcr1_fast.learner.sharding import TOWER_PARTS_TOGETHER
 from vcr1_fast.rollout.sgl import memory as sglang_memory
 from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, RolloutConfig, VideoConfig
 from vcr1_fast.video.resolution import FACTOR_PX, max_pixels_per_frame
@@ -119,6 +122,8 @@ class MemoryPlan:
 
 def trained_params(config: Config, size: ModelSize) -> int:
     """P'."""
+    if config.model.freeze:
+        return num_trained(config.model)
     if config.model.lora.rank:
         return size.layers * adapter_params(size, config.model.lora)
     return size.params - (size.tower_params if config.model.freeze_vision else 0)
@@ -160,7 +165,7 @@ def check_memory(config: Config, num_gpus: int, gpu_gb: float) -> None:
     phases = plan_memory(config, size, tokens, num_gpus).by_phase()
     needed = {phase: sum(parts.values()) for phase, parts in phases.items()}
     if config.train.max_group_tokens is None and needed["update"] > USABLE_FRAC * gpu_gb:
-        largest = _largest_group(config, size, tokens, num_gpus, gpu_gb)
+        largest = largest_group(config, size, tokens, num_gpus, gpu_gb, tokens.group)
         what = f"a group of {tokens.group:,} tokens, the largest that video and rollout allow"
         what += f", in rows of {tokens.row:,}" if tokens.row > tokens.group else ""
         advice = ADVICE["update"] + (
@@ -179,17 +184,24 @@ def _raise_too_large(phase: str, what: str, needed_gb: float, gpu_gb: float, adv
     )
 
 
-def _largest_group(config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: int, gpu_gb: float) -> int:
-    """Tokens of the largest group that fits with a row of its own, in hundreds; 0 where none does."""
-    video, scored = tokens.video, config.rollout.group_size * tokens.completion
+def largest_group(
+    config: Config, size: ModelSize, tokens: TokenPlan, num_gpus: int, gpu_gb: float, most_tokens: int = 1_000_000
+) -> int:
+    """Tokens of the largest group that fits with a row of its own, in hundreds, up to `most_tokens`; 0 where none does.
+
+    A group is never split, so this is a GPU's limit, however many there are. Larger ones than the settings allow have
+    more video.
+    """
+    answers, scored = tokens.group - tokens.prompt, config.rollout.group_size * tokens.completion
 
     def fits(hundreds: int) -> bool:
         row = 100 * hundreds
-        alone = replace(tokens, groups_per_row=1, row=row, video=min(video, row), scored_rows=min(scored, row))
+        video = max(min(tokens.video, row), row - answers - TEXT_TOKENS)
+        alone = replace(tokens, groups_per_row=1, row=row, video=video, scored_rows=min(scored, row))
         update = plan_memory(config, size, alone, num_gpus).by_phase()["update"]
         return sum(update.values()) <= USABLE_FRAC * gpu_gb
 
-    return 100 * (bisect.bisect_left(range(1, tokens.group // 100 + 1), True, key=lambda n: not fits(n)))
+    return 100 * (bisect.bisect_left(range(1, most_tokens // 100 + 1), True, key=lambda n: not fits(n)))
 
 
 def plan_memory(
@@ -204,23 +216,23 @@ def plan_memory(
 
     SGLang has a pool of its own for weights, KV cache and prefill: nothing of it is on this GPU when it runs elsewhere.
 
-    weights 4 P / N, reference c P / N (beta > 0; 4 P on one GPU), AdamW 8 P' / N, gradients 4 P' / N, engine c P
-    gathered  c (root + 2 blocks) + (c + 4) blocks of gradients; on one GPU: autocast's copies c P instead
-    c: bytes of compute_dtype, 2 for bfloat16; P': trainable. A frozen tower is kept in c bytes
+    weights 4 P / N, reference c P / N (beta > 0; 4 P on one GPU), AdamW 8 P' / N (2.03 P' / N with 8 bits), gradients
+    4 P' / N, engine c P. N: GPUs that share one copy, all of them unless train.replicate says otherwise
+    gathered  c 2 units + (c + 4) gradients of one; on one GPU: autocast's copies c P instead
+    c: bytes of compute_dtype, 2 for bfloat16; P': trainable. What is frozen is kept in c bytes
     at the head: its peak (vcr1_kernels.head_chunks); gradients of earlier rows only. In a block: its activations
     has_whole_gradients: of several rows, kept until the last one (`reduces_once`): 4 P' more
     LoRA: weights c P / N + 4 P' / N, no reference, gradients of blocks are adapters, no copies on one GPU
     """
     width = 4 if config.model.compute_dtype == "float32" else 2
-    adapters, has_lora = adapter_params(size, config.model.lora), config.model.lora.rank > 0
-    frozen_tower = size.tower_params if config.model.freeze_vision else 0
-    trainable = trained_params(config, size)
-    weights = width * size.params + 4 * trainable if has_lora else 4 * trainable + width * frozen_tower
+    has_lora = config.model.lora.rank > 0
+    trainable, shards = trained_params(config, size), num_gpus // config.train.replicate
+    weights = 4 * trainable + width * (size.params if has_lora else size.params - trainable)
     reference = 0 if has_lora or not config.algorithm.beta else (4 if num_gpus == 1 else width) * size.params
-    block = max(size.layer_params, size.tower_block_params)
-    gathered = width * (size.root_params + 2 * block) + (width + 4) * (adapters if has_lora else block)
+    gathered: float | None = None
     if num_gpus == 1:  # float32 masters are used as they are, frozen weights are kept in compute_dtype
-        gathered = 0 if width == 4 or has_lora else width * size.params
+        gathered = 0.0 if width == 4 or has_lora else width * size.params
+    moments, kind = (MOMENT_BYTES, "8 bit") if config.optimizer.name == "adamw_8bit" else (8, "float32")
     whole = 4 * trainable if has_whole_gradients else 0
     per_gpu, group = config.train.prompts_per_step // num_gpus, config.rollout.group_size
     prompts = min(per_gpu, prompts_at_once(config.rollout, tokens.prompt, group, tokens.completion))
@@ -228,17 +240,18 @@ def plan_memory(
     videos = prompts_at_once(config.rollout, tokens.eval_prompt, 1, eval_tokens) if config.data.eval else 0
     rollout = _generation_bytes(size, tokens.prompt, prompts, group, tokens.completion)
     evaluation = _generation_bytes(size, tokens.eval_prompt, videos, 1, eval_tokens)
+    engine, lends = engine_bytes(config.rollout, size, width), lends_memory(config.rollout)
     return MemoryPlan(
         static=_gb(
             {
-                "frozen weights and adapters" if has_lora else "weights, float32": weights / num_gpus,
-                "AdamW, float32": 8 * trainable / num_gpus,
-                "reference": reference / num_gpus,
-                **engine_bytes(config.rollout, size, width),
+                "frozen weights and adapters" if has_lora else "weights, float32": weights / shards,
+                f"AdamW, {kind}": moments * trainable / shards,
+                "reference": reference / shards,
+                **({} if lends else engine),
             }
         ),
-        update=_gb(_update_bytes(config, size, tokens, gathered, 4 * trainable / num_gpus, whole)),
-        rollout={} if config.rollout.engine == "sglang" else _gb(rollout),
+        update=_gb(_update_bytes(config, size, tokens, gathered, 4 * trainable / shards, whole)),
+        rollout=_gb((engine if lends else {}) if config.rollout.engine == "sglang" else rollout),
         evaluation={} if config.rollout.engine == "sglang" else _gb(evaluation),
     )
 
@@ -251,34 +264,60 @@ def adapter_params(size: ModelSize, config: LoRAConfig) -> int:
     return config.rank * sum(sides.get(target, 0) for target in config.targets or sides)
 
 
+def lends_memory(config: RolloutConfig) -> bool:
+    """Whether the engine has none while the learner updates."""
+    return config.engine == "sglang" and config.sglang.release_memory
+
+
 def engine_bytes(config: RolloutConfig, size: ModelSize, width: int) -> dict[str, float]:
-    """Of the learner's GPU during an update. `width`: bytes of a weight of the engine."""
+    """Of the learner's GPU, unless `lends_memory`. `width`: bytes of a weight of the engine."""
     if config.engine == "local":
         return {"rollout engine": width * size.params}
-    is_here = config.sglang.placement == "colocated" and not config.sglang.release_memory
+    is_here = config.sglang.placement == "colocated"
     num_bytes = sglang_memory.engine_bytes(config.sglang, size, width) if is_here else None
     return {"SGLang, weights and KV cache": config.sglang.num_workers * (num_bytes or 0)}
 
 
 def _update_bytes(
-    config: Config, size: ModelSize, tokens: TokenPlan, gathered: float, gradients: float, whole: float
+    config: Config, size: ModelSize, tokens: TokenPlan, copies: float | None, gradients: float, whole: float
 ) -> dict[str, float]:
-    """Of a row, beside what is always there: at the moment that has most. No two of them are at the same time."""
+    """Of a row, beside what is always there: at the moment that has most. No two of them are at the same time.
+
+    copies: autocast's, on one GPU; None: units are gathered instead, two at a time (sharding.sharded_units).
+    """
     dtype = torch.float32 if config.model.compute_dtype == "float32" else torch.bfloat16
-    has_lora, has_rows = config.model.lora.rank > 0, tokens.groups_per_gpu > tokens.groups_per_row
+    width, has_lora = dtype.itemsize, config.model.lora.rank > 0
+    has_rows = tokens.groups_per_gpu > tokens.groups_per_row
     head = head_peak_bytes(tokens.scored_rows, size.hidden, size.vocab, dtype, trains_weight=not has_lora)
-    head_gradient = 0 if has_lora else 4 * size.vocab * size.hidden  # whole until backward reaches the embedding
     decoder_kept, layer = decoder_bytes(size, tokens.row, _recompute(config), config.model.kernels != "off")
     tower_kept, block = tower_bytes(size, tokens, config)
-    always = {"gathered blocks": gathered, "whole gradients until the last row": whole}
-    kept = {"decoder activations": decoder_kept, "tower activations": tower_kept}
+    words, layer_params = size.vocab * size.hidden, size.layer_params
+    unit = TOWER_PARTS_TOGETHER * size.tower_block_params
+    trained_words = 0 if has_lora else words  # of an end: its gradient, and the float32 copy that is added up
+    trained_layer = adapter_params(size, config.model.lora) if has_lora else layer_params
+    always = {"whole gradients until the last row": whole}
     earlier = {"gradients, float32": gradients if has_rows else 0}
-    complete = {"head": head_gradient, "gradients, float32": gradients}
+
+    def beside(weights: int, trained: int) -> dict[str, float]:
+        """Units that are gathered, and the gradients of one on their way."""
+        gathered = width * weights + (width + 4) * trained
+        return {"gathered blocks": gathered if copies is None else copies}
+
+    kept = {"decoder activations": decoder_kept, "tower activations": tower_kept}
+    late = {"tower activations": tower_kept, "gradients, float32": gradients}  # those of the decoder are gone
+    on_its_way = 4 if copies is None else 0  # alone on a GPU, an end's gradient is among the others
     moments = [
-        {**kept, "head": head, **earlier},
-        {**kept, "a decoder layer": layer, "head": head_gradient, **earlier},  # its gradients come as activations go:
-        {"tower activations": tower_kept, "a decoder layer": layer, **complete},  # most at one of the two ends
-        {"tower activations": tower_kept, "a tower block": block, **complete},
+        {**kept, "head": head, **earlier, **beside(words, 0)},
+        {  # the decoder's gradients come as its activations go: most at one of the two ends
+            **kept,
+            "a decoder layer": layer,
+            "head": (width if size.is_tied and copies is None else 4) * trained_words,
+            **earlier,
+            **beside(2 * layer_params, trained_layer),
+        },
+        {**late, "a decoder layer": layer, **beside(2 * layer_params, trained_layer)},
+        {**late, "embedding": (on_its_way and on_its_way + width) * trained_words, **beside(unit, 0)},
+        {**late, "a tower block": block, "embedding": on_its_way * trained_words, **beside(2 * unit, unit)},
     ]
     return always | max(moments, key=lambda parts: sum(parts.values()))
 

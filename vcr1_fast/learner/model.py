@@ -13,7 +13,9 @@ from transformers.utils import logging as transformers_logging
 from vcr1_fast.learner import recompute
 from vcr1_fast.learner.attention import use_packed_attention
 from vcr1_fast.learner.device_batch import DeviceBatch, device_batch
+from vcr1_fast.learner.ends import embedded, scored, use_ends
 from vcr1_fast.learner.families import family_of
+from vcr1_fast.learner.freezing import freeze
 from vcr1_fast.learner.kernel_choice import KernelChoice, plain_choice
 from vcr1_fast.learner.loading import empty_model, load_weights
 from vcr1_fast.learner.objective import Objective, Sums
@@ -79,11 +81,11 @@ class PolicyModel(nn.Module):
         self.compute_dtype = compute_dtype
         self.kernels = kernels or (plain_choice() if config.kernels == "off" else KernelChoice())
         use_packed_attention(self.family.decoder(hf))
+        use_ends(hf)
         tower = self.family.tower(hf)
         self.kernels.switch_tower(tower, device or hf.device, compute_dtype)
         self.kernels.switch_operators(hf, self.family.operators, device or hf.device)
-        if config.freeze_vision:
-            tower.requires_grad_(False)
+        freeze(hf, config)
         recompute.switch_on(hf, config.gradient_checkpointing)
         if config.compile:
             self._compile(config.gradient_checkpointing)
@@ -92,8 +94,8 @@ class PolicyModel(nn.Module):
         """Blocks of the decoder, and of a tower whose attention is one call: elsewhere it is one for each window."""
         from vcr1_fast.learner.compiling import compile_blocks  # imports torch's compiler
 
-        of_tower, of_decoder = self.family.block_lists(self.hf)
-        compile_blocks([*of_decoder, *(of_tower if is_one_call(self.family.tower(self.hf)) else ())], mode)
+        tower, layers = self.family.tower(self.hf), self.family.decoder(self.hf).layers
+        compile_blocks([*layers, *(tower.blocks if is_one_call(tower) else ())], mode)
 
     def device_batch(self, batch: PackedBatch) -> DeviceBatch:
         """`batch` on the device of the weights. Raises ValueError where it does not fit this model."""
@@ -114,18 +116,24 @@ class PolicyModel(nn.Module):
             hidden_TD = self._decode(batch)
         # Under autocast the last hidden states and the weight are float32; the head multiplies what the decoder would.
         scored_ND = hidden_TD[batch.scored_row_N].to(self.compute_dtype)
-        head = (scored_ND, self.hf.lm_head.weight.to(self.compute_dtype), batch.target_N)
-        if objective is None:
-            return self.kernels.linear_logprob(*head, temperature)
-        return self.kernels.linear_policy_loss(*head, objective.loss, objective.tokens, temperature)
+
+        def score(scored_ND: Tensor, weight_VD: Tensor) -> Any:
+            head = (scored_ND, weight_VD.to(self.compute_dtype), batch.target_N)
+            if objective is None:
+                return self.kernels.linear_logprob(*head, temperature)
+            return self.kernels.linear_policy_loss(*head, objective.loss, objective.tokens, temperature)
+
+        is_fused = objective is not None and self.kernels.policy_loss.way != "plain"  # gradients are made in forward
+        return scored(self.hf, scored_ND, score, needs_weight_again=not is_fused)
 
     def _decode(self, batch: DeviceBatch) -> Tensor:
         """Final hidden states [T, D] of the packed row."""
-        embeds_TD = self.hf.get_input_embeddings()(batch.token_ids_T)
         features_MW = batch.features_MW
         if features_MW is None:
             assert batch.values_PC is not None and batch.tower is not None, "pixels or features"
             features_MW = self.family.run_tower(self.family.tower(self.hf), batch.values_PC, batch.tower)
+        # After the tower, so that its gradient is complete, and added up over ranks, before the tower's backward
+        embeds_TD, features_MW = embedded(self.hf, batch.token_ids_T, features_MW)
         row = (batch.position_ids_3T, features_MW, batch.video_row_M, batch.layout)
         return self.family.decode(self.hf, embeds_TD, *row, self.kernels.prefix_backend)
 

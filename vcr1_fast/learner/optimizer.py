@@ -14,16 +14,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from vcr1_fast.learner.adamw_8bit import AdamW8bit, require_torchao
 from vcr1_fast.settings.config import ConfigError, OptimizerConfig
 
 
-def build_optimizer(policy: nn.Module, config: OptimizerConfig, tower: nn.Module | None = None) -> AdamW:
+def build_optimizer(policy: nn.Module, config: OptimizerConfig, tower: nn.Module | None = None) -> Optimizer:
     """AdamW over the trainable parameters, in two groups: matrices (decayed) and the rest (biases, norms: not). The
     vision tower has two more where its learning rate is another one.
 
     A matrix is any parameter of two or more dimensions, so embeddings and the patch convolution decay too.
-    States take the parameters' float32. Call it after sharding: FSDP2 replaces the parameters. `tower`: a part of the
-    policy. Raises TypeError for a trainable parameter that is not float32, ConfigError when nothing is trainable.
+    States take the parameters' float32, or 8 bits (optimizer.name). Call it after sharding: FSDP2 replaces the
+    parameters. `tower`: a part of the policy. Raises TypeError for a trainable parameter that is not float32,
+    ConfigError when nothing is trainable or torchao is wanted and not installed.
     """
     in_tower = {id(parameter) for parameter in tower.parameters()} if tower and config.vision_learning_rate else set()
     kinds = [(False, True), (False, False), (True, True), (True, False)]  # (of the tower, a matrix)
@@ -39,15 +41,19 @@ def build_optimizer(policy: nn.Module, config: OptimizerConfig, tower: nn.Module
         groups[id(parameter) in in_tower, parameter.ndim >= 2].append(parameter)
     if not any(groups.values()):
         raise ConfigError("no parameter is trainable: unfreeze a part of the model")
+    parts = [
+        {"params": group, "weight_decay": config.weight_decay if is_matrix else 0.0}
+        | ({"lr": config.vision_learning_rate} if of_tower else {})
+        for (of_tower, is_matrix), group in groups.items()
+        if group
+    ]
+    if config.name == "adamw_8bit":
+        require_torchao()
+        return AdamW8bit(parts, config.learning_rate, config.betas, config.eps)
     # Fused on CUDA: the foreach default keeps a temporary as large as the weights, 28 GB at 7B in float32.
     is_cuda = all(parameter.device.type == "cuda" for group in groups.values() for parameter in group)
     return AdamW(
-        [
-            {"params": group, "weight_decay": config.weight_decay if is_matrix else 0.0}
-            | ({"lr": config.vision_learning_rate} if of_tower else {})
-            for (of_tower, is_matrix), group in groups.items()
-            if group
-        ],
+        parts,
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,

@@ -32,6 +32,8 @@ def switch_on(hf: Any, mode: str) -> None:
     options = checkpoint_options(mode)
     if options is not None:
         hf.gradient_checkpointing_enable(options)
+        # transformers has embeddings ask for a gradient, for torch's older way to recompute; frozen ones need none
+        hf.disable_input_require_grads()
 
 
 def checkpoint_options(mode: str) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ tokens of a completion.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vcr1_fast.learner.families import family_of
@@ -18,11 +18,11 @@ from vcr1_fast.learner.packing import num_fed_tokens, num_packed_tokens
 from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import RolloutGroup
 
-# Large bfloat16 matrix products: published fused heads reach 660 to 740 of the 989 TFLOP/s that an H100 has.
-GEMM_FLOP_PER_S = 680e12
+# Large bfloat16 matrix products: published fused heads reach 660 to 740 of the 989 TFLOP/s that an H100 has. Then
 # FlashAttention-2 on an H100, forward and backward; a backward makes 5 products for the 2 of a forward.
-ATTENTION_FORWARD_FLOP_PER_S, ATTENTION_BACKWARD_FLOP_PER_S = 370e12, 300e12
+H100_FLOP_PER_S = (680e12, 370e12, 300e12)
 ATTENTION_BACKWARD_FLOP = 2.5
+COUNTED = (1.0, 1.0, 1.0)  # at this pace seconds are floating-point operations
 # What a row takes however short it is. One row of the 7B model, 28 layers and 32 tower blocks under gradient
 # checkpointing, was counted to make 10,318 launches; 5 us of the host for each is an assumption.
 LAUNCHES_PER_BLOCK, LAUNCH_S = 172, 5e-6
@@ -64,10 +64,17 @@ class RowCost:
     patch_s: float  # tower's matrix products and its attention within windows
     tower_pair_s: float  # tower's attention within whole frame pairs
     row_s: float  # of a row without any of them
+    counted: RowCost | None = None  # the same in floating-point operations, none of them recomputed
 
     @staticmethod
     def of(config: Any, settings: ModelConfig) -> RowCost:
-        """`config`: of the whole model.
+        """`config`: of the whole model."""
+        counted = RowCost.at(COUNTED, config, replace(settings, gradient_checkpointing="none"))
+        return replace(RowCost.at(H100_FLOP_PER_S, config, settings), counted=counted)
+
+    @staticmethod
+    def at(flop_per_s: tuple[float, float, float], config: Any, settings: ModelConfig) -> RowCost:
+        """At these rates of matrix products, attention forward, and attention backward.
 
         Passes of a matrix product: 1 forward, 1 again under full checkpointing, 1 for the input's gradient, 1 for the
         weight's where it is trained. A tower that is not trained runs forward only, and mostly before the step: its
@@ -84,16 +91,26 @@ class RowCost:
         width, key_width = heads * head_width, text.num_key_value_heads * head_width
         layer = 2 * (2 * hidden * width + 2 * hidden * key_width + 3 * hidden * text.intermediate_size)
 
-        backward = int(is_tower_trained)
+        gemm, backward = flop_per_s[0], int(is_tower_trained)
+
+        def attention_s(forwards: int, backwards: int) -> float:
+            """Seconds for each FLOP of one forward."""
+            return forwards / flop_per_s[1] + backwards * ATTENTION_BACKWARD_FLOP / flop_per_s[2]
+
         return RowCost(
-            token_s=text.num_hidden_layers * layer * (passes + recomputed) / GEMM_FLOP_PER_S,
-            pair_s=text.num_hidden_layers * 4 * width * _attention_s(1 + recomputed, 1),
-            scored_s=2 * hidden * text.vocab_size * passes / GEMM_FLOP_PER_S,
-            patch_s=tower.patch_flop * tower_passes / GEMM_FLOP_PER_S
-            + tower.window_flop * _attention_s(1 + recomputed * backward, backward),
-            tower_pair_s=tower.pair_flop * _attention_s(1 + recomputed * backward, backward),
+            token_s=text.num_hidden_layers * layer * (passes + recomputed) / gemm,
+            pair_s=text.num_hidden_layers * 4 * width * attention_s(1 + recomputed, 1),
+            scored_s=2 * hidden * text.vocab_size * passes / gemm,
+            patch_s=tower.patch_flop * tower_passes / gemm
+            + tower.window_flop * attention_s(1 + recomputed * backward, backward),
+            tower_pair_s=tower.pair_flop * attention_s(1 + recomputed * backward, backward),
             row_s=(text.num_hidden_layers + tower.num_blocks * backward) * LAUNCHES_PER_BLOCK * LAUNCH_S,
         )
+
+    def model_flop(self, size: GroupSize) -> float:
+        """Of one group's forward and backward, without what is recomputed: what MFU counts. What `model.freeze` names
+        counts as trained."""
+        return self.counted.seconds(size) if self.counted else 0.0
 
     def seconds(self, size: GroupSize) -> float:
         """Of one group, without its share of the row's own."""
@@ -106,8 +123,3 @@ class RowCost:
             + self.patch_s * num_patches
             + self.tower_pair_s * num_patches * height * width
         )
-
-
-def _attention_s(forwards: int, backwards: int) -> float:
-    """Seconds for each FLOP of one forward."""
-    return forwards / ATTENTION_FORWARD_FLOP_PER_S + backwards * ATTENTION_BACKWARD_FLOP / ATTENTION_BACKWARD_FLOP_PER_S

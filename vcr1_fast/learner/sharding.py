@@ -10,15 +10,16 @@ from __future__ import annotations
 import os
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import dropwhile, pairwise
 from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -26,6 +27,8 @@ from vcr1_fast.learner.families import family_of
 from vcr1_fast.settings.config import ConfigError
 
 T = TypeVar("T")
+Unit = list[nn.Module]  # whose weights FSDP gathers, and whose gradients it adds up, in one collective
+TOWER_PARTS_TOGETHER = 4
 
 # A rank waits in a collective for the slowest rollout of the step; torch's default of 10 minutes for NCCL would kill a
 # run in which one rank draws long completions.
@@ -88,43 +91,96 @@ def init_distributed(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
     return World(dist.get_rank(), world_size, local_rank, torch_device)
 
 
-def shard(policy: nn.Module, world: World, compute_dtype: torch.dtype) -> None:
-    """Split the policy's weights over all ranks, in place: FSDP2 on each vision block, each decoder layer, the root.
+def device_mesh(world: World, replicate: int = 1) -> DeviceMesh:
+    """All ranks in a row; or `replicate` rows of them, each of which has all weights (hybrid sharding, HSDP).
+
+    torchrun numbers the ranks of a node one after the other, so a row is a node, or several, or a part of one.
+    """
+    if replicate == 1:
+        return init_device_mesh(world.device.type, (world.world_size,))
+    shape = (replicate, world.world_size // replicate)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(policy: nn.Module, world: World, compute_dtype: torch.dtype, mesh: DeviceMesh | None = None) -> None:
+    """Split the policy's weights over the ranks, in place: FSDP2 on each of `sharded_units` and on the rest.
 
     Trained weights must be float32 and stay so; blocks compute in `compute_dtype`, gradients are reduced in float32.
     Gradients are SUMMED over ranks, not averaged: the token weights of a step are already normalised over all ranks
     (`PackedBatch.weight_N`), so a mean would divide the learning signal by the number of ranks.
     Everything that reads weights must run inside `policy.forward`, whose hooks gather them.
-    Raises TypeError for a trained weight that is not float32.
+    mesh: `device_mesh`; None: of all ranks in a row. Raises TypeError for a trained weight that is not float32.
     """
     if world.world_size == 1:
         return
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise TypeError(f"{name} is {parameter.dtype}, wanted float32 masters: load the model with dtype=float32")
-    mesh = init_device_mesh(world.device.type, (world.world_size,))
     # Inputs are not cast: the vision tower's rotary tables are float32 on purpose, and bfloat16 ones have 8 bits of
     # position. Hidden states already arrive in compute_dtype, from weights of that type.
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    hf: Any = policy.get_submodule("hf")
-    for blocks in family_of(hf.config).block_lists(hf):
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    options: dict[str, Any] = {"mesh": mesh or device_mesh(world), "mp_policy": precision}
+    tower, decoder = sharded_units(policy.get_submodule("hf"))
+    for unit in (*tower, *decoder):
+        fully_shard(unit if len(unit) > 1 else unit[0], **options)
+    fully_shard(policy, **options)
+    _set_prefetch(tower, decoder)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # the default scaled sum does not exist in gloo
 
 
-def reduce_gradients(policy: nn.Module, now: bool) -> None:
-    """Whether the backward that comes next adds its gradients up over ranks, or keeps them whole on each rank.
+def sharded_units(hf: Any) -> tuple[list[Unit], list[Unit]]:
+    """What is gathered together, (of the tower, of the decoder and its two ends), in the order in which they run.
 
-    Of the rows of one update the last one alone needs to: one reduce-scatter a block instead of one a row and block, at
-    the price of whole float32 gradients, 4 bytes x trained weights, until then.
+    Tower blocks go four at a time: one is 40 MB in bfloat16, too little to fill a link, where a decoder layer of 7B is
+    470 MB. Embedding and head are apart, so that neither is whole for the whole step; tied, they are one weight.
+    """
+    family = family_of(hf.config)
+    parts, layers = family.tower_parts(hf), list(hf.get_submodule(family.layers_name).children())
+    embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
+    starts = range(0, max(TOWER_PARTS_TOGETHER, len(parts) - len(parts) % TOWER_PARTS_TOGETHER), TOWER_PARTS_TOGETHER)
+    tower = [parts[start : None if start == starts[-1] else start + TOWER_PARTS_TOGETHER] for start in starts]
+    if embedding.weight is head.weight:
+        return tower, [[embedding, head], *([layer] for layer in layers)]
+    return tower, [[embedding], *([layer] for layer in layers), [head]]
+
+
+def _set_prefetch(tower: Sequence[Unit], decoder: Sequence[Unit]) -> None:
+    """While one unit runs, the next is gathered, and no more than that one.
+
+    Set by hand, because torch's own order of backward is that of forward, reversed: behind the first decoder layer it
+    would gather the embedding, which no backward needs, and leave the tower's last blocks to be waited for. In forward
+    the gathers are the same, and asked for before a unit's kernels are launched, not after: a host that is late is not
+    late with them. A frozen tower mostly does not run at all, so nothing ahead of it gathers it.
+    """
+    forward: list[Any] = [unit[0] for unit in (*tower, *decoder)]
+    for unit, following in pairwise(forward):
+        unit.set_modules_to_forward_prefetch([following])
+    embedding = decoder[0]
+    if len(embedding) == 1:
+        forward[len(tower)].set_unshard_in_backward(False)
+    trained = dropwhile(_is_frozen, (*tower, *decoder))  # before the first trained weight nothing has a gradient
+    backward: list[Any] = [unit[0] for unit in trained if embedding[0] not in unit]
+    for before, unit in pairwise(backward):
+        unit.set_modules_to_backward_prefetch([before])
+
+
+def _is_frozen(unit: Unit) -> bool:
+    return not any(weight.requires_grad for part in unit for weight in part.parameters())
+
+
+def reduce_gradients(policy: nn.Module, at_once: bool, is_last: bool) -> None:
+    """How the backward that comes next, of one row of an update, adds its gradients up over ranks.
+
+    at_once: after the last row alone, one reduce-scatter a unit instead of one a row and unit, at the price of whole
+    float32 gradients, 4 bytes x trained weights, until then. Else after each row, but between the rows of the mesh,
+    which is between nodes, after the last one alone: it costs a shard's gradients until then, which are kept anyway.
     """
     if isinstance(policy, FSDPModule):
-        policy.set_requires_gradient_sync(now)
+        policy.set_requires_gradient_sync(is_last or not at_once)
+        policy.set_requires_all_reduce(is_last)
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from vcr1_kernels.losses import Aggregation
 
 from vcr1_fast.learner.device_batch import DeviceBatch
@@ -27,6 +28,7 @@ from vcr1_fast.learner.sharding import (
     all_max_float,
     all_max_int,
     all_reduce_sum,
+    device_mesh,
     on_all_ranks,
     reduce_gradients,
     shard,
@@ -56,9 +58,15 @@ class UpdateReport:
 
 
 def load_policy(
-    config: Config, world: World, kernels: KernelChoice | None = None, *, is_trained: bool = True
+    config: Config,
+    world: World,
+    kernels: KernelChoice | None = None,
+    *,
+    is_trained: bool = True,
+    mesh: DeviceMesh | None = None,
 ) -> PolicyModel:
-    """The model of `config.model.path` with this rank's part of its weights: float32 where they are trained."""
+    """The model of `config.model.path` with this rank's part of its weights: float32 where they are trained.
+    `mesh`: see `sharding.shard`."""
     model, dtype = config.model, resolve_dtype(config.model, world.device)
     folder = model_folder(model.path)
     hf = empty_model(folder, torch.float32)
@@ -74,7 +82,7 @@ def load_policy(
     for weight in frozen:
         weight.data = weight.data.to(dtype)
     move_values(hf, world.device)
-    shard(policy, world, dtype)
+    shard(policy, world, dtype, mesh)
     weights = (hf, folder, world.device, policy.family)
     on_all_ranks("loading the model's weights", lambda: load_weights(*weights), world)
     return policy.train()
@@ -104,9 +112,10 @@ class Learner:
         config, reduces_all_at_once = _fitted(config, world)
         self.config, self.world, self.kernels = config, world, kernels
         self.dtype = resolve_dtype(config.model, world.device)  # that forward and backward compute in
-        self.policy = load_policy(config, world, kernels)
+        mesh = device_mesh(world, config.train.replicate) if world.world_size > 1 else None
+        self.policy = load_policy(config, world, kernels, mesh=mesh)
         has_copy = config.algorithm.beta > 0 and not config.model.lora.rank  # adapters can be switched off instead
-        self.reference = load_policy(config, world, kernels, is_trained=False) if has_copy else None
+        self.reference = load_policy(config, world, kernels, is_trained=False, mesh=mesh) if has_copy else None
         gc.collect()
         torch.cuda.empty_cache()  # a colocated engine sizes itself by what is free, and cached memory is not
         self.optimizer = build_optimizer(self.policy, config.optimizer, self.policy.family.tower(self.policy.hf))
@@ -200,7 +209,7 @@ class Learner:
             batch = self.policy.device_batch(packed)
             wanted = objective(batch)
             loss, sums = self.policy(batch, temperature, wanted)
-            reduce_gradients(self.policy, now=index == num_rows - 1 or not self.reduces_once)
+            reduce_gradients(self.policy, self.reduces_once, is_last=index == num_rows - 1)
             loss.backward()  # gradients add up over rows, and over ranks (sharding.shard sums them)
             counts = {"tokens_executed": packed.num_tokens, "tokens_unshared": packed.num_unshared_tokens}
             totals.add(sums | {"loss": loss.detach()}, counts, is_real, wanted.largest_gap)

@@ -24,6 +24,7 @@ class UpdateRows:
     rows: list[PackedBatch]
     plan: StepPlan
     too_large: tuple[SampleError, ...]  # of this rank's groups, those that no rank runs
+    model_flop: float  # of all ranks' rows
 
     @property
     def sums(self) -> dict[str, float]:
@@ -32,6 +33,7 @@ class UpdateRows:
             "planned_work_s": self.plan.work_s,
             "planned_available_s": self.plan.available_s,
             "groups_too_large": float(len(self.plan.too_large)),
+            "model_flop": self.model_flop,
         }
 
 
@@ -62,7 +64,8 @@ def plan_and_pack(
         weights = completion_weights(lengths, aggregation, config.rollout.max_new_tokens)
         rows = [pack([held[i] for i in row], [weights[i] for i in row]) for row in plan.rows[world.rank]]
         refused = [_refusal(mine[i], size_of[i], train.max_group_tokens) for i in plan.too_large if i in mine]
-        updates.append(UpdateRows(rows, plan, tuple(refused)))
+        flop = sum(cost.model_flop(size_of[i]) for i in plan.rank_of)
+        updates.append(UpdateRows(rows, plan, tuple(refused), flop))
     return updates
 
 

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from vcr1_fast.learner.adamw_8bit import AdamW8bit, as_stored, empty_state, take_stored
 from vcr1_fast.learner.sharding import (
     World,
     all_max_int,
@@ -59,6 +60,7 @@ from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.types import RunError
 
 _LOG = logging.getLogger(__name__)
+_SAME_MODEL = "set model.path, model.lora, model.freeze and model.freeze_vision to those the run began with"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +221,17 @@ def load_checkpoint(
         if saved.get(name) != tuple(tensor.shape):
             raise ConfigError(
                 f"{checkpoint} is of another model: {name} is {saved.get(name, 'absent')}, wanted "
-                f"{tuple(tensor.shape)}: set model.path, model.lora and model.freeze_vision to those the run began with"
+                f"{tuple(tensor.shape)}: {_SAME_MODEL}"
             )
+    trained = next((name for name in saved if name.startswith("model.") and name not in wanted), None)
+    if trained is not None:  # it would go back to what it was in model.path, without a word
+        raise ConfigError(f"{checkpoint} has {trained}, which is not trained here: {_SAME_MODEL}")
     with _dcp_errors("read", checkpoint):
         dcp_load(wanted, storage_reader=reader, no_dist=world.world_size == 1)
+    if isinstance(optimizer, AdamW8bit):
+        for name, weight in named_weights(policy).items():
+            for moment, value in optimizer.state.get(weight, {}).items():
+                take_stored(value, wanted[f"optimizer.{moment}.{name}"])
     if schedule is not None:
         _set_num_updates(schedule, document["num_updates"])
     rng_path = checkpoint / _rng_name(world)
@@ -264,7 +273,8 @@ def _answers_name(world: World) -> str:
 
 
 def _tensors(policy: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """Live tensors by checkpoint name: `model.<weight>` and `optimizer.<moment>.<weight>`; loading writes into them."""
+    """Live tensors by checkpoint name: `model.<weight>` and `optimizer.<moment>.<weight>`; loading writes into them.
+    Moments of 8 bits are copies instead, in float32 on the host."""
     named = named_weights(policy)
     weights = {name: w for name, w in named.items() if w.requires_grad or not isinstance(w, nn.Parameter)}
     tensors = {f"model.{name}": weight.detach() for name, weight in weights.items()}
@@ -272,17 +282,21 @@ def _tensors(policy: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor
     for name, weight in weights.items():
         for moment, value in moments.get(weight, {}).items():
             # The step count has no dimension, and slices of safetensors need one; the view shares its memory.
-            tensors[f"optimizer.{moment}.{name}"] = value.view(1) if value.ndim == 0 else value
+            stored = as_stored(weight, value) if isinstance(optimizer, AdamW8bit) else value
+            tensors[f"optimizer.{moment}.{name}"] = stored.view(1) if stored.ndim == 0 else stored
     return tensors
 
 
 def _make_optimizer_state(policy: nn.Module, optimizer: Optimizer, saved: set[str]) -> None:
-    """Give AdamW empty moments for exactly the parameters that have saved ones, to be loaded into."""
+    """Give the optimizer empty moments for exactly the parameters that have saved ones, to be loaded into."""
     names = {id(weight): name for name, weight in named_weights(policy).items()}
     optimizer.state.clear()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if f"optimizer.step.{names[id(parameter)]}" not in saved:
+                continue
+            if isinstance(optimizer, AdamW8bit):
+                optimizer.state[parameter] = empty_state(parameter)
                 continue
             step_device = parameter.device if group["fused"] or group["capturable"] else "cpu"  # as AdamW makes it
             optimizer.state[parameter] = {

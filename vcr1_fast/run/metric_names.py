@@ -70,6 +70,8 @@ METRICS = (
     Metric("step_tokens/unshared", "tokens that separate rows would have had, the prompt once an answer"),
     Metric("tokens_per_s/executed", "the first a second of step_time, all ranks", True),
     Metric("tokens_per_s/unshared", "the second, for comparison with trainers that do not share", True),
+    Metric("train/tokens_per_second_per_gpu", "tokens of the packed rows a second of the updates, on each GPU"),
+    Metric("train/mfu", "share of the GPU's peak in the updates: model FLOP, none recomputed; known GPUs only", True),
     Metric("busy_frac", "planned work of all ranks over the time of the slowest: 1 is perfect balance", True),
     Metric("step_time", "seconds of the step, without held-out scores and checkpoints", True),
     Metric("time/prompts_s", "reading videos and building prompts", True),

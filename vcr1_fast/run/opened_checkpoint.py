@@ -62,7 +62,7 @@ def open_checkpoint(checkpoint: Path, world: World) -> OpenedCheckpoint:
         source = model_folder(config.model.path)
     except ConfigError as error:
         raise ConfigError(f"the run of {checkpoint} began with another model, which is needed, too: {error}") from None
-    policy = load_policy(config, world, plain_choice())
+    policy = load_policy(config, world, plain_choice())  # over these ranks in a row, however those of the run stood
     state = load_checkpoint(checkpoint, policy, None, None, world)
     has_frozen = not all(weight.requires_grad for weight in policy.parameters())
     if has_frozen and state.base not in ("", model_digest(source)):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from vcr1_fast import __version__, native
+from vcr1_fast.learner.adamw_8bit import require_torchao
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.kernel_proof import choose_kernels
 from vcr1_fast.learner.loading import check_weights
@@ -190,6 +191,8 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
     with contextlib.ExitStack() as opened:
         opened.callback(shutdown, world)
         check_settings(config, command, world.world_size)
+        if writes and config.optimizer.name == "adamw_8bit":
+            require_torchao()
         asked_model = config.model.path
         config = with_hub_model(config, world, recorded_model(config) if writes and world.is_main else None)
         if command == "train" and world.device.type == "cuda":

@@ -136,6 +136,10 @@ class Telemetry:
             _wait_for_gpu()
             self._span_s[name] += time.perf_counter() - began
 
+    def seconds_of(self, name: str) -> float:
+        """Of the step's spans of that name so far."""
+        return self._span_s[name]
+
     def log_step(self, step: int, metrics: Mapping[str, float], num_steps: int) -> None:
         """Writes one step. Adds step_time, time/*, and tokens_per_s/x for each `step_tokens/x` given.
 

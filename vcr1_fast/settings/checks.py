@@ -21,6 +21,12 @@ RunCommand = Literal["train", "sft", "eval"]
 
 def check_settings(config: Config, command: RunCommand, world_size: int = 1) -> None:
     """Raises ConfigError for the first contradiction among the settings that `command` uses on so many ranks."""
+    replicate = config.train.replicate
+    require(
+        command == "eval" or world_size % replicate == 0,
+        f"train.replicate is {replicate}, but there are {world_size} ranks: set it to the number of nodes, or to "
+        "another divisor of the number of ranks",
+    )
     if command == "train":
         _check_share_of_prompts(config, world_size)
         _check_objective(config.algorithm)

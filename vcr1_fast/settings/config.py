@@ -65,6 +65,9 @@ class ModelConfig:
     printed, and no other layout of a row is compiled anew. Not measured on a GPU: neither its gain nor its time."""
     freeze_vision: bool = False
     """Train the language model only."""
+    freeze: tuple[str, ...] = ()
+    """Weights that are not trained, by patterns of their names in the published checkpoint, such as
+    [visual.patch_embed.*, model.embed_tokens.weight]; * stands for any part of a name."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Train low-rank adapters of the language model only."""
 
@@ -275,6 +278,10 @@ class TrainConfig:
     reduce_gradients: Literal["auto", "once", "each_row"] = "auto"
     """When gradients are added up over GPUs in an update of several rows: once, after the last row, which takes 4 bytes
     more for each trained weight; after each row; or auto, once where the worst case then fits into the GPU."""
+    replicate: int = 1
+    """Copies of weights and moments among all GPUs, each split over an equal share of them (hybrid sharding, HSDP). 1:
+    one, split over all GPUs. The number of nodes: each has one, so that between nodes only gradients travel, once an
+    update, at the price of as many times the memory of weights, gradients and moments."""
     seed: int = 0
     """Of data order, sampling and everything else random."""
     resume: str = "auto"
@@ -303,6 +310,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.num_steps >= 0, f"train.num_steps is {self.num_steps}, wanted >= 0")
+        require(self.replicate >= 1, f"train.replicate is {self.replicate}, wanted >= 1")
         require(self.prompts_per_step >= 1, f"train.prompts_per_step is {self.prompts_per_step}, wanted >= 1")
         require(
             self.tokens_per_microbatch >= 1,

@@ -233,6 +233,9 @@ class AlgorithmConfig:
 class OptimizerConfig:
     """AdamW on float32 master weights."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit: moments of 8 bits instead of float32, 2 bytes a trained weight instead of 8 (torchao, an extra).
+    Updates are no longer exact: moments are rounded in blocks of 256. Checkpoints are the same."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
     vision_learning_rate: float | None = None

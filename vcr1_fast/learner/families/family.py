@@ -112,8 +112,8 @@ class ModelFamily(Protocol):
         """The language model without its head, a PreTrainedModel."""
         ...
 
-    def block_lists(self, hf: nn.Module) -> list[nn.ModuleList]:
-        """The repeated blocks, tower first: what is sharded block by block."""
+    def tower_parts(self, hf: nn.Module) -> list[nn.Module]:
+        """The tower's blocks and its projector, in the order in which they run."""
         ...
 
     def tower_work(self, config: Any) -> TowerWork:

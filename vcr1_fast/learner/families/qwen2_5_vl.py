@@ -70,8 +70,8 @@ class Qwen25VL:
     def decoder(self, hf: Any) -> Any:
         return hf.model.language_model
 
-    def block_lists(self, hf: Any) -> list[nn.ModuleList]:
-        return [hf.model.visual.blocks, hf.model.language_model.layers]
+    def tower_parts(self, hf: Any) -> list[nn.Module]:
+        return [*hf.model.visual.blocks, hf.model.visual.merger]
 
     def tower_work(self, config: Any) -> TowerWork:
         """Letters: d width, i MLP width. A patch's products: embedding, blocks (4 d d + 3 d i), its share of the

@@ -20,7 +20,7 @@ from transformers.vision_utils import (
     get_vision_interpolation_indices_and_weights,
     get_vision_position_ids,
 )
-from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout
+from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout, layout_to_tensor
 
 from vcr1_fast.learner.families.family import Grid, TowerInputs, TowerWork
 from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
@@ -53,6 +53,14 @@ class Qwen3VL(Qwen25VL):
     def build_tower(self, config: Any) -> Any:
         config.vision_config._attn_implementation = "sdpa"
         return modeling.Qwen3VLVisionModel(config.vision_config)
+
+    def tower_parts(self, hf: Any) -> list[nn.Module]:
+        tower, parts = self.tower(hf), []
+        for index, block in enumerate(tower.blocks):
+            parts.append(block)
+            if index in tower.deepstack_visual_indexes:
+                parts.append(tower.deepstack_merger_list[tower.deepstack_visual_indexes.index(index)])
+        return [*parts, tower.merger]
 
     def tower_work(self, config: Any) -> TowerWork:
         """Letters: d width, i MLP width. A patch's products: embedding, blocks (4 d d + 2 d i), its share of the 1 + K
@@ -93,9 +101,8 @@ class Qwen3VL(Qwen25VL):
 
     def run_tower(self, tower: nn.Module, values_PC: Tensor, inputs: TowerInputs) -> Tensor:
         frame = inputs.lengths["frame"]
-        output = tower(
-            values_PC, **inputs.tensors, max_seqlen=max(frame), tower_segments=TowerSegments(window=(), frame=frame)
-        )
+        segments = TowerSegments.of_lengths((), frame)
+        output = tower(values_PC, **inputs.tensors, max_seqlen=1, tower_segments=segments)  # 1: as in Qwen25VL
         return torch.cat([output.pooler_output, *output.deepstack_features], dim=1)
 
     def decode(
@@ -118,10 +125,10 @@ class Qwen3VL(Qwen25VL):
             use_cache=False,
             visual_pos_masks=video_row_M,
             deepstack_visual_embeds=deepstack,
-            prefix_layout=layout,
+            prefix_layout=layout_to_tensor(layout),
             prefix_backend=backend,
         )
-        return output.last_hidden_state[0]
+        return output.last_hidden_state.squeeze(0)
 
 
 def add_features(hidden_1TD: Tensor, video_row_M: Tensor, features_MD: Tensor) -> Tensor:
