@@ -19,6 +19,7 @@ BENCHMARKS = {
     "kernels": "each kernel against its floor and against other projects' kernels",
     "rewards": "rewards of N completions, the original's way and ours",
     "step": "one policy update, the original's way and ours, on the same groups",
+    "update": "a GRPO update and a whole step: TRL's trainer, the original's recipe, ours",
     "weight_sync": "the learner's weights into the rollout engine, by each way, beside a copy in memory",
 }
 
