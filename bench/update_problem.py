@@ -31,6 +31,7 @@ LAYOUTS: tuple[Layout, ...] = ("pictures", "video")
 SIDE_PX = 112  # 8 x 8 patches of a picture, 16 tokens
 TOKENS_PER_PICTURE = 16
 TOKENS_PER_SECOND = 2  # of the published checkpoints and of the packaged one
+CHECKSUM = 9973  # a prime
 FILLING_WORD = " the"  # one token of the packaged tokenizer
 Gradients = dict[str, Tensor]  # by name of the model's weights
 PLACES = {"pictures": "<|image_pad|>", "video": "<|video_pad|>"}
@@ -130,13 +131,17 @@ class StepResult:
 
 
 def reward(token_ids: list[int]) -> float:
-    """Share of even ids: costs nothing, and differs between answers, so that the group has a gradient."""
-    return sum(token % 2 == 0 for token in token_ids) / len(token_ids)
+    """A checksum in [0, 1): costs nothing, and differs between answers, so that every group has a gradient."""
+    return sum((index + 1) * token for index, token in enumerate(token_ids)) % CHECKSUM / CHECKSUM
 
 
 def group_of(prompt: Prompt, completion_ids: list[list[int]]) -> RolloutGroup:
-    """The answers with their rewards and advantages."""
-    ids_GR = torch.tensor(completion_ids)
-    completions = tuple(Completion(ids_R, torch.zeros(len(ids_R)), "length") for ids_R in ids_GR)
+    """The answers with their rewards and advantages. Raises ValueError where all rewards are equal: ours would skip
+    the group, and its time would be none."""
+    completions = tuple(
+        Completion(ids_R, torch.zeros(len(ids_R)), "length") for ids_R in map(torch.tensor, completion_ids)
+    )
     rewards = tuple(reward(ids) for ids in completion_ids)
+    if len(set(rewards)) == 1:
+        raise ValueError(f"the {len(rewards)} answers of the group have one reward, {rewards[0]}: run again")
     return with_advantages([RolloutGroup(prompt, completions, 1, rewards=rewards)])[0]

@@ -148,8 +148,9 @@ class TrlWay:
                 callbacks=[self._clock],
             )
         self.trainer.remove_callback(PrinterCallback)
+        self.patch = None
         if problem.layout == "video":
-            self.model.register_forward_pre_hook(video_hook(problem), with_kwargs=True)
+            self.patch = self.model.register_forward_pre_hook(video_hook(problem), with_kwargs=True)
 
     def step(self, seed: int, *, wants_gradients: bool = False) -> StepResult:
         self._clock.gradients = {} if wants_gradients else None

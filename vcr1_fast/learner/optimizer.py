@@ -39,8 +39,9 @@ def build_optimizer(policy: nn.Module, config: OptimizerConfig, tower: nn.Module
         groups[id(parameter) in in_tower, parameter.ndim >= 2].append(parameter)
     if not any(groups.values()):
         raise ConfigError("no parameter is trainable: unfreeze a part of the model")
-    # Fused on CUDA: the foreach default keeps a temporary as large as the weights, 28 GB at 7B in float32.
-    is_cuda = all(parameter.device.type == "cuda" for group in groups.values() for parameter in group)
+    # Fused: on CUDA the foreach default keeps a temporary as large as the weights, 28 GB at 7B in float32; on a CPU
+    # the default goes weight by weight, 6 ms for the packaged model where this takes 2.
+    devices = {parameter.device.type for group in groups.values() for parameter in group}
     return AdamW(
         [
             {"params": group, "weight_decay": config.weight_decay if is_matrix else 0.0}
@@ -51,7 +52,7 @@ def build_optimizer(policy: nn.Module, config: OptimizerConfig, tower: nn.Module
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
-        fused=True if is_cuda else None,
+        fused=True if devices in ({"cuda"}, {"cpu"}) else None,
     )
 
 
