@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,7 +147,8 @@ def allocated_peak(call: Callable[[], object]) -> int:
     ) as profiler:
         call()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    changes = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events: Any = profiler.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     return max(accumulate((num_bytes for _, num_bytes in sorted(changes)), initial=0))
 
 

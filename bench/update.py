@@ -23,6 +23,7 @@ import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -250,5 +251,10 @@ def fitted_exponent(pairs: Iterable[tuple[int, float]]) -> float:
 
 
 def why_no_verl() -> str:
-    """verl's FSDP actor is compared where it runs, which is not here."""
-    return "verl 0.9.1 has its FSDP actor for CUDA and NPU devices alone, and asks for transformers < 5.11"
+    """verl's FSDP actor is compared where it runs, which is not here: its engines are registered for CUDA and NPU."""
+    try:
+        wanted = [line for line in metadata.requires("verl") or () if line.startswith("transformers")]
+    except metadata.PackageNotFoundError:
+        return "not installed; its FSDP actor is for CUDA and NPU devices alone"
+    here = f"{metadata.version('verl')} asks for {wanted[0]}, here is {metadata.version('transformers')}"
+    return f"its FSDP actor is for CUDA and NPU devices alone; and {here}"

@@ -24,7 +24,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import PrinterCallback, Qwen2_5_VLProcessor, TrainerCallback
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from trl import GRPOConfig, GRPOTrainer
 
 from bench.update_problem import Gradients, Problem, StepResult, reward
 from vcr1_fast.learner.model import load_hugging_face
@@ -41,10 +40,10 @@ class ClipProcessor(Qwen2_5_VLProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.problem: Problem | None = None
 
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+    def apply_chat_template(self, conversation: Any, *args: Any, **options: Any) -> Any:
         problem = self.problem
         if problem is None or problem.layout == "pictures":
-            return super().apply_chat_template(conversation, **options)
+            return super().apply_chat_template(conversation, *args, **options)
         prompts = [problem.prompt() for _ in conversation]
         ids_GL = torch.stack([prompt.token_ids_L for prompt in prompts])
         types_GL = 2 * (ids_GL == self.video_token_id).long()
@@ -187,7 +186,7 @@ def video_hook(problem: Problem) -> Callable[..., Any]:
     return add_video
 
 
-def trl_reward(completion_ids: list[list[int]], **_: object) -> list[float]:
+def trl_reward(completion_ids: list[list[int]], **_: object) -> list[float | None]:
     return [reward(ids) for ids in completion_ids]
 
 

@@ -79,7 +79,7 @@ def test_windows_of_one_length_are_one_call():
     assert tower_attention._runs((16,) * 8, (64, 64)) == ((2, (16,) * 4),)
     assert tower_attention._runs((16, 8, 16, 8, 4), (24, 24, 4)) == ((2, (16, 8)), (1, (4,)))
     query = torch.randn(1, 4, 128, 8, generator=torch.Generator().manual_seed(0))
-    got = tower_attention._attend_frames((2, (16,) * 4), query, query, query, 1.0)
+    got = tower_attention._attend_frames((2, (16,) * 4), (query,) * 3, 1.0)
     wanted = [scaled_dot_product_attention(q, q, q, scale=1.0) for q in query.split(16, dim=2)]
     torch.testing.assert_close(got, torch.cat(wanted, dim=2)[0].transpose(0, 1))
 

@@ -82,16 +82,16 @@ def plain_attention(
     lengths = _lengths(tower_segments, cu_seq_lens_q)
     runs = _runs(lengths, tower_segments.frame if tower_segments is not None else lengths)
     sizes = [count * sum(segments) for count, segments in runs]
-    parts = zip(runs, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-    return torch.cat([_attend_frames(run, *tensors, scaling) for run, *tensors in parts])[None], None
+    tensors = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([_attend_frames(run, part, scaling) for run, part in zip(runs, tensors, strict=True)])[None], None
 
 
-def _attend_frames(run: Run, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """[1, H, N F, C] of N frames alike -> [N F, H, C]."""
+def _attend_frames(run: Run, tensors: tuple[Tensor, ...], scaling: float) -> Tensor:
+    """Query, key and value of N frames alike, [1, H, N F, C] each -> [N F, H, C]."""
     count, segments = run
     if len(set(segments)) == 1:
         count, segments = count * len(segments), segments[:1]
-    frames = (x[0].unflatten(1, (count, -1)).transpose(0, 1).split(segments, dim=2) for x in (query, key, value))
+    frames = (x[0].unflatten(1, (count, -1)).transpose(0, 1).split(segments, dim=2) for x in tensors)
     attend = nn.functional.scaled_dot_product_attention
     out = [attend(*part, scale=scaling).transpose(1, 2) for part in zip(*frames, strict=True)]
     return torch.cat(out, dim=1).flatten(0, 1) if len(out) > 1 else out[0].flatten(0, 1)
