@@ -24,6 +24,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PrinterCallback, Qwen2_5_VLProcessor, TrainerCallback
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from bench.update_problem import Gradients, Problem, StepResult, reward
 from vcr1_fast.learner.model import load_hugging_face
