@@ -38,6 +38,7 @@ MAX_ROUNDS = 5
 CHECK_FACTOR = 2.0  # a way's error may be this many times that of G separate rows in float32
 ROUNDING = 2.0**-24  # of a float32 below 1
 GROWTH = (2, 4, 8)
+GROWTH_ROUNDS = 3
 SECONDS = 420.0
 Row = dict[str, Any]
 
@@ -111,7 +112,7 @@ def measure(session: Session, points: list[Point], *, has_growth: bool) -> None:
             problem = Problem(point, layout, session.tokenizer)
             runners = open_ways(session, problem)
             check(session, problem, runners)
-            time_steps(session, runners, point.name)
+            time_steps(session, runners, point.name, session.max_rounds)
             session.rows += rows_of(problem, runners)
             close(runners)
     if has_growth:
@@ -180,9 +181,9 @@ def distance(gradients: Gradients, expected: Gradients) -> float:
     return (difference / norm) ** 0.5
 
 
-def time_steps(session: Session, runners: list[Runner], name: str) -> None:
+def time_steps(session: Session, runners: list[Runner], name: str, max_rounds: int) -> None:
     """Rounds in which each way takes one step, at least one."""
-    for index in range(session.max_rounds):
+    for index in range(max_rounds):
         round_s = sum(runner.steps[-1].total_ms for runner in runners if runner.steps) / 1e3
         if index and not session.deadline.allows(f"{name}: round {index + 1}", round_s):
             break
@@ -231,7 +232,7 @@ def measure_growth(session: Session, point: Point) -> None:
             runners = open_ways(session, problem)
             for runner in runners:
                 runner.way.step(0)
-            time_steps(session, runners, problem.point.name)
+            time_steps(session, runners, problem.point.name, min(GROWTH_ROUNDS, session.max_rounds))
             for runner in runners:
                 times[layout, runner.kind.name][size] = runner.median_ms()
             close(runners)

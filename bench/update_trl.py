@@ -24,9 +24,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import PrinterCallback, Qwen2_5_VLProcessor, TrainerCallback
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from trl.trainer import utils as trl_utils
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from bench.peers import TRL_VOCAB_CHUNK
 from bench.update_problem import Gradients, Problem, StepResult, reward
 from vcr1_fast.learner.model import load_hugging_face
 from vcr1_fast.prompts.special_ids import SpecialIds
@@ -138,16 +140,11 @@ class TrlWay:
             bf16=False,
             gradient_checkpointing=False,
         )
-        processor = load_processor(problem.tokenizer, problem)
+        # entries of the vocabulary that TRL's head scores at a time: it holds as many, also where a model has fewer
+        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(TRL_VOCAB_CHUNK, self.model.lm_head.out_features)
+        given: Any = {"processing_class": load_processor(problem.tokenizer, problem), "callbacks": [self._clock]}
         with quiet():
-            self.trainer = SteppedTrainer(
-                self.model,
-                trl_reward,
-                arguments,
-                dataset_of(problem),
-                processing_class=processor,
-                callbacks=[self._clock],
-            )
+            self.trainer = SteppedTrainer(self.model, trl_reward, arguments, dataset_of(problem), **given)
         self.trainer.remove_callback(PrinterCallback)
         self.patch = None
         if problem.layout == "video":
