@@ -32,6 +32,7 @@ SIDE_PX = 112  # 8 x 8 patches of a picture, 16 tokens
 TOKENS_PER_PICTURE = 16
 TOKENS_PER_SECOND = 2  # of the published checkpoints and of the packaged one
 CHECKSUM = 9973  # a prime
+NO_CLIPPING = 1e9  # a bound of the gradient's norm: the norm is taken, and the gradient stays what it is
 FILLING_WORD = " the"  # one token of the packaged tokenizer
 Gradients = dict[str, Tensor]  # by name of the model's weights
 PLACES = {"pictures": "<|image_pad|>", "video": "<|video_pad|>"}

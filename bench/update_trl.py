@@ -29,11 +29,9 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from bench.peers import TRL_VOCAB_CHUNK
-from bench.update_problem import Gradients, Problem, StepResult, reward
+from bench.update_problem import NO_CLIPPING, Gradients, Problem, StepResult, reward
 from vcr1_fast.learner.model import load_hugging_face
 from vcr1_fast.prompts.special_ids import SpecialIds
-
-NO_CLIPPING = 1e9  # a bound of the gradient's norm: the norm is taken, and the gradient stays what it is
 
 
 class ClipProcessor(Qwen2_5_VLProcessor):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.step_timing import run_update, still_optimizer, take_gradients
 from bench.step_ways import WayOptions, losses, original_loss
-from bench.update_problem import Gradients, Layout, Problem, StepResult, group_of
+from bench.update_problem import NO_CLIPPING, Gradients, Layout, Problem, StepResult, group_of
 from vcr1_fast.learner.model import load_hugging_face
 from vcr1_fast.learner.optimizer import clip_grad_norm
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
@@ -33,7 +33,6 @@ from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.config import Config, DataConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from vcr1_fast.types import RolloutGroup, SamplingParams
 
-NO_CLIPPING = 1e9  # a bound of the gradient's norm: the norm is taken, and the gradient stays what it is
 STILL = 1e-30  # a learning rate that changes no float32 weight; 0 is refused
 CPU = torch.device("cpu")
 
