@@ -25,6 +25,7 @@ BENCHMARKS = {
     "rewards": "rewards of N completions, the original's way and ours",
     "scaling": "how time and memory of an update grow with frames, answers and their length",
     "step": "one policy update, the original's way and ours, on the same groups",
+    "update": "a GRPO update and a whole step: TRL's trainer, the original's recipe, ours",
     "weight_sync": "the learner's weights into the rollout engine, by each way, beside a copy in memory",
 }
 

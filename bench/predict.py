@@ -161,7 +161,7 @@ def prompts_of(config: Path) -> int:
 def whole_step(point: Point, row: dict[str, Any], prompts: int) -> dict[str, Any]:
     """`row` with the rollout, the push of weights in bfloat16, and what follows for a step without overlap."""
     rollout_s = rollout_seconds(point.size, point.rates, point.prompt, point.answers, point.groups)
-    push_s = point.rates.collective_seconds(2 * point.size.params, point.num_gpus)
+    push_s = point.rates.collective_seconds(2 * point.size.params, range(point.num_gpus))
     step_s = rollout_s + row["predicted_s"] + push_s
     return row | {
         "longest": max(point.answers),

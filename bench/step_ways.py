@@ -59,6 +59,9 @@ def losses(
         hf.gradient_checkpointing_disable()
     if name in ("original", "plain"):
         hf.model.language_model.config._attn_implementation = "sdpa"
+        if hf.device.type == "cpu":  # what a PolicyModel gave the tower; on a GPU all ways have it
+            hf.model.visual.config._attn_implementation = "sdpa"
+            hf.model.visual.patch_embed.proj.__class__ = torch.nn.Conv3d
         loss_of = original_loss if name == "original" else plain_loss
         for start in range(0, len(group.completions), options.rows_per_microbatch):
             rows = range(start, min(start + options.rows_per_microbatch, len(group.completions)))

@@ -361,14 +361,14 @@ def test_what_model_kernels_means(monkeypatch):
     for world in (SINGLE_PROCESS, cuda):  # off compares nothing, and needs no Triton
         assert ways(choose_kernels(off, world).choice) == ways(plain_choice())
     assert choose_kernels(off, cuda).choice.describe() == (
-        "head: plain torch, whole logits; attention: packed rows, dense scores in torch; tower: segment by segment; "
+        "head: plain torch, whole logits; attention: packed rows, dense scores in torch; tower: dense calls; "
         "patchify: torch; norm: transformers; mlp: transformers; rotary: transformers; model.kernels is off"
     )
     for each in (config, required):
         said = choose_kernels(each, SINGLE_PROCESS).choice.describe()
         assert said == (
             "head: fused, rows in torch; attention: packed rows, flash (torch's flash attention for CPUs); "
-            "tower: segment by segment; patchify: torch; norm: transformers; mlp: transformers; rotary: transformers"
+            "tower: dense calls; patchify: torch; norm: transformers; mlp: transformers; rotary: transformers"
         )
     subjects = []
     reason = "triton raised RuntimeError: triton is not installed"
@@ -411,9 +411,9 @@ def test_policy_loss_of_the_definition_moves_its_vectors():
     ],
 )  # fmt: skip
 def test_a_tower_on_cuda_goes_the_way_of_the_choice(way, dtype, name):
-    tower = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
+    tower = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"), modules=lambda: ())
     KernelChoice(tower=Pick(way)).switch_tower(tower, torch.device("cpu"), dtype)
-    assert tower.config._attn_implementation == "sdpa"
+    assert tower.config._attn_implementation == NAMES["plain"]
     KernelChoice(tower=Pick(way)).switch_tower(tower, torch.device("cuda"), dtype)
     assert tower.config._attn_implementation == name
 

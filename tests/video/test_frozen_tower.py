@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.logged import logged
+from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer
 from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
@@ -67,6 +68,7 @@ def test_embeddings_are_those_of_the_policys_own_tower(clips: Path, sources: tup
     assert torch.equal(with_pixels.position_ids_3L, embedded.position_ids_3L)
     assert embedded.patches.embeddings_MD is not None and embedded.patches.values_PC.shape == (0, 1176)
     hf = load_hugging_face("tiny", torch.float32, CPU)
+    KernelChoice().switch_tower(hf.model.visual, CPU, torch.float32)
     grids = torch.tensor([with_pixels.patches.grid_thw])
     wanted: Any = hf.model.visual(with_pixels.patches.values_PC, grid_thw=grids)
     assert torch.equal(embedded.patches.embeddings_MD, wanted.pooler_output)

@@ -39,7 +39,7 @@ _WORDS = {
         "triton": "packed rows, Triton",
         "torch": "packed rows, dense scores in torch",
     },
-    "tower": {"auto": "by device", "flash": "flash, one call a layer", "plain": "segment by segment"},
+    "tower": {"auto": "by device", "flash": "flash, one call a layer", "plain": "dense calls"},
     "patchify": {"auto": "by device", "triton": "Triton", "torch": "torch"},
     "norm": _LIGER_WORDS,
     "mlp": _LIGER_WORDS,
@@ -116,11 +116,11 @@ class KernelChoice:
             use_operators(model, operators, [name for name, pick in picks.items() if pick.way != "plain"])
 
     def switch_tower(self, tower: Any, device: torch.device, dtype: torch.dtype) -> None:
-        """Gives a vision tower on CUDA its attention; elsewhere it keeps transformers' own."""
-        if device.type != "cuda":
-            return
-        by_device: TowerBackend = "flash" if dtype in HALF_TYPES else "plain"
-        use_tower_attention(tower, by_device if self.tower.way == "auto" else cast(TowerBackend, self.tower.way))
+        """Gives a vision tower its attention; flash is for CUDA alone."""
+        way = self.tower.way
+        if way == "auto" or device.type != "cuda":
+            way = "flash" if device.type == "cuda" and dtype in HALF_TYPES else "plain"
+        use_tower_attention(tower, cast(TowerBackend, way))
 
     def describe(self) -> str:
         """For the line a run prints at its start."""

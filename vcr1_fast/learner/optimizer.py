@@ -50,14 +50,15 @@ def build_optimizer(policy: nn.Module, config: OptimizerConfig, tower: nn.Module
     if config.name == "adamw_8bit":
         require_torchao()
         return AdamW8bit(parts, config.learning_rate, config.betas, config.eps)
-    # Fused on CUDA: the foreach default keeps a temporary as large as the weights, 28 GB at 7B in float32.
-    is_cuda = all(parameter.device.type == "cuda" for group in groups.values() for parameter in group)
+    # Fused: on CUDA the foreach default keeps a temporary as large as the weights, 28 GB at 7B in float32; on a CPU
+    # the default goes weight by weight, 6 ms for the packaged model where this takes 2.
+    devices = {parameter.device.type for group in groups.values() for parameter in group}
     return AdamW(
         parts,
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
-        fused=True if is_cuda else None,
+        fused=True if devices in ({"cuda"}, {"cpu"}) else None,
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vcr1_fast.learner.families import family_of
-from vcr1_fast.learner.tower_attention import use_tower_attention
+from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.decode_step import CapturedStep, DecodeStep
@@ -77,9 +77,7 @@ class LocalEngine:
         self.on_token: Callable[[Tensor], None] | None = None  # called with each step's ids [B] of the rows not ended
         self._model: Any = model.eval().requires_grad_(False)
         decoder.set_attn_implementation("sdpa")
-        if model.device.type == "cuda":
-            is_half = model.dtype in (torch.bfloat16, torch.float16)
-            use_tower_attention(self._family.tower(model), "flash" if is_half else "plain")
+        KernelChoice().switch_tower(self._family.tower(model), model.device, model.dtype)
         self._step: Any = DecodeStep(decoder, model.lm_head)
         self._is_captured = cuda_graph and model.device.type == "cuda"
         self._stop_ids = special.stop

@@ -1,0 +1,74 @@
+"""The tables of `python -m bench update`, and under which conditions they hold."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+CONDITIONS = (
+    "CPU, float32, the packaged model of 1 M parameters: its head is small, and the vision tower a large part of it. "
+    "Ratios show work that is saved; times mean nothing for a GPU.",
+    "Same weights, tokens, pixels and rewards; all answers have R tokens, none a placeholder of a picture; no KL; no "
+    "recomputation; learning rate 0.",
+    "One group a step. Decoding the clip is in no time; cutting it into patches is in every step.",
+    "For TRL: its pictures each stand for two frames, so that a prompt as pictures is no longer than as a video. With "
+    "every frame as a picture it would have nearly twice the tokens.",
+    "Against TRL: on a CPU its head scores the prompt's tokens too, on a GPU only the answers'; and it draws with "
+    "transformers, where many would have vLLM.",
+    "Against TRL: its processor cuts the pictures for each of the G rows, twice. A video is cut for it by our code.",
+    "For TRL: its head's chunks of 32,768 entries of the vocabulary are cut to the 633 there are.",
+    "For ours: it holds the weights twice, in learner and engine, and weights are in no peak.",
+    "For the original: without its reference model, its recomputation and its offloading.",
+)
+
+
+def print_update_report(result: dict[str, Any]) -> None:
+    console = Console(width=150)
+    for size, rows in groupby(result["rows"], key=lambda row: (row["prompt_tokens"], row["layout"])):
+        console.print(table_of(size, list(rows)))
+    for row in result["growth"]:
+        times = ", ".join(f"G {size}: {ms:.0f} ms" for size, ms in row["step_ms"].items())
+        name = f"{row['way']}, {row['layout']}, P {row['prompt_tokens']}"
+        console.print(f"growth of a step, {name}: G^{row['exponent']:.2f} ({times})")
+    for row in result["absent"]:
+        console.print(f"could not run: {row['way']}: {row['reason']}")
+    for line in result["left_out"]:
+        console.print(f"left out: {line}")
+    for line in result["disagreements"]:
+        console.print(f"DISAGREES: {line}")
+    for line in result["conditions"]:
+        console.print(f"condition: {line}", highlight=False)
+
+
+def table_of(size: tuple[int, str], rows: list[dict[str, Any]]) -> Table:
+    """See the docstring of bench/update.py for the columns."""
+    first = rows[0]
+    title = (
+        f"P {size[0]} as {size[1]}, R {first['completion_tokens']}, G {first['group_size']}, {first['repeats']} rounds"
+    )
+    table = Table(title=title)
+    for column in (
+        "way",
+        "step ms",
+        "update ms",
+        "ours is x faster",
+        "peak MB",
+        "ours needs x less",
+        "loss",
+        "gradient",
+    ):
+        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["way"],
+            *(f"{row[f'{n}_ms']:.0f} ({row[f'{n}_low_ms']:.0f}-{row[f'{n}_high_ms']:.0f})" for n in ("step", "update")),
+            f"{row['step_ratio']:.2f}, {row['update_ratio']:.2f}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+            f"{row['peak_ratio']:.2f}",
+            f"{row['loss_error']:.1e}",
+            f"{row['gradient_error']:.1e}",
+        )
+    return table
