@@ -18,13 +18,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from bench.columns import heads_of, print_rows
 from bench.groups import random_group
 from vcr1_fast.learner.model import load_hugging_face, load_tokenizer
 from vcr1_fast.prompts.special_ids import SpecialIds
@@ -36,6 +35,14 @@ GRIDS = ((8, 8, 8), (64, 8, 8))  # frame pairs and patches: 128 and 1,024 video 
 NUM_TEXT, NUM_ANSWERS, NUM_TOKENS = 72, 8, 60
 COUNTED = (4, 8)  # the difference of two lengths is what four tokens take
 MAX_DIFFERENCE = 1e-4  # of log-probs in float32, far above its noise; the tests hold float64 to 1e-6
+COLUMNS = {
+    "prompt_tokens": ("prompt", "its tokens"),
+    "way": ("way", "engine: the embedded one; stock: transformers' forward and the head alone"),
+    "dispatched": ("operators", "of one token, as torch dispatches them"),
+    "nested": ("with nested ones", "with those that they call, as torch.profiler sees them"),
+    "ms": ("ms", "of one token, median over all"),
+}
+COLUMN_HEADS = heads_of(COLUMNS)
 Mark = Callable[[object], None]  # called at each token
 Decode = Callable[[int, Mark], object]  # that many tokens
 
@@ -61,11 +68,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, decode in ways.items():
             row = {"prompt_tokens": prompt_tokens, "way": name, **operators(decode)}
             rows.append(row | {"ms": statistics.median(samples_ms[name])})
-    table = Table("prompt", "way", "operators", "with nested ones", "ms", title=f"one token of {NUM_ANSWERS} answers")
-    for row in rows:
-        counts = (f"{row['dispatched']:.0f}", f"{row['nested']:.0f}", f"{row['ms']:.2f}")
-        table.add_row(str(row["prompt_tokens"]), row["way"], *counts)
-    Console(width=100).print(table)
+    print_rows(rows, COLUMNS, f"one token of {NUM_ANSWERS} answers")
     print(f"log-probs differ by {worst:.1e} at most")
     return {"rows": rows, "logprob_difference": worst}
 

@@ -5,14 +5,6 @@ Before a time is shown, loss and every gradient of each way are compared on the 
 float64. Then the ways take turns. Last, each takes one step under torch's profiler, which counts the bytes of the
 tensors that are alive at a time.
 
-Columns of the tables:
-  way               trl_images: TRL's GRPOTrainer, the clip as pictures; trl_video: patched to train on a video;
-                    original: VideoChat-R1's recipe; ours, on the same prompt as the way above it
-  step ms, update   median of the rounds; the update is a part of the step; quartiles behind each
-  ours is x faster  that way's median over the median of ours in the same layout, step and update
-  peak MB           most bytes of tensors alive at a time in a step, beside weights and moments
-  ours needs x less that way's peak over ours
-  loss, gradient    distance from float64: absolute, and relative over all weights together
 Growth: the exponent e of step ms = c G^e, by least squares on logarithms, over answers G = 2, 4, 8.
 """
 
@@ -30,6 +22,7 @@ import torch
 
 from bench.harness import Deadline, allocated_peak, reason_of, summarize
 from bench.update_problem import LAYOUTS, POINTS, Gradients, Layout, Point, Problem, StepResult, group_of
+from bench.update_report import COLUMN_HEADS as COLUMN_HEADS
 from bench.update_report import CONDITIONS, print_update_report
 from bench.update_ways import WAYS, WayKind, plain_update
 from vcr1_fast.learner.model import load_tokenizer

@@ -134,7 +134,7 @@ def test_the_setting_compiles_a_policy(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiling, "compile_blocks", lambda blocks, mode: seen.append((len(blocks), mode)))
     hf = load_hugging_face("tiny", torch.float32, CPU)
     PolicyModel(hf, ModelConfig(compile=True, gradient_checkpointing="selective"), torch.float32)
-    use_tower_attention(hf.model.visual, "flash")
+    monkeypatch.setattr("vcr1_fast.learner.model.is_one_call", lambda tower: True)  # as on CUDA
     PolicyModel(hf, ModelConfig(compile=True), torch.float32)
     num_layers, num_blocks = len(hf.model.language_model.layers), len(hf.model.visual.blocks)
     assert seen == [(num_layers, "selective"), (num_layers + num_blocks, "auto")]

@@ -44,7 +44,7 @@ def separate_rows_loss(hf, groups, weights, algorithm, temperature=TEMPERATURE):
 
 
 def packed_loss(hf, groups, weights, algorithm):
-    policy = PolicyModel(hf, ModelConfig(), torch.float32)
+    policy = PolicyModel(hf, ModelConfig(), next(hf.parameters()).dtype)
     row = pack(groups, weights)
     if algorithm.minibatches_per_rollout > 1:
         row = dataclasses.replace(row, old_logprob_N=row.engine_logprob_N)
@@ -78,18 +78,36 @@ CASES = {
 @pytest.mark.parametrize("minibatches", [1, 2], ids=["on_policy", "engine_logprobs"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_loss_and_every_gradient_equal_separate_rows(make_model, make_group, case, minibatches, tied):
+    """In float64, but for the norms, which transformers computes in float32."""
     groups = [make_group(**options) for options in case]
     weights = [[0.1 * (i + 1) for i in range(len(g.completions))] for g in groups]
     algorithm = AlgorithmConfig(minibatches_per_rollout=minibatches)
-    stock = make_model(tied=tied)
+    stock = make_model(tied=tied).double()
     ours = copy.deepcopy(stock)
     want_loss = separate_rows_loss(stock, groups, weights, algorithm)
     got_loss = packed_loss(ours, groups, weights, algorithm)
-    assert abs(got_loss.item() - want_loss.item()) <= 1e-5 * max(abs(want_loss.item()), 1.0)
+    assert abs(got_loss.item() - want_loss.item()) <= 1e-6 * max(abs(want_loss.item()), 1.0)
     want, got = gradients(stock, want_loss), gradients(ours, got_loss)
     assert any("visual" in name and want[name].norm() > 0 for name in want)
     for name in want:
-        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-9, name
+        assert (got[name] - want[name]).norm() <= 1e-6 * want[name].norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_in_float32_it_is_no_further_from_the_truth_than_the_stock_model(make_model, make_group, case):
+    """The largest relative error of a gradient: 1.2e-5 to 2.7e-5 in separate rows, 0.5 to 0.8 times as much packed."""
+    groups = [make_group(**options) for options in case]
+    weights = [[0.1 * (i + 1) for i in range(len(g.completions))] for g in groups]
+    hf, algorithm = make_model(), AlgorithmConfig()
+    exact = copy.deepcopy(hf).double()
+    truth = gradients(exact, separate_rows_loss(exact, groups, weights, algorithm))
+
+    def error(loss) -> float:
+        model = copy.deepcopy(hf)
+        found = gradients(model, loss(model, groups, weights, algorithm))
+        return max(float((found[n] - value).norm() / value.norm()) for n, value in truth.items() if value.norm() > 1e-9)
+
+    assert error(packed_loss) <= 1.2 * error(separate_rows_loss)
 
 
 QWEN3_CASES = {
@@ -105,17 +123,17 @@ QWEN3_CASES = {
 def test_qwen3_vl_is_as_exact_and_its_deepstack_features_count(make_group, case):
     groups = [make_group(**options, num_values=1536) for options in case]
     weights = [[0.1 * (i + 1) for i in range(len(g.completions))] for g in groups]
-    stock = random_qwen3()
+    stock = random_qwen3().double()
     ours = copy.deepcopy(stock)
     want_loss = separate_rows_loss(stock, groups, weights, AlgorithmConfig())
     got_loss = packed_loss(ours, groups, weights, AlgorithmConfig())
-    assert abs(got_loss.item() - want_loss.item()) <= 1e-5 * max(abs(want_loss.item()), 1.0)
+    assert abs(got_loss.item() - want_loss.item()) <= 1e-6 * max(abs(want_loss.item()), 1.0)
     want, got = gradients(stock, want_loss), gradients(ours, got_loss)
     for index in range(3):
         name = f"model.visual.deepstack_merger_list.{index}.linear_fc2.weight"
         assert want[name].norm() > 1e-3 * max(value.norm() for value in want.values())
     for name in want:
-        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-9, name
+        assert (got[name] - want[name]).norm() <= 1e-6 * want[name].norm() + 1e-9, name
 
 
 def test_all_masked_row_has_no_gradient(make_model, make_group):
@@ -129,12 +147,12 @@ def test_all_masked_row_has_no_gradient(make_model, make_group):
 def test_masked_row_leaves_its_siblings_alone(make_model, make_group):
     group = make_group(seed=8, lengths=(4, 6, 3))
     weights = [[0.2, 0.0, 0.5]]
-    stock = make_model()
+    stock = make_model().double()
     ours = copy.deepcopy(stock)
     want = gradients(stock, separate_rows_loss(stock, [group], weights, AlgorithmConfig()))
     got = gradients(ours, packed_loss(ours, [group], weights, AlgorithmConfig()))
     for name in want:
-        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-9, name
+        assert (got[name] - want[name]).norm() <= 1e-6 * want[name].norm() + 1e-9, name
 
 
 def test_a_wrong_position_is_caught(make_model, make_group):

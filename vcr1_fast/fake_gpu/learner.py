@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from vcr1_fast.fake_gpu.checkpoint import write_checkpoint
@@ -158,11 +159,33 @@ def _marking(gpu: FakeGpu) -> Iterator[None]:
 
         return wrapped
 
+    def enter_in_backward(phase: str) -> Callable[[Any, Any, Tensor], None]:
+        def watch(_module: Any, _inputs: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda _: meter.enter(phase, "backward"))
+
+        return watch
+
+    def decode(function: Any) -> Any:
+        forward = during("decoder forward", "activations", ("head", "head"))(function)
+
+        def wrapped(family: Any, hf: Any, embeds_TD: Tensor, *args: Any) -> Any:
+            # activations go as gradients come: most is alive at one of the two ends of the decoder's backward
+            layers = family.decoder(hf).layers
+            hook = layers[len(layers) // 2].register_forward_hook(enter_in_backward("decoder backward, second half"))
+            enter_in_backward("embedding backward")(None, None, embeds_TD)  # the largest gradient, beside all layers'
+            try:
+                return forward(family, hf, embeds_TD, *args)
+            finally:
+                hook.remove()
+
+        return wrapped
+
     with (
         _replaced(PolicyModel, "device_batch", during("batch", "batch", ("decoder forward", "activations"))),
         _replaced(PolicyModel, "__call__", during("decoder forward", "activations", ("decoder backward", "backward"))),
         _replaced(Qwen25VL, "run_tower", run_tower),
-        _replaced(Qwen25VL, "decode", during("decoder forward", "activations", ("head", "head"))),
+        _replaced(Qwen25VL, "decode", decode),
         _replaced(step, "clip_grad_norm", during("optimizer", "optimizer", ("optimizer", "moments"))),
     ):
         yield

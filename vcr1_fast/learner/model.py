@@ -139,6 +139,6 @@ class PolicyModel(nn.Module):
 
     def _autocast(self) -> AbstractContextManager[object]:
         """bfloat16 matrix products on float32 master weights."""
-        if self.compute_dtype == torch.float32:
+        if self.compute_dtype in (torch.float32, torch.float64):
             return nullcontext()
         return torch.autocast(self.hf.device.type, dtype=self.compute_dtype)
