@@ -55,6 +55,7 @@ def losses(
     """The micro-batches of one update. Sets the model's attention and checkpointing as the way needs them."""
     if options.gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
+        hf.disable_input_require_grads()  # as learner/recompute.py
     else:
         hf.gradient_checkpointing_disable()
     if name in ("original", "plain"):

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -212,6 +213,7 @@ def nothing_works(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         idle = {name: replace(command, run=lambda _: None) for name, command in cli.COMMANDS.items()}
         idle["train"] = replace(idle["train"], plan=lambda *_: None)
         patch.setattr(cli, "COMMANDS", idle)
+        patch.setattr("vcr1_fast.learner.sharding.exit_rank", sys.exit)  # it ends the process at once
         patch.setattr("vcr1_fast.commands.ask.ask_command", ask)
         patch.setattr("vcr1_fast.commands.score.score_command", score)
         patch.setattr("vcr1_fast.commands.predict.predict_command", lambda rows, out, path, rest: settings(path, rest))
