@@ -97,15 +97,15 @@ def _train(run: Run) -> dict[str, Any]:
     after = score(config.train.num_steps) if held_out else {}
     for part in (telemetry, queue, engine):
         part.close()
-    done = {"run": str(run.folder), "steps": config.train.num_steps, "engine": engine.version}
-    done |= _finish(run, learner, before, after)
+    done = _finish(run, engine.version, learner, before, after)
     return done | outcome(run, signal.has_signal, config.train.num_steps - state.step, signal.finish())
 
 
-def _finish(run: Run, learner: Learner, before: Scores, after: Scores) -> dict[str, Any]:
+def _finish(run: Run, engine: str, learner: Learner, before: Scores, after: Scores) -> dict[str, Any]:
     """Show both scores, write the model."""
     if after and run.world.is_main:
         print_scores(before, after)
     if run.config.checkpoint.export:
         export_model(run, learner)
-    return {"before": scores_as_dict(before), "after": scores_as_dict(after)}
+    done = {"run": str(run.folder), "steps": run.config.train.num_steps, "engine": engine}
+    return done | {"before": scores_as_dict(before), "after": scores_as_dict(after)}

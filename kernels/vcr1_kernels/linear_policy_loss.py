@@ -141,16 +141,22 @@ class _Compiled(torch.autograd.Function):
 
 
 def _compiled(
-    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, scale_N: Tensor, loss: PolicyLoss, tokens: TokenVectors,
-    logits_dtype: torch.dtype, chunk_rows: int | None, triton: bool, wants_grad: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The loss as one operator of a compiled graph. The sums are of the loss's dtype, counts too."""
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    scale_N: Tensor,
+    loss: PolicyLoss,
+    tokens: TokenVectors,
+    options: tuple[torch.dtype, int | None, bool, bool],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss as one operator of a compiled graph; options as below. The sums are of the loss's dtype, counts too."""
+    *kernel, wants_grad = options
     given = [name for name in VECTORS if getattr(tokens, name) is not None]
     lens = None if tokens.sequence_lens is None else list(tokens.sequence_lens)
     names = loss.sum_names(tokens)
     value, sums = _Compiled.apply(  # pyright: ignore[reportGeneralTypeIssues]
         hidden_ND, weight_VD, target_N, scale_N, [getattr(tokens, name) for name in given], " ".join(given), lens,
-        loss.settings, len(names), logits_dtype, chunk_rows, triton,
+        loss.settings, len(names), *kernel,
         wants_grad and hidden_ND.requires_grad, wants_grad and weight_VD.requires_grad,
     )  # fmt: skip
     return value, dict(zip(names, sums.unbind(), strict=True))
@@ -205,7 +211,7 @@ def fused_linear_policy_loss(
     check_chunk_rows(chunk_rows)
     options = (dtype, chunk_rows, runs_triton(backend, hidden_ND), torch.is_grad_enabled())
     if isinstance(loss, PolicyLoss) and torch.compiler.is_compiling():
-        return _compiled(hidden_ND, weight_VD, target_N, scale_N, loss, tokens, *options)
+        return _compiled(hidden_ND, weight_VD, target_N, scale_N, loss, tokens, options)
     names: list[str] = []
     with without_autocast(hidden_ND):
         value, *sums = _LinearPolicyLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]

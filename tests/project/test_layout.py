@@ -15,7 +15,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 PRODUCT = ("vcr1_fast", "kernels", "bench", "csrc", "setup.py")
-CIRCLES = {frozenset({f"vcr1_fast.rollout.sgl.{name}" for name in ("adapters", "delivery", "feed", "workers")})}
+CIRCLES = {frozenset({f"vcr1_fast.rollout.sgl.{name}" for name in ("delivery", "feed", "workers")})}
 TEXT_SUFFIXES = {".py", ".pyi", ".cpp", ".cu", ".cuh", ".h", ".md", ".yaml", ".toml", ".txt", ".cfg", ""}
 
 

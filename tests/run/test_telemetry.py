@@ -68,6 +68,7 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path: Path):
     (tmp_path / "samples").mkdir()
     for step in (2, 3):
         (tmp_path / "samples" / f"step_{step}.jsonl").touch()
+    time.sleep(1.1)  # TensorBoard reads event files in the order of their names, which begin with the second
     second = Telemetry(tmp_path, resume_step=2)
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_2.jsonl"]
     assert [record["step"] for record in records(tmp_path)] == [1, 2]
