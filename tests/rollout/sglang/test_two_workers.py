@@ -141,11 +141,11 @@ def framed(make_prompt: MakePrompt) -> list[Prompt]:
 
 
 @pytest.mark.slow
-def test_over_tcp_they_answer_as_a_child_does(pair, random_engine, make_tiny_model, framed, tmp_path):
+def test_over_tcp_they_answer_as_a_child_does(pair, random_engine, make_tiny_model, framed):
     """Also the weights come over TCP alone, without a group."""
     weights = make_tiny_model(seed=6).state_dict()
     random_engine.load_weights(weights.items(), 50)
-    with delivering(pair.engine, "shared_memory", tmp_path):
+    with delivering(pair.engine, "shared_memory"):
         pair.engine.load_weights(weights.items(), 50)
         remote = pair.engine.generate(framed, GREEDY)
     for mine, theirs in zip(random_engine.generate(framed, GREEDY), remote, strict=True):
