@@ -19,6 +19,7 @@ Shape letters: N tokens, C rows of one chunk, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -77,8 +78,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         )
 
 
-VECTORS = ("advantage_N", "weight_N", "old_logprob_N", "ref_logprob_N", "sampling_logprob_N", "kl_weight_N",
-           "entropy_weight_N", "lens_S", "is_zero_on_host")  # fmt: skip
+VECTORS = tuple(field.name for field in fields(TokenVectors) if field.name != "sequence_lens")
 
 
 @torch.library.custom_op(add_op_namespace_prefix("linear_policy_loss"), mutates_args=())
@@ -210,7 +210,7 @@ def fused_linear_policy_loss(
     scale_N = temperature_to_scale(temperature, num_rows, hidden_ND)
     check_chunk_rows(chunk_rows)
     options = (dtype, chunk_rows, runs_triton(backend, hidden_ND), torch.is_grad_enabled())
-    if isinstance(loss, PolicyLoss) and torch.compiler.is_compiling():
+    if type(loss) is PolicyLoss and torch.compiler.is_compiling():  # a subclass has a __call__ of its own
         return _compiled(hidden_ND, weight_VD, target_N, scale_N, loss, tokens, options)
     names: list[str] = []
     with without_autocast(hidden_ND):

@@ -191,9 +191,8 @@ class PolicyLoss:
             raise ValueError(f"sapo_tau_pos, sapo_tau_neg are {self.sapo_tau_pos}, {self.sapo_tau_neg}, wanted > 0")
         self._refuse_what_the_dialect_lacks()
         self._correction.check(self.variant)
-        object.__setattr__(
-            self, "_settings", json.dumps(asdict(self))
-        )  # text goes into a compiled graph, objects do not
+        if type(self) is PolicyLoss:  # text goes into a compiled graph; objects, such as a subclass may hold, do not
+            object.__setattr__(self, "_settings", json.dumps(asdict(self), default=float))
 
     def _refuse_what_the_dialect_lacks(self) -> None:
         is_clipped = self.variant not in ("cispo", "sapo")
@@ -216,7 +215,7 @@ class PolicyLoss:
 
     @property
     def settings(self) -> str:
-        """Its fields as JSON."""
+        """Its fields as JSON; a subclass has none."""
         return self.__dict__["_settings"]
 
     def sum_names(self, tokens: TokenVectors) -> list[str]:

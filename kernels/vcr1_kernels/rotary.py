@@ -15,6 +15,7 @@ from . import reference
 from ._ops import add_op_namespace_prefix, ops
 from .backend import Backend, runs_triton
 from .input_checks import FLOAT_DTYPES, check_tensors
+from .prefix_attention_triton import unit_stride
 
 
 def rotary(
@@ -56,13 +57,13 @@ def rotary(
 
 def _check(query_THC: Tensor, key_TKC: Tensor, cos: Tensor, sin: Tensor, sections: Sequence[int]) -> None:
     check_tensors("rotary", query=query_THC, key=key_TKC, cos=cos, sin=sin)
-    num_tokens, head_dim = query_THC.shape[0], query_THC.shape[-1]
-    has_heads = query_THC.ndim == key_TKC.ndim == 3 and key_TKC.shape[::2] == (num_tokens, head_dim)
-    if not has_heads or head_dim % 2:
+    has_heads = query_THC.ndim == key_TKC.ndim == 3 and key_TKC.shape[::2] == query_THC.shape[::2]
+    if not has_heads or query_THC.shape[-1] % 2:
         raise ValueError(
             f"rotary got queries {tuple(query_THC.shape)} and keys {tuple(key_TKC.shape)}, wanted [T, H, C] and "
             "[T, K, C] with an even C"
         )
+    num_tokens, head_dim = query_THC.shape[::2]
     wanted = ((3,) if sections else ()) + (num_tokens, head_dim)
     if cos.shape != wanted or sin.shape != wanted:
         raise ValueError(f"rotary got tables {tuple(cos.shape)} and {tuple(sin.shape)}, wanted {wanted}")
@@ -123,7 +124,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     from .device.rotary import LAUNCH, rotary_kernel
 
-    query_THC, key_TKC = (x if x.stride(-1) == 1 else x.contiguous() for x in (query_THC, key_TKC))
+    query_THC, key_TKC = unit_stride(query_THC), unit_stride(key_TKC)
     cos, sin = cos.contiguous(), sin.contiguous()
     num_tokens, num_queries, head_dim = query_THC.shape
     num_keys = key_TKC.shape[1]

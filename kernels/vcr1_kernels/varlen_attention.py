@@ -30,8 +30,8 @@ def varlen_attention(
 
     Returns: [P, H, C]. FLOPs forward: 4 H C x sum of squared lengths; 2.5 times that backward.
 
-    Raises: ValueError when `lengths` and `ends` are not of the same segments, or do not make up P; RuntimeError where
-    no flash attention runs.
+    Raises: ValueError when `ends` has not one number more than `lengths`, or `lengths` do not add up to P; RuntimeError
+    where no flash attention runs.
     """
     out_PHC, _lse_HP = ops.varlen_attention_forward(query_PHC, key_PKC, value_PKC, ends, lengths, scale)
     return out_PHC

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -256,6 +257,26 @@ def test_inside_a_compiled_function():
     torch.testing.assert_close(compiled, hidden.grad)
 
 
+def test_a_loss_derived_from_ours_keeps_its_own_rule_when_compiled():
+    hidden, weight, target, tokens = make()
+    tokens = cast(tokens, torch.float32)
+
+    @dataclass(frozen=True)
+    class Tenfold(PolicyLoss):
+        kept: Tensor = field(default_factory=lambda: torch.ones(1), compare=False)  # not to be written as JSON
+
+        def __call__(self, *arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            value, sums = super().__call__(*arguments)
+            return 10.0 * value, sums
+
+    def step(hidden: Tensor, loss: PolicyLoss) -> Tensor:
+        return fused_linear_policy_loss(hidden, weight, target, loss, tokens)[0]
+
+    wanted = 10.0 * step(hidden, PolicyLoss())
+    for function in (step, torch.compile(step, backend="eager")):
+        torch.testing.assert_close(function(hidden, Tenfold()), wanted)
+
+
 def value_sums_and_gradients(
     function: Callable[..., Any], hidden: Tensor, weight: Tensor, *inputs: Any
 ) -> tuple[Tensor, dict[str, float], list[Tensor | None]]:
@@ -319,6 +340,7 @@ def test_what_a_compiled_graph_is_told_of_a_loss(loss: PolicyLoss):
             assert list(loss(logprob_N, logprob_N, given)[1]) == loss.sum_names(given)
     assert PolicyLoss.from_settings(loss.settings) == loss
     assert PolicyLoss(clip_low=0.1).settings != PolicyLoss().settings
+    assert PolicyLoss(clip_low=np.float32(0.5)).settings == PolicyLoss(clip_low=0.5).settings
 
 
 def test_the_operators_are_registered_right():

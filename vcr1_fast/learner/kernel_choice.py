@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from vcr1_kernels import fused_linear_logprob, fused_linear_policy_loss, reference
 from vcr1_kernels.backend import Backend
+from vcr1_kernels.flash_routes import HALF_TYPES
 from vcr1_kernels.losses import LossFunction, TokenVectors
 from vcr1_kernels.prefix_attention import AttentionBackend, attention_backend
 
 from vcr1_fast.learner.model_operators import ModelOperators, use_operators
 from vcr1_fast.learner.tower_attention import TowerBackend, use_tower_attention
 
-HALF_TYPES = (torch.bfloat16, torch.float16)
 _HEAD_WORDS = {
     "auto": "fused",
     "triton": "fused, Triton rows",

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from vcr1_kernels import fused_linear_logprob, fused_linear_policy_loss, patchify, prefix_attention, reference
 from vcr1_kernels.backend import Backend, is_interpreted
+from vcr1_kernels.flash_routes import HALF_TYPES
 from vcr1_kernels.losses import LossFunction, TokenVectors
 from vcr1_kernels.prefix_attention import AttentionBackend, PrefixGroup, PrefixLayout
 from vcr1_kernels.varlen_attention import varlen_attention
 
-from vcr1_fast.learner.kernel_choice import HALF_TYPES, on_device
+from vcr1_fast.learner.kernel_choice import on_device
 
 Outputs = dict[str, Tensor]
 VOCAB_STEP = 8192  # two blocks of the row kernels; 152,064 entries would be 4.4 GB of float64 for a 7B head
