@@ -8,7 +8,9 @@ import random
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import tokenizers
 import tokenizers.models
@@ -89,6 +91,20 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+def fork_ranks(num_ranks: int, main: Callable[..., None]) -> NoReturn:
+    """Run `main(*sys.argv[1:])` on ranks forked from this process, whose imports they share; exit 1 where one fails."""
+    os.environ |= {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    children = []
+    for rank in range(num_ranks):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            main(*sys.argv[1:])
+            os._exit(1)  # `main` ends its process itself
+        children.append(pid)
+    sys.exit(any([os.waitpid(pid, 0)[1] for pid in children]))
 
 
 def run_ranks(worker: Path, *arguments: str, num_ranks: int = 2, timeout_s: float = 120.0) -> None:

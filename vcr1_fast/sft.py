@@ -44,7 +44,6 @@ def _sft(run: Run) -> dict[str, Any]:
         for step in range(state.step + 1, config.sft.num_steps + 1):
             with telemetry.span("prompts"):
                 groups = [taught_group(prompt, run) for prompt in prompts.next(config.sft.examples_per_step)]
-            saver.poll()
             with telemetry.span("update"):
                 report = learner.update_sft(groups)
             has_signal |= report.has_signal
@@ -52,8 +51,9 @@ def _sft(run: Run) -> dict[str, Any]:
             num_tokens += int(metrics["step_tokens/executed"])
             metrics |= {**prompts.metrics(), **saver.metrics(), "num_tokens": num_tokens}
             telemetry.log_step(step, metrics, config.sft.num_steps)
-            if stopping.wants_checkpoint(step):
-                with telemetry.span("checkpoint"):
+            with telemetry.span("checkpoint"):
+                saver.poll()
+                if stopping.wants_checkpoint(step):
                     now = run.state(step, prompts, num_tokens, 0, "sft")
                     saver.save(replace(now, has_signal=has_signal))
             stopping.end_if_asked(step)

@@ -70,7 +70,6 @@ def _train(run: Run) -> dict[str, Any]:
             with telemetry.span("rollout"):
                 groups = queue.take(step)
                 task_scale.update(groups, run.tasks, world)
-            saver.poll()
             engine.release_memory()
             with telemetry.span("update"):
                 groups = with_advantages(groups, config.algorithm.scale_advantages, task_scale)
@@ -86,8 +85,9 @@ def _train(run: Run) -> dict[str, Any]:
             log_answers(run, telemetry, step, groups)
             telemetry.log_step(step, metrics | {"num_tokens": num_tokens}, config.train.num_steps)
             signal.note(groups, reports)
-            if stopping.wants_checkpoint(step):
-                with telemetry.span("checkpoint"):
+            with telemetry.span("checkpoint"):
+                saver.poll()
+                if stopping.wants_checkpoint(step):
                     now = run.state(step, prompts, num_tokens, sync.policy_version, "train")
                     more = {"task_scale": task_scale.moments, "has_signal": signal.has_signal, **queue.pending()}
                     saver.save(replace(now, before=scores_as_dict(before), **more))

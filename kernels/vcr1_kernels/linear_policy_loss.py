@@ -20,7 +20,7 @@ Shape letters: N tokens, C rows of one chunk, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -211,7 +211,7 @@ def fused_linear_policy_loss(
     check_chunk_rows(chunk_rows)
     options = (dtype, chunk_rows, runs_triton(backend, hidden_ND), torch.is_grad_enabled())
     if type(loss) is PolicyLoss and torch.compiler.is_compiling():  # a subclass has a __call__ of its own
-        return _compiled(hidden_ND, weight_VD, target_N, scale_N, loss, tokens, options)
+        return _compiled(hidden_ND, weight_VD, target_N, scale_N, cast(PolicyLoss, loss), tokens, options)
     names: list[str] = []
     with without_autocast(hidden_ND):
         value, *sums = _LinearPolicyLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]

@@ -3,8 +3,6 @@
 Argument: the run's folder.
 """
 
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.learner.test_adamw_8bit import EIGHT, SHAPES_OF_RANKS, Policy, update
-from tests.tiny_policy import free_port
+from tests.tiny_policy import fork_ranks
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule
 from vcr1_fast.learner.sharding import device_mesh, exit_rank, init_distributed, shutdown
 from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
@@ -47,12 +45,4 @@ def main(run: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    children = []
-    for rank in range(2):
-        pid = os.fork()
-        if pid == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            main(*sys.argv[1:])
-        children.append(pid)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
+    fork_ranks(2, main)

@@ -85,6 +85,7 @@ def random_prompt(
     num_parts t: two words before each pair of frames, which is a video of its own to the rule."""
     t, h, w = grid
     if num_parts > 1:
+        assert num_parts == t
         return _prompt_of_parts(generator, grid, text, num_values)
     num_video = t * h * w // 4
     words = torch.randint(2, 50, (text,), generator=generator)

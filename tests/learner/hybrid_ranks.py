@@ -3,8 +3,6 @@
 Arguments: the model's folder, and the run's.
 """
 
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from tests.learner.conftest import random_group
 from tests.learner.test_hybrid_sharding import LENGTHS, hybrid_config, state_of
 from tests.recording_engine import RecordingEngine
-from tests.tiny_policy import free_port
+from tests.tiny_policy import fork_ranks
 from vcr1_fast.learner.sharding import exit_rank, init_distributed, named_weights, shutdown, whole_tensor
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
@@ -55,12 +53,4 @@ def parts(learner: Learner):
 
 
 if __name__ == "__main__":
-    os.environ |= {"WORLD_SIZE": str(NUM_RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    children = []
-    for rank in range(NUM_RANKS):
-        pid = os.fork()
-        if pid == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            main(*sys.argv[1:])
-        children.append(pid)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
+    fork_ranks(NUM_RANKS, main)

@@ -19,7 +19,7 @@ def test_what_the_settings_leave(tmp_path):
     pool = [
         *(example("a"), example("b", duration_s=4.9), example("c", duration_s=500.0), example("d", duration_s=501.0)),
         *(
-            example("e", "What does he Hear?"),
+            example("e", "He may (Hear), then nod."),
             example("f", "w " * 6),
             example("g"),
             example("h", duration_s=float("inf")),

@@ -27,7 +27,7 @@ def select_command(
 
     Raises ConfigError for a file of another kind, a score outside of [0, 1], and a target that cannot be met.
     """
-    scores = _rewards(answers) if metric == "reward" else _metrics(answers, metric)
+    scores = read_rewards(answers) if metric == "reward" else _metrics(answers, metric)
     wrong = next((name for name, score in scores.items() if not 0 <= score <= 1), None)
     if wrong is not None:
         raise ConfigError(f"{answers}: {metric} of {wrong!r} is {scores[wrong]}, wanted a score in [0, 1]")
@@ -36,10 +36,6 @@ def select_command(
     _show(scores, dict(drawn), metric)
     average = math.fsum(score for _, score in drawn) / len(drawn)
     return {"output": output, "num_rows": len(scores), "num_drawn": len(drawn), f"mean_{metric}": average}
-
-
-def _rewards(file: str) -> dict[str, float]:
-    return read_rewards(file)
 
 
 def _metrics(file: str, metric: str) -> dict[str, float]:

@@ -54,7 +54,6 @@ def answer(
     engine = LocalEngine(model, tokenizer, max_batch_rows=many, max_batch_tokens=many)
     report: dict[str, Any] = {"load": asdict(measured(gpu.meter, began_s)), "answers": {}}
     prompts = [make_group(shape, family, hf_config, DEVICE).prompt for shape in shapes]
-    gpu.unknown_int = len(prompts) * group_size  # rows that go on after a token: all of them
     for num_tokens in NEW_TOKENS:
         began_s = time.perf_counter()
         gpu.meter.start()

@@ -37,7 +37,6 @@ class FakeGpu(TorchDispatchMode):
     def __init__(self, gpu: cuda_module.GpuModel = cuda_module.H100, num_gpus: int = 8) -> None:
         super().__init__()
         self.meter = Meter()
-        self.unknown_int = 1  # what `.item()` of an integer gives whose value nobody knows
         self.is_planning = False  # DTensor asks for the shape of a result by doing the operation on whole tensors
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.library = torch.library.Library("aten", "IMPL")  # what it registers lives as long as it
@@ -111,7 +110,7 @@ class FakeGpu(TorchDispatchMode):
             known = self.values(args[0])
             if known is not None:
                 return known.item()
-            return 1.0 if args[0].dtype.is_floating_point else self.unknown_int * (args[0].dtype != torch.bool)
+            return 1.0 if args[0].dtype.is_floating_point else int(args[0].dtype != torch.bool)
         if name in ("_to_copy", "copy_"):
             target, source = (args[0], args[1]) if name == "copy_" else (None, args[0])
             device = torch.device(kwargs.get("device") or source.device) if target is None else target.device

@@ -49,13 +49,9 @@ def freeze(hf: nn.Module, config: ModelConfig) -> None:
         )
 
 
+@functools.lru_cache(maxsize=4)
 def num_trained(config: ModelConfig) -> int:
     """Weights that are trained, by the names and shapes alone. Raises as `freeze` does."""
-    return _num_trained(config)
-
-
-@functools.lru_cache(maxsize=4)
-def _num_trained(config: ModelConfig) -> int:
     hf_config = AutoConfig.for_model(**read_model_config(config.path)[0])
     model_class: type[PreTrainedModel] = family_of(hf_config).model_class
     with torch.device("meta"):

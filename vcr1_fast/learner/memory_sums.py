@@ -192,11 +192,11 @@ def largest_group(
     A group is never split, so this is a GPU's limit, however many there are. Larger ones than the settings allow have
     more video.
     """
-    answers, scored = tokens.group - tokens.prompt, config.rollout.group_size * tokens.completion
+    others, scored = tokens.group - tokens.video, config.rollout.group_size * tokens.completion
 
     def fits(hundreds: int) -> bool:
         row = 100 * hundreds
-        video = max(min(tokens.video, row), row - answers - TEXT_TOKENS)
+        video = max(min(tokens.video, row), row - others)
         alone = replace(tokens, groups_per_row=1, row=row, video=video, scored_rows=min(scored, row))
         update = plan_memory(config, size, alone, num_gpus).by_phase()["update"]
         return sum(update.values()) <= USABLE_FRAC * gpu_gb
@@ -218,7 +218,7 @@ def plan_memory(
 
     weights 4 P / N, reference c P / N (beta > 0; 4 P on one GPU), AdamW 8 P' / N (2.03 P' / N with 8 bits), gradients
     4 P' / N, engine c P. N: GPUs that share one copy, all of them unless train.replicate says otherwise
-    gathered  c 2 units + (c + 4) gradients of one; on one GPU: autocast's copies c P instead
+    gathered  c 2 units + (c + 4) gradients of one; on one GPU: autocast's copies c P' instead
     c: bytes of compute_dtype, 2 for bfloat16; P': trainable. What is frozen is kept in c bytes
     at the head: its peak (vcr1_kernels.head_chunks); gradients of earlier rows only. In a block: its activations
     has_whole_gradients: of several rows, kept until the last one (`reduces_once`): 4 P' more
@@ -231,7 +231,7 @@ def plan_memory(
     reference = 0 if has_lora or not config.algorithm.beta else (4 if num_gpus == 1 else width) * size.params
     gathered: float | None = None
     if num_gpus == 1:  # float32 masters are used as they are, frozen weights are kept in compute_dtype
-        gathered = 0.0 if width == 4 or has_lora else width * size.params
+        gathered = 0.0 if width == 4 or has_lora else width * trainable
     moments, kind = (MOMENT_BYTES, "8 bit") if config.optimizer.name == "adamw_8bit" else (8, "float32")
     whole = 4 * trainable if has_whole_gradients else 0
     per_gpu, group = config.train.prompts_per_step // num_gpus, config.rollout.group_size

@@ -84,7 +84,8 @@ def use_operators(model: nn.Module, operators: ModelOperators, kernels: Collecti
     """Switches modules of `model` (a whole one, or a tower alone) to `kernels`, of norm, mlp and rotary.
 
     Raises RuntimeError where an attention looks its rotary function up under no known name, or a kernel fits no module:
-    what a run says at its start would not be so.
+    what a run says at its start would not be so. (Qwen3-VL's tower alone has neither norm nor MLP of these kinds: to be
+    let through before `families.MODEL_TYPES` takes the family in.)
     """
     rotary_calls = {operators.text: text_rotary, operators.tower: tower_rotary}
     forwards: dict[str, dict[type[nn.Module], Callable[..., Any]]] = {

@@ -19,7 +19,7 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")  # each takes l
 PRODUCTS = ("aten::mm", "aten::addmm")  # their last argument is the weight, [in, out]
 KEPT = frozenset(  # by name; flash attention is called inside of vcr1_kernels' two
     """
-    aten::mm aten::addmm aten::_flash_attention_forward aten::_scaled_dot_product_flash_attention
+    aten::mm aten::addmm aten::_scaled_dot_product_flash_attention
     aten::_scaled_dot_product_flash_attention_for_cpu aten::_scaled_dot_product_efficient_attention
     aten::_scaled_dot_product_cudnn_attention
     vcr1_kernels::prefix_attention_forward vcr1_kernels::varlen_attention_forward

@@ -64,7 +64,7 @@ class RowCost:
     patch_s: float  # tower's matrix products and its attention within windows
     tower_pair_s: float  # tower's attention within whole frame pairs
     row_s: float  # of a row without any of them
-    counted: RowCost | None = None  # the same in floating-point operations, none of them recomputed
+    counted: RowCost | None = None  # the same in floating-point operations, no block recomputed
 
     @staticmethod
     def of(config: Any, settings: ModelConfig) -> RowCost:
@@ -108,8 +108,11 @@ class RowCost:
         )
 
     def model_flop(self, size: GroupSize) -> float:
-        """Of one group's forward and backward, without what is recomputed: what MFU counts. What `model.freeze` names
-        counts as trained."""
+        """Of one group's forward and backward, without what checkpointing recomputes: what MFU counts.
+
+        Attention's backward is 2.5 forwards, with the scores that flash attention makes again; what `model.freeze`
+        names counts as trained.
+        """
         return self.counted.seconds(size) if self.counted else 0.0
 
     def seconds(self, size: GroupSize) -> float:

@@ -93,7 +93,7 @@ def _unfit(example: Example, config: DataConfig) -> str:
     shortest, longest = config.duration_range_s or (0.0, math.inf)
     if math.isfinite(example.duration_s) and not shortest <= example.duration_s <= longest:
         return "by data.duration_range_s"
-    words = example.query.lower().strip("?").split()
+    words = [word for part in example.query.lower().split() if (word := part.strip(".,;:!?\"'()"))]
     if config.max_query_words is not None and len(words) > config.max_query_words:
         return "by data.max_query_words"
     if not {word.lower() for word in config.excluded_words}.isdisjoint(words):

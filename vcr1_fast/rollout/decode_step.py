@@ -10,6 +10,7 @@ h = K * (g + 2) heads of queries, keys and values, E head width, N rotary positi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,9 @@ class CapturedStep:
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._logits_BV = self._step(self._token_B, cache)
         self._graph.replay()
-        if not torch.allclose(self._logits_BV, want_BV, rtol=1e-2, atol=1e-2 * float(want_BV.abs().max())):
+        bound = 1e-2 * float(want_BV.abs().max())
+        is_finite = math.isfinite(bound)  # else the engine says that the weights diverged
+        if is_finite and not torch.allclose(self._logits_BV, want_BV, rtol=1e-2, atol=bound):
             raise RunError("a decode step gives other logits as a CUDA graph: set rollout.cuda_graph to false")
         return self._logits_BV
 

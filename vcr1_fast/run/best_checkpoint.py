@@ -54,8 +54,9 @@ class BestCheckpoint:
         """A checkpoint that is replaced by another one of its step."""
         if name == self.name:
             self._record = {}
-            with contextlib.suppress(OSError):
-                (self._folder / RECORD).unlink()
+            for left in (RECORD, LINK):
+                with contextlib.suppress(OSError):
+                    (self._folder / left).unlink()
 
     def settle(self) -> None:
         """Record the best of those that have both a score and a folder. What cannot be written is warned about."""

@@ -139,7 +139,7 @@ class CheckpointSaver:
         """The held-out scores after a step, by their names below eval/, once checkpoint.keep_best has seen them. Not a
         collective, but alike on all ranks. Raises ConfigError when the metric that it names is not among them."""
         self._best.note(step, scores)
-        if self._world.is_main:
+        if self._world.is_main and self._pending is None:  # else a folder of that step is an older one
             self._best.settle()
         return scores
 

@@ -134,8 +134,8 @@ class RolloutConfig:
     """Tokens in the KV cache of one batch, prompts (once for each group) and longest completions: bounds its memory. A
     7B model takes 13 GB for the default: 4 for the cache, 9 to fill it. A single group is always answered."""
     cuda_graph: bool = False
-    """Engine local on CUDA: record the step of a token as a CUDA graph once per 64 tokens and replay it. Compared with
-    the step itself whenever it is recorded. Not tried on a GPU yet."""
+    """Engine local on CUDA: record the step of a token as a CUDA graph, anew after 64 tokens and when finished answers
+    are dropped, and replay it. Compared with the step itself whenever it is recorded. Not tried on a GPU yet."""
     num_ground_truth: int = 0
     """1: the last answer of each group is the annotated one instead of a sampled one (TempSamp-R1)."""
     max_resample_rounds: int = 0

@@ -27,7 +27,7 @@ Grid = tuple[int, int, int]  # (frame pairs, rows, columns) in patches
 class TowerInputs:
     """What a vision tower takes beside the pixels, made on the host from the grids alone."""
 
-    tensors: Mapping[str, Tensor]  # int32 and int64, on the host until `on` puts copies in their place
+    tensors: Mapping[str, Tensor]  # of any type, on the host until `on` puts copies in their place
     lengths: Mapping[str, tuple[int, ...]]  # host numbers: patches of each attention segment, by kind
 
     def on(self, tensors: Mapping[str, Tensor]) -> TowerInputs:

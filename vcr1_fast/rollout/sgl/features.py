@@ -8,6 +8,7 @@ by skip_tokenizer_init. Here they lie in anonymous memory, and what is pickled s
 from __future__ import annotations
 
 import functools
+import math
 import mmap
 import os
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class SharedFeatures(Tensor):
 def opened(file: tuple[int, int, int], start: int, dtype: str, shape: Sequence[int]) -> Tensor:
     """The tensor that `SharedFeatures` stands for; what is written into it stays in this process. Raises OSError."""
     data_type: torch.dtype = getattr(torch, dtype)
-    num_bytes = data_type.itemsize * functools.reduce(lambda a, b: a * b, shape, 1)
+    num_bytes = data_type.itemsize * math.prod(shape)
     return _mapped(*file)[start : start + num_bytes].view(data_type).view(tuple(shape))
 
 
