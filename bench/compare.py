@@ -26,8 +26,25 @@ COLUMNS = {
 }
 COLUMN_HEADS = heads_of(COLUMNS)
 # what tells the rows of a benchmark apart; all others are results
-LABELS = ("op", "name", "task", "side", "size", "model", "way", "tokens", "completions", "prompt", "num_gpus", "factor")
-COUNTED = ("peak_bytes", "peak_extra_bytes", "peak_gb", "predicted_s", "tflop", "launches", "elementwise_gb", "mfu")
+LABELS = (
+    "op", "name", "task", "side", "axis", "size", "codec", "model_size", "model", "way", "decoder", "layout", "tokens",
+    "prompt_tokens", "completions", "completion_tokens", "prompt", "num_gpus", "factor",
+)  # fmt: skip
+TIMED = (  # quartile, median, quartile
+    *((f"low_{unit}", f"median_{unit}", f"high_{unit}") for unit in ("ms", "s")),
+    *((f"{part}_low_ms", f"{part}_ms", f"{part}_high_ms") for part in ("step", "update")),
+)
+COUNTED = (
+    "peak_bytes",
+    "peak_mb",
+    "peak_extra_bytes",
+    "peak_gb",
+    "predicted_s",
+    "tflop",
+    "launches",
+    "elementwise_gb",
+    "mfu",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,9 +99,8 @@ def points_of(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def compared(point: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Medians with their quartiles (`median_ms`, `low_ms`, `high_ms`; or `_s`), then what was counted."""
-    for unit in ("ms", "s"):
-        names = [f"{part}_{unit}" for part in ("low", "median", "high")]
+    """Medians with their quartiles, then what was counted."""
+    for names in TIMED:
         if all(name in row for name in names for row in (a, b)):
             (low_a, value_a, high_a), (low_b, value_b, high_b) = ([row[name] for name in names] for row in (a, b))
             yield _row(point, names[1], value_a, value_b, low_b > high_a or low_a > high_b)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from bench.harness import Deadline, allocated_peak, reason_of, summarize
+from bench.scaling import slope
 from bench.update_problem import LAYOUTS, POINTS, Gradients, Layout, Point, Problem, StepResult, group_of
 from bench.update_report import COLUMN_HEADS as COLUMN_HEADS
 from bench.update_report import CONDITIONS, print_update_report
@@ -230,18 +230,11 @@ def measure_growth(session: Session, point: Point) -> None:
                 times[layout, runner.kind.name][size] = runner.median_ms()
             close(runners)
     for (layout, way), by_size in times.items():
-        exponent = fitted_exponent(by_size.items())
+        exponent, _ = slope(list(by_size), list(by_size.values()))
         steps_ms = {str(size): by_size[size] for size in sorted(by_size)}
         session.growth.append(
             {"way": way, "layout": layout, "prompt_tokens": point.prompt_len, "step_ms": steps_ms, "exponent": exponent}
         )
-
-
-def fitted_exponent(pairs: Iterable[tuple[int, float]]) -> float:
-    """e of y = c x^e by least squares on the logarithms."""
-    logs = [(math.log(x), math.log(y)) for x, y in pairs]
-    mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
 
 
 def why_no_verl() -> str:

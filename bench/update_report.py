@@ -22,8 +22,8 @@ COLUMN_HEADS = {
 CONDITIONS = (
     "CPU, float32, the packaged model of 1 M parameters: its head is small, and the vision tower a large part of it. "
     "Ratios show work that is saved; times mean nothing for a GPU.",
-    "Same weights, tokens, pixels and rewards; all answers have R tokens, none a placeholder of a picture; no KL; no "
-    "recomputation; learning rate 0.",
+    "Same weights, prompt and pixels; gradients are compared on the same answers, timed steps draw their own, of R "
+    "tokens, none a placeholder of a picture; no KL; no recomputation; learning rate 0.",
     "One group a step. Decoding the clip is in no time; cutting it into patches is in every step.",
     "For TRL: its pictures each stand for two frames, so that a prompt as pictures is no longer than as a video. With "
     "every frame as a picture it would have nearly twice the tokens.",

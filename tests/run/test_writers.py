@@ -7,6 +7,7 @@ import json
 import sqlite3
 import struct
 import sys
+import time
 import tomllib
 import types
 from pathlib import Path
@@ -31,6 +32,7 @@ def log_three_steps(folder: Path, writer: str) -> None:
         first.log_step(step, {"reward": step / 10, "kl": float("nan")}, num_steps=4)
     first.log_media(2, {"samples": "said: <b>a</b>"}, {"clip": PICTURE})
     first.close()
+    time.sleep(1.1)  # TensorBoard reads event files in the order of their names, which begin with the second
     second = Telemetry(folder, log_to=(writer,), config_yaml=CONFIG, resume_step=2)
     second.log_step(3, {"reward": 0.9}, num_steps=4)
     second.log_eval(3, {"miou": 0.5})

@@ -140,7 +140,7 @@ class CheckpointSaver:
         collective, but alike on all ranks. Raises ConfigError when the metric that it names is not among them."""
         self._best.note(step, scores)
         if self._world.is_main and self._pending is None:  # else a folder of that step is an older one
-            self._best.settle()
+            self._settle()
         return scores
 
     def metrics(self) -> dict[str, float]:
@@ -155,6 +155,9 @@ class CheckpointSaver:
 
     def _keep(self, folder: Path) -> None:
         self._best.forget(folder.name)  # one of that step is another one now
+        self._settle()
+
+    def _settle(self) -> None:
         self._best.settle()
         prune(self._output_dir.absolute(), self._config.keep, self._best.name)
 
