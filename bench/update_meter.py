@@ -174,14 +174,12 @@ def _row(point: Point, reports: Mapping[Size, Mapping[str, Any]]) -> dict[str, A
 
 
 def model_flop(point: Point) -> float:
-    """Of forward and backward on one GPU, nothing recomputed: a product has two more in backward, attention two and a
-    half times its forward."""
+    """Of forward and backward on one GPU, nothing recomputed: a backward is twice its forward."""
     hf_config: Any = AutoConfig.for_model(**point.model)
     text, fed = hf_config.text_config, [length - 1 for length in point.answers]
     tokens, pairs = point.num_tokens // point.groups, shared_pairs(point.prompt, fed)
-    products = decoder_flop(text, tokens, 0) + head_flop(text, sum(point.answers))
-    attention = decoder_flop(text, tokens, pairs) - decoder_flop(text, tokens, 0)
-    return point.groups * (3 * (products + tower_flop(hf_config.vision_config, [point.grid])) + 3.5 * attention)
+    decoder = decoder_flop(text, tokens, pairs) + head_flop(text, sum(point.answers))
+    return point.groups * 3 * (decoder + tower_flop(hf_config.vision_config, [point.grid]))
 
 
 def split(kernels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:

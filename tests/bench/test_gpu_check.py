@@ -19,7 +19,7 @@ def run_bench(name: str, folder: Path) -> dict:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     done = subprocess.run(
-        [sys.executable, "-m", "bench", name, "--quick", "--output", str(folder)],
+        [sys.executable, "-m", "bench", name, "--quick", "--seconds", "200", "--output", str(folder)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -22,7 +22,9 @@ from vcr1_fast.types import RolloutGroup
 # FlashAttention-2 on an H100, forward and backward; a backward makes 5 products for the 2 of a forward.
 H100_FLOP_PER_S = (680e12, 370e12, 300e12)
 ATTENTION_BACKWARD_FLOP = 2.5
-COUNTED = (1.0, 1.0, 1.0)  # at this pace seconds are floating-point operations
+# At this pace seconds are floating-point operations, and attention's backward is 2 forwards: the usual count, in which
+# the scores that flash attention makes again are no work of the model.
+COUNTED = (1.0, 1.0, ATTENTION_BACKWARD_FLOP / 2)
 # What a row takes however short it is. One row of the 7B model, 28 layers and 32 tower blocks under gradient
 # checkpointing, was counted to make 10,318 launches; 5 us of the host for each is an assumption.
 LAUNCHES_PER_BLOCK, LAUNCH_S = 172, 5e-6
@@ -108,10 +110,9 @@ class RowCost:
         )
 
     def model_flop(self, size: GroupSize) -> float:
-        """Of one group's forward and backward, without what checkpointing recomputes: what MFU counts.
+        """Of one group's forward and backward, nothing recomputed: what MFU counts (PaLM, 2204.02311, appendix B).
 
-        Attention's backward is 2.5 forwards, with the scores that flash attention makes again; what `model.freeze`
-        names counts as trained.
+        What `model.freeze` names counts as trained.
         """
         return self.counted.seconds(size) if self.counted else 0.0
 

@@ -2,9 +2,8 @@
 
     mfu = model FLOP of the updates / (GPUs x peak FLOP a second x seconds of the updates)
 
-Model FLOP are those of forward and backward, without what checkpointing recomputes (flash attention's own scores count
-twice) and without the passes of a reference or for old log-probs (learner/row_cost.py); the peak is the data sheet's,
-dense bfloat16.
+Model FLOP are those of forward and backward, without what checkpointing or flash attention recompute and without the
+passes of a reference or for old log-probs (learner/row_cost.py); the peak is the data sheet's, dense bfloat16.
 """
 
 from __future__ import annotations
