@@ -65,6 +65,11 @@ def test_unknown_key_on_the_command_line(capsys, tokens):
         (["--rollout.top_k=-1"], 1, "rollout.top_k is -1, wanted 0 (all tokens) or >= 2"),
         (["--rollout.top_k=1"], 1, "rollout.top_k is 1, wanted 0 (all tokens) or >= 2"),
         (["--train.profile_steps=[3,2]"], 1, "train.profile_steps is [3, 2], wanted [first, last], from 1 on"),
+        (
+            ["--train.profile_steps=[2]"],
+            2,
+            "train.profile_steps is '[2]' on the command line, wanted [a whole number, a whole number] or null",
+        ),
         (["--eval.repetition_penalty=0"], 1, "eval.repetition_penalty is 0.0, wanted more than 0 (1 is off)"),
         (["--eval.repetition_penalty=.inf"], 1, "eval.repetition_penalty is inf, wanted more than 0"),
         (["--train.seed=x"], 2, "train.seed is 'x' on the command line, wanted a whole number"),

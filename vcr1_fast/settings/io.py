@@ -282,7 +282,8 @@ def type_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
-        return "a list of " + type_name(get_args(kind)[0])
+        item, *rest = get_args(kind)
+        return "a list of " + type_name(item) if rest == [...] else "[" + ", ".join(map(type_name, (item, *rest))) + "]"
     if get_origin(kind) is dict:
         return "a mapping of " + " to ".join(map(type_name, get_args(kind)))
     if is_dataclass(kind):
