@@ -70,6 +70,7 @@ def test_unknown_key_on_the_command_line(capsys, tokens):
             2,
             "train.profile_steps is '[2]' on the command line, wanted [a whole number, a whole number] or null",
         ),
+        (["--rollout.over_provision=1.5"], 1, "rollout.over_provision is 1.5, wanted 0 .. 1"),
         (["--eval.repetition_penalty=0"], 1, "eval.repetition_penalty is 0.0, wanted more than 0 (1 is off)"),
         (["--eval.repetition_penalty=.inf"], 1, "eval.repetition_penalty is inf, wanted more than 0"),
         (["--train.seed=x"], 2, "train.seed is 'x' on the command line, wanted a whole number"),

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper
 
 from vcr1_fast.prompts.positions import mrope_positions
+from vcr1_fast.rollout.engine import Quota, is_done
 from vcr1_fast.rollout.grouped_cache import GroupedCache
 from vcr1_fast.rollout.local_engine import LocalEngine, _Batch
 from vcr1_fast.rollout.sampling import uniforms
@@ -463,6 +464,29 @@ def test_an_interrupted_call_goes_on_to_the_same_tokens(engine, prompts, monkeyp
     for group, wanted in zip(got, want, strict=True):
         for completion, other in zip(group, wanted, strict=True):
             assert torch.allclose(completion.logprobs_R, other.logprobs_R, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_batch_rows", [4, 256])
+def test_a_call_comes_back_when_its_quota_is_met(engine, prompts, request, max_batch_rows):
+    engine.max_batch_rows = max_batch_rows
+    more_often_V = torch.zeros(engine.model.config.text_config.vocab_size)
+    more_often_V[list(engine._stop_ids)] = 4.0
+    ends_soon = engine.model.lm_head.register_forward_hook(lambda _head, _args, logits_BV: logits_BV + more_often_V)
+    request.addfinalizer(ends_soon.remove)  # the model is shared
+    sampling = SamplingParams(2, 160, seed=3)
+    want = engine.generate(prompts, sampling)
+    assert all(c.finish_reason == "stop" for group in want for c in group)
+    longest = [max(c.num_tokens for c in group) for group in want]
+    assert len(set(longest)) == len(prompts) > 2  # one after the other is done
+    begun = engine.generate(prompts, sampling, None, Quota(1))
+    together = longest[: max_batch_rows // 2]  # prompts that are answered at a time
+    assert [is_done(group) for group in begun] == [length == min(together) for length in longest]
+    last = longest.index(max(longest))
+    order = [last, *[i for i in range(len(prompts)) if i != last]]
+    required = engine.generate([prompts[i] for i in order], sampling, None, Quota(1, num_required=1))
+    assert is_done(required[0])  # although others were done before it
+    got = engine.generate(prompts, sampling, begun, Quota(len(prompts)))
+    assert ids(got) == ids(want)
 
 
 def test_tokens_after_an_update_have_the_log_probs_of_the_new_weights(

@@ -12,21 +12,23 @@ import torch
 
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.collect import Collector
+from vcr1_fast.rollout.engine import Quota
 from vcr1_fast.rollout.queue import RolloutQueue
 from vcr1_fast.settings.config import Config, RolloutConfig, TaskConfig, TrainConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Completion, Example, IntervalTruth, Prompt, SamplingParams
 
 GOOD, BAD = "<think>x</think><answer>2.00 to 4.00</answer>", "no idea"
-NUM_TOKENS = 4
+NUM_TOKENS, LONG = 4, 7
 
 
 class HeldEngine:
     """Draws a token of all answers each time `release` is called, or at once when it does not hold. A token's id is its
-    place, its log-prob minus the policy version that drew it."""
+    place, its log-prob minus the policy version that drew it. `lengths`: tokens of a prompt's answers, by id."""
 
     def __init__(self, *, holds: bool) -> None:
         self.policy_version = 1
+        self.lengths: dict[str, int] = {}
         self.calls: list[tuple[list[str], int, int]] = []  # ids of the prompts, seed, policy version
         self.running = threading.Event()
         self._tokens = threading.Semaphore(0)
@@ -44,21 +46,29 @@ class HeldEngine:
     def metrics(self) -> dict[str, float]:
         return {"engine/restarts": 0.0}
 
-    def generate(self, prompts, sampling, begun=None):
+    def generate(self, prompts, sampling, begun=None, quota=None):
         assert self._entered.acquire(blocking=False), "two calls at the same time"
         self._stop.clear()
         self.calls.append(([p.example.id for p in prompts], sampling.seed, self.policy_version))
         self.running.set()  # who waits for it reads `calls`
-        before = list(begun[0][0].logprobs_R) if begun else []
-        logprobs = list(before)
-        while len(logprobs) < NUM_TOKENS and not self._stop.is_set():
+        quota = quota or Quota(len(prompts))
+        lengths = [self.lengths.get(p.example.id, NUM_TOKENS) for p in prompts]
+        logprobs = [group[0].logprobs_R.tolist() for group in begun] if begun else [[] for _ in prompts]
+
+        def are_done() -> list[bool]:
+            return [len(drawn) == length for drawn, length in zip(logprobs, lengths, strict=True)]
+
+        while not quota.is_met(are_done()) and not self._stop.is_set():
             if not self._holds or self._tokens.acquire(timeout=0.01):
-                logprobs.append(torch.tensor(-float(self.policy_version)))
+                for drawn, done in zip(logprobs, are_done(), strict=True):
+                    drawn += [] if done else [-float(self.policy_version)]
         self.running.clear()
         self._entered.release()
-        whole = len(logprobs) == NUM_TOKENS
-        row = (torch.arange(len(logprobs)), torch.tensor(logprobs), "stop" if whole else "aborted")
-        return [[Completion(*row, text) for text in (GOOD, BAD)] for _ in prompts]
+        rows = [
+            (torch.arange(len(drawn)), torch.tensor(drawn), "stop" if done else "aborted")
+            for drawn, done in zip(logprobs, are_done(), strict=True)
+        ]
+        return [[Completion(*row, text) for text in (GOOD, BAD)] for row in rows]
 
 
 class Stream:
@@ -94,15 +104,15 @@ Open = Callable[..., tuple[RolloutQueue, HeldEngine, Stream]]
 def open_queue(make_prompt) -> Iterator[Open]:
     opened: list[tuple[RolloutQueue, HeldEngine]] = []
 
-    def make(lag: int, *, holds: bool = False, num_steps: int = 9, **rollout):
+    def make(lag: int, *, holds: bool = False, num_steps: int = 9, prompts_per_step: int = 2, **rollout):
         engine, stream = HeldEngine(holds=holds), Stream(make_prompt)
         config = Config(
             rollout=RolloutConfig(group_size=2, max_policy_lag=lag, **rollout),
-            train=TrainConfig(num_steps=num_steps, prompts_per_step=2),
+            train=TrainConfig(num_steps=num_steps, prompts_per_step=prompts_per_step),
         )
         tasks = make_tasks(TaskConfig())
         collector = Collector(tasks, config, SINGLE_PROCESS, lambda _: torch.zeros(0))
-        texts = {tuple(range(NUM_TOKENS)): GOOD}
+        texts = {tuple(range(NUM_TOKENS)): GOOD, tuple(range(LONG)): GOOD}
         queue = RolloutQueue(
             engine,  # pyright: ignore[reportArgumentType]
             collector,
@@ -288,3 +298,72 @@ def _flat_below(first: str):
         return {"iou": [float(a == GOOD) if e.id >= first else 0.0 for e, a in zip(examples, answers, strict=True)]}
 
     return score
+
+
+LENGTHS = {"a1": LONG, "a3": LONG, "a7": LONG}
+# a1 is not finished when step 1 has two groups, a3 when step 2 has, a7 when step 4 has; step 3 does not need a6
+STEPS = [["a0", "a2"], ["a1", "a4"], ["a3", "a5"], ["a6", "a8"], ["a7", "a9"]]
+
+
+def note(queue: RolloutQueue, engine: HeldEngine, steps: range) -> list[tuple[list[str], list[list[float]], list[int]]]:
+    """Of each step: ids, the log-probs of a group's first answer, updates between drawing and learning."""
+    seen = []
+    for step in steps:
+        queue.fill(step)
+        groups = queue.take(step)
+        logprobs = [group.completions[0].logprobs_R.tolist() for group in groups]
+        seen.append((ids_of(groups), logprobs, [engine.policy_version - group.policy_version for group in groups]))
+        with queue.paused():
+            engine.policy_version += 1
+    return seen
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_groups_that_are_not_finished_go_on_in_the_next_step(open_queue: Open, lag):
+    queue, engine, stream = open_queue(lag, num_steps=5, over_provision=0.5)
+    engine.lengths = LENGTHS
+    seen = note(queue, engine, range(1, 6))
+    assert [ids for ids, _, _ in seen] == STEPS and stream.position == 10  # nothing is lost, nothing left
+    if lag == 0:
+        assert [lags for _, _, lags in seen] == [[0, 0], [1, 0], [1, 0], [1, 0], [1, 0]]
+        assert [logprobs[0] for _, logprobs, _ in seen][1:3] == [[-1.0] * 4 + [-2.0] * 3, [-2.0] * 4 + [-3.0] * 3]
+        assert queue.metrics()["sampling/policy_lag/mean"] == 0.5 and queue.metrics()["sampling/policy_lag/max"] == 1
+    assert all(max(lags) <= lag + 1 for _, _, lags in seen)
+    assert len(engine.calls) == 5
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_a_restored_queue_goes_on_with_what_a_step_left(open_queue: Open, stop, lag):
+    whole, engine, _ = open_queue(lag, num_steps=5, over_provision=0.5)
+    engine.lengths = LENGTHS
+    want = note(whole, engine, range(1, 6))
+    queue, engine, stream = open_queue(lag, num_steps=5, over_provision=0.5)
+    engine.lengths = LENGTHS
+    assert note(queue, engine, range(1, stop + 1)) == want[:stop]
+    with queue.paused():
+        kept = queue.pending()
+    again, other, others_stream = open_queue(lag, num_steps=5, over_provision=0.5)
+    other.lengths, other.policy_version = LENGTHS, engine.policy_version
+    others_stream.position = stream.position
+    again.restore(kept["pending"], kept["answers"], kept["again"], kept["failed_steps"])
+    assert note(again, other, range(stop + 1, 6)) == want[stop:]
+
+
+def test_on_another_number_of_ranks_as_many_groups_are_begun_anew(open_queue: Open):
+    queue, engine, stream = open_queue(0, num_steps=5, over_provision=0.5)
+    engine.lengths = LENGTHS
+    note(queue, engine, range(1, 2))
+    kept = queue.pending()
+    again, other, others_stream = open_queue(0, num_steps=5, over_provision=0.5)
+    others_stream.position = stream.position
+    again.restore(kept["pending"], {}, kept["again"], kept["failed_steps"])  # answers are not read then
+    assert [ids for ids, _, _ in note(again, other, range(2, 4))] == [["a3", "a4"], ["a5", "a6"]]
+
+
+def test_the_share_is_rounded_up_and_the_only_step_draws_no_more_than_it_needs(open_queue: Open):
+    queue, engine, stream = open_queue(0, num_steps=1, prompts_per_step=5, over_provision=0.2)
+    assert [len(ids) for ids, _, _ in note(queue, engine, range(1, 2))] == [5] and stream.position == 5
+    queue, engine, stream = open_queue(0, num_steps=9, prompts_per_step=5, over_provision=0.3)
+    queue.fill(1)
+    assert stream.position == 7

@@ -149,13 +149,13 @@ class Learner:
     def _with_old_logprobs(self, minibatches: Sequence[Sequence[PackedBatch]]) -> list[list[PackedBatch]]:
         """The rows of one rollout with what their ratios are taken against.
 
-        One update and no lag: the current policy (None), whose ratio is 1. Otherwise what the engine reported, unless
-        `sampling_correction` treats the engine apart: then the policy as it stands before the first of these updates,
-        at the price of one more forward when there are several.
+        One update by answers of the newest weights: the current policy (None), whose ratio is 1. Otherwise what the
+        engine reported, unless `sampling_correction` treats the engine apart: then the policy as it stands before the
+        first of these updates, at the price of one more forward when there are several.
         """
         algorithm = self.config.algorithm
         is_single, is_corrected = len(minibatches) == 1, algorithm.sampling_correction != "none"
-        if is_single and (is_corrected or self.config.rollout.max_policy_lag == 0):
+        if is_single and (is_corrected or self.config.rollout.most_updates_behind == 0):
             return [list(rows) for rows in minibatches]
         if not is_corrected:
             return [[replace(row, old_logprob_N=row.engine_logprob_N) for row in rows] for rows in minibatches]

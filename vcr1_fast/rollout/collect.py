@@ -194,7 +194,8 @@ def collect(
     *,
     target_ids: TargetIds | None = None,
 ) -> list[RolloutGroup]:
-    """G answers to each prompt, scored. A group whose reward raises is reported through `on_failure` and left out.
+    """G answers to each prompt, scored. A group whose reward raises is reported through `on_failure` and left out; a
+    prompt to which the engine gave no answer has no group.
 
     `target_ids`: then G - 1 answers are drawn and the last one is the ground truth (`with_ground_truth`).
     """
@@ -206,12 +207,13 @@ def collect(
     groups = [
         RolloutGroup(prompt, tuple(completions), engine.policy_version)
         for prompt, completions in zip(prompts, answers, strict=True)
+        if completions
     ]
     if target_ids is not None:
         groups = [with_ground_truth(g, tasks[g.prompt.example.task], target_ids, sampling) for g in groups]
     scored: dict[int, RolloutGroup] = {}
-    for name in sorted({p.example.task for p in prompts}):
-        members = [i for i, p in enumerate(prompts) if p.example.task == name]
+    for name in sorted({group.prompt.example.task for group in groups}):
+        members = [i for i, group in enumerate(groups) if group.prompt.example.task == name]
         parts = score_groups(tasks[name], [groups[i] for i in members], on_failure)
         for index, group_parts in zip(members, parts, strict=True):
             if group_parts is not None:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vcr1_fast.rollout.collect import Answering, Drawn
-from vcr1_fast.rollout.engine import RolloutEngine
+from vcr1_fast.rollout.collect import Drawn
+from vcr1_fast.rollout.engine import NOT_BEGUN, Quota, RolloutEngine, is_done
 from vcr1_fast.types import Completion, FinishReason, Prompt, SamplingParams
 
-Work = Callable[[Answering], Drawn]
+Work = Callable[["Drawing"], Drawn]
 Decode = Callable[[list[list[int]]], list[str]]  # token ids of completions -> their texts
 
 POLL_S = 0.2  # between two requests to stop: one that came just before the engine began was not heard
@@ -33,11 +33,19 @@ class Call:
     """What the engine gave to one `generate`: G completions of each prompt, some perhaps unfinished."""
 
     answers: list[list[Completion]]
-    policy_version: int  # of the oldest weights that drew a token of them
+    policy_versions: list[int]  # by prompt, of the oldest weights that drew a token of its completions
 
     @property
-    def is_whole(self) -> bool:
-        return all(c.finish_reason != "aborted" for group in self.answers for c in group)
+    def are_done(self) -> list[bool]:
+        """By prompt, whether its completions are finished."""
+        return [is_done(group) for group in self.answers]
+
+    def is_enough(self, quota: Quota | None) -> bool:
+        return quota.is_met(self.are_done) if quota else all(self.are_done)
+
+    def at(self, places: Sequence[int]) -> Call:
+        """The same of some of the prompts."""
+        return Call([self.answers[i] for i in places], [self.policy_versions[i] for i in places])
 
     def fits(self, num_prompts: int, num_completions: int) -> bool:
         return len(self.answers) == num_prompts and all(len(group) == num_completions for group in self.answers)
@@ -51,7 +59,7 @@ class Call:
             "reasons": torch.tensor([_REASONS.index(c.finish_reason) for c in flat], dtype=torch.int64),
             "token_ids": torch.cat([c.token_ids_R for c in flat]) if flat else torch.zeros(0, dtype=torch.int64),
             "logprobs": torch.cat([c.logprobs_R for c in flat]) if flat else torch.zeros(0),
-            "policy_version": torch.tensor([self.policy_version], dtype=torch.int64),
+            "policy_versions": torch.tensor(self.policy_versions, dtype=torch.int64),
         }
 
     @classmethod
@@ -63,7 +71,7 @@ class Call:
         reasons = [_REASONS[i] for i in tensors["reasons"].tolist()]
         flat = iter([Completion(*parts) for parts in zip(ids, logprobs, reasons, texts, strict=True)])
         answers = [[next(flat) for _ in range(size)] for size in tensors["sizes"].tolist()]
-        return cls(answers, int(tensors["policy_version"]))
+        return cls(answers, tensors["policy_versions"].tolist())
 
 
 class Drawing:
@@ -72,7 +80,9 @@ class Drawing:
     def __init__(self, turns: Turns, work: Work, calls: Sequence[Call]) -> None:
         """`calls`: what an earlier drawing of the same work got already."""
         self.calls = list(calls)
-        self.policy_version = 0  # of the answers that generate gave last, see Call
+        self.begun: Call | None = None  # of the first prompts of the first call
+        self.quota: Quota | None = None  # of the first call
+        self.policy_version = 0  # of the oldest answer that generate gave last
         self.duration_s = 0.0
         self._turns = turns
         self._work = work
@@ -82,16 +92,24 @@ class Drawing:
         self._is_done = threading.Event()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
-        """As the engine's, but goes on after interruptions until every completion is finished."""
+        """As the engine's, but goes on after interruptions until every completion is finished, or `quota` is met: then
+        prompts that do not count have no completions."""
         index = self._num_calls
         self._num_calls += 1
         if index < len(self.calls) and not self.calls[index].fits(len(prompts), sampling.num_completions):
             del self.calls[index:]  # a video that cannot be read any more, for example: the prompts are others
-        while index == len(self.calls) or not self.calls[index].is_whole:
-            begun = self.calls[index] if index < len(self.calls) else None
-            self.calls[index:] = [self._turns.ask(prompts, sampling, begun)]
-        self.policy_version = self.calls[index].policy_version
-        return self.calls[index].answers
+        quota, begun = (self.quota, self.begun) if index == 0 else (None, None)
+        if begun and index == len(self.calls) and begun.fits(len(begun.answers), sampling.num_completions):
+            num_fresh = len(prompts) - len(begun.answers)
+            fresh = [[NOT_BEGUN] * sampling.num_completions for _ in range(num_fresh)]
+            self.calls.append(Call(begun.answers + fresh, begun.policy_versions + [0] * num_fresh))
+        while index == len(self.calls) or not self.calls[index].is_enough(quota):
+            before = self.calls[index] if index < len(self.calls) else None
+            self.calls[index:] = [self._turns.ask(prompts, sampling, before, quota)]
+        call = self.calls[index]
+        taken = quota.taken(call.are_done) if quota else range(len(prompts))
+        self.policy_version = min((call.policy_versions[i] for i in taken), default=0)
+        return [group if i in taken else [] for i, group in enumerate(call.answers)]
 
     def run(self) -> None:
         """Do the work. What it raises is kept for `result`."""
@@ -151,7 +169,7 @@ class Turns:
             return
         is_done.wait()
 
-    def ask(self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Call | None) -> Call:
+    def ask(self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Call | None, quota: Quota | None) -> Call:
         """One call of the engine, when it is not paused. Some answers may come back unfinished."""
         with self._changed:
             self._changed.wait_for(lambda: self._num_pauses == 0 or self._is_closed)
@@ -160,12 +178,16 @@ class Turns:
             self._is_asking = True
         try:
             version = self._engine.policy_version
-            answers = self._engine.generate(prompts, sampling, begun.answers if begun else None)
+            answers = self._engine.generate(prompts, sampling, begun.answers if begun else None, quota)
         finally:
             with self._changed:
                 self._is_asking = False
                 self._changed.notify_all()
-        return Call(answers, min(version, begun.policy_version) if begun else version)
+        versions = [version] * len(prompts)
+        for place, group in enumerate(begun.answers if begun else []):
+            if begun and any(completion.num_tokens for completion in group):
+                versions[place] = begun.policy_versions[place]
+        return Call(answers, versions)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

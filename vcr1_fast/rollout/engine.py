@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,6 +12,27 @@ from vcr1_fast.types import Completion, Prompt, SamplingParams
 
 Begun = Sequence[Sequence[Completion]]  # what an interrupted call gave: G completions of each prompt
 NOT_BEGUN = Completion(torch.zeros(0, dtype=torch.int64), torch.zeros(0), "aborted")
+
+
+def is_done(completions: Sequence[Completion]) -> bool:
+    """Whether none of a prompt's completions is to be gone on with."""
+    return all(completion.finish_reason != "aborted" for completion in completions)
+
+
+@dataclass(frozen=True)
+class Quota:
+    """When a call has answered enough: `num_prompts` prompts, among them the first `num_required` <= `num_prompts`."""
+
+    num_prompts: int
+    num_required: int = 0
+
+    def is_met(self, are_done: Sequence[bool]) -> bool:
+        """`are_done`: by prompt, whether all its completions are finished."""
+        return all(are_done[: self.num_required]) and sum(are_done) >= self.num_prompts
+
+    def taken(self, are_done: Sequence[bool]) -> list[int]:
+        """Places of the prompts that count, once it is met: the first that are done."""
+        return [place for place, done in enumerate(are_done) if done][: self.num_prompts]
 
 
 class RolloutEngine(Protocol):
@@ -24,12 +46,17 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Begun | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        begun: Begun | None = None,
+        quota: Quota | None = None,
     ) -> list[list[Completion]]:
         """G completions for each prompt, in the order of the prompts. Blocks until all are done, or `interrupt`.
 
-        `begun`: what an interrupted call with the same prompts and sampling gave. Its finished completions come back as
-        they are; the others are gone on with, so that each token has the log-prob of the weights that drew it.
+        `begun`: what a call that was cut short gave for these prompts. Its finished completions come back as they are;
+        the others are gone on with, so that each token has the log-prob of the weights that drew it.
+        `quota`: come back as soon as it is met, as after `interrupt`.
         """
         ...
 

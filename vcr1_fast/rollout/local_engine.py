@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.batches import in_batches
 from vcr1_fast.rollout.decode_step import CapturedStep, DecodeStep
-from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
+from vcr1_fast.rollout.engine import NOT_BEGUN, Begun, Quota, is_done
 from vcr1_fast.rollout.grouped_cache import GroupedCache
 from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, seen_in_prompts, uniforms
 from vcr1_fast.types import Completion, FinishReason, Prompt, RunError, SamplingParams
@@ -92,7 +93,11 @@ class LocalEngine:
         return self._model
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Begun | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        begun: Begun | None = None,
+        quota: Quota | None = None,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`. Tokens of `begun` go through the decoder again, one a step. Raises ValueError
         for settings out of range or a prompt that does not fit its video, RuntimeError when the model's logits are not
@@ -100,17 +105,30 @@ class LocalEngine:
         check_sampling(sampling)
         self._is_interrupted.clear()
         size = sampling.num_completions
-        begun = begun if begun is not None else [[NOT_BEGUN] * size] * len(prompts)
-        result: list[list[Completion]] = []
-        for chunk in in_batches(prompts, sampling, self.max_batch_rows, self.max_batch_tokens):
-            first = len(result)
-            rows = [c for group in begun[first : first + len(chunk)] for c in group]
-            is_open = any(c.finish_reason == "aborted" for c in rows)
-            if is_open and not self._is_interrupted.is_set():
-                with torch.inference_mode():
-                    tokens, logprob_SB = self._run_chunk(chunk, first, sampling, rows)
-                rows = self._completions(tokens, logprob_SB, sampling.max_new_tokens)
-            result += [rows[i : i + size] for i in range(0, len(rows), size)]
+        result = [list(group) for group in begun] if begun is not None else [[NOT_BEGUN] * size for _ in prompts]
+        are_done = [is_done(group) for group in result]
+
+        def is_over() -> bool:
+            return self._is_interrupted.is_set() or (quota is not None and quota.is_met(are_done))
+
+        def is_cut(chunk: slice, batch: _Batch) -> bool:
+            if quota is not None:
+                are_done[chunk] = batch.are_done(size)
+            return is_over()
+
+        end = 0
+        for prompts_of_chunk in in_batches(prompts, sampling, self.max_batch_rows, self.max_batch_tokens):
+            chunk = slice(end, end := end + len(prompts_of_chunk))
+            if is_over() or all(are_done[chunk]):
+                continue
+            rows = [c for group in result[chunk] for c in group]
+            with torch.inference_mode():
+                tokens, logprob_SB = self._run_chunk(
+                    prompts_of_chunk, chunk.start, sampling, rows, partial(is_cut, chunk)
+                )
+            rows = self._completions(tokens, logprob_SB, sampling.max_new_tokens)
+            result[chunk] = [rows[i : i + size] for i in range(0, len(rows), size)]
+            are_done[chunk] = map(is_done, result[chunk])
         return result
 
     def interrupt(self) -> None:
@@ -168,11 +186,16 @@ class LocalEngine:
         self._model = self._step = None
 
     def _run_chunk(
-        self, prompts: Sequence[Prompt], first_index: int, sampling: SamplingParams, begun: Sequence[Completion]
+        self,
+        prompts: Sequence[Prompt],
+        first_index: int,
+        sampling: SamplingParams,
+        begun: Sequence[Completion],
+        is_cut: Callable[[_Batch], bool],
     ) -> tuple[list[list[int]], Tensor]:
         """Sampled ids of the P * G rows, and their log-probs [S, P * G], on the CPU; what is past a row's ids is noise.
 
-        Rows begin as `begun` says. All ends when all rows ended, or after an interruption.
+        Rows begin as `begun` says. All ends when all rows ended, or when `is_cut` says so.
         """
         model, group_size, max_new = self.model, sampling.num_completions, sampling.max_new_tokens
         given = _Given.of(begun, model.device)
@@ -196,8 +219,7 @@ class LocalEngine:
             if self.on_token is not None:
                 self.on_token(token_B)
             batch.add(token_B.cpu().tolist())  # the one wait for the device
-            is_cut = self._is_interrupted.is_set() and step + 1 >= given.longest
-            if batch.num_active == 0 or step + 1 == max_new or is_cut:
+            if batch.num_active == 0 or step + 1 == max_new or (step + 1 >= given.longest and is_cut(batch)):
                 break
             if seen_BV is not None:
                 seen_BV.scatter_(1, token_B[:, None], True)
@@ -315,6 +337,11 @@ class _Batch:
     @property
     def num_active(self) -> int:
         return len(self.tokens) - len(self._ended)
+
+    def are_done(self, group_size: int) -> list[bool]:
+        """By prompt, whether all of the `group_size` rows that it began with have ended."""
+        rows = list(self.tokens)
+        return [self._ended.issuperset(rows[i : i + group_size]) for i in range(0, len(rows), group_size)]
 
     def add(self, tokens: Sequence[int]) -> None:
         """One for each of `rows`; what follows a stop id is noise."""

@@ -13,6 +13,8 @@ New weights wait for the step that is being drawn, or, with `rollout.interrupt`,
 with afterwards, by the new weights, each token with the log-prob of those that drew it. A checkpoint keeps what is
 drawn ahead: a resumed run with lag 1, and without interruptions, is the same bit for bit where the engine is.
 
+A step may leave groups that are not finished to the next one (over_provision.py).
+
 All ranks call the same methods in the same order. Collectives happen in the caller's thread alone.
 """
 
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -30,7 +32,15 @@ from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.rollout.collect import Collector, Drawn
 from vcr1_fast.rollout.drawing import Call, Decode, Drawing, Turns
 from vcr1_fast.rollout.engine import RolloutEngine
+from vcr1_fast.rollout.over_provision import OverProvision, Tail
 from vcr1_fast.types import Prompt, RolloutGroup, SamplingParams
+
+TAIL = "tail"
+
+
+def _parts(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass
@@ -43,7 +53,8 @@ class _Step:
     count: int  # of items taken from it, over all ranks
     prompts: list[Prompt]
     sampling: SamplingParams
-    drawing: Drawing
+    drawing: Drawing = field(init=False)
+    tail: Tail = field(default_factory=Tail)  # what it left for the next step, once it is drawn
 
 
 class RolloutQueue:
@@ -65,14 +76,17 @@ class RolloutQueue:
         self._lag = rollout.max_policy_lag
         self._interrupts = rollout.interrupt
         self._turns = Turns(engine, is_threaded=self._lag > 0, interrupts=rollout.interrupt)
+        self._over_provision = OverProvision(collector)
         self._steps: list[_Step] = []  # in the order of their numbers
+        self._taken: _Step | None = None  # the one before them, if it left something
         self._metrics: dict[str, float] = {}
 
     def fill(self, step: int) -> None:
         """Take the prompts of all steps up to `step` + lag, but none beyond the last, and begin to answer them."""
         last = min(step + self._lag, self._train.num_steps)
         for number in range(self._steps[-1].number + 1 if self._steps else step, last + 1):
-            self._begin(number, self._train.prompts_per_step, calls=())
+            has_tail = bool(self._steps) or self._taken is not None
+            self._begin(number, self._over_provision.num_begun(number, has_tail=has_tail), calls=())
 
     def take(self, step: int) -> list[RolloutGroup]:
         """This rank's groups of one step, once they are there. Those without a score are left out, and their prompts
@@ -80,6 +94,7 @@ class RolloutQueue:
         assert self._steps and self._steps[0].number == step, "fill(step) first; steps are taken in order"
         taken = self._steps.pop(0)
         drawn = taken.drawing.result()
+        self._taken = taken if self._over_provision.num_extra and step < self._train.num_steps else None
         groups = self._collector.complete(drawn, taken.sampling, self._prompts.next, self._draw_now)
         self._prompts.put_back(self._collector.failed_ids)
         self._measure(groups, taken.drawing.duration_s)
@@ -98,9 +113,9 @@ class RolloutQueue:
             yield
 
     def metrics(self) -> dict[str, float]:
-        """Of the last `take`: those of the engine and, with a lag, sampling/policy_lag/mean and /max: updates between
-        drawing and learning, over the groups of all ranks; time/draw_s: how long drawing took on this rank, beside or
-        before the learner's work. What the learner waited for is the span around `take`."""
+        """Of the last `take`: those of the engine and, with a lag or rollout.over_provision, sampling/policy_lag/mean
+        and /max: updates between drawing and learning, over the groups of all ranks; time/draw_s: how long drawing took
+        on this rank, beside or before the learner's work. What the learner waited for is the span around `take`."""
         return self._metrics
 
     def close(self) -> None:
@@ -108,13 +123,17 @@ class RolloutQueue:
         self._turns.close()
 
     def pending(self) -> dict[str, Any]:
-        """What a checkpoint must keep: {"pending": steps that wait in the queue, "answers": this rank's tensors, its
-        answers to them as far as they are drawn, "again" of the stream, "failed_steps" of the collector}. All but the
-        answers are the same on all ranks."""
-        steps = [
-            {"step": s.number, "position": s.position, "again": dict(s.again), "count": s.count} for s in self._steps
-        ]
+        """What a checkpoint must keep: {"pending": steps that wait in the queue, before them the one that left
+        something for them, "answers": this rank's tensors, its answers as far as they are drawn, "again" of the
+        stream, "failed_steps" of the collector}. All but the answers are the same on all ranks."""
+        steps: list[dict[str, Any]] = []
         answers: dict[str, Tensor] = {}
+        for step in [*([self._taken] if self._taken else []), *self._steps]:
+            where = {"step": step.number, "position": step.position, "again": dict(step.again), "count": step.count}
+            steps.append(where | ({"is_taken": True} if step is self._taken else {}))
+        if self._taken:
+            tail = self._taken.tail.as_tensors()
+            answers |= {f"{self._taken.number}.{TAIL}.{name}": value for name, value in tail.items()}
         for step in self._steps:
             for index, call in enumerate(step.drawing.calls):
                 answers |= {f"{step.number}.{index}.{name}": value for name, value in call.as_tensors().items()}
@@ -134,20 +153,38 @@ class RolloutQueue:
         self._collector.failed_steps = dict(failed_steps)
         for step in steps:
             self._prompts.restore(step["position"], step.get("again", {}))
+            if step.get("is_taken"):
+                self._restore_tail(step, _parts(answers, f"{step['step']}.{TAIL}."))
+                continue
             calls: list[Call] = []
-            while f"{step['step']}.{len(calls)}.lengths" in answers:
-                prefix = f"{step['step']}.{len(calls)}."
-                parts = {name.removeprefix(prefix): value for name, value in answers.items() if name.startswith(prefix)}
+            while parts := _parts(answers, f"{step['step']}.{len(calls)}."):
                 calls.append(Call.of_tensors(parts, self._decode))
             self._begin(step["step"], step["count"], calls)
         self._prompts.restore(position, again)
 
-    def _begin(self, number: int, count: int, calls: Sequence[Call]) -> None:
+    def _restore_tail(self, step: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """What the step that was learned from last left for the next one. On another number of ranks each had other
+        prompts, and no rank has tensors: as many groups are begun anew, with the next prompts."""
+        if not tensors:
+            return
+        self._taken = taken = self._next_step(step["step"], step["count"])
+        taken.tail = self._over_provision.tail = Tail.of_tensors(tensors, taken.prompts, self._decode)
+
+    def _next_step(self, number: int, count: int) -> _Step:
+        """With the next `count` prompts of the stream; not begun."""
         position, again = self._prompts.position, dict(self._prompts.again)
-        prompts = self._prompts.next(count)
-        sampling = self._sampling_of(number)
-        drawing = self._turns.begin(number, lambda engine: self._collector.draw(engine, prompts, sampling), calls)
-        self._steps.append(_Step(number, position, again, count, prompts, sampling, drawing))
+        return _Step(number, position, again, count, self._prompts.next(count), self._sampling_of(number))
+
+    def _begin(self, number: int, count: int, calls: Sequence[Call]) -> None:
+        step = self._next_step(number, count)
+
+        def work(drawing: Drawing) -> Drawn:
+            drawn = self._over_provision.draw(number, step.prompts, step.sampling, drawing)
+            step.tail = self._over_provision.tail
+            return drawn
+
+        step.drawing = self._turns.begin(number, work, calls)
+        self._steps.append(step)
 
     def _draw_now(self, prompts: list[Prompt], sampling: SamplingParams) -> Drawn:
         """Before what waits, but after what is being drawn."""
@@ -157,12 +194,13 @@ class RolloutQueue:
         """Raises RuntimeError when a group is older than the lag allows, which would be an error of this module."""
         world = self._collector.world
         self._metrics = all_reduce_sum(self._engine.metrics(), world)
-        if self._lag == 0:
+        most = self._collector.config.rollout.most_updates_behind
+        if most == 0:
             return
         lags = [self._engine.policy_version - group.policy_version for group in groups]
         longest = all_max_int(max(lags, default=0), world)
-        if longest > self._lag:
-            raise RuntimeError(f"answers are {longest} updates old, wanted at most rollout.max_policy_lag {self._lag}")
+        if longest > most:
+            raise RuntimeError(f"answers are {longest} updates old, wanted at most {most}")
         sums = all_reduce_sum({"lag": float(sum(lags)), "groups": float(len(lags))}, world)
         self._metrics |= {
             "sampling/policy_lag/mean": sums["lag"] / max(sums["groups"], 1.0),

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from vcr1_fast.prompts.special_ids import SpecialIds
-from vcr1_fast.rollout.engine import Begun
+from vcr1_fast.rollout.engine import Begun, Quota
 from vcr1_fast.types import Completion, Prompt, SamplingParams
 
 Script = str | Sequence[int]  # an answer's text (ended by <|im_end|> when replayed), or its token ids as they are
@@ -34,7 +34,11 @@ class ScriptedEngine:
         self._logprobs = logprobs
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Begun | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        begun: Begun | None = None,
+        quota: Quota | None = None,
     ) -> list[list[Completion]]:
         """Answers cut at max_new_tokens. Raises ValueError for an unknown id, too few answers or unequal lengths."""
         return [self._group(prompt.example.id, sampling) for prompt in prompts]

@@ -19,14 +19,14 @@ from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.loading import read_config
 from vcr1_fast.learner.model_size import read_model_size
 from vcr1_fast.prompts.special_ids import SpecialIds
-from vcr1_fast.rollout.engine import NOT_BEGUN, Begun
+from vcr1_fast.rollout.engine import NOT_BEGUN, Begun, Quota, is_done
 from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.sampling import check_sampling
 from vcr1_fast.rollout.sgl import penalty
 from vcr1_fast.rollout.sgl.memory import BOUNDED_SHARE, memory_args
 from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.process import prepare_model_folder
-from vcr1_fast.rollout.sgl.round import Round
+from vcr1_fast.rollout.sgl.round import Answers, Round
 from vcr1_fast.rollout.sgl.update import CHECK_LOADER, FORGET_LOADER
 from vcr1_fast.rollout.sgl.weights import checkpoint_weights
 from vcr1_fast.rollout.sgl.workers import Request, Workers
@@ -98,7 +98,11 @@ class SGLangEngine:
         return self._workers.num_restarts
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Begun | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        begun: Begun | None = None,
+        quota: Quota | None = None,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`. A completion to be gone on with is a request of its own: its prompt and its
         tokens are read again. With a repetition penalty log-probs are NaN: SGLang's are those after it.
@@ -119,12 +123,20 @@ class SGLangEngine:
         size = sampling.num_completions
         answers = [list(group) for group in begun] if begun else [[NOT_BEGUN] * size for _ in prompts]
         requests, places = open_requests(prompts, answers)
+
+        def is_enough(got: Answers) -> bool:
+            if quota is None:
+                return False
+            still_open = {row for index, (row, _) in enumerate(places) if not is_done(got.get(index, [NOT_BEGUN]))}
+            return quota.is_met([row not in still_open for row in range(len(prompts))])
+
         self._round = Round(
             self._workers,
             self.config,
             requests,
             encode=lambda number, request: self._request(number, request, sampling),
             decode=lambda message, request: self._completions(message, request, sampling),
+            is_enough=is_enough,
         )
         try:
             got = self._round.run()

@@ -3,7 +3,7 @@
     output_dir/checkpoints/step_000010/
         shard-*.safetensors     trained weights and AdamW moments (torch.distributed.checkpoint, resharded on load)
         rng/rank_00000.safetensors
-        answers/rank_00000.safetensors    drawn ahead of the learner, with rollout.max_policy_lag
+        answers/rank_00000.safetensors    drawn ahead of the learner, or begun
         state.json              written last: step, data position, schedule, versions, size and CRC-32 of every file
 
 Called by the training loop. A checkpoint is written aside as `step_000010.tmp-<pid>`, flushed, and renamed, so a crash

@@ -148,6 +148,15 @@ class RolloutConfig:
     and engine take turns. k: those of the next k steps are drawn while the learner works."""
     interrupt: bool = False
     """New weights do not wait for answers under way: these are cut short and gone on with by the new weights."""
+    over_provision: float = 0.0
+    """Groups begun beyond those that a step needs, as a share of them, 0.2 for example: a step ends when it has enough,
+    and groups not finished by then go on in the next one. The longest answers no longer decide how long a step takes;
+    their first tokens are one update older."""
+
+    @property
+    def most_updates_behind(self) -> int:
+        """Between the weights that drew a token and those that learn from it."""
+        return self.max_policy_lag + (self.over_provision > 0)
 
     def __post_init__(self) -> None:
         require(self.group_size >= 1, f"rollout.group_size is {self.group_size}, wanted >= 1")
@@ -176,6 +185,7 @@ class RolloutConfig:
             0 <= self.max_policy_lag <= 64,
             f"rollout.max_policy_lag is {self.max_policy_lag}, wanted 0 .. 64 (updates)",
         )
+        require(0 <= self.over_provision <= 1, f"rollout.over_provision is {self.over_provision}, wanted 0 .. 1")
 
     def sampling(self, seed: int) -> SamplingParams:
         return SamplingParams(self.group_size, self.max_new_tokens, self.temperature, self.top_p, seed, self.top_k)

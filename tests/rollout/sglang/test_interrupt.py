@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from vcr1_fast.rollout.engine import NOT_BEGUN
+from vcr1_fast.rollout.engine import NOT_BEGUN, Quota
 from vcr1_fast.rollout.sglang_engine import open_requests
 from vcr1_fast.types import Completion, SamplingParams
 
@@ -83,6 +83,13 @@ def test_an_interrupted_call_is_gone_on_with_by_the_new_weights(start, make_prom
             assert row.logprobs_R[: part.num_tokens].tolist() == part.logprobs_R.tolist()
             assert int(row.token_ids_R[-2]) == token
     assert torch.equal(whole[0][0].token_ids_R, begun[0][0].token_ids_R)  # what was finished is not asked again
+
+
+def test_what_is_done_already_may_be_enough(start, make_prompt):
+    engine = start(["hold"])  # would never answer
+    begun = [[completion(4, "length")] * 3, [NOT_BEGUN] * 3, [completion(1, "aborted")] * 3]
+    prompts = [make_prompt((1, 2, 2), text) for text in "abc"]
+    assert engine.generate(prompts, SAMPLING, begun, Quota(1)) == begun
 
 
 def test_interrupting_what_does_not_run_does_nothing(start, make_prompt):

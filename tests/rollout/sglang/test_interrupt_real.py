@@ -10,6 +10,7 @@ import torch
 from tests.rollout.sglang.parity import BOUND, short_and_long
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.packing import pack
+from vcr1_fast.rollout.engine import Quota, is_done
 from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import Completion, RolloutGroup, SamplingParams
 
@@ -52,7 +53,10 @@ def test_each_token_has_the_log_prob_of_the_weights_that_drew_it(random_engine, 
     restarts = random_engine.num_restarts  # of tests before this one
     begun = cut_in_the_middle(random_engine, prompts)
     random_engine.load_weights(new.hf.state_dict().items(), 301)
-    whole = random_engine.generate(prompts, SAMPLING, begun)
+    some = random_engine.generate(prompts, SAMPLING, begun, Quota(1))
+    assert any(map(is_done, some))
+    whole = random_engine.generate(prompts, SAMPLING, some)
+    assert whole[0 if is_done(some[0]) else 1] == some[0 if is_done(some[0]) else 1]
     apart = []
     for prompt, group, before in zip(prompts, whole, begun, strict=True):
         by_old, by_new = logprobs_by(old, prompt, group), logprobs_by(new, prompt, group)

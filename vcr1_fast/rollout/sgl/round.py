@@ -23,6 +23,7 @@ ABORT_GRACE_S = 10.0
 
 Encode = Callable[[int, Request], tuple[dict[str, Any], dict[str, Tensor]]]  # number and request -> message
 Decode = Callable[[Message, Request], list[Completion]]
+Answers = dict[int, list[Completion]]  # by the requests' indices
 
 
 class Round:
@@ -32,23 +33,31 @@ class Round:
     """
 
     def __init__(
-        self, workers: Workers, config: SGLangConfig, requests: Sequence[Request], encode: Encode, decode: Decode
+        self,
+        workers: Workers,
+        config: SGLangConfig,
+        requests: Sequence[Request],
+        *,
+        encode: Encode,
+        decode: Decode,
+        is_enough: Callable[[Answers], bool],
     ) -> None:
+        """`is_enough`: whether `run` may come back with these answers, as after `interrupt`."""
         self._workers, self._config = workers, config
-        self._encode, self._decode = encode, decode
+        self._encode, self._decode, self._is_enough = encode, decode, is_enough
         self._waiting = deque(requests)
         self._num_open = len(self._waiting)
-        self._answers: dict[int, list[Completion]] = {}
+        self._answers: Answers = {}
         self._is_interrupted = threading.Event()
         self._told: set[int] = set()  # seats that know of it
 
-    def run(self) -> dict[int, list[Completion]]:
-        """The completions by the requests' indices; after an interruption some may be unfinished or missing. Raises
+    def run(self) -> Answers:
+        """The completions; after an interruption, or when they are enough, some may be unfinished or missing. Raises
         ValueError for a prompt that the engine cannot take, and RuntimeError when a request or the workers failed too
         often."""
         try:
             while len(self._answers) < self._num_open:
-                if self._is_interrupted.is_set():
+                if self._is_interrupted.is_set() or self._is_enough(self._answers):
                     self._wind_up()
                 else:
                     self._hand_out()
