@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from typing import IO
 
@@ -22,10 +23,14 @@ class Forked:
         try:
             os.setsid()
             os.dup2(stdout.fileno(), 2)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # and not the test runner's
             os.environ.clear()
             os.environ.update(env)
-            scripted_worker.main(command[-1])
+            scripted_worker.main(*command[-2:])
             code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else code
+            os.write(2, f"{end.code}\n".encode() if code == 1 else b"")
         except BaseException as error:
             os.write(2, f"{error!r}\n".encode())
         finally:
