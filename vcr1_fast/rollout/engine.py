@@ -14,9 +14,7 @@ NOT_BEGUN = Completion(torch.zeros(0, dtype=torch.int64), torch.zeros(0), "abort
 
 
 class RolloutEngine(Protocol):
-    """Implementations: local_engine.LocalEngine (this process), sglang_engine.SGLangEngine (processes of their own),
-    scripted_engine.ScriptedEngine (tests).
-    """
+    """Implementations: local_engine.LocalEngine (this process), sglang_engine.SGLangEngine (processes of their own)."""
 
     @property
     def policy_version(self) -> int:

@@ -11,9 +11,11 @@ Who has the key can run code on this node, as the user of this process.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +27,6 @@ from rich.table import Table
 from vcr1_fast.learner.loading import read_config
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.addresses import Address, as_setting, is_loopback, read_bind, show
-from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.rollout_key import read_or_make_key
 from vcr1_fast.rollout.sgl.channel import NO_SGLANG, Channel, KeyRefusedError, connect
 from vcr1_fast.rollout.sgl.process import STOP_WAIT_S, Child, prepare_model_folder
@@ -186,18 +187,18 @@ class Server:
         """
         self.stations: list[Station] = []
         addresses = _free_addresses(bind, len(gpus))
-        self._folder = PrivateFolder("vcr1-serve-")
+        self._folder = Path(tempfile.mkdtemp(prefix="vcr1-serve-"))
         try:
             logs.mkdir(parents=True, exist_ok=True)
-            model = prepare_model_folder(checkpoint, self._folder.path / "model")
+            model = prepare_model_folder(checkpoint, self._folder / "model")
             for index, (address, gpu) in enumerate(zip(addresses, gpus, strict=True)):
                 own = {"model_path": str(model)} | ({} if gpu is None else {"base_gpu_id": gpu})
-                folder, log = self._folder.path / f"worker-{index}", logs / f"worker-{index}.log"
+                folder, log = self._folder / f"worker-{index}", logs / f"worker-{index}.log"
                 folder.mkdir()
                 child = Child(config.python or sys.executable, folder, log, f"tcp://{show(address)}", key, own)
                 self.stations.append(Station(address, child, config))
         except BaseException:
-            self._folder.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
             raise
 
     def start(self, timeout_s: float) -> None:
@@ -224,7 +225,7 @@ class Server:
             station.ask_to_stop()
         for station in self.stations:
             station.join()
-        self._folder.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def serve(config: Config, bind: str = "", logs: str = "", num_workers: int | None = None) -> None:

@@ -1,5 +1,6 @@
 """`vcr1-fast serve`, and trainers that reach its workers by TCP: scripted workers in the place of SGLang."""
 
+import contextlib
 import json
 import os
 import signal
@@ -165,9 +166,8 @@ def test_another_key_or_version_is_an_error_at_once(begin_serve, begin_trainer, 
     assert first_ids(begin_trainer(server).generate(prompts, SAMPLING)) == wanted(prompts)
 
 
-def test_strangers_do_no_harm(begin_serve, begin_trainer, prompts, monkeypatch):
+def test_strangers_do_no_harm(begin_serve, begin_trainer, prompts):
     """A web browser, one that says nothing, and one that leaves, before and while a trainer is served."""
-    monkeypatch.setattr(sglang_channel, "HANDSHAKE_S", 1.0)
     server = begin_serve(["ok"])
 
     def visit() -> list[socket.socket]:
@@ -181,13 +181,11 @@ def test_strangers_do_no_harm(begin_serve, begin_trainer, prompts, monkeypatch):
     visitors += visit()
     assert first_ids(engine.generate(prompts, SAMPLING)) == wanted(prompts)
     for visitor in visitors:
-        visitor.settimeout(5)
+        visitor.settimeout(0.2)
         told = b""
-        try:
+        with contextlib.suppress(ConnectionError, TimeoutError):
             while part := visitor.recv(1000):
                 told += part
-        except ConnectionError:
-            pass
         assert told[:1] in (b"", b"\xff") and len(told) <= 64  # a greeting of ZMTP at most: nothing else is told
         visitor.close()
     assert engine.num_restarts == 0

@@ -20,6 +20,7 @@ from vcr1_fast.rollout.sgl.process import STOP_WAIT_S, Child
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # between two tries to connect
 POLL_S = 0.25
+ENDED = "ended in its start"
 MAX_REFUSALS = 4  # in a row, within a second: a worker that ends in its handshake refuses once
 
 
@@ -142,21 +143,25 @@ class WorkerLink:
 
 
 class _Start:
-    """One start, in a thread of its own, so that the engines of many workers start together."""
+    """One start, in a thread of its own, so that many workers start together: elsewhere whole, on the trainer's GPU up
+    to their engines, which measure what is free on it."""
 
     def __init__(self, address: str, key: bytes, engine_args: Mapping[str, Any], child: Child | None) -> None:
         self._address, self._key, self._engine_args, self._child = address, key, engine_args, child
         self._told = "it does not answer"  # what held the start up last
-        self._given_up = threading.Event()
+        self._given_up, self._is_awaited = threading.Event(), threading.Event()
         self._done: Future[tuple[Channel, Message]] = Future()
         threading.Thread(target=self._run, daemon=True).start()
 
     def result(self, timeout_s: float) -> tuple[Channel, Message]:
         """The connection, and the worker's `ready`. Raises KeyRefusedError, ValueError, EOFError, OSError."""
+        self._is_awaited.set()
         try:
             return self._done.result(timeout_s)
         except TimeoutError:
             raise TimeoutError(f"did not get ready within {timeout_s:g} s: {self._told}") from None
+        except EOFError:
+            raise EOFError(ENDED) from None
 
     def give_up(self) -> None:
         self._given_up.set()
@@ -169,15 +174,18 @@ class _Start:
             self._done.set_exception(error)
 
     def _begin(self) -> tuple[Channel, Message]:
-        with contextlib.ExitStack() as failing:
-            channel = self._welcomed()
-            failing.callback(channel.close)
+        channel = self._welcomed()
+        try:
+            while self._child and not self._is_awaited.wait(POLL_S):
+                self._check()
             self._told = "its engine has not started yet"
             channel.send("start", {"engine_args": self._engine_args})
             answer = self._next(channel)
             if answer.kind != "ready":
                 raise ValueError(f"cannot run: {answer.fields.get('reason', answer.kind)}")
-            failing.pop_all()
+        except BaseException:
+            channel.close()
+            raise
         return channel, answer
 
     def _welcomed(self) -> Channel:
@@ -185,45 +193,41 @@ class _Start:
         pause_s, num_refusals = FIRST_PAUSE_S, 0
         while num_refusals < MAX_REFUSALS:
             try:
-                channel, num_refusals = connect(self._address, self._key), 0
-                if self._is_welcome(channel):
-                    return channel
+                return self._greeted(connect(self._address, self._key))
             except KeyRefusedError as error:
                 num_refusals, self._told = num_refusals + 1, f"cannot be reached: {error}"
             except (OSError, EOFError) as error:
-                self._told = str(error) if self._child else f"{error}; is `vcr1-fast serve` running there?"
+                is_absent = isinstance(error, ConnectionRefusedError) and not self._child
+                hint = "; is `vcr1-fast serve` running there?" if is_absent else ""
+                num_refusals, self._told = 0, f"{error}{hint}"
             self._check()
             self._given_up.wait(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         raise KeyRefusedError(self._told)
 
-    def _is_welcome(self, channel: Channel) -> bool:
-        """False for one that serves another trainer. Raises ValueError for one that will never take this one."""
-        with contextlib.ExitStack() as failing:
-            failing.callback(channel.close)
+    def _greeted(self, channel: Channel) -> Channel:
+        """Raises ConnectionError when it serves another trainer, ValueError when it will never take this one."""
+        try:
             channel.send("hello", {"version": VERSION})
             answer = self._next(channel)
-            if answer.kind == "welcome":
-                failing.pop_all()
-                return True
-        self._told = str(answer.fields.get("reason", answer.kind))
-        if answer.kind != "busy":
-            raise ValueError(self._told)
-        return False
+            if answer.kind != "welcome":
+                reason = str(answer.fields.get("reason", answer.kind))
+                raise ConnectionError(reason) if answer.kind == "busy" else ValueError(reason)
+        except BaseException:
+            channel.close()
+            raise
+        return channel
 
     def _next(self, channel: Channel) -> Message:
         while True:
-            self._check()
-            with contextlib.suppress(TimeoutError):
+            try:
                 return channel.receive(POLL_S)
+            except TimeoutError:
+                self._check()
 
     def _check(self) -> None:
         if self._given_up.is_set() or (self._child and self._child.exit_code is not None):
-            raise _EndedError("ended in its start")
-
-
-class _EndedError(ValueError):
-    """Nothing more is to be tried."""
+            raise ValueError(ENDED)
 
 
 def _close(done: Future[tuple[Channel, Message]]) -> None:
