@@ -79,7 +79,7 @@ def main(address: str, own_args: str) -> None:
 
 def work(door: Door, how: str) -> None:
     libraries = {"torch": "2.11.0+cu129", "cuda": "12.9", "nccl": "2.28.9"}
-    door.send("ready", {"limits": LIMITS, "version": "scripted", "libraries": libraries, "pid": os.getpid()})
+    door.send("ready", {"limits": LIMITS, "version": "scripted", "libraries": libraries})
     version, num_requests = -1, 0
     held: list[Message] = []
     is_holding = how == "hold"

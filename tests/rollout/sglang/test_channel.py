@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vcr1_fast.rollout.addresses import show
+from vcr1_fast.rollout.sgl import channel as sglang_channel
 from vcr1_fast.rollout.sgl import messages as sglang_messages
 from vcr1_fast.rollout.sgl.channel import VERSION, Channel, KeyRefusedError, connect
 from vcr1_fast.rollout.sgl.door import Door
@@ -180,10 +181,10 @@ def test_one_who_left_before_he_was_heard_keeps_nobody_out(address, door):
 
 
 class Wire:
-    """Between trainer and worker: records what passes, and changes the last byte of what it is told to."""
+    """Between trainer and worker: records what passes; told to, it changes the last byte, or passes nothing more."""
 
     def __init__(self, target: tuple[str, int]) -> None:
-        self.passed, self.is_changing = b"", False
+        self.passed, self.is_changing, self.is_cut = b"", False, False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://{show(self._listener.getsockname())}"
         self._target = target
@@ -198,10 +199,31 @@ class Wire:
         with contextlib.suppress(OSError):
             while data := one.recv(1 << 16):
                 self.passed += data
+                if self.is_cut:
+                    continue
                 other.sendall(data[:-1] + bytes([data[-1] ^ self.is_changing]))
         for end in (one, other):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+
+def test_one_whose_machine_is_gone_is_found_out(monkeypatch):
+    """Nothing comes any more, not even the end of the connection."""
+    monkeypatch.setattr(sglang_channel, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(sglang_channel, "HEARTBEAT_LIMIT_S", 0.5)
+    target = free_address()
+    door = Door(f"tcp://{show(target)}", KEY)
+    wire = Wire(target)
+    channel = welcomed(wire.address)
+    time.sleep(1.0)
+    assert not channel.is_closed and not door.is_over
+    wire.is_cut = True
+    with pytest.raises(EOFError):
+        channel.receive(5)
+    with pytest.raises(EOFError):
+        door.receive()
+    channel.close()
+    door.close()
 
 
 def test_nobody_between_reads_a_message_or_changes_one():

@@ -112,12 +112,6 @@ def test_a_worker_killed_under_serve_is_replaced(begin_serve, begin_trainer, pro
     assert engine.num_restarts == 1
 
 
-def test_a_worker_that_dies_in_a_call_has_its_prompts_answered_by_the_next(begin_serve, begin_trainer, prompts):
-    engine = begin_trainer(begin_serve(["die 3", "die 1", "ok"]))
-    assert first_ids(engine.generate(prompts, SAMPLING)) == wanted(prompts)
-    assert engine.num_restarts == 2
-
-
 @pytest.mark.parametrize("how", ["hang", "stopped"])
 def test_a_worker_that_hangs_is_ended_and_replaced(begin_serve, begin_trainer, prompts, monkeypatch, how):
     """One whose engine hangs sees its trainer leave; one that is stopped as a whole is found out by serve."""
@@ -189,16 +183,6 @@ def test_strangers_do_no_harm(begin_serve, begin_trainer, prompts):
         assert told[:1] in (b"", b"\xff") and len(told) <= 64  # a greeting of ZMTP at most: nothing else is told
         visitor.close()
     assert engine.num_restarts == 0
-
-
-def test_silent_connections_delay_no_trainer(begin_serve, begin_trainer, prompts):
-    server = begin_serve(["ok"])
-    silent = [socket.create_connection(server.stations[0].address) for _ in range(100)]
-    began = time.monotonic()
-    assert first_ids(begin_trainer(server).generate(prompts, SAMPLING)) == wanted(prompts)
-    assert time.monotonic() - began < sglang_channel.HANDSHAKE_S / 2
-    for connection in silent:
-        connection.close()
 
 
 HOSTILE = [  # frames of one who has the key, instead of a hello

@@ -49,7 +49,6 @@ class WorkerLink:
         self.limits: Mapping[str, int] = {}  # what requests are checked against, see video.check_request
         self.version = ""  # of SGLang
         self.libraries = Libraries("", "", "")
-        self.num_starts = 0
         self._address, self._key, self._engine_args = address, key, dict(engine_args)
         self._levels_C256 = byte_levels()
         self._starting: _Start | None = None
@@ -74,7 +73,6 @@ class WorkerLink:
     def start(self) -> None:
         """Begin, and return at once; ends what was there before. Raises OSError when that cannot work at all."""
         self.kill()
-        self.num_starts += 1
         if self.child:
             torch.cuda.empty_cache()  # of what the learner has cached the engine needs a part; nothing without a GPU
             self.child.start()
@@ -92,13 +90,12 @@ class WorkerLink:
         self.libraries = Libraries(**ready.fields["libraries"])
 
     def kill(self) -> None:
-        """End it now."""
-        if self._starting is not None:
-            self._starting.give_up()
-            self._starting = None
-        if self._channel is not None:
-            self._channel.close(linger_s=1.0)
-            self._channel = None
+        """End it now. Several threads may."""
+        (starting, self._starting), (channel, self._channel) = (self._starting, None), (self._channel, None)
+        if starting:
+            starting.give_up()
+        if channel:
+            channel.close(linger_s=1.0)
         if self.child:
             self.child.kill()
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +43,7 @@ class SharedBytes:
         """Raises OSError when the memory cannot be had."""
         self.descriptor = os.memfd_create("vcr1-tensor", os.MFD_CLOEXEC)
         os.ftruncate(self.descriptor, num_bytes)
-        memory = mmap.mmap(self.descriptor, num_bytes) if num_bytes else bytearray()
-        self.bytes_B: Tensor = torch.frombuffer(memory, dtype=torch.uint8) if memory else torch.empty(0).byte()
+        self.bytes_B: Tensor = _bytes_of(self.descriptor, num_bytes, is_shared=True)
 
     @classmethod
     def copy_of(cls, value: Tensor) -> SharedBytes:
@@ -73,7 +71,14 @@ def mapped(process: int, descriptor: int, inode: int) -> Tensor:
     with open(f"/proc/{int(process)}/fd/{int(descriptor)}", "rb") as file:
         if os.fstat(file.fileno()).st_ino != inode:
             raise FileNotFoundError(f"the memory that was descriptor {descriptor} of process {process} is given back")
-        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        return _bytes_of(file.fileno(), os.fstat(file.fileno()).st_size, is_shared=False)
+
+
+def _bytes_of(descriptor: int, num_bytes: int, *, is_shared: bool) -> Tensor:
+    """Mapped; the tensor outlives the descriptor, and needs none of its own (mmap.mmap would keep one)."""
+    if num_bytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.from_file(f"/proc/self/fd/{descriptor}", is_shared, num_bytes, dtype=torch.uint8)
 
 
 def flat_bytes(value: Tensor) -> Tensor:

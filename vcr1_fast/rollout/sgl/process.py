@@ -83,22 +83,19 @@ class Child:
                 start_new_session=True,
             )
 
-    def wait(self, timeout_s: float) -> bool:
-        """Whether it ended in time."""
+    def wait(self, timeout_s: float) -> None:
+        """Until it has ended, so long at most."""
         if self._process is not None:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                return False
-        return True
 
     def kill(self) -> None:
         """End the process and those that it started, now."""
-        if self._process is not None:
+        process, self._process = self._process, None
+        if process is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def last_words(self) -> str:
         """Of its process that ended, if it did, and of its log."""

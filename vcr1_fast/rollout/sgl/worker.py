@@ -59,6 +59,8 @@ def main() -> int:
         door.facts = _facts(own_args)
         start = door.receive()
         door.when_over = _end_group  # an engine may hang in its start, and would hold GPU and address for ever
+        if door.is_over:
+            return 0
         worker = Worker(door, {**start.fields["engine_args"], **own_args})
         door.when_over = None
         if not door.is_over:
@@ -126,7 +128,7 @@ class Worker:
         """Until the trainer leaves."""
         loop: asyncio.AbstractEventLoop = self._engine.loop
         facts = {"limits": self._limits, "version": self._version, "libraries": asdict(Libraries.here())}
-        self._door.send("ready", {**facts, "pid": os.getpid()})
+        self._door.send("ready", facts)
         threading.Thread(target=self._read, args=(loop,), daemon=True).start()
         loop.run_until_complete(self._closed.wait())
         _limit_the_end()
