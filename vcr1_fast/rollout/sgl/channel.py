@@ -141,14 +141,11 @@ def ready_ones(channels: Sequence[Channel], timeout_s: float) -> list[Channel]:
 def connect(address: str, key: bytes, timeout_s: float = HANDSHAKE_S) -> Channel:
     """A connection to a worker that has the key. Raises KeyRefusedError when it has another one, or is no worker, and
     OSError when nobody listens there, or answers in time."""
-    found = _resolved(address)
-    for index, one in enumerate(found):
-        try:
-            return _connect_to(one, key, timeout_s)
-        except ConnectionRefusedError:  # a name may stand for addresses of IPv6 and of IPv4, and be served at one
-            if index + 1 == len(found):
-                raise
-    raise ConnectionRefusedError(f"{address} stands for no address")
+    *others, last = _resolved(address)
+    for other in others:  # a name may stand for addresses of IPv6 and of IPv4, and be served at one
+        with contextlib.suppress(ConnectionRefusedError, TimeoutError):
+            return _connect_to(other, key, timeout_s)
+    return _connect_to(last, key, timeout_s)
 
 
 def _resolved(address: str) -> list[str]:
@@ -178,8 +175,7 @@ def _connect_to(address: str, key: bytes, timeout_s: float) -> Channel:
 
 def secure(socket: zmq.Socket[bytes], address: str, key: bytes, side: Literal["trainer", "worker"]) -> None:
     """What both ends set before they connect or bind."""
-    own_public, socket.curve_secretkey = curve_keys(key, side)
-    socket.curve_publickey = own_public
+    socket.curve_publickey, socket.curve_secretkey = curve_keys(key, side)
     if side == "worker":
         socket.curve_server = True
     else:
