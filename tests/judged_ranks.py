@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.conftest import build_tokenizer, make_patches
+from tests.rollout.scripted_engine import ScriptedEngine
 from vcr1_fast.evaluate import evaluate
 from vcr1_fast.learner.sharding import exit_rank, init_distributed, shutdown
 from vcr1_fast.prompts.build import PromptBuilder
-from vcr1_fast.rollout.scripted_engine import ScriptedEngine
 from vcr1_fast.settings.config import Config, JudgeConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import CaptionTruth, Example

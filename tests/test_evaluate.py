@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.judge.judge_server import judges_by_words, serving
+from tests.rollout.scripted_engine import ScriptedEngine
 from tests.tiny_policy import run_ranks
 from vcr1_fast.evaluate import answer_all, evaluate, evaluate_command
 from vcr1_fast.evaluation.answer_forms import answer_forms
@@ -18,7 +19,6 @@ from vcr1_fast.evaluation.score_tables import category_means, print_categories, 
 from vcr1_fast.evaluation.scores import flat_scores, score_answers, scores_as_dict, scores_from_dict
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.prompts.build import PromptBuilder
-from vcr1_fast.rollout.scripted_engine import ScriptedEngine
 from vcr1_fast.settings.config import Config, ConfigError, EvalConfig, RolloutConfig, TaskConfig
 from vcr1_fast.settings.io import load_config
 from vcr1_fast.synth.config import SynthConfig
@@ -290,7 +290,7 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(tmp_path, tiny_toke
     config = Config(rollout=RolloutConfig(group_size=1, max_batch_rows=1))
     examples = [grounding("a"), grounding("b", "bad.mp4"), grounding("c", "c.mp4")]
     first = ScriptedEngine(tiny_tokenizer, {"a": ["one"]})  # fails at c
-    with contextlib.closing(store(tmp_path)) as answers, pytest.raises(ValueError, match="'c' is not scripted"):
+    with contextlib.closing(store(tmp_path)) as answers, pytest.raises(ValueError, match="'c' has 0 scripted answers"):
         answer_all(lambda: first, examples, builder, config, SINGLE_PROCESS, answers)
     with (tmp_path / "answers-0.jsonl").open("a") as stream:
         stream.write('{"key": "torn')

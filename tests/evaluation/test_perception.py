@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.rollout.scripted_engine import ScriptedEngine
 from vcr1_fast.evaluate import answer_in_rounds, evaluate_command
 from vcr1_fast.evaluation.answer_store import answer_settings, question_key
 from vcr1_fast.evaluation.perception import Focus
 from vcr1_fast.evaluation.samples import Answer
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.prompts.build import PromptBuilder
-from vcr1_fast.rollout.scripted_engine import ScriptedEngine
 from vcr1_fast.settings.config import Config, ConfigError, EvalConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import ChoiceTruth, Example, GroundedChoiceTruth, IntervalTruth, Patches

@@ -21,19 +21,19 @@ import torch
 from tests.faults.runs import forked
 from tests.faults.trials import Bench, LostError
 from tests.faults.undisturbed import Runs
-from vcr1_fast import __version__
+from vcr1_fast.rollout.sgl.channel import VERSION, Channel, connect
 
 KEY = b"k" * 32
 SOON_S = 5.0  # an honest trainer waits no longer than this for its first answer; undisturbed 0.3 s
 HEADERS: tuple[object, ...] = (
     *([], {}, 7, None, "hello", {"kind": 7}, {"kind": "hello"}, {"kind": "hello", "fields": []}),
     *({"kind": "hello", "fields": {}, "tensors": 3}, {"kind": "hello", "fields": None, "tensors": []}),
-    {"kind": "hello", "fields": {"package": __version__}, "tensors": []},
-    {"kind": "hello", "fields": {"package": None, "trainer": []}, "tensors": []},
-    {"kind": "hello", "fields": {"package": "0.0.0\x1b[31m\n", "trainer": "x"}, "tensors": []},
-    {"kind": "close", "fields": {}, "tensors": []},
+    {"kind": "hello", "fields": {"version": []}, "tensors": []},
+    {"kind": "hello", "fields": {"version": "0.0.0\x1b[31m\n"}, "tensors": []},
+    {"kind": "generate", "fields": {}, "tensors": []},
+    {"kind": "status", "fields": {"id": {}}, "tensors": []},
     *(
-        {"kind": "hello", "fields": {}, "tensors": [entry]}
+        {"kind": "hello", "fields": {"version": VERSION}, "tensors": [entry]}
         for entry in (
             *({}, None, 7, "x", {"name": "a"}, {"name": 3, "dtype": "float32", "shape": [1]}),
             {"name": "a", "dtype": "float32", "shape": [-1]},
@@ -43,9 +43,12 @@ HEADERS: tuple[object, ...] = (
             {"name": "a", "dtype": "nn", "shape": [1]},
             {"name": "a", "dtype": "float32", "shape": [1e300]},
             {"name": "a", "dtype": [], "shape": [1]},
+            {"name": "a", "dtype": "uint8", "shape": [1], "file": [1, 0, 0]},
         )
     ),
 )
+# Of ZMTP 3.1 (rfc.zeromq.org/spec/37): signature, version, mechanism, as a client
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
 
 
 def be_hostile(bench: Bench, runs: Runs, rng: random.Random) -> None:
@@ -128,20 +131,23 @@ def _use(server, folder: Path) -> None:
 
 
 Address = tuple[str, int]
-Attack = Callable[[random.Random, Address, Path], list[socket.socket]]
+Held = list[socket.socket | Channel]
+Attack = Callable[[random.Random, Address, Path], Held]
 
 
-def _silent(rng: random.Random, address: Address, detail: Path) -> list[socket.socket]:
+def _silent(rng: random.Random, address: Address, detail: Path) -> Held:
     """Connections that say nothing, or nothing more."""
     count = rng.randrange(1, 9)
     detail.write_text(f"{count} connections")
-    held = [socket.create_connection(address) for _ in range(count)]
-    for connection in held:
+    held: Held = []
+    for _ in range(count):
+        connection = socket.create_connection(address)
+        held.append(connection)
         connection.sendall(rng.randbytes(rng.randrange(63)))
     return held
 
 
-def _garbage(rng: random.Random, address: Address, detail: Path) -> list[socket.socket]:
+def _garbage(rng: random.Random, address: Address, detail: Path) -> Held:
     for _ in range(rng.randrange(1, 6)):
         with socket.create_connection(address) as connection:
             connection.sendall(
@@ -150,7 +156,7 @@ def _garbage(rng: random.Random, address: Address, detail: Path) -> list[socket.
     return []
 
 
-def _dripping(rng: random.Random, address: Address, detail: Path) -> list[socket.socket]:
+def _dripping(rng: random.Random, address: Address, detail: Path) -> Held:
     """A byte now and then, for ever."""
     pid, pause = os.fork(), rng.choice([0.05, 0.5])
     detail.write_text(f"a byte each {pause} s")
@@ -166,58 +172,40 @@ def _dripping(rng: random.Random, address: Address, detail: Path) -> list[socket
         os._exit(0)
 
 
-def _known(address: Address) -> tuple[socket.socket, bytes]:
-    """A connection with the right key, and the key it signs with."""
-    from vcr1_fast.rollout.sgl.handshake import introduce
-
-    connection = socket.create_connection(address)
-    return connection, introduce(connection, KEY, 5).send
-
-
-def _frame(key: bytes, header: bytes, num_header: int | None = None, num_bytes: int = 0) -> bytes:
-    from vcr1_fast.rollout.sgl import tcp
-
-    start = tcp._FRAME.pack(tcp._MAGIC, len(header) if num_header is None else num_header, num_bytes) + header
-    tag = tcp._tag(key, 0)
-    tag.update(start)
-    return start + tag.digest()
-
-
-def _signed(rng: random.Random, address: Address, detail: Path) -> list[socket.socket]:
-    """Signed, and not what it should be."""
+def _nonsense(rng: random.Random, address: Address, detail: Path) -> Held:
+    """From one with the key."""
     header = rng.choice(HEADERS)
     detail.write_text(repr(header))
     data = json.dumps(header).encode()
     if rng.random() < 0.2:
-        data = rng.choice(
-            [b"", b"\xff\xfe", b"[" * 60_000, b'{"kind": "hello", "fields": {"package": 1' + b"0" * 5000 + b"}}"]
-        )
+        data = rng.choice([b"", b"\xff\xfe", b"[" * 60_000, b'{"kind": "hello", "fields": {"version": 1' + b"0" * 5000])
         detail.write_text(repr(data[:60]))
-    connection, key = _known(address)
-    connection.sendall(_frame(key, data, None, rng.choice([0, 0, 4, 1 << 33])) + rng.randbytes(rng.choice([0, 40])))
+    channel = connect(f"tcp://{address[0]}:{address[1]}", KEY)
+    channel._socket.send_multipart(
+        [data, *[rng.randbytes(rng.choice([0, 1, 40])) for _ in range(rng.choice([0, 0, 1, 3]))]]
+    )
+    return [channel]
+
+
+def _sizes(rng: random.Random, address: Address, detail: Path) -> Held:
+    """A command of the handshake whose length is not true."""
+    size = rng.choice([0, 1, 1 << 20, 1 << 40, (1 << 64) - 1])
+    detail.write_text(f"size {size}")
+    connection = socket.create_connection(address)
+    connection.sendall(GREETING + b"\x06" + struct.pack(">Q", size) + b"\x05HELLO" + rng.randbytes(200))
     return [connection]
 
 
-def _sizes(rng: random.Random, address: Address, detail: Path) -> list[socket.socket]:
-    """A frame whose numbers are not true."""
-    numbers = rng.choice([0, 1, 1 << 20, (1 << 32) - 1]), rng.choice([0, 1, 1 << 40, (1 << 64) - 1])
-    detail.write_text(f"sizes {numbers}")
-    connection, key = _known(address)
-    connection.sendall(_frame(key, b"{}", *numbers))
-    return [connection]
-
-
-def _half(rng: random.Random, address: Address, detail: Path) -> list[socket.socket]:
-    """An honest first message, cut or with one bit wrong."""
-    fields = {"package": __version__, "trainer": "0" * 16}
-    connection, key = _known(address)
-    whole = bytearray(_frame(key, json.dumps({"kind": "hello", "fields": fields, "tensors": []}).encode()))
+def _half(rng: random.Random, address: Address, detail: Path) -> Held:
+    """A handshake, cut or with one bit wrong."""
+    whole = bytearray(GREETING + b"\x04\xc8" + b"\x05HELLO\x01\x00" + bytes(72) + rng.randbytes(120))
     if rng.random() < 0.5:
         whole[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         detail.write_text("a flipped bit")
     else:
         del whole[rng.randrange(len(whole)) :]
         detail.write_text("cut")
+    connection = socket.create_connection(address)
     connection.sendall(bytes(whole))
     if rng.random() < 0.5:
         connection.close()
@@ -225,7 +213,7 @@ def _half(rng: random.Random, address: Address, detail: Path) -> list[socket.soc
     return [connection]
 
 
-def _resets(rng: random.Random, address: Address, detail: Path) -> list[socket.socket]:
+def _resets(rng: random.Random, address: Address, detail: Path) -> Held:
     """RST at a random moment of the handshake."""
     for _ in range(rng.randrange(1, 10)):
         connection = socket.create_connection(address)
@@ -240,7 +228,7 @@ ATTACKS: dict[str, Attack] = {
     "silence": _silent,
     "garbage": _garbage,
     "dripping": _dripping,
-    "signed nonsense": _signed,
+    "nonsense with the key": _nonsense,
     "wrong sizes": _sizes,
     "half a message": _half,
     "resets": _resets,

@@ -12,7 +12,7 @@ from vcr1_fast.learner.exchange import exchange, from_bytes, gather_sizes, to_by
 from vcr1_fast.learner.row_cost import group_size
 from vcr1_fast.learner.sharding import World
 from vcr1_fast.learner.step import Learner
-from vcr1_fast.rollout.sgl.remote import byte_levels
+from vcr1_fast.rollout.sgl.link import byte_levels
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from tests.conftest import build_tokenizer, make_example, make_patches
 from tests.rollout.collecting import collected
+from tests.rollout.scripted_engine import ScriptedEngine
 from vcr1_fast.learner.sharding import exit_rank, init_distributed, shutdown
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.collect import Collector, RewardsFailedError
-from vcr1_fast.rollout.scripted_engine import ScriptedEngine
 from vcr1_fast.settings.config import Config, RolloutConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Example, Prompt, SamplingParams

@@ -1,14 +1,10 @@
-"""Addresses, the shared key, the private folder and the placement: what people write, and what is refused."""
+"""Addresses, the shared key and the placement: what people write, and what is refused."""
 
-import os
 import stat
-import subprocess
-import sys
 
 import pytest
 
 from vcr1_fast.rollout.addresses import as_setting, is_loopback, read_addresses, read_bind, show
-from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.rollout_key import read_key, read_or_make_key
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import load_settings
@@ -120,26 +116,3 @@ def test_the_environment_goes_before_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("VCR1_ROLLOUT_KEY", "0a")
     with pytest.raises(ConfigError, match="VCR1_ROLLOUT_KEY holds no key"):
         read_key("")
-
-
-def test_a_folder_left_by_a_killed_owner_is_removed_by_the_next(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    code = (
-        "import os, signal\n"
-        "from vcr1_fast.rollout.private_folder import PrivateFolder\n"
-        "print(PrivateFolder('t-').path, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, timeout=60)
-    assert killed.returncode == -9 and killed.stdout
-    (tmp_path / "t-foreign").mkdir()  # no lock file: not one of ours, or not ready yet
-    (tmp_path / "other-1").mkdir()
-    first = PrivateFolder("t-")
-    second = PrivateFolder("t-")
-    assert stat.S_IMODE(first.path.stat().st_mode) == 0o700
-    assert {p.name for p in tmp_path.iterdir()} == {"t-foreign", "other-1", first.path.name, second.path.name}
-    first.close()
-    first.close()
-    assert {p.name for p in tmp_path.iterdir()} == {"t-foreign", "other-1", second.path.name}
-    second.close()

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.rollout.collecting import collected
+from tests.rollout.scripted_engine import ScriptedEngine
 from tests.tiny_policy import run_ranks
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.collect import Collector, RewardFailure, RewardsFailedError, collect, weighted_sum
-from vcr1_fast.rollout.scripted_engine import ScriptedEngine
 from vcr1_fast.run.metrics import rollout_metrics
 from vcr1_fast.settings.config import Config, ConfigError, RolloutConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 from typing import Any
 
 import torch
@@ -14,8 +12,8 @@ from vcr1_fast.learner.packing import pack
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sgl import pixels as sglang_pixels
-from vcr1_fast.rollout.sgl.messages import Channel
-from vcr1_fast.rollout.sgl.remote import byte_levels
+from vcr1_fast.rollout.sgl.link import byte_levels
+from vcr1_fast.rollout.sgl.messages import decode, encode
 from vcr1_fast.rollout.sgl.video import video_item
 from vcr1_fast.rollout.sgl.workers import Request, Workers
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
@@ -69,13 +67,12 @@ def test_sglang_is_sent_the_very_tensors_and_handed_their_bits() -> None:
     assert tensors["values_PC"] is prompt.patches.values_PC
     assert tensors["token_ids_L"] is prompt.token_ids_L and tensors["position_ids_3L"] is prompt.position_ids_3L
     assert (fields["grid_thw"], fields["second_per_grid_s"]) == (prompt.patches.grid_thw, 1.0)
-    here, there = (Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
-    with contextlib.closing(here), contextlib.closing(there):
-        as_bytes = sglang_pixels.pack(tensors, byte_levels())
-        assert as_bytes["bytes_PC"].dtype == torch.uint8
-        for sent in (tensors, as_bytes):
-            here.send("generate", fields, sent, timeout_s=5)
-            message = there.receive(5)
-            item = video_item(message.fields, sglang_pixels.unpack(message.tensors))
-            assert torch.equal(item["pixel_values_videos"], prompt.patches.values_PC)
-            assert torch.equal(item["mrope_positions"], prompt.position_ids_3L)
+    as_bytes = sglang_pixels.pack(tensors, byte_levels())
+    assert as_bytes["bytes_PC"].dtype == torch.uint8
+    for sent, by_reference in ((tensors, True), (as_bytes, False)):
+        frames, lent = encode("generate", fields, sent, by_reference=by_reference)
+        message = decode(frames)
+        item = video_item(message.fields, sglang_pixels.unpack(message.tensors))
+        assert torch.equal(item["pixel_values_videos"], prompt.patches.values_PC)
+        assert torch.equal(item["mrope_positions"], prompt.position_ids_3L)
+        assert len(lent) == by_reference

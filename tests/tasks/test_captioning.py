@@ -16,9 +16,9 @@ from tests.judge.judge_server import (
     unused_url,
     waits,
 )
+from tests.rollout.scripted_engine import ScriptedEngine
 from vcr1_fast.judge.client import JudgeUnavailableError
 from vcr1_fast.rollout.collect import RewardFailure, collect
-from vcr1_fast.rollout.scripted_engine import ScriptedEngine
 from vcr1_fast.settings.config import JudgeConfig, TaskConfig
 from vcr1_fast.tasks.captioning import Captioning
 from vcr1_fast.types import CaptionTruth, Example, IntervalTruth, SamplingParams

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vcr1_fast.learner.row_cost import GroupSize
 from vcr1_fast.learner.sharding import World, all_reduce_sum
+from vcr1_fast.rollout.sgl.link import byte_levels
 from vcr1_fast.rollout.sgl.pixels import pack, unpack
-from vcr1_fast.rollout.sgl.remote import byte_levels
 from vcr1_fast.types import RolloutGroup
 
 _LENGTH_BYTES = 8

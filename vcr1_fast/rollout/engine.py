@@ -36,9 +36,7 @@ class Quota:
 
 
 class RolloutEngine(Protocol):
-    """Implementations: local_engine.LocalEngine (this process), sglang_engine.SGLangEngine (processes of their own),
-    scripted_engine.ScriptedEngine (tests).
-    """
+    """Implementations: local_engine.LocalEngine (this process), sglang_engine.SGLangEngine (processes of their own)."""
 
     @property
     def policy_version(self) -> int:

@@ -1,9 +1,9 @@
 """`vcr1-fast serve CONFIG`: rollout workers on this node, for trainers that run elsewhere.
 
-One address and one worker for each GPU. A worker waits, with SGLang imported, for a trainer that knows the key, serves
-it alone, and ends with its connection; a fresh one then waits in its place. So a trainer that is started again, and a
-worker that is killed, find each other anew (sgl/remote.py is the trainer's side). What the engine is started with
-comes from the trainer; model folder and GPU are this node's.
+One worker for each GPU, at an address of its own. A worker waits, with SGLang imported, for a trainer that knows the
+key, serves it alone, and ends with its connection (sgl/door.py); a fresh one then takes its place. So a trainer that is
+started again, and a worker that is killed, find each other anew. What the engine is started with comes from the
+trainer; model folder and GPU are this node's.
 
 Who has the key can run code on this node, as the user of this process.
 """
@@ -11,15 +11,15 @@ Who has the key can run code on this node, as the user of this process.
 from __future__ import annotations
 
 import contextlib
-import select
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -27,12 +27,9 @@ from rich.table import Table
 from vcr1_fast.learner.loading import read_config
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.addresses import Address, as_setting, is_loopback, read_bind, show
-from vcr1_fast.rollout.door import Door, Visitor
-from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.rollout_key import read_or_make_key
-from vcr1_fast.rollout.sgl.messages import HANDSHAKE_S, Channel
+from vcr1_fast.rollout.sgl.channel import NO_SGLANG, Channel, KeyRefusedError, connect
 from vcr1_fast.rollout.sgl.process import STOP_WAIT_S, Child, prepare_model_folder
-from vcr1_fast.rollout.sgl.tcp import TcpListener
 from vcr1_fast.run.hub import with_hub_model
 from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.run.telemetry import console, say
@@ -41,28 +38,29 @@ from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import RunError
 
 POLL_S = 0.25
+HANDSHAKE_S = 1.0  # on this machine
+# A worker whose thread for messages says nothing for so long hangs, whatever the rest of it does. Loading a library may
+# hold that thread up, too.
+SILENCE_S = 60.0
 MAX_BACKOFF_S = 30.0
 
 
 class Station:
     """One address and the workers behind it, one after the other, in a thread."""
 
-    def __init__(self, listener: TcpListener, key: bytes, child: Child, order: Mapping[str, Any], config: SGLangConfig):
-        """`order`: the fields of `serve` in sgl/serving.py."""
-        self.address, self.log = listener.address, child.log
+    def __init__(self, address: Address, child: Child, config: SGLangConfig) -> None:
+        self.address, self.child = address, child
         self.facts: Mapping[str, str] = {}  # what the worker says of itself: sglang, torch, gpu
         self.failure = ""  # why this station gave up
         self.is_waiting = threading.Event()  # a worker was once ready for a trainer
         self.num_workers = 0  # that became ready, so far
-        self._child, self._order, self._config = child, order, config
-        self._door = Door(listener, key, self._say)
+        self._config = config
         self._stopping = threading.Event()
-        self._parent: Channel | None = None
+        self._channel: Channel | None = None  # to the worker, beside the trainer's
         self._num_failures = 0
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
-        self._door.open()
         self._thread.start()
 
     def ask_to_stop(self) -> None:
@@ -80,11 +78,10 @@ class Station:
             self.failure = str(error) if isinstance(error, RunError | OSError) else f"{type(error).__name__}: {error}"
         finally:
             self._end_worker()
-            self._door.close()
 
     def _serve_one(self) -> None:
         """A worker's life."""
-        self._child.start()
+        self.child.start()
         if not self._wait_until_waiting():
             if not self._stopping.is_set():
                 self._note_failure()
@@ -92,34 +89,57 @@ class Station:
         self._num_failures = 0
         self.num_workers += 1
         self.is_waiting.set()
-        visitor = self._first_visitor()
-        if visitor is not None:
-            self._hand_over(visitor)
-            self._guard(visitor)
-            if not self._stopping.is_set():
-                self._say(f"trainer {visitor.peer} has left, or the worker has ended; a fresh one starts")
+        why = self._watch()
+        if not self._stopping.is_set():
+            self._say(f"{why}; a fresh worker starts")
         self._end_worker()
+
+    def _watch(self) -> str:
+        """Until the worker ends, or serve does; why."""
+        trainer = ""
+        while self._is_alive():
+            try:
+                status = self._status()
+            except TimeoutError:
+                return f"the worker has said nothing for {SILENCE_S:g} s, and is ended"
+            except (OSError, EOFError, ValueError):
+                self.child.wait(STOP_WAIT_S)
+                break
+            if status["trainer"] != trainer:
+                trainer = status["trainer"]
+                self._say(f"trainer {trainer} has connected")
+            self._stopping.wait(POLL_S)
+        return f"trainer {trainer} has left, or the worker has ended" if trainer else "the worker has ended"
 
     def _wait_until_waiting(self) -> bool:
         deadline = time.monotonic() + self._config.start_timeout_s
         while self._is_alive() and time.monotonic() < deadline:
-            try:
-                if self._parent is None:
-                    self._parent = self._child.accept(POLL_S)
-                    if self._parent is not None:
-                        self._parent.send("serve", self._order, timeout_s=HANDSHAKE_S)
-                elif select.select([self._parent], [], [], POLL_S)[0]:
-                    waiting = self._parent.receive(HANDSHAKE_S)
-                    if waiting.kind == "absent":  # the next one would say the same
-                        raise RunError(str(waiting.fields["reason"]))
-                    self.facts = waiting.fields
-                    return waiting.kind == "waiting"
-            except (OSError, EOFError, ValueError):
-                break
+            with contextlib.suppress(OSError, EOFError, ValueError, KeyRefusedError):  # not there yet
+                self._channel = self._channel or connect(self.child.address, self.child.key, HANDSHAKE_S)
+                status = self._status()
+                if "sglang" in status:
+                    self.facts = status
+                    return True
+            self._stopping.wait(POLL_S)
+        if self.child.exit_code == NO_SGLANG:  # the next one would say the same
+            raise RunError(self.child.printed().rstrip().rpartition("\n")[2])
         return False
 
+    def _status(self) -> Mapping[str, str]:
+        """What the worker says. Raises TimeoutError after too long a silence, EOFError or OSError when it has ended."""
+        assert self._channel is not None, "it was reached"
+        deadline = time.monotonic() + SILENCE_S
+        self._channel.send("status")
+        while self._is_alive():
+            try:
+                return self._channel.receive(POLL_S).fields
+            except TimeoutError:
+                if time.monotonic() > deadline:
+                    raise
+        raise EOFError("the worker has ended, or serve is to end")
+
     def _note_failure(self) -> None:
-        words = self._child.last_words()
+        words = self.child.last_words()
         self._end_worker()
         self._num_failures += 1
         if self._num_failures > self._config.max_restarts:
@@ -127,56 +147,22 @@ class Station:
                 f"the worker for {show(self.address)} failed to start {self._num_failures} times in a row "
                 f"(rollout.sglang.max_restarts is {self._config.max_restarts}){words}"
             )
-        self._say(f"the worker did not start; once more. Its log: {self.log}")
+        self._say(f"the worker did not start; once more. Its log: {self.child.log}")
         self._stopping.wait(min(self._config.backoff_s * 2 ** (self._num_failures - 1), MAX_BACKOFF_S))
-
-    def _first_visitor(self) -> Visitor | None:
-        while self._is_alive():
-            visitor = self._door.next_visitor(POLL_S)
-            if visitor is not None:
-                return visitor
-        return None
-
-    def _hand_over(self, visitor: Visitor) -> None:
-        assert self._parent is not None, "a worker waits"
-        with contextlib.suppress(OSError):  # it has just ended; the trainer sees its connection close, and comes again
-            visitor.channel.send("welcome", timeout_s=HANDSHAKE_S)
-            self._parent.send("adopt", visitor.channel.state(), timeout_s=HANDSHAKE_S)
-            self._parent.hand_over(visitor.channel.connection, HANDSHAKE_S)
-            self._say(f"trainer {visitor.peer} has connected")
-        visitor.channel.release()
-
-    def _guard(self, owner: Visitor) -> None:
-        """Until the worker ends. Others are told to come later; its own trainer comes back only if it hangs."""
-        while self._is_alive():
-            visitor = self._door.next_visitor(POLL_S)
-            if visitor is None:
-                continue
-            is_back = visitor.trainer == owner.trainer
-            reason = "its last worker is being ended" if is_back else f"it serves the trainer {owner.peer}"
-            with contextlib.suppress(OSError):
-                visitor.channel.send("busy", {"reason": reason}, timeout_s=HANDSHAKE_S)
-            visitor.channel.close()
-            if is_back:
-                self._say(f"trainer {visitor.peer} is back: its last worker hangs, and is ended")
-                return
 
     def _end_worker(self) -> None:
         """At the end of serve in order, if it listens: SGLang then gives its memory and processes back itself."""
-        if self._parent is not None:
-            if self._stopping.is_set() and self._is_running():
+        if self._channel is not None:
+            if self._stopping.is_set() and self.child.exit_code is None:
                 with contextlib.suppress(OSError):
-                    self._parent.send("close", timeout_s=1.0)
-                    self._child.wait(STOP_WAIT_S)
-            self._parent.close()
-            self._parent = None
-        self._child.kill()
+                    self._channel.send("close")
+                    self.child.wait(STOP_WAIT_S)
+            self._channel.close()
+            self._channel = None
+        self.child.kill()
 
     def _is_alive(self) -> bool:
-        return not self._stopping.is_set() and self._is_running()
-
-    def _is_running(self) -> bool:
-        return self._child.exit_code is None
+        return not self._stopping.is_set() and self.child.exit_code is None
 
     def _say(self, what: str) -> None:
         say(f"{time.strftime('%H:%M:%S')} {show(self.address)}: {what}")
@@ -200,25 +186,19 @@ class Server:
         Raises ConfigError when an address cannot be had, OSError when the checkpoint cannot be read or `logs` written.
         """
         self.stations: list[Station] = []
-        self._folder = PrivateFolder("vcr1-serve-")
-        listeners: list[TcpListener] = []
+        addresses = _free_addresses(bind, len(gpus))
+        self._folder = Path(tempfile.mkdtemp(prefix="vcr1-serve-"))
         try:
-            host, port = bind
             logs.mkdir(parents=True, exist_ok=True)
-            model = prepare_model_folder(checkpoint, self._folder.path / "model")
-            for index in range(len(gpus)):
-                listeners.append(_listen((host, port + index if port else 0)))  # noqa: PERF401 - all are closed on errors
-            for index, (listener, gpu) in enumerate(zip(listeners, gpus, strict=True)):
-                folder = self._folder.path / f"worker-{index}"
-                folder.mkdir()
+            model = prepare_model_folder(checkpoint, self._folder / "model")
+            for index, (address, gpu) in enumerate(zip(addresses, gpus, strict=True)):
                 own = {"model_path": str(model)} | ({} if gpu is None else {"base_gpu_id": gpu})
-                child = Child(config.python or sys.executable, folder, logs / f"worker-{index}.log")
-                order = {"engine_args": own, "gpu": gpu}
-                self.stations.append(Station(listener, key, child, order, config))
+                folder, log = self._folder / f"worker-{index}", logs / f"worker-{index}.log"
+                folder.mkdir()
+                child = Child(config.python or sys.executable, folder, log, f"tcp://{show(address)}", key, own)
+                self.stations.append(Station(address, child, config))
         except BaseException:
-            for listener in listeners:
-                listener.close()
-            self._folder.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
             raise
 
     def start(self, timeout_s: float) -> None:
@@ -245,7 +225,7 @@ class Server:
             station.ask_to_stop()
         for station in self.stations:
             station.join()
-        self._folder.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def serve(config: Config, bind: str = "", logs: str = "", num_workers: int | None = None) -> None:
@@ -280,13 +260,23 @@ def serve(config: Config, bind: str = "", logs: str = "", num_workers: int | Non
         server.close()
 
 
-def _listen(address: Address) -> TcpListener:
-    try:
-        return TcpListener(address)
-    except (OSError, OverflowError) as error:  # the latter for a port above 65535
-        raise ConfigError(
-            f"cannot listen at {show(address)} ({error}): choose another --bind; each worker takes one port, in order"
-        ) from None
+def _free_addresses(first: Address, count: int) -> list[Address]:
+    """Of this machine, one after the other, or with port 0 any. Raises ConfigError; the workers bind them later."""
+    host, port = first
+    with contextlib.ExitStack() as held:
+        found: list[Address] = []
+        for index in range(count):
+            address = (host, port + index if port else 0)
+            try:
+                family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+                listener = held.enter_context(socket.create_server(address, family=family))
+            except (OSError, OverflowError) as error:  # the latter for a port above 65535
+                raise ConfigError(
+                    f"cannot listen at {show(address)} ({error}): choose another --bind; each worker takes one port, "
+                    "in order"
+                ) from None
+            found.append(listener.getsockname()[:2])
+    return found
 
 
 def _gpus(config: Config, num_workers: int | None) -> list[int | None]:
@@ -309,7 +299,7 @@ def _print_table(server: Server, key_place: str) -> None:
     table = Table("worker", "address", "GPU", "SGLang", "torch", "log", box=box.SIMPLE)
     for index, station in enumerate(server.stations):
         facts = station.facts
-        texts = (show(station.address), facts["gpu"], facts["sglang"], facts["torch"], str(station.log))
+        texts = (show(station.address), facts["gpu"], facts["sglang"], facts["torch"], str(station.child.log))
         table.add_row(str(index), *(text.replace("[", r"\[") for text in texts))
     console.print(table)
     host = server.stations[0].address[0]
@@ -321,5 +311,5 @@ def _print_table(server: Server, key_place: str) -> None:
         f"--rollout.sglang.addresses='{written}'"
     )
     if not is_loopback(host):
-        say("what travels is signed, not encrypted: keep these ports inside a private network, or use WireGuard or ssh")
+        say("the weights of a broadcast travel in the clear: keep both nodes inside a private network")
     say("waiting for trainers; Ctrl-C ends all")

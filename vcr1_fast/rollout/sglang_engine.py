@@ -7,6 +7,8 @@ again: the caller sees only the time (sgl/round.py, sgl/workers.py).
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ from vcr1_fast.learner.loading import read_config
 from vcr1_fast.learner.model_size import read_model_size
 from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun, Quota, is_done
-from vcr1_fast.rollout.private_folder import PrivateFolder
 from vcr1_fast.rollout.sampling import check_sampling
 from vcr1_fast.rollout.sgl import penalty
 from vcr1_fast.rollout.sgl.memory import BOUNDED_SHARE, memory_args
@@ -77,14 +78,13 @@ class SGLangEngine:
         model = read_config(checkpoint)
         self._family, self._is_tied = family_of(model), bool(model.tie_word_embeddings)
         self._round: Round | None = None  # the call of generate that is running
-        self._private = PrivateFolder("vcr1-sglang-")  # only this user reaches the sockets
-        self._folder = self._private.path
+        self._folder = Path(tempfile.mkdtemp(prefix="vcr1-sglang-"))  # mode 700: only this user reaches the sockets
         try:
             model_folder = prepare_model_folder(checkpoint, self._folder / "model")
             arguments = engine_args(config, model_folder, dtype, device, seed, can_penalise=can_penalise)
             self._workers = Workers(config, arguments, self._folder, dtype)
         except BaseException:
-            self._private.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
             raise
 
     @property
@@ -187,7 +187,7 @@ class SGLangEngine:
     def close(self) -> None:
         """End the workers and free the memory."""
         self._workers.close()
-        self._private.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _request(
         self, number: int, request: Request, sampling: SamplingParams

@@ -105,7 +105,6 @@ def start(tmp_path, tiny_tokenizer, monkeypatch):
     (checkpoint / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     monkeypatch.setenv("SCRIPTED_WORKER_FOLDER", str(tmp_path))
     monkeypatch.setattr(sglang_round, "ABORT_GRACE_S", 0.5)
-    monkeypatch.setattr(sglang_round, "SEND_LIMIT_S", 2.0)
     forking = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
     monkeypatch.setattr(sglang_process, "subprocess", forking)
     settings = {"backoff_s": 0.01, "timeout_s": 30.0, "start_timeout_s": 60.0}

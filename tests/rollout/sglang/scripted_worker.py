@@ -1,6 +1,6 @@
 """A worker that speaks the messages without SGLang and fails as told, for test_supervision.py and test_serve.py.
 
-`plan.json` beside the socket's folder says how each start behaves, the last one for all further starts:
+`plan.json` in SCRIPTED_WORKER_FOLDER says how each start behaves, the last one for all further starts:
     ok          answers at once: two tokens per completion, the policy version and the process id
     die N       ends at its N-th request
     hang        takes requests and says nothing more
@@ -8,10 +8,10 @@
     fail        says that a request failed
     refuse      refuses a request
     unusable    does not start
-    crash       ends before it connects
+    crash       ends before it can be reached
     port        ends because a port is taken
     absent      is the real worker, in an interpreter without SGLang
-    silent      never connects
+    silent      can never be reached
     wrong       holds other weights than it was sent
     deaf        takes weights and says nothing
     hold        keeps its first requests until it is interrupted: then each has one finished completion, and of the
@@ -29,8 +29,9 @@ from pathlib import Path
 import torch
 
 from vcr1_fast.rollout.sgl import worker
-from vcr1_fast.rollout.sgl.messages import KEY_VARIABLE, Channel, Message, connect
-from vcr1_fast.rollout.sgl.serving import adopted
+from vcr1_fast.rollout.sgl.channel import KEY_VARIABLE
+from vcr1_fast.rollout.sgl.door import Door
+from vcr1_fast.rollout.sgl.messages import Message
 
 LIMITS = {
     "vocabulary_size": 288,
@@ -52,7 +53,7 @@ def behaviour(folder: Path) -> str:
     return plan[min(count, len(plan)) - 1]
 
 
-def main(address: str) -> None:
+def main(address: str, own_args: str) -> None:
     how = behaviour(Path(os.environ["SCRIPTED_WORKER_FOLDER"]))
     if how == "crash":
         sys.exit("this worker was told to crash")
@@ -61,26 +62,29 @@ def main(address: str) -> None:
     if how == "silent":
         time.sleep(3600)
     if how == "absent":
-        sys.argv[1:] = [address]
+        sys.argv[1:] = [address, own_args]
         sys.exit(worker.main())
-    parent = channel = connect(address, bytes.fromhex(os.environ[KEY_VARIABLE]))
-    if channel.receive(60).kind == "serve":
-        parent.send("waiting", {"sglang": "scripted", "torch": torch.__version__, "gpu": "none"})
-        channel = adopted(parent)
-        channel.receive(60)
-    if how == "unusable":
-        channel.send("unusable", {"reason": "no such model"})
-        return
+    door = Door(address, bytes.fromhex(os.environ[KEY_VARIABLE]))
+    door.facts = {"sglang": "scripted", "torch": torch.__version__, "gpu": "none"}
+    try:
+        assert door.receive().kind == "start"
+        if how == "unusable":
+            door.send("unusable", {"reason": "no such model"})
+        else:
+            work(door, how)
+    except EOFError:
+        pass
+    door.close()
+
+
+def work(door: Door, how: str) -> None:
     libraries = {"torch": "2.11.0+cu129", "cuda": "12.9", "nccl": "2.28.9"}
-    channel.send("ready", {"limits": LIMITS, "version": "scripted", "libraries": libraries, "pid": os.getpid()})
+    door.send("ready", {"limits": LIMITS, "version": "scripted", "libraries": libraries})
     version, num_requests = -1, 0
     held: list[Message] = []
     is_holding = how == "hold"
     while True:
-        try:
-            message = channel.receive()
-        except (EOFError, OSError):
-            return
+        message = door.receive()
         if message.kind == "close":
             return
         if message.kind == "weights":
@@ -88,23 +92,23 @@ def main(address: str) -> None:
                 continue
             version = message.fields["policy_version"] if message.fields["is_last"] else -1
             wrong = ["'w' does not stand where it should"] if how == "wrong" and message.fields["check"] else []
-            channel.send("loaded", {"id": message.fields["id"], "wrong": wrong})
+            door.send("loaded", {"id": message.fields["id"], "wrong": wrong})
         elif message.kind == "interrupt":
             is_holding = False
             for request in held:
-                cut_short(channel, request, version)
+                cut_short(door, request, version)
         elif message.kind == "generate" and is_holding:
             held.append(message)
         elif message.kind == "abort" and how == "late":
-            channel.send("aborted", {"id": message.fields["id"]})
+            door.send("aborted", {"id": message.fields["id"]})
         elif message.kind == "generate":
             num_requests += 1
             if how.startswith("die") and num_requests == int(how.split()[1]):
                 os._exit(1)
-            answer(channel, message, how, version)
+            answer(door, message, how, version)
 
 
-def cut_short(channel: Channel, message: Message, version: int) -> None:
+def cut_short(door: Door, message: Message, version: int) -> None:
     fields, first = message.fields, int(message.tensors["token_ids_L"][0])
     count = fields["num_completions"]
     reply = {
@@ -114,14 +118,14 @@ def cut_short(channel: Channel, message: Message, version: int) -> None:
         "is_cut": [False, *[True] * (count - 1)],
     }
     tokens = torch.tensor([first, fields["stop_ids"][0], *[first] * (count - 1)])
-    channel.send("completions", reply, {"token_ids": tokens, "logprobs": torch.full((count + 1,), -0.5)})
+    door.send("completions", reply, {"token_ids": tokens, "logprobs": torch.full((count + 1,), -0.5)})
 
 
-def answer(channel: Channel, message: Message, how: str, version: int) -> None:
+def answer(door: Door, message: Message, how: str, version: int) -> None:
     number, fields = message.fields["id"], message.fields
     if how in ("fail", "refuse"):
         kind = {"fail": "failed", "refuse": "refused"}[how]
-        channel.send(kind, {"id": number, "reason": "it was told to"})
+        door.send(kind, {"id": number, "reason": "it was told to"})
     if how in ("hang", "late", "fail", "refuse"):
         return
     assert fields["policy_version"] == version, "asked before it had these weights"
@@ -134,8 +138,8 @@ def answer(channel: Channel, message: Message, how: str, version: int) -> None:
         "is_cut": [False] * count,
         "num_cached_tokens": [0] * count,
     }
-    channel.send("completions", reply, {"token_ids": tokens, "logprobs": torch.full((2 * count,), -float(os.getpid()))})
+    door.send("completions", reply, {"token_ids": tokens, "logprobs": torch.full((2 * count,), -float(os.getpid()))})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

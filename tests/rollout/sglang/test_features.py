@@ -47,7 +47,7 @@ def test_memory_is_given_back():
     assert float(kept.sum()) == 2352
     opened_again = SharedFeatures.share(torch.zeros(2, 1176))  # most likely with the same descriptor
     for gone in (sent, other):
-        features._mapped.cache_clear()
+        features.kept_mapped.cache_clear()
         with pytest.raises(OSError):
             pickle.loads(gone)
     assert float(pickle.loads(pickle.dumps(opened_again)).sum()) == 0

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from vcr1_fast.rollout.serve import Server
-from vcr1_fast.rollout.sgl.link import WorkerGoneError
-from vcr1_fast.rollout.sgl.remote import RemoteWorker
+from vcr1_fast.rollout.sgl.link import WorkerGoneError, WorkerLink
 from vcr1_fast.settings.learning import SGLangConfig
 
 KEY = b"k" * 32
@@ -55,9 +54,9 @@ def wait_for(is_true: Callable[[], bool], timeout_s: float) -> None:
 
 def test_a_worker_that_hangs_in_its_start_is_not_left_behind_busy(serving, tmp_path):
     [station] = serving.stations
-    trainer = RemoteWorker(station.address, KEY, {})
+    trainer = WorkerLink("elsewhere", station.child.address, KEY, {})
     trainer.start()
-    pid = station._child.pid
+    pid = station.child.pid
     with pytest.raises(WorkerGoneError):
         trainer.wait_ready(3)
     assert (tmp_path / "starts").exists() and Path(f"/proc/{pid}").exists()

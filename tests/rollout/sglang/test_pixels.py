@@ -5,8 +5,8 @@ import torch
 from vcr1_kernels import patchify
 from vcr1_kernels.reference import patchify as reference_patchify
 
+from vcr1_fast.rollout.sgl.link import byte_levels
 from vcr1_fast.rollout.sgl.pixels import pack, unpack
-from vcr1_fast.rollout.sgl.remote import byte_levels
 
 SAME_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 

@@ -137,7 +137,7 @@ def test_a_bad_request_is_refused_and_the_next_one_answered(random_engine, make_
     """Sent to SGLang, the first of these ends its processes."""
     good = make_prompt((2, 4, 4), "when")
     worker = random_engine._workers.seats[0].worker
-    pid, sampling = worker.pid, SamplingParams(2, 4)
+    pid, sampling = worker.child.pid, SamplingParams(2, 4)
     outside = good.token_ids_L.clone()
     outside[0] = 10**6
     more_pads = good.token_ids_L.clone()
@@ -153,15 +153,15 @@ def test_a_bad_request_is_refused_and_the_next_one_answered(random_engine, make_
     with pytest.raises(ValueError, match="room for"):
         random_engine.generate([good], SamplingParams(2, 10**6))
     assert len(random_engine.generate([good], sampling)[0]) == 2
-    assert worker.pid == pid  # the same process all along
+    assert worker.child.pid == pid  # the same process all along
 
 
 def test_a_late_request_is_aborted_and_reported(random_engine, make_prompt, monkeypatch):
     worker = random_engine._workers.seats[0].worker
-    pid = worker.pid
+    pid = worker.child.pid
     monkeypatch.setattr(random_engine, "config", replace(random_engine.config, timeout_s=0.2, max_attempts=1))
     with pytest.raises(RuntimeError, match=r"took longer than 0\.2 s"):
         random_engine.generate([make_prompt((2, 4, 4), "when")], SamplingParams(8, 4000))
     monkeypatch.undo()
     assert len(random_engine.generate([make_prompt((2, 4, 4), "when")], SamplingParams(2, 4))[0]) == 2
-    assert worker.pid == pid
+    assert worker.child.pid == pid

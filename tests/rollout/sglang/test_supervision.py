@@ -39,18 +39,20 @@ def test_the_worker_is_a_process_of_the_named_interpreter(start, prompts, tmp_pa
     monkeypatch.setattr(sglang_process, "subprocess", subprocess)
     python = tmp_path / "python"
     script = Path(scripted_worker.__file__)
-    python.write_text(f'#!/bin/sh\n[ "$1 $2" = "-m {WORKER_MODULE}" ] && exec "{sys.executable}" "{script}" "$3"\n')
+    python.write_text(
+        f'#!/bin/sh\n[ "$1 $2" = "-m {WORKER_MODULE}" ] && exec "{sys.executable}" "{script}" "$3" "$4"\n'
+    )
     python.chmod(stat.S_IRWXU)
     engine = start(["ok"], python=str(python))
     answers = engine.generate(prompts, SAMPLING)
-    assert pids(answers) == {engine._workers.seats[0].worker.pid}
+    assert pids(answers) == {engine._workers.seats[0].worker.child.pid}
 
 
 def test_two_workers_share_the_prompts(start, prompts):
     engine = start(["ok"], num_workers=2)
     answers = engine.generate(prompts, SAMPLING)
     assert first_ids(answers) == wanted(prompts)
-    assert pids(answers) == {seat.worker.pid for seat in engine._workers.seats}
+    assert pids(answers) == {seat.worker.child.pid for seat in engine._workers.seats}
 
 
 @pytest.mark.parametrize("plan", [["die 1", "ok"], ["die 3", "ok"], ["die 3", "die 1", "crash", "ok"]])
@@ -65,7 +67,7 @@ def test_a_worker_that_dies_is_replaced_and_its_prompts_answered(start, prompts,
 def test_killed_between_two_calls(start, prompts):
     engine = start(["ok"])
     engine.generate(prompts, SAMPLING)
-    os.kill(engine._workers.seats[0].worker.pid, signal.SIGKILL)
+    os.kill(engine._workers.seats[0].worker.child.pid, signal.SIGKILL)
     engine.load_weights([("model.visual.w", torch.zeros(300, 300))], 2)
     assert first_ids(engine.generate(prompts, SAMPLING)) == wanted(prompts)
     assert (engine.policy_version, engine.num_restarts) == (2, 1)
@@ -75,7 +77,7 @@ def test_killed_between_two_calls(start, prompts):
 def test_a_worker_that_hangs_is_replaced(start, prompts, how):
     engine = start(["hang" if how == "hang" else "late", "ok"], timeout_s=0.5)
     if how == "stopped":  # not even its reading thread runs any more
-        os.kill(engine._workers.seats[0].worker.pid, signal.SIGSTOP)
+        os.kill(engine._workers.seats[0].worker.child.pid, signal.SIGSTOP)
     began = time.monotonic()
     assert first_ids(engine.generate(prompts, SAMPLING)) == wanted(prompts)
     assert engine.num_restarts == 1
@@ -109,7 +111,11 @@ def test_restarts_end_after_max_restarts(start, prompts):
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [("unusable", "no such model"), ("crash", "told to crash"), ("silent", "did not connect within 2 s")],
+    [
+        ("unusable", "no such model"),
+        ("crash", "told to crash"),
+        ("silent", "within 2 s: nobody listens there"),
+    ],
 )
 def test_a_start_that_fails_says_why(start, how, words):
     with pytest.raises(RuntimeError, match=words):
@@ -165,7 +171,7 @@ def test_a_worker_that_takes_no_weights_is_replaced(start, prompts):
 
 def test_close_leaves_no_process_and_no_file(start):
     engine = start(["ok"])
-    pid, folder = engine._workers.seats[0].worker.pid, engine._folder
+    pid, folder = engine._workers.seats[0].worker.child.pid, engine._folder
     engine.close()
     assert not folder.exists()
     with pytest.raises(ProcessLookupError):

@@ -28,8 +28,8 @@ from vcr1_fast.rollout.addresses import show
 from vcr1_fast.rollout.rollout_key import VARIABLE
 from vcr1_fast.rollout.serve import Server
 from vcr1_fast.rollout.sgl.delivery import Broadcast
+from vcr1_fast.rollout.sgl.link import byte_levels
 from vcr1_fast.rollout.sgl.pixels import pack
-from vcr1_fast.rollout.sgl.remote import byte_levels
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.config import ModelConfig
@@ -90,7 +90,7 @@ def pair(
         try:
             yield Pair(engine, server, posts_of(engine))
         finally:
-            pids = [station._child.pid for station in server.stations]
+            pids = [station.child.pid for station in server.stations]
             engine.close()
     finally:
         server.close()
@@ -102,9 +102,9 @@ def posts_of(engine: SGLangEngine) -> list[tuple[int, str, int]]:
     posted: list[tuple[int, str, int]] = []
     for index, seat in enumerate(engine._workers.seats):
 
-        def post(fields, tensors, timeout_s, *, index=index, send=seat.worker.post) -> None:
+        def post(fields, tensors, *, index=index, send=seat.worker.post) -> None:
             posted.append((index, str(fields["grid_thw"]), fields["num_completions"]))
-            send(fields, tensors, timeout_s)
+            send(fields, tensors)
 
         seat.worker.post = post
     return posted
@@ -183,7 +183,7 @@ def test_a_worker_killed_in_mid_call_answers_with_the_current_weights_and_joins_
             time.sleep(0.01)
         time.sleep(0.3)
         at_work.append(len(seats[1].requests))
-        os.kill(killed._child.pid, signal.SIGKILL)
+        os.kill(killed.child.pid, signal.SIGKILL)
 
     pair.posted.clear()
     killer = threading.Thread(target=kill)

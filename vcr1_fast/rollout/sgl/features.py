@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import functools
 import math
-import mmap
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vcr1_fast.rollout.sgl.messages import SharedBytes, flat_bytes
+from vcr1_fast.rollout.sgl.messages import File, SharedBytes, mapped
 
 MAX_MAPPED = 4  # clips kept mapped: of several hundred parts each is pickled apart, and Linux allows 65,530 mappings
+kept_mapped = functools.lru_cache(MAX_MAPPED)(mapped)
 
 
 class SharedFeatures(Tensor):
@@ -36,8 +35,7 @@ class SharedFeatures(Tensor):
     @staticmethod
     def share(features: Tensor) -> SharedFeatures:
         """A copy in shared memory. Raises OSError when there is none left."""
-        memory = SharedBytes(features.numel() * features.element_size())
-        memory.bytes_B.copy_(flat_bytes(features))
+        memory = SharedBytes.copy_of(features)
         return SharedFeatures._of(memory.bytes_B.view(features.dtype).view(features.shape), memory, 0)
 
     @staticmethod
@@ -59,22 +57,12 @@ class SharedFeatures(Tensor):
         self.memory.close()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        descriptor, dtype = self.memory.descriptor, str(self.dtype).removeprefix("torch.")
-        file = (os.getpid(), descriptor, os.fstat(descriptor).st_ino)
-        return opened, (file, self.start, dtype, tuple(self.shape))
+        dtype = str(self.dtype).removeprefix("torch.")
+        return opened, (self.memory.file, self.start, dtype, tuple(self.shape))
 
 
-def opened(file: tuple[int, int, int], start: int, dtype: str, shape: Sequence[int]) -> Tensor:
+def opened(file: File, start: int, dtype: str, shape: Sequence[int]) -> Tensor:
     """The tensor that `SharedFeatures` stands for; what is written into it stays in this process. Raises OSError."""
     data_type: torch.dtype = getattr(torch, dtype)
     num_bytes = data_type.itemsize * math.prod(shape)
-    return _mapped(*file)[start : start + num_bytes].view(data_type).view(tuple(shape))
-
-
-@functools.lru_cache(MAX_MAPPED)
-def _mapped(process: int, descriptor: int, inode: int) -> Tensor:
-    """The bytes of a file. `inode`: tells it from another one that got the same descriptor later."""
-    with open(f"/proc/{process}/fd/{descriptor}", "rb") as file:
-        if os.fstat(file.fileno()).st_ino != inode:
-            raise FileNotFoundError(f"the features that lay in descriptor {descriptor} are given back")
-        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    return kept_mapped(*file)[start : start + num_bytes].view(data_type).view(tuple(shape))

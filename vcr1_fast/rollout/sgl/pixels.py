@@ -26,7 +26,7 @@ _SAME_SIZE = {2: torch.int16, 4: torch.int32}
 def pack(tensors: Mapping[str, Any], levels_C256: Tensor) -> dict[str, Any]:
     """The tensors of a request with `values_PC` as bytes, where that is exact; all of them as they were where not.
 
-    `levels_C256`: float32, ascending in each channel; see `vcr1_fast.rollout.sgl.remote.byte_levels`.
+    `levels_C256`: float32, ascending in each channel; see `vcr1_fast.rollout.sgl.link.byte_levels`.
     """
     values_PC = tensors.get("values_PC")
     if values_PC is None or values_PC.numel() == 0 or values_PC.dtype.itemsize not in _SAME_SIZE:

@@ -9,17 +9,12 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import vcr1_fast
-from vcr1_fast.rollout.sgl.link import WorkerGoneError as WorkerGoneError
-from vcr1_fast.rollout.sgl.link import WorkerLink
-from vcr1_fast.rollout.sgl.messages import KEY_VARIABLE, Channel, Listener
+from vcr1_fast.rollout.sgl.channel import KEY_VARIABLE
 from vcr1_fast.run.model_folder import settings_files
 from vcr1_fast.run.stop_signals import kept_from_children
 
@@ -46,15 +41,17 @@ _PREPROCESSOR = {  # of Qwen2.5-VL; SGLang opens the checkpoint's processor alth
 
 
 class Child:
-    """A process of worker.py, over all its restarts, and the Unix socket to it."""
+    """A process of worker.py, over all its restarts."""
 
-    def __init__(self, python: str, folder: Path, log: Path) -> None:
-        """`python`: interpreter that has SGLang; `folder`: private, for the socket; `log`: what it prints, appended."""
-        self.log = log
-        self._python = python
-        self._folder = folder
+    def __init__(
+        self, python: str, folder: Path, log: Path, address: str, key: bytes, own_args: Mapping[str, Any] | None = None
+    ) -> None:
+        """`python`: interpreter that has SGLang; `folder`: private; `log`: what it prints, appended; `address`, `key`:
+        where it is reached, and by whom; `own_args`: arguments of its engine that go before a trainer's."""
+        self.log, self.address, self.key = log, address, key
+        self._python, self._folder = python, folder
+        self._own_args = json.dumps(dict(own_args or {}))
         self._process: subprocess.Popen[bytes] | None = None
-        self._listener: Listener | None = None
         self._log_begins = 0  # of the process that runs
 
     @property
@@ -65,20 +62,20 @@ class Child:
     @property
     def exit_code(self) -> int | None:
         """None while it runs, and before a start."""
-        return None if self._process is None else self._process.poll()
+        process = self._process  # another thread may end it
+        return None if process is None else process.poll()
 
     def start(self) -> None:
         """Begin a process and return. Raises OSError when the interpreter cannot be run."""
         self.kill()
-        self._listener = Listener(self._folder)
         environment = child_environment(self._python)
         # Our package alone, through a link: its folder may hold all packages of the trainer, in the trainer's versions.
-        environment |= {"PYTHONPATH": str(self._package_folder()), KEY_VARIABLE: self._listener.key.hex()}
+        environment |= {"PYTHONPATH": str(self._package_folder()), KEY_VARIABLE: self.key.hex()}
         with self.log.open("ab") as log, kept_from_children():
             self._log_begins = log.tell()
             # An own session: Ctrl-C ends the run in order, and the process group can be killed as a whole.
             self._process = subprocess.Popen(
-                [self._python, "-m", WORKER_MODULE, self._listener.address],
+                [self._python, "-m", WORKER_MODULE, self.address, self._own_args],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -86,36 +83,19 @@ class Child:
                 start_new_session=True,
             )
 
-    def accept(self, timeout_s: float) -> Channel | None:
-        """The channel to it, once it has connected; None when it has not by then, or has ended."""
-        assert self._listener is not None, "start it first"
-        deadline = time.monotonic() + timeout_s
-        while self.exit_code is None and time.monotonic() < deadline:
-            channel = self._listener.accept(min(0.5, timeout_s))
-            if channel is not None:
-                self._listener.close()
-                return channel
-        return None
-
-    def wait(self, timeout_s: float) -> bool:
-        """Whether it ended in time."""
+    def wait(self, timeout_s: float) -> None:
+        """Until it has ended, so long at most."""
         if self._process is not None:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                return False
-        return True
 
     def kill(self) -> None:
         """End the process and those that it started, now."""
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
-        if self._process is not None:
+        process, self._process = self._process, None
+        if process is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def last_words(self) -> str:
         """Of its process that ended, if it did, and of its log."""
@@ -123,6 +103,10 @@ class Child:
         tail = "\n".join(self.printed().splitlines()[-LOG_TAIL_LINES:])
         ended = f"; its process ended with {code}" if code is not None else ""
         return f"{ended}. The end of its log {self.log}:\n{tail}"
+
+    def lost_a_port(self) -> bool:
+        """Whether it said that another process has a port of its choice."""
+        return bool(PORT_TAKEN.search(self.printed()))
 
     def printed(self) -> str:
         """By the process that was started last."""
@@ -149,50 +133,6 @@ def child_environment(python: str) -> dict[str, str]:
     }
     programs = os.path.abspath(os.path.dirname(shutil.which(python) or python))  # an environment's python is a link
     return environment | {"PATH": os.pathsep.join([programs, environment.get("PATH", os.defpath)])}
-
-
-class WorkerProcess(WorkerLink):
-    """A worker that is a child of this process."""
-
-    def __init__(self, python: str, engine_args: Mapping[str, Any], folder: Path, name: str = "worker") -> None:
-        """`python`: interpreter that has SGLang; `folder`: private, for socket and log."""
-        super().__init__(name)
-        self._child = Child(python, folder, folder / f"{name}.log")
-        self._engine_args = engine_args
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
-
-    def start(self) -> None:
-        self.kill()
-        torch.cuda.empty_cache()  # of what the learner has cached the engine needs a part; nothing without a GPU
-        self.num_starts += 1
-        self._child.start()
-
-    def wait_ready(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        channel = self._child.accept(timeout_s)
-        if channel is None:
-            raise self._gone(f"did not connect within {timeout_s:g} s")
-        self._begin_engine(channel, self._engine_args, max(1.0, deadline - time.monotonic()))
-
-    def kill(self) -> None:
-        self._drop_channel()
-        self._child.kill()
-
-    def stop(self) -> None:
-        if self._channel is not None:
-            with contextlib.suppress(OSError):
-                self._channel.send("close", timeout_s=1.0)
-                self._child.wait(STOP_WAIT_S)
-        self.kill()
-
-    def _gone(self, what: str) -> WorkerGoneError:
-        words = self._child.last_words()
-        is_port_taken = bool(PORT_TAKEN.search(self._child.printed()))
-        self.kill()
-        return WorkerGoneError(what + words, is_port_taken=is_port_taken)
 
 
 def prepare_model_folder(checkpoint: Path, folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import selectors
 import threading
 import time
 from collections import deque
@@ -11,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
+from vcr1_fast.rollout.sgl.channel import ready_ones
+from vcr1_fast.rollout.sgl.link import WorkerGoneError
 from vcr1_fast.rollout.sgl.messages import Message
-from vcr1_fast.rollout.sgl.process import WorkerGoneError
 from vcr1_fast.rollout.sgl.workers import Request, Seat, Workers
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Completion, RunError
 
 POLL_S = 0.1  # between two looks at deadlines and interruptions; answers wake it at once
-SEND_LIMIT_S = 60.0  # a worker reads in a thread of its own; one that takes nothing for so long is stopped
 ABORT_GRACE_S = 10.0
 
 Encode = Callable[[int, Request], tuple[dict[str, Any], dict[str, Tensor]]]  # number and request -> message
@@ -80,7 +79,7 @@ class Round:
             if seat.requests and index not in self._told:
                 self._told.add(index)
                 try:
-                    seat.worker.channel.send("interrupt", {"id": 0}, timeout_s=SEND_LIMIT_S)
+                    seat.worker.channel.send("interrupt", {"id": 0})
                 except (OSError, WorkerGoneError) as error:
                     self._revive(seat, f"took no request: {error}")
 
@@ -95,20 +94,18 @@ class Round:
             seat.requests[number] = request
             fields, tensors = self._encode(number, request)
             try:
-                seat.worker.post(fields, tensors, SEND_LIMIT_S)
+                seat.worker.post(fields, tensors)
             except (OSError, WorkerGoneError) as error:
                 self._revive(seat, f"took no request: {error}")
 
     def _take_answers(self) -> bool:
         """Whether anything came within POLL_S."""
-        with selectors.DefaultSelector() as selector:
-            for seat in self._workers.seats:
-                if seat.worker.is_ready:
-                    selector.register(seat.worker.channel, selectors.EVENT_READ, seat)
-            ready: list[Seat] = [key.data for key, _ in selector.select(POLL_S)]
-        for seat in ready:
+        seats = {seat.worker.channel: seat for seat in self._workers.seats if seat.worker.is_ready}
+        ready = ready_ones(list(seats), POLL_S)
+        for channel in ready:
+            seat = seats[channel]
             try:
-                message = seat.worker.channel.receive(SEND_LIMIT_S)
+                message = channel.receive(0)
             except (OSError, EOFError, ValueError) as error:
                 self._revive(seat, f"is gone: {error}")
                 continue
@@ -160,7 +157,7 @@ class Round:
 
     def _abort(self, seat: Seat, number: int) -> None:
         try:
-            seat.worker.channel.send("abort", {"id": number}, timeout_s=1.0)
+            seat.worker.channel.send("abort", {"id": number})
         except (OSError, WorkerGoneError):
             seat.worker.kill()  # found by the next send
 

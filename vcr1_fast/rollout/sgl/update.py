@@ -205,10 +205,10 @@ def engine_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quiet_port() -> int:
-    """A free port that no outgoing connection is given (Linux's are 32768 and up). SGLang draws one of those and binds
-    it 15 s later, when another process may have it."""
+    """A free port that no outgoing connection is given (Linux's are 32768 and up), and no worker of `vcr1-fast serve`
+    (29800 and up). SGLang draws one of the former and binds it 15 s later, when another process may have it."""
     while True:
-        port = random.SystemRandom().randrange(20000, 32000)
+        port = random.SystemRandom().randrange(20000, 29800)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
             return port

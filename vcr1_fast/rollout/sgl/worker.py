@@ -1,10 +1,11 @@
-"""`python -m vcr1_fast.rollout.sgl.worker SOCKET`: one `sglang.Engine`, driven by messages (messages.py).
+"""`python -m vcr1_fast.rollout.sgl.worker ADDRESS`: one `sglang.Engine`, driven by messages (messages.py).
 
 Runs in the interpreter that has SGLang, which pins its own torch and transformers: imports here stay with the standard
-library, torch and SGLang. Started by process.py: by the trainer itself, which is then the one who connects, or
-by `vcr1-fast serve`, which brings the trainer's connection later (serving.py).
+library, torch, pyzmq and SGLang. Started by process.py, for the trainer itself or for `vcr1-fast serve`; a trainer
+connects to its address (door.py).
 
     trainer -> worker                                    worker -> trainer
+    hello {version}                                      welcome | busy {reason} | unfit {reason}
     start {engine_args}                                  ready {limits, version, libraries} or unusable {reason}
     generate {id, ...} + ids, positions, patches         completions | refused | failed | aborted, with the id
     abort {id}                                           aborted {id}
@@ -13,93 +14,100 @@ by `vcr1-fast serve`, which brings the trainer's connection later (serving.py).
     group {id, ...}, memory {id, action, tags}           loaded {id} | failed {id}
     close
 
-The end of the connection ends the worker. SGLang ends this process itself when one of its own processes dies.
+The end of the trainer's connection ends the worker. SGLang ends this process itself when one of its own processes dies.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vcr1_fast.rollout.sgl.channel import KEY_VARIABLE, NO_SGLANG
+from vcr1_fast.rollout.sgl.door import Door
 from vcr1_fast.rollout.sgl.features import SharedFeatures
 from vcr1_fast.rollout.sgl.libraries import Libraries
-from vcr1_fast.rollout.sgl.messages import KEY_VARIABLE, Channel, Message, connect
+from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.penalty import request_arguments
 from vcr1_fast.rollout.sgl.pixels import unpack
-from vcr1_fast.rollout.sgl.serving import await_trainer
 from vcr1_fast.rollout.sgl.update import Updater, engine_arguments
 from vcr1_fast.rollout.sgl.video import check_request, completion_tensors, features_name, sampling_params, video_item
 
-START_WAIT_S = 60.0
 PARENT_POLL_S = 2.0
 END_LIMIT_S = 30.0
 CUT_POLL_S = 0.1
 UNREAD_S = 60.0  # that a request given up may lie in SGLang's queue: it reads after each step
-LEAVE_POLL_S = 0.5
 
 
 def main() -> int:
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    parent = channel = connect(sys.argv[1], bytes.fromhex(os.environ.pop(KEY_VARIABLE)))
-    start = channel.receive(START_WAIT_S)
-    own_args: Mapping[str, Any] = {}
-    absent = _why_sglang_is_absent()
-    if absent:
-        channel.send("absent", {"reason": absent})
-        return 1
-    if start.kind == "serve":
-        own_args = start.fields["engine_args"]  # what only this node knows
-        channel = await_trainer(parent, start)
-        start = channel.receive(START_WAIT_S)
+    door = Door(sys.argv[1], bytes.fromhex(os.environ.pop(KEY_VARIABLE)))
+    own_args: Mapping[str, Any] = json.loads(sys.argv[2])  # what only this node knows
     try:
-        with _ended_with(channel):
-            worker = Worker(channel, {**start.fields["engine_args"], **own_args})
+        door.facts = _facts(own_args)
+        start = door.receive()
+        door.when_over = _end_group  # an engine may hang in its start, and would hold GPU and address for ever
+        if door.is_over:
+            return 0
+        worker = Worker(door, {**start.fields["engine_args"], **own_args})
+        door.when_over = None
+        if not door.is_over:
+            worker.run()
+    except EOFError:
+        return 0  # nobody came
+    except _AbsentError as error:
+        print(error, file=sys.stderr)
+        return NO_SGLANG
     except Exception as error:
         traceback.print_exc()
-        _limit_the_end()
-        channel.send("unusable", {"reason": f"{type(error).__name__}: {error}"})
+        door.send("unusable", {"reason": f"{type(error).__name__}: {error}"})
         return 1
-    try:
-        worker.run()
-    except OSError:  # the trainer left while the engine started
-        _end_group()
+    finally:
+        _limit_the_end()
+        door.close()
     return 0
 
 
-def _why_sglang_is_absent() -> str:
-    """Empty when it can be imported."""
+class _AbsentError(Exception):
+    """There is no SGLang."""
+
+
+def _facts(own_args: Mapping[str, Any]) -> dict[str, str]:
+    """What `vcr1-fast serve` tells of this worker. Imports SGLang."""
     try:
-        import sglang  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import sglang  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        return (
+        raise _AbsentError(
             f"SGLang cannot be imported by {sys.executable} ({error}): run `make sglang`, and set "
             "rollout.sglang.python to the interpreter that has it"
-        )
-    return ""
+        ) from None
+    gpu = own_args.get("base_gpu_id")
+    name = "none" if gpu is None else torch.cuda.get_device_name(gpu)
+    return {"sglang": str(sglang.__version__), "torch": torch.__version__, "gpu": name}
 
 
 class Worker:
-    """Requests run side by side in SGLang's event loop; a thread reads the socket, so that nobody who sends waits."""
+    """Requests run side by side in SGLang's event loop; a thread takes them from the door."""
 
-    def __init__(self, channel: Channel, engine_args: Mapping[str, Any]) -> None:
+    def __init__(self, door: Door, engine_args: Mapping[str, Any]) -> None:
         # Weights reach SGLang's process as torch shared memory. With torch's other strategy, descriptors, that process
         # died of an authentication error (0.5.17 to 0.5.23).
         torch.multiprocessing.set_sharing_strategy("file_system")
         import sglang  # pyright: ignore[reportMissingImports]
 
-        self._channel = channel
+        self._door = door
         self._engine: Any = sglang.Engine(**engine_arguments(engine_args))
         self._updater = Updater(self._engine.tokenizer_manager)
         self._version = str(sglang.__version__)
@@ -117,24 +125,20 @@ class Worker:
         }
 
     def run(self) -> None:
-        """Until the trainer closes the connection."""
+        """Until the trainer leaves."""
         loop: asyncio.AbstractEventLoop = self._engine.loop
         facts = {"limits": self._limits, "version": self._version, "libraries": asdict(Libraries.here())}
-        self._channel.send("ready", {**facts, "pid": os.getpid()})
+        self._door.send("ready", facts)
         threading.Thread(target=self._read, args=(loop,), daemon=True).start()
         loop.run_until_complete(self._closed.wait())
         _limit_the_end()
         self._engine.shutdown()
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
-        try:
+        with contextlib.suppress(EOFError):
             while True:
-                loop.call_soon_threadsafe(self._begin, self._channel.receive())
-        except (EOFError, OSError):
-            loop.call_soon_threadsafe(self._closed.set)
-        except Exception:
-            traceback.print_exc()
-            os._exit(1)  # after bytes that are no message nothing can be answered; the trainer starts another worker
+                loop.call_soon_threadsafe(self._begin, self._door.receive())
+        loop.call_soon_threadsafe(self._closed.set)
 
     def _begin(self, message: Message) -> None:
         if message.kind == "close":
@@ -183,8 +187,7 @@ class Worker:
             traceback.print_exc()
             kind, fields = "failed", {"reason": f"{type(error).__name__}: {error}"}
         self._drawing.discard(number)
-        # In a thread: over TCP a trainer that computes may leave the buffers full, and the engine must not wait for it.
-        await asyncio.to_thread(self._channel.send, kind, {"id": number, **fields}, tensors)
+        self._door.send(kind, {"id": number, **fields}, tensors)
 
     async def _generate(self, message: Message) -> tuple[dict[str, Any], dict[str, Tensor]]:
         fields = message.fields
@@ -239,24 +242,6 @@ def _follow(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_S)
     _end_group()
-
-
-@contextlib.contextmanager
-def _ended_with(channel: Channel) -> Iterator[None]:
-    """In the block, where nobody reads, this process ends when the other side leaves: an engine that hangs in its start
-    would otherwise hold the GPU, and the port under `vcr1-fast serve`, for ever."""
-    is_over = threading.Event()
-
-    def watch() -> None:
-        while not is_over.wait(LEAVE_POLL_S):
-            if channel.is_closed:
-                _end_group()
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        is_over.set()
 
 
 def _limit_the_end() -> None:

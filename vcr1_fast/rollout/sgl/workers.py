@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcr1_fast.rollout.addresses import read_addresses
-from vcr1_fast.rollout.rollout_key import read_key
+from vcr1_fast.rollout.addresses import read_addresses, show
+from vcr1_fast.rollout.rollout_key import KEY_BYTES, read_key
 from vcr1_fast.rollout.sgl.delivery import make_delivery
 from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.link import WorkerGoneError, WorkerLink
-from vcr1_fast.rollout.sgl.process import WorkerProcess
-from vcr1_fast.rollout.sgl.remote import RemoteWorker
+from vcr1_fast.rollout.sgl.process import Child
 from vcr1_fast.rollout.sgl.weights import WeightTable
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Completion, Prompt, RunError
@@ -211,6 +211,11 @@ def make_workers(config: SGLangConfig, engine_args: Mapping[str, Any], folder: P
     """
     if config.placement == "disaggregated":
         key = read_key(config.key_file)
-        return [RemoteWorker(address, key, engine_args) for address in read_addresses(config.addresses)]
-    python = config.python or sys.executable
-    return [WorkerProcess(python, engine_args, folder, f"worker-{index}") for index in range(config.num_workers)]
+        shown = [show(address) for address in read_addresses(config.addresses)]
+        return [WorkerLink(name, f"tcp://{name}", key, engine_args) for name in shown]
+    links: list[WorkerLink] = []
+    for name in (f"worker-{index}" for index in range(config.num_workers)):
+        address, key = f"ipc://{folder / name}.sock", secrets.token_bytes(KEY_BYTES)
+        child = Child(config.python or sys.executable, folder, folder / f"{name}.log", address, key)
+        links.append(WorkerLink(name, address, key, engine_args, child))
+    return links
