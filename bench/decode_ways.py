@@ -95,7 +95,9 @@ def openers(*, has_workers: bool) -> dict[str, Opener]:
 
 
 def open_reader_way(name: str, clip: Clip, stack: ExitStack) -> ClipWay:
-    """One of our readers, in a thread of `FrameLoader`. Raises RuntimeError when `open_reader` gives another one.
+    """One of our readers, in a thread of `FrameLoader`, or in a process of it where a GPU decodes.
+
+    Raises RuntimeError when `open_reader` gives another one.
 
     As a run has it: torch gets one thread to resize with. With two, libgomp's second thread spins between the frames:
     275 ms of CPU instead of 136 for a clip of 320 x 240 and 10 s.
@@ -123,8 +125,8 @@ def is_nvdec(name: str, clip: Clip) -> bool:
 
 
 def bytes_to_device(name: str, clip: Clip) -> int:
-    """NVDEC is sent the file as it is and leaves the frames on the GPU; all others send frames."""
-    return os.path.getsize(clip.request.path) if is_nvdec(name, clip) else clip.uint8_bytes
+    """Frames; NVDEC is sent the file, too, in the process where it works."""
+    return clip.uint8_bytes + (os.path.getsize(clip.request.path) if is_nvdec(name, clip) else 0)
 
 
 def open_workers_way(clip: Clip, stack: ExitStack) -> ClipWay:

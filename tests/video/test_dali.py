@@ -28,7 +28,7 @@ from vcr1_fast.video.dali_track import MATRICES, inspect, refusal, to_displayed
 from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.read import open_reader
-from vcr1_fast.video.reader import ReaderError
+from vcr1_fast.video.reader import ReaderError, UnsuitedError
 from vcr1_fast.video.resolution import resize_frame
 
 needs_dali = pytest.mark.skipif(dali_codecs.version() is None, reason="DALI is not installed")
@@ -127,12 +127,12 @@ def test_files_dali_does_not_take_are_refused_by_name(tmp_path: Path, reader: Da
         (Clip("c.mp4", "av1", "mp4", size_px=(64, 64)), "its codec is av1"),
     ):
         path = str(corpus.write(clip, tmp_path))
-        assert not reader.takes(path)
-        with pytest.raises(SampleError, match=rf"{reason}.*set video\.reader to pyav"):
+        with pytest.raises(UnsuitedError, match=rf"{reason}.*set video\.reader to pyav"):
             reader.probe(path)
     for path in (tmp_path / "nowhere.webm", tmp_path):
-        with pytest.raises(SampleError):
-            reader.takes(str(path))
+        with pytest.raises(SampleError) as caught:
+            reader.probe(str(path))
+        assert not isinstance(caught.value, UnsuitedError)
 
 
 def test_what_dali_would_get_wrong_is_not_taken(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Tokens and memory of a run as sums over the sizes of its model: what takes how many bytes, in the worst case.
 
 Everything is the worst case the settings allow: the longest video, all completions at full length. Left
-out: the CUDA context (about 1 GB), fragmentation (allow 5 to 10 %), NCCL's buffers, and where NVDEC decodes, clips read
-ahead (2 GB at most) and frames being decoded (1 GB for each of 4 threads at worst).
+out: the CUDA context (about 1 GB), fragmentation (allow 5 to 10 %), NCCL's buffers, and where NVDEC decodes, frames
+being decoded (1 GB at worst) and the context of the process that does.
 
 GB are 1e9 bytes. Letters: D hidden size, I MLP width, K key and value width, H head width x heads, V vocabulary,
 d, i width and MLP width of the vision tower, P parameters, N GPUs, T tokens of a packed row, G completions.

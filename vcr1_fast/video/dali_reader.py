@@ -22,7 +22,7 @@ from vcr1_fast.video.dali_codecs import proven_codecs, unavailable_reason, versi
 from vcr1_fast.video.dali_pipeline import DecodeError, Device, Job, Pipeline
 from vcr1_fast.video.dali_track import Track, inspect, refusal, to_displayed
 from vcr1_fast.video.pyav_reader import PyavReader
-from vcr1_fast.video.reader import Probe, require_video_file
+from vcr1_fast.video.reader import Probe, UnsuitedError, require_video_file
 from vcr1_fast.video.resolution import resize_frame
 
 MAX_DECODED_BYTES = 1 << 30  # full-size frames on the device at once, per pipeline; 172 frames of 1080p
@@ -59,19 +59,12 @@ class DaliReader:
         self._tracks: OrderedDict[tuple[str, int, int], Track] = OrderedDict()
         self._is_closed = False
 
-    def takes(self, path: str) -> bool:
-        """True where DALI gives the right frames of this file; depends on the file and on `codecs` only.
-
-        Raises SampleError for a file that nothing can read.
-        """
-        return refusal(self._track(path), self.device, self.codecs) is None
-
     def probe(self, path: str) -> Probe:
         """See `Reader.probe`. Reads through the file twice and decodes one frame of it, with FFmpeg."""
         track = self._track(path)
         reason = refusal(track, self.device, self.codecs)
         if reason is not None:
-            raise SampleError(path, f"DALI cannot decode it on the {self.device}: {reason}; set video.reader to pyav")
+            raise UnsuitedError(path, f"DALI cannot decode it on the {self.device}: {reason}; set video.reader to pyav")
         if track.damage is not None:
             raise SampleError(path, f"is damaged: a packet of it {track.damage}; fetch it again")
         return track.probe
@@ -80,21 +73,15 @@ class DaliReader:
         """See `Reader.read`. Decodes from the first frame on for every GiB of frames wanted."""
         track = self._track(probe.path)
         for part in self._parts(track, frame_indices):
-            for rgb_HW3 in self._decode(probe, track, part, None):
-                yield rgb_HW3.cpu().numpy()
+            yield from self._decode(probe, track, part, None).numpy()
 
     def read_frames(self, probe: Probe, frame_indices: Sequence[int], height_px: int, width_px: int) -> torch.Tensor:
-        """Upright rgb_FHW3 [F, height_px, width_px, 3] uint8 on the device (bicubic, antialias), one per index.
-
-        On a GPU all is done on the calling thread's current stream, and is done when this returns; who uses the frames
-        on another stream must say so (`record_stream`, see patches). Raises SampleError.
+        """Upright rgb_FHW3 [F, height_px, width_px, 3] uint8 on the CPU, resized where they were decoded (bicubic,
+        antialias), one per index. Raises SampleError.
         """
         track = self._track(probe.path)
         parts = [self._decode(probe, track, p, (height_px, width_px)) for p in self._parts(track, frame_indices)]
-        rgb_FHW3 = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self._gpu_index is not None:
-            torch.cuda.current_stream(self._gpu_index).synchronize()
-        return rgb_FHW3
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def close(self) -> None:
         """Free the pipelines, and with them the decoders and buffers on the device."""
@@ -136,7 +123,7 @@ class DaliReader:
             places_F = np.searchsorted(job.indices_F, np.asarray(frame_indices))
             rgb_FHW3 = rgb_FHW3[torch.from_numpy(places_F).to(rgb_FHW3.device)]
         self._require_real(probe, rgb_FHW3, frame_indices)
-        return rgb_FHW3
+        return rgb_FHW3.cpu()
 
     def _require_real(self, probe: Probe, rgb_FHW3: torch.Tensor, frame_indices: Sequence[int]) -> None:
         """Raise SampleError unless frames that look like none at all look so in FFmpeg's eyes too."""

@@ -37,6 +37,10 @@ class ReaderError(RunError):
     """The reader cannot go on, and no file is to blame: no memory on the GPU, a worker that does not start."""
 
 
+class UnsuitedError(SampleError):
+    """A file that a reader would give wrong frames of, or none, and that PyAV may be right for."""
+
+
 class Reader(Protocol):
     """Implementations: the modules *_reader of this folder. Each may be used by several threads."""
 
@@ -46,7 +50,8 @@ class Reader(Protocol):
         ...
 
     def probe(self, path: str) -> Probe:
-        """Presentation times and displayed size. Raises SampleError, and nothing else, for a file it cannot use.
+        """Presentation times and displayed size. Raises SampleError, and nothing else, for a file it cannot use:
+        UnsuitedError where another reader can.
 
         Frames with more than video.max_source_pixels are refused here, before one is decoded.
         """

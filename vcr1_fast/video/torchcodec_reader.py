@@ -15,7 +15,7 @@ import numpy as np
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.pyav_reader import PyavReader
-from vcr1_fast.video.reader import Probe, require_video_file
+from vcr1_fast.video.reader import Probe, UnsuitedError, require_video_file
 
 NUM_FRAMES_AT_ONCE = 8  # 50 MB of 1080p; the decoder goes on from one batch to the next without seeking
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG
@@ -41,13 +41,13 @@ class TorchcodecReader:
         """See `Reader.probe`. Times come from PyAV; files of which torchcodec would give wrong frames are refused."""
         probe = self._pyav.probe(path)
         if probe.ticks is None:  # AVI, raw streams, interlaced video
-            raise SampleError(
+            raise UnsuitedError(
                 path,
                 "its packets do not say when their frames are shown, which torchcodec needs; set video.reader to pyav",
             )
         self._require_known_range(path)
         if not probe.is_turned_only:
-            raise SampleError(
+            raise UnsuitedError(
                 path, "is to be shown mirrored or slanted, torchcodec only turns; set video.reader to pyav"
             )
         return probe
@@ -64,7 +64,7 @@ class TorchcodecReader:
                 _require_times(probe, some, batch.pts_seconds.numpy() - decoder.metadata.begin_stream_seconds)
                 rgb_FHW3 = batch.data.numpy()
                 if rgb_FHW3.shape[1:] != (probe.height_px, probe.width_px, 3):
-                    raise SampleError(
+                    raise UnsuitedError(
                         probe.path,
                         f"torchcodec gives frames of {rgb_FHW3.shape[2]} x {rgb_FHW3.shape[1]} px, wanted "
                         f"{probe.width_px} x {probe.height_px}; set video.reader to pyav",
@@ -82,7 +82,7 @@ class TorchcodecReader:
         with self._pyav.open(path) as (_, stream):
             pixel_format, is_full = stream.codec_context.pix_fmt or "", stream.codec_context.color_range == FULL_RANGE
         if is_full and pixel_format.startswith("yuv") and not pixel_format.startswith("yuvj"):
-            raise SampleError(
+            raise UnsuitedError(
                 path, "its colours use the full range, which torchcodec takes for limited; set video.reader to pyav"
             )
 
@@ -99,7 +99,7 @@ class TorchcodecReader:
             seek_mode="exact",
         )
         if len(decoder) != len(probe.times_s):
-            raise SampleError(
+            raise UnsuitedError(
                 probe.path,
                 f"torchcodec sees {len(decoder)} frames where {len(probe.times_s)} are shown and would give the wrong "
                 "ones; set video.reader to pyav, or convert the file",
@@ -128,7 +128,7 @@ def _require_times(probe: Probe, indices: list[int], got_s: np.ndarray) -> None:
     wanted_s = probe.times_s[indices]
     wrong = np.flatnonzero(np.abs(got_s - wanted_s) > MAX_TIME_ERROR_S)
     if wrong.size:
-        raise SampleError(
+        raise UnsuitedError(
             probe.path,
             f"torchcodec gives the frame of {got_s[wrong[0]]:.3f} s where that of {wanted_s[wrong[0]]:.3f} s is "
             "wanted; set video.reader to pyav",
