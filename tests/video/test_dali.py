@@ -120,6 +120,20 @@ def test_frames_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch, reader:
     assert [clips.index_of(rgb) for rgb in reader.read(probe, indices)] == list(indices)
 
 
+def test_a_file_is_read_through_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reader: DaliReader) -> None:
+    path = write_numbered(tmp_path / "a.webm", 20, (64, 64))
+    plain, opened = PyavReader.open, list[str]()
+
+    def noted(self: PyavReader, path: str) -> Any:
+        opened.append(path)
+        return plain(self, path)
+
+    monkeypatch.setattr(PyavReader, "open", noted)
+    probe = reader.probe(str(path))
+    assert opened == [str(path)]
+    assert [clips.index_of(rgb) for rgb in reader.read(probe, [3])] == [3] and len(opened) == 1
+
+
 def test_files_dali_does_not_take_are_refused_by_name(tmp_path: Path, reader: DaliReader) -> None:
     for clip, reason in (
         (Clip("a.mp4", "h264", "mp4"), "its codec is h264, wanted one of vp8, vp9, mjpeg"),

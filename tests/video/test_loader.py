@@ -22,9 +22,10 @@ from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video import read
 from vcr1_fast.video.cache import TensorCache
 from vcr1_fast.video.clip import ClipRequest, read_clip
-from vcr1_fast.video.loader import FrameLoader, largest_clip_bytes
+from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.read import open_reader
+from vcr1_fast.video.resolution import largest_clip_bytes
 from vcr1_fast.video.shared_memory import SMALLEST_MAPPED_BYTES, map_tensor, write_tensor
 
 NO_WORKER, ONE_WORKER = VideoConfig(num_workers=0), VideoConfig(num_workers=1)

@@ -19,13 +19,14 @@ import torch
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.dali_codecs import proven_codecs, unavailable_reason, version
+from vcr1_fast.video.dali_cut import copy_of
 from vcr1_fast.video.dali_pipeline import DecodeError, Device, Job, Pipeline
 from vcr1_fast.video.dali_track import Track, inspect, refusal, to_displayed
+from vcr1_fast.video.gpu_decoding import MAX_DECODED_BYTES
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.reader import Probe, UnsuitedError, require_video_file
 from vcr1_fast.video.resolution import resize_frame
 
-MAX_DECODED_BYTES = 1 << 30  # full-size frames on the device at once, per pipeline; 172 frames of 1080p
 MAX_TRACKS = 64  # inspected files remembered between probe and read
 
 # Levels of 255. A frame of one colour is right where FFmpeg's is as flat and of about that colour (BT.709: 20 off,
@@ -60,7 +61,7 @@ class DaliReader:
         self._is_closed = False
 
     def probe(self, path: str) -> Probe:
-        """See `Reader.probe`. Reads through the file twice and decodes one frame of it, with FFmpeg."""
+        """See `Reader.probe`. Reads through the file once and decodes one frame of it, with FFmpeg."""
         track = self._track(path)
         reason = refusal(track, self.device, self.codecs)
         if reason is not None:
@@ -70,7 +71,7 @@ class DaliReader:
         return track.probe
 
     def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """See `Reader.read`. Decodes from the first frame on for every GiB of frames wanted."""
+        """See `Reader.read`."""
         track = self._track(probe.path)
         for part in self._parts(track, frame_indices):
             yield from self._decode(probe, track, part, None).numpy()
@@ -98,7 +99,7 @@ class DaliReader:
     def _decode(
         self, probe: Probe, track: Track, frame_indices: Sequence[int], size_px: tuple[int, int] | None
     ) -> torch.Tensor:
-        job = _job(track, frame_indices, size_px)
+        job = self._job(track, frame_indices, size_px)
         try:
             with self._pipeline(is_resized=size_px is not None) as pipeline:
                 rgb_FHW3 = pipeline.decode(job)
@@ -108,19 +109,38 @@ class DaliReader:
             ) from error
         return self._checked(probe, track, job, rgb_FHW3, frame_indices)
 
+    def _job(self, track: Track, frame_indices: Sequence[int], size_px: tuple[int, int] | None) -> Job:
+        """`size_px` as displayed, None: as decoded. Each frame once: DALI starts from the first frame for a repetition.
+
+        Raises SampleError when the file is gone or was changed.
+        """
+        is_transposed, _, _ = track.turn
+        stored_px = (size_px[1], size_px[0]) if size_px and is_transposed else size_px
+        indices_F = np.unique(np.asarray(frame_indices, np.int32))
+        path, ticks = track.probe.path, track.probe.ticks
+        cut = None if track.entries is None or ticks is None else track.entries.cut(ticks[indices_F])
+        if cut is not None:
+            with self._ffmpeg.open(path) as (container, stream):
+                return Job(copy_of(cut, container, stream), cut.indices_F, stored_px)
+        try:
+            return Job(np.fromfile(path, np.uint8), indices_F, stored_px)
+        except OSError as error:
+            raise SampleError(path, f"the file cannot be opened: {error}") from error
+
     def _checked(
         self, probe: Probe, track: Track, job: Job, stored_FHW3: torch.Tensor, frame_indices: Sequence[int]
     ) -> torch.Tensor:
         """What DALI gave, in the right colours and upright. Raises SampleError where a frame is not there."""
-        wanted = (len(job.indices_F), *(job.size_px or track.stored_size_px), 3)
+        distinct = np.unique(frame_indices)
+        wanted = (len(distinct), *(job.size_px or track.stored_size_px), 3)
         if tuple(stored_FHW3.shape) != wanted:
             raise SampleError(
                 probe.path,
                 f"DALI gave frames of shape {tuple(stored_FHW3.shape)}, wanted {wanted}; set video.reader to pyav",
             )
         rgb_FHW3 = to_displayed(stored_FHW3, track)
-        if len(job.indices_F) != len(frame_indices):
-            places_F = np.searchsorted(job.indices_F, np.asarray(frame_indices))
+        if len(distinct) != len(frame_indices):
+            places_F = np.searchsorted(distinct, np.asarray(frame_indices))
             rgb_FHW3 = rgb_FHW3[torch.from_numpy(places_F).to(rgb_FHW3.device)]
         self._require_real(probe, rgb_FHW3, frame_indices)
         return rgb_FHW3.cpu()
@@ -175,20 +195,6 @@ class DaliReader:
             with self._lock:
                 if not self._is_closed:
                     self._idle.append(pipeline)
-
-
-def _job(track: Track, frame_indices: Sequence[int], size_px: tuple[int, int] | None) -> Job:
-    """`size_px` as displayed, None: as decoded. Each frame once: DALI starts from the first frame for a repetition.
-
-    Raises SampleError when the file is gone.
-    """
-    try:
-        encoded_B = np.fromfile(track.probe.path, np.uint8)
-    except OSError as error:
-        raise SampleError(track.probe.path, f"the file cannot be opened: {error}") from error
-    is_transposed, _, _ = track.turn
-    stored_px = (size_px[1], size_px[0]) if size_px and is_transposed else size_px
-    return Job(encoded_B, np.unique(np.asarray(frame_indices, np.int32)), stored_px)
 
 
 def _suspects(rgb_FHW3: torch.Tensor, frame_indices: Sequence[int]) -> tuple[list[int], int | None]:

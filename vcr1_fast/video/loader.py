@@ -27,6 +27,7 @@ from vcr1_fast.video.read import gpu_index, num_processes
 from vcr1_fast.video.read import open_reader as open_configured_reader
 from vcr1_fast.video.reader import Reader, ReaderError
 from vcr1_fast.video.reader_process import WorkerSlot
+from vcr1_fast.video.resolution import largest_clip_bytes
 
 NUM_THREADS = 4  # that read when there are no worker processes; decoding releases the interpreter lock
 MAX_CLIPS = 4096  # named and not yet got; further hints are dropped
@@ -347,9 +348,3 @@ class FrameLoader:
         if clip.num_wanted == 0 and clip.num_getters == 0:  # who asked for it was interrupted
             self._drop(clip)
         self._changed.notify_all()
-
-
-def largest_clip_bytes(config: VideoConfig) -> int:
-    """Upper bound of the pixels of one clip under the budget of `resolution.max_pixels_per_frame`, in bytes."""
-    highest = max(2 * config.total_pixels, config.max_frames * config.min_frame_pixels * 105 // 100)
-    return 3 * min(highest, config.max_frames * config.max_frame_pixels)

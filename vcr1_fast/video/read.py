@@ -14,6 +14,7 @@ import torch
 
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, Interval, SampleError
+from vcr1_fast.video.gpu_decoding import GPU_READERS
 from vcr1_fast.video.image_folder_reader import ImageFolderReader
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.reader import Probe, Reader, UnsuitedError
@@ -36,8 +37,8 @@ def open_reader(config: VideoConfig) -> Reader:
 
 def gpu_index(config: VideoConfig) -> int | None:
     """The GPU that `open_reader` decodes on, the current one; None: it does not. Such a reader gets its own process."""
-    is_nvdec = config.reader.startswith("dali") and torch.cuda.is_available()
-    return torch.cuda.current_device() if is_nvdec else None
+    is_on_gpu = config.reader.startswith(GPU_READERS) and torch.cuda.is_available()
+    return torch.cuda.current_device() if is_on_gpu else None
 
 
 def num_processes(config: VideoConfig) -> int:

@@ -28,6 +28,8 @@ class Probe:
     ticks: np.ndarray | None = None  # [N] int64, timestamps to find the frames by; None: find them by their order
     codec: str = ""  # FFmpeg's name, for example "h264"; empty for a folder of images
     stream_index: int = 0  # of the video track among all tracks of the file
+    pixel_format: str = ""  # FFmpeg's name, for example "yuv420p"
+    is_full_range: bool = False  # luma and chroma use all 256 levels, by what file or video says
     is_turned_only: bool = True  # upright by 0 to 3 quarter turns; False: the file asks for a mirror image, or for more
     decoded_by: str = ""  # name of the one that reads it, where a reader chooses between two by the file
     images: tuple[str, ...] = ()  # file names of the N frames, for a folder of images

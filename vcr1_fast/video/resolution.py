@@ -73,3 +73,9 @@ def _floor_sqrt(value: Fraction) -> int:
 
 def _ceil_sqrt(value: Fraction) -> int:
     return math.isqrt(math.ceil(value) - 1) + 1
+
+
+def largest_clip_bytes(config: VideoConfig) -> int:
+    """Upper bound of the pixels of one clip under the budget of `max_pixels_per_frame`, in bytes."""
+    highest = max(2 * config.total_pixels, config.max_frames * config.min_frame_pixels * 105 // 100)
+    return 3 * min(highest, config.max_frames * config.max_frame_pixels)

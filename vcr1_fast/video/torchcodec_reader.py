@@ -18,7 +18,6 @@ from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.reader import Probe, UnsuitedError, require_video_file
 
 NUM_FRAMES_AT_ONCE = 8  # 50 MB of 1080p; the decoder goes on from one batch to the next without seeking
-FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 MAX_TIME_ERROR_S = 1e-4  # a tick of MPEG's 90 kHz clock is 1.1e-5 s, the time between two frames 4e-3 s or more
 
 
@@ -45,7 +44,11 @@ class TorchcodecReader:
                 path,
                 "its packets do not say when their frames are shown, which torchcodec needs; set video.reader to pyav",
             )
-        self._require_known_range(path)
+        # torchcodec 0.13 believes in full range by the name of the pixel format only, and is else 13 levels off.
+        if probe.is_full_range and probe.pixel_format.startswith("yuv") and not probe.pixel_format.startswith("yuvj"):
+            raise UnsuitedError(
+                path, "its colours use the full range, which torchcodec takes for limited; set video.reader to pyav"
+            )
         if not probe.is_turned_only:
             raise UnsuitedError(
                 path, "is to be shown mirrored or slanted, torchcodec only turns; set video.reader to pyav"
@@ -76,15 +79,6 @@ class TorchcodecReader:
 
     def close(self) -> None:
         """Nothing is held between calls."""
-
-    def _require_known_range(self, path: str) -> None:
-        """torchcodec 0.13 believes in full range by the name of the pixel format only, and is else 13 levels off."""
-        with self._pyav.open(path) as (_, stream):
-            pixel_format, is_full = stream.codec_context.pix_fmt or "", stream.codec_context.color_range == FULL_RANGE
-        if is_full and pixel_format.startswith("yuv") and not pixel_format.startswith("yuvj"):
-            raise UnsuitedError(
-                path, "its colours use the full range, which torchcodec takes for limited; set video.reader to pyav"
-            )
 
     def _open(self, probe: Probe) -> Any:
         """The decoder of the track that was probed. Raises SampleError when it counts other frames."""
