@@ -398,7 +398,7 @@ def test_why_dali_is_not_there_is_said_and_never_raised(monkeypatch: pytest.Monk
 
 @needs_dali
 def test_a_codec_counts_only_when_its_frames_come_out_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    prove, clip = dali_codecs.proof_failure.__wrapped__, dali_codecs._proof_clip
+    prove, clip = dali_codecs.proof_failure.__wrapped__, dali_codecs.proof_clip
     assert dali_codecs.unavailable_reason("cpu") is None
     assert dali_codecs.proven_codecs("cpu") == ("vp8", "vp9", "mjpeg")
     assert "Failed to create video decoder" in (prove("h264", "cpu") or "")
@@ -407,5 +407,5 @@ def test_a_codec_counts_only_when_its_frames_come_out_right(monkeypatch: pytest.
         encoded, frames = clip(codec)
         return encoded, frames[[0, *range(29)]]
 
-    monkeypatch.setattr(dali_codecs, "_proof_clip", shifted)
+    monkeypatch.setattr(dali_codecs, "proof_clip", shifted)
     assert prove("vp9", "cpu") == "frame 1 of 30 is another picture"

@@ -74,7 +74,7 @@ def candidates() -> list[ReaderName]:
         if dali_codecs.version() is not None:
             readers.insert(0, "dali+pyav")
         if importlib.util.find_spec("torchcodec"):
-            readers.append("torchcodec+pyav")
+            readers.extend(("torchcodec_cuda+pyav", "torchcodec+pyav"))
     return readers
 
 

@@ -12,7 +12,17 @@ from typing import Any, Literal
 
 from vcr1_fast.settings.error import ConfigError, require
 
-ReaderName = Literal["auto", "pyav", "decord", "torchcodec", "torchcodec+pyav", "dali", "dali+pyav"]
+ReaderName = Literal[
+    "auto",
+    "pyav",
+    "decord",
+    "torchcodec",
+    "torchcodec+pyav",
+    "torchcodec_cuda",
+    "torchcodec_cuda+pyav",
+    "dali",
+    "dali+pyav",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +30,9 @@ class VideoConfig:
     """Which frames the model sees, at what size (rules of the original Qwen2.5-VL recipe), and how they are read."""
 
     reader: ReaderName = "auto"
-    """What decodes. auto: on a GPU a new run measures which of dali+pyav (NVDEC), torchcodec+pyav and pyav takes least
-    time for clips of its own, prints it and keeps to it; elsewhere pyav. +pyav: files that the other one is not right
-    for are read with pyav, and not refused. Folders of images always are."""
+    """What decodes. auto: on a GPU a new run measures which of dali+pyav, torchcodec_cuda+pyav (both NVDEC), pyav and
+    torchcodec+pyav takes least time for clips of its own, prints it and keeps to it; elsewhere pyav. +pyav: files that
+    the other one is not right for are read with pyav, and not refused. Folders of images always are."""
     fps: float = 2.0
     """Frames per second to sample."""
     min_frames: int = 4

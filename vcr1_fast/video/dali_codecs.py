@@ -10,9 +10,7 @@ import ctypes
 import functools
 import importlib.metadata
 import io
-import os
 from dataclasses import dataclass
-from typing import Any
 
 import av
 import numpy as np
@@ -21,28 +19,15 @@ import torch
 from vcr1_fast.video.bitstream import BitstreamCheck
 from vcr1_fast.video.dali_cut import PacketTable, copy_of
 from vcr1_fast.video.dali_pipeline import Device, Job, Pipeline
+from vcr1_fast.video.proof_clip import PROOF_FPS, difference, proof_clip
 
 DISTRIBUTIONS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
 
-# FFmpeg's name of a codec -> what writes a clip of it. Hidden reference frames and B-frames on, they confuse decoders.
-_VPX = {"g": "12", "lag-in-frames": "12", "auto-alt-ref": "1", "b": "300k", "deadline": "realtime", "cpu-used": "8"}
-_B_FRAMES = {"bf": "3", "g": "12", "preset": "ultrafast"}
-ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
-    "h264": ("libx264", {**_B_FRAMES, "b_strategy": "0"}),
-    "hevc": ("libx265", {**_B_FRAMES, "x265-params": "log-level=none"}),
-    "vp8": ("libvpx", _VPX),
-    "vp9": ("libvpx-vp9", _VPX),
-    "av1": ("libsvtav1", {"preset": "10", "svtav1-params": "keyint=12"}),
-    "mpeg4": ("mpeg4", {"bf": "2", "g": "12", "q": "2", "flags": "+cgop", "sc_threshold": "1000000000"}),
-    "mjpeg": ("mjpeg", {"q": "2"}),
-}
 CODECS: dict[Device, tuple[str, ...]] = {
     "cpu": ("vp8", "vp9", "mjpeg"),
     "gpu": ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4"),
 }
-PROOF_FRAMES, PROOF_FPS, PROOF_SIZE_PX = 30, 24, (160, 192)  # (height, width); NVDEC takes no HEVC below 144 x 144
 NUM_CUT_FRAMES = 4
-MAX_PROOF_DIFFERENCE = 8.0  # levels, mean over a frame; measured 1 to 3 for the right frame, 60 for its neighbour
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +121,7 @@ def proven_codecs(device: Device) -> tuple[str, ...]:
 def proof_failure(codec: str, device: Device) -> str | None:
     """What went wrong when DALI decoded a clip of `codec`, against FFmpeg's frames; None: nothing did."""
     try:
-        encoded, wanted_FHW3 = _proof_clip(codec)
+        encoded, wanted_FHW3 = proof_clip(codec)
         pipeline, num_frames = Pipeline(device, is_resized=False), len(wanted_FHW3)
         part = _last_frames(codec, encoded)
         got = pipeline.decode(Job(encoded, np.arange(num_frames, dtype=np.int32), None))
@@ -144,16 +129,7 @@ def proof_failure(codec: str, device: Device) -> str | None:
     except Exception as error:  # no encoder, no decoder, no NVDEC
         return str(error)[:200] or type(error).__name__
     wanted_of_part = wanted_FHW3[num_frames - len(part.indices_F) :]
-    return _difference(got, wanted_FHW3) or _difference(got_of_part, wanted_of_part, "of a part that was cut out, ")
-
-
-def _difference(got: torch.Tensor, wanted_FHW3: np.ndarray, what: str = "") -> str | None:
-    got_FHW3 = got.cpu().numpy()
-    if got_FHW3.shape != wanted_FHW3.shape:
-        return f"{what}it gave frames of shape {got_FHW3.shape}, wanted {wanted_FHW3.shape}"
-    difference_F = np.abs(got_FHW3.astype(np.int16) - wanted_FHW3).mean((1, 2, 3))
-    wrong = np.flatnonzero(difference_F > MAX_PROOF_DIFFERENCE)
-    return None if not len(wrong) else f"{what}frame {wrong[0]} of {len(wanted_FHW3)} is another picture"
+    return difference(got, wanted_FHW3) or difference(got_of_part, wanted_of_part, "of a part that was cut out, ")
 
 
 def _last_frames(codec: str, encoded: np.ndarray) -> Job:
@@ -171,30 +147,6 @@ def _last_frames(codec: str, encoded: np.ndarray) -> Job:
         if cut is None:
             raise ValueError("its proof clip has no second keyframe")
         return Job(copy_of(cut, container, stream), cut.indices_F, None)
-
-
-def _proof_clip(codec: str) -> tuple[np.ndarray, np.ndarray]:
-    """(file [B] uint8, its frames as FFmpeg decodes them [F, H, W, 3] uint8): frame k shows k as 8 columns."""
-    encoder, options = ENCODERS[codec]
-    os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder prints its settings otherwise
-    height, width = PROOF_SIZE_PX
-    memory = io.BytesIO()
-    with av.open(memory, "w", format="matroska") as out:
-        stream: Any = out.add_stream(encoder, rate=PROOF_FPS)
-        stream.width, stream.height = width, height
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        stream.options = {**options, "threads": "1"}
-        for k in range(PROOF_FRAMES):
-            bits_W = (k >> (np.arange(width) * 8 // width) & 1).astype(np.uint8) * 200 + 28
-            picture = np.broadcast_to(bits_W[None, :, None], (height, width, 3))
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame.pts = k
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    encoded = np.frombuffer(memory.getvalue(), np.uint8)
-    with av.open(io.BytesIO(memory.getvalue()), "r") as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return encoded, np.stack(frames)
 
 
 @functools.cache

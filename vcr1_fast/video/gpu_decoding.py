@@ -5,7 +5,7 @@ from __future__ import annotations
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.video.resolution import largest_clip_bytes
 
-GPU_READERS = ("dali",)  # where there is a GPU
+GPU_READERS = ("dali", "torchcodec_cuda")  # dali where there is a GPU
 MAX_DECODED_BYTES = 1 << 28  # full-size frames on the device at once, per pipeline; 43 frames of 1080p
 CONTEXT_BYTES = 1_000_000_000  # of a process with torch and a decoder's libraries; estimated, as is the formula below
 

@@ -58,10 +58,10 @@ def _open_file_reader(name: str, config: VideoConfig) -> Reader:
         return DecordReader(
             config.timeout_s, max_source_pixels=config.max_source_pixels, clips_per_worker=config.clips_per_worker
         )
-    if name == "torchcodec":
+    if name in ("torchcodec", "torchcodec_cuda"):
         from vcr1_fast.video.torchcodec_reader import TorchcodecReader
 
-        return TorchcodecReader(config.max_source_pixels)
+        return TorchcodecReader(config.max_source_pixels, "cuda" if name == "torchcodec_cuda" else "cpu")
     return PyavReader(config.max_source_pixels)
 
 
