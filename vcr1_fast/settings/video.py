@@ -54,7 +54,7 @@ class VideoConfig:
     num_workers: int = 4
     """Processes per rank that read clips ahead of need. 0: threads of the trainer read them; one that takes longer than
     timeout_s is left to itself and replaced, but a decoder that crashes ends the run. Where the GPU decodes it is one
-    process, whatever this is."""
+    process, whatever this is; with decord at least one."""
     prefetch_steps: int = 2
     """How many steps ahead clips are read."""
     clips_per_worker: int = 2000

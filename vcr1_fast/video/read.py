@@ -42,8 +42,12 @@ def gpu_index(config: VideoConfig) -> int | None:
 
 
 def num_processes(config: VideoConfig) -> int:
-    """Processes that read for a rank; 0: threads of its own do. One on a GPU, where each costs `decoding_bytes`."""
-    return config.num_workers if gpu_index(config) is None else 1
+    """Processes that read for a rank; 0: threads of its own do. One on a GPU, where each costs `decoding_bytes`; one at
+    least for decord, which may have to be killed.
+    """
+    if gpu_index(config) is not None:
+        return 1
+    return max(config.num_workers, 1) if config.reader == "decord" else config.num_workers
 
 
 def _open_file_reader(name: str, config: VideoConfig) -> Reader:
@@ -55,9 +59,7 @@ def _open_file_reader(name: str, config: VideoConfig) -> Reader:
     if name == "decord":
         from vcr1_fast.video.decord_reader import DecordReader
 
-        return DecordReader(
-            config.timeout_s, max_source_pixels=config.max_source_pixels, clips_per_worker=config.clips_per_worker
-        )
+        return DecordReader(config.max_source_pixels)
     if name in ("torchcodec", "torchcodec_cuda"):
         from vcr1_fast.video.torchcodec_reader import TorchcodecReader
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import torch
 
@@ -102,12 +101,8 @@ class ReaderProcess:
 
     def kill(self) -> None:
         """End the process now, whatever it does. May be called by any thread; the one in `ask` gets EOFError."""
-        children = _children(self.pid)  # decord's own process
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGKILL)
-        for child in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
 
     def close(self) -> str:
         """Kill it and free what it holds; returns how it ended, in words."""
@@ -235,10 +230,3 @@ def _not_started(settings: WorkerSettings, reader_name: str | None, problem: str
         advice = "set video.reader to pyav, or see `vcr1-fast doctor`"
     reader = reader_name or settings.config.reader
     return RuntimeError(f"the worker that reads videos with {reader} did not start: {problem}; {advice}")
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except (OSError, ValueError):  # a kernel without that file; such a process ends by its own time-out
-        return []
