@@ -29,9 +29,9 @@ if __name__ == "__main__":
         return [Speed(reader, reader, 1, dict.fromkeys(clips, 0.1 / (1 + i))) for i, reader in enumerate(readers)]
 
     reader_choice.measure_readers = measured
-    reader_choice.candidates = lambda: ["pyav", "decord"] if world.is_main else ["dali+pyav"]
+    reader_choice.candidates = lambda device: ["pyav", "decord"] if world.is_main else ["dali+pyav"]
     config: Config = load_config("tiny", [f"--data.train={sys.argv[2]}"])
-    chosen = reader_choice.with_reader(config, world, make_tasks(config.task), None, must_keep=True).video.reader
+    chosen = reader_choice.with_reader(config, world, make_tasks(config.task), None, trains=True).video.reader
     refused = ""
     reader_choice.require_one_reader("decord 0.6", world)
     try:

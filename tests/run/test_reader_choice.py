@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -42,8 +43,8 @@ def settings(data: Path, *overrides: str) -> Config:
     return load_config("tiny", [*files, *overrides])
 
 
-def chosen(config: Config, kept: str | None = None, *, must_keep: bool = True) -> Config:
-    return with_reader(config, SINGLE_PROCESS, make_tasks(config.task), kept, must_keep=must_keep)
+def chosen(config: Config, kept: str | None = None, *, trains: bool = True) -> Config:
+    return with_reader(config, SINGLE_PROCESS, make_tasks(config.task), kept, trains=trains)
 
 
 @pytest.mark.parametrize("setting", ["pyav", "decord", "torchcodec", "dali", "dali+pyav", "torchcodec+pyav"])
@@ -59,6 +60,7 @@ def test_the_name_of_a_reader_says_its_setting(setting: ReaderName) -> None:
 def test_names_of_other_machines() -> None:
     names = {
         "dali 2.4.0 gpu h264+hevc, others pyav 18.1.0, images pyav 18.1.0": "dali+pyav",
+        "torchcodec_cuda 0.14.1 h264+vp9 (FFmpeg 7), others pyav 18.1.0, images pyav 18.1.0": "torchcodec_cuda+pyav",
         "torchcodec 0.13.0 (FFmpeg 6), others pyav 18.1.0, images pyav 18.1.0": "torchcodec+pyav",
         **dict.fromkeys(("", "vlc 3", "vlc 3, others pyav 18"), None),
     }
@@ -66,19 +68,20 @@ def test_names_of_other_machines() -> None:
 
 
 def test_only_a_gpu_gives_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert candidates() == ["pyav"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    assert candidates(cpu) == ["pyav"]
     monkeypatch.setattr(dali_codecs, "version", lambda: "2.4")
-    assert candidates()[:2] == ["dali+pyav", "pyav"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert candidates(gpu) == ["dali+pyav", "pyav", "torchcodec_cuda+pyav", "torchcodec+pyav"]
     monkeypatch.setattr(dali_codecs, "version", lambda: None)
-    assert candidates()[0] == "pyav"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert candidates(gpu) == ["pyav"]
 
 
 def test_measured_for_real_on_the_runs_own_clips(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(reader_choice, "candidates", lambda: ["decord", "pyav"])
+    monkeypatch.setattr(reader_choice, "candidates", lambda device: ["decord", "pyav"])
     config = chosen(settings(data, "--video.num_workers=1", "--eval.video.reader=auto"))
     taken = config.video.reader
     assert taken in ("decord", "pyav") and config.eval.video.reader == taken
@@ -87,21 +90,23 @@ def test_measured_for_real_on_the_runs_own_clips(
 
 
 def test_what_was_there_before_is_taken_without_measuring(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_choice, "candidates", lambda: ["decord", "pyav"])
+    monkeypatch.setattr(reader_choice, "candidates", lambda device: ["decord", "pyav"])
     monkeypatch.setattr(reader_choice, "measure_readers", lambda *_: pytest.fail("measured"))
     auto = settings(data)
-    for kept, must_keep, reader in (
+    for kept, trains, reader in (
         ("decord 0.6.0, images pyav 18", True, "decord"),
         ("decord 0.6.0, images pyav 18", False, "decord"),
         ("dali 2.4.0 cpu vp9, others pyav 18", True, "dali+pyav"),  # no candidate, but the run's own
     ):
-        assert chosen(auto, kept, must_keep=must_keep).video.reader == reader
+        assert chosen(auto, kept, trains=trains).video.reader == reader
     asked = settings(data, "--video.reader=decord")
     assert chosen(asked, "pyav 18") is asked
     nothing_to_read = load_config("tiny", ["--data.train=[]", "--data.eval=[]"])
     assert chosen(nothing_to_read).video.reader == "pyav"
-    monkeypatch.setattr(reader_choice, "candidates", lambda: ["pyav"])
-    assert chosen(auto, "decord 0.6.0", must_keep=False).video.reader == "pyav"
+    not_there = load_config("tiny", ["--data.train=[gone.jsonl]", "--data.eval=[]"])
+    assert chosen(not_there, trains=False).video.reader == chosen(not_there).video.reader == "pyav"
+    monkeypatch.setattr(reader_choice, "candidates", lambda device: ["pyav"])
+    assert chosen(auto, "decord 0.6.0", trains=False).video.reader == "pyav"
 
 
 def test_a_run_keeps_its_reader_when_it_goes_on_and_when_its_model_is_scored(
@@ -116,7 +121,7 @@ def test_a_run_keeps_its_reader_when_it_goes_on_and_when_its_model_is_scored(
 
     num_measured: list[int] = []
     monkeypatch.setattr(reader_choice, "measure_readers", measured)
-    monkeypatch.setattr(reader_choice, "candidates", lambda: ["decord", "pyav"])
+    monkeypatch.setattr(reader_choice, "candidates", lambda device: ["decord", "pyav"])
     sizes = ["--train.prompts_per_step=2", "--rollout.group_size=2", "--rollout.max_new_tokens=4"]
     run = [f"--train.output_dir={tmp_path}", "--checkpoint.every=1", "--video.num_workers=0", "--eval.max_examples=1"]
     files = [f"--data.{name}=[{data}/{name}_grounding.jsonl]" for name in ("train", "eval")]
@@ -129,7 +134,7 @@ def test_a_run_keeps_its_reader_when_it_goes_on_and_when_its_model_is_scored(
 
     train(config(1))
     assert reader(1).startswith("decord 0.") and num_measured == [2]
-    monkeypatch.setattr(reader_choice, "candidates", lambda: ["pyav", "decord"])
+    monkeypatch.setattr(reader_choice, "candidates", lambda device: ["pyav", "decord"])
     train(config(2))
     assert reader(2) == reader(1) and num_measured == [2]
     assert load_config(str(tmp_path / "config.yaml"), []).video.reader == "auto"

@@ -76,10 +76,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_h264_and_hevc_are_proven(reader: DaliReader) -> None:
     """Any NVDEC since 2016 has both; the message says what came out wrong."""
     failures = {codec: dali_codecs.proof_failure(codec, "gpu") for codec in dali_codecs.CODECS["gpu"]}
-    print(failures, {codec: dali_codecs.nvdec_limits(codec) for codec in failures})
+    print(failures)
     assert failures["h264"] is None and failures["hevc"] is None
-    limits = dali_codecs.nvdec_limits("h264")
-    assert limits is not None and limits.allow(1920, 1080) and not limits.allow(100_000, 1080)
 
 
 @pytest.mark.parametrize("clip", RIGHT, ids=lambda clip: clip.name)

@@ -219,9 +219,9 @@ def test_each_file_has_one_of_two_readers(tmp_path: Path) -> None:
         name = "matroska only"
         num_read = 0
 
-        def probe(self, path: str) -> Probe:
+        def probe(self, path: str, onlooker: object = None) -> Probe:
             if path.endswith(".mp4"):
-                raise UnsuitedError(path, "is no Matroska file")
+                raise UnsuitedError(path, "is no Matroska file", super().probe(path))
             return super().probe(path)
 
         def read(self, probe, frame_indices):  # type: ignore[no-untyped-def]

@@ -116,8 +116,11 @@ def test_what_nvdec_would_get_wrong_is_not_taken(tmp_path: Path, monkeypatch: py
     assert torch.equal(frames, plain)
     reader.probe(str(corpus.write(Clip("b.mp4", "av1", "mp4", size_px=(64, 64)), tmp_path)))
     for clip, reason in (
-        (Clip("c.mp4", "hevc", "mp4", size_px=(64, 96)), "is hevc in yuv420p, wanted h264, av1 in yuv420p"),
-        (Clip("d.mp4", "h264", "mp4", size_px=(64, 96), pix_fmt="yuv444p"), "is h264 in yuv444p"),
+        (Clip("c.mp4", "hevc", "mp4", size_px=(64, 96)), "its codec is hevc, wanted one of h264, av1"),
+        (
+            Clip("d.mp4", "h264", "mp4", size_px=(64, 96), pix_fmt="yuv444p"),
+            "its pixel format is yuv444p, wanted yuv420p or yuvj420p",
+        ),
     ):
         with pytest.raises(UnsuitedError, match=rf"{reason}.*set video\.reader to pyav"):
             reader.probe(str(corpus.write(clip, tmp_path)))

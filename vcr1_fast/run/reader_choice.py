@@ -7,6 +7,7 @@ its checkpoints and its exported model, from where it is taken again.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import random
@@ -18,6 +19,7 @@ from typing import Literal, get_args
 import torch
 
 from vcr1_fast.learner.sharding import World, gather_all, on_main_rank
+from vcr1_fast.prompts.dataset import AnnotationFile
 from vcr1_fast.run.sources import annotation_contents
 from vcr1_fast.run.telemetry import say
 from vcr1_fast.settings.config import Config, ConfigError
@@ -31,14 +33,12 @@ from vcr1_fast.video.reader_speed import fastest, measure_readers
 NUM_CLIPS = 64  # that are tried at most
 
 
-def with_reader(
-    config: Config, world: World, tasks: Mapping[str, Task], kept: str | None, *, must_keep: bool
-) -> Config:
+def with_reader(config: Config, world: World, tasks: Mapping[str, Task], kept: str | None, *, trains: bool) -> Config:
     """The settings with a reader in the place of auto. A collective.
 
-    `kept`: the name of the reader that the run had before, or that the model was trained with; None: none is known.
-    `must_keep`: also where auto would not take it. Only rank 0 looks at either.
-    Raises what reading the annotation files raises, and ReaderError where no reader works, on every rank.
+    `kept`: the name of the reader that the run had before, or that the model was trained with; None: none is known. A
+    run that `trains` keeps it also where auto would not take it, others where it would. Only rank 0 looks at it.
+    Raises ReaderError where no reader works, on every rank.
     """
     if "auto" not in (config.video.reader, config.eval.video.reader):
         return config
@@ -46,11 +46,11 @@ def with_reader(
     found: list[ReaderName] = []
 
     def choose() -> None:
-        readers, before = candidates(), reader_of(kept or "")
-        if before is not None and (must_keep or before in readers):
+        readers, before = candidates(world.device), reader_of(kept or "")
+        if before is not None and (trains or before in readers):
             found.append(before)
             return
-        clips = _some_clips(config, tasks) if len(readers) > 1 else []
+        clips = _some_clips(config, tasks, "train" if trains else "eval") if len(readers) > 1 else []
         found.append(_measured(readers, clips, cores) if clips else "pyav")
 
     on_main_rank("choosing a video reader", choose, world)
@@ -63,14 +63,14 @@ def with_reader(
     return replace(config, video=video, eval=replace(config.eval, video=in_evaluation))
 
 
-def candidates() -> list[ReaderName]:
-    """What auto may stand for, in the order in which it is taken on equal speed.
+def candidates(device: torch.device) -> list[ReaderName]:
+    """What auto may stand for in a run on `device`, in the order in which it is taken on equal speed.
 
     Without a GPU the reference alone. decord is not among them: it hangs on files that PyAV reads, which costs each of
     them video.timeout_s and the run the clip.
     """
     readers: list[ReaderName] = ["pyav"]
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         if dali_codecs.version() is not None:
             readers.insert(0, "dali+pyav")
         if importlib.util.find_spec("torchcodec"):
@@ -114,10 +114,11 @@ def _measured(readers: Sequence[ReaderName], clips: Sequence[ClipRequest], cores
     return best.reader
 
 
-def _some_clips(config: Config, tasks: Mapping[str, Task]) -> list[ClipRequest]:
-    """Drawn by train.seed; [] of a run without annotation files."""
-    name: Literal["train", "eval"] = "train" if config.data.train else "eval"
-    contents = annotation_contents(config, tasks, name)
+def _some_clips(config: Config, tasks: Mapping[str, Task], name: Literal["train", "eval"]) -> list[ClipRequest]:
+    """Of data.train or data.eval, drawn by train.seed; [] without files that can be read: who needs them says so."""
+    contents: list[AnnotationFile] = []
+    with contextlib.suppress(ConfigError):
+        contents = annotation_contents(config, tasks, name)
     videos = sorted({row.video for content in contents for row in content.rows if not row.is_refused})
     clips: list[ClipRequest] = []
     for video in random.Random(config.train.seed).sample(videos, min(NUM_CLIPS, len(videos))):

@@ -216,7 +216,7 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         choose_half(world)
         tasks = make_tasks(config.task, judge=config.judge)
         kept = recorded.get("reader") if writes else trained_with(config)
-        seeing = with_reader(config, world, tasks, kept, must_keep=writes)
+        seeing = with_reader(config, world, tasks, kept, trains=writes)
         proof = choose_kernels(config, world)
         source = opened.enter_context(contextlib.closing(open_source(seeing, world.device, proof.choice)))
         require_one_reader(source.name, world)

@@ -48,7 +48,7 @@ class Limits:
         )
 
 
-# NVIDIA's Video Codec SDK 13 for Turing and later, 8-bit 4:2:0; used where the driver cannot be asked.
+# NVIDIA's Video Codec SDK 13 for Turing and later, 8-bit 4:2:0. What is larger is refused on newer GPUs, too.
 LIMITS = {
     "h264": Limits(48, 16, 4096, 4096, 65536),
     "hevc": Limits(144, 144, 8192, 8192, 262144),
@@ -57,28 +57,6 @@ LIMITS = {
     "av1": Limits(128, 128, 8192, 8192, 262144),
     "mpeg4": Limits(48, 16, 2032, 2032, 8192),
 }
-NVDEC_CODECS = {"mpeg4": 2, "h264": 4, "hevc": 8, "vp8": 9, "vp9": 10, "av1": 11}  # cudaVideoCodec
-
-
-class _DecoderCaps(ctypes.Structure):
-    """CUVIDDECODECAPS of cuviddec.h."""
-
-    _fields_ = (
-        ("codec", ctypes.c_uint),
-        ("chroma_format", ctypes.c_uint),
-        ("bit_depth_minus_8", ctypes.c_uint),
-        ("reserved_in", ctypes.c_uint * 3),
-        ("is_supported", ctypes.c_ubyte),
-        ("num_engines", ctypes.c_ubyte),
-        ("output_format_mask", ctypes.c_ushort),
-        ("max_width", ctypes.c_uint),
-        ("max_height", ctypes.c_uint),
-        ("max_macroblocks", ctypes.c_uint),
-        ("min_width", ctypes.c_ushort),
-        ("min_height", ctypes.c_ushort),
-        ("histogram", ctypes.c_ubyte * 4),
-        ("reserved_out", ctypes.c_uint * 10),
-    )
 
 
 def version() -> str | None:
@@ -147,19 +125,3 @@ def _last_frames(codec: str, encoded: np.ndarray) -> Job:
         if cut is None:
             raise ValueError("its proof clip has no second keyframe")
         return Job(copy_of(cut, container, stream), cut.indices_F, None)
-
-
-@functools.cache
-def nvdec_limits(codec: str) -> Limits | None:
-    """Picture sizes this GPU decodes (8-bit 4:2:0), by its driver if that answers; None: it does not know the codec."""
-    try:
-        library = ctypes.CDLL("libnvcuvid.so.1")
-        torch.zeros(1, device="cuda")  # the question needs a CUDA context
-        caps = _DecoderCaps(codec=NVDEC_CODECS[codec], chroma_format=1, bit_depth_minus_8=0)
-        if library.cuvidGetDecoderCaps(ctypes.byref(caps)) != 0:
-            return LIMITS[codec]
-    except (OSError, RuntimeError, AssertionError, AttributeError):
-        return LIMITS[codec]
-    if not caps.is_supported:
-        return None
-    return Limits(caps.min_width, caps.min_height, caps.max_width, caps.max_height, caps.max_macroblocks)

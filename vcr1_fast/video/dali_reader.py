@@ -11,7 +11,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -35,8 +34,7 @@ MAX_FLAT_DEVIATION, MAX_FLAT_DIFFERENCE, MAX_COPY_DIFFERENCE = 2.0, 24.0, 0.5
 
 
 class DaliReader:
-    """Any number of threads may share one; each that reads at the same time gets a pipeline of its own. The GPU is the
-    one that is current where the reader is made.
+    """Any number of threads may share one; they decode one after the other, on the current GPU.
 
     Of damage it finds: cut files, missing packets, zeroed blocks, overwritten packet starts, changes of the picture
     size, MP4 and AVI whose header lists other frames than are there, Matroska that skips bytes, frames that come out
@@ -51,21 +49,20 @@ class DaliReader:
             kind = ModuleNotFoundError if version() is None else RuntimeError
             raise kind(f"video.reader is dali, but {reason}; set video.reader to pyav")
         self.device: Device = device
-        self._gpu_index = torch.cuda.current_device() if device == "gpu" else None
         self.codecs = proven_codecs(device)
         self.name = f"dali {version()} {device} {'+'.join(self.codecs)}"
         self._ffmpeg = PyavReader(config.max_source_pixels)
-        self._lock = threading.Lock()
-        self._idle: list[Pipeline] = []
+        self._lock, self._decoding = threading.Lock(), threading.Lock()
+        self._pipelines: dict[bool, Pipeline] = {}  # by whether they resize
         self._tracks: OrderedDict[tuple[str, int, int], Track] = OrderedDict()
-        self._is_closed = False
 
     def probe(self, path: str) -> Probe:
         """See `Reader.probe`. Reads through the file once and decodes one frame of it, with FFmpeg."""
         track = self._track(path)
         reason = refusal(track, self.device, self.codecs)
         if reason is not None:
-            raise UnsuitedError(path, f"DALI cannot decode it on the {self.device}: {reason}; set video.reader to pyav")
+            reason = f"DALI cannot decode it on the {self.device}: {reason}; set video.reader to pyav"
+            raise UnsuitedError(path, reason, track.probe)
         if track.damage is not None:
             raise SampleError(path, f"is damaged: a packet of it {track.damage}; fetch it again")
         return track.probe
@@ -86,9 +83,8 @@ class DaliReader:
 
     def close(self) -> None:
         """Free the pipelines, and with them the decoders and buffers on the device."""
-        with self._lock:
-            self._is_closed = True
-            self._idle.clear()
+        with self._lock, self._decoding:
+            self._pipelines.clear()
             self._tracks.clear()
 
     def _parts(self, track: Track, frame_indices: Sequence[int]) -> list[Sequence[int]]:
@@ -99,10 +95,12 @@ class DaliReader:
     def _decode(
         self, probe: Probe, track: Track, frame_indices: Sequence[int], size_px: tuple[int, int] | None
     ) -> torch.Tensor:
-        job = self._job(track, frame_indices, size_px)
+        job, is_resized = self._job(track, frame_indices, size_px), size_px is not None
         try:
-            with self._pipeline(is_resized=size_px is not None) as pipeline:
-                rgb_FHW3 = pipeline.decode(job)
+            with self._decoding:
+                if is_resized not in self._pipelines:
+                    self._pipelines[is_resized] = Pipeline(self.device, is_resized=is_resized)
+                rgb_FHW3 = self._pipelines[is_resized].decode(job)
         except DecodeError as error:
             raise SampleError(
                 probe.path, f"cannot be decoded, it is damaged or cut short (DALI says: {error})"
@@ -179,22 +177,6 @@ class DaliReader:
             while len(self._tracks) > MAX_TRACKS:
                 self._tracks.popitem(last=False)
         return track
-
-    @contextmanager
-    def _pipeline(self, *, is_resized: bool) -> Iterator[Pipeline]:
-        """A pipeline for this thread alone, kept for the next one who wants such a pipeline."""
-        with self._lock:
-            pipeline = next((p for p in reversed(self._idle) if p.is_resized == is_resized), None)
-            if pipeline is not None:
-                self._idle.remove(pipeline)
-        if pipeline is None:
-            pipeline = Pipeline(self.device, is_resized=is_resized, gpu_index=self._gpu_index)
-        try:
-            yield pipeline
-        finally:
-            with self._lock:
-                if not self._is_closed:
-                    self._idle.append(pipeline)
 
 
 def _suspects(rgb_FHW3: torch.Tensor, frame_indices: Sequence[int]) -> tuple[list[int], int | None]:

@@ -16,7 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from vcr1_fast.video.bitstream import BitstreamCheck
-from vcr1_fast.video.dali_codecs import nvdec_limits
+from vcr1_fast.video.dali_codecs import LIMITS
 from vcr1_fast.video.dali_cut import FORMATS as FORMATS_TO_CUT
 from vcr1_fast.video.dali_cut import Entries, PacketTable
 from vcr1_fast.video.dali_pipeline import Device
@@ -172,8 +172,8 @@ def refusal(track: Track, device: Device, codecs: tuple[str, ...]) -> str | None
         return f"its header lists {track.num_listed} frames, {track.num_packets} are there"
     if device == "cpu":
         return None
-    limits = nvdec_limits(track.codec)
-    if limits is None or not limits.allow(width_px, height_px):
+    limits = LIMITS[track.codec]
+    if not limits.allow(width_px, height_px):
         return f"NVDEC does not take {width_px} x {height_px} px ({limits})"
     if width_px % 2 or height_px % 2:  # DALI's kernel looks for the chroma plane at half the size, rounded down
         return f"its size is odd ({width_px} x {height_px} px)"

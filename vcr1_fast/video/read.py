@@ -90,17 +90,17 @@ class SourceReader:
 
 
 class EitherReader:
-    """Reads files with `first`, and those that it is not right for with `second`: a clip always with the same one."""
+    """Reads files with `first`, and those that it is not right for with PyAV: a clip always with the same one."""
 
-    def __init__(self, first: Reader, second: Reader) -> None:
+    def __init__(self, first: Reader, second: PyavReader) -> None:
         self.first, self.second = first, second
         self.name = f"{first.name}, others {second.name}"
 
     def probe(self, path: str) -> Probe:
         try:
             return replace(self.first.probe(path), decoded_by=self.first.name)
-        except UnsuitedError:
-            return replace(self.second.probe(path), decoded_by=self.second.name)
+        except UnsuitedError as error:
+            return replace(error.probe or self.second.probe(path), decoded_by=self.second.name)
 
     def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
         return self._reader(probe).read(probe, frame_indices)

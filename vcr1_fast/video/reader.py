@@ -40,7 +40,14 @@ class ReaderError(RunError):
 
 
 class UnsuitedError(SampleError):
-    """A file that a reader would give wrong frames of, or none, and that PyAV may be right for."""
+    """A file that a reader would give wrong frames of, or none, and that PyAV may be right for.
+
+    `probe`: PyAV's, where the reader has it.
+    """
+
+    def __init__(self, source: str, reason: str, probe: Probe | None = None) -> None:
+        super().__init__(source, reason)
+        self.probe = probe
 
 
 class Reader(Protocol):

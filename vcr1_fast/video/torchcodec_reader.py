@@ -63,29 +63,25 @@ class TorchcodecReader:
     def probe(self, path: str) -> Probe:
         """See `Reader.probe`. Times come from PyAV; files of which torchcodec would give wrong frames are refused."""
         probe = self._pyav.probe(path)
+        reason = self._refusal(probe)
+        if reason is not None:
+            raise UnsuitedError(path, f"{reason}; set video.reader to pyav", probe)
+        return probe
+
+    def _refusal(self, probe: Probe) -> str | None:
+        """Why torchcodec would not give the right frames, in one clause; None: it would."""
         if probe.ticks is None:  # AVI, raw streams, interlaced video
-            raise UnsuitedError(
-                path,
-                "its packets do not say when their frames are shown, which torchcodec needs; set video.reader to pyav",
-            )
+            return "its packets do not say when their frames are shown, which torchcodec needs"
         # torchcodec 0.13 believes in full range by the name of the pixel format only, and is else 13 levels off.
         if probe.is_full_range and probe.pixel_format.startswith("yuv") and not probe.pixel_format.startswith("yuvj"):
-            raise UnsuitedError(
-                path, "its colours use the full range, which torchcodec takes for limited; set video.reader to pyav"
-            )
+            return "its colours use the full range, which torchcodec takes for limited"
         if not probe.is_turned_only:
-            raise UnsuitedError(
-                path, "is to be shown mirrored or slanted, torchcodec only turns; set video.reader to pyav"
-            )
-        if self._codecs is not None and (
-            probe.codec.replace("libdav1d", "av1") not in self._codecs or probe.pixel_format not in GPU_FORMATS
-        ):
-            raise UnsuitedError(
-                path,
-                f"is {probe.codec} in {probe.pixel_format}, wanted {', '.join(self._codecs)} in "
-                f"{' or '.join(GPU_FORMATS)}; set video.reader to pyav",
-            )
-        return probe
+            return "is to be shown mirrored or slanted, torchcodec only turns"
+        if self._codecs is not None and probe.codec.replace("libdav1d", "av1") not in self._codecs:
+            return f"its codec is {probe.codec}, wanted one of {', '.join(self._codecs)}"
+        if self._codecs is not None and probe.pixel_format not in GPU_FORMATS:
+            return f"its pixel format is {probe.pixel_format}, wanted {' or '.join(GPU_FORMATS)}"
+        return None
 
     def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
         """See `Reader.read`. Raises SampleError also when torchcodec sees other frames than are shown."""
