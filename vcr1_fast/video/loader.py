@@ -193,6 +193,9 @@ class FrameLoader:
             slot.close()
         for thread in [*self._threads]:
             thread.join(CLOSE_LIMIT_S)
+        if not self._threads:  # a process that told its name, and was never asked for a clip
+            for slot in self._slots:
+                slot.end()
         if self._reader is not None:
             self._reader.close()
         with self._changed:
