@@ -35,15 +35,16 @@ from vcr1_kernels.reference import CLIP_MEAN, CLIP_STD, PATCH_PX
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames
 from vcr1_fast.video.clip import ClipRequest, read_clip
+from vcr1_fast.video.gpu_decoding import GPU_READERS
 from vcr1_fast.video.patches import to_patches
 from vcr1_fast.video.read import open_reader
 from vcr1_fast.video.resolution import frame_size_px
 
-READERS = ("pyav", "decord", "torchcodec", "dali")
+READERS = ("pyav", "decord", "torchcodec", "torchcodec_cuda", "dali")
 NUM_WORKERS = 2
 CLIPS_PER_WORKER = 4  # in one timed batch
 MAX_MEAN_LEVELS = 0.4  # of 255: theirs is resized in float32, which changes 0.1 to 0.3 on average
-MAX_MEAN_LEVELS_DALI = 2.5  # it interpolates chroma in another way: 1.0 to 1.4 measured on CPU
+MAX_MEAN_LEVELS_DALI = 2.5  # it interpolates chroma in another way: 1.0 to 1.4 measured on CPU; NVDEC is untried
 CACHE_BYTES = 4 * 2**30
 
 
@@ -116,12 +117,12 @@ def open_reader_way(name: str, clip: Clip, stack: ExitStack) -> ClipWay:
         run=lambda: clip.patches(loader.get(request)),
         gpu_bytes=bytes_to_device(name, clip),
         floor=None if is_nvdec(name, clip) else "decode",  # NVDEC is no CPU decoder
-        max_mean_levels=MAX_MEAN_LEVELS_DALI if name == "dali" else MAX_MEAN_LEVELS,
+        max_mean_levels=MAX_MEAN_LEVELS_DALI if name in GPU_READERS else MAX_MEAN_LEVELS,
     )
 
 
 def is_nvdec(name: str, clip: Clip) -> bool:
-    return name == "dali" and clip.device.type == "cuda"
+    return name in GPU_READERS and clip.device.type == "cuda"
 
 
 def bytes_to_device(name: str, clip: Clip) -> int:

@@ -49,7 +49,7 @@ class BitstreamCheck:
 
     def can_begin(self, packet: bytes) -> bool:
         """Whether this keyframe is right by itself. H.264's may be one from which pictures only become right, over some
-        frames (ISO 14496-10, D.2.8); an IDR picture (unit 5) is. Where units have no length, nobody knows.
+        frames; an IDR picture is. False, too, where units have no length.
         """
         if self.codec != "h264":
             return True

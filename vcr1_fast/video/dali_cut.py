@@ -44,8 +44,8 @@ class PacketTable:
         is_clear = len(times_s) < 2 or float(np.diff(times_s).min()) >= 2 * CLOCK_S
         if not self._is_whole or not is_clear or not len(ticks_P):
             return None
-        # All before it are shown earlier, all behind it later: but for the leading pictures of HEVC, which no picture
-        # behind them refers to (ISO 23008-2, 3.60 and 3.107), so that they may be left out.
+        # All before it are shown earlier, all behind it later: but for the leading pictures of HEVC, which by its rules
+        # no picture that is shown after the keyframe refers to, so that they may be left out.
         may_begin_P = np.array(self._can_begin) & (np.maximum.accumulate(ticks_P) == ticks_P)
         if not self._has_leading:
             may_begin_P &= np.minimum.accumulate(ticks_P[::-1])[::-1] == ticks_P
