@@ -14,6 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from av.video.reformatter import ColorRange, Colorspace
 
 from tests.video import corpus, corpus_pairs
@@ -21,7 +22,8 @@ from tests.video.corpus import Clip
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.dali_pipeline import Device
-from vcr1_fast.video.read import open_reader
+from vcr1_fast.video.pyav_reader import PyavReader
+from vcr1_fast.video.read import EitherReader, open_reader, read_resized
 from vcr1_fast.video.reader import Reader, UnsuitedError
 
 # Matroska and WebM count milliseconds, the others count ticks that hold these rates exactly.
@@ -200,6 +202,21 @@ def check_reader(reader: Reader, path: Path, clip: Clip, max_mean: float, max_la
     some = [1, 2, 2, len(wanted) - 1]
     for rgb, index in zip(reader.read(probe, some), some, strict=True):
         assert np.array_equal(rgb, got[index])
+
+
+@pytest.mark.parametrize("name", ["torchcodec", "dali"])
+def test_what_a_reader_refuses_pyav_reads_in_its_place(folder: Path, name: str) -> None:
+    """Also what torchcodec only finds out while it decodes: MPEG-TS."""
+    try:
+        either = EitherReader(open_by_name(name), PyavReader())
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(str(error))
+    refused = {*[*REFUSED[name]][::5], *(file for file in REFUSED[name] if file.endswith(".ts"))}
+    assert len(refused) > 2
+    for file in refused:
+        probe, wanted = either.probe(str(folder / file)), PyavReader().probe(str(folder / file))
+        got = either.read_frames(probe, [1, 5], 56, 84)
+        assert torch.equal(got, read_resized(PyavReader(), wanted, [1, 5], 56, 84)), file
 
 
 @pytest.fixture(scope="module", params=["dali", "torchcodec_cuda"])
