@@ -362,8 +362,8 @@ def test_dry_run_says_what_does_not_fit(tmp_path: Path, capsys):
     result = plan_command(config, 8, is_fast=True)
     out = capsys.readouterr().out
     assert result["exceeds"] == {"80 GB (A100, H100)": ["evaluation"], "141 GB (H200)": ["evaluation"]}
-    # 3.5 P = 29.0, KV 57,344 x 256 x 4,864 = 71.4, prefill 256 x 3,840 x 142,336 = 139.9
-    assert "evaluation needs 240 GB, more than 80 GB" in out and "a smaller rollout.max_batch_tokens" in out
+    # 3.5 P = 29.0, KV 57,344 x 256 x 4,864 = 71.4, prefill 256 x 3,840 x 142,336 = 139.9, video decoding 2.4
+    assert "evaluation needs 243 GB, more than 80 GB" in out and "a smaller rollout.max_batch_tokens" in out
     assert "not found: e.jsonl" in out
     # the default budget of 65,536 tokens holds 13 videos of 4,864
     bounded = replace(config, rollout=RolloutConfig())
