@@ -35,15 +35,16 @@ from vcr1_kernels.reference import CLIP_MEAN, CLIP_STD, PATCH_PX
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames
 from vcr1_fast.video.clip import ClipRequest, read_clip
+from vcr1_fast.video.gpu_decoding import GPU_READERS
 from vcr1_fast.video.patches import to_patches
 from vcr1_fast.video.read import open_reader
 from vcr1_fast.video.resolution import frame_size_px
 
-READERS = ("pyav", "decord", "torchcodec", "dali")
+READERS = ("pyav", "decord", "torchcodec", "torchcodec_cuda", "dali")
 NUM_WORKERS = 2
 CLIPS_PER_WORKER = 4  # in one timed batch
 MAX_MEAN_LEVELS = 0.4  # of 255: theirs is resized in float32, which changes 0.1 to 0.3 on average
-MAX_MEAN_LEVELS_DALI = 2.5  # it interpolates chroma in another way: 1.0 to 1.4 measured on CPU
+MAX_MEAN_LEVELS_DALI = 2.5  # it interpolates chroma in another way: 1.0 to 1.4 measured on CPU; NVDEC is untried
 CACHE_BYTES = 4 * 2**30
 
 
@@ -95,7 +96,9 @@ def openers(*, has_workers: bool) -> dict[str, Opener]:
 
 
 def open_reader_way(name: str, clip: Clip, stack: ExitStack) -> ClipWay:
-    """One of our readers, in a thread of `FrameLoader`. Raises RuntimeError when `open_reader` gives another one.
+    """One of our readers, in a thread of `FrameLoader`, or in a process of it where a GPU decodes.
+
+    Raises RuntimeError when `open_reader` gives another one.
 
     As a run has it: torch gets one thread to resize with. With two, libgomp's second thread spins between the frames:
     275 ms of CPU instead of 136 for a clip of 320 x 240 and 10 s.
@@ -114,17 +117,17 @@ def open_reader_way(name: str, clip: Clip, stack: ExitStack) -> ClipWay:
         run=lambda: clip.patches(loader.get(request)),
         gpu_bytes=bytes_to_device(name, clip),
         floor=None if is_nvdec(name, clip) else "decode",  # NVDEC is no CPU decoder
-        max_mean_levels=MAX_MEAN_LEVELS_DALI if name == "dali" else MAX_MEAN_LEVELS,
+        max_mean_levels=MAX_MEAN_LEVELS_DALI if name in GPU_READERS else MAX_MEAN_LEVELS,
     )
 
 
 def is_nvdec(name: str, clip: Clip) -> bool:
-    return name == "dali" and clip.device.type == "cuda"
+    return name in GPU_READERS and clip.device.type == "cuda"
 
 
 def bytes_to_device(name: str, clip: Clip) -> int:
-    """NVDEC is sent the file as it is and leaves the frames on the GPU; all others send frames."""
-    return os.path.getsize(clip.request.path) if is_nvdec(name, clip) else clip.uint8_bytes
+    """Frames; NVDEC is sent the file, too, in the process where it works."""
+    return clip.uint8_bytes + (os.path.getsize(clip.request.path) if is_nvdec(name, clip) else 0)
 
 
 def open_workers_way(clip: Clip, stack: ExitStack) -> ClipWay:

@@ -93,13 +93,13 @@ def test_a_reader_that_is_another_one_is_refused(clip_path: Path, monkeypatch: p
     frames = decode_ways.read_plain(clip_path, config)
     clip = decode_ways.Clip(ClipRequest(str(clip_path), config), frames, torch.device("cpu"), tmp_path)
     with ExitStack() as stack, pytest.raises(RuntimeError, match="open_reader gave pyav"):
-        decode_ways.open_reader_way("decord", clip, stack)
+        decode_ways.open_reader_way("torchcodec", clip, stack)
 
 
-def test_what_crosses_to_a_gpu_is_the_file_for_nvdec_and_frames_for_the_others(clip_path: Path, tmp_path: Path):
+def test_what_crosses_to_a_gpu_is_frames_and_for_nvdec_the_file_too(clip_path: Path, tmp_path: Path):
     frames = decode_ways.read_plain(clip_path, VideoConfig())
     for device, name, wanted in (
-        ("cuda", "dali", clip_path.stat().st_size),
+        ("cuda", "dali", clip_path.stat().st_size + frames.rgb_FHW3.numel()),
         ("cuda", "pyav", frames.rgb_FHW3.numel()),
         ("cpu", "dali", frames.rgb_FHW3.numel()),
     ):

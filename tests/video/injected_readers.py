@@ -89,6 +89,19 @@ def leaky(config: VideoConfig) -> LeakyReader:
     return LeakyReader()
 
 
+class ReaderOnItsCores(MadeUpReader):
+    """Writes the cores that it may use beside each clip."""
+
+    def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
+        with open(Path(probe.path).parent / "cores.txt", "a") as log:
+            log.write(f"{sorted(os.sched_getaffinity(0))}\n")
+        return super().read(probe, frame_indices)
+
+
+def on_its_cores(config: VideoConfig) -> ReaderOnItsCores:
+    return ReaderOnItsCores()
+
+
 def failing_in_workers(config: VideoConfig) -> PyavReader:
     if sys.argv[0].endswith("loader_worker.py"):
         raise ImportError("no such decoder here")

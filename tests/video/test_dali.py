@@ -27,8 +27,8 @@ from vcr1_fast.video.dali_reader import DaliReader
 from vcr1_fast.video.dali_track import MATRICES, inspect, refusal, to_displayed
 from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.pyav_reader import PyavReader
-from vcr1_fast.video.read import open_reader
-from vcr1_fast.video.reader import ReaderError
+from vcr1_fast.video.read import EitherReader, open_reader
+from vcr1_fast.video.reader import ReaderError, UnsuitedError
 from vcr1_fast.video.resolution import resize_frame
 
 needs_dali = pytest.mark.skipif(dali_codecs.version() is None, reason="DALI is not installed")
@@ -120,6 +120,23 @@ def test_frames_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch, reader:
     assert [clips.index_of(rgb) for rgb in reader.read(probe, indices)] == list(indices)
 
 
+def test_a_file_is_read_through_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reader: DaliReader) -> None:
+    path = write_numbered(tmp_path / "a.webm", 20, (64, 64))
+    plain, opened = PyavReader.open, list[str]()
+
+    def noted(self: PyavReader, path: str) -> Any:
+        opened.append(path)
+        return plain(self, path)
+
+    monkeypatch.setattr(PyavReader, "open", noted)
+    probe = reader.probe(str(path))
+    assert opened == [str(path)]
+    assert [clips.index_of(rgb) for rgb in reader.read(probe, [3])] == [3] and len(opened) == 1
+    other = str(corpus.write(Clip("b.mp4", "h264", "mp4"), tmp_path))
+    assert EitherReader(reader, PyavReader()).probe(other).codec == "h264"  # refused by DALI
+    assert opened == [str(path), other]
+
+
 def test_files_dali_does_not_take_are_refused_by_name(tmp_path: Path, reader: DaliReader) -> None:
     for clip, reason in (
         (Clip("a.mp4", "h264", "mp4"), "its codec is h264, wanted one of vp8, vp9, mjpeg"),
@@ -127,12 +144,12 @@ def test_files_dali_does_not_take_are_refused_by_name(tmp_path: Path, reader: Da
         (Clip("c.mp4", "av1", "mp4", size_px=(64, 64)), "its codec is av1"),
     ):
         path = str(corpus.write(clip, tmp_path))
-        assert not reader.takes(path)
-        with pytest.raises(SampleError, match=rf"{reason}.*set video\.reader to pyav"):
+        with pytest.raises(UnsuitedError, match=rf"{reason}.*set video\.reader to pyav"):
             reader.probe(path)
     for path in (tmp_path / "nowhere.webm", tmp_path):
-        with pytest.raises(SampleError):
-            reader.takes(str(path))
+        with pytest.raises(SampleError) as caught:
+            reader.probe(str(path))
+        assert not isinstance(caught.value, UnsuitedError)
 
 
 def test_what_dali_would_get_wrong_is_not_taken(tmp_path: Path) -> None:
@@ -344,8 +361,9 @@ def test_memory_stays_flat_and_closing_frees(scene: Path) -> None:
     assert num_threads() > threads_before
     opened.close()
     assert num_threads() <= threads_before
-    again = opened.read_frames(probe, [3], 56, 84)  # a closed reader still reads, and keeps nothing
-    assert clips.index_of(again[0].numpy()) == 3 and num_threads() <= threads_before
+    again = opened.read_frames(probe, [3], 56, 84)  # a closed reader still reads
+    assert clips.index_of(again[0].numpy()) == 3
+    opened.close()
 
 
 @pytest.mark.parametrize("number", [1, 9])
@@ -384,7 +402,7 @@ def test_why_dali_is_not_there_is_said_and_never_raised(monkeypatch: pytest.Monk
 
 @needs_dali
 def test_a_codec_counts_only_when_its_frames_come_out_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    prove, clip = dali_codecs.proof_failure.__wrapped__, dali_codecs._proof_clip
+    prove, clip = dali_codecs.proof_failure.__wrapped__, dali_codecs.proof_clip
     assert dali_codecs.unavailable_reason("cpu") is None
     assert dali_codecs.proven_codecs("cpu") == ("vp8", "vp9", "mjpeg")
     assert "Failed to create video decoder" in (prove("h264", "cpu") or "")
@@ -393,5 +411,5 @@ def test_a_codec_counts_only_when_its_frames_come_out_right(monkeypatch: pytest.
         encoded, frames = clip(codec)
         return encoded, frames[[0, *range(29)]]
 
-    monkeypatch.setattr(dali_codecs, "_proof_clip", shifted)
+    monkeypatch.setattr(dali_codecs, "proof_clip", shifted)
     assert prove("vp9", "cpu") == "frame 1 of 30 is another picture"

@@ -20,8 +20,8 @@ from vcr1_fast.video import dali_codecs
 from vcr1_fast.video.clip import ClipRequest, read_clip
 from vcr1_fast.video.dali_reader import DaliReader
 from vcr1_fast.video.loader import FrameLoader
-from vcr1_fast.video.patches import to_patches
 from vcr1_fast.video.pyav_reader import PyavReader
+from vcr1_fast.video.reader import UnsuitedError
 from vcr1_fast.video.resolution import resize_frame
 
 pytestmark = pytest.mark.gpu
@@ -76,10 +76,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_h264_and_hevc_are_proven(reader: DaliReader) -> None:
     """Any NVDEC since 2016 has both; the message says what came out wrong."""
     failures = {codec: dali_codecs.proof_failure(codec, "gpu") for codec in dali_codecs.CODECS["gpu"]}
-    print(failures, {codec: dali_codecs.nvdec_limits(codec) for codec in failures})
+    print(failures)
     assert failures["h264"] is None and failures["hevc"] is None
-    limits = dali_codecs.nvdec_limits("h264")
-    assert limits is not None and limits.allow(1920, 1080) and not limits.allow(100_000, 1080)
 
 
 @pytest.mark.parametrize("clip", RIGHT, ids=lambda clip: clip.name)
@@ -87,7 +85,6 @@ def test_every_frame_is_the_right_one(tmp_path: Path, reader: DaliReader, clip: 
     if clip.codec not in reader.codecs:
         pytest.skip(f"{clip.codec} did not pass its proof: {dali_codecs.proof_failure(clip.codec, 'gpu')}")
     path = str(corpus.write(clip, tmp_path))
-    assert reader.takes(path)
     probe = reader.probe(path)
     everything = range(len(probe.times_s))
     got, wanted = (np.stack(list(r.read(probe, everything))) for r in (reader, PyavReader()))
@@ -111,23 +108,22 @@ def test_what_nvdec_would_get_wrong_is_refused(tmp_path: Path, reader: DaliReade
         (Clip("small.mp4", "hevc", "mp4", size_px=(96, 96)), "NVDEC does not take"),
     ):
         path = str(corpus.write(clip, tmp_path))
-        assert not reader.takes(path)
-        with pytest.raises(SampleError, match=reason):
+        with pytest.raises(UnsuitedError, match=reason):
             reader.probe(path)
 
 
-def test_frames_stay_on_the_device_and_are_ours(reader: DaliReader, scene: Path) -> None:
+def test_frames_are_ours(reader: DaliReader, scene: Path) -> None:
     probe = reader.probe(str(scene))
     first = reader.read_frames(probe, [0, 40, 40, 119], 112, 140)
-    assert first.is_cuda and first.shape == (4, 112, 140, 3) and first.dtype == torch.uint8
+    assert not first.is_cuda and first.shape == (4, 112, 140, 3) and first.dtype == torch.uint8
     kept = first.clone()
     for start in range(1, 20):  # would overwrite DALI's buffers
         reader.read_frames(probe, [start, start + 50], 112, 140)
     assert torch.equal(first, kept)
-    assert [clips.index_of(rgb) for rgb in first.cpu().numpy()] == [0, 40, 40, 119]
+    assert [clips.index_of(rgb) for rgb in first.numpy()] == [0, 40, 40, 119]
     full = [torch.from_numpy(rgb) for rgb in reader.read(probe, [0, 40, 119])]
     wanted = torch.stack([resize_frame(rgb, 112, 140) for rgb in full]).float()
-    difference = (first[[0, 1, 3]].cpu().float() - wanted).abs()
+    difference = (first[[0, 1, 3]].float() - wanted).abs()
     assert difference.mean() <= 0.5 and difference.max() <= 12
 
 
@@ -137,7 +133,7 @@ def test_several_threads(reader: DaliReader, scene: Path) -> None:
 
     def read(place: int) -> None:
         frames = reader.read_frames(probe, [place, place + 60, place + 100], 112, 140)
-        got[place] = [clips.index_of(rgb) for rgb in frames.cpu().numpy()]
+        got[place] = [clips.index_of(rgb) for rgb in frames.numpy()]
 
     threads = [threading.Thread(target=read, args=(place,)) for place in range(8)]
     for thread in threads:
@@ -148,11 +144,13 @@ def test_several_threads(reader: DaliReader, scene: Path) -> None:
 
 
 def test_the_loader_reads_ahead_with_a_broken_file_among_them(tmp_path: Path, reader: DaliReader, scene: Path) -> None:
+    """In a process of its own, though none was asked for."""
     config = VideoConfig(reader="dali", num_workers=0, fps=4.0)
     starts_s = [max(0.0, (3 * k - 0.5) / 30) for k in range(20)]  # between two frames, so that rounding does not matter
     wanted = [ClipRequest(str(scene), config, start_s, start_s + 1.0) for start_s in starts_s]
     wanted[5] = ClipRequest(str(tmp_path / "gone.mp4"), config)
     with contextlib.closing(FrameLoader(config)) as loader:
+        assert loader.num_processes == len(loader.worker_pids) == 1 and loader.name.startswith(reader.name)
         loader.prefetch(wanted)
         for k, request in enumerate(wanted):
             if k == 5:
@@ -161,25 +159,9 @@ def test_the_loader_reads_ahead_with_a_broken_file_among_them(tmp_path: Path, re
                 assert caught.value.source == request.path
                 continue
             got, alone = loader.get(request), read_clip(request, reader)
-            assert got.rgb_FHW3.is_cuda and torch.equal(got.rgb_FHW3, alone.rgb_FHW3)
-            numbers = [clips.index_of(rgb) for rgb in got.rgb_FHW3.cpu().numpy()]
+            assert torch.equal(got.rgb_FHW3, alone.rgb_FHW3)
+            numbers = [clips.index_of(rgb) for rgb in got.rgb_FHW3.numpy()]
             assert numbers == [3 * k + round(time_s * 30) for time_s in got.times_s.tolist()]
-
-
-def test_clips_are_read_while_the_trainers_stream_is_busy(reader: DaliReader, scene: Path) -> None:
-    """And used there afterwards: the memory of a clip that was let go is not given to the next one too early."""
-    config = VideoConfig(reader="dali", num_workers=0, min_frame_pixels=112 * 140, max_frame_pixels=112 * 140)
-    wanted = [ClipRequest(str(scene), config, start_s, start_s + 1.0) for start_s in (0.0, 1.0, 2.0, 3.0)]
-    with contextlib.closing(FrameLoader(config)) as loader:
-        alone = [to_patches(loader.get(request)).values_PC.cpu() for request in wanted]
-        torch.cuda.synchronize()
-        is_busy = torch.cuda.Event()
-        torch.cuda._sleep(5_000_000_000)  # about 3 s
-        is_busy.record()
-        patches = [to_patches(loader.get(request)).values_PC for request in wanted]
-        assert not is_busy.query()  # all four were read, and their patches ordered, behind it
-        torch.cuda.synchronize()
-    assert all(torch.equal(got.cpu(), want) for got, want in zip(patches, alone, strict=True))
 
 
 def test_memory_on_the_device_stays_flat(reader: DaliReader, scene: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +19,13 @@ import torch
 from tests.video import clips, injected_readers
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, SampleError
-from vcr1_fast.video import loader as loader_module
+from vcr1_fast.video import read
 from vcr1_fast.video.cache import TensorCache
 from vcr1_fast.video.clip import ClipRequest, read_clip
-from vcr1_fast.video.loader import FrameLoader, largest_clip_bytes
+from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.read import open_reader
+from vcr1_fast.video.resolution import largest_clip_bytes
 from vcr1_fast.video.shared_memory import SMALLEST_MAPPED_BYTES, map_tensor, write_tensor
 
 NO_WORKER, ONE_WORKER = VideoConfig(num_workers=0), VideoConfig(num_workers=1)
@@ -338,33 +339,16 @@ def test_shared_memory_is_freed_with_the_last_view_and_holds_no_file_open():
     os.close(file)
 
 
-def test_threads_that_decode_on_a_gpu_have_a_stream_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """By what torch is asked for: there is no GPU here. It is the one that was current where the loader was made."""
-    current = threading.local()
-
-    @contextlib.contextmanager
-    def stream(made: object) -> Iterator[None]:
-        current.stream = made
-        yield
-        del current.stream
-
-    class Noting(injected_readers.MadeUpReader):
-        def read(self, probe, frame_indices):  # type: ignore[no-untyped-def]
-            seen.append(current.stream)
-            all_read.wait(60)  # so that all four threads get a clip
-            return super().read(probe, frame_indices)
-
-    seen: list[tuple[int, object]] = []
-    all_read = threading.Barrier(4)
-    monkeypatch.setattr(loader_module, "decodes_on_gpu", lambda config: True)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, see test_dali_gpu.py")
+def test_a_reader_of_a_gpu_is_opened_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """Also where no worker is asked for. Without a GPU that goes as far as taking it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda index: (index, object()))
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    wanted = requests(tmp_path, "1", "2", "3", "4")
-    with contextlib.closing(FrameLoader(NO_WORKER, open_reader=lambda config: Noting())) as loader:
-        loader.prefetch(wanted)
-        assert [int(loader.get(request).rgb_FHW3[0, 0, 0, 0]) for request in wanted] == [1, 2, 3, 4]
-    assert len(seen) == len(set(seen)) == 4 and {index for index, _ in seen} == {3}
+    config = replace(NO_WORKER, reader="dali+pyav")
+    assert (read.gpu_index(config), read.num_processes(config)) == (3, 1)
+    assert (read.gpu_index(NO_WORKER), read.num_processes(ONE_WORKER)) == (None, 1)
+    with pytest.raises(RuntimeError, match=r"videos with dali\+pyav did not start: \w+: .*cuda.*; set video\.reader"):
+        FrameLoader(config)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from av.video.reformatter import ColorRange, Colorspace
 
 from tests.video import corpus, corpus_pairs
@@ -21,8 +22,9 @@ from tests.video.corpus import Clip
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.dali_pipeline import Device
-from vcr1_fast.video.read import open_reader
-from vcr1_fast.video.reader import Reader
+from vcr1_fast.video.pyav_reader import PyavReader
+from vcr1_fast.video.read import EitherReader, open_reader, read_resized
+from vcr1_fast.video.reader import Reader, UnsuitedError
 
 # Matroska and WebM count milliseconds, the others count ticks that hold these rates exactly.
 CLOCK_S = {"mkv": 1.1e-3, "webm": 1.1e-3}
@@ -43,6 +45,7 @@ DIFFERENCE_OF = {
 # each, times up to 3, then the codec. Measured mean 1.3 and largest 4; torchcodec 2.7 and 8.6 at odd sizes; DALI 1.3
 # and 14 in BT.709, where it clips what the matrix applied afterwards needs. Wrong matrix or range: mean 9 and more.
 PAINT = {"sequential": (1.5, 5), "pyav": (1.5, 5), "decord": (1.5, 5), "torchcodec": (3.0, 9), "dali": (1.5, 15)}
+PAINT["torchcodec_cuda"] = PAINT["dali"]  # not tried yet
 
 
 CLIPS = (*corpus.CLIPS, *corpus_pairs.CLIPS)
@@ -201,10 +204,25 @@ def check_reader(reader: Reader, path: Path, clip: Clip, max_mean: float, max_la
         assert np.array_equal(rgb, got[index])
 
 
-@pytest.fixture(scope="module")
-def nvdec() -> Iterator[Reader]:
+@pytest.mark.parametrize("name", ["torchcodec", "dali"])
+def test_what_a_reader_refuses_pyav_reads_in_its_place(folder: Path, name: str) -> None:
+    """Also what torchcodec only finds out while it decodes: MPEG-TS."""
     try:
-        opened = open_by_name("dali", "gpu")
+        either = EitherReader(open_by_name(name), PyavReader())
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(str(error))
+    refused = {*[*REFUSED[name]][::5], *(file for file in REFUSED[name] if file.endswith(".ts"))}
+    assert len(refused) > 2
+    for file in refused:
+        probe, wanted = either.probe(str(folder / file)), PyavReader().probe(str(folder / file))
+        got = either.read_frames(probe, [1, 5], 56, 84)
+        assert torch.equal(got, read_resized(PyavReader(), wanted, [1, 5], 56, 84)), file
+
+
+@pytest.fixture(scope="module", params=["dali", "torchcodec_cuda"])
+def nvdec(request: pytest.FixtureRequest) -> Iterator[Reader]:
+    try:
+        opened = open_by_name(request.param, "gpu")
     except (ImportError, RuntimeError) as error:
         pytest.skip(str(error))
     yield opened
@@ -218,8 +236,8 @@ def test_nvdec_equals_the_sequential_decode_or_refuses(tmp_path: Path, nvdec: Re
     path = corpus.write(large, tmp_path)
     try:
         nvdec.probe(str(path))
-    except SampleError as refusal:
-        assert "DALI cannot decode it on the gpu" in refusal.reason
+    except UnsuitedError as refusal:
+        assert "set video.reader to pyav" in refusal.reason
         pytest.skip(refusal.reason)
     check_reader(nvdec, path, large, *DIFFERENCE["dali"])
 

@@ -22,7 +22,7 @@ from vcr1_fast.types import SampleError
 from vcr1_fast.video import torchcodec_reader
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.read import EitherReader, open_reader, read_frames
-from vcr1_fast.video.reader import Reader
+from vcr1_fast.video.reader import Probe, Reader, UnsuitedError
 
 CONFIG = VideoConfig()
 
@@ -219,20 +219,28 @@ def test_each_file_has_one_of_two_readers(tmp_path: Path) -> None:
         name = "matroska only"
         num_read = 0
 
-        def takes(self, path: str) -> bool:
-            return path.endswith(".mkv")
+        def probe(self, path: str, onlooker: object = None) -> Probe:
+            if path.endswith(".mp4"):
+                raise UnsuitedError(path, "is no Matroska file", super().probe(path))
+            return super().probe(path)
 
         def read(self, probe, frame_indices):  # type: ignore[no-untyped-def]
             self.num_read += 1
+            if "late" in probe.path:
+                raise UnsuitedError(probe.path, "has other frames than it says")
             return super().read(probe, frame_indices)
 
     first = Matroska()
     either = EitherReader(first, PyavReader())
     assert either.name == f"matroska only, others {PyavReader.name}"
-    for suffix, num_read in (("mkv", 1), ("mp4", 1)):
-        path = clips.write_clip(tmp_path / f"a.{suffix}", num_frames=6)
+    for name, num_read in (("a.mkv", 1), ("a.mp4", 1), ("late.mkv", 2)):
+        path = clips.write_clip(tmp_path / name, num_frames=6)
         frames = read_frames(str(path), CONFIG, either)
         assert frames.reader == either.name and first.num_read == num_read
+        assert torch.equal(frames.rgb_FHW3, read_frames(str(path), CONFIG, PyavReader()).rgb_FHW3)
+    (tmp_path / "empty.mkv").touch()
+    with pytest.raises(SampleError, match="the file is empty"):  # no other reader is asked
+        read_frames(str(tmp_path / "empty.mkv"), CONFIG, EitherReader(first, first))
         assert [clips.index_of(rgb) for rgb in frames.rgb_FHW3.numpy()] == [0, 2, 3, 5]
 
 

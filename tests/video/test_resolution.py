@@ -74,3 +74,12 @@ def test_resize_keeps_constants_and_clamps_overshoot() -> None:
 def test_resize_to_the_same_size_copies_nothing() -> None:
     frame = torch.zeros(28, 28, 3, dtype=torch.uint8)
     assert resize_frame(frame, 28, 28) is frame
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size_px", [(84, 112), (448, 616)])
+def test_a_frame_is_resized_on_a_gpu_as_on_the_cpu(size_px: tuple[int, int]):
+    """In float32, where the CPU rounds twice in fixed point."""
+    rgb_HW3 = torch.randint(0, 256, (240, 320, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    got, want = resize_frame(rgb_HW3.cuda(), *size_px).cpu(), resize_frame(rgb_HW3, *size_px)
+    assert got.dtype == torch.uint8 and (got.float() - want.float()).abs().mean() < 1

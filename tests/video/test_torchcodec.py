@@ -12,14 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from tests.video import clips
+from tests.video import clips, corpus
+from tests.video.corpus import Clip
 from tests.video.torchcodec_process import link_libraries, run_python
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video import torchcodec_reader
 from vcr1_fast.video.pyav_reader import PyavReader
-from vcr1_fast.video.read import open_reader
+from vcr1_fast.video.read import open_reader, read_resized
+from vcr1_fast.video.reader import UnsuitedError
 from vcr1_fast.video.torchcodec_reader import TorchcodecReader
 
 REASON = torchcodec_reader.unavailable_reason()
@@ -75,6 +78,52 @@ def test_the_same_bits_as_pyav(tmp_path: Path, suffix: str):
     got, want = np.stack(list(reader.read(probe, indices))), np.stack(list(pyav.read(probe, indices)))
     assert got.std() > 20 and np.array_equal(got, want)
     assert reader.name.startswith("torchcodec 0.") and "(FFmpeg " in reader.name
+
+
+@needs_torchcodec
+def test_a_file_is_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = str(clips.write_clip(tmp_path / "a.mp4", num_frames=20))
+    reader, plain, opened = TorchcodecReader(), PyavReader.open, list[str]()
+
+    def noted(self: PyavReader, path: str):  # type: ignore[no-untyped-def]
+        opened.append(path)
+        return plain(self, path)
+
+    monkeypatch.setattr(PyavReader, "open", noted)
+    assert len(list(reader.read(reader.probe(path), [3, 9]))) == 2 and opened == [path]
+
+
+@needs_torchcodec
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, see test_parity.py")
+def test_without_a_gpu_that_it_decodes_on_it_says_why():
+    assert torchcodec_reader.cuda_failure("h264") is not None
+    with pytest.raises(
+        RuntimeError, match=r"decodes nothing right on this GPU \(h264: .+\): it needs a build for CUDA"
+    ):
+        open_reader(VideoConfig(reader="torchcodec_cuda"))
+
+
+@needs_torchcodec
+def test_what_nvdec_would_get_wrong_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the rules alone, and by a decoder on the CPU behind them."""
+    monkeypatch.setattr(torchcodec_reader, "cuda_failure", lambda codec: None if codec in ("h264", "av1") else "no")
+    reader = TorchcodecReader(device="cuda")
+    reader._device = "cpu"
+    assert reader.name.startswith("torchcodec_cuda 0.") and " h264+av1 (FFmpeg " in reader.name
+    right = corpus.write(Clip("a.mp4", "h264", "mp4", size_px=(64, 96)), tmp_path)
+    frames = reader.read_frames(reader.probe(str(right)), [0, 5, 5], 56, 84)
+    plain = read_resized(PyavReader(), PyavReader().probe(str(right)), [0, 5, 5], 56, 84)
+    assert torch.equal(frames, plain)
+    reader.probe(str(corpus.write(Clip("b.mp4", "av1", "mp4", size_px=(64, 64)), tmp_path)))
+    for clip, reason in (
+        (Clip("c.mp4", "hevc", "mp4", size_px=(64, 96)), "its codec is hevc, wanted one of h264, av1"),
+        (
+            Clip("d.mp4", "h264", "mp4", size_px=(64, 96), pix_fmt="yuv444p"),
+            "its pixel format is yuv444p, wanted yuv420p or yuvj420p",
+        ),
+    ):
+        with pytest.raises(UnsuitedError, match=rf"{reason}.*set video\.reader to pyav"):
+            reader.probe(str(corpus.write(clip, tmp_path)))
 
 
 @needs_torchcodec

@@ -21,7 +21,14 @@ from vcr1_fast.fake_gpu.process import Case, run
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 from vcr1_fast.fake_gpu.sizes import num_blocks, with_blocks
 from vcr1_fast.learner.adamw_8bit import MOMENT_BYTES
-from vcr1_fast.learner.memory_sums import TokenPlan, engine_bytes, lends_memory, prompts_at_once, video_tokens
+from vcr1_fast.learner.memory_sums import (
+    TokenPlan,
+    engine_bytes,
+    lends_memory,
+    prompts_at_once,
+    video_bytes,
+    video_tokens,
+)
 from vcr1_fast.learner.model_size import PATCH_VALUES, PATCHES_PER_TOKEN, ModelSize
 from vcr1_fast.run.telemetry import progress
 from vcr1_fast.settings.config import Config, VideoConfig
@@ -128,15 +135,16 @@ def _whole(
     engine = engine_bytes(config.rollout, size, width)
     token_bytes = PATCHES_PER_TOKEN * PATCH_VALUES * 2
     clips = token_bytes * tokens.prompt * config.train.prompts_per_step // num_gpus
+    video = video_bytes(config)
     learner, lends = {kind: peak.kinds.get(kind, 0) for kind in ("weights", "moments")}, lends_memory(config.rollout)
-    static = learner | ({} if lends else engine)
+    static = learner | video | ({} if lends else engine)
     phases: dict[str, dict[str, float]] = {
-        "load": dict(load["peaks"]["load"]),
-        "update": {**peak.kinds, "clips": clips, **({} if lends else engine)},
+        "load": load["peaks"]["load"] | video,
+        "update": {**peak.kinds, "clips": clips, **video, **({} if lends else engine)},
         "export": {**static, "gathered": min(GATHER_BYTES, width * size.params) if num_gpus > 1 else 0},
     }
     if lends:
-        phases["rollout"] = learner | {"clips": clips} | engine
+        phases["rollout"] = learner | video | {"clips": clips} | engine
     seconds = {"update_s": max(update["predicted_s"], update["collective_s"])}
     seconds["update_s"] *= config.algorithm.minibatches_per_rollout
     group = (tokens.completion,) * config.rollout.group_size  # of SGLang, until the local engine's takes its place

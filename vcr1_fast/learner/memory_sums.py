@@ -1,8 +1,7 @@
 """Tokens and memory of a run as sums over the sizes of its model: what takes how many bytes, in the worst case.
 
 Everything is the worst case the settings allow: the longest video, all completions at full length. Left
-out: the CUDA context (about 1 GB), fragmentation (allow 5 to 10 %), NCCL's buffers, and where NVDEC decodes, clips read
-ahead (2 GB at most) and frames being decoded (1 GB for each of 4 threads at worst).
+out: the CUDA context (about 1 GB), fragmentation (allow 5 to 10 %) and NCCL's buffers.
 
 GB are 1e9 bytes. Letters: D hidden size, I MLP width, K key and value width, H head width x heads, V vocabulary,
 d, i width and MLP width of the vision tower, P parameters, N GPUs, T tokens of a packed row, G completions.
@@ -25,6 +24,7 @@ from vcr1_fast.learner.recompute import RECOMPUTE, Recompute
 from vcr1_fast.learner.sharding import TOWER_PARTS_TOGETHER
 from vcr1_fast.rollout.sgl import memory as sglang_memory
 from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, RolloutConfig, VideoConfig
+from vcr1_fast.video.gpu_decoding import decoding_bytes
 from vcr1_fast.video.resolution import FACTOR_PX, max_pixels_per_frame
 
 GPUS_GB = {"80 GB (A100, H100)": 80.0, "141 GB (H200)": 141.0}
@@ -248,6 +248,7 @@ def plan_memory(
                 f"AdamW, {kind}": moments * trainable / shards,
                 "reference": reference / shards,
                 **({} if lends else engine),
+                **video_bytes(config),
             }
         ),
         update=_gb(_update_bytes(config, size, tokens, gathered, 4 * trainable / shards, whole)),
@@ -276,6 +277,11 @@ def engine_bytes(config: RolloutConfig, size: ModelSize, width: int) -> dict[str
     is_here = config.sglang.placement == "colocated"
     num_bytes = sglang_memory.engine_bytes(config.sglang, size, width) if is_here else None
     return {"SGLang, weights and KV cache": config.sglang.num_workers * (num_bytes or 0)}
+
+
+def video_bytes(config: Config) -> dict[str, float]:
+    """Of the process beside a rank that decodes on its GPU, where the settings allow for one."""
+    return {"video decoding": decoding_bytes(config.video)}
 
 
 def _update_bytes(

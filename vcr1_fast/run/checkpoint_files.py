@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -194,18 +194,20 @@ def resolve_resume(resume: str, output_dir: str | Path, world: World = SINGLE_PR
     return path
 
 
-def recorded_model(config: Config) -> str | None:
-    """The `model.path` of the run that goes on, a commit of the Hub perhaps, if it was asked for in the same words.
-
-    By the newest checkpoint, of which state.json alone is read. On one rank.
-    """
+def recorded_state(config: Config) -> dict[str, Any]:
+    """state.json of the run that goes on, by its newest checkpoint; {} of a new run. On one rank."""
     resume = config.train.resume
     with contextlib.suppress(ConfigError):  # what is wrong with a checkpoint, loading it says
         found = [Path(resume)] if resume not in ("auto", "never") else scan(Path(config.train.output_dir))[0]
-        state = read_state(found[-1]) if found and resume != "never" else {}
-        if state.get("asked_model") == config.model.path:
-            return str(yaml.safe_load(state["config_yaml"])["model"]["path"])
-    return None
+        return read_state(found[-1]) if found and resume != "never" else {}
+    return {}
+
+
+def recorded_model(config: Config, state: Mapping[str, Any]) -> str | None:
+    """The `model.path` of the run that goes on, a commit of the Hub perhaps, if it was asked for in the same words."""
+    if state.get("asked_model") != config.model.path:
+        return None
+    return str(yaml.safe_load(state["config_yaml"])["model"]["path"])
 
 
 def _scan_on_main(output_dir: Path, world: World) -> tuple[list[Path], dict[Path, str]]:

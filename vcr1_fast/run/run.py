@@ -24,14 +24,13 @@ from vcr1_fast.learner.model import load_hugging_face, load_tokenizer, resolve_d
 from vcr1_fast.learner.sharding import World, init_distributed, on_main_rank, shutdown
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.prompts.build import PromptBuilder
-from vcr1_fast.prompts.dataset import AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.rollout.engine import RolloutEngine
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run import exit_codes
 from vcr1_fast.run.checkpoint import RunState
-from vcr1_fast.run.checkpoint_files import recorded_model
+from vcr1_fast.run.checkpoint_files import recorded_model, recorded_state
 from vcr1_fast.run.checkpoint_model import with_model_of_checkpoint
 from vcr1_fast.run.export import (
     ADAPTER_CONFIG,
@@ -46,8 +45,15 @@ from vcr1_fast.run.folder_lock import locked_folder
 from vcr1_fast.run.hub import with_hub_model
 from vcr1_fast.run.model_folder import CONFIG_FILE, TRAINED_WITH, model_digest, model_folder, read_json
 from vcr1_fast.run.random_state import seed_generators
+from vcr1_fast.run.reader_choice import require_one_reader, with_reader
 from vcr1_fast.run.saver import CheckpointSaver
-from vcr1_fast.run.sources import describe_eval_video, eval_builder, open_source, prompt_limits
+from vcr1_fast.run.sources import (
+    annotation_contents,
+    describe_eval_video,
+    eval_builder,
+    open_source,
+    prompt_limits,
+)
 from vcr1_fast.run.telemetry import Telemetry, say
 from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.checks import RunCommand, check_settings
@@ -155,8 +161,7 @@ class Run:
                 f"data.{name} is empty, wanted at least one annotation file; for a first try: vcr1-fast synth tiny, "
                 "then vcr1-fast train tiny"
             )
-        sources = [AnnotationSource(file.path, file.video_root, file.format or "auto", file.task) for file in files]
-        contents = read_annotation_files(sources, self.tasks, self.config.task.recipe)
+        contents = annotation_contents(self.config, self.tasks, name)
         rows = [
             row
             for file, content in zip(files, contents, strict=True)
@@ -194,7 +199,8 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         if writes and config.optimizer.name == "adamw_8bit":
             require_torchao()
         asked_model = config.model.path
-        config = with_hub_model(config, world, recorded_model(config) if writes and world.is_main else None)
+        recorded = recorded_state(config) if writes and world.is_main else {}
+        config = with_hub_model(config, world, recorded_model(config, recorded))
         if command == "train" and world.device.type == "cuda":
             memory_gb = torch.cuda.get_device_properties(world.device).total_memory / 1e9
             check_memory(config, world.world_size, memory_gb)
@@ -209,8 +215,11 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         seed_generators(config.train.seed, world.rank)
         choose_half(world)
         tasks = make_tasks(config.task, judge=config.judge)
+        kept = recorded.get("reader") if writes else trained_with(config)
+        seeing = with_reader(config, world, tasks, kept, trains=writes)
         proof = choose_kernels(config, world)
-        source = opened.enter_context(contextlib.closing(open_source(config, world.device, proof.choice)))
+        source = opened.enter_context(contextlib.closing(open_source(seeing, world.device, proof.choice)))
+        require_one_reader(source.name, world)
         builder = PromptBuilder(
             tokenizer,
             tasks,
@@ -225,7 +234,7 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         quarantine = open_quarantine(config, folder if writes else None)
         has_export = command == "sft" or (command == "train" and config.checkpoint.export)
         export = planned_export(config, folder, source.name, world) if has_export else None
-        seen_in_evaluation = opened.enter_context(eval_builder(config, builder, source, proof.choice))
+        seen_in_evaluation = opened.enter_context(eval_builder(seeing, builder, source, proof.choice))
         parts = (source, builder, seen_in_evaluation, quarantine)
         run = Run(config, world, folder, tasks, *parts, proof.choice, export, asked_model)
         lines = [run.describe(), *proof.lines(), quarantine.describe(), describe_eval_video(config)]
@@ -276,15 +285,18 @@ def make_saver(run: Run, learner: Learner) -> CheckpointSaver:
     return CheckpointSaver(run.folder, parts, run.config.checkpoint, run.world)
 
 
+def trained_with(config: Config) -> str | None:
+    """The name of the video reader that made of clips what the model was trained on; None where it does not say."""
+    path = model_folder(config.model.path) / TRAINED_WITH
+    return read_json(path).get("reader") if path.is_file() else None
+
+
 def warn_of_other_reader(run: Run) -> None:
     """A line on stderr when this run's model was trained on what another video reader made of its clips."""
-    path = model_folder(run.config.model.path) / TRAINED_WITH
-    if not path.is_file() or not run.world.is_main:
-        return
-    trained_with = read_json(path).get("reader")
-    if trained_with != run.source.name:
+    before = trained_with(run.config)
+    if before not in (None, run.source.name) and run.world.is_main:
         print(
-            f"{run.config.model.path} was trained with the video reader {trained_with!r}, this run reads with "
+            f"{run.config.model.path} was trained with the video reader {before!r}, this run reads with "
             f"{run.source.name!r}, which may give other pixels: set video.reader, or install that version",
             file=sys.stderr,
         )

@@ -4,9 +4,10 @@ eval.video says otherwise. Called by `run.open_run`."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,15 +15,16 @@ from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.loading import read_config
 from vcr1_fast.learner.model import resolve_dtype
 from vcr1_fast.prompts.build import PromptBuilder
+from vcr1_fast.prompts.dataset import AnnotationFile, AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.limits import PromptLimits
 from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.settings.checks import RunCommand
 from vcr1_fast.settings.config import Config
+from vcr1_fast.tasks.task import Task
 from vcr1_fast.video.cache import PIXEL_FIELDS, TensorCache
 from vcr1_fast.video.frozen_tower import FrozenTower, load_frozen_tower
 from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.patches import PatchSource
-from vcr1_fast.video.read import decodes_on_gpu
 
 
 def prompt_limits(config: Config, command: RunCommand) -> PromptLimits:
@@ -39,13 +41,20 @@ def prompt_limits(config: Config, command: RunCommand) -> PromptLimits:
     return PromptLimits(max_positions, num_answer_tokens, max_prompt_tokens, refuses_periods=is_fixed)
 
 
+def annotation_contents(
+    config: Config, tasks: Mapping[str, Task], name: Literal["train", "eval"]
+) -> list[AnnotationFile]:
+    """Of the files of data.train or data.eval. Raises ConfigError as `read_annotation_files` does."""
+    files = config.data.sources(name)
+    sources = [AnnotationSource(file.path, file.video_root, file.format or "auto", file.task) for file in files]
+    return read_annotation_files(sources, tasks, config.task.recipe)
+
+
 def open_source(
     config: Config, device: torch.device, kernels: KernelChoice | None = None, tower: FrozenTower | None = None
 ) -> PatchSource:
     """Reader, workers, cache and, where it is frozen, the vision tower: `tower` if it is loaded. To be closed."""
     video, dtype = config.video, resolve_dtype(config.model, device)
-    if decodes_on_gpu(video):
-        video = replace(video, num_workers=0)
     folder = Path(video.cache_dir).expanduser() if video.cache_dir else None
     cache = TensorCache(folder, int(video.cache_ram_gib * 2**30), int(video.cache_disk_gib * 2**30))
     loader = FrameLoader(video, cache=cache, pin_memory=device.type == "cuda")

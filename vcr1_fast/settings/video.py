@@ -12,7 +12,17 @@ from typing import Any, Literal
 
 from vcr1_fast.settings.error import ConfigError, require
 
-ReaderName = Literal["auto", "pyav", "decord", "torchcodec", "dali"]
+ReaderName = Literal[
+    "auto",
+    "pyav",
+    "decord",
+    "torchcodec",
+    "torchcodec+pyav",
+    "torchcodec_cuda",
+    "torchcodec_cuda+pyav",
+    "dali",
+    "dali+pyav",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +30,9 @@ class VideoConfig:
     """Which frames the model sees, at what size (rules of the original Qwen2.5-VL recipe), and how they are read."""
 
     reader: ReaderName = "auto"
-    """What decodes. auto: dali (NVDEC) on a GPU where it is installed and works, else pyav. decord runs in a process
-    of its own that is killed when it hangs. Folders of images are always read with pyav."""
+    """What decodes. auto: on a GPU a new run measures which of dali+pyav, torchcodec_cuda+pyav (both NVDEC), pyav and
+    torchcodec+pyav takes least time for clips of its own, prints it and keeps to it; elsewhere pyav. +pyav: files that
+    the other one is not right for are read with pyav, and not refused. Folders of images always are."""
     fps: float = 2.0
     """Frames per second to sample."""
     min_frames: int = 4
@@ -42,7 +53,8 @@ class VideoConfig:
     """A clip that takes longer to read is given up and quarantined; the worker that read it is replaced."""
     num_workers: int = 4
     """Processes per rank that read clips ahead of need. 0: threads of the trainer read them; one that takes longer than
-    timeout_s is left to itself and replaced, but a decoder that crashes ends the run."""
+    timeout_s is left to itself and replaced, but a decoder that crashes ends the run. Where the GPU decodes it is one
+    process, whatever this is; with decord at least one."""
     prefetch_steps: int = 2
     """How many steps ahead clips are read."""
     clips_per_worker: int = 2000

@@ -13,7 +13,7 @@ from __future__ import annotations
 HOLE = bytes(512)
 
 H264_SLICES, HEVC_SLICES = range(1, 6), range(32)
-H264_SPS, HEVC_SPS = 7, 33
+H264_IDR, H264_SPS, HEVC_SPS = 5, 7, 33
 
 
 class BitstreamCheck:
@@ -46,6 +46,20 @@ class BitstreamCheck:
                 return None if is_whole else "holds a JPEG picture without start or end"
             case _:
                 return None
+
+    def can_begin(self, packet: bytes) -> bool:
+        """Whether this keyframe is right by itself. H.264's may be one from which pictures only become right, over some
+        frames; an IDR picture is. False, too, where units have no length.
+        """
+        if self.codec != "h264":
+            return True
+        at = 0
+        while self._length_bytes and at + self._length_bytes < len(packet):
+            start = at + self._length_bytes
+            if packet[start] & 31 in H264_SLICES:
+                return packet[start] & 31 == H264_IDR
+            at = start + int.from_bytes(packet[at:start], "big")
+        return False
 
     def _nal_damage(self, packet: bytes) -> str | None:
         """ISO 14496-15: NAL units behind their lengths fill the packet. ISO 14496-10 and 23008-2, 7.4.1: the bytes of

@@ -10,36 +10,24 @@ import ctypes
 import functools
 import importlib.metadata
 import io
-import os
 from dataclasses import dataclass
-from typing import Any
 
 import av
 import numpy as np
 import torch
 
+from vcr1_fast.video.bitstream import BitstreamCheck
+from vcr1_fast.video.dali_cut import PacketTable, copy_of
 from vcr1_fast.video.dali_pipeline import Device, Job, Pipeline
+from vcr1_fast.video.proof_clip import PROOF_FPS, difference, proof_clip
 
 DISTRIBUTIONS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
 
-# FFmpeg's name of a codec -> what writes a clip of it. Hidden reference frames and B-frames on, they confuse decoders.
-_VPX = {"lag-in-frames": "12", "auto-alt-ref": "1", "b": "300k", "deadline": "realtime", "cpu-used": "8"}
-_B_FRAMES = {"bf": "3", "g": "12", "preset": "ultrafast"}
-ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
-    "h264": ("libx264", {**_B_FRAMES, "b_strategy": "0"}),
-    "hevc": ("libx265", {**_B_FRAMES, "x265-params": "log-level=none"}),
-    "vp8": ("libvpx", _VPX),
-    "vp9": ("libvpx-vp9", _VPX),
-    "av1": ("libsvtav1", {"preset": "10", "svtav1-params": "keyint=12"}),
-    "mpeg4": ("mpeg4", {"bf": "2", "g": "12", "q": "2"}),
-    "mjpeg": ("mjpeg", {"q": "2"}),
-}
 CODECS: dict[Device, tuple[str, ...]] = {
     "cpu": ("vp8", "vp9", "mjpeg"),
     "gpu": ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4"),
 }
-PROOF_FRAMES, PROOF_SIZE_PX = 30, (160, 192)  # (height, width); NVDEC takes no HEVC below 144 x 144
-MAX_PROOF_DIFFERENCE = 8.0  # levels, mean over a frame; measured 1 to 3 for the right frame, 60 for its neighbour
+NUM_CUT_FRAMES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +48,7 @@ class Limits:
         )
 
 
-# NVIDIA's Video Codec SDK 13 for Turing and later, 8-bit 4:2:0; used where the driver cannot be asked.
+# NVIDIA's Video Codec SDK 13 for Turing and later, 8-bit 4:2:0. What is larger is refused on newer GPUs, too.
 LIMITS = {
     "h264": Limits(48, 16, 4096, 4096, 65536),
     "hevc": Limits(144, 144, 8192, 8192, 262144),
@@ -69,28 +57,6 @@ LIMITS = {
     "av1": Limits(128, 128, 8192, 8192, 262144),
     "mpeg4": Limits(48, 16, 2032, 2032, 8192),
 }
-NVDEC_CODECS = {"mpeg4": 2, "h264": 4, "hevc": 8, "vp8": 9, "vp9": 10, "av1": 11}  # cudaVideoCodec
-
-
-class _DecoderCaps(ctypes.Structure):
-    """CUVIDDECODECAPS of cuviddec.h."""
-
-    _fields_ = (
-        ("codec", ctypes.c_uint),
-        ("chroma_format", ctypes.c_uint),
-        ("bit_depth_minus_8", ctypes.c_uint),
-        ("reserved_in", ctypes.c_uint * 3),
-        ("is_supported", ctypes.c_ubyte),
-        ("num_engines", ctypes.c_ubyte),
-        ("output_format_mask", ctypes.c_ushort),
-        ("max_width", ctypes.c_uint),
-        ("max_height", ctypes.c_uint),
-        ("max_macroblocks", ctypes.c_uint),
-        ("min_width", ctypes.c_ushort),
-        ("min_height", ctypes.c_ushort),
-        ("histogram", ctypes.c_ubyte * 4),
-        ("reserved_out", ctypes.c_uint * 10),
-    )
 
 
 def version() -> str | None:
@@ -133,54 +99,29 @@ def proven_codecs(device: Device) -> tuple[str, ...]:
 def proof_failure(codec: str, device: Device) -> str | None:
     """What went wrong when DALI decoded a clip of `codec`, against FFmpeg's frames; None: nothing did."""
     try:
-        encoded, wanted_FHW3 = _proof_clip(codec)
-        job = Job(encoded, np.arange(len(wanted_FHW3), dtype=np.int32), None)
-        got = Pipeline(device, is_resized=False).decode(job)
+        encoded, wanted_FHW3 = proof_clip(codec)
+        pipeline, num_frames = Pipeline(device, is_resized=False), len(wanted_FHW3)
+        part = _last_frames(codec, encoded)
+        got = pipeline.decode(Job(encoded, np.arange(num_frames, dtype=np.int32), None))
+        got_of_part = pipeline.decode(part)
     except Exception as error:  # no encoder, no decoder, no NVDEC
         return str(error)[:200] or type(error).__name__
-    got_FHW3 = got.cpu().numpy()
-    if got_FHW3.shape != wanted_FHW3.shape:
-        return f"it gave frames of shape {got_FHW3.shape}, wanted {wanted_FHW3.shape}"
-    difference_F = np.abs(got_FHW3.astype(np.int16) - wanted_FHW3).mean((1, 2, 3))
-    wrong = np.flatnonzero(difference_F > MAX_PROOF_DIFFERENCE)
-    return None if not len(wrong) else f"frame {wrong[0]} of {len(wanted_FHW3)} is another picture"
+    wanted_of_part = wanted_FHW3[num_frames - len(part.indices_F) :]
+    return difference(got, wanted_FHW3) or difference(got_of_part, wanted_of_part, "of a part that was cut out, ")
 
 
-def _proof_clip(codec: str) -> tuple[np.ndarray, np.ndarray]:
-    """(file [B] uint8, its frames as FFmpeg decodes them [F, H, W, 3] uint8): frame k shows k as 8 columns."""
-    encoder, options = ENCODERS[codec]
-    os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder prints its settings otherwise
-    height, width = PROOF_SIZE_PX
-    memory = io.BytesIO()
-    with av.open(memory, "w", format="matroska") as out:
-        stream: Any = out.add_stream(encoder, rate=24)
-        stream.width, stream.height = width, height
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        stream.options = {**options, "threads": "1"}
-        for k in range(PROOF_FRAMES):
-            bits_W = (k >> (np.arange(width) * 8 // width) & 1).astype(np.uint8) * 200 + 28
-            picture = np.broadcast_to(bits_W[None, :, None], (height, width, 3))
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame.pts = k
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    encoded = np.frombuffer(memory.getvalue(), np.uint8)
-    with av.open(io.BytesIO(memory.getvalue()), "r") as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return encoded, np.stack(frames)
-
-
-@functools.cache
-def nvdec_limits(codec: str) -> Limits | None:
-    """Picture sizes this GPU decodes (8-bit 4:2:0), by its driver if that answers; None: it does not know the codec."""
-    try:
-        library = ctypes.CDLL("libnvcuvid.so.1")
-        torch.zeros(1, device="cuda")  # the question needs a CUDA context
-        caps = _DecoderCaps(codec=NVDEC_CODECS[codec], chroma_format=1, bit_depth_minus_8=0)
-        if library.cuvidGetDecoderCaps(ctypes.byref(caps)) != 0:
-            return LIMITS[codec]
-    except (OSError, RuntimeError, AssertionError, AttributeError):
-        return LIMITS[codec]
-    if not caps.is_supported:
-        return None
-    return Limits(caps.min_width, caps.min_height, caps.max_width, caps.max_height, caps.max_macroblocks)
+def _last_frames(codec: str, encoded: np.ndarray) -> Job:
+    """The last NUM_CUT_FRAMES of a proof clip, from a keyframe in the middle of it."""
+    with av.open(io.BytesIO(encoded.tobytes()), "r") as container:
+        stream = container.streams.video[0]
+        table = PacketTable(codec, BitstreamCheck(codec, stream.codec_context.extradata))
+        ticks: list[int] = []
+        for packet in container.demux(stream):
+            if packet.size and packet.pts is not None:
+                table.add(packet)
+                ticks.append(packet.pts)
+        entries = table.entries(np.arange(len(ticks)) / PROOF_FPS)
+        cut = entries and entries.cut(np.sort(ticks)[-NUM_CUT_FRAMES:])
+        if cut is None:
+            raise ValueError("its proof clip has no second keyframe")
+        return Job(copy_of(cut, container, stream), cut.indices_F, None)

@@ -4,12 +4,13 @@ DALI's rules that shape this module (2.4.0, measured):
 - it selects frames by index and gives black, without a word, for those that are not there: hence pad_mode "none";
 - an error ends the pipeline. Later results of the same pipeline come late or belong to other inputs, so it is built
   anew (3 ms on the CPU);
-- it has no index of keyframes for a file in memory: each run decodes from the first frame to the last wanted one;
+- it has no index of keyframes for a file in memory: each run decodes from the first frame to the last wanted one, so
+  that it is given no more than these need, see dali_cut;
 - what it hands out lives in buffers that the next run overwrites.
 
-One file a run, and as many pipelines as threads. A batch of four files with two batches queued, in one pipeline, took
-1.3 to 1.5 times as long for 16 VP9 clips as four threads with a pipeline each, and gave the first clip 2 to 3.5 times
-later: a batch waits for its longest file, and a damaged file ends all batches under way.
+One file a run. A batch of four files with two batches queued, in one pipeline, took 1.3 to 1.5 times as long for 16 VP9
+clips as four threads with a pipeline each, and gave the first clip 2 to 3.5 times later: a batch waits for its longest
+file, and a damaged file ends all batches under way.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ NO_MEMORY = (
 class Job:
     """Some frames of one file, at a size."""
 
-    encoded_B: np.ndarray  # uint8, the whole file
+    encoded_B: np.ndarray  # uint8, the file or a part of it
     indices_F: np.ndarray  # int32, in the order in which the decoder gives them
     size_px: tuple[int, int] | None  # (height, width) as stored, not as displayed; None: as decoded
 
@@ -49,13 +50,10 @@ class DecodeError(Exception):
 class Pipeline:
     """Decodes one job after the other. For one thread at a time."""
 
-    def __init__(self, device: Device, *, is_resized: bool, gpu_index: int | None = None) -> None:
-        """`gpu_index`: which GPU; None: the current one of this thread (in a new thread that is 0 again).
-
-        Raises RuntimeError when DALI cannot.
-        """
+    def __init__(self, device: Device, *, is_resized: bool) -> None:
+        """On the current GPU, if on one. Raises RuntimeError when DALI cannot."""
         self.device, self.is_resized = device, is_resized
-        self._gpu_index = torch.cuda.current_device() if device == "gpu" and gpu_index is None else gpu_index
+        self._gpu_index = torch.cuda.current_device() if device == "gpu" else None
         self._pipe: Any = self._built()
 
     def decode(self, job: Job) -> torch.Tensor:

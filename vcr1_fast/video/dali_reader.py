@@ -11,7 +11,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,13 +18,14 @@ import torch
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.dali_codecs import proven_codecs, unavailable_reason, version
+from vcr1_fast.video.dali_cut import copy_of
 from vcr1_fast.video.dali_pipeline import DecodeError, Device, Job, Pipeline
 from vcr1_fast.video.dali_track import Track, inspect, refusal, to_displayed
+from vcr1_fast.video.gpu_decoding import MAX_DECODED_BYTES
 from vcr1_fast.video.pyav_reader import PyavReader
-from vcr1_fast.video.reader import Probe, require_video_file
+from vcr1_fast.video.reader import Probe, UnsuitedError, require_video_file
 from vcr1_fast.video.resolution import resize_frame
 
-MAX_DECODED_BYTES = 1 << 30  # full-size frames on the device at once, per pipeline; 172 frames of 1080p
 MAX_TRACKS = 64  # inspected files remembered between probe and read
 
 # Levels of 255. A frame of one colour is right where FFmpeg's is as flat and of about that colour (BT.709: 20 off,
@@ -34,8 +34,7 @@ MAX_FLAT_DEVIATION, MAX_FLAT_DIFFERENCE, MAX_COPY_DIFFERENCE = 2.0, 24.0, 0.5
 
 
 class DaliReader:
-    """Any number of threads may share one; each that reads at the same time gets a pipeline of its own. The GPU is the
-    one that is current where the reader is made.
+    """Any number of threads may share one; they decode one after the other, on the current GPU.
 
     Of damage it finds: cut files, missing packets, zeroed blocks, overwritten packet starts, changes of the picture
     size, MP4 and AVI whose header lists other frames than are there, Matroska that skips bytes, frames that come out
@@ -50,57 +49,42 @@ class DaliReader:
             kind = ModuleNotFoundError if version() is None else RuntimeError
             raise kind(f"video.reader is dali, but {reason}; set video.reader to pyav")
         self.device: Device = device
-        self._gpu_index = torch.cuda.current_device() if device == "gpu" else None
         self.codecs = proven_codecs(device)
         self.name = f"dali {version()} {device} {'+'.join(self.codecs)}"
         self._ffmpeg = PyavReader(config.max_source_pixels)
-        self._lock = threading.Lock()
-        self._idle: list[Pipeline] = []
+        self._lock, self._decoding = threading.Lock(), threading.Lock()
+        self._pipelines: dict[bool, Pipeline] = {}  # by whether they resize
         self._tracks: OrderedDict[tuple[str, int, int], Track] = OrderedDict()
-        self._is_closed = False
-
-    def takes(self, path: str) -> bool:
-        """True where DALI gives the right frames of this file; depends on the file and on `codecs` only.
-
-        Raises SampleError for a file that nothing can read.
-        """
-        return refusal(self._track(path), self.device, self.codecs) is None
 
     def probe(self, path: str) -> Probe:
-        """See `Reader.probe`. Reads through the file twice and decodes one frame of it, with FFmpeg."""
+        """See `Reader.probe`. Reads through the file once and decodes one frame of it, with FFmpeg."""
         track = self._track(path)
         reason = refusal(track, self.device, self.codecs)
         if reason is not None:
-            raise SampleError(path, f"DALI cannot decode it on the {self.device}: {reason}; set video.reader to pyav")
+            reason = f"DALI cannot decode it on the {self.device}: {reason}; set video.reader to pyav"
+            raise UnsuitedError(path, reason, track.probe)
         if track.damage is not None:
             raise SampleError(path, f"is damaged: a packet of it {track.damage}; fetch it again")
         return track.probe
 
     def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """See `Reader.read`. Decodes from the first frame on for every GiB of frames wanted."""
+        """See `Reader.read`."""
         track = self._track(probe.path)
         for part in self._parts(track, frame_indices):
-            for rgb_HW3 in self._decode(probe, track, part, None):
-                yield rgb_HW3.cpu().numpy()
+            yield from self._decode(probe, track, part, None).numpy()
 
     def read_frames(self, probe: Probe, frame_indices: Sequence[int], height_px: int, width_px: int) -> torch.Tensor:
-        """Upright rgb_FHW3 [F, height_px, width_px, 3] uint8 on the device (bicubic, antialias), one per index.
-
-        On a GPU all is done on the calling thread's current stream, and is done when this returns; who uses the frames
-        on another stream must say so (`record_stream`, see patches). Raises SampleError.
+        """Upright rgb_FHW3 [F, height_px, width_px, 3] uint8 on the CPU, resized where they were decoded (bicubic,
+        antialias), one per index. Raises SampleError.
         """
         track = self._track(probe.path)
         parts = [self._decode(probe, track, p, (height_px, width_px)) for p in self._parts(track, frame_indices)]
-        rgb_FHW3 = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self._gpu_index is not None:
-            torch.cuda.current_stream(self._gpu_index).synchronize()
-        return rgb_FHW3
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def close(self) -> None:
         """Free the pipelines, and with them the decoders and buffers on the device."""
-        with self._lock:
-            self._is_closed = True
-            self._idle.clear()
+        with self._lock, self._decoding:
+            self._pipelines.clear()
             self._tracks.clear()
 
     def _parts(self, track: Track, frame_indices: Sequence[int]) -> list[Sequence[int]]:
@@ -111,32 +95,53 @@ class DaliReader:
     def _decode(
         self, probe: Probe, track: Track, frame_indices: Sequence[int], size_px: tuple[int, int] | None
     ) -> torch.Tensor:
-        job = _job(track, frame_indices, size_px)
+        job, is_resized = self._job(track, frame_indices, size_px), size_px is not None
         try:
-            with self._pipeline(is_resized=size_px is not None) as pipeline:
-                rgb_FHW3 = pipeline.decode(job)
+            with self._decoding:
+                if is_resized not in self._pipelines:
+                    self._pipelines[is_resized] = Pipeline(self.device, is_resized=is_resized)
+                rgb_FHW3 = self._pipelines[is_resized].decode(job)
         except DecodeError as error:
             raise SampleError(
                 probe.path, f"cannot be decoded, it is damaged or cut short (DALI says: {error})"
             ) from error
         return self._checked(probe, track, job, rgb_FHW3, frame_indices)
 
+    def _job(self, track: Track, frame_indices: Sequence[int], size_px: tuple[int, int] | None) -> Job:
+        """`size_px` as displayed, None: as decoded. Each frame once: DALI starts from the first frame for a repetition.
+
+        Raises SampleError when the file is gone or was changed.
+        """
+        is_transposed, _, _ = track.turn
+        stored_px = (size_px[1], size_px[0]) if size_px and is_transposed else size_px
+        indices_F = np.unique(np.asarray(frame_indices, np.int32))
+        path, ticks = track.probe.path, track.probe.ticks
+        cut = None if track.entries is None or ticks is None else track.entries.cut(ticks[indices_F])
+        if cut is not None:
+            with self._ffmpeg.open(path) as (container, stream):
+                return Job(copy_of(cut, container, stream), cut.indices_F, stored_px)
+        try:
+            return Job(np.fromfile(path, np.uint8), indices_F, stored_px)
+        except OSError as error:
+            raise SampleError(path, f"the file cannot be opened: {error}") from error
+
     def _checked(
         self, probe: Probe, track: Track, job: Job, stored_FHW3: torch.Tensor, frame_indices: Sequence[int]
     ) -> torch.Tensor:
         """What DALI gave, in the right colours and upright. Raises SampleError where a frame is not there."""
-        wanted = (len(job.indices_F), *(job.size_px or track.stored_size_px), 3)
+        distinct = np.unique(frame_indices)
+        wanted = (len(distinct), *(job.size_px or track.stored_size_px), 3)
         if tuple(stored_FHW3.shape) != wanted:
             raise SampleError(
                 probe.path,
                 f"DALI gave frames of shape {tuple(stored_FHW3.shape)}, wanted {wanted}; set video.reader to pyav",
             )
         rgb_FHW3 = to_displayed(stored_FHW3, track)
-        if len(job.indices_F) != len(frame_indices):
-            places_F = np.searchsorted(job.indices_F, np.asarray(frame_indices))
+        if len(distinct) != len(frame_indices):
+            places_F = np.searchsorted(distinct, np.asarray(frame_indices))
             rgb_FHW3 = rgb_FHW3[torch.from_numpy(places_F).to(rgb_FHW3.device)]
         self._require_real(probe, rgb_FHW3, frame_indices)
-        return rgb_FHW3
+        return rgb_FHW3.cpu()
 
     def _require_real(self, probe: Probe, rgb_FHW3: torch.Tensor, frame_indices: Sequence[int]) -> None:
         """Raise SampleError unless frames that look like none at all look so in FFmpeg's eyes too."""
@@ -172,36 +177,6 @@ class DaliReader:
             while len(self._tracks) > MAX_TRACKS:
                 self._tracks.popitem(last=False)
         return track
-
-    @contextmanager
-    def _pipeline(self, *, is_resized: bool) -> Iterator[Pipeline]:
-        """A pipeline for this thread alone, kept for the next one who wants such a pipeline."""
-        with self._lock:
-            pipeline = next((p for p in reversed(self._idle) if p.is_resized == is_resized), None)
-            if pipeline is not None:
-                self._idle.remove(pipeline)
-        if pipeline is None:
-            pipeline = Pipeline(self.device, is_resized=is_resized, gpu_index=self._gpu_index)
-        try:
-            yield pipeline
-        finally:
-            with self._lock:
-                if not self._is_closed:
-                    self._idle.append(pipeline)
-
-
-def _job(track: Track, frame_indices: Sequence[int], size_px: tuple[int, int] | None) -> Job:
-    """`size_px` as displayed, None: as decoded. Each frame once: DALI starts from the first frame for a repetition.
-
-    Raises SampleError when the file is gone.
-    """
-    try:
-        encoded_B = np.fromfile(track.probe.path, np.uint8)
-    except OSError as error:
-        raise SampleError(track.probe.path, f"the file cannot be opened: {error}") from error
-    is_transposed, _, _ = track.turn
-    stored_px = (size_px[1], size_px[0]) if size_px and is_transposed else size_px
-    return Job(encoded_B, np.unique(np.asarray(frame_indices, np.int32)), stored_px)
 
 
 def _suspects(rgb_FHW3: torch.Tensor, frame_indices: Sequence[int]) -> tuple[list[int], int | None]:

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 
 import av
 import torch
+from av.container import InputContainer
 from av.error import FFmpegError
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 
-from vcr1_fast.types import SampleError
 from vcr1_fast.video.bitstream import BitstreamCheck
-from vcr1_fast.video.dali_codecs import nvdec_limits
+from vcr1_fast.video.dali_codecs import LIMITS
+from vcr1_fast.video.dali_cut import FORMATS as FORMATS_TO_CUT
+from vcr1_fast.video.dali_cut import Entries, PacketTable
 from vcr1_fast.video.dali_pipeline import Device
-from vcr1_fast.video.pyav_reader import NO_FRAME, PyavReader, orientation
+from vcr1_fast.video.pyav_reader import FULL_RANGE, PyavReader, orientation
 from vcr1_fast.video.reader import Probe
 
 BT601 = (0.299, 0.114)  # (weight of red, weight of blue) in luma
@@ -28,7 +31,6 @@ MATRICES = {  # by FFmpeg's number of the colour matrix (ISO 23091-2); 2: not st
     6: BT601,
     9: (0.2627, 0.0593),  # BT.2020, not constant luminance
 }
-FULL_RANGE = 2
 # NVDEC also decodes 10 bits and 4:2:2 or 4:4:4 of some codecs, but DALI reads its output as 8-bit 4:2:0.
 FORMATS: dict[Device, frozenset[str]] = {
     "gpu": frozenset({"yuv420p", "yuvj420p"}),
@@ -37,6 +39,7 @@ FORMATS: dict[Device, frozenset[str]] = {
 # Matroska: bytes between two packets, of any track, that belong to none. Measured 6 to 23; after damage FFmpeg skips to
 # the next cluster (seconds of video) without a word.
 MAX_SKIPPED_BYTES = 512
+MAX_FIRST_PACKETS = 32  # kept for the first frame's sake: a decoder holds 16 frames at most before it gives one
 FULL_RANGE_ON_GPU = frozenset({"h264", "hevc"})  # DALI takes the range from NVDEC's parser, which finds it in these
 
 
@@ -58,6 +61,7 @@ class Track:
     num_hidden: int  # of them, that an edit list hides
     num_listed: int  # frames by the header; 0: it does not say
     damage: str | None  # what is wrong with the first damaged packet
+    entries: Entries | None  # where decoding may begin; None: at the first frame only
 
     @property
     def frame_bytes(self) -> int:
@@ -65,52 +69,68 @@ class Track:
 
 
 def inspect(path: str, ffmpeg: PyavReader) -> Track:
-    """Read through the file twice (times; packets), decode a frame. Raises SampleError as `Reader.probe` does."""
-    probe = ffmpeg.probe(path)
-    first: VideoFrame | None = None
-    num_packets = num_hidden = 0
-    damage: str | None = None
-    until_first: list[Packet] = []
-    with ffmpeg.open(path) as (container, stream):
-        context = stream.codec_context
-        codec = context.codec.canonical_name
-        check = BitstreamCheck(codec, context.extradata)
-        is_matroska, end = "matroska" in container.format.name, None
-        for packet in container.demux(*(() if is_matroska else (stream,))):
-            if packet.size == 0:
-                continue
-            if is_matroska and packet.pos is not None:
-                if end is not None and packet.pos - end > MAX_SKIPPED_BYTES:
-                    damage = damage or f"comes after {packet.pos - end} bytes that belong to nothing"
-                end = packet.pos + packet.size
-            if packet.stream is not stream:
-                continue
-            num_packets += 1
-            num_hidden += packet.is_discard
-            damage = damage or check.damage(bytes(packet))
-            if first is None:
-                until_first.append(packet)
-                first = next((frame for frame in packet.decode() if isinstance(frame, VideoFrame)), None)
-        if first is None:
-            first = next((frame for frame in context.decode(None) if isinstance(frame, VideoFrame)), None)
-        if first is None:
-            raise SampleError(path, NO_FRAME)
-        turn, _ = orientation(first)
+    """Read through the file once, decode a frame. Raises SampleError as `Reader.probe` does."""
+    look = _Look()
+    probe = ffmpeg.probe(path, look)
+    return look.track(probe)
+
+
+class _Look:
+    """What is to be known of a track beside its `Probe`: an onlooker of `PyavReader.probe`."""
+
+    def __init__(self) -> None:
+        self._num_packets = self._num_hidden = 0
+        self._damage: str | None = None
+        self._end_of_packet: int | None = None
+        self._first_packets: list[Packet] = []
+
+    def begin(self, container: InputContainer, stream: VideoStream) -> None:
+        self._container, self._stream, self._codec = container, stream, stream.codec_context.codec.canonical_name
+        self._check = BitstreamCheck(self._codec, stream.codec_context.extradata)
+        self._is_matroska = "matroska" in container.format.name
+        can_be_cut = container.format.name.split(",")[0] in FORMATS_TO_CUT
+        self._table = PacketTable(self._codec, self._check) if can_be_cut else None
+
+    def packet(self, packet: Packet) -> None:
+        if self._is_matroska and packet.pos is not None:
+            end = self._end_of_packet
+            if end is not None and packet.pos - end > MAX_SKIPPED_BYTES:
+                self._damage = self._damage or f"comes after {packet.pos - end} bytes that belong to nothing"
+            self._end_of_packet = packet.pos + packet.size
+        if packet.stream is not self._stream:
+            return
+        self._num_packets += 1
+        self._num_hidden += packet.is_discard
+        self._damage = self._damage or self._check.damage(bytes(packet))
+        if self._table is not None:
+            self._table.add(packet)
+        if len(self._first_packets) < MAX_FIRST_PACKETS:
+            self._first_packets.append(packet)
+
+    def end(self, first: VideoFrame) -> None:
+        self._first = first
+        self._alone = _decoded_alone(self._stream.codec_context, self._first_packets) or first
+        self._is_best_track = self._container.streams.best("video") is self._stream
+        self._num_listed = self._stream.frames
+
+    def track(self, probe: Probe) -> Track:
+        turn, _ = orientation(self._first)
         return Track(
             probe=probe,
-            codec=codec,
-            pixel_format=first.format.name,
-            stored_size_px=(first.height, first.width),
-            matrix=int(first.colorspace),
-            is_full_range=_has_full_range(first),
-            is_full_range_inside=_has_full_range(_decoded_alone(context, until_first) or first),
+            codec=self._codec,
+            pixel_format=self._first.format.name,
+            stored_size_px=(self._first.height, self._first.width),
+            matrix=int(self._first.colorspace),
+            is_full_range=_has_full_range(self._first),
+            is_full_range_inside=_has_full_range(self._alone),
             turn=turn,
-            is_interlaced=first.interlaced_frame,
-            is_best_track=container.streams.best("video") is stream,
-            num_packets=num_packets,
-            num_hidden=num_hidden,
-            num_listed=stream.frames,
-            damage=damage,
+            is_interlaced=self._first.interlaced_frame,
+            is_best_track=self._is_best_track,
+            num_packets=self._num_packets,
+            num_hidden=self._num_hidden,
+            num_listed=self._num_listed,
+            damage=self._damage,
+            entries=None if self._table is None else self._table.entries(probe.times_s),
         )
 
 
@@ -152,8 +172,8 @@ def refusal(track: Track, device: Device, codecs: tuple[str, ...]) -> str | None
         return f"its header lists {track.num_listed} frames, {track.num_packets} are there"
     if device == "cpu":
         return None
-    limits = nvdec_limits(track.codec)
-    if limits is None or not limits.allow(width_px, height_px):
+    limits = LIMITS[track.codec]
+    if not limits.allow(width_px, height_px):
         return f"NVDEC does not take {width_px} x {height_px} px ({limits})"
     if width_px % 2 or height_px % 2:  # DALI's kernel looks for the chroma plane at half the size, rounded down
         return f"its size is odd ({width_px} x {height_px} px)"

@@ -9,13 +9,11 @@ sees is the same with any number of workers, and a resumed run needs nothing fro
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,14 +23,15 @@ from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video.cache import TensorCache, clip_key, frames_entry, frames_of
 from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.loader_worker import WorkerSettings, decode
-from vcr1_fast.video.read import decodes_on_gpu
+from vcr1_fast.video.read import gpu_index, num_processes
 from vcr1_fast.video.read import open_reader as open_configured_reader
 from vcr1_fast.video.reader import Reader, ReaderError
 from vcr1_fast.video.reader_process import WorkerSlot
+from vcr1_fast.video.resolution import largest_clip_bytes
 
 NUM_THREADS = 4  # that read when there are no worker processes; decoding releases the interpreter lock
 MAX_CLIPS = 4096  # named and not yet got; further hints are dropped
-MAX_WAITING_BYTES = 2 << 30  # of clips read and not yet got, per rank; on the GPU if they are decoded there
+MAX_WAITING_BYTES = 2 << 30  # of clips read and not yet got, per rank
 CLOSE_LIMIT_S = 10.0
 
 
@@ -55,7 +54,8 @@ class _Clip:
 
 
 class FrameLoader:
-    """Any number of threads may call it. With `config.num_workers` 0 threads of this process read.
+    """Any number of threads may call it. With `config.num_workers` 0 threads of this process read, unless a GPU
+    decodes: its memory there and its crashes are kept out of the process that trains.
 
     Nothing can kill a thread. One that takes longer than `config.timeout_s` over a clip that someone waits for, or that
     is in the way of it, is left to itself and another one takes its place; a decoder that crashes ends the run.
@@ -71,30 +71,32 @@ class FrameLoader:
         max_waiting_bytes: int = MAX_WAITING_BYTES,
         max_clips: int = MAX_CLIPS,
     ) -> None:
-        """Nothing is started before the first clip is named. `open_reader` is a function of a module if there are
-        workers, because they import it. `pin_memory`: pixels in page-locked memory, for copies to a GPU.
+        """Nothing is started before the first clip is named, but for a worker that decodes on the current GPU: only it
+        can say what it is. `open_reader` is a function of a module if there are workers, because they import it.
+        `pin_memory`: pixels in page-locked memory, for copies to a GPU.
 
-        Raises what `open_reader` raises.
+        Raises what `open_reader` raises, RuntimeError for what it raises in a worker.
         """
         self.config = config
         self._cache, self._pin_memory = cache, pin_memory
         self._max_waiting_bytes, self._max_clips = max_waiting_bytes, max_clips
-        self._reader: Reader | None = open_reader(config)
-        self.name = self._reader.name
-        settings = WorkerSettings(open_reader, config)
-        if config.num_workers > 0:
+        self.num_processes = num_processes(config)
+        settings = WorkerSettings(open_reader, config, gpu_index(config))
+        self._reader = open_reader(config) if settings.gpu_index is None else None
+        name = None if self._reader is None else self._reader.name
+        if self.num_processes > 0:
             pickle.dumps(settings)  # a lambda is refused here and not in a thread
-            self._reader.close()
+            if self._reader is not None:
+                self._reader.close()
             self._reader = None
+        self._slots = [WorkerSlot(settings, name) for _ in range(self.num_processes)]
+        self.name = name or self._slots[0].make_ready().reader_name
         self._changed = threading.Condition()
         self._clips: dict[ClipRequest, _Clip] = {}  # in the order in which they were named
         self._urgent: deque[_Clip] = deque()  # someone waits for these
         self._ahead: deque[_Clip] = deque()
         self._running: set[_Clip] = set()
         self._num_named = self._newest_got = self._waiting_bytes = self._num_given_up = 0
-        self._slots = [WorkerSlot(settings, self.name) for _ in range(config.num_workers)]
-        # Noted here, as in a new thread GPU 0 is the current one.
-        self._gpu_index = torch.cuda.current_device() if not self._slots and decodes_on_gpu(config) else None
         self._threads: list[threading.Thread] = []
         self._failure: Exception | None = None
         self._is_closed = False
@@ -191,6 +193,9 @@ class FrameLoader:
             slot.close()
         for thread in [*self._threads]:
             thread.join(CLOSE_LIMIT_S)
+        if not self._threads:  # a process that told its name, and was never asked for a clip
+            for slot in self._slots:
+                slot.end()
         if self._reader is not None:
             self._reader.close()
         with self._changed:
@@ -261,13 +266,12 @@ class FrameLoader:
         # spinning between operations and made the update of the tiny model twice as slow (0.35 s -> 0.8 s on 2 cores).
         torch.set_num_threads(1)
         try:
-            with self._own_stream():
-                while True:
-                    if slot is not None:
-                        slot.make_ready()
-                    clip = self._take()
-                    if clip is None or not self._read(clip, self._read_here if slot is None else slot.read):
-                        return
+            while True:
+                if slot is not None:
+                    slot.make_ready()
+                clip = self._take()
+                if clip is None or not self._read(clip, self._read_here if slot is None else slot.read):
+                    return
         except Exception as error:
             with self._changed:
                 self._failure = self._failure or error
@@ -275,12 +279,6 @@ class FrameLoader:
         finally:
             if slot is not None:
                 slot.end()
-
-    def _own_stream(self) -> AbstractContextManager[object]:
-        """On the default stream a clip would wait for all that the trainer has queued there, a step of it at worst."""
-        if self._gpu_index is None:
-            return contextlib.nullcontext()
-        return torch.cuda.stream(torch.cuda.Stream(self._gpu_index))
 
     def _read_here(self, request: ClipRequest) -> tuple[Frames, float]:
         assert self._reader is not None
@@ -331,8 +329,7 @@ class FrameLoader:
                 made = frames_entry(frames)
             else:
                 frames = frames_of(entry)
-            is_pinned = self._pin_memory and frames.rgb_FHW3.device.type == "cpu"  # DALI leaves them on the GPU
-            result = replace(frames, rgb_FHW3=frames.rgb_FHW3.pin_memory()) if is_pinned else frames
+            result = replace(frames, rgb_FHW3=frames.rgb_FHW3.pin_memory()) if self._pin_memory else frames
         except SampleError as error:
             result = error
         with self._changed:
@@ -354,9 +351,3 @@ class FrameLoader:
         if clip.num_wanted == 0 and clip.num_getters == 0:  # who asked for it was interrupted
             self._drop(clip)
         self._changed.notify_all()
-
-
-def largest_clip_bytes(config: VideoConfig) -> int:
-    """Upper bound of the pixels of one clip under the budget of `resolution.max_pixels_per_frame`, in bytes."""
-    highest = max(2 * config.total_pixels, config.max_frames * config.min_frame_pixels * 105 // 100)
-    return 3 * min(highest, config.max_frames * config.max_frame_pixels)

@@ -39,6 +39,7 @@ class WorkerSettings:
 
     open_reader: Callable[[VideoConfig], Reader]  # pickled by its name, so a function of a module
     config: VideoConfig
+    gpu_index: int | None = None  # the GPU that it decodes on, if it does; a new process would take the first one
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ def serve(connection: socket.socket) -> None:
         import vcr1_fast.video.clip  # noqa: F401  (slow to import: before the first clip's time-out starts to run)
 
         torch.set_num_threads(1)
+        if settings.gpu_index is not None:
+            torch.cuda.set_device(settings.gpu_index)
         reader = settings.open_reader(settings.config)
     except Exception as error:
         connection.send(pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"[:MAX_REASON_LETTERS])))
@@ -122,7 +125,7 @@ def _answer(connection: socket.socket, request: ClipRequest, reader: Reader) -> 
         return
     f, h, w, c = frames.rgb_FHW3.shape
     answer = Answer((f, h, w, c), frames.sampled_fps, frames.duration_s, frames.reader, read_s)
-    files = [write_tensor(frames.rgb_FHW3.cpu()), write_tensor(frames.times_s)]  # a GPU's, where that decodes
+    files = [write_tensor(frames.rgb_FHW3), write_tensor(frames.times_s)]
     socket.send_fds(connection, [pickle.dumps(answer)], files)
     for file in files:
         os.close(file)

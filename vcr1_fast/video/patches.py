@@ -61,7 +61,7 @@ class PatchSource:
 
     def describe(self) -> str:
         """For the line a run prints at its start."""
-        readers = f"{self.config.num_workers} workers" if self.config.num_workers else "threads"
+        readers = f"{self.loader.num_processes} workers" if self.loader.num_processes else "threads"
         kept = f", kept in {self.config.cache_dir}" if self.config.cache_dir else ""
         return f"{self.name} in {readers}{kept}{', frozen tower' if self.tower else ''}"
 
@@ -130,12 +130,10 @@ def to_patches(
     because two frames make one temporal step (Qwen2.5-VL).
 
     Nothing is waited for, and the caller may let go of the frames at once: torch keeps page-locked memory until a copy
-    out of it has ended, and memory of a GPU until the streams that it was recorded on have come past this point.
+    out of it has ended.
     """
     num_frames, height_px, width_px, _ = frames.rgb_FHW3.shape
     num_pairs = -(-num_frames // FRAMES_PER_PATCH)
-    if frames.rgb_FHW3.is_cuda:  # decoded there, on the stream of a thread that reads
-        frames.rgb_FHW3.record_stream(torch.cuda.current_stream(frames.rgb_FHW3.device))
     return Patches(
         values_PC=patchify(frames.rgb_FHW3.to(device, non_blocking=True), dtype, backend=backend),
         grid_thw=(num_pairs, height_px // PATCH_PX, width_px // PATCH_PX),

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from typing import Protocol
 
 import av
 import numpy as np
@@ -48,12 +49,29 @@ THREADED = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "libdav1d"})
 # With it a slice that does not end where its bits end is an error. Of 90 changes inside a packet of H.264 without CABAC
 # FFmpeg then flags 79 and not 50; 210 sound files of all the forms that x264 writes came out the same.
 STRICT_H264 = {"err_detect": "aggressive"}
+FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 NO_FRAME = "has a video track, but not one frame can be decoded from it"
 
 UPRIGHT = (False, False, False)  # transpose, mirror, flip: see `upright`
 QUARTER_TURNS = {1: (True, False, True), 2: (False, True, True), 3: (True, True, False)}  # counter-clockwise
 
 Span = tuple[int | None, int]  # (pts, duration) of a frame in ticks; pts None where the file does not say
+
+
+class Onlooker(Protocol):
+    """Of a file that is being probed."""
+
+    def begin(self, container: InputContainer, stream: VideoStream) -> None:
+        """The file is open; `stream` is the track that will be shown."""
+        ...
+
+    def packet(self, packet: Packet) -> None:
+        """Each one with data, of any track, in the order of the file."""
+        ...
+
+    def end(self, first: VideoFrame) -> None:
+        """That was all. `first`: the first frame; the file is still open."""
+        ...
 
 
 class PyavReader:
@@ -64,16 +82,23 @@ class PyavReader:
     def __init__(self, max_source_pixels: int = VideoConfig.max_source_pixels) -> None:
         self.max_source_pixels = max_source_pixels
 
-    def probe(self, path: str) -> Probe:
+    def probe(self, path: str, onlooker: Onlooker | None = None) -> Probe:
         """Times of the shown frames from the packets alone: the file is read through once, one frame is decoded.
 
         Decodes the whole file where packets do not say which frames will be shown when: AVI (it stores no pts),
-        packets without pts, interlaced video (it may have a packet per field).
+        packets without pts, interlaced video (it may have a packet per field). `onlooker` sees every packet, so that
+        who must know more of a file need not read through it again.
         """
         with self.open(path) as (container, stream):
-            first, spans = _first_frame_and_spans(container, stream, path)
+            if onlooker is not None:
+                onlooker.begin(container, stream)
+            first, spans = _first_frame_and_spans(container, stream, path, onlooker)
+            if onlooker is not None:
+                onlooker.end(first)
             (is_transposed, _, _), is_turned_only = orientation(first)
-            codec, stream_index = stream.codec_context.name, stream.index
+            context, stream_index = stream.codec_context, stream.index
+            codec, pixel_format = context.name, context.pix_fmt or ""
+            is_full_range = context.color_range == FULL_RANGE
             distinct = {pts for pts, _ in spans if pts is not None}
             is_by_order = container.format.name == "avi" or first.interlaced_frame or len(distinct) < len(spans)
             time_base, rate = stream.time_base, stream.guessed_rate  # of raw H.264 the average is FFmpeg's default, 25
@@ -99,7 +124,9 @@ class PyavReader:
             )
         width_px, height_px = (first.height, first.width) if is_transposed else (first.width, first.height)
         ticks_to_find = None if is_by_order else ticks
-        return Probe(path, times_s, width_px, height_px, duration_s, ticks_to_find, codec, stream_index, is_turned_only)
+        shown = (times_s, width_px, height_px, duration_s)
+        track = (codec, stream_index, pixel_format, is_full_range, is_turned_only)
+        return Probe(path, *shown, ticks_to_find, *track)
 
     def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
         """See `Reader.read`. Frames no one asked for are decoded, because later ones refer to them, not converted."""
@@ -194,13 +221,19 @@ def _video_stream(container: InputContainer, path: str) -> VideoStream:
     raise SampleError(path, f"has no video track (it holds: {kinds})")
 
 
-def _packets(container: InputContainer, stream: VideoStream, path: str) -> Iterator[Packet]:
+def _packets(
+    container: InputContainer, stream: VideoStream, path: str, onlooker: Onlooker | None = None
+) -> Iterator[Packet]:
     """Packets from the first keyframe on, with the empty one at the end that makes the decoder give its last frames.
 
     What comes before the first keyframe (a recording that starts anywhere) cannot be decoded by anything.
     """
-    has_begun = False
-    for packet in container.demux(stream):
+    has_begun, tracks = False, (stream,) if onlooker is None else ()  # (): all
+    for packet in container.demux(*tracks):
+        if onlooker is not None and packet.size > 0:
+            onlooker.packet(packet)
+        if packet.stream is not stream:
+            continue
         if packet.is_corrupt:
             raise SampleError(path, "a part of its video track is missing or damaged; fetch the file again")
         has_begun = has_begun or packet.is_keyframe
@@ -208,11 +241,13 @@ def _packets(container: InputContainer, stream: VideoStream, path: str) -> Itera
             yield packet
 
 
-def _first_frame_and_spans(container: InputContainer, stream: VideoStream, path: str) -> tuple[VideoFrame, list[Span]]:
+def _first_frame_and_spans(
+    container: InputContainer, stream: VideoStream, path: str, onlooker: Onlooker | None
+) -> tuple[VideoFrame, list[Span]]:
     first: VideoFrame | None = None
     spans: list[Span] = []
     key_pts: int | None = None
-    for packet in _packets(container, stream, path):
+    for packet in _packets(container, stream, path, onlooker):
         if first is None:
             first = next((frame for frame in packet.decode() if isinstance(frame, VideoFrame)), None)
         if key_pts is None:

@@ -8,16 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, Interval, SampleError
+from vcr1_fast.video.gpu_decoding import GPU_READERS
 from vcr1_fast.video.image_folder_reader import ImageFolderReader
 from vcr1_fast.video.pyav_reader import PyavReader
-from vcr1_fast.video.reader import Probe, Reader
+from vcr1_fast.video.reader import Probe, Reader, UnsuitedError
 from vcr1_fast.video.resolution import frame_size_px, resize_frame
 from vcr1_fast.video.sampling import choose_frames
 
@@ -25,38 +25,45 @@ from vcr1_fast.video.sampling import choose_frames
 def open_reader(config: VideoConfig) -> Reader:
     """The reader that `config.reader` names, for files and folders. Its `name` belongs in the head of the run's output.
 
-    auto: DALI on a GPU where it works, for the files it takes, PyAV for the others; PyAV without a GPU.
+    auto: PyAV; a run has put its choice in the place of that before, see `reader_choice`.
     Raises ModuleNotFoundError when the reader is not installed, RuntimeError when it does not work on this machine.
     """
-    return SourceReader(_open_file_reader(config), ImageFolderReader(config.image_folder_fps, config.max_source_pixels))
+    name, _, others = config.reader.partition("+")
+    files = _open_file_reader(name, config)
+    if others:
+        files = EitherReader(files, PyavReader(config.max_source_pixels))
+    return SourceReader(files, ImageFolderReader(config.image_folder_fps, config.max_source_pixels))
 
 
-def decodes_on_gpu(config: VideoConfig) -> bool:
-    """Whether `open_reader` decodes on a GPU. Such a reader belongs into the process that uses the frames."""
-    if config.reader not in ("auto", "dali") or not torch.cuda.is_available():
-        return False
-    from vcr1_fast.video import dali_reader
-
-    return config.reader == "dali" or dali_reader.unavailable_reason("gpu") is None
+def gpu_index(config: VideoConfig) -> int | None:
+    """The GPU that `open_reader` decodes on, the current one; None: it does not. Such a reader gets its own process."""
+    is_on_gpu = config.reader.startswith(GPU_READERS) and torch.cuda.is_available()
+    return torch.cuda.current_device() if is_on_gpu else None
 
 
-def _open_file_reader(config: VideoConfig) -> Reader:
+def num_processes(config: VideoConfig) -> int:
+    """Processes that read for a rank; 0: threads of its own do. One on a GPU, where each costs `decoding_bytes`; one at
+    least for decord, which may have to be killed.
+    """
+    if gpu_index(config) is not None:
+        return 1
+    return max(config.num_workers, 1) if config.reader == "decord" else config.num_workers
+
+
+def _open_file_reader(name: str, config: VideoConfig) -> Reader:
     """Imports only what is used: torchcodec takes 1 s, DALI several."""
-    if config.reader == "dali" or decodes_on_gpu(config):
+    if name == "dali":
         from vcr1_fast.video.dali_reader import DaliReader
 
-        dali = DaliReader(config, "gpu" if decodes_on_gpu(config) else "cpu")
-        return dali if config.reader == "dali" else EitherReader(dali, PyavReader(config.max_source_pixels))
-    if config.reader == "decord":
+        return DaliReader(config, "cpu" if gpu_index(config) is None else "gpu")
+    if name == "decord":
         from vcr1_fast.video.decord_reader import DecordReader
 
-        return DecordReader(
-            config.timeout_s, max_source_pixels=config.max_source_pixels, clips_per_worker=config.clips_per_worker
-        )
-    if config.reader == "torchcodec":
+        return DecordReader(config.max_source_pixels)
+    if name in ("torchcodec", "torchcodec_cuda"):
         from vcr1_fast.video.torchcodec_reader import TorchcodecReader
 
-        return TorchcodecReader(config.max_source_pixels)
+        return TorchcodecReader(config.max_source_pixels, "cuda" if name == "torchcodec_cuda" else "cpu")
     return PyavReader(config.max_source_pixels)
 
 
@@ -82,30 +89,27 @@ class SourceReader:
         self.folders.close()
 
 
-class ChoosyReader(Reader, Protocol):
-    """A Reader that knows which files it is right for."""
-
-    def takes(self, path: str) -> bool:
-        """Depends on the file and on nothing that changes during a run. Raises SampleError."""
-        ...
-
-
 class EitherReader:
-    """Reads the files that `first` takes with it and all others with `second`: for a file always the same one."""
+    """Reads files with `first`, and those that it is not right for with PyAV: a clip always with the same one."""
 
-    def __init__(self, first: ChoosyReader, second: Reader) -> None:
+    def __init__(self, first: Reader, second: PyavReader) -> None:
         self.first, self.second = first, second
         self.name = f"{first.name}, others {second.name}"
 
     def probe(self, path: str) -> Probe:
-        reader = self.first if self.first.takes(path) else self.second
-        return replace(reader.probe(path), decoded_by=reader.name)
+        try:
+            return replace(self.first.probe(path), decoded_by=self.first.name)
+        except UnsuitedError as error:
+            return replace(error.probe or self.second.probe(path), decoded_by=self.second.name)
 
     def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
         return self._reader(probe).read(probe, frame_indices)
 
     def read_frames(self, probe: Probe, frame_indices: Sequence[int], height_px: int, width_px: int) -> torch.Tensor:
-        return read_resized(self._reader(probe), probe, frame_indices, height_px, width_px)
+        try:
+            return read_resized(self._reader(probe), probe, frame_indices, height_px, width_px)
+        except UnsuitedError:  # torchcodec, which finds out when it decodes
+            return read_resized(self.second, probe, frame_indices, height_px, width_px)
 
     def close(self) -> None:
         self.first.close()
@@ -136,7 +140,7 @@ def read_frames(path: str, config: VideoConfig, reader: Reader, evidence_s: Sequ
 def read_resized(
     reader: Reader, probe: Probe, frame_indices: Sequence[int], height_px: int, width_px: int
 ) -> torch.Tensor:
-    """[F, height_px, width_px, 3] uint8, one frame per index, on the device on which the reader works.
+    """[F, height_px, width_px, 3] uint8, one frame per index, on the CPU.
 
     A reader with a `read_frames` of its own, like DALI's, resizes where it decodes. Raises SampleError.
     """

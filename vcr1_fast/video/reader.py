@@ -28,6 +28,8 @@ class Probe:
     ticks: np.ndarray | None = None  # [N] int64, timestamps to find the frames by; None: find them by their order
     codec: str = ""  # FFmpeg's name, for example "h264"; empty for a folder of images
     stream_index: int = 0  # of the video track among all tracks of the file
+    pixel_format: str = ""  # FFmpeg's name, for example "yuv420p"
+    is_full_range: bool = False  # luma and chroma use all 256 levels, by what file or video says
     is_turned_only: bool = True  # upright by 0 to 3 quarter turns; False: the file asks for a mirror image, or for more
     decoded_by: str = ""  # name of the one that reads it, where a reader chooses between two by the file
     images: tuple[str, ...] = ()  # file names of the N frames, for a folder of images
@@ -35,6 +37,17 @@ class Probe:
 
 class ReaderError(RunError):
     """The reader cannot go on, and no file is to blame: no memory on the GPU, a worker that does not start."""
+
+
+class UnsuitedError(SampleError):
+    """A file that a reader would give wrong frames of, or none, and that PyAV may be right for.
+
+    `probe`: PyAV's, where the reader has it.
+    """
+
+    def __init__(self, source: str, reason: str, probe: Probe | None = None) -> None:
+        super().__init__(source, reason)
+        self.probe = probe
 
 
 class Reader(Protocol):
@@ -46,7 +59,8 @@ class Reader(Protocol):
         ...
 
     def probe(self, path: str) -> Probe:
-        """Presentation times and displayed size. Raises SampleError, and nothing else, for a file it cannot use.
+        """Presentation times and displayed size. Raises SampleError, and nothing else, for a file it cannot use:
+        UnsuitedError where another reader can.
 
         Frames with more than video.max_source_pixels are refused here, before one is decoded.
         """

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import torch
 
@@ -53,20 +52,23 @@ class ReaderProcess:
         self._deadline = time.monotonic() + START_LIMIT_S
         self._settings = settings
         self.pid = self._process.pid
+        self.reader_name = ""  # once it is ready
         self.num_answers = 0  # clips and errors it has answered
 
-    def wait_until_ready(self, reader_name: str) -> None:
-        """Raises RuntimeError when its reader cannot be opened or is another one, DiedIdleError when it ended."""
+    def wait_until_ready(self, reader_name: str | None) -> None:
+        """Raises RuntimeError when its reader cannot be opened or is not `reader_name` (None: any), DiedIdleError when
+        it ended."""
         try:
             self._connection.send(pickle.dumps(self._settings))
             message, _ = self._receive(self._deadline)
-            if isinstance(message, Ready) and message.reader_name == reader_name:
+            if isinstance(message, Ready) and reader_name in (None, message.reader_name):
+                self.reader_name = message.reader_name
                 return
         except (EOFError, OSError) as error:
             raise DiedIdleError(f"{error} ({self.close()})") from None
         self.close()
         problem = f"it has the reader {message.reader_name!r}" if isinstance(message, Ready) else str(message)
-        raise _not_started(reader_name, problem)
+        raise _not_started(self._settings, reader_name, problem)
 
     def ask(self, request: ClipRequest, timeout_s: float) -> tuple[Frames, float]:
         """The clip, and the seconds the worker needed.
@@ -99,12 +101,8 @@ class ReaderProcess:
 
     def kill(self) -> None:
         """End the process now, whatever it does. May be called by any thread; the one in `ask` gets EOFError."""
-        children = _children(self.pid)  # decord's own process
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGKILL)
-        for child in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
 
     def close(self) -> str:
         """Kill it and free what it holds; returns how it ended, in words."""
@@ -129,7 +127,8 @@ class WorkerSlot:
     One thread reads; `close`, `pid` and the counts are for any thread.
     """
 
-    def __init__(self, settings: WorkerSettings, reader_name: str) -> None:
+    def __init__(self, settings: WorkerSettings, reader_name: str | None) -> None:
+        """`reader_name`: what every process must have; None: what the first one says, see `reader_name`."""
         self._settings, self._reader_name = settings, reader_name
         self._process: ReaderProcess | None = None
         self._closing = threading.Event()
@@ -146,6 +145,11 @@ class WorkerSlot:
         process = self._process
         return None if process is None else process.pid
 
+    @property
+    def reader_name(self) -> str:
+        """Of the processes; before the first one is ready, the setting."""
+        return self._reader_name or self._settings.config.reader
+
     def make_ready(self) -> ReaderProcess:
         """A process that waits for a request. Raises RuntimeError when none can be had, or after `close`."""
         if self._process is not None and self._process.num_answers >= self._settings.config.clips_per_worker:
@@ -157,6 +161,7 @@ class WorkerSlot:
                 self._process = ReaderProcess(self._settings)
             try:
                 self._process.wait_until_ready(self._reader_name)
+                self._reader_name = self._process.reader_name
             except DiedIdleError as error:
                 self._pause_after(error)
         return self._process
@@ -167,7 +172,7 @@ class WorkerSlot:
         self._end_process()
         self._num_idle_deaths += 1
         if self._num_idle_deaths > len(START_PAUSES_S):
-            raise _not_started(self._reader_name, f"{self._num_idle_deaths} times in a row: {error}")
+            raise _not_started(self._settings, self._reader_name, f"{self._num_idle_deaths} times in a row: {error}")
         self._closing.wait(START_PAUSES_S[self._num_idle_deaths - 1])
 
     def read(self, request: ClipRequest) -> tuple[Frames, float]:
@@ -190,13 +195,13 @@ class WorkerSlot:
                 self.num_timeouts += 1
                 self._end_process()
                 raise SampleError(
-                    request.path, f"{self._reader_name} did not finish within {timeout_s:g} s (video.timeout_s)"
+                    request.path, f"{self.reader_name} did not finish within {timeout_s:g} s (video.timeout_s)"
                 ) from error
             except (EOFError, OSError):
                 num_tries += 1
                 self.num_crashes += not self._is_closed
                 ending = self._end_process()
-        raise SampleError(request.path, f"{self._reader_name} crashed on it twice ({ending}); is the file damaged?")
+        raise SampleError(request.path, f"{self.reader_name} crashed on it twice ({ending}); is the file damaged?")
 
     def close(self) -> None:
         """End the process at once, also in the middle of a clip."""
@@ -219,15 +224,9 @@ class WorkerSlot:
         return process.close()
 
 
-def _not_started(reader_name: str, problem: str) -> RuntimeError:
-    return RuntimeError(
-        f"the worker that reads videos with {reader_name} did not start: {problem}; try video.num_workers=0, "
-        "which shows the whole error"
-    )
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except (OSError, ValueError):  # a kernel without that file; such a process ends by its own time-out
-        return []
+def _not_started(settings: WorkerSettings, reader_name: str | None, problem: str) -> RuntimeError:
+    advice = "try video.num_workers=0, which shows the whole error"
+    if settings.gpu_index is not None:  # never in this process
+        advice = "set video.reader to pyav, or see `vcr1-fast doctor`"
+    reader = reader_name or settings.config.reader
+    return RuntimeError(f"the worker that reads videos with {reader} did not start: {problem}; {advice}")

@@ -64,6 +64,9 @@ def resize_frame(rgb_HW3: torch.Tensor, height_px: int, width_px: int) -> torch.
     if tuple(rgb_HW3.shape[:2]) == (height_px, width_px):
         return rgb_HW3
     rgb_13HW = rgb_HW3.permute(2, 0, 1)[None]
+    if rgb_HW3.is_cuda:  # has no fixed point
+        values = F.interpolate(rgb_13HW.float(), size=(height_px, width_px), mode="bicubic", antialias=True)
+        return values.round_().clamp_(0, 255).to(torch.uint8)[0].permute(1, 2, 0)
     return F.interpolate(rgb_13HW, size=(height_px, width_px), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
 
 
@@ -73,3 +76,9 @@ def _floor_sqrt(value: Fraction) -> int:
 
 def _ceil_sqrt(value: Fraction) -> int:
     return math.isqrt(math.ceil(value) - 1) + 1
+
+
+def largest_clip_bytes(config: VideoConfig) -> int:
+    """Upper bound of the pixels of one clip under the budget of `max_pixels_per_frame`, in bytes."""
+    highest = max(2 * config.total_pixels, config.max_frames * config.min_frame_pixels * 105 // 100)
+    return 3 * min(highest, config.max_frames * config.max_frame_pixels)
