@@ -6,8 +6,8 @@ quarter are events of half the clip, a quarter shorter ones, and one half clips 
 which it cannot read. Greedy answers to the pool once; then for each seed and each draw a run of equal steps; then
 greedy answers to the same held-out clips of the kinds that can be learned. Every stage is a command that a user types.
 
-The bells were fixed before a held-out clip of this pool was answered: 0.05 is TimeLens', 0.5 half of what can be earned.
-Two other pools are in bench/LOG.md.
+The bells were fixed before a held-out clip of this pool was answered: 0.05 is TimeLens', 0.5 half of what can be
+earned. Two other pools are in bench/LOG.md.
 """
 
 from __future__ import annotations
