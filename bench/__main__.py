@@ -24,6 +24,7 @@ BENCHMARKS = {
     "predict": "seconds, completions and MFU of a step on 1 to 1,024 GPUs; no GPU needed",
     "rewards": "rewards of N completions, the original's way and ours",
     "scaling": "how time and memory of an update grow with frames, answers and their length",
+    "select": "training on rows drawn by difficulty, and on as many drawn at random; minutes on a CPU",
     "step": "one policy update, the original's way and ours, on the same groups",
     "update": "a GRPO update and a whole step: TRL's trainer, the original's recipe, ours",
     "weight_sync": "the learner's weights into the rollout engine, by each way, beside a copy in memory",

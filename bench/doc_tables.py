@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import predict, scaling
+from bench import predict, scaling, select
 from bench.columns import Columns, shown
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -19,6 +19,7 @@ SECTIONS: dict[str, tuple[str, str, Columns]] = {  # name -> result it is made o
     "others": ("predict", "public", predict.PUBLIC_COLUMNS),
     "errors": ("predict", "errors", {key: predict.ERROR_COLUMNS[key] for key in list(predict.ERROR_COLUMNS)[1:]}),
     "growth": ("scaling", "fits", scaling.FIT_COLUMNS),
+    "select": ("select", "rows", select.COLUMNS),
 }
 
 

@@ -48,6 +48,10 @@ def cases(num_gpus: int) -> list[Case]:
     taught = Case(
         "sft", num_gpus, CONFIG, one("sft").hf_config, (((CLIP, (400,)),) * 2,), overrides=(FULL,), teaches=True
     )
+    # eight blocks are two units of FSDP: the backward pass gathers the first one ahead and then has no use for it
+    blocks = with_blocks(whole_config(PUBLIC_SIZES["Qwen2.5-VL-7B"]), 2, 7, 1)
+    tower = "--model.freeze=[visual.patch_embed.*, visual.blocks.*]"
+    projector = replace(one("trained projector", tower, clip=SHORT_CLIP), hf_config=blocks)
     copies, each_row = f"--train.replicate={num_gpus // 8}", "--train.reduce_gradients=each_row"
     rows = one("copy on each node, rows", copies, each_row, "--train.tokens_per_microbatch=8192", groups=3)
     replicated = [one("copy on each node", copies), rows] if num_gpus > 8 else []
@@ -60,6 +64,7 @@ def cases(num_gpus: int) -> list[Case]:
         one("lora, placeholder", lora, **idle),
         one("frozen tower", frozen),
         one("frozen tower, placeholder", frozen, **idle),
+        projector,
         one("kl", "--algorithm.beta=0.04"),
         one("minibatches", "--algorithm.minibatches_per_rollout=2", groups=2),
         one("rows", "--train.tokens_per_microbatch=8192", groups=3),

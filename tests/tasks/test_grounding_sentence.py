@@ -34,6 +34,21 @@ CONFIG = TaskConfig(think=False, grounding_answer="sentence")
         ("at 12 s", None),
         ("", None),
         ("<think>the first 5 s</think> 7 - 9", (7.0, 9.0)),
+        ("00:05.5 - 00:10.25", (5.5, 10.25)),
+        ("1:00:00.5 to 1:00:02", (3600.5, 3602.0)),
+        ("1:02:03x, 1:05", (62.0, 65.0)),  # no word ends after the 03, so the clock ends before it
+        ("00:05s - 00:10s", None),  # no clock times; what is left are the numbers 00 and 00
+        ("from 5:10, 5:20 and 5:30", (310.0, 320.0)),
+        ("12. - 17.", (12.0, 17.0)),
+        ("1.2.3-5", (2.3, 5.0)),
+        ("12.5s - 17.5s", (12.0, 17.0)),  # "5s" is no word, "12" before the point is
+        ("3to5", None),
+        ("3 to\t5", (3.0, 5.0)),
+        ("12s until 17s", None),
+        ("start: 0.8 seconds, end: 1.1 seconds", (0.8, 1.1)),
+        ("[8, 19]", (8.0, 19.0)),
+        ("-3 - 5", (3.0, 5.0)),
+        ("2024-05 at 7 to 9", None),  # the first dash counts, and 2024 is not before 5
     ],
 )
 def test_what_is_read(answer: str, period):
@@ -41,7 +56,8 @@ def test_what_is_read(answer: str, period):
 
 
 def test_reading_is_linear_in_the_text():
-    for text in ("1" * 60000, "1 " * 30000, "1:" * 30000, "1 -" + " " * 60000, "1.1" * 20000):
+    ones = "1" * 60000
+    for text in (ones, ones + "s", f"1:11.{ones}s", "1 " * 30000, "1:" * 30000, "1 -" + " " * 60000, "1.1" * 20000):
         began = time.process_time()
         read_timelens(text)
         assert time.process_time() - began < 1.0
@@ -54,7 +70,8 @@ def test_rewards_and_scores():
     parts = task.score([EXAMPLE] * 4, answers)
     assert parts["iou"] == [pytest.approx(2 / 6), 0.5, 0.0, 0.0]
     assert parts["format"] == [1.0, 0.0, 1.0, 0.0]
-    assert task.metrics([EXAMPLE] * 4, answers)["miou"] == pytest.approx((1 / 3 + 0.5) / 4)
+    scores = {"miou": pytest.approx((1 / 3 + 0.5) / 4), "r@0.3": 0.5, "r@0.5": 0.25, "r@0.7": 0.0}
+    assert task.metrics([EXAMPLE] * 4, answers) == scores
     assert task.are_readable([EXAMPLE] * 4, answers) == [True, True, False, False]
     target = task.target(EXAMPLE)
     assert target == "The event happens in 10.0 - 14.0 seconds."

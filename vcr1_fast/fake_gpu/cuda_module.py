@@ -53,6 +53,9 @@ class _Stream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return False
+
     def synchronize(self) -> None:
         self._wait("stream.synchronize")
 
@@ -131,5 +134,6 @@ def install(gpu: GpuModel, num_gpus: int, wait: Callable[[str], None]) -> None:
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
     torch.get_device_module = lambda device=None: torch.cuda
+    torch.accelerator.current_stream = lambda device=None: stream  # FSDP's, for gathers that no backward pass took up
     torch.backends.cuda.is_flash_attention_available = lambda: True
     torch.Tensor.record_stream = lambda self, stream: None  # pyright: ignore[reportAttributeAccessIssue]

@@ -49,31 +49,38 @@ def _read_period(text: str) -> Interval | None:
     return read_paper_period(text, ignore_case=False)
 
 
-_CLOCKS = re.compile(r"(?<![\d:])(?:(\d{1,2}):)?(\d{1,2}):(\d{2})(?![\d:])")  # hh:mm:ss or mm:ss
-_SECONDS = r"(?<![\d.])(\d++(?:\.\d++)?+)"
-_SPANS = tuple(re.compile(rf"{_SECONDS}\s*+{joint}\s*+(\d++(?:\.\d++)?+)") for joint in ("-", "to"))
-_BARE = re.compile(_SECONDS)
+_CLOCK = re.compile(r"\b\d{1,2}:\d{2}(?::\d{2})?(?:\.\d+)?\b")  # mm:ss or hh:mm:ss, with fractions or not
+_SECONDS = r"(\d++\.?+\d*+)"
+_SPANS = tuple(re.compile(rf"(?<!\d){_SECONDS}{joint}{_SECONDS}") for joint in (r"\s*+-\s*+", r"\s++to\s++"))
+_BARE = re.compile(r"\b(?:\d++\.\d++|\d++)\b")
 
 
 def read_timelens(output: str) -> Interval | None:
     """The first period of all of the output: of two clock times; else "a - b"; else "a to b"; else of two numbers.
 
-    None where it does not end after it begins: its IoU is 0 there, too.
+    Clock times and bare numbers are whole words to the script: "12s" is no number, and of "3.5s" it reads the 3. None
+    where the period does not end after it begins: its IoU is 0 there, too.
     """
     text = output.lower()
-    clocks = [60 * (60 * int(h or 0) + int(m)) + int(s) for h, m, s in _CLOCKS.findall(text)][:2]
-    found: Sequence[float | str] = clocks if len(clocks) == 2 else ()
-    for pattern in () if found else _SPANS:
-        span = pattern.search(text)
-        if span:
-            found = span.groups()
-            break
-    if not found:
+    found: Sequence[str] = [clock[0] for clock in itertools.islice(_CLOCK.finditer(text), 2)]
+    for pattern in _SPANS:
+        if len(found) < 2:
+            span = pattern.search(text)
+            found = span.groups() if span else ()
+    if len(found) < 2:
         found = [number[0] for number in itertools.islice(_BARE.finditer(text), 2)]
     if len(found) < 2:
         return None
-    start_s, end_s = float(found[0]), float(found[1])
+    start_s, end_s = map(_clock_s, found)
     return (start_s, end_s) if start_s < end_s < math.inf else None
+
+
+def _clock_s(text: str) -> float:
+    """Seconds of "hh:mm:ss", "mm:ss" or "ss", the last with or without a fraction."""
+    seconds = 0.0
+    for part in text.split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
 
 
 def read_boxes(output: str) -> list[Box] | None:
