@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.learner.conftest import with_large_weights
 from tests.rollout.timed_prompt import timed_prompt
-from vcr1_fast.learner.families.formats import QWEN3_VL
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.rollout.local_engine import LocalEngine
@@ -18,6 +17,7 @@ from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.tiny.architecture import tiny_config, untrained_model
 from vcr1_fast.tiny.build import build_tiny_tokenizer
 from vcr1_fast.types import Prompt, RolloutGroup, SamplingParams
+from vcr1_fast.video.formats import QWEN3_VL
 
 
 def assert_alike(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], temperature: float) -> None:

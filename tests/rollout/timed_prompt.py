@@ -7,11 +7,11 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from tests.conftest import make_example, make_patches
-from vcr1_fast.learner.families.formats import QWEN2_5_VL, VideoFormat
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Prompt
+from vcr1_fast.video.formats import QWEN2_5_VL, VideoFormat
 
 
 def timed_prompt(

@@ -7,7 +7,6 @@ import pytest
 import torch
 from rich.cells import cell_len
 
-from vcr1_fast.learner.families.formats import QWEN2_5_VL, QWEN3_VL, VideoFormat
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.run.answers import MAX_GROUPS, answer_lines, clip_pictures, gather_rows, group_row, write_samples
 from vcr1_fast.run.telemetry import drop_later_files
@@ -26,6 +25,7 @@ from vcr1_fast.types import (
     TrackTruth,
 )
 from vcr1_fast.video.draw import GIVEN, SPAN
+from vcr1_fast.video.formats import QWEN2_5_VL, QWEN3_VL, VideoFormat
 from vcr1_fast.video.patches import to_patches
 
 TASKS = make_tasks(TaskConfig())

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from vcr1_fast.learner.families.formats import FORMATS
 from vcr1_fast.run.model_folder import PACKAGED
 from vcr1_fast.tiny.architecture import tiny_config, untrained_model
 from vcr1_fast.tiny.build import build_tiny, build_tiny_tokenizer
 from vcr1_fast.tiny.cold_start import TYPES
+from vcr1_fast.video.formats import FORMATS
 
 GRID = (2, 4, 8)  # 2 frame pairs of 2 x 4 tokens: 16 tokens
 EVERY = pytest.mark.parametrize("model_type", FORMATS)

@@ -24,11 +24,11 @@ import pytest
 import torch
 
 from tests.video.processor_oracle import Answers, Questions
-from vcr1_fast.learner.families.formats import QWEN3_VL
 from vcr1_fast.learner.model import load_tokenizer
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Example, Frames, IntervalTruth
+from vcr1_fast.video.formats import QWEN3_VL
 from vcr1_fast.video.patches import to_patches
 from vcr1_fast.video.resolution import frame_size_px, resize_frame
 from vcr1_fast.video.sampling import choose_frames, even_indices

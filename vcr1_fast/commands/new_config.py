@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from vcr1_fast.learner.families.formats import QWEN2_5_VL
 from vcr1_fast.learner.memory_sums import (
     SMALLEST_GPU_GB,
     USABLE_FRAC,
@@ -26,6 +25,7 @@ from vcr1_fast.learner.model_size import ModelSize
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import load_config
 from vcr1_fast.settings.of_model import SGLANG_TYPES
+from vcr1_fast.video.formats import QWEN2_5_VL
 
 TINY_PARAMS = 10_000_000  # a model below is the packaged one, or a child of it
 LIMIT_GB = USABLE_FRAC * SMALLEST_GPU_GB

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from vcr1_fast.learner.families.family import Grid, ModelFamily
-from vcr1_fast.learner.families.formats import PATCHES_PER_TOKEN
 from vcr1_fast.types import Completion, Example, IntervalTruth, Patches, Prompt, RolloutGroup
+from vcr1_fast.video.formats import PATCHES_PER_TOKEN
 
 TEXT_TOKENS = 200  # beside the video: system message, question, ids around it
 

@@ -24,8 +24,8 @@ from vcr1_kernels.losses import LossFunction, TokenVectors
 from vcr1_kernels.prefix_attention import AttentionBackend, PrefixGroup, PrefixLayout
 from vcr1_kernels.varlen_attention import varlen_attention
 
-from vcr1_fast.learner.families.formats import FORMATS
 from vcr1_fast.learner.kernel_choice import on_device
+from vcr1_fast.video.formats import FORMATS
 
 Outputs = dict[str, Tensor]
 VOCAB_STEP = 8192  # two blocks of the row kernels; 152,064 entries would be 4.4 GB of float64 for a 7B head

@@ -19,13 +19,13 @@ import torch
 from vcr1_kernels.head_chunks import head_peak_bytes
 
 from vcr1_fast.learner.adamw_8bit import MOMENT_BYTES
-from vcr1_fast.learner.families.formats import PATCHES_PER_TOKEN, QWEN2_5_VL
 from vcr1_fast.learner.freezing import num_trained
 from vcr1_fast.learner.model_size import ModelSize, read_model_size
 from vcr1_fast.learner.recompute import RECOMPUTE, Recompute
 from vcr1_fast.learner.sharding import TOWER_PARTS_TOGETHER
 from vcr1_fast.rollout.sgl import memory as sglang_memory
 from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, RolloutConfig, VideoConfig
+from vcr1_fast.video.formats import PATCHES_PER_TOKEN, QWEN2_5_VL
 from vcr1_fast.video.resolution import max_pixels_per_frame
 
 GPUS_GB = {"80 GB (A100, H100)": 80.0, "141 GB (H200)": 141.0}

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vcr1_fast.learner.families import assumed_type, require_known
-from vcr1_fast.learner.families.formats import FORMATS, PATCHES_PER_TOKEN, VideoFormat
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES, whole_config
 from vcr1_fast.run.model_folder import CONFIG_FILE, named_folder, read_json
 from vcr1_fast.settings.config import ConfigError
+from vcr1_fast.video.formats import FORMATS, PATCHES_PER_TOKEN, VideoFormat
 
 
 @dataclass(frozen=True)

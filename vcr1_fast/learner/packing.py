@@ -14,8 +14,8 @@ import torch
 from vcr1_kernels.prefix_attention import PrefixGroup
 
 from vcr1_fast.learner.families.family import ModelFamily
-from vcr1_fast.learner.families.formats import PATCHES_PER_TOKEN
 from vcr1_fast.types import Completion, PackedBatch, Patches, RolloutGroup
+from vcr1_fast.video.formats import PATCHES_PER_TOKEN
 
 
 def num_fed_tokens(completion: Completion) -> int:

@@ -16,7 +16,6 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from vcr1_fast.evaluation.samples import write_lines
-from vcr1_fast.learner.families.formats import VideoFormat
 from vcr1_fast.learner.sharding import World, gather_all
 from vcr1_fast.prompts.difficulty import log_rewards
 from vcr1_fast.run.run import Run, due
@@ -29,6 +28,7 @@ from vcr1_fast.tasks.task import Task
 from vcr1_fast.tasks.unlabelled import read_answer
 from vcr1_fast.types import Completion, Interval, RolloutGroup
 from vcr1_fast.video.draw import GIVEN, STRIP_FRAMES, bar, side_by_side
+from vcr1_fast.video.formats import VideoFormat
 from vcr1_fast.video.patches import to_frames
 
 MAX_GROUPS = 32  # of a file

@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from vcr1_fast.learner.families import assumed_type
-from vcr1_fast.learner.families.formats import FORMATS, QWEN2_5_VL, VideoFormat
 from vcr1_fast.run.model_folder import CONFIG_FILE, STATE_FILE, VIDEO_FILE, named_folder, read_json
 from vcr1_fast.settings.config import Config
 from vcr1_fast.settings.error import ConfigError, require
 from vcr1_fast.settings.video import VideoConfig
+from vcr1_fast.video.formats import FORMATS, QWEN2_5_VL, VideoFormat
 
 _PIXELS = ("total_pixels", "min_frame_pixels", "max_frame_pixels")
 FRAME_SETTINGS = ("fps", "min_frames", "max_frames", *_PIXELS)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from vcr1_fast.learner.families.formats import FORMATS
 from vcr1_fast.run.model_folder import VIDEO_FILE
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.synth.config import COLOURS, KINDS, SHAPES, SynthConfig
@@ -22,6 +21,7 @@ from vcr1_fast.tiny.architecture import tiny_config, untrained_model
 from vcr1_fast.tiny.published import write_as_published
 from vcr1_fast.tiny.tokenizer import build_tokenizer
 from vcr1_fast.types import Example
+from vcr1_fast.video.formats import FORMATS
 
 # Clips of 8 s, and frames of 3 x 3 tokens: 9 tokens a second.
 VIDEO = {

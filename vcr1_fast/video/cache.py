@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from vcr1_fast.learner.families.formats import QWEN2_5_VL
 from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video.cache_disk import DTYPE_NAMES, TOUCH_AFTER_S, DiskTier, Entry
 from vcr1_fast.video.clip import ClipRequest
+from vcr1_fast.video.formats import QWEN2_5_VL
 
 # Raise it when the same request gives other pixels or times: after a change of sampling, sizes, resizing or readers.
 CACHE_FORMAT = 1

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from vcr1_fast.learner.families.formats import QWEN2_5_VL
 from vcr1_fast.settings.config import ConfigError, VideoConfig
 from vcr1_fast.types import Frames, Interval, SampleError
+from vcr1_fast.video.formats import QWEN2_5_VL
 from vcr1_fast.video.read import read_frames, read_resized
 from vcr1_fast.video.reader import Probe, Reader
 from vcr1_fast.video.source_name import FRAGMENT, SourceName, part_name

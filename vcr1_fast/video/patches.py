@@ -11,12 +11,12 @@ import torch
 from vcr1_kernels import patchify
 from vcr1_kernels.backend import Backend
 
-from vcr1_fast.learner.families.formats import FRAMES_PER_PATCH, QWEN2_5_VL, VideoFormat
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, Patches, SampleError
 from vcr1_fast.video.cache import PIXEL_FIELDS, TensorCache, clip_key, tower_key
 from vcr1_fast.video.clip import ClipRequest
+from vcr1_fast.video.formats import FRAMES_PER_PATCH, QWEN2_5_VL, VideoFormat
 from vcr1_fast.video.frozen_tower import FrozenTower
 from vcr1_fast.video.loader import FrameLoader
 

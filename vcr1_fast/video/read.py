@@ -13,9 +13,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from vcr1_fast.learner.families.formats import QWEN2_5_VL
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, Interval, SampleError
+from vcr1_fast.video.formats import QWEN2_5_VL
 from vcr1_fast.video.image_folder_reader import ImageFolderReader
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.reader import Probe, Reader

@@ -12,8 +12,8 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from vcr1_fast.learner.families.formats import QWEN2_5_VL
 from vcr1_fast.settings.config import VideoConfig
+from vcr1_fast.video.formats import QWEN2_5_VL
 
 MAX_ASPECT_RATIO = 200
 

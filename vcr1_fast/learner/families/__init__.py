@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vcr1_fast.learner.families.formats import FORMATS
 from vcr1_fast.settings.error import ConfigError
+from vcr1_fast.video.formats import FORMATS
 
 if TYPE_CHECKING:
     from vcr1_fast.learner.families.family import ModelFamily

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout
 
-from vcr1_fast.learner.families.formats import VideoFormat
 from vcr1_fast.learner.model_operators import ModelOperators
+from vcr1_fast.video.formats import VideoFormat
 
 Grid = tuple[int, int, int]  # (frame pairs, rows, columns) in patches
 

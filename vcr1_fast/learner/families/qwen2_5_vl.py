@@ -16,9 +16,9 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout, layout_to_tensor
 
 from vcr1_fast.learner.families.family import Grid, TowerInputs, TowerWork
-from vcr1_fast.learner.families.formats import QWEN2_5_VL
 from vcr1_fast.learner.model_operators import ModelOperators, RotaryCall
 from vcr1_fast.learner.tower_attention import TowerSegments
+from vcr1_fast.video.formats import QWEN2_5_VL
 
 # transformers names the parts of the model by its modules, the published checkpoints and other engines by these.
 _RENAMED = {"model.visual.": "visual.", "model.language_model.": "model."}

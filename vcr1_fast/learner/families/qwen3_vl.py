@@ -22,10 +22,10 @@ from transformers.vision_utils import (
 )
 
 from vcr1_fast.learner.families.family import Grid, TowerInputs, TowerWork
-from vcr1_fast.learner.families.formats import QWEN3_VL
 from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
 from vcr1_fast.learner.model_operators import ModelOperators, RotaryCall
 from vcr1_fast.learner.tower_attention import TowerSegments
+from vcr1_fast.video.formats import QWEN3_VL
 
 
 class Qwen3VL(Qwen25VL):
