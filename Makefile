@@ -1,5 +1,6 @@
 # make install   .venv with everything the main job needs
 # make demo      write clips, train the tiny model with GRPO, print held-out scores before and after; DEMO_ARGS="--seed 1"
+#                MODEL=tiny3: the tiny Qwen3-VL in place of the tiny Qwen2.5-VL
 # make demo-full the same with more clips and steps
 # make sglang    .venv-sglang with SGLang for machines without a GPU, for the tests of that engine (2.4 GB)
 # make test      ruff, pyright and pytest, what .ci/run calls
@@ -15,6 +16,7 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 DEMO_ARGS ?=
+MODEL ?= tiny
 PYTEST_ARGS ?=
 # Files are shared out to two processes, the tests of a file run in order in one of them; empty: all in one process
 PYTEST_WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
@@ -30,7 +32,7 @@ ORACLE := tests/video/oracle.txt
 SOURCES := pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*)
 
 help:
-	@grep '^# make' Makefile | cut -c3-
+	@grep '^# \(make\|  \)' Makefile | cut -c3-
 
 install: $(VENV)/.installed
 
@@ -85,10 +87,10 @@ test: $(VENV)/.installed-dev
 	wait $$types || { echo "make test: the tests passed, pyright did not: see its lines above" >&2; exit 1; }
 
 demo: $(VENV)/.installed
-	@$(BIN)/python -m vcr1_fast.commands.demo $(DEMO_ARGS)
+	@$(BIN)/python -m vcr1_fast.commands.demo --model $(MODEL) $(DEMO_ARGS)
 
 demo-full: $(VENV)/.installed
-	@$(BIN)/python -m vcr1_fast.commands.demo --full $(DEMO_ARGS)
+	@$(BIN)/python -m vcr1_fast.commands.demo --model $(MODEL) --full $(DEMO_ARGS)
 
 docs: $(VENV)/.installed
 	@$(BIN)/python -m pip install -qq -c $(VENV)/constraints.txt -e '.[docs]'

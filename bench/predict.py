@@ -21,9 +21,9 @@ from bench.predict_points import PUBLIC, STAND_INS, error_rows, own_points
 from bench.update_meter import ATTENTIONS, CLIPS, CONFIG, GPUS, ROOT, Point, count
 from vcr1_fast.commands.dry_run import worst_grid
 from vcr1_fast.fake_gpu.predict import rollout_seconds
+from vcr1_fast.learner.model_size import model_size
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES, whole_config
 from vcr1_fast.settings.io import load_config
-from vcr1_fast.video.resolution import FACTOR_PX
 
 PAPER = ROOT / "configs" / "qwen2_5_vl_7b_cotraining_paper_8xh100.yaml"
 # the engine whose seconds are predicted; its memory is the learner's during an update
@@ -137,12 +137,13 @@ def own_point(arguments: argparse.Namespace, num_gpus: int) -> Point:
         raise SystemExit(f"bench predict: --frames is {arguments.frames}, wanted an even number from 2 on")
     video = load_config(str(arguments.config), [f"--{word}" for word in arguments.set]).video
     video = replace(video, min_frames=arguments.frames, max_frames=arguments.frames)
+    factor_px = model_size(MODELS[arguments.model], arguments.model).video.factor_px
     if arguments.video_tokens:
-        video = replace(video, total_pixels=arguments.video_tokens * FACTOR_PX**2)
+        video = replace(video, total_pixels=arguments.video_tokens * factor_px**2)
     return Point(
         f"{arguments.model} on {num_gpus}",
         MODELS[arguments.model],
-        worst_grid(video),
+        worst_grid(video, factor_px),
         (arguments.answer,) * arguments.group_size,
         num_gpus,
         arguments.groups,

@@ -28,7 +28,6 @@ from vcr1_fast.learner.model_size import ModelSize, model_size
 from vcr1_fast.run.telemetry import progress
 from vcr1_fast.settings.config import Config
 from vcr1_fast.settings.io import load_config
-from vcr1_fast.video.resolution import FACTOR_PX
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "qwen2_5_vl_7b_cotraining_8xh100.yaml"
@@ -86,8 +85,8 @@ class Point:
             "rollout.max_new_tokens": max(self.answers),
             "video.min_frames": 2 * pairs,
             "video.max_frames": 2 * pairs,
-            "video.total_pixels": pairs * tokens * FACTOR_PX**2,
-            "video.max_frame_pixels": tokens * FACTOR_PX**2,
+            "video.total_pixels": pairs * tokens * self.size.video.factor_px**2,
+            "video.max_frame_pixels": tokens * self.size.video.factor_px**2,
         }
         options = (*(f"--{name}={value}" for name, value in sizes.items()), *(f"--{word}" for word in self.settings))
         config = load_config(str(self.config), list(options))

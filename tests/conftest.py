@@ -145,10 +145,12 @@ def tiny_model(make_tiny_model: ModelFactory) -> Qwen2_5_VLForConditionalGenerat
     return make_tiny_model()
 
 
-def make_patches(grid_thw: tuple[int, int, int], second_per_grid_s: float = 1.0, seed: int = 0) -> Patches:
+def make_patches(
+    grid_thw: tuple[int, int, int], second_per_grid_s: float = 1.0, seed: int = 0, num_values: int = 1176
+) -> Patches:
     """Random patches, no video behind them."""
     t, h, w = grid_thw
-    values = torch.randn(t * h * w, 1176, generator=torch.Generator().manual_seed(seed))
+    values = torch.randn(t * h * w, num_values, generator=torch.Generator().manual_seed(seed))
     return Patches(values, grid_thw, second_per_grid_s, 2 * t, t * second_per_grid_s)
 
 

@@ -134,7 +134,7 @@ HELP_EPILOG = "\n".join(
         "                                             on fake ones; with --fast from sums alone",
         "  vcr1-fast train --help        the settings that matter most; --help-all: every one",
         "",
-        "CONFIG is a YAML file or `tiny`, the example in the package. VCR1_DEBUG=1 shows the traceback of an error.",
+        "CONFIG is a YAML file, `tiny` or `tiny3` of the package. VCR1_DEBUG=1 shows the traceback of an error.",
     ]
 )
 

@@ -145,7 +145,7 @@ class Frames:
     Example: 8 s at 2 fps and 112 px: rgb_FHW3 [16, 112, 112, 3], times_s 0.0, 0.5, ... 7.5.
     """
 
-    rgb_FHW3: torch.Tensor  # [F, H, W, 3] uint8; F even, H and W multiples of 28
+    rgb_FHW3: torch.Tensor  # [F, H, W, 3] uint8; F even, H and W multiples of two patches
     times_s: torch.Tensor  # [F] float64, presentation time of each frame, seconds
     sampled_fps: float  # frames per second after sampling, > 0
     duration_s: float  # of the whole video
@@ -154,14 +154,14 @@ class Frames:
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """Frames cut into vision-tower input, in the row order of the Hugging Face Qwen2-VL processor."""
+    """Frames cut into vision-tower input, in the row order of the Hugging Face processors of Qwen's VL models."""
 
-    values_PC: torch.Tensor  # [P, 1176] normalised; 1176 = 3 channels x 2 frames x 14 x 14; [0, 1176] with embeddings
+    values_PC: torch.Tensor  # [P, C] normalised; C = 3 channels x 2 frames x patch; [0, C] with embeddings
     grid_thw: tuple[int, int, int]  # (frame pairs, rows, columns) in patches; P is their product
     second_per_grid_s: float  # seconds between two temporal grid steps: 2 / sampled_fps
     num_frames: int
     duration_s: float
-    embeddings_MD: torch.Tensor | None = None  # [M, D] what a frozen tower made of them, M = num_tokens
+    embeddings_MD: torch.Tensor | None = None  # [M, W] what a frozen tower made of them, M = num_tokens
     pair_times_s: tuple[float, ...] = ()  # [t] mean of the presentation times of each pair's frames
 
     @property

@@ -139,31 +139,42 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def patchify(rgb_FHW3: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Frames to vision-tower input, value for value what the Hugging Face Qwen2-VL video processor makes of them.
+def patchify(
+    rgb_FHW3: Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    patch_px: int = PATCH_PX,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> Tensor:
+    """Frames to vision-tower input, value for value what the Hugging Face processors of Qwen-VL models make of them.
 
-    value = (byte - 255 * mean) / (255 * std), CLIP's mean and std per channel. Rows run over frame pairs, blocks of
-    28 x 28 pixels (down, then across) and the 2 x 2 patches of a block; a row holds 3 channels x 2 frames x 14 x 14.
+    value = (byte - 255 * mean) / (255 * std) per channel. Rows run over frame pairs, blocks of 2 x 2 patches (down,
+    then across) and the patches of a block; a row holds C = 3 channels x 2 frames x patch_px x patch_px.
 
     Args:
-        rgb_FHW3: [F, H, W, 3] uint8, F >= 1 (the last frame is repeated when F is odd), H and W multiples of 28.
+        rgb_FHW3: [F, H, W, 3] uint8, F >= 1 (the last frame is repeated when F is odd), H and W multiples of two
+            patches.
         dtype: of the result; computed in float32, or in float64 when that is asked for.
+        patch_px: side of a patch, 14 for Qwen2-VL and Qwen2.5-VL, 16 for Qwen3-VL.
+        mean, std: of each channel in [0, 1]; default CLIP's, as in Qwen2.5-VL. Qwen3-VL has 0.5.
 
-    Returns [P, 1176] on the device of the input, P = ceil(F / 2) * H / 14 * W / 14. Raises ValueError for other input.
+    Returns [P, C] on the device of the input, P = ceil(F / 2) * H * W / patch_px^2. Raises ValueError for other input.
     """
     num_frames, height, width, num_channels = rgb_FHW3.shape
-    if rgb_FHW3.dtype != torch.uint8 or num_frames < 1 or num_channels != 3 or height % 28 or width % 28:
+    block_px = 2 * patch_px
+    if rgb_FHW3.dtype != torch.uint8 or num_frames < 1 or num_channels != 3 or height % block_px or width % block_px:
         raise ValueError(
             f"patchify got {rgb_FHW3.dtype} {tuple(rgb_FHW3.shape)}, "
-            "wanted torch.uint8 [F >= 1, H, W, 3] with H and W multiples of 28"
+            f"wanted torch.uint8 [F >= 1, H, W, 3] with H and W multiples of {block_px}"
         )
     if num_frames % 2:
         rgb_FHW3 = torch.cat((rgb_FHW3, rgb_FHW3[-1:]))
     compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    mean_3 = torch.tensor(CLIP_MEAN, dtype=compute_dtype, device=rgb_FHW3.device) * 255.0
-    std_3 = torch.tensor(CLIP_STD, dtype=compute_dtype, device=rgb_FHW3.device) * 255.0
+    mean_3 = torch.tensor(mean, dtype=compute_dtype, device=rgb_FHW3.device) * 255.0
+    std_3 = torch.tensor(std, dtype=compute_dtype, device=rgb_FHW3.device) * 255.0
     values_FHW3 = ((rgb_FHW3.to(compute_dtype) - mean_3) / std_3).to(dtype)
-    blocks = values_FHW3.view(-1, 2, height // 28, 2, PATCH_PX, width // 28, 2, PATCH_PX, 3)
+    blocks = values_FHW3.view(-1, 2, height // block_px, 2, patch_px, width // block_px, 2, patch_px, 3)
     # pair, frame, block row, patch row, y, block column, patch column, x, channel
     rows = blocks.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return rows.reshape(-1, 3 * 2 * PATCH_PX * PATCH_PX)
+    return rows.reshape(-1, 3 * 2 * patch_px * patch_px)

@@ -19,7 +19,7 @@ SEVEN = whole_config(PUBLIC_SIZES["Qwen2.5-VL-7B"])
 
 def test_a_rollout_by_hand():
     # D 2, I 3, one layer, H 2, K 1, V 5, no bias counted apart: layer_params = 2*4 + 2 + 2*(2 + 1) + 18 + 4 = 38
-    size = ModelSize("hand", 2, 3, 1, 2, 1, 5, True, 0, 1, 1)
+    size = ModelSize("hand", "qwen2_5_vl", 2, 3, 1, 2, 1, 5, True, 0, 1, 1, 1)
     rates = Rates(gemm_flop_s=10.0, attention_flop_s={"fa3": (20.0, 20.0)}, memory_bytes_s=4.0)
     fill_s = 2 * 4 * 38 / 10 + 4 * 2 * 10 / 20  # 4 tokens, 10 pairs
     # answers of 2 and 1: 2 tokens read 38 + 10 weights of 2 bytes; of keys and values, 4 bytes a token, 5 + 6 + 5

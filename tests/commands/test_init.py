@@ -43,10 +43,11 @@ def facts(num_gpus: int, rows: int = 2000, longest_s: float = 600.0, sglang: str
     return Facts("models/7b", size, *files, {"temporal_grounding": rows}, [8.0, longest_s], num_gpus, sglang, "runs/x")
 
 
-def test_the_tiny_model_on_a_cpu(capsys):
+@pytest.mark.parametrize(("model", "side", "timestamps"), [("tiny", 84, "positions"), ("tiny3", 96, "text")])
+def test_a_tiny_model_on_a_cpu(capsys, model: str, side: int, timestamps: str):
     write_rows("my rows.jsonl", 20, 8.0)
     Path("bad.jsonl").write_text(Path("my rows.jsonl").read_text() + '{"task": "temporal_grounding"}\n')
-    tokens = ("my.yaml", "--data", "my rows.jsonl", "bad.jsonl", "--model", "tiny", "--gpus", "0")
+    tokens = ("my.yaml", "--data", "my rows.jsonl", "bad.jsonl", "--model", model, "--gpus", "0")
     code, out, err = run(capsys, *tokens)
     assert code == 0 and err == "bad annotation: bad.jsonl:21: key 'video' is missing; the row has task\n", err
     assert "bad.jsonl (schema rows): 21 rows, 20 examples; refused: 1" in out
@@ -60,7 +61,9 @@ def test_the_tiny_model_on_a_cpu(capsys):
     packaged = load_config("tiny", [])
     assert config.data.train == ("my rows.jsonl", "bad.jsonl") and config.train.output_dir == "runs/my"
     assert (config.optimizer, config.rollout.max_new_tokens) == (packaged.optimizer, 96)
-    assert (config.video.max_frames, config.video.min_frame_pixels, config.video.max_frame_pixels) == (16, 7056, 7056)
+    video = config.video
+    assert (video.max_frames, video.min_frame_pixels, video.max_frame_pixels) == (16, side**2, side**2)
+    assert config.task.timestamps == timestamps
     assert (config.model.device, config.train.num_steps, config.train.prompts_per_step) == ("cpu", 100, 8)
     lines = Path("my.yaml").read_text().splitlines()
     values = [i for i, line in enumerate(lines) if re.match(r" *\w+: .", line)]

@@ -26,14 +26,14 @@ CLIP, SHORT_CLIP = (10, 34, 42), (2, 8, 12)  # 3,570 and 48 video tokens
 ANSWERS = (300, 330, 360, 390, 420, 450, 480, 512)
 WORLDS = (8, 64)
 FULL = "--model.gradient_checkpointing=full"  # what fits would have it otherwise, with so few blocks
+QWEN3 = {"full": (), "lora": ("--model.lora.rank=32",), "frozen tower": ("--model.freeze_vision=true",)}
 LOSSES = ("dr_grpo", "dapo", "gspo", "cispo", "sapo")  # and grpo everywhere else
 
 
-def case(
-    name: str, num_gpus: int, *overrides: str, groups: int = 1, clip=CLIP, blocks: int = 2, num_updates: int = 1, **more
-) -> Case:
-    """7B with fewer blocks, `groups` groups of 8 answers on rank 0."""
-    model = with_blocks(whole_config(PUBLIC_SIZES["Qwen2.5-VL-7B"]), blocks, blocks - 1, 1)
+def case(name: str, num_gpus: int, *overrides: str, groups: int = 1, clip=CLIP, num_updates: int = 1, **more) -> Case:
+    """A 7B or an 8B with fewer blocks, `groups` groups of 8 answers on rank 0."""
+    size, blocks = ("Qwen3-VL-8B", 3) if name.startswith("qwen3") else ("Qwen2.5-VL-7B", 2)
+    model = with_blocks(whole_config(PUBLIC_SIZES[size]), blocks, blocks - 1, 1)
     all_overrides = (f"--train.prompts_per_step={num_gpus * max(groups, 1)}", FULL, *overrides)
     updates = (((clip, ANSWERS),) * groups,) * num_updates
     return Case(name, num_gpus, CONFIG, model, updates, overrides=all_overrides, **more)
@@ -65,6 +65,8 @@ def cases(num_gpus: int) -> list[Case]:
         one("frozen tower", frozen),
         one("frozen tower, placeholder", frozen, **idle),
         projector,
+        *(one(f"qwen3 {name}", *how) for name, how in QWEN3.items()),
+        one("qwen3 full, placeholder", **idle),
         one("kl", "--algorithm.beta=0.04"),
         one("minibatches", "--algorithm.minibatches_per_rollout=2", groups=2),
         one("rows", "--train.tokens_per_microbatch=8192", groups=3),
@@ -112,7 +114,7 @@ def test_an_update_runs_and_the_host_waits_twice_at_most(num_gpus: int, name: st
     assert sum(update["copies"].values()) <= 2 * num_rows, update["copies"]
 
 
-@pytest.mark.parametrize("name", ["full", "selective", "lora", "frozen tower"])
+@pytest.mark.parametrize("name", ["full", "selective", "lora", "frozen tower", "qwen3 full"])
 @pytest.mark.parametrize("num_gpus", WORLDS)
 def test_a_rank_without_rows_runs_the_same_collectives(num_gpus: int, name: str):
     """In number, kind, size and order: NCCL would wait an hour for one that the others do not join."""

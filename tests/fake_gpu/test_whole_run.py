@@ -12,10 +12,12 @@ from vcr1_fast.fake_gpu.process import Case, run
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
 
-RUNS = {
-    "all of it": (1, ()),
-    "frozen tower and adapters": (1, ("--model.freeze_vision=true", "--model.lora.rank=4")),
-    "8 ranks": (8, ("--data.eval=[]",)),
+FROZEN = ("--model.freeze_vision=true", "--model.lora.rank=4")
+RUNS = {  # name to number of GPUs, model, settings
+    "all of it": (1, "tiny", ()),
+    "frozen tower and adapters": (1, "tiny", FROZEN),
+    "Qwen3-VL, frozen tower and adapters": (1, "tiny3", FROZEN),
+    "8 ranks": (8, "tiny", ("--data.eval=[]",)),
 }
 
 
@@ -24,7 +26,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     data, out = tmp_path_factory.mktemp("clips"), tmp_path_factory.mktemp("runs")
     write_dataset(SynthConfig(output_dir=str(data), num_train=8, num_eval=2, kinds=("grounding",)), show_progress=False)
     cases = []
-    for name, (num_gpus, changes) in RUNS.items():
+    for name, (num_gpus, model, changes) in RUNS.items():
         settings = {
             "train.output_dir": out / name.replace(" ", "_"),
             "train.num_steps": 2,
@@ -39,7 +41,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             "model.device": "cuda",
         }
         overrides = (*(f"--{key}={value}" for key, value in settings.items()), *changes)
-        cases.append(Case(name, num_gpus, "tiny", {}, trains=True, overrides=overrides))
+        cases.append(Case(name, num_gpus, model, {}, trains=True, overrides=overrides))
     return {report["name"]: report for report in run(cases)}
 
 

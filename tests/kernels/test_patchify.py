@@ -1,5 +1,7 @@
 """Patchify: the Triton kernel (interpreted on a CPU) and the torch twin against the reference and the definition."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,9 @@ from vcr1_kernels import reference
 from vcr1_kernels.patchify import _patchify, patchify
 
 HALF = (torch.bfloat16, torch.float16)
+QWEN2_5: dict[str, Any] = {"patch_px": 14, "mean": reference.CLIP_MEAN, "std": reference.CLIP_STD}  # the defaults
+QWEN3: dict[str, Any] = {"patch_px": 16, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+FORMATS = pytest.mark.parametrize("cut", [QWEN2_5, QWEN3], ids=["qwen2_5", "qwen3"])
 
 
 @pytest.fixture
@@ -44,41 +49,46 @@ def test_cpu_tensors_take_the_torch_twin_and_bfloat16_by_default() -> None:
         assert torch.equal(patchify(clip, dtype, backend="torch"), reference.patchify(clip, dtype))
 
 
-# One block; odd counts of frames; four programs a band with a cut last one (5 blocks are 3920 pairs); several bands
-@pytest.mark.parametrize("shape", [(2, 28, 28), (1, 28, 56), (5, 56, 28), (3, 28, 140), (2, 84, 56), (4, 56, 112)])
-def test_interpreted_kernel_equals_the_reference(shape: tuple[int, ...], interpreted: None) -> None:
-    clip = random_clip(*shape)
-    exact = reference.patchify(clip, torch.float64)
-    got = patchify(clip, torch.float32, backend="triton")
+# In blocks of 2 x 2 patches. One block; odd counts of frames; several programs a band with a cut last one (5 blocks are
+# 3920 pairs of 14 px, 5120 of 16); several bands
+@FORMATS
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 1, 2), (5, 2, 1), (3, 1, 5), (2, 3, 2), (4, 2, 4)])
+def test_interpreted_kernel_equals_the_reference(
+    shape: tuple[int, int, int], cut: dict[str, Any], interpreted: None
+) -> None:
+    clip = random_clip(shape[0], *(2 * cut["patch_px"] * side for side in shape[1:]))
+    exact = reference.patchify(clip, torch.float64, **cut)
+    got = patchify(clip, torch.float32, **cut, backend="triton")
     # The interpreter rounds a product before it adds (a GPU does not): 1 ulp. Values reach 2.7, an ulp there is 2.4e-7;
     # the reference rounds a difference and a quotient.
-    assert ulps(got, reference.patchify(clip)) <= 1
+    assert ulps(got, reference.patchify(clip, **cut)) <= 1
     assert (got - exact).abs().max() < 4.8e-7
-    assert torch.equal(patchify(clip, torch.float16, backend="triton"), reference.patchify(clip, torch.float16))
+    half = patchify(clip, torch.float16, **cut, backend="triton")
+    assert torch.equal(half, reference.patchify(clip, torch.float16, **cut))
     # It also truncates to bfloat16
-    assert ulps(patchify(clip, torch.bfloat16, backend="triton"), reference.patchify(clip, torch.bfloat16)) <= 1
+    brief = patchify(clip, torch.bfloat16, **cut, backend="triton")
+    assert ulps(brief, reference.patchify(clip, torch.bfloat16, **cut)) <= 1
 
 
-def test_the_kernels_arithmetic_gives_the_references_bits_for_every_byte(interpreted: None) -> None:
+@FORMATS
+def test_the_kernels_arithmetic_gives_the_references_bits_for_every_byte(
+    cut: dict[str, Any], interpreted: None
+) -> None:
     """With true fused multiply-adds, made here in float64: products of two float32 are exact there."""
     from vcr1_kernels.device import patchify as device
 
     def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         return (a.double() * b.double() + c.double()).float()
 
-    mean, std, inv_std, shift = (
-        torch.tensor([getattr(device, f"{name}_{channel}").value for channel in "RGB"])
-        for name in ("MEAN", "STD", "INV", "SHIFT")
-    )
+    mean, std, inv_std, shift = torch.tensor(device.scales(cut["mean"], cut["std"])).view(3, 4).T
     byte = torch.arange(256.0)[:, None].expand(256, 3)
     distance = byte - mean
     quotient = distance * inv_std
     exact = fma(fma(-quotient, std.expand(256, 3), distance), inv_std.expand(256, 3), quotient)
-    frames = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(256, 28, 28, 3)
-    values = reference.patchify(frames.repeat_interleave(2, 0))[::4].view(256, 3, 392)[:, :, 0]
-    assert torch.equal(
-        values, (byte - torch.tensor(reference.CLIP_MEAN) * 255) / (torch.tensor(reference.CLIP_STD) * 255)
-    )
+    side = 2 * cut["patch_px"]
+    frames = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(256, side, side, 3)
+    values = reference.patchify(frames.repeat_interleave(2, 0), **cut)[::4].view(256, 3, -1)[:, :, 0]
+    assert torch.equal(values, (byte - torch.tensor(cut["mean"]) * 255) / (torch.tensor(cut["std"]) * 255))
     assert torch.equal(exact, values)
     for dtype in HALF:
         assert torch.equal(fma(byte, inv_std, shift).to(dtype), values.to(dtype))
@@ -106,9 +116,10 @@ def test_only_unreadable_strides_are_copied() -> None:
     from vcr1_kernels.patchify import _is_readable
 
     clip = random_clip(4, 56, 84)
-    assert all(map(_is_readable, (clip, clip[::3], clip[:, 2:30], clip[:, :, 4:60], clip[2:, 7:35, 28:56])))
+    readable = (clip, clip[::3], clip[:, 2:30], clip[:, :, 4:60], clip[2:, 7:35, 28:56])
     unreadable = (clip[:, :, 1:29], channels_first(clip), clip.transpose(1, 2), clip[:, ::2, 2:58])
-    assert not any(map(_is_readable, unreadable))
+    assert all(_is_readable(view, 14) for view in readable)
+    assert not any(_is_readable(view, 14) for view in unreadable)
 
 
 def test_frames_beyond_2_to_31_bytes_are_found(interpreted: None) -> None:
@@ -122,12 +133,13 @@ def test_frames_beyond_2_to_31_bytes_are_found(interpreted: None) -> None:
 
 
 def test_every_value_is_written_and_nothing_else(interpreted: None) -> None:
-    from vcr1_kernels.device.patchify import LAUNCH, patchify_kernel
+    from vcr1_kernels.device.patchify import LAUNCH, patchify_kernel, scales
 
     clip = random_clip(3, 56, 84)
     buffer = torch.full((4 + 48 + 4, 1176), float("nan"))
     programs = 2 * 2 * 3  # frame pairs, bands, programs of a band: 3 blocks are 2352 pairs
-    patchify_kernel[(programs,)](clip, buffer[4:], clip.stride(0), clip.stride(1), 3, 2, 3, **LAUNCH)
+    constants: Any = {"PATCH": 14, "SCALES": scales(reference.CLIP_MEAN, reference.CLIP_STD), **LAUNCH}
+    patchify_kernel[(programs,)](clip, buffer[4:], clip.stride(0), clip.stride(1), 3, 2, 3, **constants)
     assert buffer[:4].isnan().all() and buffer[-4:].isnan().all()
     assert not buffer[4:-4].isnan().any()
 
@@ -142,6 +154,14 @@ def test_empty_width_gives_no_patches(interpreted: None) -> None:
 def test_wrong_shapes_are_refused(shape: tuple[int, ...], backend) -> None:
     with pytest.raises(ValueError, match="multiples of 28"):
         patchify(torch.zeros(shape, dtype=torch.uint8), backend=backend)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        patchify(torch.zeros((2, 28, 28, 3), dtype=torch.uint8), patch_px=16, backend=backend)
+
+
+@pytest.mark.parametrize("wrong", [{"patch_px": 15}, {"patch_px": 0}, {"mean": (0.5,)}, {"std": (0.5, 0.0, 0.5)}])
+def test_a_wrong_patch_or_scale_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        patchify(random_clip(2, 28, 28), **wrong)
 
 
 def test_wrong_types_are_refused() -> None:
@@ -157,7 +177,8 @@ def test_wrong_types_are_refused() -> None:
 def test_operator_is_registered_well(triton: bool, request: pytest.FixtureRequest) -> None:
     if triton:
         request.getfixturevalue("interpreted")
-    torch.library.opcheck(_patchify, (random_clip(3, 28, 56), torch.float16, triton))
+    scale = (list(reference.CLIP_MEAN), list(reference.CLIP_STD))
+    torch.library.opcheck(_patchify, (random_clip(3, 28, 56), torch.float16, 14, *scale, triton))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -168,10 +189,13 @@ def test_compiles_as_one_graph() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(2, 28, 28), (5, 56, 28), (3, 28, 140), (16, 392, 392), (128, 448, 672)])
-def test_gpu_kernel_gives_the_references_bits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    clip = random_clip(*shape, device="cuda")
-    assert torch.equal(patchify(clip, dtype), reference.patchify(clip, dtype))
+@FORMATS
+@pytest.mark.parametrize("shape", [(2, 1, 1), (5, 2, 1), (3, 1, 5), (16, 14, 14), (128, 16, 24)])  # in blocks
+def test_gpu_kernel_gives_the_references_bits(
+    shape: tuple[int, int, int], cut: dict[str, Any], dtype: torch.dtype
+) -> None:
+    clip = random_clip(shape[0], *(2 * cut["patch_px"] * side for side in shape[1:]), device="cuda")
+    assert torch.equal(patchify(clip, dtype, **cut), reference.patchify(clip, dtype, **cut))
 
 
 @pytest.mark.gpu

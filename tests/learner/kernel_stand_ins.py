@@ -35,8 +35,8 @@ def prefix_attention(query, key, value, layout, scale, backend) -> Tensor:
     return reference.prefix_attention(*wide, layout, scale).to(value.dtype)
 
 
-def patchify(rgb_FHW3: Tensor, dtype: torch.dtype, *, backend: str) -> Tensor:
-    return reference.patchify(rgb_FHW3, dtype)
+def patchify(rgb_FHW3: Tensor, dtype: torch.dtype, *, backend: str, **cut: Any) -> Tensor:
+    return reference.patchify(rgb_FHW3, dtype, **cut)
 
 
 def varlen_attention(query, key, value, ends, lengths, scale) -> Tensor:

@@ -76,12 +76,12 @@ def one_window_too_large(query, key, value, ends, *inputs: Any):
     return kernel_stand_ins.varlen_attention(query, key, value, ends, *inputs)
 
 
-def the_last_frame_is_not_repeated(rgb_FHW3, dtype, *, backend):
-    return reference.patchify(torch.cat([rgb_FHW3, torch.zeros_like(rgb_FHW3[:1])]), dtype)
+def the_last_frame_is_not_repeated(rgb_FHW3, dtype, *, backend, **cut: Any):
+    return reference.patchify(torch.cat([rgb_FHW3, torch.zeros_like(rgb_FHW3[:1])]), dtype, **cut)
 
 
-def not_a_number(rgb_FHW3, dtype, *, backend):
-    patches = reference.patchify(rgb_FHW3, dtype)
+def not_a_number(rgb_FHW3, dtype, *, backend, **cut: Any):
+    patches = reference.patchify(rgb_FHW3, dtype, **cut)
     patches[7, 3] = math.nan
     return patches
 
@@ -110,7 +110,7 @@ WRONG = [
     ("norm", "norm_forward", the_scale_is_left_out, "decoder 0"),
     ("mlp", "mlp_forward", half_the_gradient_of_the_gate, "decoder gradient 0"),
     ("rotary", "tower_rotary", one_token_turns_back, "tower 0"),
-    ("patchify", "patchify", lambda rgb_FHW3, dtype, *, backend: torch.zeros(4, 1176), "gave the shape (4, 1176)"),
+    ("patchify", "patchify", lambda rgb_FHW3, dtype, **_: torch.zeros(4, 1176), "gave the shape (4, 1176)"),
     *((kernel, name, raises, "raised RuntimeError: no such instruction") for kernel, name in (
         ("logprob", "fused_linear_logprob"), ("policy_loss", "fused_linear_policy_loss"),
         ("tower", "varlen_attention"), ("patchify", "patchify"), ("norm", "norm_forward"), ("rotary", "tower_rotary"),
@@ -172,7 +172,7 @@ def test_the_bound_is_four_times_the_plain_paths_distance_and_a_floor(monkeypatc
     plain = float((error.norm(dim=1) / exact.norm(dim=1)).max())  # all rows are of about the same norm
     allowed = 4 * plain + 64 * 2**-23 + 2**-8
 
-    put_stand_ins(monkeypatch, patchify=lambda rgb, dtype, backend: exact * (1 + share * allowed))
+    put_stand_ins(monkeypatch, patchify=lambda rgb, dtype, **_options: exact * (1 + share * allowed))
     [verdict] = prove(SUBJECT, kernels=("patchify",)).verdicts
     assert verdict.outcome == outcome
     assert verdict.allowed == pytest.approx(allowed, rel=0.02)
@@ -182,9 +182,11 @@ def test_the_bound_is_four_times_the_plain_paths_distance_and_a_floor(monkeypatc
 def test_a_plain_path_that_is_far_off_itself_proves_nothing(monkeypatch):
     """A kernel and a plain path that both halve the values in the run's type."""
     real = reference.patchify
-    monkeypatch.setattr(
-        reference, "patchify", lambda rgb_FHW3, dtype: real(rgb_FHW3, dtype) * (1 if dtype == torch.float64 else 0.5)
-    )
+
+    def halved(rgb_FHW3, dtype, **cut: Any):
+        return real(rgb_FHW3, dtype, **cut) * (1 if dtype == torch.float64 else 0.5)
+
+    monkeypatch.setattr(reference, "patchify", halved)
     put_stand_ins(monkeypatch)
     [verdict] = prove(SUBJECT, kernels=("patchify",)).verdicts
     assert (verdict.outcome, verdict.allowed) == ("failed", 0.1)
@@ -423,9 +425,9 @@ def test_policy_frozen_tower_and_frames_take_theirs_from_the_choice(monkeypatch)
     monkeypatch.setattr(KernelChoice, "switch_tower", lambda choice, tower, *rest: switched.append((choice, *rest)))
     seen = []
 
-    def stand_in(rgb_FHW3, dtype, *, backend):
+    def stand_in(rgb_FHW3, dtype, *, backend, **cut: Any):
         seen.append(backend)
-        return reference.patchify(rgb_FHW3, dtype)
+        return reference.patchify(rgb_FHW3, dtype, **cut)
 
     monkeypatch.setattr(patches_module, "patchify", stand_in)
     frames = Frames(torch.zeros(2, 28, 28, 3, dtype=torch.uint8), torch.zeros(2), 2.0, 1.0, reader="none")

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
+from tests.learner.conftest import random_group, random_model, random_qwen3
 from tests.learner.interpreted_liger import interpret_floats
 from vcr1_fast.learner import model_operators
 from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
+from vcr1_fast.learner.families.qwen3_vl import Qwen3VL
 from vcr1_fast.learner.kernel_choice import KernelChoice, Pick, plain_choice
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.model_operators import RotaryCall, use_operators
@@ -50,15 +52,17 @@ def attention_of(model: Any) -> tuple[nn.Module, dict[str, Any]]:
     return layer, {"hidden_states": hidden, "position_embeddings": tables}
 
 
-def test_loss_and_gradients_of_a_policy_are_those_of_the_stock_model(monkeypatch, make_model, make_group):
+@pytest.mark.parametrize(("make", "family"), [(random_model, Qwen25VL), (random_qwen3, Qwen3VL)])
+def test_loss_and_gradients_of_a_policy_are_those_of_the_stock_model(monkeypatch, make, family):
     """Every norm, MLP and rotary embedding of decoder and tower, in float32. Products are kept and the rest is run
     again, so that backward overwrites gates that a recomputation was handed."""
     interpret_floats(monkeypatch)
-    batch = pack([make_group(0, (3, 2), grid=(1, 4, 4))], [[0.1, 0.2]])
+    group = random_group(0, (3, 2), grid=(1, 4, 4), num_values=family.video.patch_values)
+    batch = pack([group], [[0.1, 0.2]])
     results = []
     for kernels in ((), ALL):
-        hf = make_model()
-        use_operators(hf, OPERATORS, kernels)
+        hf = make()
+        use_operators(hf, family.operators, kernels)
         config = ModelConfig(gradient_checkpointing="selective")
         policy = PolicyModel(hf, config, torch.float32, plain_choice()).train()
         logprob_N, _ = policy(policy.device_batch(batch), 1.0)
@@ -145,6 +149,15 @@ def test_what_fits_no_module_is_said(make_tiny_model):
     with pytest.raises(RuntimeError, match="has no module for the kernel mlp"):
         use_operators(model, OPERATORS, ["mlp"])
     assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_a_tower_alone_may_have_none_of_some():
+    """Qwen3-VL's has norms with bias and an MLP without a gate."""
+    tower = random_qwen3().model.visual
+    use_operators(tower, Qwen3VL.operators, ALL)
+    assert [type(m).__name__ for m in tower.modules() if "forward" in vars(m)] == ["Qwen3VLVisionAttention"] * 4
+    with pytest.raises(RuntimeError, match="has no module for the kernel rotary"):
+        use_operators(tower.merger, Qwen3VL.operators, ALL)
 
 
 def test_the_choice_switches_on_cuda_alone(monkeypatch):

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from vcr1_fast.commands.doctor import TINY_FILES
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "vcr1_fast", "kernels")
 LEFT_OUT = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "build")
@@ -89,7 +91,7 @@ def test_wheel_holds_every_module_the_compiled_one_and_the_tiny_model(archives: 
     wanted = ours | kernels
     assert wanted - names == set()
     assert any(name.startswith("vcr1_fast/_native.") and name.endswith(".so") for name in names)
-    assert {"vcr1_fast/tiny/model.safetensors", "vcr1_fast/tiny/train.yaml", "vcr1_fast/tiny/tokenizer.json"} <= names
+    assert {f"vcr1_fast/{folder}/{name}" for folder in ("tiny", "tiny/qwen3_vl") for name in TINY_FILES} <= names
     tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"vcr1_fast", "vcr1_kernels"}  # above all no `kernels`
 
@@ -130,7 +132,7 @@ def test_the_wheel_alone_passes_the_doctor(installed: Path, tmp_path: Path):
     report = json.loads(run(installed / "vcr1-fast", "doctor", "--json", cwd=tmp_path))
     assert report["ready"]
     usable = {row["component"]: row["usable"] for row in report["components"]}
-    assert usable["vcr1_fast.native"] and usable["tiny model"]
+    assert usable["vcr1_fast.native"] and usable["tiny models"]
 
 
 def test_the_wheel_alone_trains(installed: Path, tmp_path: Path):

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.types import Prompt
@@ -147,3 +148,15 @@ def test_grids_that_cannot_merge_are_an_error() -> None:
         mrope_positions(row(-3), [(1, 3, 4)], [1.0], PAD, 2)
     with pytest.raises(ValueError, match="1 grids, but 2 values"):
         mrope_positions(row(-4), [(1, 4, 4)], [1.0, 2.0], PAD, 2)
+
+
+def test_one_grid_for_each_pair_is_the_rule_of_qwen3_vl() -> None:
+    """transformers' own, which takes one grid for the video and splits it. 3 pairs of 2 x 3 tokens behind 3 words of
+    time each."""
+    ids = row(5, -6, 4, -6, 4, -6, 3)
+    model = Qwen3VLModel.__new__(Qwen3VLModel)  # its rule needs no weights
+    torch.nn.Module.__init__(model)
+    model.config = Qwen3VLConfig()
+    kinds = 2 * (ids == PAD).int()
+    theirs, _ = model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], video_grid_thw=torch.tensor([[3, 4, 6]]))
+    assert torch.equal(mrope_positions(ids, [(1, 4, 6)] * 3, [1.0] * 3, PAD, 2), theirs[:, 0])

@@ -25,6 +25,7 @@ from vcr1_fast.types import (
     TrackTruth,
 )
 from vcr1_fast.video.draw import GIVEN, SPAN
+from vcr1_fast.video.formats import QWEN2_5_VL, QWEN3_VL, VideoFormat
 from vcr1_fast.video.patches import to_patches
 
 TASKS = make_tasks(TaskConfig())
@@ -117,15 +118,19 @@ def test_truths_as_text():
     assert text("numeric_answer", ChoiceTruth("B", ("a", "b"))) == ""  # the task raises
 
 
-def test_a_picture_has_frames_and_both_periods_below_them(group: RolloutGroup) -> None:
-    bytes_FHW3 = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 28, 56, 3) * 30
+@pytest.mark.parametrize("video", [QWEN2_5_VL, QWEN3_VL], ids=["qwen2_5_vl", "qwen3_vl"])
+def test_a_picture_has_frames_and_both_periods_below_them(group: RolloutGroup, video: VideoFormat) -> None:
+    side = video.factor_px
+    bytes_FHW3 = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, side, 2 * side, 3) * 30
     frames = Frames(bytes_FHW3.contiguous(), torch.arange(8.0, dtype=torch.float64), 1.0, 8.0, "made")
-    clip = replace(group, prompt=replace(group.prompt, patches=to_patches(frames)))
-    [(name, picture)] = clip_pictures([clip], TaskConfig()).items()
-    assert name == "samples/0" and picture.shape == (28 + 2 * 24, 4 * 56, 3)
-    assert [picture[0, 56 * i + 5].tolist() for i in range(4)] == [[60 * i] * 3 for i in range(4)]  # of each pair
-    blue, orange = (picture[28 + 5] == GIVEN).all(axis=1).nonzero()[0], (picture[-5] == SPAN).all(axis=1).nonzero()[0]
-    assert (blue.min(), blue.max() + 1) == (28, 70)  # 1 to 2.5 of 8 s on 224 pixels
-    assert (orange.min(), orange.max() + 1) == (56, 84)  # 2 to 3: what the policy drew, not the true answer before it
+    clip = replace(group, prompt=replace(group.prompt, patches=to_patches(frames, video_format=video)))
+    [(name, picture)] = clip_pictures([clip], TaskConfig(), video).items()
+    assert name == "samples/0" and picture.shape == (side + 2 * 24, 8 * side, 3)
+    assert [picture[0, 2 * side * i + 5].tolist() for i in range(4)] == [[60 * i] * 3 for i in range(4)]  # of each pair
+    blue = (picture[side + 5] == GIVEN).all(axis=1).nonzero()[0]
+    orange = (picture[-5] == SPAN).all(axis=1).nonzero()[0]
+    assert (blue.min(), blue.max() + 1) == (side, 2.5 * side)  # 1 to 2.5 of 8 s on 8 sides
+    # 2 to 3: what the policy drew, not the true answer before it
+    assert (orange.min(), orange.max() + 1) == (2 * side, 3 * side)
     frozen = replace(clip.prompt.patches, embeddings_MD=torch.zeros(1, 1))
-    assert clip_pictures([replace(clip, prompt=replace(clip.prompt, patches=frozen))], TaskConfig()) == {}
+    assert clip_pictures([replace(clip, prompt=replace(clip.prompt, patches=frozen))], TaskConfig(), video) == {}

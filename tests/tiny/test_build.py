@@ -1,24 +1,28 @@
-"""The tiny model has the real architecture, runs with explicit positions, and can be saved and loaded."""
+"""The tiny models have the real architectures, run with explicit positions, and can be saved and loaded."""
 
 import json
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+from vcr1_fast.run.model_folder import PACKAGED
 from vcr1_fast.tiny.architecture import tiny_config, untrained_model
 from vcr1_fast.tiny.build import build_tiny, build_tiny_tokenizer
-from vcr1_fast.tiny.cold_start import PACKAGE
+from vcr1_fast.tiny.cold_start import TYPES
+from vcr1_fast.video.formats import FORMATS
 
-GRID = (2, 4, 8)  # 2 frame pairs of 56 x 112 pixels: 16 tokens
+GRID = (2, 4, 8)  # 2 frame pairs of 2 x 4 tokens: 16 tokens
+EVERY = pytest.mark.parametrize("model_type", FORMATS)
 
 
-def _inputs() -> dict[str, torch.Tensor]:
+def _inputs(model_type: str) -> dict[str, torch.Tensor]:
     tokenizer = build_tiny_tokenizer()
     text = "user\n<|vision_start|>" + "<|video_pad|>" * 16 + "<|vision_end|>assistant\n"
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     positions = torch.arange(ids.shape[1]).expand(3, 1, -1).contiguous()
-    pixels = torch.randn(64, 1176, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(64, FORMATS[model_type].patch_values, generator=torch.Generator().manual_seed(0))
     return {
         "input_ids": ids,
         "position_ids": positions,
@@ -27,9 +31,10 @@ def _inputs() -> dict[str, torch.Tensor]:
     }
 
 
-def test_it_runs_with_explicit_positions_which_matter() -> None:
-    model = untrained_model(tiny_config(build_tiny_tokenizer()), seed=0)
-    inputs = _inputs()
+@EVERY
+def test_it_runs_with_explicit_positions_which_matter(model_type: str) -> None:
+    model = untrained_model(tiny_config(build_tiny_tokenizer(), model_type), seed=0)
+    inputs = _inputs(model_type)
     with torch.no_grad():
         logits = model(**inputs).logits
         stretched = model(**{**inputs, "position_ids": inputs["position_ids"] * 2}).logits
@@ -38,11 +43,15 @@ def test_it_runs_with_explicit_positions_which_matter() -> None:
     assert (logits - stretched).abs().max() > 1e-3
 
 
-def test_about_a_million_parameters_and_the_real_parts() -> None:
-    config = tiny_config(build_tiny_tokenizer())
+@EVERY
+def test_about_a_million_parameters_and_the_real_parts(model_type: str) -> None:
+    config = tiny_config(build_tiny_tokenizer(), model_type)
     model = untrained_model(config, seed=0)
     assert 1.0e6 < sum(p.numel() for p in model.parameters()) < 1.2e6
-    assert config.vision_config.fullatt_block_indexes == [1, 3]
+    if model_type == "qwen2_5_vl":
+        assert config.vision_config.fullatt_block_indexes == [1, 3]
+    else:
+        assert len(config.vision_config.deepstack_visual_indexes) == 3
     assert config.text_config.num_key_value_heads < config.text_config.num_attention_heads
     assert config.video_token_id == build_tiny_tokenizer().convert_tokens_to_ids("<|video_pad|>")
 
@@ -54,26 +63,32 @@ def test_the_seed_decides_the_weights() -> None:
     assert not torch.equal(first, other)
 
 
-def test_a_written_folder_loads_as_the_same_model(tmp_path: Path) -> None:
-    build_tiny(tmp_path, seed=3)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+@EVERY
+def test_a_written_folder_loads_as_the_same_model(tmp_path: Path, model_type: str) -> None:
+    build_tiny(tmp_path, seed=3, model_type=model_type)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    wanted = untrained_model(tiny_config(build_tiny_tokenizer()), seed=3)
+    wanted = untrained_model(tiny_config(build_tiny_tokenizer(), model_type), seed=3)
     with torch.no_grad():
-        assert torch.equal(model(**_inputs()).logits, wanted(**_inputs()).logits)
+        assert torch.equal(model(**_inputs(model_type)).logits, wanted(**_inputs(model_type)).logits)
     assert len(tokenizer) == model.config.text_config.vocab_size
     assert (tmp_path / "model.safetensors").stat().st_size < 5_000_000
 
 
-def test_its_settings_are_those_that_older_releases_of_transformers_read(tmp_path: Path) -> None:
-    build_tiny(tmp_path)
-    for folder in (tmp_path, PACKAGE):  # the packaged ones went through training and its export
+@pytest.mark.parametrize("name", TYPES)
+def test_its_settings_are_those_that_older_releases_of_transformers_read(tmp_path: Path, name: str) -> None:
+    build_tiny(tmp_path, model_type=TYPES[name])
+    sections = {"type": "mrope", "mrope_section": [6, 5, 5]}
+    if name == "tiny3":
+        sections = {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    for folder in (tmp_path, PACKAGED[name]):  # the packaged ones went through training and its export
         config = json.loads((folder / "config.json").read_text())
-        assert config["rope_theta"] == 30.0
-        assert config["rope_scaling"] == {"type": "mrope", "mrope_section": [6, 5, 5]}
-        assert not {"rope_parameters", "text_config"} & config.keys()
+        text = config if name == "tiny" else config["text_config"]
+        assert text["rope_theta"] == 30.0
+        assert text["rope_scaling"] == sections
+        assert "rope_parameters" not in text and ("text_config" in config) == (name == "tiny3")
         tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
         assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
         assert "extra_special_tokens" not in tokenizer  # a list there is refused by 4.x
-    read = Qwen2_5_VLConfig.from_pretrained(PACKAGE).get_text_config()
+    read = AutoConfig.from_pretrained(PACKAGED[name]).get_text_config()
     assert read.rope_parameters["rope_theta"] == 30.0 and read.rope_parameters["mrope_section"] == [6, 5, 5]

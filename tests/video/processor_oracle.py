@@ -1,6 +1,7 @@
-"""Runs transformers' own Qwen2-VL video processor, alone: `python -m tests.video.processor_oracle IN OUT`.
+"""Runs transformers' own video processors, of Qwen2-VL and Qwen3-VL: `python -m tests.video.processor_oracle IN
+OUT`.
 
-That processor needs torchvision, which nothing else here may import; the caller puts it on PYTHONPATH. IN and OUT are
+They need torchvision, which nothing else here may import; the caller puts it on PYTHONPATH. IN and OUT are
 files of `torch.save`, see `Questions` and `Answers`.
 """
 
@@ -9,17 +10,20 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 
 
 class Questions(TypedDict):
-    """Settings are those of the processor: shortest_edge and longest_edge in pixels, max_video_tokens."""
+    """Settings are those of the processor: shortest_edge and longest_edge in pixels, max_video_tokens, and patch_size,
+    which says whose it is."""
 
     sizes: list[tuple[int, int, int, dict[str, int]]]  # height, width, number of frames, settings
     samples: list[tuple[int, float, float, int, int]]  # frames of the file, their rate, wanted fps, min and max frames
-    clips: Sequence[tuple[torch.Tensor, dict[str, int] | None]]  # [F, H, W, 3] uint8; None: already of the right size
+    clips: Sequence[tuple[torch.Tensor, dict[str, int]]]  # [F, H, W, 3] uint8; patch_size alone: of the right size
+    prompts: list[tuple[str, torch.Tensor, float, list[int]]]  # text, clip of the right size, its file's rate, indices
     resizes: list[tuple[torch.Tensor, tuple[int, int]]]  # [F, H, W, 3] uint8, to (height, width)
 
 
@@ -28,9 +32,11 @@ class Answers(TypedDict):
     sizes: list[tuple[int, int]]
     samples: list[tuple[list[int], float]]  # indices, frames per second of what the model sees
     clips: list[tuple[torch.Tensor, list[int]]]  # pixel_values_videos, video_grid_thw
+    prompts: list[list[int]]  # token ids by Qwen3-VL's processor
     resizes: list[torch.Tensor]  # by torchvision.transforms.functional.resize, as qwen-vl-utils does it
 
 
+TOKENIZER = Path(__file__).parents[2] / "vcr1_fast" / "tiny"
 KEPT: list[torch.library.Library] = []  # operators go when the object that defined them goes
 
 
@@ -51,14 +57,20 @@ def define_missing_ops() -> None:
 
 
 @functools.cache
-def make_processor(shortest_edge: int = 0, longest_edge: int = 0, max_video_tokens: int = 0) -> Any:
-    """Without arguments one that leaves sizes alone."""
+def make_processor(
+    shortest_edge: int = 0, longest_edge: int = 0, max_video_tokens: int = 0, patch_size: int = 14
+) -> Any:
+    """Without edges one that leaves sizes alone. max_video_tokens 0: Qwen3-VL's own rule, of the whole video alone."""
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
+    processor = Qwen2VLVideoProcessor if patch_size == 14 else Qwen3VLVideoProcessor
     if not shortest_edge:
-        return Qwen2VLVideoProcessor(do_resize=False, cap_pixels_per_frame=True)
-    edges = {"shortest_edge": shortest_edge, "longest_edge": longest_edge}
-    return Qwen2VLVideoProcessor(size=edges, max_video_tokens=max_video_tokens, cap_pixels_per_frame=True)
+        return processor(do_resize=False, do_sample_frames=False, cap_pixels_per_frame=True)
+    more = {"size": {"shortest_edge": shortest_edge, "longest_edge": longest_edge}, "do_sample_frames": False}
+    if max_video_tokens:
+        more |= {"max_video_tokens": max_video_tokens}
+    return processor(**more, cap_pixels_per_frame=bool(max_video_tokens))
 
 
 def frame_sizes(questions: list[tuple[int, int, int, dict[str, int]]]) -> list[tuple[int, int]]:
@@ -76,7 +88,8 @@ def frame_sizes(questions: list[tuple[int, int, int, dict[str, int]]]) -> list[t
     for height, width, num_frames, settings in questions:
         video = torch.empty(1, dtype=torch.uint8).expand(1, num_frames, 3, height, width)
         processor = make_processor(**settings)
-        processor.resize(video, processor.size, resample=None, factor=28, temporal_factor=2, cap_pixels_per_frame=True)
+        of_call = {"temporal_factor": 2, "cap_pixels_per_frame": processor.cap_pixels_per_frame}
+        processor.resize(video, processor.size, resample=None, factor=2 * processor.patch_size, **of_call)
     base.resize = original
     return answers
 
@@ -93,9 +106,22 @@ def samples(questions: list[tuple[int, float, float, int, int]]) -> list[tuple[l
     return answers
 
 
-def process(rgb_FHW3: torch.Tensor, settings: dict[str, int] | None) -> tuple[torch.Tensor, list[int]]:
-    out = make_processor(**(settings or {}))(videos=[rgb_FHW3.permute(0, 3, 1, 2)], return_tensors="pt")
+def process(rgb_FHW3: torch.Tensor, settings: dict[str, int]) -> tuple[torch.Tensor, list[int]]:
+    out = make_processor(**settings)(videos=[rgb_FHW3.permute(0, 3, 1, 2)], return_tensors="pt")
     return out["pixel_values_videos"], out["video_grid_thw"][0].tolist()
+
+
+def token_ids(text: str, rgb_FHW3: torch.Tensor, fps: float, indices: list[int]) -> list[int]:
+    from transformers import AutoTokenizer
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+    from transformers.video_utils import VideoMetadata
+
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    processor = Qwen3VLProcessor(Qwen2VLImageProcessor(), tokenizer, make_processor(patch_size=16))
+    metadata = VideoMetadata(total_num_frames=max(indices) + 1, fps=fps, frames_indices=indices)
+    out = processor(text=[text], videos=[rgb_FHW3.permute(0, 3, 1, 2)], video_metadata=[metadata])
+    return list(out["input_ids"][0])
 
 
 def resize(rgb_FHW3: torch.Tensor, size_px: tuple[int, int]) -> torch.Tensor:
@@ -116,6 +142,7 @@ def main() -> None:
         "sizes": frame_sizes(questions["sizes"]),
         "samples": samples(questions["samples"]),
         "clips": [process(*clip) for clip in questions["clips"]],
+        "prompts": [token_ids(*prompt) for prompt in questions["prompts"]],
         "resizes": [resize(*question) for question in questions["resizes"]],
     }
     torch.save(answers, sys.argv[2])

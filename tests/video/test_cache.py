@@ -129,7 +129,7 @@ def test_the_rules_that_a_key_does_not_spell_out_are_those_of_its_version():
     assert pixels == pytest.approx(wanted_pixels, abs=1)  # another processor may round the other way
 
 
-def test_the_key_depends_on_file_part_and_reader(clip: Path, tmp_path: Path):
+def test_the_key_depends_on_file_part_reader_and_size_of_a_token(clip: Path, tmp_path: Path):
     def key(path: Path = clip, reader: str = "pyav 1", start_s: float = 0, end_s: float = math.inf) -> str:
         return clip_key(ClipRequest(str(path), CONFIG, start_s, end_s), reader)
 
@@ -139,13 +139,14 @@ def test_the_key_depends_on_file_part_and_reader(clip: Path, tmp_path: Path):
     plain = key()
     assert key() == plain == key(link) and len(plain) == 40
     keys = {plain, key(copy), key(reader="pyav 2"), key(start_s=1), key(end_s=1), key(start_s=1, end_s=2)}
-    assert len(keys) == 6
+    keys.add(clip_key(ClipRequest(str(clip), CONFIG, factor_px=32), "pyav 1"))
+    assert len(keys) == 7
     times = clip.stat()
     os.utime(clip, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
     keys.add(key())
     clip.write_bytes(clip.read_bytes() + b"!")
     os.utime(clip, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert len(keys | {key()}) == 8
+    assert len(keys | {key()}) == 9
 
 
 def test_the_key_of_a_folder_depends_on_each_file_in_it(tmp_path: Path):

@@ -31,6 +31,7 @@ from vcr1_fast.video.frozen_tower import load_frozen_tower
 from vcr1_fast.video.patches import PatchSource
 
 CPU = torch.device("cpu")
+MODELS = ("tiny", "tiny3")  # the second one's tower gives features for inner layers, too
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +41,20 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _source(freeze: bool, **video: Any) -> PatchSource:
+def _source(model: str, freeze: bool, **video: Any) -> PatchSource:
     settings = VideoConfig(max_frames=8, min_frame_pixels=7056, num_workers=0, **video)
-    return open_source(Config(model=ModelConfig(freeze_vision=freeze), video=settings), CPU)
+    return open_source(Config(model=ModelConfig(path=model, freeze_vision=freeze), video=settings), CPU)
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture
-def sources() -> Iterator[tuple[PatchSource, PatchSource]]:
+def sources(model: str) -> Iterator[tuple[PatchSource, PatchSource]]:
     """(pixels, frozen tower)"""
-    pair = _source(freeze=False), _source(freeze=True)
+    pair = _source(model, freeze=False), _source(model, freeze=True)
     yield pair
     for source in pair:
         source.close()
@@ -59,30 +65,40 @@ def _prompts(clips: Path, sources: tuple[PatchSource, PatchSource]) -> list[Prom
     tasks, tokenizer = make_tasks(Config().task), load_tokenizer("tiny")
     video = str(clips / "videos" / "train-grounding-00000.mp4")
     example = Example("a", "temporal_grounding", video, "a red circle appears", 8.0, IntervalTruth(((1.0, 3.0),)))
-    return [PromptBuilder(tokenizer, tasks, source).build(example) for source in sources]
+    return [
+        PromptBuilder(tokenizer, tasks, source, writes_times=source.video_format.reads_times).build(example)
+        for source in sources
+    ]
 
 
-def test_embeddings_are_those_of_the_policys_own_tower(clips: Path, sources: tuple[PatchSource, PatchSource]) -> None:
+def test_embeddings_are_those_of_the_policys_own_tower(
+    clips: Path, model: str, sources: tuple[PatchSource, PatchSource]
+) -> None:
     with_pixels, embedded = _prompts(clips, sources)
     assert torch.equal(with_pixels.token_ids_L, embedded.token_ids_L)
     assert torch.equal(with_pixels.position_ids_3L, embedded.position_ids_3L)
-    assert embedded.patches.embeddings_MD is not None and embedded.patches.values_PC.shape == (0, 1176)
-    hf = load_hugging_face("tiny", torch.float32, CPU)
+    assert embedded.patches.embeddings_MD is not None and embedded.patches.values_PC.shape == (
+        0,
+        with_pixels.patches.values_PC.shape[1],
+    )
+    hf = load_hugging_face(model, torch.float32, CPU)
     KernelChoice().switch_tower(hf.model.visual, CPU, torch.float32)
     grids = torch.tensor([with_pixels.patches.grid_thw])
     wanted: Any = hf.model.visual(with_pixels.patches.values_PC, grid_thw=grids)
-    assert torch.equal(embedded.patches.embeddings_MD, wanted.pooler_output)
+    features = [wanted.pooler_output, *getattr(wanted, "deepstack_features", ())]
+    assert len(features) == {"tiny": 1, "tiny3": 4}[model]
+    assert torch.equal(embedded.patches.embeddings_MD, torch.cat(features, dim=1))
 
 
 def test_loss_and_gradients_are_those_of_a_frozen_tower_inside(
-    clips: Path, sources: tuple[PatchSource, PatchSource]
+    clips: Path, model: str, sources: tuple[PatchSource, PatchSource]
 ) -> None:
     answer = Completion(torch.tensor([300, 301, 302]), torch.full((3,), -1.0), "stop", "")
     results = []
     for prompt in _prompts(clips, sources):
         group = RolloutGroup(prompt, (answer, answer), 0, advantages=(1.0, -0.5), rewards=(1.0, 0.0))
         policy = PolicyModel(
-            load_hugging_face("tiny", torch.float32, CPU), ModelConfig(freeze_vision=True), torch.float32
+            load_hugging_face(model, torch.float32, CPU), ModelConfig(freeze_vision=True), torch.float32
         )
         batch = policy.device_batch(pack([group], [[0.5, 0.5]]))
         loss, _ = policy(batch, 1.0, grpo_objective(batch, None, AlgorithmConfig()))
@@ -96,8 +112,8 @@ def test_loss_and_gradients_are_those_of_a_frozen_tower_inside(
     assert max(grad.abs().max() for grad in with_pixels.values() if grad is not None) > 0
 
 
-def test_the_engine_answers_the_same(clips: Path, sources: tuple[PatchSource, PatchSource]) -> None:
-    engine = LocalEngine(load_hugging_face("tiny", torch.float32, CPU), load_tokenizer("tiny"))
+def test_the_engine_answers_the_same(clips: Path, model: str, sources: tuple[PatchSource, PatchSource]) -> None:
+    engine = LocalEngine(load_hugging_face(model, torch.float32, CPU), load_tokenizer("tiny"))
     sampling = SamplingParams(num_completions=3, max_new_tokens=12, seed=5)
     answers = [engine.generate([prompt], sampling)[0] for prompt in _prompts(clips, sources)]
     for one, other in zip(*answers, strict=True):
@@ -114,13 +130,15 @@ def test_shuffled_clips_shuffle_their_embeddings(clips: Path, sources: tuple[Pat
     assert (embedded.patches.embeddings_MD - wanted_MD).abs().max() < 1e-5
 
 
-def test_a_clip_seen_before_is_not_even_decoded(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_seen_before_is_not_even_decoded(
+    clips: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     video = str(clips / "videos" / "train-grounding-00001.mp4")
     folder = str(tmp_path / "cache")
-    first = _source(freeze=True, cache_dir=folder)
+    first = _source(model, freeze=True, cache_dir=folder)
     wanted = first(video)
     first.close()
-    later = _source(freeze=True, cache_dir=folder)
+    later = _source(model, freeze=True, cache_dir=folder)
     monkeypatch.setattr(later.loader, "get", lambda request: pytest.fail("the clip was read again"))
     again = later(video)
     later.close()
@@ -160,7 +178,7 @@ def test_a_tower_of_half_precision_has_float32_frequencies() -> None:
     assert not any(weight.requires_grad for weight in tower.visual.parameters())
 
 
-def test_a_run_with_a_frozen_tower_trains_the_rest(clips: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_frozen_tower_trains_the_rest(clips: Path, model: str, tmp_path: Path) -> None:
     overrides = [
         "--model.freeze_vision=true",
         f"--data.train=[{clips}/train_grounding.jsonl]",
@@ -172,10 +190,10 @@ def test_a_run_with_a_frozen_tower_trains_the_rest(clips: Path, tmp_path: Path) 
         "--video.num_workers=0",
         "--checkpoint.every=0",
     ]
-    train(load_settings(Config, "tiny", overrides))
+    train(load_settings(Config, model, overrides))
     lines = logged(tmp_path)
     assert [line["step"] for line in lines] == [1, 2] and all(line["grad_norm"] > 0 for line in lines)
-    before = load_hugging_face("tiny", torch.float32, CPU).state_dict()
+    before = load_hugging_face(model, torch.float32, CPU).state_dict()
     after = load_hugging_face(str(tmp_path / "model"), torch.float32, CPU).state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any("visual" in name for name in changed)

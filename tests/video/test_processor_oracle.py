@@ -1,4 +1,5 @@
-"""Frame counts, sizes and patches against transformers' own Qwen2-VL video processor, which runs in another process.
+"""Frame counts, sizes, patches and ids against transformers' own processors of Qwen2-VL and Qwen3-VL, which run in
+another process.
 
 It needs torchvision in a folder of its own (see oracle.txt), named by VCR1_TORCHVISION, else `oracle` in the
 environment of this interpreter. Where ours departs from it, because the original recipe (qwen-vl-utils) does, a test
@@ -13,15 +14,21 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.video.processor_oracle import Answers, Questions
+from vcr1_fast.learner.model import load_tokenizer
+from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.settings.config import VideoConfig
-from vcr1_fast.types import Frames
+from vcr1_fast.types import Example, Frames, IntervalTruth
+from vcr1_fast.video.formats import QWEN3_VL
 from vcr1_fast.video.patches import to_patches
 from vcr1_fast.video.resolution import frame_size_px, resize_frame
 from vcr1_fast.video.sampling import choose_frames, even_indices
@@ -33,10 +40,14 @@ pytestmark = pytest.mark.skipif(
     reason=f"no torchvision in {FOLDER}: pip install --no-deps --target {FOLDER} -r tests/video/oracle.txt",
 )
 
-BLOCK = 28 * 28
+BLOCK, BLOCK_3 = 28 * 28, 32 * 32
 # The processor takes nine tenths of so many tokens as the pixel budget of a video: 3600 and 115200 blocks.
 BUDGETS = {4000: VideoConfig(total_pixels=3600 * BLOCK), 128000: VideoConfig(total_pixels=115200 * BLOCK)}
 NARROW = BUDGETS[4000]
+# Qwen3-VL's own rule has one budget, of all frames: two frames share a token, so it is twice total_pixels. Its lower
+# bound, of all frames too, is ours times their number. With a cap it is the rule of Qwen2.5-VL, as in qwen-vl-utils.
+QWEN3 = VideoConfig(total_pixels=12288 * BLOCK_3, min_frame_pixels=4 * BLOCK_3, max_frame_pixels=12288 * 2 * BLOCK_3)
+QWEN3_CAPPED = VideoConfig(total_pixels=6000 * BLOCK_3, min_frame_pixels=BLOCK_3, max_frame_pixels=768 * BLOCK_3)
 RATES = (24.0, 25.0, 30.0, 60.0, 12.5, 24000 / 1001, 30000 / 1001)
 LENGTHS = (*range(2, 62), 115, 239, 240, 241, 299, 300, 301, 719, 1000, 1800, 5400, 24001, 100_000)
 
@@ -47,12 +58,19 @@ def settings_of(max_video_tokens: int) -> dict[str, int]:
     return {**edges, "max_video_tokens": max_video_tokens}
 
 
-def random_sizes(count: int) -> list[tuple[int, int, int, int]]:
-    """(height, width, number of frames, tokens), no side below 15 px."""
+def settings_of_qwen3(config: VideoConfig, num_frames: int) -> dict[str, int]:
+    is_capped = config is QWEN3_CAPPED
+    lowest = config.min_frame_pixels * (1 if is_capped else num_frames)
+    edges = {"shortest_edge": lowest, "longest_edge": 2 * config.total_pixels, "patch_size": 16}
+    return edges | ({"max_video_tokens": 768} if is_capped else {})
+
+
+def random_sizes(count: int, least_px: int = 15) -> list[tuple[int, int, int, int]]:
+    """(height, width, number of frames, tokens), no side below least_px."""
     rng, found = random.Random(0), []
     for _ in range(count):
-        height = round(math.exp(rng.uniform(math.log(15), math.log(4500))))
-        width = round(min(max(15, height * math.exp(rng.uniform(-2.5, 2.5))), 8000))
+        height = round(math.exp(rng.uniform(math.log(least_px), math.log(4500))))
+        width = round(min(max(least_px, height * math.exp(rng.uniform(-2.5, 2.5))), 8000))
         found.append((height, width, 2 * rng.randint(1, 384), rng.choice(sorted(BUDGETS))))
     return found
 
@@ -77,9 +95,9 @@ def noise(num_frames: int, height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (num_frames, height, width, 3), generator=generator, dtype=torch.uint8)
 
 
-def size_of(rgb_FHW3: torch.Tensor) -> tuple[int, int]:
+def size_of(rgb_FHW3: torch.Tensor, factor_px: int = 28) -> tuple[int, int]:
     num_frames, height, width, _ = rgb_FHW3.shape
-    return frame_size_px(height, width, num_frames, NARROW)
+    return frame_size_px(height, width, num_frames, NARROW if factor_px == 28 else QWEN3, factor_px)
 
 
 def as_frames(rgb_FHW3: torch.Tensor) -> Frames:
@@ -87,14 +105,21 @@ def as_frames(rgb_FHW3: torch.Tensor) -> Frames:
     return Frames(rgb_FHW3, torch.arange(num_frames) / 2.0, 2.0, num_frames / 2, reader="none")
 
 
-def resized(rgb_FHW3: torch.Tensor) -> torch.Tensor:
-    return torch.stack([resize_frame(rgb_HW3, *size_of(rgb_FHW3)) for rgb_HW3 in rgb_FHW3])
+def resized(rgb_FHW3: torch.Tensor, factor_px: int = 28) -> torch.Tensor:
+    return torch.stack([resize_frame(rgb_HW3, *size_of(rgb_FHW3, factor_px)) for rgb_HW3 in rgb_FHW3])
 
 
 RANDOM_SIZES = random_sizes(3000)
+# Qwen3-VL's processor scales frames below 32 px up to that first; ours and qwen-vl-utils hold the rounding there
+RANDOM_SIZES_3 = random_sizes(1500, least_px=32)
 THIN_SIZES = [(5, 1000), (10, 1000), (14, 1000), (14, 400), (10, 280)]
 SAMPLES = [(n, rate, fps, 4, 768) for n in LENGTHS for rate in RATES for fps in (0.3, 1.0, 2.0, 4.0)]
 # Up, down, up and down, odd count of frames, and frames that have their size already
+QUESTION, RATE, INDICES = "when does it roll?", 29.97, (0, 15, 97, 210)  # frames of a file, unevenly taken
+TEXT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    f"<|vision_start|><|video_pad|><|vision_end|>{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+)
 RAW_SHAPES = [(4, 90, 120), (4, 360, 480), (3, 200, 101), (2, 480, 854), (4, 112, 140)]
 
 
@@ -107,9 +132,13 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     ready = [resized(clip) for clip in noises]
     questions: Questions = {
         "sizes": [(h, w, n, settings_of(tokens)) for h, w, n, tokens in RANDOM_SIZES]
-        + [(h, w, 4, settings_of(4000)) for h, w in THIN_SIZES],
+        + [(h, w, 4, settings_of(4000)) for h, w in THIN_SIZES]
+        + [(h, w, n, settings_of_qwen3(c, n)) for c in (QWEN3, QWEN3_CAPPED) for h, w, n, _ in RANDOM_SIZES_3],
         "samples": SAMPLES,
-        "clips": [(clip, settings_of(4000)) for clip in (*photos, *noises)] + [(clip, None) for clip in ready],
+        "clips": [(clip, settings_of(4000)) for clip in (*photos, *noises)]
+        + [(clip, {"patch_size": 14}) for clip in ready]
+        + [(clip, settings_of_qwen3(QWEN3, len(clip))) for clip in (*photos, *noises)],
+        "prompts": [(TEXT, resized(noises[0], 32), RATE, list(INDICES))],
         "resizes": [(clip, size_of(clip)) for clip in (*photos, *noises)],
     }
     torch.save(questions, folder / "questions.pt")
@@ -135,7 +164,7 @@ def test_sizes_are_those_of_the_processor(answers: Answers) -> None:
 
 def test_thin_strips_follow_the_original(answers: Answers) -> None:
     """qwen-vl-utils holds the first rounding at 28 px; the processor rounds to 0 and then scales up."""
-    theirs = answers["sizes"][len(RANDOM_SIZES) :]
+    theirs = answers["sizes"][len(RANDOM_SIZES) :][: len(THIN_SIZES)]
     assert theirs == [(28, 1596), (28, 1120), (28, 952), (28, 616), (28, 616)]
     assert [frame_size_px(h, w, 4, NARROW) for h, w in THIN_SIZES] == [
         (28, 1008),
@@ -165,7 +194,7 @@ def test_numbers_of_frames_and_rates_are_those_of_the_processor(answers: Answers
 
 
 def test_frames_of_the_right_size_give_the_same_bits(answers: Answers) -> None:
-    for shape, (values_PC, grid_thw) in zip(RAW_SHAPES, answers["clips"][2 * len(RAW_SHAPES) :], strict=True):
+    for shape, (values_PC, grid_thw) in zip(RAW_SHAPES, answers["clips"][2 * len(RAW_SHAPES) :], strict=False):
         patches = to_patches(as_frames(resized(noise(*shape))))
         assert list(patches.grid_thw) == grid_thw
         assert torch.equal(patches.values_PC, values_PC)
@@ -177,6 +206,40 @@ def test_raw_frames_give_the_same_bits(answers: Answers) -> None:
         patches = to_patches(as_frames(resized(rgb_FHW3)))
         assert list(patches.grid_thw) == grid_thw
         assert torch.equal(patches.values_PC, values_PC)
+
+
+def test_qwen3_vl_sizes_are_those_of_its_processor(answers: Answers) -> None:
+    """But where its floats are off by one rounding, or its whole pixels a frame cut a fraction off."""
+    theirs = iter(answers["sizes"][len(RANDOM_SIZES) + len(THIN_SIZES) :])
+    for config in (QWEN3, QWEN3_CAPPED):
+        num_differing = 0
+        for height, width, num_frames, _ in RANDOM_SIZES_3:
+            ours = frame_size_px(height, width, num_frames, config, 32)
+            num_differing += ours != next(theirs)
+        assert num_differing <= 3
+
+
+def test_qwen3_vl_patches_have_the_same_bits(answers: Answers) -> None:
+    raw = [make(*shape) for make in (photo_like, noise) for shape in RAW_SHAPES]
+    for rgb_FHW3, (values_PC, grid_thw) in zip(raw, answers["clips"][3 * len(RAW_SHAPES) :], strict=True):
+        patches = to_patches(as_frames(resized(rgb_FHW3, 32)), video_format=QWEN3_VL)
+        assert list(patches.grid_thw) == grid_thw and values_PC.shape[1] == QWEN3_VL.patch_values == 1536
+        assert torch.equal(patches.values_PC, values_PC)
+
+
+def test_qwen3_vl_prompts_have_the_ids_of_its_processor(answers: Answers) -> None:
+    """transformers 5 puts times and blocks between the two tokens of the template, where 4.57, with which the
+    checkpoints were published, puts them in their place: two tokens more, the first and the last of the video."""
+    frames = as_frames(resized(noise(*RAW_SHAPES[0]), 32))
+    frames = replace(frames, times_s=torch.tensor(INDICES, dtype=torch.float64) / RATE)
+    patches = to_patches(frames, video_format=QWEN3_VL)
+    example = Example("e", "ask", "/v.mp4", QUESTION, 8.0, IntervalTruth(((1.0, 2.0),)))
+    tasks: Any = {"ask": SimpleNamespace(question=lambda example: example.query)}
+    builder = PromptBuilder(load_tokenizer("tiny"), tasks, lambda _: patches, video_first=True, writes_times=True)
+    ids, special = answers["prompts"][0], builder.special_ids
+    first, last = ids.index(special.vision_start), len(ids) - 1 - ids[::-1].index(special.vision_end)
+    assert ids[last - 1] == special.vision_end
+    assert builder.build(example).token_ids_L.tolist() == [*ids[:first], *ids[first + 1 : last], *ids[last + 1 :]]
 
 
 @pytest.mark.parametrize("kind", ["photo", "noise"])

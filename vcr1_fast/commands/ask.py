@@ -57,7 +57,8 @@ def ask_command(asked: Asked, overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(f"there is no video {asked.video}")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
         model = named_model(asked.model)
-    config = model.put_into(_settings(load_settings(Config, model.settings, overrides)))
+    of_model = [*overrides, f"--model.path={model.path}"]  # its defaults where nothing else is said
+    config = model.put_into(_settings(load_settings(Config, model.settings, of_model)))
     tasks = {PlainQuestion.name: PlainQuestion(config.task), **make_tasks(config.task, judge=config.judge)}
     with contextlib.closing(open_reader(replace(config.video, reader="pyav"))) as reader:
         probe = reader.probe(str(Path(asked.video).expanduser().absolute()))

@@ -1,4 +1,4 @@
-"""`make demo`: the whole job on any machine. Writes clips, trains the tiny model with GRPO, prints before and after.
+"""`make demo`: the whole job on any machine. Writes clips, trains a tiny model with GRPO, prints before and after.
 
 The same loop, packing and objective as a 7B run; only the model and the clips are small. `make demo-full` takes more
 clips and steps, those of the packaged settings.
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from vcr1_fast.cli import exit_code_of
 from vcr1_fast.report import PAGE
+from vcr1_fast.run.model_folder import PACKAGED
 from vcr1_fast.run.telemetry import console, say
 from vcr1_fast.settings.config import Config, DataFile
 from vcr1_fast.settings.io import load_settings
@@ -30,16 +31,17 @@ NUM_TRAIN, NUM_EVAL = 48, 16  # clips of each kind
 DEMO_KINDS: tuple[Kind, ...] = ("grounding", "tracking")  # of the clips that the packaged settings train on
 
 
-def demo(folder: Path, seed: int, is_full: bool = False) -> dict[str, Any] | None:
+def demo(folder: Path, seed: int, is_full: bool = False, model: str = "tiny") -> dict[str, Any] | None:
     """Run it; returns the summary whose JSON is the last line, None where a terminal got a table instead.
 
     Args:
         folder: receives data/ and run/; what an earlier demo left there is replaced.
         seed: of the data order and the sampling.
         is_full: all steps and clips of the packaged settings; the gain is then larger.
+        model: a packaged one.
     """
     began = time.perf_counter()
-    synth, config = settings(folder, seed, is_full)
+    synth, config = settings(folder, seed, is_full, model)
     shutil.rmtree(folder / "run", ignore_errors=True)
     from vcr1_fast.synth.dataset import write_dataset
 
@@ -57,10 +59,10 @@ def demo(folder: Path, seed: int, is_full: bool = False) -> dict[str, Any] | Non
     return None if console.is_terminal else {"seconds": seconds, "tasks": tasks, "run": str(run)}
 
 
-def settings(folder: Path, seed: int, is_full: bool = False) -> tuple[SynthConfig, Config]:
+def settings(folder: Path, seed: int, is_full: bool = False, model: str = "tiny") -> tuple[SynthConfig, Config]:
     """The packaged settings of clips and training, moved into `folder`, with fewer clips and steps unless `is_full`."""
-    synth = load_settings(SynthConfig, "tiny", [])
-    config = load_settings(Config, "tiny", [])
+    synth = load_settings(SynthConfig, model, [])
+    config = load_settings(Config, model, [])
     if not is_full:
         synth = replace(synth, num_train=NUM_TRAIN, num_eval=NUM_EVAL)
         config = replace(config, train=replace(config.train, num_steps=NUM_STEPS))
@@ -103,13 +105,17 @@ def _table(tasks: Mapping[str, Mapping[str, float | None]], seconds: float) -> T
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make demo", description="Train the tiny model on synthetic clips.")
-    parser.add_argument("--folder", type=Path, default=None, help="where data and run go (default: runs/demo)")
+    parser = argparse.ArgumentParser(prog="make demo", description="Train a tiny model on synthetic clips.")
+    parser.add_argument("--model", choices=sorted(PACKAGED), default="tiny", help="tiny: Qwen2.5-VL, tiny3: Qwen3-VL")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where data and run go (default: runs/demo, runs/demo-tiny3)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of data order and sampling")
     parser.add_argument("--full", action="store_true", help="more clips and steps: `make demo-full`, to runs/demo-full")
     arguments = parser.parse_args()
-    folder = arguments.folder or Path("runs", "demo-full" if arguments.full else "demo")
-    raise SystemExit(exit_code_of(lambda: demo(folder, arguments.seed, arguments.full)))
+    name = "demo" + ("-full" if arguments.full else "") + (f"-{arguments.model}" if arguments.model != "tiny" else "")
+    folder = arguments.folder or Path("runs", name)
+    raise SystemExit(exit_code_of(lambda: demo(folder, arguments.seed, arguments.full, arguments.model)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from vcr1_fast import __version__
 from vcr1_fast.commands.version import CHECKOUT, commit_of
 from vcr1_fast.run.terminal import console
 
-TINY_FOLDER = Path(__file__).parents[1] / "tiny"
 TINY_FILES = ("train.yaml", "synth.yaml", "config.json", "model.safetensors", "tokenizer.json")
 SGLANG_MIN = (0, 5, 17)
 SGLANG_LIMIT_S = 300.0  # an import takes 10 s of CPU, 25 the first time
@@ -290,16 +289,21 @@ def _tensorboard() -> str:
     return _load("torch.utils.tensorboard", "tensorboard")
 
 
-def _tiny_model() -> str:
-    missing = [name for name in TINY_FILES if not (TINY_FOLDER / name).is_file()]
-    if missing:
-        raise UnusableError(f"{', '.join(missing)} missing in {TINY_FOLDER}")
+def _tiny_models() -> str:
     from safetensors import safe_open
 
-    with safe_open(TINY_FOLDER / "model.safetensors", framework="numpy") as weights:
-        num_tensors = len(list(weights.keys()))
-    size_bytes = sum((TINY_FOLDER / name).stat().st_size for name in TINY_FILES)
-    return f"{num_tensors} tensors, {size_bytes / 1e6:.1f} MB"
+    from vcr1_fast.run.model_folder import PACKAGED
+
+    found: list[str] = []
+    for model, folder in PACKAGED.items():
+        missing = [name for name in TINY_FILES if not (folder / name).is_file()]
+        if missing:
+            raise UnusableError(f"{', '.join(missing)} missing in {folder}")
+        with safe_open(folder / "model.safetensors", framework="numpy") as weights:
+            num_tensors = len(list(weights.keys()))
+        size_bytes = sum((folder / name).stat().st_size for name in TINY_FILES)
+        found.append(f"{model}: {num_tensors} tensors, {size_bytes / 1e6:.1f} MB")
+    return "; ".join(found)
 
 
 def _gloo() -> str:
@@ -359,7 +363,7 @@ COMPONENTS = (
     Component("decord", lambda: _load("decord", "decord"), "pip install decord (x86-64 only)"),
     Component("torchcodec", _torchcodec, "pip install -e '.[torchcodec]', and FFmpeg's shared libraries"),
     Component("tensorboard", _tensorboard, "pip install tensorboard", is_required=True),
-    Component("tiny model", _tiny_model, "reinstall the package: its data files are incomplete", is_required=True),
+    Component("tiny models", _tiny_models, "reinstall the package: its data files are incomplete", is_required=True),
     Component("torch.distributed gloo", _gloo, "a torch built with gloo; one process works without"),
     Component("torch.distributed nccl", _nccl, CUDA_TORCH + "; one process works without"),
     Component(

@@ -29,7 +29,7 @@ from vcr1_fast.learner.memory_sums import (
     video_bytes,
     video_tokens,
 )
-from vcr1_fast.learner.model_size import PATCH_VALUES, PATCHES_PER_TOKEN, ModelSize
+from vcr1_fast.learner.model_size import ModelSize
 from vcr1_fast.run.telemetry import progress
 from vcr1_fast.settings.config import Config, VideoConfig
 from vcr1_fast.settings.io import config_to_yaml
@@ -59,8 +59,8 @@ def measure(
     Raises FakeGpuError where no GPU can be played here, or when a case raises: then a run would, too.
     """
     blocks, rates = num_blocks(model), present_rates()
-    grid = worst_grid(config.video)
-    grids = {"rollout": grid, "evaluation": worst_grid(config.eval_video)}
+    grid = worst_grid(config.video, size.video.factor_px)
+    grids = {"rollout": grid, "evaluation": worst_grid(config.eval_video, size.video.factor_px)}
     num_rows = math.ceil(tokens.groups_per_gpu / tokens.groups_per_row)
     row = ((grid, (tokens.completion,) * config.rollout.group_size),) * tokens.groups_per_row
     updates = (row, row, row * 2) if num_rows > 1 else (row, row)  # the first one makes the optimizer's moments
@@ -92,10 +92,12 @@ def measure(
 _ONE_UPDATE = ("--algorithm.minibatches_per_rollout=1", "--optimizer.name=adamw")
 
 
-def worst_grid(config: VideoConfig) -> tuple[int, int, int]:
+def worst_grid(config: VideoConfig, factor_px: int) -> tuple[int, int, int]:
     """Patches of the clip with most tokens: frame pairs, rows, columns."""
-    num_frames = max(range(config.min_frames, config.max_frames + 1, 2), key=lambda n: video_tokens(n, config))
-    per_pair = video_tokens(num_frames, config) // (num_frames // 2)
+    num_frames = max(
+        range(config.min_frames, config.max_frames + 1, 2), key=lambda n: video_tokens(n, config, factor_px)
+    )
+    per_pair = video_tokens(num_frames, config, factor_px) // (num_frames // 2)
     rows = math.isqrt(per_pair)
     return num_frames // 2, 2 * rows, 2 * (per_pair // rows)
 
@@ -133,7 +135,7 @@ def _whole(
     update, peak = to_rows(one, two, num_rows), _with_moments(peak_of(two), config)
     width = 4 if config.model.compute_dtype == "float32" else 2
     engine = engine_bytes(config.rollout, size, width)
-    token_bytes = PATCHES_PER_TOKEN * PATCH_VALUES * 2
+    token_bytes = size.kept_token_bytes
     clips = token_bytes * tokens.prompt * config.train.prompts_per_step // num_gpus
     video = video_bytes(config)
     learner, lends = {kind: peak.kinds.get(kind, 0) for kind in ("weights", "moments")}, lends_memory(config.rollout)

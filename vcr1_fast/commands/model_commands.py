@@ -16,7 +16,9 @@ def run_ask(tokens: list[str]) -> object:
         description="Asks a model about a video, greedily by default; the answer is printed as it comes, and a JSON "
         "line says what was read in it. Settings are those of the run that made the model, and those given here.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder or id, a run, a checkpoint, or `tiny`")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face folder or id, a run, a checkpoint, `tiny`, `tiny3`"
+    )
     parser.add_argument("video", metavar="VIDEO", help="a file, or a folder of images")
     parser.add_argument("question", metavar="QUESTION", help="with --task the query alone, such as 'a dog barks'")
     parser.add_argument("--task", help="such as temporal_grounding; without it the question goes as it is")
@@ -98,7 +100,7 @@ def run_init(tokens: list[str]) -> object:
     parser.add_argument("out", metavar="OUT.yaml", help="file to write; it must not exist")
     parser.add_argument("--data", metavar="FILE", nargs="+", required=True, help="annotation files to train on")
     parser.add_argument("--eval", metavar="FILE", nargs="+", default=[], help="held-out annotation files")
-    parser.add_argument("--model", metavar="PATH", required=True, help="folder, id of the Hub, or `tiny`")
+    parser.add_argument("--model", metavar="PATH", required=True, help="folder, id of the Hub, `tiny` or `tiny3`")
     parser.add_argument("--gpus", metavar="N", type=int, help="0: a CPU; default: those of this machine")
     parser.add_argument("--videos", metavar="FOLDER", help="of the videos; default: that of each annotation file")
     options = parser.parse_args(tokens)

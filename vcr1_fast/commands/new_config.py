@@ -24,22 +24,23 @@ from vcr1_fast.learner.memory_sums import (
 from vcr1_fast.learner.model_size import ModelSize
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import load_config
+from vcr1_fast.settings.of_model import SGLANG_TYPES
+from vcr1_fast.video.formats import QWEN2_5_VL
 
 TINY_PARAMS = 10_000_000  # a model below is the packaged one, or a child of it
 LIMIT_GB = USABLE_FRAC * SMALLEST_GPU_GB
-TOKEN_PIXELS = 28 * 28
 PROMPTS_PER_STEP = 8
 MIN_STEPS = 100  # fewer updates at these learning rates change little
-CPU_MAX = {"rollout.max_new_tokens": 256, "rollout.group_size": 4, "video.total_pixels": 512 * TOKEN_PIXELS}
+CPU_MAX = {"rollout.max_new_tokens": 256, "rollout.group_size": 4, "video.total_pixels": 512}  # pixels: in tokens
 
 LORA = ("model.lora.rank", 32)
 LORA_LEARNING_RATE = 1e-5  # as in the packaged configuration for one GPU: ten times that of whole weights
-LOWER = (  # what is tried in turn where the worst step does not fit; the mildest first
+LOWER = (  # what is tried in turn where the worst step does not fit; the mildest first; video.total_pixels in tokens
     *(("train.tokens_per_microbatch", 16384), ("train.tokens_per_microbatch", 8192)),
     *(("rollout.max_batch_tokens", 32768), ("rollout.max_batch_tokens", 16384)),
-    *(("video.max_frames", 384), ("video.total_pixels", 2560 * TOKEN_PIXELS)),
-    *(("rollout.max_new_tokens", 768), ("video.total_pixels", 1792 * TOKEN_PIXELS), ("video.max_frames", 192)),
-    *(("rollout.max_new_tokens", 512), ("video.total_pixels", 896 * TOKEN_PIXELS), ("rollout.group_size", 4)),
+    *(("video.max_frames", 384), ("video.total_pixels", 2560)),
+    *(("rollout.max_new_tokens", 768), ("video.total_pixels", 1792), ("video.max_frames", 192)),
+    *(("rollout.max_new_tokens", 512), ("video.total_pixels", 896), ("rollout.group_size", 4)),
 )
 
 
@@ -137,9 +138,12 @@ def _data(facts: Facts) -> Choices:
 def _video(facts: Facts) -> Choices:
     fps = Config().video.fps
     chosen = {"video.fps": Choice(fps, "frames a second that the model sees")}
+    if facts.size.video.reads_times:
+        chosen["task.timestamps"] = Choice("text", "Qwen3-VL knows the time of frames from words in the prompt alone")
+    factor_px = facts.size.video.factor_px
     if facts.is_tiny:
-        pixels = _packaged("video.min_frame_pixels")
-        why = "the tiny model was taught on frames of 84 x 84 pixels and reads no others"
+        side = 3 * factor_px
+        pixels, why = side**2, f"the tiny model was taught on frames of {side} x {side} pixels and reads no others"
         return chosen | {
             "video.max_frames": Choice(_packaged("video.max_frames"), "the tiny model was taught on clips of 8 s"),
             "video.min_frame_pixels": Choice(pixels, why),
@@ -154,18 +158,19 @@ def _video(facts: Facts) -> Choices:
         frames = Choice(most, apart)
     else:
         frames = Choice(needed, f"all that the longest video has, {longest_s:,.0f} s")
-    pixels = Config().video.total_pixels
-    why = "of a whole video, shared out over its frames; 28 x 28 of two frames are a token"
+    pixels = Config().video.total_pixels // QWEN2_5_VL.factor_px**2 * factor_px**2
+    why = f"of a whole video, shared out over its frames; {factor_px} x {factor_px} of two frames are a token"
     return chosen | {"video.max_frames": frames, "video.total_pixels": Choice(pixels, why)}
 
 
 def _rollout(facts: Facts) -> Choices:
     chosen: Choices = {}
-    if facts.num_gpus and facts.sglang_python and not facts.is_tiny:
+    suits_sglang = facts.num_gpus and not facts.is_tiny and facts.size.model_type in SGLANG_TYPES
+    if suits_sglang and facts.sglang_python:
         chosen["rollout.engine"] = Choice("sglang", "found here; each rank starts one on its own GPU")
         chosen["rollout.sglang.python"] = Choice(facts.sglang_python, "SGLang has an environment of its own")
     else:
-        hint = "; SGLang is made for many long answers: make sglang" if facts.num_gpus and not facts.is_tiny else ""
+        hint = "; SGLang is made for many long answers: make sglang" if suits_sglang else ""
         chosen["rollout.engine"] = Choice("local", f"the model answers in the trainer's own process{hint}")
     new_tokens = _packaged("rollout.max_new_tokens") if facts.is_tiny else Config().rollout.max_new_tokens
     return chosen | {
@@ -217,7 +222,7 @@ def _loop(facts: Facts) -> Choices:
 def phases_gb(config: Config, size: ModelSize, num_gpus: int) -> dict[str, float]:
     """Worst-case GB on each GPU by phase, as `train --dry-run --fast` sums them."""
     config = with_recompute(config, size, num_gpus, SMALLEST_GPU_GB)
-    phases = plan_memory(config, size, plan_tokens(config, num_gpus), num_gpus).by_phase()
+    phases = plan_memory(config, size, plan_tokens(config, num_gpus, size.video.factor_px), num_gpus).by_phase()
     return {name: sum(parts.values()) for name, parts in phases.items()}
 
 
@@ -228,11 +233,12 @@ def _excess_gb(chosen: Choices, facts: Facts) -> float:
 
 def _fitted(chosen: Choices, facts: Facts) -> Choices:
     smallest = chosen
-    for key, value in LOWER:
+    steps = [(key, _setting(key, value, facts)) for key, value in LOWER]
+    for key, value in steps:
         smallest = _lowered(smallest, key, value)
     if _excess_gb(smallest, facts) > 0:
         chosen = _with_adapters(chosen, facts)
-    for key, value in LOWER:
+    for key, value in steps:
         excess = _excess_gb(chosen, facts)
         if excess == 0:
             return chosen
@@ -248,6 +254,11 @@ def _fitted(chosen: Choices, facts: Facts) -> Choices:
     )
 
 
+def _setting(key: str, value: int, facts: Facts) -> int:
+    """Of LOWER or CPU_MAX, whose pixels are in tokens."""
+    return value * facts.size.video.factor_px**2 if key == "video.total_pixels" else value
+
+
 def _lowered(chosen: Choices, key: str, value: int) -> Choices:
     if key not in chosen or chosen[key].value <= value:
         return chosen
@@ -259,7 +270,8 @@ def _lowered(chosen: Choices, key: str, value: int) -> Choices:
 def _with_adapters(chosen: Choices, facts: Facts) -> Choices:
     key, rank = LORA
     config = config_of(chosen)
-    static = plan_memory(config, facts.size, plan_tokens(config, facts.num_gpus), facts.num_gpus).static
+    tokens = plan_tokens(config, facts.num_gpus, facts.size.video.factor_px)
+    static = plan_memory(config, facts.size, tokens, facts.num_gpus).static
     needed = f"{sum(static.values()):.0f} GB a GPU before the first token"
     adapters = {key: Choice(rank, f"adapters (LoRA): all weights with their moments and an engine take {needed}")}
     adapters["optimizer.learning_rate"] = Choice(LORA_LEARNING_RATE, "ten times that of whole weights, a first guess")
@@ -270,7 +282,10 @@ def _for_cpu(chosen: Choices, facts: Facts) -> Choices:
     """A CPU has no 80 GB to fill but little speed: what is not the tiny model gets short answers and small frames."""
     if facts.is_tiny:
         return chosen
-    return chosen | {key: Choice(value, f"{chosen[key].why}; small, for a CPU") for key, value in CPU_MAX.items()}
+    return chosen | {
+        key: Choice(_setting(key, value, facts), f"{chosen[key].why}; small, for a CPU")
+        for key, value in CPU_MAX.items()
+    }
 
 
 def checkpoint_gb(chosen: Choices, size: ModelSize) -> float:

@@ -37,6 +37,7 @@ from vcr1_fast.run.hub import with_hub_config
 from vcr1_fast.run.telemetry import console, is_main_rank, say
 from vcr1_fast.settings.checks import check_settings
 from vcr1_fast.settings.config import Config, ConfigError
+from vcr1_fast.settings.of_model import check_model
 from vcr1_fast.tasks import make_tasks
 
 DEFAULT_NUM_GPUS = 8
@@ -57,7 +58,7 @@ def default_num_gpus(config: Config) -> int:
 def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = False) -> dict[str, Any]:
     """Prints the plan, returns what its JSON line says. `is_fast`: sums alone, at once.
 
-    Raises ConfigError when the settings do not fit that number of GPUs or the checkpoint is no Qwen2.5-VL.
+    Raises ConfigError when settings fit neither that number of GPUs nor the model, or its family is not known.
     """
     num_gpus = num_gpus or default_num_gpus(config)
     check_settings(config, "train", num_gpus)
@@ -65,8 +66,10 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
         config = with_hub_config(config)
     except ConfigError as error:  # without a network, or a model as yet, public sizes stand in, which the plan says
         say(str(error))
+    check_model(config)
     model, source = read_model_config(config.model.path)
-    size, tokens = model_size(model, source), plan_tokens(config, num_gpus)
+    size = model_size(model, source)
+    tokens = plan_tokens(config, num_gpus, size.video.factor_px)
     config = with_recompute(config, size, num_gpus, SMALLEST_GPU_GB)
     once = reduces_once(config, size, num_gpus, SMALLEST_GPU_GB)
     has_rows = num_gpus > 1 and tokens.groups_per_gpu > tokens.groups_per_row
@@ -82,7 +85,7 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
     staging = 0.0 if config.checkpoint.asynchronous is False else round(checkpoint_bytes(config, size) / 1e9, 2)
     if is_main_rank():
         say(f"model: {size.params:,} parameters ({source}); recomputed: {config.model.gradient_checkpointing}")
-        console.print(_token_table(config, tokens))
+        console.print(_token_table(config, tokens, size.video.factor_px))
         console.print(_memory_table(memory))
         _print_limits(phases, too_large)
         holds = "; ".join(f"{gpu}: {most:,}" for gpu, most in held.items())
@@ -174,10 +177,10 @@ def _print_prediction(measured: Measured, config: Config) -> None:
     )
 
 
-def _token_table(config: Config, tokens: TokenPlan) -> Table:
+def _token_table(config: Config, tokens: TokenPlan, factor_px: int) -> Table:
     table = Table("tokens", "", box=box.SIMPLE)
     table.add_column("", justify="right")
-    clips = ", ".join(f"{clip_tokens(s, config.video):,} of {s} s" for s in SHOWN_CLIPS_S)
+    clips = ", ".join(f"{clip_tokens(s, config.video, factor_px):,} of {s} s" for s in SHOWN_CLIPS_S)
     saved = tokens.unshared_group / tokens.group
     for name, note, value in (
         ("prompt", f"longest video and {TEXT_TOKENS} of text (video: {clips})", tokens.prompt),

@@ -40,7 +40,7 @@ def predict_command(rows: str, output: str, settings: str | None, overrides: lis
     if not file.parent.is_dir():
         raise UsageError(f"--output is {output}, but {file.parent} does not exist: make that folder")
     model = named_model(dict(read_overrides(overrides)).get("model.path") or _path_in(settings))
-    config = load_settings(Config, settings or model.settings, overrides)
+    config = load_settings(Config, settings or model.settings, [*overrides, f"--model.path={model.path}"])
     config = replace(model.put_into(config), video=config.eval_video)
     if config.eval.output_dir is None:
         config = replace(config, eval=replace(config.eval, output_dir=f"{file}.answers"))

@@ -78,7 +78,7 @@ def short_help(command: str, purpose: str, settings_class: type) -> str:
         f"usage: vcr1-fast {command} [CONFIG] [--section.field=value ...]",
         "",
         f"{purpose[0].upper()}{purpose[1:]}.",
-        "CONFIG is a YAML file, or `tiny`, the example in the package.",
+        "CONFIG is a YAML file, `tiny` or `tiny3` of the package.",
         "",
         "The settings that matter most, with their defaults:",
     ]

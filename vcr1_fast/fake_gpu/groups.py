@@ -9,6 +9,7 @@ import torch
 
 from vcr1_fast.learner.families.family import Grid, ModelFamily
 from vcr1_fast.types import Completion, Example, IntervalTruth, Patches, Prompt, RolloutGroup
+from vcr1_fast.video.formats import PATCHES_PER_TOKEN
 
 TEXT_TOKENS = 200  # beside the video: system message, question, ids around it
 
@@ -26,12 +27,12 @@ class GroupShape:
 def make_group(shape: GroupShape, family: ModelFamily, config: Any, device: torch.device) -> RolloutGroup:
     """A group of that shape, its pixels or features on `device` as a run's are; token values mean nothing."""
     t, h, w = shape.grid
-    num_video = t * h * w // family.patches_per_token
+    num_video = t * h * w // PATCHES_PER_TOKEN
     length, start = num_video + shape.text_tokens, shape.text_tokens // 2
     ids_L = torch.full((length,), 20)  # an id that stands for no picture
     ids_L[start : start + num_video] = family.video_token_id(config)
     rows = 0 if shape.has_features else t * h * w
-    values_PC = torch.zeros(rows, family.patch_values, dtype=torch.bfloat16, device=device)
+    values_PC = torch.zeros(rows, family.video.patch_values, dtype=torch.bfloat16, device=device)
     features_MW = None
     if shape.has_features:
         features_MW = torch.zeros(num_video, family.feature_width(config), dtype=torch.bfloat16, device=device)

@@ -25,7 +25,7 @@ from vcr1_fast.fake_gpu.meter import Meter
 from vcr1_fast.fake_gpu.mode import FakeGpu
 from vcr1_fast.learner import step, update_rows
 from vcr1_fast.learner.families import family_of
-from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
+from vcr1_fast.learner.families.family import ModelFamily
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.sharding import World
@@ -89,7 +89,7 @@ class FakeLearner:
         began_s = time.perf_counter()
         gpu.meter.start()
         gpu.meter.enter("load", "load")
-        with tempfile.TemporaryDirectory() as folder, _marking(gpu):
+        with tempfile.TemporaryDirectory() as folder, _marking(gpu, self.family):
             write_checkpoint(Path(folder), hf_config)
             config = replace(config, model=replace(config.model, path=folder))
             self.learner = step.Learner(config, World(0, num_gpus, 0, DEVICE), 100, kernels)
@@ -115,7 +115,7 @@ class FakeLearner:
         began_s = time.perf_counter()
         self.gpu.meter.start()
         others = (_replaced(step, "all_max_int", on_all_ranks), _replaced(update_rows, "gather_sizes", of_all_ranks))
-        with _marking(self.gpu), others[0], others[1]:
+        with _marking(self.gpu, self.family), others[0], others[1]:
             if teaches:
                 self.learner.update_sft(groups)
             else:
@@ -131,7 +131,7 @@ def _local(tensor: Any) -> Any:
 
 
 @contextmanager
-def _marking(gpu: FakeGpu) -> Iterator[None]:
+def _marking(gpu: FakeGpu, family: ModelFamily) -> Iterator[None]:
     """Tell the meter which part of an update runs."""
     meter = gpu.meter
 
@@ -184,8 +184,8 @@ def _marking(gpu: FakeGpu) -> Iterator[None]:
     with (
         _replaced(PolicyModel, "device_batch", during("batch", "batch", ("decoder forward", "activations"))),
         _replaced(PolicyModel, "__call__", during("decoder forward", "activations", ("decoder backward", "backward"))),
-        _replaced(Qwen25VL, "run_tower", run_tower),
-        _replaced(Qwen25VL, "decode", decode),
+        _replaced(type(family), "run_tower", run_tower),
+        _replaced(type(family), "decode", decode),
         _replaced(step, "clip_grad_norm", during("optimizer", "optimizer", ("optimizer", "moments"))),
     ):
         yield

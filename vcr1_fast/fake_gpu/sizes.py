@@ -26,5 +26,8 @@ def with_blocks(config: Mapping[str, Any], layers: int, windowed: int, full: int
     if kinds:
         text["layer_types"] = [kinds[index % len(kinds)] for index in range(layers)]
     tower["depth"] = windowed + full
-    tower["fullatt_block_indexes"] = list(range(windowed, windowed + full))
+    if "deepstack_visual_indexes" in tower:  # whole frames in all blocks; as many of them give features
+        tower["deepstack_visual_indexes"] = list(range(len(tower["deepstack_visual_indexes"])))
+    else:
+        tower["fullatt_block_indexes"] = list(range(windowed, windowed + full))
     return changed

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout, prefix_attention
 
-PREFIX_ATTENTION = "vcr1_prefix"
+PREFIX_ATTENTION, CAUSAL_ATTENTION = "vcr1_prefix", "vcr1_causal"
 
 
 def packed_attention(
@@ -49,3 +50,9 @@ def use_packed_attention(decoder: Any) -> None:
     """Switch a decoder to packed rows; the vision tower keeps its own attention."""
     AttentionInterface.register(PREFIX_ATTENTION, packed_attention)
     decoder.config._attn_implementation = PREFIX_ATTENTION
+
+
+def use_causal_attention(decoder: Any) -> None:
+    """Switch a decoder to whole prompts, by torch's own attention: under a name for which no [L, L] mask is built."""
+    AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
+    decoder.config._attn_implementation = CAUSAL_ATTENTION

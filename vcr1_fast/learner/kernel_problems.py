@@ -25,6 +25,7 @@ from vcr1_kernels.prefix_attention import AttentionBackend, PrefixGroup, PrefixL
 from vcr1_kernels.varlen_attention import varlen_attention
 
 from vcr1_fast.learner.kernel_choice import on_device
+from vcr1_fast.video.formats import FORMATS
 
 Outputs = dict[str, Tensor]
 VOCAB_STEP = 8192  # two blocks of the row kernels; 152,064 entries would be 4.4 GB of float64 for a 7B head
@@ -255,12 +256,14 @@ def tower_problem(shapes: Shapes, device: torch.device) -> Problem:
 
 def patchify_problem(shapes: Shapes, device: torch.device) -> Problem:
     """An odd number of frames, so that the last one is repeated."""
-    generator = torch.Generator().manual_seed(0)
-    rgb_FHW3 = torch.randint(0, 256, (5, 84, 140, 3), generator=generator, dtype=torch.uint8).to(device)
+    video, generator = FORMATS[shapes.model_type], torch.Generator().manual_seed(0)
+    size = (5, 3 * video.factor_px, 5 * video.factor_px, 3)
+    rgb_FHW3 = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(device)
+    cut: Any = {"patch_px": video.patch_px, "mean": video.mean, "std": video.std}
     return Problem(
-        run=lambda way: {"patches": patchify(rgb_FHW3, shapes.dtype, backend=cast(Backend, way))},
-        plain=lambda: {"patches": reference.patchify(rgb_FHW3, shapes.dtype)},
-        exact=lambda: {"patches": reference.patchify(rgb_FHW3, torch.float64)},
+        run=lambda way: {"patches": patchify(rgb_FHW3, shapes.dtype, **cut, backend=cast(Backend, way))},
+        plain=lambda: {"patches": reference.patchify(rgb_FHW3, shapes.dtype, **cut)},
+        exact=lambda: {"patches": reference.patchify(rgb_FHW3, torch.float64, **cut)},
     )
 
 

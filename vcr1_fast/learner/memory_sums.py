@@ -19,13 +19,14 @@ from vcr1_kernels.head_chunks import head_peak_bytes
 
 from vcr1_fast.learner.adamw_8bit import MOMENT_BYTES
 from vcr1_fast.learner.freezing import num_trained
-from vcr1_fast.learner.model_size import PATCH_VALUES, PATCHES_PER_TOKEN, ModelSize, read_model_size
+from vcr1_fast.learner.model_size import ModelSize, read_model_size
 from vcr1_fast.learner.recompute import RECOMPUTE, Recompute
 from vcr1_fast.learner.sharding import TOWER_PARTS_TOGETHER
 from vcr1_fast.rollout.sgl import memory as sglang_memory
 from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, RolloutConfig, VideoConfig
+from vcr1_fast.video.formats import PATCHES_PER_TOKEN, QWEN2_5_VL
 from vcr1_fast.video.gpu_decoding import decoding_bytes
-from vcr1_fast.video.resolution import FACTOR_PX, max_pixels_per_frame
+from vcr1_fast.video.resolution import max_pixels_per_frame
 
 GPUS_GB = {"80 GB (A100, H100)": 80.0, "141 GB (H200)": 141.0}
 SMALLEST_GPU_GB = min(GPUS_GB.values())
@@ -42,24 +43,24 @@ TEXT_TOKENS = 256  # system message, question and options; the longest of NExT-G
 TIME_TOKENS = 11  # "<1234.5 seconds>" with a digit a token, and the two ids around a pair of frames
 
 
-def video_tokens(num_frames: int, config: VideoConfig) -> int:
-    """Most tokens of a video of so many frames: frame pairs x floor(pixels of a frame / 28^2).
+def video_tokens(num_frames: int, config: VideoConfig, factor_px: int = QWEN2_5_VL.factor_px) -> int:
+    """Most tokens of a video of so many frames: frame pairs x floor(pixels of a frame / factor_px^2).
 
     Frames smaller than video.min_frame_pixels are scaled up and may come out a few tokens larger.
     """
-    return num_frames // 2 * math.floor(max_pixels_per_frame(num_frames, config) / FACTOR_PX**2)
+    return num_frames // 2 * math.floor(max_pixels_per_frame(num_frames, config) / factor_px**2)
 
 
-def clip_tokens(duration_s: float, config: VideoConfig) -> int:
+def clip_tokens(duration_s: float, config: VideoConfig, factor_px: int = QWEN2_5_VL.factor_px) -> int:
     """Most tokens of a clip: its frames at video.fps, held between min_frames and max_frames, even."""
     num_frames = min(max(duration_s * config.fps, config.min_frames), config.max_frames)
-    return video_tokens(math.floor(num_frames / 2) * 2, config)
+    return video_tokens(math.floor(num_frames / 2) * 2, config, factor_px)
 
 
-def max_video_tokens(config: VideoConfig) -> int:
-    """Of all lengths. More than total_pixels / 28^2 where many frames meet min_frame_pixels: 768 frames of 16 tokens a
-    pair are 6,144, not 3,584."""
-    return max(video_tokens(n, config) for n in range(config.min_frames, config.max_frames + 1, 2))
+def max_video_tokens(config: VideoConfig, factor_px: int = QWEN2_5_VL.factor_px) -> int:
+    """Of all lengths. More than total_pixels / factor_px^2 where many frames meet min_frame_pixels: 768 frames of 16
+    tokens a pair are 6,144, not 3,584."""
+    return max(video_tokens(n, config, factor_px) for n in range(config.min_frames, config.max_frames + 1, 2))
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,11 @@ class TokenPlan:
     scored_rows: int  # rows of the head in one micro-batch
 
 
-def plan_tokens(config: Config, num_gpus: int) -> TokenPlan:
-    """Groups go into rows of at most train.tokens_per_microbatch; a larger group has a row of its own."""
+def plan_tokens(config: Config, num_gpus: int, factor_px: int = QWEN2_5_VL.factor_px) -> TokenPlan:
+    """Groups go into rows of at most train.tokens_per_microbatch; a larger group has a row of its own. `factor_px`: of
+    the model's `VideoFormat`."""
     size, completion = config.rollout.group_size, config.rollout.max_new_tokens
-    video = max_video_tokens(config.video)
+    video = max_video_tokens(config.video, factor_px)
     prompt = video + _text_tokens(config, config.video)
     group = prompt + size * (completion - 1)
     per_gpu = config.train.prompts_per_step // config.algorithm.minibatches_per_rollout // num_gpus
@@ -89,7 +91,7 @@ def plan_tokens(config: Config, num_gpus: int) -> TokenPlan:
     return TokenPlan(
         video=video,
         prompt=prompt,
-        eval_prompt=max_video_tokens(config.eval_video) + _text_tokens(config, config.eval_video),
+        eval_prompt=max_video_tokens(config.eval_video, factor_px) + _text_tokens(config, config.eval_video),
         completion=completion,
         group=group,
         unshared_group=size * (prompt + completion - 1),
@@ -136,7 +138,8 @@ def reduces_once(config: Config, size: ModelSize, num_gpus: int, gpu_gb: float) 
     """
     if config.train.reduce_gradients != "auto":
         return config.train.reduce_gradients == "once"
-    tokens, config = plan_tokens(config, num_gpus), with_recompute(config, size, num_gpus, gpu_gb)
+    tokens = plan_tokens(config, num_gpus, size.video.factor_px)
+    config = with_recompute(config, size, num_gpus, gpu_gb)
     if num_gpus == 1 or tokens.groups_per_gpu <= tokens.groups_per_row:
         return True
     update = plan_memory(config, size, tokens, num_gpus).by_phase()["update"]
@@ -148,7 +151,7 @@ def with_recompute(config: Config, size: ModelSize, num_gpus: int, gpu_gb: float
     update fits, else the smallest one."""
     if config.model.gradient_checkpointing != "auto":
         return config
-    tokens = plan_tokens(config, num_gpus)
+    tokens = plan_tokens(config, num_gpus, size.video.factor_px)
     modes = [replace(config, model=replace(config.model, gradient_checkpointing=mode)) for mode in RECOMPUTE]
     updates = (plan_memory(mode, size, tokens, num_gpus).by_phase()["update"] for mode in modes)
     fits = (sum(update.values()) <= USABLE_FRAC * gpu_gb for update in updates)
@@ -160,7 +163,8 @@ def check_memory(config: Config, num_gpus: int, gpu_gb: float) -> None:
 
     A number in train.max_group_tokens is believed: what is larger is not run, and the rest is the user's to know.
     """
-    size, tokens = read_model_size(config.model.path), plan_tokens(config, num_gpus)
+    size = read_model_size(config.model.path)
+    tokens = plan_tokens(config, num_gpus, size.video.factor_px)
     config = with_recompute(config, size, num_gpus, gpu_gb)
     phases = plan_memory(config, size, tokens, num_gpus).by_phase()
     needed = {phase: sum(parts.values()) for phase, parts in phases.items()}
@@ -341,13 +345,17 @@ def decoder_bytes(size: ModelSize, num_tokens: int, mode: Recompute, has_kernels
         kept  = layers x layer;  full: layers x 2 D
         selective: layers x (4 D + 4 H + 4 I): the layer's input, and what attention and products that widen gave
 
-    Without kernels (model.kernels=off) 8 D + 2 I more: a norm's row in float32 and scaled, the gate's activation.
+    Qwen3's norms of queries and keys keep what they are given: 2 H + 2 K more, in each of the three.
+    Without kernels (model.kernels=off) 8 D + 2 I more: a norm's row in float32 and scaled, the gate's activation; in
+    Qwen3 4 H + 4 K for those two norms.
     An estimate from the operators' saved tensors; on one GPU the residual is float32 and takes 4 D more a layer.
     """
     d = size.hidden
     layer = num_tokens * (8 * d + 4 * size.heads_width + 4 * size.key_width + 6 * size.mlp)
-    layer += 0 if has_kernels else num_tokens * (8 * d + 2 * size.mlp)
-    wide = 4 * d + 4 * size.heads_width + 4 * size.mlp
+    heads = size.heads_width + size.key_width if size.is_qwen3 else 0  # that have norms
+    layer += num_tokens * 2 * heads
+    layer += 0 if has_kernels else num_tokens * (8 * d + 2 * size.mlp + 4 * heads)
+    wide = 4 * d + 4 * size.heads_width + 4 * size.mlp + 2 * heads
     kept = {"none": layer, "selective": num_tokens * wide, "full": num_tokens * 2 * d}[mode]
     return size.layers * kept, 0 if mode == "none" else layer
 
@@ -358,18 +366,24 @@ def tower_bytes(size: ModelSize, tokens: TokenPlan, config: Config) -> tuple[int
         block = 20 d + 6 i                   per patch (4 to a video token, all videos of a row at once): as in the
                                              decoder, with q and k kept before their rotation as well as after;
                                              without kernels 30 d + 8 i
-        kept  = 2352 + depth x block;  full: 2352 + depth x 2 d;  selective: 2352 + depth x (12 d + 4 i);
+        kept  = 2 C + depth x block;  full: 2 C + depth x 2 d;  selective: 2 C + depth x (12 d + 4 i);
         frozen: one block, before the decoder
 
-    2352 bytes are the pixels of a patch, which the gradient of the patch embedding needs.
+    2 C bytes are the pixels of a patch, which the gradient of the patch embedding needs. Qwen3-VL's MLP has no gate, 2
+    i less each, and its norms keep no more without kernels: 22 d + 4 i. Its features for inner layers are 2 D a layer
+    and video token. Mergers are left out.
     """
     num_patches = tokens.groups_per_row * tokens.video * PATCHES_PER_TOKEN
-    d, block = size.tower_width, num_patches * (20 * size.tower_width + 6 * size.tower_mlp)
-    block += num_patches * (10 * d + 2 * size.tower_mlp) if config.model.kernels == "off" else 0
+    d, gate = size.tower_width, 0 if size.is_qwen3 else 2 * size.tower_mlp
+    block = num_patches * (20 * d + 4 * size.tower_mlp + gate)
+    if config.model.kernels == "off":
+        block += num_patches * (2 * d if size.is_qwen3 else 10 * d + 2 * size.tower_mlp)
     if config.model.is_tower_frozen:
         return 0, block
-    pixels, mode = num_patches * 2 * PATCH_VALUES, _recompute(config)
-    kept = {"none": block, "selective": num_patches * (12 * d + 4 * size.tower_mlp), "full": num_patches * 2 * d}[mode]
+    features = size.num_deepstack * 2 * size.hidden // PATCHES_PER_TOKEN  # of a patch
+    pixels, mode = num_patches * (2 * size.video.patch_values + features), _recompute(config)
+    wide = num_patches * (12 * d + 2 * size.tower_mlp + gate)
+    kept = {"none": block, "selective": wide, "full": num_patches * 2 * d}[mode]
     return pixels + size.tower_depth * kept, 0 if mode == "none" else block
 
 

@@ -83,9 +83,9 @@ def tower_rotary(query_PHC: Tensor, key_PHC: Tensor, cos_PC: Tensor, sin_PC: Ten
 def use_operators(model: nn.Module, operators: ModelOperators, kernels: Collection[str]) -> None:
     """Switches modules of `model` (a whole one, or a tower alone) to `kernels`, of norm, mlp and rotary.
 
-    Raises RuntimeError where an attention looks its rotary function up under no known name, or a kernel fits no module:
-    what a run says at its start would not be so. (Qwen3-VL's tower alone has neither norm nor MLP of these kinds: to be
-    let through before `families.MODEL_TYPES` takes the family in.)
+    Raises RuntimeError where an attention looks its rotary function up under no known name, or a kernel of a whole
+    model fits no module: what a run says at its start would not be so. A tower alone may have neither norm nor MLP of
+    these kinds, as Qwen3-VL's has.
     """
     rotary_calls = {operators.text: text_rotary, operators.tower: tower_rotary}
     forwards: dict[str, dict[type[nn.Module], Callable[..., Any]]] = {
@@ -95,9 +95,10 @@ def use_operators(model: nn.Module, operators: ModelOperators, kernels: Collecti
         if "rotary" in kernels
         else {},
     }
+    is_whole = any(isinstance(module, operators.text.attention) for module in model.modules())
     for kernel in kernels:
         fitting = [m for m in model.modules() if type(m) in forwards[kernel] and _has_silu(m)]
-        if not fitting:
+        if not fitting and (is_whole or kernel == "rotary"):
             raise RuntimeError(f"{type(model).__name__} has no module for the kernel {kernel}: set model.kernels=off")
         for module in fitting:
             module.forward = MethodType(forwards[kernel][type(module)], module)

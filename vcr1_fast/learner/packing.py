@@ -15,6 +15,7 @@ from vcr1_kernels.prefix_attention import PrefixGroup
 
 from vcr1_fast.learner.families.family import ModelFamily
 from vcr1_fast.types import Completion, PackedBatch, Patches, RolloutGroup
+from vcr1_fast.video.formats import PATCHES_PER_TOKEN
 
 
 def num_fed_tokens(completion: Completion) -> int:
@@ -117,9 +118,9 @@ def placeholder(
     """
     ids = torch.tensor([family.video_token_id(config)])
     where: Any = {"device": device, "dtype": dtype}
-    pixels = torch.zeros(0 if has_features else family.patches_per_token, family.patch_values, **where)
+    pixels = torch.zeros(0 if has_features else PATCHES_PER_TOKEN, family.video.patch_values, **where)
     features_MW = torch.zeros(1, family.feature_width(config), **where) if has_features else None
-    side = math.isqrt(family.patches_per_token)
+    side = math.isqrt(PATCHES_PER_TOKEN)
     return PackedBatch(
         token_ids_T=ids,
         position_ids_3T=torch.zeros(3, 1, dtype=torch.long),

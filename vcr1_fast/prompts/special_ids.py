@@ -1,4 +1,4 @@
-"""The ids of Qwen2.5-VL's special tokens, looked up by name in the tokenizer, for prompt builder and engines."""
+"""The ids of Qwen's special tokens, looked up by name in the tokenizer, for prompt builder and engines."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SpecialIds:
         if missing:
             name = tokenizer.name_or_path or type(tokenizer).__name__
             raise ConfigError(
-                f"the tokenizer {name} has no token {', '.join(missing)}: use the tokenizer of a Qwen2.5-VL checkpoint"
+                f"the tokenizer {name} has no token {', '.join(missing)}: use the tokenizer of the checkpoint"
             )
         return cls(**{name: vocabulary[text] for name, text in TOKEN_TEXT.items()})
 

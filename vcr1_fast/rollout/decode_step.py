@@ -21,11 +21,14 @@ from vcr1_fast.rollout.grouped_cache import GroupedCache
 from vcr1_fast.types import RunError
 
 _PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_WEIGHTS = {
-    *(f"{name}.{part}" for name in _PROJECTIONS for part in ("weight", "bias")),
+_COMMON = {
+    *(f"{name}.weight" for name in _PROJECTIONS),
     *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
     *("self_attn.o_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight"),
 }
+_BIASES = {f"{name}.bias" for name in _PROJECTIONS}
+_HEAD_NORMS = {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+_WEIGHTS = {"Qwen2.5": _COMMON | _BIASES, "Qwen3": _COMMON | _HEAD_NORMS}
 
 
 class DecodeStep:
@@ -33,7 +36,7 @@ class DecodeStep:
 
     def __init__(self, decoder: Any, head: Any) -> None:
         """Lays projections of the same input behind one another in memory. Raises ValueError for layers of another
-        kind than Qwen2.5's."""
+        kind than Qwen2.5's and Qwen3's."""
         self._embed, self._rotary, self._head = decoder.embed_tokens, decoder.rotary_emb, head
         self._layers = [_Layer(layer) for layer in decoder.layers]
         self._norm = decoder.norm
@@ -95,14 +98,17 @@ class _Layer:
 
     def __init__(self, layer: Any) -> None:
         names = {name for name, _ in layer.named_parameters()}
-        if names != _WEIGHTS:
+        if names not in _WEIGHTS.values():
             raise ValueError(
-                f"a decoder layer has the weights {sorted(names)}, wanted {sorted(_WEIGHTS)}: the local engine decodes "
-                "Qwen2.5's layers, for others set rollout.engine to sglang"
+                f"a decoder layer has the weights {sorted(names)}, wanted those of {' or '.join(_WEIGHTS)}: "
+                f"{sorted(_COMMON)} and {sorted(_BIASES)} or {sorted(_HEAD_NORMS)}; for others set rollout.engine to "
+                "sglang"
             )
         attention, mlp = layer.self_attn, layer.mlp
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        self._qkv_DX, self._qkv_bias_X = _fused(q.weight, k.weight, v.weight).t(), _fused(q.bias, k.bias, v.bias)
+        self._qkv_XD = _fused(q.weight, k.weight, v.weight)
+        self._qkv_bias_X = None if q.bias is None else _fused(q.bias, k.bias, v.bias)
+        self._head_norms: tuple[Any, Any] | None = None if q.bias is not None else (attention.q_norm, attention.k_norm)
         self._output_XD = attention.o_proj.weight.t()
         self._gate_up_DX = _fused(mlp.gate_proj.weight, mlp.up_proj.weight).t()
         self._down_XD = mlp.down_proj.weight.t()
@@ -122,8 +128,11 @@ class _Layer:
     def _attended(self, index: int, normalised_BD: Tensor, cos: Tensor, sin: Tensor, cache: GroupedCache) -> Tensor:
         heads, queries = self._key_heads, self._queries
         shape = (-1, cache.group_size, heads * (queries + 2), self._width)
-        qkv_PGhE = torch.addmm(self._qkv_bias_X, normalised_BD, self._qkv_DX).view(shape)
+        qkv_PGhE = nn.functional.linear(normalised_BD, self._qkv_XD, self._qkv_bias_X).view(shape)
         qk_PGhE, value_PGKE = qkv_PGhE.split((heads * (queries + 1), heads), dim=2)
+        if self._head_norms is not None:
+            parts = zip(qk_PGhE.split((heads * queries, heads), dim=2), self._head_norms, strict=True)
+            qk_PGhE = torch.cat([_normalised(part, norm) for part, norm in parts], dim=2)
         qk_PGhE = torch.addcmul(qk_PGhE * cos, qk_PGhE.roll(self._width // 2, -1), sin)
         query_PGhE, key_PGKE = qk_PGhE.split((heads * queries, heads), dim=2)
         query_PKGgE = query_PGhE.unflatten(2, (heads, queries)).transpose(1, 2).contiguous()

@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vcr1_fast.learner.attention import use_causal_attention
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.prompts.special_ids import SpecialIds
@@ -30,8 +31,6 @@ from vcr1_fast.rollout.grouped_cache import GroupedCache
 from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, seen_in_prompts, uniforms
 from vcr1_fast.types import Completion, FinishReason, Prompt, RunError, SamplingParams
 from vcr1_fast.video.embed import embed_videos
-
-READY_MASK = {"full_attention": None}  # as a dict it is taken as it is: causal in the prefill, no [L, L] mask is built
 
 
 class LocalEngine:
@@ -56,7 +55,7 @@ class LocalEngine:
         """`max_batch_rows`, `max_batch_tokens`: bounds of what is decoded together, see `batches.in_batches`; a group
         is never split. `cuda_graph`: on CUDA, see `decode_step.CapturedStep`.
 
-        Raises ValueError when the tokenizer does not fit the model, or the model has other layers than Qwen2.5's.
+        Raises ValueError when the tokenizer does not fit the model, or the model has layers that `DecodeStep` refuses.
         """
         if max_batch_rows < 1:
             raise ValueError(f"max_batch_rows is {max_batch_rows}, wanted >= 1")
@@ -70,14 +69,14 @@ class LocalEngine:
                 f"{model.config.video_token_id}: load both from one checkpoint"
             )
         decoder = self._family.decoder(model)
-        if set(decoder.config.layer_types or ()) - {"full_attention"}:
+        if set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention"}:
             raise ValueError("the model has sliding-window layers: set text_config.use_sliding_window to false")
         self.policy_version = 0
         self.tokenizer = tokenizer
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
         self.on_token: Callable[[Tensor], None] | None = None  # called with each step's ids [B] of the rows not ended
         self._model: Any = model.eval().requires_grad_(False)
-        decoder.set_attn_implementation("sdpa")
+        use_causal_attention(decoder)
         KernelChoice().switch_tower(self._family.tower(model), model.device, model.dtype)
         self._step: Any = DecodeStep(decoder, model.lm_head)
         self._is_captured = cuda_graph and model.device.type == "cuda"
@@ -251,19 +250,17 @@ class LocalEngine:
         of_prompts = (length_P.to(model.device), (next_position_P - first).to(model.device))
         cache = GroupedCache(of_prompts[0], sampling.num_completions, rotary_N2E, of_prompts[1])
         output = self._family.decoder(model)(
-            inputs_embeds=self._embed(prompts, token_ids_PL.to(model.device)),
+            **self._inputs(prompts, token_ids_PL),
             position_ids=position_ids_3PL.to(model.device),
-            attention_mask=READY_MASK,
             past_key_values=cache,
             use_cache=True,
         )
         cache.begin_decode()
         return cache, output.last_hidden_state[torch.arange(len(prompts)), length_P - 1]
 
-    def _embed(self, prompts: Sequence[Prompt], token_ids_PL: Tensor) -> Tensor:
-        """Token embeddings [P, L, D] with the video embeddings in their places; one call of the vision tower."""
+    def _inputs(self, prompts: Sequence[Prompt], token_ids_PL: Tensor) -> dict[str, Any]:
+        """See `ModelFamily.decoder_inputs`; one call of the vision tower. `token_ids_PL`: on the CPU."""
         model = self.model
-        embeds_PLD = model.get_input_embeddings()(token_ids_PL)
         video_pad = self._family.video_token_id(model.config)
         for prompt in prompts:
             count = int((prompt.token_ids_L == video_pad).sum())
@@ -273,8 +270,10 @@ class LocalEngine:
                     f"{prompt.patches.grid_thw} stands for {prompt.patches.num_tokens} tokens: use PromptBuilder"
                 )
         tower, clips = self._family.tower(model), [p.patches for p in prompts]
-        video_MD = embed_videos(self._family, tower, clips, model.device, model.dtype)
-        return embeds_PLD.masked_scatter((token_ids_PL == video_pad).unsqueeze(-1), video_MD.to(embeds_PLD.dtype))
+        features_MW = embed_videos(self._family, tower, clips, model.device, model.dtype)
+        video_row_M = (token_ids_PL.flatten() == video_pad).nonzero().squeeze(1).to(model.device)
+        embeds_TD = model.get_input_embeddings()(token_ids_PL.flatten().to(model.device))
+        return self._family.decoder_inputs(model, embeds_TD, features_MW, video_row_M, len(prompts))
 
     def _next_logits(self, token_B: Tensor, cache: GroupedCache, decode: DecodeStep | CapturedStep) -> Tensor:
         """[B, V] after one more token per row."""

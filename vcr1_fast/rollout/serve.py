@@ -35,6 +35,7 @@ from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.run.telemetry import console, say
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.learning import SGLangConfig
+from vcr1_fast.settings.of_model import check_model
 from vcr1_fast.types import RunError
 
 POLL_S = 0.25
@@ -242,8 +243,10 @@ def serve(config: Config, bind: str = "", logs: str = "", num_workers: int | Non
     folder = Path(logs) if logs else Path(config.train.output_dir) / "serve" / socket.gethostname()
     key, place = read_or_make_key(settings.key_file)
     gpus = _gpus(config, num_workers)
-    checkpoint = model_folder(with_hub_model(config, SINGLE_PROCESS).model.path)
+    config = with_hub_model(config, SINGLE_PROCESS)
+    checkpoint = model_folder(config.model.path)
     read_config(checkpoint)  # its architecture is one that trainers know
+    check_model(config)  # and that workers take
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; the workers must not outlive this process
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts it with & switches it off
     server = Server(settings, checkpoint, bind=address, gpus=gpus, key=key, logs=folder)

@@ -28,6 +28,7 @@ from vcr1_fast.tasks.task import Task
 from vcr1_fast.tasks.unlabelled import read_answer
 from vcr1_fast.types import Completion, Interval, RolloutGroup
 from vcr1_fast.video.draw import GIVEN, STRIP_FRAMES, bar, side_by_side
+from vcr1_fast.video.formats import VideoFormat
 from vcr1_fast.video.patches import to_frames
 
 MAX_GROUPS = 32  # of a file
@@ -52,7 +53,7 @@ def log_answers(run: Run, telemetry: Telemetry, step: int, groups: Sequence[Roll
             write_samples(run.folder / "samples" / f"step_{step}.jsonl", rows)
         pictures: dict[str, np.ndarray] = {}
         with telemetry.forgiven("pictures", Exception):  # of rank 0's own groups, the first of the rows
-            pictures |= clip_pictures(groups[:MAX_TEXT_GROUPS], run.config.task)
+            pictures |= clip_pictures(groups[:MAX_TEXT_GROUPS], run.config.task, run.source.video_format)
         telemetry.log_media(step, {"samples": "\n\n".join(map(as_text, rows[:MAX_TEXT_GROUPS]))}, pictures)
     if is_printed:
         row = rows[step // config.print_every % len(rows)]  # not always the first of its step
@@ -111,19 +112,21 @@ def as_text(row: Mapping[str, Any]) -> str:
     return "\n".join([f"{row['id']} ({row['task']}): {row['question']}", f"truth: {row['truth']}", *answers])
 
 
-def clip_pictures(groups: Sequence[RolloutGroup], config: TaskConfig) -> dict[str, np.ndarray]:
+def clip_pictures(
+    groups: Sequence[RolloutGroup], config: TaskConfig, video_format: VideoFormat
+) -> dict[str, np.ndarray]:
     """Name -> picture, of those groups that have one."""
-    pictures = {f"samples/{i}": clip_picture(group, config) for i, group in enumerate(groups)}
+    pictures = {f"samples/{i}": clip_picture(group, config, video_format) for i, group in enumerate(groups)}
     return {name: picture for name, picture in pictures.items() if picture is not None}
 
 
-def clip_picture(group: RolloutGroup, config: TaskConfig) -> np.ndarray | None:
+def clip_picture(group: RolloutGroup, config: TaskConfig, video_format: VideoFormat) -> np.ndarray | None:
     """[H, W, 3] uint8: frames that the model saw, side by side; below them the true periods in blue and those that the
     first drawn answer says in orange, where the truth is of periods. None where the pixels are not kept."""
     patches, truth = group.prompt.patches, group.prompt.example.truth
     num_pairs = patches.grid_thw[0]
     pairs = sorted({round((i + 0.5) * num_pairs / STRIP_FRAMES - 0.5) for i in range(STRIP_FRAMES)})
-    frames_FHW3 = to_frames(patches, pairs)
+    frames_FHW3 = to_frames(patches, pairs, video_format)
     if frames_FHW3 is None:
         return None
     stride = max(1, frames_FHW3.shape[1] // MAX_PICTURE_PX)

@@ -10,7 +10,6 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ SETTINGS_FILES = (  # beside the weights: what model, tokenizer, processor and g
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     VIDEO_FILE,
 )
+_TINY = Path(__file__).parents[1] / "tiny"
+PACKAGED = {"tiny": _TINY, "tiny3": _TINY / "qwen3_vl"}  # models in the package, with their train.yaml and synth.yaml
 _LFS_POINTER = b"version https://git-lfs"
 _NUM_HASHED_AT_ONCE = 4  # files; each rank of a node reads the same ones
 
@@ -45,7 +46,7 @@ class StoredWeight:
 
 
 def model_folder(path: str) -> Path:
-    """The checkpoint folder that `model.path` names; `tiny` is the model inside the package.
+    """The checkpoint folder that `model.path` names; `tiny` and `tiny3` are models inside the package.
 
     `owner/name@<commit>` is the folder of that model in the Hub's cache, once `hub.with_hub_model` has put it there.
     Raises ConfigError when there is no config.json in it.
@@ -54,7 +55,8 @@ def model_folder(path: str) -> Path:
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(
             f"model.path is {path!r}, but {folder / CONFIG_FILE} does not exist: give the folder of a Hugging Face "
-            "checkpoint, the id of one on the Hub such as Qwen/Qwen2.5-VL-7B-Instruct, or `tiny`"
+            "checkpoint, the id of one on the Hub such as Qwen/Qwen2.5-VL-7B-Instruct, or one of the package, "
+            f"{' or '.join(PACKAGED)}"
         )
     return folder
 
@@ -67,9 +69,8 @@ def cached_config(path: str) -> Path | None:
 
 def named_folder(path: str) -> Path:
     """`model_folder`, whether or not there is such a folder."""
-    if path == "tiny":
-        with as_file(files("vcr1_fast.tiny")) as folder:
-            return Path(folder)
+    if path in PACKAGED:
+        return PACKAGED[path]
     in_cache = cached_config(path)
     return in_cache.parent if in_cache else Path(path).expanduser()
 

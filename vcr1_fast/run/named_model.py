@@ -1,4 +1,4 @@
-"""What a person calls a model: `tiny`, a Hugging Face folder or id, a run's folder, or a checkpoint of a run."""
+"""What a person calls a model: a packaged one, a Hugging Face folder or id, or a run's folder or checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vcr1_fast.run.checkpoint_files import CHECKPOINTS_FOLDER, STATE_FILE, latest_checkpoint
 from vcr1_fast.run.hub_model import hub_model
-from vcr1_fast.run.model_folder import CONFIG_FILE, TRAINED_WITH
+from vcr1_fast.run.model_folder import CONFIG_FILE, PACKAGED, TRAINED_WITH
 from vcr1_fast.settings.config import Config, ConfigError
 
 RUN_SETTINGS = "config.yaml"  # in the folder of a run
@@ -17,7 +17,9 @@ RUN_SETTINGS = "config.yaml"  # in the folder of a run
 class NamedModel:
     """What a name stands for."""
 
-    path: str  # for model.path: tiny, a folder, an id of the Hub, or of a run without a model yet a checkpoint
+    path: (
+        str  # for model.path: a packaged one, a folder, an id of the Hub, or of a run without a model yet a checkpoint
+    )
     settings: str | None  # for load_settings: of the run that made it, where that is known
     run: Path | None = None  # of a checkpoint: where its model is written, see checkpoint_model.py
 
@@ -33,8 +35,8 @@ def named_model(name: str) -> NamedModel:
     Of a run its model/, else its newest checkpoint. Whether the Hub has a model of that id is asked later, and so is
     whether a checkpoint is whole. Raises ConfigError when there is no such model.
     """
-    if name == "tiny":
-        return NamedModel("tiny", "tiny")
+    if name in PACKAGED:
+        return NamedModel(name, name)
     folder = Path(name).expanduser()
     if (folder / CONFIG_FILE).is_file():
         return NamedModel(str(folder), _settings_in(folder.parent) if (folder / TRAINED_WITH).is_file() else None)
@@ -56,7 +58,8 @@ def checkpoint_of(name: str) -> Path:
     if newest is None:
         what = "holds no model and no checkpoint" if folder.is_dir() else "does not exist"
         raise ConfigError(
-            f"{name} {what}: give the folder of a run, one of its checkpoints, a Hugging Face folder or id, or `tiny`"
+            f"{name} {what}: give the folder of a run, one of its checkpoints, a Hugging Face folder or id, or "
+            f"{' or '.join(PACKAGED)}"
         )
     return newest
 

@@ -59,6 +59,7 @@ from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.checks import RunCommand, check_settings
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import config_to_yaml
+from vcr1_fast.settings.of_model import check_model
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tasks.native_cuda import choose_half
 from vcr1_fast.tasks.prompt_file import prompt_digests
@@ -201,6 +202,7 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         asked_model = config.model.path
         recorded = recorded_state(config) if writes and world.is_main else {}
         config = with_hub_model(config, world, recorded_model(config, recorded))
+        check_model(config, opens_engine=command != "sft" or bool(config.data.eval))
         if command == "train" and world.device.type == "cuda":
             memory_gb = torch.cuda.get_device_properties(world.device).total_memory / 1e9
             check_memory(config, world.world_size, memory_gb)

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from vcr1_fast.learner.families import family_of
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.learner.loading import read_config
 from vcr1_fast.learner.model import resolve_dtype
@@ -60,7 +61,8 @@ def open_source(
     loader = FrameLoader(video, cache=cache, pin_memory=device.type == "cuda")
     if tower is None and config.model.is_tower_frozen:
         tower = load_frozen_tower(model_folder(config.model.path), dtype, device, kernels)
-    return PatchSource(loader, cache, video, device, dtype, tower, kernels)
+    video_format = family_of(read_config(model_folder(config.model.path))).video
+    return PatchSource(loader, cache, video, device, dtype, tower, kernels, video_format)
 
 
 @contextlib.contextmanager

@@ -49,8 +49,9 @@ class ModelConfig:
     """The policy."""
 
     path: str = "tiny"
-    """Folder of a Hugging Face Qwen2.5-VL checkpoint, or its id on the Hub, owner/name or owner/name@revision; `tiny`:
-    the 1 M parameter model in the package. For eval also a checkpoint of a run, RUN/checkpoints/step_000100."""
+    """Folder of a Hugging Face checkpoint of Qwen2.5-VL or Qwen3-VL, or its id on the Hub, owner/name or
+    owner/name@revision; `tiny`, `tiny3`: the 1 M parameter models in the package, one of each. For eval also a
+    checkpoint of a run, RUN/checkpoints/step_000100."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of forward and backward; master weights stay float32. auto: bfloat16 on CUDA, float32 on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -97,7 +98,7 @@ class TaskConfig:
     VideoChat-R1, but before it in the rounds of eval.perception focus, as in VideoChat-R1.5."""
     timestamps: Literal["positions", "text"] = "positions"
     """How the model is told the time of frames. positions: by the time axis of M-RoPE, as Qwen2.5-VL is trained. text:
-    in words before each pair of frames, <12.5 seconds>, as in Qwen3-VL and TimeLens."""
+    in words before each pair of frames, <12.5 seconds>, as in TimeLens and Qwen3-VL, whose one way it is."""
     reward_weights: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "iou": 1.0})
     """Weight of each reward part; parts not named count 1."""
     custom: tuple[str, ...] = ()

@@ -18,12 +18,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from vcr1_fast.run.model_folder import PACKAGED
 from vcr1_fast.settings.config import Config, ConfigError, ModelConfig
-from vcr1_fast.settings.of_model import video_of_model
+from vcr1_fast.settings.of_model import task_of_model, video_of_model
 
 T = TypeVar("T")
 
-PACKAGED_FOLDERS = {"tiny": Path(__file__).parents[1] / "tiny"}  # of train.yaml and synth.yaml
 
 MAX_YAML_DEPTH = 32  # of lists and mappings in each other; configs have 4
 
@@ -58,7 +58,7 @@ def load_settings(config_class: type[T], path: str | None, overrides: list[str])
         _check_entries(key, _parsed(key, value, known), known, " on the command line")
     parser = settings_parser(config_class, prog="vcr1-fast")
     if config_class is Config:
-        values = _with_video_of_model(values, dict(pairs))
+        values = _with_defaults_of_model(values, dict(pairs))
     try:
         settings = parser.parse_object(_listed(values, known))
         where = " on the command line"
@@ -68,13 +68,13 @@ def load_settings(config_class: type[T], path: str | None, overrides: list[str])
     return config_class(**vars(parser.instantiate(settings)))
 
 
-def _with_video_of_model(values: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
-    """`values` of a file with what the model says of its frames where neither they nor `overrides` do."""
-    path = overrides.get("model.path", (values.get("model") or {}).get("path", ModelConfig.path))
-    video = values.get("video") or {}
-    given = {*video, *(key.removeprefix("video.") for key in overrides if key.startswith("video."))}
-    found = video_of_model(str(path), given)
-    return {**values, "video": {**video, **found}} if found else values
+def _with_defaults_of_model(values: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """`values` of a file with what follows from the model where neither they nor `overrides` say it."""
+    path = str(overrides.get("model.path", (values.get("model") or {}).get("path", ModelConfig.path)))
+    given: dict[str, Mapping[str, Any]] = {name: values.get(name) or {} for name in ("video", "task")}
+    names = {*given["video"], *(key.removeprefix("video.") for key in overrides if key.startswith("video."))}
+    found = {"video": video_of_model(path, names), "task": task_of_model(path)}
+    return {**values, **{name: {**found[name], **given[name]} for name in found if found[name]}}
 
 
 def config_to_yaml(config: object) -> str:
@@ -141,9 +141,9 @@ def split_config_path(tokens: list[str]) -> tuple[str | None, list[str]]:
 
 def config_file(path: str, config_class: type) -> Path:
     """The file that `path` means: `tiny` is synth.yaml of the package for SynthConfig, train.yaml for Config."""
-    if path not in PACKAGED_FOLDERS:
+    if path not in PACKAGED:
         return Path(path)
-    return PACKAGED_FOLDERS[path] / f"{config_class.__name__.removesuffix('Config').lower() or 'train'}.yaml"
+    return PACKAGED[path] / f"{config_class.__name__.removesuffix('Config').lower() or 'train'}.yaml"
 
 
 def read_yaml(file: Path, path: str) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def read_yaml(file: Path, path: str) -> dict[str, Any]:
     try:
         content = _load_yaml(file.read_text(encoding="utf-8"), path)
     except OSError as error:
-        wanted = f"wanted a YAML file or {' or '.join(PACKAGED_FOLDERS)}"
+        wanted = f"wanted a YAML file or {' or '.join(PACKAGED)}"
         raise UsageError(f"cannot read the config {path}: {error.strerror}; {wanted}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None

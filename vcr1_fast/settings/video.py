@@ -40,7 +40,8 @@ class VideoConfig:
     max_frames: int = 768
     """At most this many frames (even)."""
     total_pixels: int = 3584 * 28 * 28
-    """Pixel budget of a whole video."""
+    """Pixel budget of a whole video, of which two frames share a token's. Default: 3,584 tokens, of Qwen3-VL as many of
+    32 x 32; so are the two bounds below."""
     min_frame_pixels: int = 16 * 28 * 28
     """A frame is scaled up to at least this many pixels."""
     max_frame_pixels: int = 768 * 28 * 28

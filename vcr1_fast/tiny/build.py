@@ -21,22 +21,26 @@ from vcr1_fast.tiny.architecture import tiny_config, untrained_model
 from vcr1_fast.tiny.published import write_as_published
 from vcr1_fast.tiny.tokenizer import build_tokenizer
 from vcr1_fast.types import Example
+from vcr1_fast.video.formats import FORMATS
 
-# Clips of 8 s, and frames of 84 x 84: 9 tokens a second.
-VIDEO = {"max_frames": 16, "min_frame_pixels": 84 * 84, "max_frame_pixels": 84 * 84}
+# Clips of 8 s, and frames of 3 x 3 tokens: 9 tokens a second.
+VIDEO = {
+    model_type: {"max_frames": 16} | dict.fromkeys(("min_frame_pixels", "max_frame_pixels"), (3 * video.factor_px) ** 2)
+    for model_type, video in FORMATS.items()
+}
 _NUM_SAMPLE_CLIPS = 16  # enough that every word of the think texts occurs
 _PAPER_KINDS = ("grounding", "tracking")  # prompts of recipe paper whose words the vocabulary has; others are spelled
 
 
-def build_tiny(folder: Path, seed: int = 0) -> None:
+def build_tiny(folder: Path, seed: int = 0, model_type: str = "qwen2_5_vl") -> None:
     """Write config, tokenizer and random float32 weights into `folder`. Raises OSError when it cannot be written."""
     tokenizer = build_tiny_tokenizer()
-    model = untrained_model(tiny_config(tokenizer), seed)
+    model = untrained_model(tiny_config(tokenizer, model_type), seed)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     write_as_published(folder)
-    (folder / VIDEO_FILE).write_text(json.dumps(VIDEO, indent=2) + "\n", encoding="utf-8")
+    (folder / VIDEO_FILE).write_text(json.dumps(VIDEO[model_type], indent=2) + "\n", encoding="utf-8")
 
 
 def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -69,8 +73,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--type", choices=sorted(FORMATS), default="qwen2_5_vl", help="model_type, the architecture")
     arguments = parser.parse_args()
-    build_tiny(arguments.folder, arguments.seed)
+    build_tiny(arguments.folder, arguments.seed, arguments.type)
     print(f"wrote an untrained tiny model to {arguments.folder}")
 
 

@@ -1,4 +1,4 @@
-"""`python -m vcr1_fast.tiny.cold_start`: rebuild the packaged model from nothing.
+"""`python -m vcr1_fast.tiny.cold_start`: rebuild a packaged model from nothing, `--model tiny3` that of Qwen3-VL.
 
 Untrained model and tokenizer, clips with poor labels, supervised steps, export into this package. The labels are poor
 on purpose, as annotations made by hand are: the think block to learn is exact, but events begin and end up to 0.9 s
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vcr1_fast.run.model_folder import VIDEO_FILE
+from vcr1_fast.run.model_folder import PACKAGED, VIDEO_FILE
 from vcr1_fast.settings.config import Config
 from vcr1_fast.settings.io import load_settings
 from vcr1_fast.sft import sft
@@ -23,7 +23,7 @@ from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
 from vcr1_fast.tiny.build import build_tiny
 
-PACKAGE = Path(__file__).parent
+TYPES = {"tiny": "qwen2_5_vl", "tiny3": "qwen3_vl"}
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -38,19 +38,25 @@ POOR_CLIPS = SynthConfig(
 )
 
 
-def rebuild(folder: Path, destination: Path, clips: SynthConfig = POOR_CLIPS, overrides: Sequence[str] = ()) -> None:
+def rebuild(
+    folder: Path,
+    destination: Path,
+    model_type: str = "qwen2_5_vl",
+    clips: SynthConfig = POOR_CLIPS,
+    overrides: Sequence[str] = (),
+) -> None:
     """Train in `folder` and copy the model's files to `destination`. Half an hour on 2 cores that do other things too.
 
     `overrides`: settings such as `--sft.num_steps=2` on top of sft.yaml.
     """
     data = folder / "sft_data"
     write_dataset(replace(clips, output_dir=str(data)))
-    build_tiny(folder / "untrained")
-    config = load_settings(Config, str(PACKAGE / "sft.yaml"), list(overrides))
+    build_tiny(folder / "untrained", model_type=model_type)
+    start = f"--model.path={folder / 'untrained'}"
+    config = load_settings(Config, str(PACKAGED["tiny"] / "sft.yaml"), [start, *overrides])
     files = {split: tuple(str(data / f"{split}_{kind}.jsonl") for kind in clips.kinds) for split in ("train", "eval")}
     config = replace(
         config,
-        model=replace(config.model, path=str(folder / "untrained")),
         data=replace(config.data, train=files["train"], eval=files["eval"]),
         train=replace(config.train, output_dir=str(folder / "sft")),
     )
@@ -62,11 +68,13 @@ def rebuild(folder: Path, destination: Path, clips: SynthConfig = POOR_CLIPS, ov
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs", "tiny"), help="where clips and the run go")
-    parser.add_argument("--destination", type=Path, default=PACKAGE, help="where the model's files go")
+    parser.add_argument("--model", choices=sorted(TYPES), default="tiny", help="which one")
+    parser.add_argument("--folder", type=Path, help="where clips and the run go (default: runs/MODEL)")
+    parser.add_argument("--destination", type=Path, help="where the model's files go (default: into the package)")
     arguments = parser.parse_args()
-    rebuild(arguments.folder, arguments.destination)
-    print(f"wrote {', '.join(MODEL_FILES)} to {arguments.destination}")
+    destination = arguments.destination or PACKAGED[arguments.model]
+    rebuild(arguments.folder or Path("runs", arguments.model), destination, TYPES[arguments.model])
+    print(f"wrote {', '.join(MODEL_FILES)} to {destination}")
 
 
 if __name__ == "__main__":

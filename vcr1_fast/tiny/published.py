@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _OF_SECTIONS = ("dtype", "model_type", "layer_types")  # what 4.x has once, above, or computes
+_OLDEST = {"qwen2_5_vl": "4.51.3", "qwen3_vl": "4.57.0"}  # releases that the exports are tried with
 _OF_RELEASE = ("backend", "is_local", "local_files_only")
 
 
@@ -23,21 +24,23 @@ def write_as_published(folder: Path) -> None:
 
 
 def published_config(saved: dict[str, Any]) -> dict[str, Any]:
-    """A config.json of transformers 5 -> the flat one of 4.x: the text's settings beside those of the model."""
+    """A config.json of transformers 5 -> that of 4.x: of Qwen2.5-VL the text's settings beside those of the model, of
+    Qwen3-VL below `text_config`; `rope_theta` and `rope_scaling` in both."""
     whole = dict(saved)
+    is_flat = whole["model_type"] == "qwen2_5_vl"
     text, vision = dict(whole.pop("text_config")), dict(whole.pop("vision_config"))
     rope = text.pop("rope_parameters")
     vision.pop("rope_parameters")
     dtype = whole.pop("dtype")
     text, vision = ({k: v for k, v in part.items() if k not in _OF_SECTIONS} for part in (text, vision))
+    text["rope_theta"] = rope.pop("rope_theta")
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]} if is_flat else rope
     return {
-        **text,
+        **(text if is_flat else {"text_config": text | {"model_type": "qwen3_vl_text"}}),
         **whole,
         "torch_dtype": dtype,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
-        "vision_config": vision | {"model_type": "qwen2_5_vl"},
-        "transformers_version": "4.51.3",  # the oldest release that the exports are tried with
+        "vision_config": vision | {"model_type": whole["model_type"]},
+        "transformers_version": _OLDEST[whole["model_type"]],
     }
 
 

@@ -22,6 +22,7 @@ import torch
 from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video.cache_disk import DTYPE_NAMES, TOUCH_AFTER_S, DiskTier, Entry
 from vcr1_fast.video.clip import ClipRequest
+from vcr1_fast.video.formats import QWEN2_5_VL
 
 # Raise it when the same request gives other pixels or times: after a change of sampling, sizes, resizing or readers.
 CACHE_FORMAT = 1
@@ -49,7 +50,8 @@ def clip_key(request: ClipRequest, reader_name: str) -> str:
     names = PIXEL_FIELDS + FOLDER_FIELDS if is_folder else PIXEL_FIELDS
     settings = [float(getattr(request.config, name)) for name in names]
     part = [float(request.start_s), float(request.end_s), request.num_images, *request.evidence_s]
-    return _digest("clip", CACHE_FORMAT, torch.__version__, reader_name, path, identity, part, settings)
+    size = [request.factor_px] if request.factor_px != QWEN2_5_VL.factor_px else []  # caches from before it stay valid
+    return _digest("clip", CACHE_FORMAT, torch.__version__, reader_name, path, identity, part, settings, *size)
 
 
 def tower_key(clip_key: str, tower_digest: str, dtype: torch.dtype) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from vcr1_fast.settings.config import ConfigError, VideoConfig
 from vcr1_fast.types import Frames, Interval, SampleError
+from vcr1_fast.video.formats import QWEN2_5_VL
 from vcr1_fast.video.read import read_frames, read_resized
 from vcr1_fast.video.reader import Probe, Reader
 from vcr1_fast.video.source_name import FRAGMENT, SourceName, part_name
@@ -30,9 +31,10 @@ class ClipRequest:
     num_images: int | None = None  # that many equally spaced images stand for the whole, config.fps of them a second
     evidence_s: tuple[Interval, ...] = ()  # where frames lie closer together, in seconds of the part
     folder_fps: float | None = None  # rate of a folder of images whose name says it; also config.image_folder_fps
+    factor_px: int = QWEN2_5_VL.factor_px  # height and width of a frame are multiples of it
 
     @staticmethod
-    def of(video: str, config: VideoConfig) -> ClipRequest:
+    def of(video: str, config: VideoConfig, factor_px: int = QWEN2_5_VL.factor_px) -> ClipRequest:
         """The request that `Example.video` stands for, see `source_name`.
 
         A fixed number of images is seen whole and at its declared rate, whatever `config` says of rate and length.
@@ -51,7 +53,8 @@ class ClipRequest:
             raise SampleError(video, f"its name asks for what cannot be: {error}") from error
         declared_fps = None if name.num_images is not None else name.images_fps
         part = (name.start_s, name.end_s, name.num_images)
-        return ClipRequest(name.path, config, *part, evidence_s=name.evidence_s, folder_fps=declared_fps)
+        more = {"evidence_s": name.evidence_s, "folder_fps": declared_fps, "factor_px": factor_px}
+        return ClipRequest(name.path, config, *part, **more)
 
     @property
     def is_whole(self) -> bool:
@@ -66,7 +69,7 @@ def read_clip(request: ClipRequest, reader: Reader) -> Frames:
         reader = FolderReader(reader, request.folder_fps)
     if not request.is_whole:
         reader = PartReader(reader, request.start_s, request.end_s)
-    return read_frames(request.path, request.config, reader, request.evidence_s)
+    return read_frames(request.path, request.config, reader, request.evidence_s, request.factor_px)
 
 
 class PartReader:

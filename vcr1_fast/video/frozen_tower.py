@@ -1,6 +1,7 @@
 """A vision tower that is never trained: each clip goes through it once, engine and learner share what it gave.
 
-Shape letters: P patches, C values of a patch, M video tokens, D hidden size of the language model.
+Shape letters: P patches, C values of a patch, M video tokens, W width of what the tower gives for
+one: D, the hidden size of the language model, and more where inner layers of it get features.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class FrozenTower:
-    """`embed(patches)` -> [M, D]. A function of patches and weights alone, so that it can be kept on disk."""
+    """`embed(patches)` -> [M, W]. A function of patches and weights alone, so that it can be kept on disk."""
 
     def __init__(self, family: ModelFamily, visual: nn.Module, digest: str) -> None:
         """`digest`: of the weights, see `load_frozen_tower`; it belongs into the key of whatever is kept."""
@@ -44,7 +45,7 @@ class FrozenTower:
         return next(self.visual.parameters()).dtype
 
     def embed(self, patches: Patches) -> Tensor:
-        """[M, D] in the tower's dtype on its device, without gradient."""
+        """[M, W] in the tower's dtype on its device, without gradient."""
         with self._lock, torch.no_grad():
             return embed_videos(self.family, self.visual, [patches], self.device, self.dtype)
 
@@ -72,8 +73,8 @@ def load_frozen_tower(
 
 
 def _digest(visual: nn.Module, folder: Path, family: ModelFamily) -> str:
-    """Of the tower's weights as they are stored, and of its buffers."""
-    digest = hashlib.blake2b(digest_size=16)
+    """Of the tower's weights as they are stored, of its buffers, and of how it is shown pixels."""
+    digest = hashlib.blake2b(repr(family.video).encode(), digest_size=16)
     stored = stored_weights(folder)
     own = {name: family.module_name(name) for name in sorted(stored)}
     for name in (name for name in own if own[name].startswith(f"{family.tower_name}.")):

@@ -10,18 +10,15 @@ from dataclasses import replace
 import torch
 from vcr1_kernels import patchify
 from vcr1_kernels.backend import Backend
-from vcr1_kernels.reference import CLIP_MEAN, CLIP_STD
 
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, Patches, SampleError
 from vcr1_fast.video.cache import PIXEL_FIELDS, TensorCache, clip_key, tower_key
 from vcr1_fast.video.clip import ClipRequest
+from vcr1_fast.video.formats import FRAMES_PER_PATCH, QWEN2_5_VL, VideoFormat
 from vcr1_fast.video.frozen_tower import FrozenTower
 from vcr1_fast.video.loader import FrameLoader
-
-PATCH_PX = 14
-FRAMES_PER_PATCH = 2
 
 
 class PatchSource:
@@ -40,10 +37,12 @@ class PatchSource:
         dtype: torch.dtype,
         tower: FrozenTower | None = None,
         kernels: KernelChoice | None = None,
+        video_format: VideoFormat = QWEN2_5_VL,
     ) -> None:
-        """`kernels`: what cuts frames into patches is read from it; None: by the device."""
+        """`kernels`: what cuts frames into patches is read from it; None: by the device. `video_format`: as the model
+        has it."""
         self.loader, self.cache, self.config = loader, cache, config
-        self.device, self.dtype, self.tower = device, dtype, tower
+        self.device, self.dtype, self.tower, self.video_format = device, dtype, tower, video_format
         self._backend: Backend = (kernels or KernelChoice()).patchify_backend
         self._waited_s = 0.0  # at the last call of metrics
 
@@ -67,15 +66,15 @@ class PatchSource:
 
     def __call__(self, video: str) -> Patches:
         """Raises SampleError when the video cannot be used."""
-        request = ClipRequest.of(video, self.config)
+        request = self._request(video)
         if self.tower is None:
-            return to_patches(self.loader.get(request), self.dtype, self.device, self._backend)
+            return self._patches(request, self.dtype, self.device)
         key = self._tower_key(request, self.tower)
         entry = self.cache.get(key)
         if entry is not None:
             self.loader.skip(request)  # it may have been named before another prompt of the same clip came by
             return _unpacked(entry.tensors["embeddings_MD"], entry.tensors["numbers"], self)
-        patches = to_patches(self.loader.get(request), self.tower.dtype, self.tower.device, self._backend)
+        patches = self._patches(request, self.tower.dtype, self.tower.device)
         embeddings_MD = self.tower.embed(patches)
         numbers = torch.tensor(
             [
@@ -95,7 +94,7 @@ class PatchSource:
         requests = []
         for video in videos:
             with contextlib.suppress(SampleError):
-                request = ClipRequest.of(video, self.config)
+                request = self._request(video)
                 if self.tower is None or not self.cache.has(self._tower_key(request, self.tower)):
                     requests.append(request)
         self.loader.prefetch(requests)
@@ -108,6 +107,12 @@ class PatchSource:
         values = self.loader.metrics() | self.cache.metrics()
         waited_s, self._waited_s = values["video/wait_s"] - self._waited_s, values["video/wait_s"]
         return values | {"time/video_wait_s": waited_s}
+
+    def _request(self, video: str) -> ClipRequest:
+        return ClipRequest.of(video, self.config, self.video_format.factor_px)
+
+    def _patches(self, request: ClipRequest, dtype: torch.dtype, device: torch.device) -> Patches:
+        return to_patches(self.loader.get(request), dtype, device, self._backend, self.video_format)
 
     def _tower_key(self, request: ClipRequest, tower: FrozenTower) -> str:
         return tower_key(clip_key(request, self.name), tower.digest, tower.dtype)
@@ -123,8 +128,9 @@ def to_patches(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     backend: Backend = "auto",
+    video_format: VideoFormat = QWEN2_5_VL,
 ) -> Patches:
-    """`Frames` [F, H, W, 3] -> `Patches` [F/2 * H/14 * W/14, 1176] in `dtype` on `device` (default: the frames').
+    """`Frames` [F, H, W, 3] -> `Patches` [P, C] in `dtype` on `device` (default: the frames'), see `patchify`.
 
     Frames cross to a GPU as bytes, half or a quarter of what patches would take. second_per_grid_s = 2 / sampled_fps,
     because two frames make one temporal step (Qwen2.5-VL).
@@ -134,9 +140,11 @@ def to_patches(
     """
     num_frames, height_px, width_px, _ = frames.rgb_FHW3.shape
     num_pairs = -(-num_frames // FRAMES_PER_PATCH)
+    patch_px, scale = video_format.patch_px, {"mean": video_format.mean, "std": video_format.std}
+    rgb_FHW3 = frames.rgb_FHW3.to(device, non_blocking=True)
     return Patches(
-        values_PC=patchify(frames.rgb_FHW3.to(device, non_blocking=True), dtype, backend=backend),
-        grid_thw=(num_pairs, height_px // PATCH_PX, width_px // PATCH_PX),
+        values_PC=patchify(rgb_FHW3, dtype, patch_px=patch_px, **scale, backend=backend),
+        grid_thw=(num_pairs, height_px // patch_px, width_px // patch_px),
         second_per_grid_s=FRAMES_PER_PATCH / frames.sampled_fps,
         num_frames=num_frames,
         duration_s=frames.duration_s,
@@ -151,7 +159,7 @@ def _pair_times_s(times_s: torch.Tensor) -> tuple[float, ...]:
     return tuple(times_s.view(-1, FRAMES_PER_PATCH).mean(dim=1).tolist())
 
 
-def to_frames(patches: Patches, pairs: Sequence[int]) -> torch.Tensor | None:
+def to_frames(patches: Patches, pairs: Sequence[int], video_format: VideoFormat = QWEN2_5_VL) -> torch.Tensor | None:
     """The first frame of each of these pairs again, as the vision tower sees it: [F, H, W, 3] uint8 on the CPU.
 
     None of a clip of which embeddings alone are kept. The inverse of `patchify`, whose docstring has the order.
@@ -159,17 +167,19 @@ def to_frames(patches: Patches, pairs: Sequence[int]) -> torch.Tensor | None:
     if patches.embeddings_MD is not None:
         return None
     t, h, w = patches.grid_thw
-    values = patches.values_PC.view(t, h // 2, w // 2, 2, 2, 3, FRAMES_PER_PATCH, PATCH_PX, PATCH_PX)[list(pairs)]
+    patch_px = video_format.patch_px
+    values = patches.values_PC.view(t, h // 2, w // 2, 2, 2, 3, FRAMES_PER_PATCH, patch_px, patch_px)[list(pairs)]
     # pair, block row, block column, patch row, patch column, channel, y, x -> pair, row, column, channel
     frames = values[:, :, :, :, :, :, 0].permute(0, 1, 3, 6, 2, 4, 7, 5)
-    rgb_FHW3 = frames.reshape(len(pairs), h * PATCH_PX, w * PATCH_PX, 3).float().cpu()
-    return ((rgb_FHW3 * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)) * 255).round().clamp(0, 255).to(torch.uint8)
+    rgb_FHW3 = frames.reshape(len(pairs), h * patch_px, w * patch_px, 3).float().cpu()
+    rgb_FHW3 = rgb_FHW3 * torch.tensor(video_format.std) + torch.tensor(video_format.mean)
+    return (rgb_FHW3 * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _unpacked(embeddings_MD: torch.Tensor, numbers: torch.Tensor, source: PatchSource) -> Patches:
     t, h, w, second_per_grid_s, num_frames, duration_s, *pair_times_s = numbers.tolist()
     return Patches(
-        values_PC=torch.empty(0, 3 * FRAMES_PER_PATCH * PATCH_PX**2, dtype=source.dtype, device=source.device),
+        values_PC=torch.empty(0, source.video_format.patch_values, dtype=source.dtype, device=source.device),
         grid_thw=(int(t), int(h), int(w)),
         second_per_grid_s=second_per_grid_s,
         num_frames=int(num_frames),

@@ -14,6 +14,7 @@ import torch
 
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, Interval, SampleError
+from vcr1_fast.video.formats import QWEN2_5_VL
 from vcr1_fast.video.gpu_decoding import GPU_READERS
 from vcr1_fast.video.image_folder_reader import ImageFolderReader
 from vcr1_fast.video.pyav_reader import PyavReader
@@ -119,8 +120,14 @@ class EitherReader:
         return self.first if probe.decoded_by == self.first.name else self.second
 
 
-def read_frames(path: str, config: VideoConfig, reader: Reader, evidence_s: Sequence[Interval] = ()) -> Frames:
-    """Decode `path` as `config` asks: frames [F, H, W, 3] uint8, F even, H and W multiples of 28.
+def read_frames(
+    path: str,
+    config: VideoConfig,
+    reader: Reader,
+    evidence_s: Sequence[Interval] = (),
+    factor_px: int = QWEN2_5_VL.factor_px,
+) -> Frames:
+    """Decode `path` as `config` asks: frames [F, H, W, 3] uint8, F even, H and W multiples of factor_px.
 
     `evidence_s`: seconds in which frames lie closer together, see `choose_frames`. times_s counts from the first shown
     frame. Raises SampleError when the file cannot be used as it is.
@@ -129,7 +136,7 @@ def read_frames(path: str, config: VideoConfig, reader: Reader, evidence_s: Sequ
     try:
         choice = choose_frames(probe.times_s, probe.duration_s, config, evidence_s)
         num_frames = len(choice.indices)
-        height_px, width_px = frame_size_px(probe.height_px, probe.width_px, num_frames, config)
+        height_px, width_px = frame_size_px(probe.height_px, probe.width_px, num_frames, config, factor_px)
     except ValueError as error:
         raise SampleError(path, str(error)) from error
     rgb_FHW3 = read_resized(reader, probe, choice.indices, height_px, width_px)

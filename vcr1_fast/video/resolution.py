@@ -1,7 +1,7 @@
-"""At what size the model sees a frame: multiples of 28 pixels under a budget for the whole video.
+"""At what size the model sees a frame: multiples of a video token's side under a budget for the whole video.
 
-All comparisons are on integers: floor(height / sqrt(height * width / budget) / 28) is
-isqrt(height * budget / (width * 28^2)), which has no rounding error to push an exact multiple one step down.
+All comparisons are on integers: with f pixels to a side, floor(height / sqrt(height * width / budget) / f) is
+isqrt(height * budget / (width * f^2)), which has no rounding error to push an exact multiple one step down.
 """
 
 from __future__ import annotations
@@ -13,25 +13,28 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from vcr1_fast.settings.config import VideoConfig
+from vcr1_fast.video.formats import QWEN2_5_VL
 
-FACTOR_PX = 28  # a patch is 14 pixels wide, and 2 x 2 patches make one token
 MAX_ASPECT_RATIO = 200
 
 
 def max_pixels_per_frame(num_frames: int, config: VideoConfig) -> Fraction:
     """Pixels one of `num_frames` frames may have: max(min(max_frame_pixels, 2 * total / n), 1.05 * min_frame_pixels).
 
-    The 2 is there because two frames share one row of tokens (Qwen2.5-VL's video budget).
+    The 2 is there because two frames share one row of tokens: 2 * total is the budget of all frames, which Qwen3-VL's
+    processor calls longest_edge.
     """
     share = min(Fraction(config.max_frame_pixels), Fraction(2 * config.total_pixels, num_frames))
     return max(share, Fraction(config.min_frame_pixels * 105 // 100))
 
 
-def frame_size_px(height_px: int, width_px: int, num_frames: int, config: VideoConfig) -> tuple[int, int]:
-    """(height, width) in pixels of what the model sees: multiples of 28, aspect ratio kept as far as that allows.
+def frame_size_px(
+    height_px: int, width_px: int, num_frames: int, config: VideoConfig, factor_px: int = QWEN2_5_VL.factor_px
+) -> tuple[int, int]:
+    """(height, width) in pixels of what the model sees: multiples of factor_px, aspect ratio kept as far as possible.
 
-    Qwen2-VL's `smart_resize` with the budget of `max_pixels_per_frame`; the first rounding is held at 28 or more, so
-    a strip thinner than 14 px is not rounded to nothing.
+    Qwen's `smart_resize` with the budget of `max_pixels_per_frame`; the first rounding is held at factor_px or more, so
+    a strip thinner than half of that is not rounded to nothing. `factor_px`: see `VideoFormat`.
 
     Raises ValueError when one side is more than 200 times the other.
     """
@@ -41,14 +44,14 @@ def frame_size_px(height_px: int, width_px: int, num_frames: int, config: VideoC
             f"wanted sides that differ by a factor of {MAX_ASPECT_RATIO} at most"
         )
     highest, lowest = max_pixels_per_frame(num_frames, config), config.min_frame_pixels
-    height = max(FACTOR_PX, round(height_px / FACTOR_PX) * FACTOR_PX)
-    width = max(FACTOR_PX, round(width_px / FACTOR_PX) * FACTOR_PX)
+    height = max(factor_px, round(height_px / factor_px) * factor_px)
+    width = max(factor_px, round(width_px / factor_px) * factor_px)
     if height * width > highest:
-        height = max(1, _floor_sqrt(highest * height_px / width_px / FACTOR_PX**2)) * FACTOR_PX
-        width = max(1, _floor_sqrt(highest * width_px / height_px / FACTOR_PX**2)) * FACTOR_PX
+        height = max(1, _floor_sqrt(highest * height_px / width_px / factor_px**2)) * factor_px
+        width = max(1, _floor_sqrt(highest * width_px / height_px / factor_px**2)) * factor_px
     elif height * width < lowest:
-        height = _ceil_sqrt(Fraction(lowest * height_px, width_px * FACTOR_PX**2)) * FACTOR_PX
-        width = _ceil_sqrt(Fraction(lowest * width_px, height_px * FACTOR_PX**2)) * FACTOR_PX
+        height = _ceil_sqrt(Fraction(lowest * height_px, width_px * factor_px**2)) * factor_px
+        width = _ceil_sqrt(Fraction(lowest * width_px, height_px * factor_px**2)) * factor_px
     return height, width
 
 

@@ -6,12 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from vcr1_fast.settings.error import ConfigError
+from vcr1_fast.video.formats import FORMATS
 
 if TYPE_CHECKING:
     from vcr1_fast.learner.families.family import ModelFamily
 
 _CLASSES = {"qwen2_5_vl": "Qwen25VL", "qwen3_vl": "Qwen3VL"}  # model_type, a module here, and the family's class
-MODEL_TYPES = ("qwen2_5_vl",)  # that a run takes: clips are not cut into patches of 16 pixels yet, as Qwen3-VL's are
+MODEL_TYPES = tuple(FORMATS)
 
 
 def family_of(config: Any) -> ModelFamily:
@@ -20,9 +21,13 @@ def family_of(config: Any) -> ModelFamily:
     Raises ConfigError for an architecture that is not known here.
     """
     model_type = getattr(config, "model_type", None)
-    if model_type not in _CLASSES:
-        require_known(model_type, "the model's config.json")
+    require_known(model_type, "the model's config.json")
     return getattr(importlib.import_module(f"{__name__}.{model_type}"), _CLASSES[str(model_type)])()
+
+
+def assumed_type(name: str) -> str:
+    """The family of a model that is not here, by its name."""
+    return "qwen3_vl" if "qwen3" in name.lower() else "qwen2_5_vl"
 
 
 def require_known(model_type: Any, file: object) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout
 
 from vcr1_fast.learner.model_operators import ModelOperators
+from vcr1_fast.video.formats import VideoFormat
 
 Grid = tuple[int, int, int]  # (frame pairs, rows, columns) in patches
 
@@ -55,13 +56,8 @@ class ModelFamily(Protocol):
     def model_class(self) -> type[PreTrainedModel]: ...
 
     @property
-    def patch_values(self) -> int:
-        """C: channels x frames x rows x columns of one patch."""
-        ...
-
-    @property
-    def patches_per_token(self) -> int:
-        """Patches that merge into one video token."""
+    def video(self) -> VideoFormat:
+        """What it is shown of a video."""
         ...
 
     @property
@@ -128,6 +124,19 @@ class ModelFamily(Protocol):
         """[M, W]. All tensors on the tower's device; waits for nothing."""
         ...
 
+    def decoder_inputs(
+        self, hf: nn.Module, embeds_TD: Tensor, features_MW: Tensor, video_row_M: Tensor, num_rows: int = 1
+    ) -> dict[str, Any]:
+        """Arguments of the decoder's forward that say what it reads: embeddings, and features for inner layers.
+
+        Args:
+            embeds_TD: of the tokens of all rows, one behind the other; video tokens are put in here, from the first D
+                columns of features_MW.
+            video_row_M: their places among the T.
+            num_rows: rows of the batch, T / num_rows tokens each.
+        """
+        ...
+
     def decode(
         self,
         hf: nn.Module,
@@ -138,10 +147,5 @@ class ModelFamily(Protocol):
         layout: PrefixLayout,
         backend: AttentionBackend,
     ) -> Tensor:
-        """Final hidden states [T, D] of a packed row.
-
-        Args:
-            embeds_TD: of the tokens; video tokens are put in here, from the first D columns of features_MW.
-            video_row_M: their places in the row.
-        """
+        """Final hidden states [T, D] of a packed row; the rest as in `decoder_inputs`."""
         ...

@@ -18,6 +18,7 @@ from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout, layout
 from vcr1_fast.learner.families.family import Grid, TowerInputs, TowerWork
 from vcr1_fast.learner.model_operators import ModelOperators, RotaryCall
 from vcr1_fast.learner.tower_attention import TowerSegments
+from vcr1_fast.video.formats import QWEN2_5_VL
 
 # transformers names the parts of the model by its modules, the published checkpoints and other engines by these.
 _RENAMED = {"model.visual.": "visual.", "model.language_model.": "model."}
@@ -28,8 +29,7 @@ class Qwen25VL:
 
     model_type = "qwen2_5_vl"
     model_class: type[PreTrainedModel] = Qwen2_5_VLForConditionalGeneration
-    patch_values = 3 * 2 * 14 * 14
-    patches_per_token = 4
+    video = QWEN2_5_VL
     tower_name = "model.visual"
     layers_name = "model.language_model.layers"
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -126,6 +126,12 @@ class Qwen25VL:
         )
         return output.pooler_output
 
+    def decoder_inputs(
+        self, hf: nn.Module, embeds_TD: Tensor, features_MW: Tensor, video_row_M: Tensor, num_rows: int = 1
+    ) -> dict[str, Any]:
+        embeds_TD = embeds_TD.index_copy(0, video_row_M, features_MW.to(embeds_TD.dtype))
+        return {"inputs_embeds": embeds_TD.unflatten(0, (num_rows, -1))}
+
     def decode(
         self,
         hf: nn.Module,
@@ -136,9 +142,8 @@ class Qwen25VL:
         layout: PrefixLayout,
         backend: AttentionBackend,
     ) -> Tensor:
-        embeds_TD = embeds_TD.index_copy(0, video_row_M, features_MW.to(embeds_TD.dtype))
         output = self.decoder(hf)(
-            inputs_embeds=embeds_TD.unsqueeze(0),
+            **self.decoder_inputs(hf, embeds_TD, features_MW, video_row_M),
             position_ids=position_ids_3T.unsqueeze(1),
             attention_mask={"full_attention": None},  # as a dict it is taken as ready: no [T, T] mask is built
             use_cache=False,

@@ -20,12 +20,12 @@ from transformers.vision_utils import (
     get_vision_interpolation_indices_and_weights,
     get_vision_position_ids,
 )
-from vcr1_kernels.prefix_attention import AttentionBackend, PrefixLayout, layout_to_tensor
 
 from vcr1_fast.learner.families.family import Grid, TowerInputs, TowerWork
 from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
 from vcr1_fast.learner.model_operators import ModelOperators, RotaryCall
 from vcr1_fast.learner.tower_attention import TowerSegments
+from vcr1_fast.video.formats import QWEN3_VL
 
 
 class Qwen3VL(Qwen25VL):
@@ -33,7 +33,7 @@ class Qwen3VL(Qwen25VL):
 
     model_type = "qwen3_vl"
     model_class: type[PreTrainedModel] = Qwen3VLForConditionalGeneration
-    patch_values = 3 * 2 * 16 * 16
+    video = QWEN3_VL
     operators = ModelOperators(
         norms=(modeling.Qwen3VLTextRMSNorm,),
         mlps=(modeling.Qwen3VLTextMLP,),
@@ -105,32 +105,20 @@ class Qwen3VL(Qwen25VL):
         output = tower(values_PC, **inputs.tensors, max_seqlen=1, tower_segments=segments)  # 1: as in Qwen25VL
         return torch.cat([output.pooler_output, *output.deepstack_features], dim=1)
 
-    def decode(
-        self,
-        hf: nn.Module,
-        embeds_TD: Tensor,
-        position_ids_3T: Tensor,
-        features_MW: Tensor,
-        video_row_M: Tensor,
-        layout: PrefixLayout,
-        backend: AttentionBackend,
-    ) -> Tensor:
+    def decoder_inputs(
+        self, hf: nn.Module, embeds_TD: Tensor, features_MW: Tensor, video_row_M: Tensor, num_rows: int = 1
+    ) -> dict[str, Any]:
         embedded_MD, *deepstack = features_MW.to(embeds_TD.dtype).split(embeds_TD.shape[1], dim=1)
-        decoder = self.decoder(hf)
-        decoder._deepstack_process = add_features  # the release's own finds the places by a mask: it waits for the GPU
-        output = decoder(
-            inputs_embeds=embeds_TD.index_copy(0, video_row_M, embedded_MD).unsqueeze(0),
-            position_ids=position_ids_3T.unsqueeze(1),
-            attention_mask={"full_attention": None},
-            use_cache=False,
-            visual_pos_masks=video_row_M,
-            deepstack_visual_embeds=deepstack,
-            prefix_layout=layout_to_tensor(layout),
-            prefix_backend=backend,
-        )
-        return output.last_hidden_state.squeeze(0)
+        # The release's own finds the places by a mask, for which the host waits.
+        self.decoder(hf)._deepstack_process = add_features
+        return {
+            **super().decoder_inputs(hf, embeds_TD, embedded_MD, video_row_M, num_rows),
+            "visual_pos_masks": video_row_M,
+            "deepstack_visual_embeds": deepstack,
+        }
 
 
-def add_features(hidden_1TD: Tensor, video_row_M: Tensor, features_MD: Tensor) -> Tensor:
-    """Hidden states with the features of one layer added at the rows of the video tokens."""
-    return hidden_1TD.index_add(1, video_row_M, features_MD.to(hidden_1TD.dtype).unsqueeze(0))
+def add_features(hidden_BTD: Tensor, video_row_M: Tensor, features_MD: Tensor) -> Tensor:
+    """Hidden states with the features of one layer added at the video tokens, whose places count through all rows."""
+    hidden_TD = hidden_BTD.flatten(0, 1).index_add(0, video_row_M, features_MD.to(hidden_BTD.dtype))
+    return hidden_TD.view(hidden_BTD.shape)
