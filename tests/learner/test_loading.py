@@ -162,7 +162,11 @@ def test_another_architecture_is_refused(make_model, tmp_path):
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for content, message in (
-        (json.dumps(config | {"model_type": "qwen2_vl"}), "model_type in .* is 'qwen2_vl', wanted qwen2_5_vl: set"),
+        (
+            json.dumps(config | {"model_type": "qwen2_vl"}),
+            "model_type in .* is 'qwen2_vl', wanted qwen2_5_vl or .*: set",
+        ),
+        ((model_folder("tiny3") / "config.json").read_text(), "weights in .* are not those of its config.json"),
         (
             json.dumps(config | {"quantization_config": {"quant_method": "awq"}}),
             r"quantized \(awq, .* in bfloat16",
