@@ -23,7 +23,8 @@ from vcr1_fast.fake_gpu.predict import H100_RATES, H200_RATES, Rates
 from vcr1_fast.fake_gpu.process import Case
 from vcr1_fast.fake_gpu.process import run as run_cases
 from vcr1_fast.fake_gpu.sizes import num_blocks, with_blocks
-from vcr1_fast.learner.memory_sums import engine_bytes, lends_memory, with_recompute
+from vcr1_fast.learner.engine_sums import engine_bytes, lends_memory
+from vcr1_fast.learner.memory_sums import with_recompute
 from vcr1_fast.learner.model_size import ModelSize, model_size
 from vcr1_fast.run.telemetry import progress
 from vcr1_fast.settings.config import Config

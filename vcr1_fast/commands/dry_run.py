@@ -21,14 +21,8 @@ from vcr1_fast.fake_gpu.process import Case, run
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 from vcr1_fast.fake_gpu.sizes import num_blocks, with_blocks
 from vcr1_fast.learner.adamw_8bit import MOMENT_BYTES
-from vcr1_fast.learner.memory_sums import (
-    TokenPlan,
-    engine_bytes,
-    lends_memory,
-    prompts_at_once,
-    video_bytes,
-    video_tokens,
-)
+from vcr1_fast.learner.engine_sums import engine_bytes, lends_memory, prompts_at_once
+from vcr1_fast.learner.memory_sums import TokenPlan, video_bytes, video_tokens
 from vcr1_fast.learner.model_size import ModelSize
 from vcr1_fast.run.telemetry import progress
 from vcr1_fast.settings.config import Config, VideoConfig

@@ -18,12 +18,12 @@ import torch
 from vcr1_kernels.head_chunks import head_peak_bytes
 
 from vcr1_fast.learner.adamw_8bit import MOMENT_BYTES
+from vcr1_fast.learner.engine_sums import engine_bytes, generation_bytes, lends_memory, prompts_at_once
 from vcr1_fast.learner.freezing import num_trained
 from vcr1_fast.learner.model_size import ModelSize, read_model_size
 from vcr1_fast.learner.recompute import RECOMPUTE, Recompute
 from vcr1_fast.learner.sharding import TOWER_PARTS_TOGETHER
-from vcr1_fast.rollout.sgl import memory as sglang_memory
-from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, RolloutConfig, VideoConfig
+from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig, VideoConfig
 from vcr1_fast.video.formats import PATCHES_PER_TOKEN, QWEN2_5_VL
 from vcr1_fast.video.gpu_decoding import decoding_bytes
 from vcr1_fast.video.resolution import max_pixels_per_frame
@@ -242,8 +242,8 @@ def plan_memory(
     prompts = min(per_gpu, prompts_at_once(config.rollout, tokens.prompt, group, tokens.completion))
     eval_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
     videos = prompts_at_once(config.rollout, tokens.eval_prompt, 1, eval_tokens) if config.data.eval else 0
-    rollout = _generation_bytes(size, tokens.prompt, prompts, group, tokens.completion)
-    evaluation = _generation_bytes(size, tokens.eval_prompt, videos, 1, eval_tokens)
+    rollout = generation_bytes(size, tokens.prompt, prompts, group, tokens.completion)
+    evaluation = generation_bytes(size, tokens.eval_prompt, videos, 1, eval_tokens)
     engine, lends = engine_bytes(config.rollout, size, width), lends_memory(config.rollout)
     return MemoryPlan(
         static=_gb(
@@ -267,20 +267,6 @@ def adapter_params(size: ModelSize, config: LoRAConfig) -> int:
     sides = {"q_proj": d + h, "k_proj": d + k, "v_proj": d + k, "o_proj": h + d}
     sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), d + i)
     return config.rank * sum(sides.get(target, 0) for target in config.targets or sides)
-
-
-def lends_memory(config: RolloutConfig) -> bool:
-    """Whether the engine has none while the learner updates."""
-    return config.engine == "sglang" and config.sglang.release_memory
-
-
-def engine_bytes(config: RolloutConfig, size: ModelSize, width: int) -> dict[str, float]:
-    """Of the learner's GPU, unless `lends_memory`. `width`: bytes of a weight of the engine."""
-    if config.engine == "local":
-        return {"rollout engine": width * size.params}
-    is_here = config.sglang.placement == "colocated"
-    num_bytes = sglang_memory.engine_bytes(config.sglang, size, width) if is_here else None
-    return {"SGLang, weights and KV cache": config.sglang.num_workers * (num_bytes or 0)}
 
 
 def video_bytes(config: Config) -> dict[str, float]:
@@ -385,19 +371,6 @@ def tower_bytes(size: ModelSize, tokens: TokenPlan, config: Config) -> tuple[int
     wide = num_patches * (12 * d + 2 * size.tower_mlp + gate)
     kept = {"none": block, "selective": wide, "full": num_patches * 2 * d}[mode]
     return pixels + size.tower_depth * kept, 0 if mode == "none" else block
-
-
-def prompts_at_once(config: RolloutConfig, prompt: int, group: int, new_tokens: int) -> int:
-    """What `rollout.batches.in_batches` puts together."""
-    return max(1, min(config.max_batch_rows // group, config.max_batch_tokens // (prompt + group * new_tokens)))
-
-
-def _generation_bytes(size: ModelSize, prompt: int, prompts: int, group: int, new_tokens: int) -> dict[str, float]:
-    """KV cache: each prompt once, new tokens per completion. Prefill: one layer over all prompts, 8 D + 6 I a token."""
-    return {
-        "KV cache": size.kv_bytes_per_token * prompts * (prompt + group * new_tokens),
-        "prefill": prompts * prompt * (8 * size.hidden + 6 * size.mlp),
-    }
 
 
 def _gb(parts: Mapping[str, float]) -> dict[str, float]:
