@@ -28,7 +28,7 @@ COLUMN_HEADS = heads_of(COLUMNS)
 # what tells the rows of a benchmark apart; all others are results
 LABELS = (
     "op", "name", "task", "side", "axis", "size", "codec", "model_size", "model", "way", "decoder", "layout", "tokens",
-    "prompt_tokens", "completions", "completion_tokens", "prompt", "num_gpus", "factor",
+    "prompt_tokens", "completions", "completion_tokens", "prompt", "num_gpus", "factor", "draw",
 )  # fmt: skip
 TIMED = (  # quartile, median, quartile
     *((f"low_{unit}", f"median_{unit}", f"high_{unit}") for unit in ("ms", "s")),
@@ -44,6 +44,7 @@ COUNTED = (
     "launches",
     "elementwise_gb",
     "mfu",
+    "miou",
 )
 
 
