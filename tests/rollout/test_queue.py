@@ -350,6 +350,21 @@ def test_a_restored_queue_goes_on_with_what_a_step_left(open_queue: Open, stop, 
     assert note(again, other, range(stop + 1, 6)) == want[stop:]
 
 
+def test_what_a_step_left_is_drawn_for_no_other_prompt(open_queue: Open, monkeypatch):
+    """The first video of step 1 cannot be read any more, so that its other prompts move up."""
+    queue, engine, stream = open_queue(0, num_steps=5, over_provision=0.5)
+    engine.lengths = LENGTHS
+    note(queue, engine, range(1, 2))
+    kept = queue.pending()
+    again, other, others_stream = open_queue(0, num_steps=5, over_provision=0.5)
+    other.lengths, others_stream.position = LENGTHS, stream.position
+    read = others_stream.next
+    monkeypatch.setattr(others_stream, "next", lambda count: [p for p in read(count) if p.example.id != "a0"])
+    again.restore(kept["pending"], kept["answers"], kept["again"], kept["failed_steps"])
+    assert [ids for ids, _, _ in note(again, other, range(2, 3))] == [["a4"]]  # a3 goes on, a2 was learned from
+    assert other.calls[0][0] == ["a3", "a4"]
+
+
 def test_on_another_number_of_ranks_as_many_groups_are_begun_anew(open_queue: Open):
     queue, engine, stream = open_queue(0, num_steps=5, over_provision=0.5)
     engine.lengths = LENGTHS

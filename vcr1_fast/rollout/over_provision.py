@@ -31,18 +31,21 @@ class Tail:
     prompts: Sequence[Prompt] = ()
     call: Call = field(default_factory=lambda: Call([], []))  # their answers so far
     places: Sequence[int] = ()  # of the prompts among those that the step began
+    num_begun: int = 0  # so many
 
     def as_tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: all but the prompts, which the stream gives again."""
-        return self.call.as_tensors() | {"places": torch.tensor(self.places, dtype=torch.int64)}
+        where = {"places": torch.tensor(self.places, dtype=torch.int64), "num_begun": torch.tensor([self.num_begun])}
+        return self.call.as_tensors() | where
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], begun: Sequence[Prompt], decode: Decode) -> Tail:
-        """The inverse. `begun`: the prompts that the step began. Empty where some of them cannot be read any more."""
-        places: list[int] = tensors["places"].tolist()
-        if max(places, default=-1) >= len(begun):
+        """The inverse. `begun`: the prompts that the step began. Empty where some of them cannot be read any more: the
+        places would be those of others."""
+        if int(tensors["num_begun"]) != len(begun):
             return cls()
-        return cls([begun[i] for i in places], Call.of_tensors(tensors, decode), places)
+        places: list[int] = tensors["places"].tolist()
+        return cls([begun[i] for i in places], Call.of_tensors(tensors, decode), places, len(begun))
 
 
 class OverProvision:
@@ -53,7 +56,6 @@ class OverProvision:
         self._collector, self._last_step = collector, train.num_steps
         self.num_extra = math.ceil(rollout.over_provision * train.prompts_per_step / self._world.world_size)
         self.tail = Tail()  # of the step drawn last
-        self.num_carried = 0  # groups of that step that began in the step before
 
     def num_begun(self, step: int, *, has_tail: bool) -> int:
         """Prompts over all ranks that a step begins. `has_tail`: others come from the step before."""
@@ -70,13 +72,14 @@ class OverProvision:
         if num_left or carried.prompts:
             drawing.quota = Quota(max(len(asked) - num_left, len(carried.prompts)), len(carried.prompts))
         drawn = self._collector.draw(drawing, asked, sampling)
-        self.num_carried, self.tail = len(carried.prompts), Tail()
+        self.tail = Tail()
         if drawing.quota is None or not drawing.calls:
             return drawn
         call = drawing.calls[0]
         taken = drawing.quota.taken(call.are_done)
         left = [place for place in range(len(asked)) if place not in taken]
-        self.tail = Tail([asked[i] for i in left], call.at(left), [i - len(carried.prompts) for i in left])
+        places = [place - len(carried.prompts) for place in left]
+        self.tail = Tail([asked[i] for i in left], call.at(left), places, len(prompts))
         version_of = {id(asked[place]): call.policy_versions[place] for place in taken}
         groups = [replace(group, policy_version=version_of[id(group.prompt)]) for group in drawn.groups]
         return replace(drawn, groups=groups)
