@@ -91,10 +91,13 @@ def _gather_completions(x_THC: Tensor, group: PrefixGroup, num_repeats: int) -> 
     return padded_GRHC.unflatten(2, (-1, num_repeats)).permute(2, 3, 0, 1, 4)
 
 
-def _scatter_completions(x_KrGRC: Tensor, group: PrefixGroup) -> Tensor:
-    """Inverse of _gather_completions, padding dropped: -> [sum R, H, C]."""
-    padded_GRHC = x_KrGRC.permute(2, 3, 0, 1, 4).flatten(2, 3)
-    return torch.cat([padded_GRHC[i, :n] for i, n in enumerate(group.completion_lens)])
+def _scatter_completions(x_KrGRC: Tensor, group: PrefixGroup, into_RHC: Tensor) -> None:
+    """Inverse of _gather_completions, padding dropped, written where it belongs: [sum R, H, C]."""
+    into_RKrC = into_RHC.unflatten(1, x_KrGRC.shape[:2])
+    for one_RKrC, padded_RKrC in zip(
+        into_RKrC.split(group.completion_lens), x_KrGRC.permute(2, 3, 0, 1, 4), strict=True
+    ):
+        one_RKrC.copy_(padded_RKrC[: one_RKrC.shape[0]])
 
 
 def _heads_first(x_LHC: Tensor, num_repeats: int) -> Tensor:
@@ -108,16 +111,23 @@ def _tokens_first(x_KrLC: Tensor) -> Tensor:
 
 
 def _group_forward(
-    query: Tensor, key: Tensor, value: Tensor, group: PrefixGroup, scale: float, problem: Problem
-) -> tuple[Tensor, Tensor]:
-    """out [L, H, C] and merged lse [L, H] of one group."""
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    into: tuple[Tensor, Tensor],
+    group: PrefixGroup,
+    scale: float,
+    problem: Problem,
+) -> None:
+    """Write out [T, H, C] and merged lse [T, H, 1] of one group, at its place in the row."""
     repeats = query.shape[1] // key.shape[1]
     prompt = slice(group.start, group.prompt_end)
     query_p, key_p, value_p = (_heads_first(x[prompt], n) for x, n in ((query, repeats), (key, 1), (value, 1)))
     out_p, lse_p = problem.attend(query_p, key_p, value_p, scale, True)
-    out_p, lse_p = _tokens_first(out_p), _tokens_first(lse_p.unsqueeze(-1)).squeeze(-1)
+    for whole, part in zip(into, (out_p, lse_p.unsqueeze(-1)), strict=True):
+        whole[prompt] = _tokens_first(part)
     if group.end == group.prompt_end:
-        return out_p, lse_p
+        return
 
     query_c, key_c, value_c = (_gather_completions(x, group, n) for x, n in ((query, repeats), (key, 1), (value, 1)))
     out_a, lse_a = problem.attend(query_c, key_c, value_c, scale, True)
@@ -125,18 +135,20 @@ def _group_forward(
     out_b, lse_b = out_b.view_as(out_a), lse_b.view_as(lse_a)
     lse_c = torch.logaddexp(lse_a, lse_b)
     out_c = out_a * torch.exp(lse_a - lse_c).unsqueeze(-1) + out_b * torch.exp(lse_b - lse_c).unsqueeze(-1)
-    lse_c = _scatter_completions(lse_c.unsqueeze(-1), group).squeeze(-1)
-    return torch.cat([out_p, _scatter_completions(out_c, group)]), torch.cat([lse_p, lse_c])
+    for whole, part in zip(into, (out_c, lse_c.unsqueeze(-1)), strict=True):
+        _scatter_completions(part, group, whole[group.prompt_end : group.end])
 
 
 def _group_backward(
     grad_out: Tensor,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    into: tuple[Tensor, Tensor, Tensor],
     group: PrefixGroup,
     scale: float,
     problem: Problem,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of one group, each [L, heads, C]. `tensors` is (query, key, value, out, lse [T, H, 1]), merged."""
+) -> None:
+    """Write dQ, dK, dV [T, heads, C] of one group, at its place in the row. `tensors` is (query, key, value, out, lse
+    [T, H, 1]), merged."""
     query, key, value, out, lse = tensors
     repeats = query.shape[1] // key.shape[1]
     prompt = slice(group.start, group.prompt_end)
@@ -145,7 +157,9 @@ def _group_backward(
     dq_p, dk_p, dv_p = problem.attend_backward(grad_p, query_p, key_p, value_p, out_p, lse_p.squeeze(-1), scale, True)
     dk_p, dv_p = dk_p.sum(1, keepdim=True), dv_p.sum(1, keepdim=True)  # query heads that share a key head
     if group.end == group.prompt_end:
-        return _tokens_first(dq_p), _tokens_first(dk_p), _tokens_first(dv_p)
+        for whole, part in zip(into, (dq_p, dk_p, dv_p), strict=True):
+            whole[prompt] = _tokens_first(part)
+        return
 
     query_c, out_c, grad_c, lse_c = (_gather_completions(x, group, repeats) for x in (query, out, grad_out, lse))
     key_c, value_c = (_gather_completions(x, group, 1) for x in (key, value))
@@ -155,11 +169,10 @@ def _group_backward(
     dq_b, dk_b, dv_b = problem.attend_backward(flat[0], flat[1], key_p, value_p, flat[2], flat[3], scale, False)
     dk_p, dv_p = dk_p + dk_b.sum(1, keepdim=True), dv_p + dv_b.sum(1, keepdim=True)
     dk_c, dv_c = dk_c.sum(1, keepdim=True), dv_c.sum(1, keepdim=True)
-    return (
-        torch.cat([_tokens_first(dq_p), _scatter_completions(dq_a + dq_b.view_as(dq_a), group)]),
-        torch.cat([_tokens_first(dk_p), _scatter_completions(dk_c, group)]),
-        torch.cat([_tokens_first(dv_p), _scatter_completions(dv_c, group)]),
-    )
+    dq_c = dq_a.add_(dq_b.view_as(dq_a))
+    for whole, part_p, part_c in zip(into, (dq_p, dk_p, dv_p), (dq_c, dk_c, dv_c), strict=True):
+        whole[prompt] = _tokens_first(part_p)
+        _scatter_completions(part_c, group, whole[group.prompt_end : group.end])
 
 
 @dataclass(frozen=True)
@@ -177,10 +190,9 @@ class BatchedAttention:
         """out [T, H, C] and the natural-log lse [H, T], in the type of the inputs."""
         out_THC = torch.empty(query_THC.shape, dtype=query_THC.dtype, device=query_THC.device)
         lse_HT = out_THC.new_empty(query_THC.shape[1], query_THC.shape[0])
+        into = (out_THC, lse_HT.T.unsqueeze(-1))
         for group in layout:
-            span = slice(group.start, group.end)
-            out_THC[span], lse_LH = _group_forward(query_THC, key_TKC, value_TKC, group, scale, self.problem)
-            lse_HT[:, span] = lse_LH.T
+            _group_forward(query_THC, key_TKC, value_TKC, into, group, scale, self.problem)
         return out_THC, lse_HT
 
     def backward(
@@ -192,9 +204,8 @@ class BatchedAttention:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dQ, dK, dV; `tensors` is (query, key, value, out, lse_HT) as `forward` took and gave them."""
         query, key, value, out, lse_HT = tensors
-        dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+        grads = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
         with_lse_TH1 = (query, key, value, out, lse_HT.T.unsqueeze(-1))
         for group in layout:
-            span = slice(group.start, group.end)
-            dq[span], dk[span], dv[span] = _group_backward(grad_THC, with_lse_TH1, group, scale, self.problem)
-        return dq, dk, dv
+            _group_backward(grad_THC, with_lse_TH1, grads, group, scale, self.problem)
+        return grads
