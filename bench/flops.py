@@ -58,35 +58,42 @@ def tower_attention_pairs(grid: Grid, merge: int, window: int) -> tuple[int, int
 
 
 def tower_flop(vision: Any, grids: Sequence[Grid]) -> int:
-    """Patch embedding, blocks and merger of the vision tower over these videos. `vision`: a Qwen2_5_VLVisionConfig."""
+    """Patch embedding, blocks and mergers of the vision tower over these videos.
+
+    `vision`: a Qwen2_5_VLVisionConfig, or a Qwen3VLVisionConfig: there the MLP has no gate, no layer has windows, and
+    three inner layers have mergers of their own.
+    """
     width, inner, merge = vision.hidden_size, vision.intermediate_size, vision.spatial_merge_size
-    window = vision.window_size // vision.patch_size
+    deepstack = getattr(vision, "deepstack_visual_indexes", None)
+    window = merge if deepstack else vision.window_size // vision.patch_size
     num_patches = sum(t * h * w for t, h, w in grids)
     patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     # qkv, output projection, and the gate, up and down products of the MLP
-    block = linear_flop(num_patches, width, 4 * width) + linear_flop(num_patches, width, 3 * inner)
+    block = linear_flop(num_patches, width, 4 * width)
+    block += linear_flop(num_patches, width, (2 if deepstack else 3) * inner)
     pairs = [tower_attention_pairs(grid, merge, window) for grid in grids]
-    num_full = len(vision.fullatt_block_indexes)
+    num_full = vision.depth if deepstack else len(vision.fullatt_block_indexes)
     windowed, full = (sum(p[i] for p in pairs) for i in (0, 1))
     attention = 4 * width * ((vision.depth - num_full) * windowed + num_full * full)
     merged = merge**2 * width
     num_merged = num_patches // merge**2
     merger = linear_flop(num_merged, merged, merged) + linear_flop(num_merged, merged, vision.out_hidden_size)
-    return linear_flop(num_patches, patch_values, width) + vision.depth * block + attention + merger
+    mergers = (1 + len(deepstack or ())) * merger
+    return linear_flop(num_patches, patch_values, width) + vision.depth * block + attention + mergers
 
 
 def decoder_flop(text: Any, num_tokens: int, num_pairs: int) -> int:
     """All decoder layers over `num_tokens`, with `num_pairs` visible (query, key) pairs in each layer.
 
-    `text`: a Qwen2_5_VLTextConfig.
+    `text`: a Qwen2_5_VLTextConfig or a Qwen3VLTextConfig.
     """
     hidden = text.hidden_size
-    head_dim = hidden // text.num_attention_heads
-    kv_width = text.num_key_value_heads * head_dim
+    head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    query_width, kv_width = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
     per_layer = (
-        linear_flop(num_tokens, hidden, 2 * hidden + 2 * kv_width)
+        linear_flop(num_tokens, hidden, 2 * query_width + 2 * kv_width)
         + linear_flop(num_tokens, hidden, 3 * text.intermediate_size)
-        + 4 * num_pairs * hidden
+        + 4 * num_pairs * query_width
     )
     return text.num_hidden_layers * per_layer
 

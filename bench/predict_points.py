@@ -14,34 +14,6 @@ from vcr1_fast.learner.public_sizes import PUBLIC_SIZES, whole_config
 
 RESULTS = ROOT / "bench" / "results"
 
-
-def qwen3_vl_8b() -> dict[str, Any]:
-    """Qwen3-VL-8B by its public sizes, STOOD IN FOR by blocks of Qwen2.5-VL: as many, with products of the same size.
-
-    The tower's MLP has two matrices there and three here, each two thirds as wide. Left out: norms of queries and keys,
-    and the mergers of the three inner tower layers whose features the decoder gets. A patch is 16 pixels wide there:
-    grids are given in patches.
-    """
-    config = whole_config(
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 151936,
-            "tie_word_embeddings": False,
-            "vision_config": {
-                "depth": 27, "hidden_size": 1152, "intermediate_size": 2 * 4304 // 3, "out_hidden_size": 4096,
-            },
-        }
-    )  # fmt: skip
-    config["vision_config"]["fullatt_block_indexes"] = list(range(27))  # it has no windows
-    return config
-
-
-STAND_INS = {"Qwen3-VL-8B": qwen3_vl_8b()}
-
 # key: of a row of `bench predict`
 PUBLIC: list[dict[str, Any]] = [
     {
@@ -61,8 +33,7 @@ PUBLIC: list[dict[str, Any]] = [
         "quantity": "update s",
         "key": "predicted_s",
         "reported": 54.0,
-        "note": "Qwen3-VL-8B by formula from its public sizes, on blocks of Qwen2.5-VL; our answers are 1,000 tokens "
-        "each, theirs about that on average",
+        "note": "our answers are 1,000 tokens each, theirs about that on average",
     },
     {
         "system": "EasyVideoR1",

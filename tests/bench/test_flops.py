@@ -96,3 +96,21 @@ def test_counts_equal_what_torch_counts(name):
     attention = 4 * vision.hidden_size * tower_pairs
     attention += 4 * text.hidden_size * counts.pairs * text.num_hidden_layers
     assert flop.forward - attention == pytest.approx(counted, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny3"])
+def test_products_of_both_families_equal_what_torch_counts(name):
+    """The stock tower on 2 pairs of 8 x 12 patches, and the text model on 7 tokens; attention is taken out of both."""
+    hf = load_hugging_face(name, torch.float32, torch.device("cpu"))
+    vision, text, grid = hf.config.vision_config, hf.config.text_config, (2, 8, 12)
+    values_PC = torch.zeros(2 * 8 * 12, 3 * 2 * vision.patch_size**2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hf.model.visual(values_PC, grid_thw=torch.tensor([grid]))
+        hf.model.language_model(input_ids=torch.zeros(1, 7, dtype=torch.int64))
+    counted = {str(op): flop for op, flop in counter.get_flop_counts()["Global"].items()}
+    products = sum(flop for op, flop in counted.items() if "attention" not in op and "bmm" not in op)
+    window = getattr(vision, "window_size", 2 * vision.patch_size) // vision.patch_size
+    windowed, full = tower_attention_pairs(grid, 2, window)
+    num_full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
+    attention = 4 * vision.hidden_size * ((vision.depth - num_full) * windowed + num_full * full)
+    assert tower_flop(vision, [grid]) - attention + decoder_flop(text, 7, 0) == pytest.approx(products, rel=1e-3)
