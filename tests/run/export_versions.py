@@ -19,50 +19,64 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 MAX_DIFFERENCE = 1e-5
-RUNS = {"full": [], "lora": ["--model.lora.rank=4"]}
-PATCH_SETTINGS = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 50176}
-MEAN_STD = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+RUNS = {"full": ("tiny", []), "lora": ("tiny", ["--model.lora.rank=4"]), "qwen3_vl": ("tiny3", [])}
+CLASSES = {"tiny": "Qwen2_5_VL", "tiny3": "Qwen3VL"}
+PATCH_PX = {"tiny": 14, "tiny3": 16}
+MEAN_STD = {
+    "tiny": {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
+    "tiny3": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+}
 
 
 def make(folder: Path) -> None:
-    """A start from the packaged model, two runs from it, and the logits of their exports."""
+    """A start from each packaged model, runs from them, and the logits of their exports."""
     from vcr1_fast import cli
 
-    start = folder / "start"
-    write_start(start)
+    for packaged in CLASSES:
+        write_start(packaged, folder / packaged)
     write_clips(folder)
-    for name, options in RUNS.items():
+    for name, (packaged, options) in RUNS.items():
+        start = folder / packaged
         files = [
             f"--data.train=[{next(folder.glob('train_*.jsonl'))}]",
             "--data.eval=[]",
             f"--train.output_dir={folder / name}",
         ]
         sizes = ["--train.num_steps=1", "--train.prompts_per_step=2", "--optimizer.learning_rate=1e-3"]
-        arguments = ["tiny", *files, *sizes, *options, f"--model.path={start}"]
+        arguments = [packaged, *files, *sizes, *options, f"--model.path={start}"]
         code = cli.exit_code_of(lambda arguments=arguments: cli._run_with_settings("train", arguments))
         assert code == 0, f"the run {name} ended with {code}"
-        inputs = make_inputs(folder / name / "model")
-        save_file(inputs | {"logits": logits_of(folder / name / "model", inputs)}, folder / f"{name}.safetensors")
+        inputs = make_inputs(packaged, folder / name / "model")
+        logits = logits_of(packaged, folder / name / "model", inputs)
+        save_file(inputs | {"logits": logits}, folder / f"{name}.safetensors")
         changed = load_file(folder / name / "model" / "model.safetensors"), load_file(start / "model.safetensors")
         assert any(not torch.equal(changed[0][key], changed[1][key]) for key in changed[1]), "training changed nothing"
 
 
-def write_start(folder: Path) -> None:
-    """The packaged model with the old names of weights and the other files of the published checkpoints."""
-    from vcr1_fast import tiny
+def write_start(packaged: str, folder: Path) -> None:
+    """A packaged model with the old names of weights and the other files of the published checkpoints."""
     from vcr1_fast.learner.families import family_of
+    from vcr1_fast.run.model_folder import model_folder
 
-    source = Path(tiny.__file__).parent
+    source = model_folder(packaged)
     folder.mkdir(parents=True)
     for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
         (folder / name).write_bytes((source / name).read_bytes())
     template = (source / "chat_template.jinja").read_text()
     write_json(folder / "chat_template.json", {"chat_template": template})
-    processor = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
-    write_json(folder / "preprocessor_config.json", processor | PATCH_SETTINGS | MEAN_STD)
+    pixels = {"patch_size": PATCH_PX[packaged], "temporal_patch_size": 2, "merge_size": 2} | MEAN_STD[packaged]
+    pixels |= {"processor_class": f"{CLASSES[packaged]}Processor"}
+    images = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 50176}
+    write_json(folder / "preprocessor_config.json", pixels | images)
+    if packaged == "tiny3":
+        videos = {
+            "video_processor_type": "Qwen3VLVideoProcessor",
+            "size": {"shortest_edge": 4096, "longest_edge": 2**24},
+        }
+        write_json(folder / "video_preprocessor_config.json", pixels | videos)
     # What the published files say, which transformers' own saving refuses
     write_json(folder / "generation_config.json", {"do_sample": False, "temperature": 0.1, "eos_token_id": 2})
-    family = family_of(SimpleNamespace(model_type="qwen2_5_vl"))
+    family = family_of(SimpleNamespace(model_type=json.loads((source / "config.json").read_text())["model_type"]))
     weights = load_file(source / "model.safetensors")
     named = {family.checkpoint_name(name): weight for name, weight in weights.items()}
     save_file(named, folder / "model.safetensors", {"format": "pt"})
@@ -79,23 +93,22 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def make_inputs(model: Path) -> dict[str, torch.Tensor]:
+def make_inputs(packaged: str, model: Path) -> dict[str, torch.Tensor]:
     """A clip of two frame pairs of 4 x 4 patches between words."""
     config = json.loads((model / "config.json").read_text())
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(10, 600, (12,), generator=generator).tolist()
     clip = [config["vision_start_token_id"], *[config["video_token_id"]] * 8, config["vision_end_token_id"]]
     ids = torch.tensor([[*words[:6], *clip, *words[6:]]])
-    pixels = torch.randn(32, 1176, generator=generator)
+    pixels = torch.randn(32, 6 * PATCH_PX[packaged] ** 2, generator=generator)
     return {"input_ids": ids, "pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[2, 4, 4]])}
 
 
 @torch.no_grad()
-def logits_of(model: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def logits_of(packaged: str, model: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """[1, T, V] float32. Positions are given, because releases make them by different rules."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    loaded, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, output_loading_info=True)
+    model_class = getattr(transformers, f"{CLASSES[packaged]}ForConditionalGeneration")
+    loaded, report = model_class.from_pretrained(model, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         left = [key for key in report[kind] if key != "lm_head.weight"]  # tied
         assert not left, f"{kind}: {left[:5]}"
@@ -112,27 +125,33 @@ def check(folder: Path) -> int:
 
         define_missing_ops()
     failed = 0
-    for name in RUNS:
+    for name, (packaged, _) in RUNS.items():
+        if not hasattr(transformers, f"{CLASSES[packaged]}ForConditionalGeneration"):
+            print(f"transformers {transformers.__version__}, {name}: it has no such model")
+            continue
         kept = load_file(folder / f"{name}.safetensors")
         wanted = kept.pop("logits")
-        difference = (logits_of(folder / name / "model", kept) - wanted).abs().max().item()
+        difference = (logits_of(packaged, folder / name / "model", kept) - wanted).abs().max().item()
         failed |= not difference <= MAX_DIFFERENCE
-        files = check_files(folder / name / "model")
+        files = check_files(packaged, folder / name / "model")
         print(f"transformers {transformers.__version__}, {name}: logits differ by {difference:.1e} at most; {files}")
     return int(failed)
 
 
-def check_files(model: Path) -> str:
+def check_files(packaged: str, model: Path) -> str:
     """Tokenizer, generation settings and, where an image processor can be had, the whole processor."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     assert tokenizer.decode(tokenizer("a dog barks")["input_ids"]) == "a dog barks"
     transformers.GenerationConfig.from_pretrained(model)
     processor = transformers.AutoProcessor.from_pretrained(model)
-    assert type(processor).__name__ == "Qwen2_5_VLProcessor", type(processor)
+    assert type(processor).__name__ == f"{CLASSES[packaged]}Processor", type(processor)
     text = "<|vision_start|><|image_pad|><|vision_end|> a dog"
-    image = torch.randint(0, 256, (56, 84, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    side = 2 * PATCH_PX[packaged]
+    image = torch.randint(
+        0, 256, (2 * side, 3 * side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    ).numpy()
     made = processor(text=[text], images=[image], return_tensors="pt")
-    assert made["image_grid_thw"].tolist() == [[1, 4, 6]] and made["pixel_values"].shape == (24, 1176)
+    assert made["image_grid_thw"].tolist() == [[1, 4, 6]] and made["pixel_values"].shape[0] == 24
     assert (made["input_ids"] == 6).sum() == 6
     return "tokenizer, generation settings and processor load"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Exports of two short runs load in transformers 4.51, 4.57 and the one of this environment, with the same logits to 1e-5,
+# Exports of three short runs, of both families, load in transformers 4.51, 4.57 and the one of this environment, with the same logits to 1e-5,
 # and in AutoProcessor. About 5 minutes and 200 MB; needs an index of packages.
 #     tests/run/export_versions.sh [PYTHON of this project's environment]
 set -euo pipefail
