@@ -5,6 +5,10 @@ import json
 import os
 import resource
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -242,3 +246,18 @@ def test_a_file_is_what_safetensors_reads():
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
+
+
+def test_a_writer_whose_run_is_gone_before_its_answer_says_nothing(tmp_path: Path):
+    ours, theirs = socket.socketpair()
+    job = {"folder": str(tmp_path), "files": [], "rank": 0, "world_size": 1, "document": {"step": 1}}
+    with tempfile.TemporaryFile() as memory:
+        memory.write(b"\0")
+        memory.flush()
+        descriptors = (theirs.fileno(), memory.fileno())
+        command = [sys.executable, "-m", "vcr1_fast.run.checkpoint_writer", *map(str, (*descriptors, os.getpid()))]
+        ours.sendall(json.dumps(job).encode() + b"\n")
+        ours.close()
+        ended = subprocess.run(command, pass_fds=descriptors, capture_output=True, text=True, timeout=60, check=False)
+    theirs.close()
+    assert (ended.returncode, ended.stderr) == (0, "") and (tmp_path / "state.json").exists()

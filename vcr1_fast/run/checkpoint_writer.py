@@ -8,6 +8,7 @@ run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -57,7 +58,8 @@ def crc32_of_document(document: Mapping[str, Any]) -> str:
 
 def main() -> None:
     end_with(int(sys.argv[3]))
-    with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rb") as jobs:
+    run_is_gone = contextlib.suppress(BrokenPipeError, ConnectionResetError)  # found out before the kernel ends this
+    with run_is_gone, socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rb") as jobs:
         for line in jobs:
             began = time.monotonic()
             try:
