@@ -109,7 +109,8 @@ class Worker:
 
         self._door = door
         self._engine: Any = sglang.Engine(**engine_arguments(engine_args))
-        self._updater = Updater(self._engine.tokenizer_manager)
+        num_gpus = int(self._engine.server_args.tp_size)
+        self._updater = Updater(self._engine.tokenizer_manager, num_gpus)
         self._version = str(sglang.__version__)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._drawing: set[int] = set()  # requests that SGLang works on
@@ -121,6 +122,7 @@ class Worker:
             "video_token_id": int(config.hf_config.video_token_id),
             "hidden_size": int(config.hidden_size),
             "context_length": int(config.context_len),
+            "num_gpus": num_gpus,
             "num_cache_tokens": int(self._engine.get_server_info()["max_total_num_tokens"]),
         }
 
