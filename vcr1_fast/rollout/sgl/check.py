@@ -28,6 +28,7 @@ FUSED = {  # part of a checkpoint's name: (SGLang's name of it, which share of i
     ".up_proj.": (".gate_up_proj.", "second half"),
     ".attn.qkv.": (".attn.qkv_proj.", "whole"),  # of the vision tower, fused in the checkpoint already
 }
+RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}  # of Qwen3-VL's checkpoints
 _PART_BYTES = 1 << 22  # summed at once: they, their places and the products fit into a CPU's cache
 _covered: dict[int, int] = {}  # address of a parameter's storage: number of values seen since the first bucket
 
@@ -95,10 +96,13 @@ def place_of(parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]
     SGLang makes some sides longer: the vocabulary to a multiple of 64, the vision tower's MLP to one of 8, on a CPU to
     one of 32. What is sent stands at the front.
     """
-    target, share = name, "whole"
+    plain = name
+    for part, short in RENAMED.items():
+        plain = short + name.removeprefix(part) if name.startswith(part) else plain
+    target, share = plain, "whole"
     for part, (fused, which) in FUSED.items():
-        if part in name and name.replace(part, fused) in parameters:
-            target, share = name.replace(part, fused), which
+        if part in plain and plain.replace(part, fused) in parameters:
+            target, share = plain.replace(part, fused), which
     if target not in parameters:
         return f"{name!r} is not a weight of SGLang's model"
     parameter = parameters[target].detach()
