@@ -247,7 +247,7 @@ def serve(config: Config, bind: str = "", logs: str = "", num_workers: int | Non
     config = with_hub_model(config, SINGLE_PROCESS)
     checkpoint = model_folder(config.model.path)
     read_config(checkpoint)  # its architecture is one that trainers know
-    check_model(config)  # and that workers take
+    check_model(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; the workers must not outlive this process
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts it with & switches it off
     server = Server(settings, checkpoint, bind=address, gpus=gpus, key=key, logs=folder)

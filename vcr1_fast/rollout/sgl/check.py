@@ -29,6 +29,7 @@ FUSED = {  # part of a checkpoint's name: (SGLang's name of it, which share of i
     ".up_proj.": (".gate_up_proj.", "second half"),
     ".attn.qkv.": (".attn.qkv_proj.", "whole"),  # of the vision tower, fused in the checkpoint already
 }
+RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}  # of Qwen3-VL's checkpoints
 _PART_BYTES = 1 << 22  # summed at once: they, their places and the products fit into a CPU's cache
 _covered: dict[int, int] = {}  # address of a parameter's storage: number of values seen since the first bucket
 
@@ -141,10 +142,13 @@ def place_of(parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]
 
 def _target(parameters: Mapping[str, nn.Parameter], name: str) -> tuple[str, str]:
     """SGLang's name of a weight, and which share of its rows it is."""
+    plain = name
+    for part, short in RENAMED.items():
+        plain = short + name.removeprefix(part) if name.startswith(part) else plain
     for part, (fused, share) in FUSED.items():
-        if part in name and name.replace(part, fused) in parameters:
-            return name.replace(part, fused), share
-    return name, "whole"
+        if part in plain and plain.replace(part, fused) in parameters:
+            return plain.replace(part, fused), share
+    return plain, "whole"
 
 
 def _sum_of_share(
