@@ -12,7 +12,6 @@ from vcr1_fast.learner.exchange import exchange, from_bytes, gather_sizes, to_by
 from vcr1_fast.learner.row_cost import group_size
 from vcr1_fast.learner.sharding import World
 from vcr1_fast.learner.step import Learner
-from vcr1_fast.rollout.sgl.link import byte_levels
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,12 +19,12 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("index", range(6))
 def test_a_group_comes_back_from_bytes_bit_for_bit(index):
     group = example_groups()[index]
-    assert_same(from_bytes(to_bytes(group, byte_levels()), torch.device("cpu")), group)
+    assert_same(from_bytes(to_bytes(group), torch.device("cpu")), group)
 
 
 def test_pixels_of_frames_are_one_byte_each():
     num_values = 96 * 1176
-    sizes = [to_bytes(group, byte_levels()).numel() for group in example_groups()[:3]]
+    sizes = [to_bytes(group).numel() for group in example_groups()[:3]]
     assert sizes[0] > 4 * num_values  # random numbers are sent as float32
     rest = 3 * 256 * 4 + 3000  # the values of the bytes; ids, positions, log-probs and the pickle
     assert num_values < sizes[1] < num_values + rest and num_values < sizes[2] < num_values + rest
@@ -35,7 +34,7 @@ def test_views_of_larger_tensors_send_only_what_they_show():
     group = example_groups()[0]
     ids_R = torch.arange(1_000_000)[5:8]
     object.__setattr__(group.completions[0], "token_ids_R", ids_R)
-    sent = to_bytes(group, byte_levels())
+    sent = to_bytes(group)
     assert sent.numel() < 500_000
     assert from_bytes(sent, torch.device("cpu")).completions[0].token_ids_R.tolist() == [5, 6, 7]
 

@@ -80,7 +80,7 @@ def test_settings_refuse_what_is_no_address():
     ("name", "value", "reason"),
     [
         ("rl_on_policy_target", "fsdp", "the positions of text"),
-        ("tp_size", 2, "one GPU"),
+        ("tp_size", 2, "rollout.sglang.tp_size"),
         ("enable_lora", True, "lora"),
     ],
 )

@@ -12,12 +12,12 @@ from vcr1_fast.learner.packing import pack
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sgl import pixels as sglang_pixels
-from vcr1_fast.rollout.sgl.link import byte_levels
 from vcr1_fast.rollout.sgl.messages import decode, encode
-from vcr1_fast.rollout.sgl.video import video_item
+from vcr1_fast.rollout.sgl.video import features_by_kind, media_item
 from vcr1_fast.rollout.sgl.workers import Request, Workers
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.settings.config import AlgorithmConfig, ModelConfig, TaskConfig
+from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Completion, Example, Frames, IntervalTruth, Prompt, RolloutGroup, SamplingParams
 from vcr1_fast.video.patches import to_patches
@@ -61,18 +61,23 @@ def test_sglang_is_sent_the_very_tensors_and_handed_their_bits() -> None:
     prompt = _prompt()
     engine = SGLangEngine.__new__(SGLangEngine)  # without its workers: what is asked here needs none
     engine._stop_ids, engine._suppressed_ids = (2,), (7,)
+    engine.config = SGLangConfig()
     engine._workers = Workers.__new__(Workers)
     engine._workers.policy_version = 3
     fields, tensors = engine._request(1, Request(0, prompt, 2), SamplingParams(2, max_new_tokens=2))
     assert tensors["values_PC"] is prompt.patches.values_PC
     assert tensors["token_ids_L"] is prompt.token_ids_L and tensors["position_ids_3L"] is prompt.position_ids_3L
-    assert (fields["grid_thw"], fields["second_per_grid_s"]) == (prompt.patches.grid_thw, 1.0)
-    as_bytes = sglang_pixels.pack(tensors, byte_levels())
+    grid = prompt.patches.grid_thw
+    assert fields["media"] == [{"kind": "video", "grid_thw": grid, "second_per_grid_s": 1.0}]
+    engine.config = SGLangConfig(placement="disaggregated", addresses=["10.0.0.2:29800"])
+    _, as_bytes = engine._request(1, Request(0, prompt, 2), SamplingParams(2, max_new_tokens=2))
     assert as_bytes["bytes_PC"].dtype == torch.uint8
     for sent, by_reference in ((tensors, True), (as_bytes, False)):
         frames, lent = encode("generate", fields, sent, by_reference=by_reference)
         message = decode(frames)
-        item = video_item(message.fields, sglang_pixels.unpack(message.tensors))
+        received = sglang_pixels.unpack(message.tensors)
+        [features] = features_by_kind(message.fields["media"], received).values()
+        item = media_item("video", message.fields, received, features)
         assert torch.equal(item["pixel_values_videos"], prompt.patches.values_PC)
         assert torch.equal(item["mrope_positions"], prompt.position_ids_3L)
         assert len(lent) == by_reference

@@ -71,10 +71,6 @@ def test_what_contradicts_the_family_is_said_before_the_start():
     positions = load_config(None, ["--model.path=three", "--task.timestamps=positions"])
     with pytest.raises(ConfigError, match=r"task\.timestamps is positions, but three is a qwen3_vl, .*: set"):
         check_model(positions)
-    on_sglang = load_config(None, ["--model.path=three", "--rollout.engine=sglang"])
-    with pytest.raises(ConfigError, match=r"rollout\.engine is sglang, .* three is a qwen3_vl: set .* to local"):
-        check_model(on_sglang)
-    check_model(on_sglang, opens_engine=False)
     for name, path in (("two", "qwen2_5_vl"), ("unknown", "qwen3_5")):
         write_config(name, path)
         check_model(load_config(None, [f"--model.path={name}", "--rollout.engine=sglang"]))

@@ -24,7 +24,6 @@ from vcr1_fast.learner.memory_sums import (
 from vcr1_fast.learner.model_size import ModelSize
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.io import load_config
-from vcr1_fast.settings.of_model import SGLANG_TYPES
 from vcr1_fast.video.formats import QWEN2_5_VL
 
 TINY_PARAMS = 10_000_000  # a model below is the packaged one, or a child of it
@@ -165,7 +164,7 @@ def _video(facts: Facts) -> Choices:
 
 def _rollout(facts: Facts) -> Choices:
     chosen: Choices = {}
-    suits_sglang = facts.num_gpus and not facts.is_tiny and facts.size.model_type in SGLANG_TYPES
+    suits_sglang = facts.num_gpus and not facts.is_tiny
     if suits_sglang and facts.sglang_python:
         chosen["rollout.engine"] = Choice("sglang", "found here; each rank starts one on its own GPU")
         chosen["rollout.sglang.python"] = Choice(facts.sglang_python, "SGLang has an environment of its own")

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from vcr1_fast.learner.row_cost import GroupSize
 from vcr1_fast.learner.sharding import World, all_reduce_sum
-from vcr1_fast.rollout.sgl.link import byte_levels
 from vcr1_fast.rollout.sgl.pixels import pack, unpack
 from vcr1_fast.types import RolloutGroup
 
@@ -50,8 +49,7 @@ def exchange(
     routes = {g: (homes[g], rank_of[g]) for g in moved}
     leaving = sorted((g for g in moved if homes[g] == world.rank), key=lambda g: (rank_of[g], g))
     coming = sorted((g for g in moved if rank_of[g] == world.rank), key=lambda g: (homes[g], g))
-    levels_C256 = byte_levels()
-    sent = {g: to_bytes(groups[g], levels_C256) for g in leaving}
+    sent = {g: to_bytes(groups[g]) for g in leaving}
     num_bytes_M = torch.tensor([sent[g].numel() if g in sent else 0 for g in moved])
     num_bytes = dict(zip(moved, all_reduce_sum(num_bytes_M, world).tolist(), strict=True))
 
@@ -70,13 +68,13 @@ def exchange(
     return {**groups, **{g: from_bytes(b, world.device) for g, b in zip(coming, arrived, strict=True)}}
 
 
-def to_bytes(group: RolloutGroup, levels_C256: Tensor) -> Tensor:
+def to_bytes(group: RolloutGroup) -> Tensor:
     """[num_bytes] uint8: length of the pickle, the pickle of everything but tensors, and the tensors one by one.
 
     Pickle, because both ends are ranks of one run, as in torch's own object collectives.
     """
     file = io.BytesIO()
-    pickler = _GroupPickler(file, group.prompt.patches.values_PC, levels_C256)
+    pickler = _GroupPickler(file, group.prompt.patches.values_PC)
     pickler.dump(group)
     head = file.getvalue()
     length = len(head).to_bytes(_LENGTH_BYTES, "little")
@@ -93,10 +91,10 @@ def from_bytes(bytes_B: Tensor, device: torch.device) -> RolloutGroup:
 class _GroupPickler(pickle.Pickler):
     """Takes tensors out, wherever they are in the group; in their place the pickle says where their bytes are."""
 
-    def __init__(self, file: io.BytesIO, pixels: Tensor, levels_C256: Tensor) -> None:
+    def __init__(self, file: io.BytesIO, pixels: Tensor) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self.chunks: list[Tensor] = []
-        self._pixels, self._levels_C256 = pixels, levels_C256
+        self._pixels = pixels
         self._num_bytes = 0
 
     def persistent_id(self, obj: Any) -> Any:
@@ -104,7 +102,7 @@ class _GroupPickler(pickle.Pickler):
             return None
         parts = {"values_PC": obj}
         if obj is self._pixels:
-            parts = pack(parts, self._levels_C256)
+            parts = pack(parts)
         return obj.device.type != "cpu", {name: self._keep(part) for name, part in parts.items()}
 
     def _keep(self, tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], int, int]:

@@ -1,9 +1,9 @@
 """`vcr1-fast serve CONFIG`: rollout workers on this node, for trainers that run elsewhere.
 
-One worker for each GPU, at an address of its own. A worker waits, with SGLang imported, for a trainer that knows the
-key, serves it alone, and ends with its connection (sgl/door.py); a fresh one then takes its place. So a trainer that is
-started again, and a worker that is killed, find each other anew. What the engine is started with comes from the
-trainer; model folder and GPU are this node's.
+One worker for each GPU, or rollout.sglang.tp_size of them, at an address of its own. A worker waits, with SGLang
+imported, for a trainer that knows the key, serves it alone, and ends with its connection (sgl/door.py); a fresh one
+then takes its place. So a trainer that is started again, and a worker that is killed, find each other anew. What the
+engine is started with comes from the trainer; model folder and GPU are this node's.
 
 Who has the key can run code on this node, as the user of this process.
 """
@@ -182,7 +182,7 @@ class Server:
         key: bytes,
         logs: Path,
     ) -> None:
-        """`gpus`: one worker on each; None: on the CPU. Port 0 in `bind` takes free ones, another one is the first's.
+        """`gpus`: each worker's first; None: on the CPU. Port 0 in `bind` takes free ones, another one is the first's.
 
         Raises ConfigError when an address cannot be had, OSError when the checkpoint cannot be read or `logs` written.
         """
@@ -194,6 +194,7 @@ class Server:
             model = prepare_model_folder(checkpoint, self._folder / "model")
             for index, (address, gpu) in enumerate(zip(addresses, gpus, strict=True)):
                 own = {"model_path": str(model)} | ({} if gpu is None else {"base_gpu_id": gpu})
+                own |= {"tp_size": config.tp_size} if config.tp_size > 1 else {}
                 folder, log = self._folder / f"worker-{index}", logs / f"worker-{index}.log"
                 folder.mkdir()
                 child = Child(config.python or sys.executable, folder, log, f"tcp://{show(address)}", key, own)
@@ -246,7 +247,7 @@ def serve(config: Config, bind: str = "", logs: str = "", num_workers: int | Non
     config = with_hub_model(config, SINGLE_PROCESS)
     checkpoint = model_folder(config.model.path)
     read_config(checkpoint)  # its architecture is one that trainers know
-    check_model(config)  # and that workers take
+    check_model(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; the workers must not outlive this process
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts it with & switches it off
     server = Server(settings, checkpoint, bind=address, gpus=gpus, key=key, logs=folder)
@@ -283,7 +284,7 @@ def _free_addresses(first: Address, count: int) -> list[Address]:
 
 
 def _gpus(config: Config, num_workers: int | None) -> list[int | None]:
-    """One entry for each worker: its GPU, or None. Raises ConfigError for more workers than GPUs."""
+    """One entry for each worker: the first of its GPUs, or None. Raises ConfigError for more workers than GPUs."""
     import torch
 
     if num_workers is not None and num_workers < 1:
@@ -292,10 +293,14 @@ def _gpus(config: Config, num_workers: int | None) -> list[int | None]:
         if config.model.device == "cuda":
             raise ConfigError("model.device is cuda, but torch sees no GPU here")
         return [None] * (num_workers or config.rollout.sglang.num_workers)
-    num_gpus = torch.cuda.device_count()
-    if num_workers is not None and num_workers > num_gpus:
-        raise ConfigError(f"--workers is {num_workers}, wanted 1 .. {num_gpus}: each needs a GPU of its own")
-    return list(range(num_workers or num_gpus))
+    num_gpus, tp_size = torch.cuda.device_count(), config.rollout.sglang.tp_size
+    most = num_gpus // tp_size
+    if not 1 <= (num_workers or 1) <= most:
+        raise ConfigError(
+            f"--workers is {num_workers or 1} and rollout.sglang.tp_size {tp_size}, but there are {num_gpus} GPUs, and "
+            f"each worker needs {tp_size} of its own: wanted at most {most} workers"
+        )
+    return [tp_size * index for index in range(num_workers or most)]
 
 
 def _print_table(server: Server, key_place: str) -> None:

@@ -26,13 +26,14 @@ from vcr1_fast.rollout.sampling import check_sampling
 from vcr1_fast.rollout.sgl import penalty
 from vcr1_fast.rollout.sgl.memory import BOUNDED_SHARE, memory_args
 from vcr1_fast.rollout.sgl.messages import Message
+from vcr1_fast.rollout.sgl.pixels import pack
 from vcr1_fast.rollout.sgl.process import prepare_model_folder
 from vcr1_fast.rollout.sgl.round import Answers, Round
 from vcr1_fast.rollout.sgl.update import CHECK_LOADER, FORGET_LOADER
 from vcr1_fast.rollout.sgl.weights import checkpoint_weights
 from vcr1_fast.rollout.sgl.workers import Request, Workers
 from vcr1_fast.settings.learning import SGLangConfig
-from vcr1_fast.types import Completion, FinishReason, Prompt, RunError, SamplingParams
+from vcr1_fast.types import Completion, FinishReason, Patches, Prompt, RunError, SamplingParams
 
 CPU = torch.device("cpu")
 CPU_ARGS = {  # what runs without a GPU; on one, SGLang chooses
@@ -204,8 +205,10 @@ class SGLangEngine:
             "repetition_penalty": sampling.repetition_penalty,
             "stop_ids": self._stop_ids,
             "suppressed_ids": self._suppressed_ids,
-            "grid_thw": prompt.patches.grid_thw,
-            "second_per_grid_s": prompt.patches.second_per_grid_s,
+            "media": [
+                {"kind": kind, "grid_thw": patches.grid_thw, "second_per_grid_s": patches.second_per_grid_s}
+                for kind, patches in media_of(prompt)
+            ],
         }
         token_ids_L, position_ids_3L = prompt.token_ids_L, prompt.position_ids_3L
         if begun:
@@ -213,12 +216,15 @@ class SGLangEngine:
             position_R = prompt.next_position + torch.arange(begun.num_tokens)
             position_ids_3L = torch.cat([position_ids_3L, position_R.expand(3, -1)], dim=1)
         tensors = {"token_ids_L": token_ids_L, "position_ids_3L": position_ids_3L}
-        embeddings_MD = prompt.patches.embeddings_MD
-        if embeddings_MD is not None:
-            tensors["embeddings_MD"] = embeddings_MD
-        else:
-            tensors["values_PC"] = prompt.patches.values_PC
-        return fields, tensors
+        shown = [patches for _, patches in media_of(prompt)]
+        embeddings = [patches.embeddings_MD for patches in shown if patches.embeddings_MD is not None]
+        if embeddings:
+            tensors["embeddings_MD"] = _joined(embeddings)
+        elif shown:
+            tensors["values_PC"] = _joined([patches.values_PC for patches in shown])
+        # to another machine pixels go as bytes, where that is exact
+        is_far = self.config.placement == "disaggregated"
+        return fields, pack(tensors) if is_far else tensors
 
     def _completions(self, message: Message, request: Request, sampling: SamplingParams) -> list[Completion]:
         """Raises RuntimeError for an answer that is not what was asked for."""
@@ -250,6 +256,15 @@ class SGLangEngine:
         if token_R.numel() and int(token_R[-1]) in self._stop_ids:
             return "stop"
         return "aborted" if is_cut else "length"
+
+
+def media_of(prompt: Prompt) -> list[tuple[str, Patches]]:
+    """Kind and patches of each video and picture that a prompt shows, in its order."""
+    return [("video", patches) for patches in (prompt.patches,)]
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def open_requests(
@@ -297,6 +312,8 @@ def engine_args(
         "skip_tokenizer_init": True,
         "skip_server_warmup": True,
         "grammar_backend": "none",
+        # Qwen3-VL's position embeddings as the model has them, also where its tower runs in a CUDA graph
+        "enable_precise_embedding_interpolation": True,
         "custom_weight_loader": [CHECK_LOADER, FORGET_LOADER],
         "random_seed": seed,
         "log_level": "warning",

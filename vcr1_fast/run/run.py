@@ -202,7 +202,7 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
         asked_model = config.model.path
         recorded = recorded_state(config) if writes and world.is_main else {}
         config = with_hub_model(config, world, recorded_model(config, recorded))
-        check_model(config, opens_engine=command != "sft" or bool(config.data.eval))
+        check_model(config)
         if command == "train" and world.device.type == "cuda":
             memory_gb = torch.cuda.get_device_properties(world.device).total_memory / 1e9
             check_memory(config, world.world_size, memory_gb)

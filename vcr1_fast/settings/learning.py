@@ -14,7 +14,7 @@ from vcr1_fast.types import SamplingParams
 
 ENGINE_ARGS_REFUSED = {  # what would break the engine or make its log-probs wrong without a word
     "rl_on_policy_target": "SGLang then gives the tokens of a video the positions of text",
-    **dict.fromkeys(("tp_size", "pp_size", "dp_size"), "a worker is one engine on one GPU; use more workers"),
+    **dict.fromkeys(("tp_size", "pp_size", "dp_size"), "use more workers, or rollout.sglang.tp_size"),
     **dict.fromkeys(("model_path", "load_format"), "weights come from the learner"),
     **dict.fromkeys(("custom_weight_loader", "skip_tokenizer_init"), "the worker needs its own"),
     "enable_lora": "adapters are added to the weights, see model.lora",
@@ -39,9 +39,12 @@ class SGLangConfig:
     num_workers: int = 1
     """Processes with an engine each: of each rank, or on a node without GPUs of `vcr1-fast serve` (with GPUs it starts
     one on each)."""
+    tp_size: int = 1
+    """GPUs of one engine (tensor parallelism), for models that one does not hold. More than 1: for the workers of
+    `vcr1-fast serve` alone, which then starts fewer of them."""
     memory_gb: float | None = None
-    """GB (1e9 bytes) of each engine for weights and KV cache; activations and CUDA graphs come on top. Default:
-    colocated the weights and 131,072 tokens (24 for 7B), else 0.85 of what is free on its GPU."""
+    """GB (1e9 bytes) of each engine, all its GPUs together, for weights and KV cache; activations and CUDA graphs come
+    on top. Default: colocated the weights and 131,072 tokens (24 for 7B), else 0.85 of what is free on its GPU."""
     bucket_mb: int = 512
     """Weights are handed over in pieces of this size; cuda_ipc and broadcast take twice as much of the learner's
     memory."""
@@ -72,7 +75,7 @@ class SGLangConfig:
     """Further arguments of sglang.Engine, such as {attention_backend: triton, max_total_tokens: 65536}."""
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "bucket_mb", "max_inflight", "max_attempts"):
+        for name in ("num_workers", "tp_size", "bucket_mb", "max_inflight", "max_attempts"):
             require(getattr(self, name) >= 1, f"rollout.sglang.{name} is {getattr(self, name)}, wanted >= 1")
         for name in ("max_restarts", "backoff_s"):
             require(getattr(self, name) >= 0, f"rollout.sglang.{name} is {getattr(self, name)}, wanted >= 0")
@@ -81,6 +84,11 @@ class SGLangConfig:
         require(
             self.memory_gb is None or self.memory_gb > 0,
             f"rollout.sglang.memory_gb is {self.memory_gb}, wanted more than 0",
+        )
+        require(
+            self.tp_size == 1 or self.placement == "disaggregated",
+            f"rollout.sglang.tp_size is {self.tp_size} and its placement colocated, where each rank has an engine on "
+            "its own GPU: leave it at 1, or start engines with `vcr1-fast serve` and set placement to disaggregated",
         )
         for name in self.engine_args:
             reason = ENGINE_ARGS_REFUSED.get(name)

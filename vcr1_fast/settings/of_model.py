@@ -25,7 +25,6 @@ from vcr1_fast.video.formats import FORMATS, QWEN2_5_VL, VideoFormat
 _PIXELS = ("total_pixels", "min_frame_pixels", "max_frame_pixels")
 FRAME_SETTINGS = ("fps", "min_frames", "max_frames", *_PIXELS)
 _BOUNDS = {"min_frames": "max_frames", "min_frame_pixels": "max_frame_pixels"}  # one of a pair says nothing alone
-SGLANG_TYPES = ("qwen2_5_vl",)  # families that the workers of rollout.engine sglang take
 
 
 def video_of_model(path: str, given: Collection[str]) -> dict[str, Any]:
@@ -53,9 +52,8 @@ def task_of_model(path: str) -> dict[str, Any]:
     return {"timestamps": "text"} if video is not None and video.reads_times else {}
 
 
-def check_model(config: Config, opens_engine: bool = True) -> None:
-    """Raises ConfigError where a setting contradicts the family of the model, which is here by now. `opens_engine`:
-    whether answers are drawn."""
+def check_model(config: Config) -> None:
+    """Raises ConfigError where a setting contradicts the family of the model, which is here by now."""
     path = config.model.path
     model_type = _type_of(_model_of(named_folder(path)))
     if model_type not in FORMATS:
@@ -64,11 +62,6 @@ def check_model(config: Config, opens_engine: bool = True) -> None:
         config.task.timestamps == "text" or not FORMATS[model_type].reads_times,
         f"task.timestamps is {config.task.timestamps}, but {path} is a {model_type}, which knows the time of frames "
         "only from words in the prompt: set task.timestamps to text, or leave it out",
-    )
-    require(
-        config.rollout.engine != "sglang" or not opens_engine or model_type in SGLANG_TYPES,
-        f"rollout.engine is sglang, whose workers take {', '.join(SGLANG_TYPES)}, but {path} is a {model_type}: set "
-        "rollout.engine to local",
     )
 
 

@@ -10,18 +10,25 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from tests.learner.conftest import with_large_weights
 from tests.rollout.sglang.forked_worker import Forked
+from vcr1_fast.learner.model import load_tokenizer
 from vcr1_fast.rollout.sgl import process as sglang_process
 from vcr1_fast.rollout.sgl import round as sglang_round
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.run.model_folder import PACKAGED
 from vcr1_fast.settings.learning import SGLangConfig
+from vcr1_fast.tiny.architecture import tiny_config, untrained_model
 from vcr1_fast.types import Completion, Prompt
+from vcr1_fast.video.formats import QWEN2_5_VL, QWEN3_VL, VideoFormat
 
 SCRIPTED_WEIGHTS = [("model.language_model.w", torch.ones(3)), ("model.visual.w", torch.ones(300, 300))]
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -73,13 +80,6 @@ def settings_for(python: str) -> SGLangConfig:
     )
 
 
-@pytest.fixture
-def oldest_engine(oldest_python: str, random_folder: Path, tiny_tokenizer) -> Iterator[SGLangEngine]:
-    engine = SGLangEngine(random_folder, tiny_tokenizer, settings_for(oldest_python))
-    yield engine
-    engine.close()
-
-
 @pytest.fixture(scope="session")
 def random_folder(make_tiny_model, tiny_tokenizer, tmp_path_factory) -> Path:
     """A random model with a head of its own, written as a Hugging Face folder."""
@@ -94,6 +94,53 @@ def random_engine(settings: SGLangConfig, random_folder: Path, tiny_tokenizer) -
     engine = SGLangEngine(random_folder, tiny_tokenizer, settings, can_penalise=True)
     yield engine
     engine.close()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture in the real engine."""
+
+    engine: SGLangEngine
+    make_model: Callable[[int], Any]  # a fresh one of this seed, with weights that the engine can take
+    video: VideoFormat
+
+
+def packaged_qwen3(settings: SGLangConfig) -> Family:
+    """Its head is tied, and its config.json is written as those that are published."""
+    tokenizer = load_tokenizer("tiny3")
+    config = tiny_config(tokenizer, "qwen3_vl")
+    engine = SGLangEngine(PACKAGED["tiny3"], tokenizer, settings)
+    return Family(engine, lambda seed: with_large_weights(untrained_model(config, seed), seed), QWEN3_VL)
+
+
+@pytest.fixture(scope="session")
+def qwen3(settings: SGLangConfig) -> Iterator[Family]:
+    family = packaged_qwen3(settings)
+    yield family
+    family.engine.close()
+
+
+@pytest.fixture(scope="session", params=["qwen2_5_vl", "qwen3_vl"])
+def family(request: pytest.FixtureRequest, make_tiny_model) -> Family:
+    if request.param == "qwen3_vl":
+        return request.getfixturevalue("qwen3")
+    engine = request.getfixturevalue("random_engine")
+    return Family(engine, lambda seed: make_tiny_model(seed=seed), QWEN2_5_VL)
+
+
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+def oldest(
+    request: pytest.FixtureRequest, oldest_python: str, random_folder: Path, tiny_tokenizer, make_tiny_model
+) -> Iterator[Family]:
+    """In an engine of the oldest version."""
+    settings = settings_for(oldest_python)
+    if request.param == "qwen3_vl":
+        family = packaged_qwen3(settings)
+    else:
+        engine = SGLangEngine(random_folder, tiny_tokenizer, settings)
+        family = Family(engine, lambda seed: make_tiny_model(seed=seed), QWEN2_5_VL)
+    yield family
+    family.engine.close()
 
 
 @pytest.fixture

@@ -33,15 +33,14 @@ FIELDS = {
     "repetition_penalty": 1.0,
     "stop_ids": [2, 0],
     "suppressed_ids": [3, 4],
-    "grid_thw": [2, 4, 4],
-    "second_per_grid_s": 0.5,
+    "media": [{"kind": "video", "grid_thw": [2, 4, 4], "second_per_grid_s": 0.5}],
 }
 TENSORS = {
     "token_ids_L": torch.tensor([1] + [7] * 8 + [2]),
     "position_ids_3L": torch.arange(10).expand(3, -1),
     "values_PC": torch.randn(32, 1176),
 }
-SHARED = TENSORS | {"values_PC": SharedFeatures.share(TENSORS["values_PC"])}
+SHARED = SharedFeatures.share(TENSORS["values_PC"])
 
 
 def engine_arguments() -> None:
@@ -55,8 +54,8 @@ def engine_arguments() -> None:
 def generate_arguments() -> None:
     from sglang.srt.entrypoints.engine import Engine
 
-    wanted = {"input_ids", "sampling_params", "video_data", "return_logprob", "logprob_start_len", "token_ids_logprob"}
-    wanted.add("custom_logit_processor")
+    wanted = {"input_ids", "sampling_params", "video_data", "image_data", "return_logprob", "logprob_start_len"}
+    wanted |= {"token_ids_logprob", "custom_logit_processor"}
     missing = wanted - set(inspect.signature(Engine.async_generate).parameters)
     assert not missing, f"async_generate has no {sorted(missing)}"
 
@@ -67,7 +66,7 @@ def request_is_expanded_to_a_group() -> None:
     request = GenerateReqInput(
         input_ids=TENSORS["token_ids_L"].tolist(),
         sampling_params=sglang_video.sampling_params(FIELDS),
-        video_data=[sglang_video.video_item(FIELDS, SHARED)],
+        video_data=[sglang_video.media_item("video", FIELDS, TENSORS, SHARED)],
         return_logprob=True,
         logprob_start_len=-1,
         token_ids_logprob=FIELDS["suppressed_ids"],
@@ -101,13 +100,11 @@ def video_becomes_one_item() -> None:
     from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor as Base
     from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor as Qwen
 
-    payload = sglang_video.video_item(FIELDS, SHARED)
+    payload = sglang_video.media_item("video", FIELDS, TENSORS, SHARED)
     names = SimpleNamespace(ATTR_NAME_TO_MODALITY={}, FEATURE_NAMES=[])
     source = inspect.getsource(Base.__init__)
-    assert all(key in source for key in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"))
-    names.ATTR_NAME_TO_MODALITY = dict.fromkeys(
-        ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"), Modality.VIDEO
-    )
+    assert all(key in source for key in ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw"))
+    names.ATTR_NAME_TO_MODALITY = dict.fromkeys(("pixel_values_videos", "video_grid_thw"), Modality.VIDEO)
     names.FEATURE_NAMES = ["pixel_values_videos"]
     [item] = Base.collect_mm_items_from_processor_output(names, payload)  # pyright: ignore
     assert item.modality == Modality.VIDEO and item.hash == payload["hash"]

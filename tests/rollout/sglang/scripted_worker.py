@@ -39,6 +39,7 @@ LIMITS = {
     "hidden_size": 64,
     "context_length": 4096,
     "num_cache_tokens": 4096,
+    "num_gpus": 1,
 }
 
 

@@ -45,7 +45,7 @@ class Worker:
         self.sources: list[str] = []
         self.versions: list[int] = []
         self.is_killed = self.has_ended = False
-        self.name, self.num_starts = "fake", 0
+        self.name, self.num_starts, self.limits = "fake", 0, {"num_gpus": 1}
         self._shared, self._dies_at, self._corrupts = shared, dies_at, corrupts
         self._num_messages = 0
         self._groups: dict[str, Any] = {}

@@ -6,13 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.rollout.sglang.parity import BOUND, difference, is_among_the_largest, short_and_long
+from tests.rollout.sglang.parity import BOUND, difference, disturb, is_among_the_largest, short_and_long
 from tests.rollout.timed_prompt import timed_prompt
-from vcr1_fast.learner.model import PolicyModel
+from vcr1_fast.learner.model import PolicyModel, load_hugging_face
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.rollout.local_engine import LocalEngine
+from vcr1_fast.rollout.sgl.weights import checkpoint_weights
+from vcr1_fast.run.model_folder import PACKAGED
+from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import SamplingParams
+from vcr1_fast.video.formats import QWEN3_VL
 
 GROUP_SIZE = 4
 VISION = ("video_pad", "vision_start", "vision_end", "vision_pad", "image_pad")
@@ -81,24 +85,20 @@ def test_one_video_with_several_questions(random_engine, make_tiny_model, make_p
         assert worst < BOUND
 
 
-def test_embeddings_of_a_frozen_tower_take_the_place_of_patches(random_engine, make_tiny_model, make_prompt):
-    policy = PolicyModel(make_tiny_model(seed=5), ModelConfig(), torch.float32)
-    random_engine.load_weights(policy.hf.state_dict().items(), 9)
-    prompts = short_and_long(make_prompt)
-    with torch.no_grad():
-        rows = [
-            policy.hf.model.visual(p.patches.values_PC, grid_thw=torch.tensor([p.patches.grid_thw])).pooler_output
-            for p in prompts
-        ]
-    nothing = torch.zeros(0, 1176)
-    embedded = [
-        replace(p, patches=replace(p.patches, values_PC=nothing, embeddings_MD=embeddings))
-        for p, embeddings in zip(prompts, rows, strict=True)
-    ]
-    answers = random_engine.generate(embedded, SamplingParams(2, 8))
-    worst, spread = difference(policy, prompts, answers)
-    assert spread > 0.5
-    assert worst < BOUND
+def test_packaged_qwen3_vl_agrees_with_its_own_weights_and_after_updates(qwen3):
+    """One block of placeholders for each pair of frames, with its time before it; three layers get features of the
+    tower; the head is tied."""
+    policy = PolicyModel(load_hugging_face("tiny3", torch.float32, torch.device("cpu")), ModelConfig(), torch.float32)
+    grids = ((3, 4, 4), (2, 6, 6), (40, 12, 8))
+    prompts = [timed_prompt(qwen3.engine.tokenizer, grid, seed, QWEN3_VL) for seed, grid in enumerate(grids)]
+    qwen3.engine.load_weights(checkpoint_weights(PACKAGED["tiny3"]), 1)
+    sync = WeightSync(policy, qwen3.engine)
+    for update, least_spread in enumerate((1.0, 1.0, 0.5)):
+        worst, spread = difference(policy, prompts, qwen3.engine.generate(prompts, SamplingParams(4, 12)))
+        assert spread > least_spread
+        assert worst < BOUND
+        disturb(policy, update)
+        assert sync.push().policy_version == qwen3.engine.policy_version
 
 
 def test_greedy_tokens_are_the_local_engines(random_engine, make_tiny_model, make_prompt, tiny_tokenizer):

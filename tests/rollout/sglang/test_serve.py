@@ -27,7 +27,7 @@ from vcr1_fast.rollout.sgl import link as sglang_link
 from vcr1_fast.rollout.sgl import process as sglang_process
 from vcr1_fast.rollout.sgl import round as sglang_round
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
-from vcr1_fast.settings.config import ConfigError
+from vcr1_fast.settings.config import Config, ConfigError, RolloutConfig
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import RunError, SamplingParams
 
@@ -308,3 +308,18 @@ def test_the_command_prints_where_it_serves_and_leaves_nothing(tmp_path):
 def children(pid: int) -> list[int]:
     threads = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "tp_size", "gpus"), [(None, 1, [0, 1, 2, 3]), (None, 2, [0, 2]), (1, 2, [0]), (None, 3, [0])]
+)
+def test_each_worker_gets_its_own_gpus(monkeypatch, num_workers, tp_size, gpus):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    sglang = SGLangConfig(placement="disaggregated", tp_size=tp_size)
+    config = Config(rollout=RolloutConfig(engine="sglang", sglang=sglang))
+    assert serve._gpus(config, num_workers) == gpus
+    with pytest.raises(ConfigError, match=f"wanted at most {4 // tp_size} workers"):
+        serve._gpus(config, 5)
+    with pytest.raises(ConfigError, match="placement colocated"):
+        SGLangConfig(tp_size=2)

@@ -28,7 +28,6 @@ from vcr1_fast.rollout.addresses import show
 from vcr1_fast.rollout.rollout_key import VARIABLE
 from vcr1_fast.rollout.serve import Server
 from vcr1_fast.rollout.sgl.delivery import Broadcast
-from vcr1_fast.rollout.sgl.link import byte_levels
 from vcr1_fast.rollout.sgl.pixels import pack
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run.weight_sync import WeightSync
@@ -103,7 +102,7 @@ def posts_of(engine: SGLangEngine) -> list[tuple[int, str, int]]:
     for index, seat in enumerate(engine._workers.seats):
 
         def post(fields, tensors, *, index=index, send=seat.worker.post) -> None:
-            posted.append((index, str(fields["grid_thw"]), fields["num_completions"]))
+            posted.append((index, str(fields["media"][0]["grid_thw"]), fields["num_completions"]))
             send(fields, tensors)
 
         seat.worker.post = post
@@ -136,7 +135,7 @@ def framed(make_prompt: MakePrompt) -> list[Prompt]:
         return replace(prompt, patches=replace(prompt.patches, values_PC=patchify(frames, torch.float32)))
 
     made = [with_frames(make_prompt((2, 4, 4), "when", 1.0, 1)), with_frames(make_prompt((5, 8, 4), "where", 0.7, 2))]
-    assert all("bytes_PC" in pack({"values_PC": prompt.patches.values_PC}, byte_levels()) for prompt in made)
+    assert all("bytes_PC" in pack({"values_PC": prompt.patches.values_PC}) for prompt in made)
     return made
 
 

@@ -7,13 +7,21 @@ from vcr1_fast.rollout.sgl.video import (
     SUPPRESSED_NATS,
     check_request,
     completion_tensors,
+    features_by_kind,
     item_hash,
+    media_item,
     sampling_params,
-    video_item,
     whole_vocabulary,
 )
 
-LIMITS = {"vocabulary_size": 100, "video_token_id": 7, "hidden_size": 12, "context_length": 64, "num_cache_tokens": 48}
+LIMITS = {
+    **{"vocabulary_size": 100, "video_token_id": 7, "image_token_id": 8, "patch_values": 1176, "feature_width": 12},
+    **{"context_length": 64, "num_cache_tokens": 48},
+}
+
+
+def medium(kind: str, *grid_thw: int) -> dict:
+    return {"kind": kind, "grid_thw": list(grid_thw), "second_per_grid_s": 0.5}
 
 
 def request(**changes):
@@ -26,8 +34,7 @@ def request(**changes):
         "repetition_penalty": 1.0,
         "stop_ids": [2, 0],
         "suppressed_ids": [3, 7],
-        "grid_thw": [2, 4, 4],
-        "second_per_grid_s": 0.5,
+        "media": [medium("video", 2, 4, 4)],
     }
     tensors = {
         "token_ids_L": torch.tensor([1, *[7] * 8, 2]),
@@ -50,7 +57,10 @@ def test_a_good_request_passes():
         ({"token_ids_L": torch.tensor([1, *[7] * 8, 100])}, "from 1 to 100"),
         ({"token_ids_L": torch.tensor([-1, *[7] * 8, 2])}, "from -1 to 7"),
         ({"token_ids_L": torch.zeros(0, dtype=torch.int64)}, "not empty"),
-        ({"token_ids_L": torch.tensor([1, *[7] * 7, 2, 2])}, "7 video placeholders"),
+        ({"token_ids_L": torch.tensor([1, *[7] * 7, 2, 2])}, r"1 places, .*'video', 7.*, wanted 1, .*'video', 8"),
+        ({"token_ids_L": torch.tensor([1, *[8] * 8, 2])}, r"1 places, .*'image', 8.*, wanted 1, .*'video', 8"),
+        ({"token_ids_L": torch.tensor([1, *[7] * 8, 8])}, "stand in 2 places"),
+        ({"media": []}, "stand in 1 places, .*, wanted 0"),
         ({"stop_ids": [200]}, "from 3 to 200"),
         ({"position_ids_3L": torch.arange(9).expand(3, -1)}, "positions are"),
         ({"position_ids_3L": torch.arange(10).expand(3, -1) - 1}, "a position is -1"),
@@ -63,8 +73,10 @@ def test_a_good_request_passes():
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, wanted > 0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_k": 1}, "top_k is 1, wanted 0"),
-        ({"grid_thw": [2, 4, 8]}, "patches are"),
-        ({"grid_thw": [2, 16, 1]}, "patches are"),
+        ({"media": [medium("video", 2, 4, 8)]}, "patches are"),
+        ({"media": [medium("video", 2, 16, 1)]}, "wanted one of"),
+        ({"media": [medium("image", 2, 4, 4)]}, "wanted one of"),
+        ({"media": [medium("sound", 2, 4, 4)]}, "wanted one of"),
         ({"values_PC": torch.zeros(32, 1175)}, "patches are"),
         ({"values_PC": torch.full((32, 1176), torch.nan)}, "not all finite"),
         ({"embeddings_MD": torch.zeros(8, 13)}, "embeddings are"),
@@ -85,11 +97,51 @@ def test_each_frame_pair_is_a_row_and_positions_are_ours():
     fields, tensors = request()
     positions = torch.arange(10).expand(3, -1).clone()
     positions[0, 9] = 20
-    item = video_item(fields, tensors | {"position_ids_3L": positions})
+    tensors["position_ids_3L"] = positions
+    [(kind, features)] = features_by_kind(fields["media"], tensors).items()
+    assert kind == "video" and features is tensors["values_PC"]
+    item = media_item(kind, fields, tensors, features)
     assert item["video_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 4]]
-    assert item["second_per_grid_ts"].tolist() == [0.5, 0.5]
     assert item["mrope_position_delta"].tolist() == [[11]]  # 20 + 1 - 10
     assert item["mrope_positions"] is positions
+
+
+def test_rows_of_several_media_are_parted_by_kind():
+    """A picture between two videos, of which one has its frame pairs in places of their own."""
+    media = [medium("video", 2, 2, 4), medium("image", 1, 4, 2), medium("video", 1, 2, 2)]
+    ids = [1, *[7] * 2, 5, *[7] * 2, 6, *[8] * 2, 5, 7, 2]
+    positions = torch.arange(len(ids)).expand(3, -1)
+    rows = torch.arange(28.0).unsqueeze(1).expand(-1, 1176)
+    fields, tensors = request(media=media, token_ids_L=torch.tensor(ids), position_ids_3L=positions, values_PC=rows)
+    check_request(fields, tensors, LIMITS)
+    by_kind = features_by_kind(media, tensors)
+    assert by_kind["video"][:, 0].tolist() == [*range(16), *range(24, 28)]
+    assert by_kind["image"][:, 0].tolist() == [*range(16, 24)]
+    items = {kind: media_item(kind, fields, tensors, features) for kind, features in by_kind.items()}
+    assert items["video"]["video_grid_thw"].tolist() == [[1, 2, 4], [1, 2, 4], [1, 2, 2]]
+    assert items["image"]["image_grid_thw"].tolist() == [[1, 4, 2]] and "pixel_values" in items["image"]
+    embedded = {"token_ids_L": tensors["token_ids_L"], "position_ids_3L": positions}
+    embedded["embeddings_MD"] = torch.arange(7.0).unsqueeze(1).expand(-1, 12)
+    check_request(fields, embedded, LIMITS)
+    by_kind = features_by_kind(media, embedded)
+    assert {kind: rows[:, 0].tolist() for kind, rows in by_kind.items()} == {"image": [4, 5], "video": [0, 1, 2, 3, 6]}
+    item = media_item("image", fields, embedded, by_kind["image"])
+    assert item["modality"] == "IMAGE" and item["precomputed_embeddings"] is by_kind["image"]
+    for other in (media[::-1], media[:2], [*media, medium("image", 1, 2, 2)]):
+        patches = torch.zeros(sum(m["grid_thw"][0] * m["grid_thw"][1] * m["grid_thw"][2] for m in other), 1176)
+        with pytest.raises(ValueError, match="stand in 4 places"):
+            check_request({**fields, "media": other}, {**tensors, "values_PC": patches}, LIMITS)
+
+
+def test_text_alone_has_no_media_and_the_positions_that_sglang_counts():
+    fields, tensors = request(media=[], token_ids_L=torch.tensor([1, 5, 6, 2]))
+    tensors = {"token_ids_L": tensors["token_ids_L"], "position_ids_3L": torch.arange(4).expand(3, -1)}
+    check_request(fields, tensors, LIMITS)
+    assert features_by_kind([], tensors) == {}
+    with pytest.raises(ValueError, match="of text alone has other positions"):
+        check_request(fields, {**tensors, "position_ids_3L": torch.arange(1, 5).expand(3, -1)}, LIMITS)
+    with pytest.raises(ValueError, match=r"stand in 1 places, .* wanted 0"):
+        check_request(fields, {**tensors, "token_ids_L": torch.tensor([1, 7, 6, 2])}, LIMITS)
 
 
 def test_video_tokens_stand_in_one_place_or_one_for_each_pair_of_frames():
@@ -98,17 +150,19 @@ def test_video_tokens_stand_in_one_place_or_one_for_each_pair_of_frames():
     for broken in ([1, *[7] * 5, 5, 6, *[7] * 3, 2], [1, *[7] * 2, 5, *[7] * 2, 6, *[7] * 4]):
         ids = torch.tensor(broken)
         positions = torch.arange(len(broken)).expand(3, -1)
-        with pytest.raises(ValueError, match=r"stand in \d places, of .* for each of 2 pairs"):
+        with pytest.raises(ValueError, match=r"stand in \d places, .*, wanted 1, .*'video', 8.* for each pair"):
             check_request(*request(token_ids_L=ids, position_ids_3L=positions), LIMITS)
 
 
-def test_the_hash_knows_pixels_and_grid():
+def test_the_hash_knows_pixels_grid_and_seconds():
     values = torch.arange(32 * 1176, dtype=torch.float32).view(32, 1176)
     changed = values.clone()
     changed[31, 1175] += 1
-    hashes = {item_hash(values, (2, 4, 4)), item_hash(values, (1, 8, 4)), item_hash(changed, (2, 4, 4))}
-    assert len(hashes) == 3
-    assert item_hash(values.clone(), (2, 4, 4)) in hashes
+    two, one = [medium("video", 2, 4, 4)], [medium("video", 1, 8, 4)]
+    slow = [{**two[0], "second_per_grid_s": 1.0}]  # its tokens have other positions
+    hashes = {item_hash(values, two), item_hash(values, one), item_hash(changed, two), item_hash(values, slow)}
+    assert len(hashes) == 4
+    assert item_hash(values.clone(), [medium("video", 2, 4, 4)]) in hashes
     assert all(0 <= value < 2**63 for value in hashes)
 
 

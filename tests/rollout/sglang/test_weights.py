@@ -225,10 +225,10 @@ def compare(model: nn.Module, parts: list[dict[str, torch.Tensor]], folder: Path
             {"name": name, "dtype": "float32", "shape": list(sent.shape), "checksum": sglang_check.checksum(sent)}
             for name, sent in part.items()
         ]
-        order = {"path": str(folder / "r.json"), "is_first": index == 0, "is_last": index == len(parts) - 1}
+        order = {"folder": str(folder), "num_shares": 1, "is_first": index == 0, "is_last": index == len(parts) - 1}
         note = torch.frombuffer(bytearray(json.dumps(order | {"entries": entries}).encode()), dtype=torch.uint8)
         sglang_check.compare(model, [("", note)])
-        wrong += json.loads((folder / "r.json").read_text())
+        wrong += sglang_check.verdict([json.loads((folder / "0.json").read_text())], entries)
     return wrong
 
 
@@ -269,3 +269,59 @@ def test_swapped_and_unknown_names_are_seen(tmp_path):
     assert compare(model, [sent | {"model.new.weight": torch.ones(1)}], tmp_path) == [
         "'model.new.weight' is not a weight of SGLang's model"
     ]
+
+
+def test_shares_of_two_processes_sum_up_to_the_weight(tmp_path, monkeypatch):
+    """Rows or columns in two, key heads twice, a norm in each; one value that is off anywhere is named."""
+    generator = torch.Generator().manual_seed(0)
+    names = {"block.q_proj.weight": (8, 4), "block.k_proj.weight": (4, 4), "block.v_proj.weight": (4, 4)}
+    names |= {
+        "block.gate_proj.weight": (8, 4),
+        "block.up_proj.weight": (8, 4),
+        "down.weight": (4, 8),
+        "norm.weight": (4,),
+    }
+    sent = {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
+    entries = [
+        {"name": name, "dtype": "float32", "shape": list(value.shape), "checksum": sglang_check.checksum(value)}
+        for name, value in sent.items()
+    ]
+    q, k, v, gate, up, down, norm = sent.values()
+
+    def half_of(rank: int) -> nn.Module:
+        model = nn.Module()
+        model.block, model.norm, model.down = nn.Module(), nn.Module(), nn.Module()
+        rows, columns = slice(4 * rank, 4 * rank + 4), slice(4 * rank, 4 * rank + 4)
+        attention, mlp = nn.Module(), nn.Module()
+        attention.q_proj_shard_size = attention.kv_proj_shard_size = 4
+        attention.num_kv_head_replicas = 2
+        attention.weight = nn.Parameter(torch.cat([q[rows], k, v]))
+        mlp.weight = nn.Parameter(torch.cat([gate[rows], up[rows]]))
+        model.block.qkv_proj, model.block.gate_up_proj = attention, mlp
+        model.down.weight, model.norm.weight = nn.Parameter(down[:, columns].clone()), nn.Parameter(norm.clone())
+        return model
+
+    def wrong_of(models: list[nn.Module]) -> list[str]:
+        reports = []
+        for rank, model in enumerate(models):
+            monkeypatch.setattr(sglang_check.dist, "get_rank", lambda rank=rank: rank)
+            order = {"folder": str(tmp_path), "num_shares": 2, "is_first": True, "is_last": True, "entries": entries}
+            note = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
+            sglang_check.compare(model, [("", note)])
+            reports.append(json.loads((tmp_path / f"{rank}.json").read_text()))
+        return sglang_check.verdict(reports, entries)
+
+    assert wrong_of([half_of(0), half_of(1)]) == []
+    for place, name in (
+        ("block.qkv_proj", "q_proj"),
+        ("block.gate_up_proj", "gate_proj"),
+        ("down", "down"),
+        ("norm", "norm"),
+    ):
+        models = [half_of(0), half_of(1)]
+        with torch.no_grad():
+            models[1].get_submodule(place).weight.view(-1)[0] += 1e-3
+        [problem] = wrong_of(models)
+        assert name in problem
+    entries.append({"name": "new.weight", "dtype": "float32", "shape": [1], "checksum": [0, 0]})
+    assert wrong_of([half_of(0), half_of(1)]) == ["'new.weight' is not a weight of SGLang's model"]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 MAX_REPORTED = 8
 FUSED = {  # part of a checkpoint's name: (SGLang's name of it, which share of its rows)
@@ -28,6 +29,7 @@ FUSED = {  # part of a checkpoint's name: (SGLang's name of it, which share of i
     ".up_proj.": (".gate_up_proj.", "second half"),
     ".attn.qkv.": (".attn.qkv_proj.", "whole"),  # of the vision tower, fused in the checkpoint already
 }
+RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}  # of Qwen3-VL's checkpoints
 _PART_BYTES = 1 << 22  # summed at once: they, their places and the products fit into a CPU's cache
 _covered: dict[int, int] = {}  # address of a parameter's storage: number of values seen since the first bucket
 
@@ -66,18 +68,40 @@ def _words(part: Tensor) -> Tensor:
 
 
 def compare(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Write what is wrong as a JSON list of sentences into a file.
+    """Write a report as JSON into "<rank of this process>.json": {wrong: [sentence], sums: {name: [sum, copies]}}. What
+    a process holds a share of it can only sum up: `verdict` compares the sums of all.
 
-    The last entry is the order, JSON in bytes: {path, is_first, is_last, entries: [{name, dtype, shape, checksum}]}.
+    The last entry is the order, JSON in bytes: {folder, num_shares, is_first, is_last, entries: [{name, dtype, shape,
+    checksum}]}.
     """
     order = json.loads(bytes(named_tensors[-1][1].cpu().tolist()).decode())
     if order["is_first"]:
         _covered.clear()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    wrong = [problem for entry in order["entries"] if (problem := _compare_one(parameters, entry))]
+    parameters, num_shares, rank = dict(model.named_parameters(remove_duplicate=False)), order["num_shares"], 0
+    wrong, sums = [], {}
+    if num_shares == 1:
+        wrong = [problem for entry in order["entries"] if (problem := _compare_one(parameters, entry))]
+    else:
+        rank = dist.get_rank()  # all processes of an engine share its model, and nothing else
+        sums = {entry["name"]: _sum_of_share(model, parameters, entry, num_shares) for entry in order["entries"]}
     if order["is_last"]:
         wrong += _not_sent(parameters)
-    Path(order["path"]).write_text(json.dumps(wrong[:MAX_REPORTED]), encoding="utf-8")
+    report = {"wrong": wrong[:MAX_REPORTED], "sums": sums}
+    Path(order["folder"], f"{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def verdict(reports: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong, by the reports of all processes of an engine. Of weights that lie in shares the plain sum over all
+    shares must be that of the weight, times its copies: a share in another one's place is not seen."""
+    wrong = [problem for report in reports for problem in report["wrong"]]
+    if len(reports) > 1:
+        for entry in entries:
+            shares = [report["sums"][entry["name"]] for report in reports]
+            if None in shares:
+                wrong.append(f"{entry['name']!r} is not a weight of SGLang's model")
+            elif (sum(share[0] for share in shares) - shares[0][1] * entry["checksum"][0]) % (1 << 64):
+                wrong.append(f"{entry['name']!r} does not stand in SGLang's shares of it as it was sent")
+    return wrong[:MAX_REPORTED]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +119,7 @@ def place_of(parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]
     SGLang makes some sides longer: the vocabulary to a multiple of 64, the vision tower's MLP to one of 8, on a CPU to
     one of 32. What is sent stands at the front.
     """
-    target, share = name, "whole"
-    for part, (fused, which) in FUSED.items():
-        if part in name and name.replace(part, fused) in parameters:
-            target, share = name.replace(part, fused), which
+    target, share = _target(parameters, name)
     if target not in parameters:
         return f"{name!r} is not a weight of SGLang's model"
     parameter = parameters[target].detach()
@@ -117,6 +138,44 @@ def place_of(parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]
     if list(held.shape) != shape:
         return f"SGLang's {target!r} has no place for {name!r} of shape {shape}"
     return Place(target, region, held)
+
+
+def _target(parameters: Mapping[str, nn.Parameter], name: str) -> tuple[str, str]:
+    """SGLang's name of a weight, and which share of its rows it is."""
+    plain = name
+    for part, short in RENAMED.items():
+        plain = short + name.removeprefix(part) if name.startswith(part) else plain
+    for part, (fused, share) in FUSED.items():
+        if part in plain and plain.replace(part, fused) in parameters:
+            return plain.replace(part, fused), share
+    return plain, "whole"
+
+
+def _sum_of_share(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], entry: Mapping[str, Any], num_shares: int
+) -> tuple[int, int] | None:
+    """(plain sum of this process's share of a weight, copies of the weight in all shares together); None: no such one.
+
+    What SGLang makes longer it fills with zeros, which add nothing. Shares are whole 64-bit words: widths are multiples
+    of four values.
+    """
+    target, share = _target(parameters, entry["name"])
+    if target not in parameters:
+        return None
+    parameter, copies = parameters[target].detach(), 1
+    region = parameter
+    if share in ("first", "last but one", "last"):
+        attention: Any = model.get_submodule(target.rpartition(".")[0])
+        lengths = [attention.q_proj_shard_size, attention.kv_proj_shard_size, attention.kv_proj_shard_size]
+        region = parameter.split(lengths)[("first", "last but one", "last").index(share)]
+        copies = 1 if share == "first" else attention.num_kv_head_replicas
+    elif share != "whole":
+        region = parameter.chunk(2)[("first half", "second half").index(share)]
+    elif parameter.numel() >= torch.Size(entry["shape"]).numel():
+        copies = num_shares
+    address = parameter.data_ptr()
+    _covered[address] = _covered.get(address, 0) + region.numel()
+    return checksum(region.to(getattr(torch, entry["dtype"])))[0], copies
 
 
 def _compare_one(parameters: dict[str, nn.Parameter], entry: Mapping[str, Any]) -> str:

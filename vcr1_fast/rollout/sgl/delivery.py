@@ -196,12 +196,13 @@ class Broadcast(_Streamed):
         previous = self._group.name if self._group else ""
         self._leave()
         self._num_groups += 1
-        group = UpdateGroup(f"{self._name}-{self._num_groups}", len(seats), self._device, self._address, feed.timeout_s)
+        sizes = [seat.worker.limits["num_gpus"] for seat in seats]
+        group = UpdateGroup(f"{self._name}-{self._num_groups}", sum(sizes), self._device, self._address, feed.timeout_s)
 
         def fields_of(index: int) -> dict[str, Any]:
             return {
                 **{"name": group.name, "address": group.address, "port": group.port, "backend": group.backend},
-                **{"rank": index + 1, "size": group.size},
+                **{"rank": 1 + sum(sizes[:index]), "size": group.size},
                 "leaves": previous if seats[index].group == previous else "",
             }
 

@@ -1,4 +1,4 @@
-"""A video's patches or embeddings on their way through SGLang's processes: by reference, not by value.
+"""Patches or embeddings of videos and pictures on their way through SGLang's processes: by reference, not by value.
 
 SGLang draws a group of n by n + 1 requests, the first of which fills the cache, and pickles the features with each: for
 a clip of 3,584 video tokens 9 times 67 MB of float32 for a group of 8. Its own shared memory for them is switched off

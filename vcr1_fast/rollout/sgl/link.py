@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vcr1_kernels.reference import CLIP_MEAN, CLIP_STD
 
 from vcr1_fast.rollout.sgl.channel import VERSION, Channel, KeyRefusedError, connect
 from vcr1_fast.rollout.sgl.libraries import Libraries
 from vcr1_fast.rollout.sgl.messages import Message, SharedBytes
-from vcr1_fast.rollout.sgl.pixels import pack
 from vcr1_fast.rollout.sgl.process import STOP_WAIT_S, Child
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # between two tries to connect
@@ -50,7 +48,6 @@ class WorkerLink:
         self.version = ""  # of SGLang
         self.libraries = Libraries("", "", "")
         self._address, self._key, self._engine_args = address, key, dict(engine_args)
-        self._levels_C256 = byte_levels()
         self._starting: _Start | None = None
         self._channel: Channel | None = None
 
@@ -109,9 +106,8 @@ class WorkerLink:
         self.kill()
 
     def post(self, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Send a `generate` request. Raises WorkerGoneError or OSError when the worker is gone. To another machine
-        pixels go as bytes where that is exact."""
-        self.channel.send("generate", fields, tensors if self.child else pack(tensors, self._levels_C256))
+        """Send a `generate` request. Raises WorkerGoneError or OSError when the worker is gone."""
+        self.channel.send("generate", fields, tensors)
 
     def ask(self, kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Any], timeout_s: float) -> Message:
         """Send and wait for the answer, while nothing else is under way. Raises WorkerGoneError; it is then killed.
@@ -230,12 +226,3 @@ class _Start:
 def _close(done: Future[tuple[Channel, Message]]) -> None:
     if done.exception() is None:
         done.result()[0].close()
-
-
-def byte_levels() -> Tensor:
-    """[3, 256] float32: what `vcr1_kernels.patchify` makes of each byte, by channel, before it rounds to its dtype.
-
-    Its formula, (byte - 255 * mean) / (255 * std) in float32; where it gave other values, nothing would be packed.
-    """
-    mean_3, std_3 = torch.tensor(CLIP_MEAN) * 255.0, torch.tensor(CLIP_STD) * 255.0
-    return (torch.arange(256.0) - mean_3[:, None]) / std_3[:, None]

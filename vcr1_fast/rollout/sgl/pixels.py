@@ -1,6 +1,6 @@
 """Pixels as the bytes they were: patches hold one of 256 values per channel, and are sent as its number.
 
-    values_PC [P, 1176]  ->  bytes_PC [P, 1176] uint8 and levels_C256 [3, 256], the value of each byte in each channel
+    values_PC [P, C]  ->  bytes_PC [P, C] uint8 and levels_C256 [3, 256], the value of each byte in each channel
 
 A quarter of float32, half of bfloat16: a video of 3,584 tokens has 17 MB instead of 67 or 34 (as many bytes as its
 frames). `pack` gives bytes only where `unpack` makes the same values of them, bit for bit; other values (patches that
@@ -8,7 +8,7 @@ did not come from frames) are sent as they are. The levels travel with each requ
 nothing of means and deviations.
 
 `pack` runs in the trainer, on the device of the patches; `unpack` in the worker's interpreter (standard library, numpy
-and torch). C: the 3 channels, each 392 = 2 frames x 14 x 14 values of a row.
+and torch). A row's C values are 3 channels, each 2 frames x the pixels of a patch: 3 x 392, of Qwen3-VL 3 x 512.
 """
 
 from __future__ import annotations
@@ -19,19 +19,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vcr1_fast.video.formats import FORMATS, VideoFormat
+
 NUM_CHANNELS, NUM_LEVELS = 3, 256
 _SAME_SIZE = {2: torch.int16, 4: torch.int32}
 
 
-def pack(tensors: Mapping[str, Any], levels_C256: Tensor) -> dict[str, Any]:
-    """The tensors of a request with `values_PC` as bytes, where that is exact; all of them as they were where not.
+def byte_levels(video: VideoFormat) -> Tensor:
+    """[3, 256] float32, ascending: what `vcr1_kernels.patchify` makes of each byte before it rounds to its dtype.
 
-    `levels_C256`: float32, ascending in each channel; see `vcr1_fast.rollout.sgl.link.byte_levels`.
+    Its formula, (byte - 255 * mean) / (255 * std) in float32; where it gave other values, nothing would be packed.
     """
+    mean_3, std_3 = torch.tensor(video.mean) * 255.0, torch.tensor(video.std) * 255.0
+    return (torch.arange(256.0) - mean_3[:, None]) / std_3[:, None]
+
+
+def pack(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a request with `values_PC` as bytes, where that is exact; all of them as they were where not."""
     values_PC = tensors.get("values_PC")
     if values_PC is None or values_PC.numel() == 0 or values_PC.dtype.itemsize not in _SAME_SIZE:
         return dict(tensors)
-    levels = levels_C256.to(values_PC.device, values_PC.dtype)
+    video = next((video for video in FORMATS.values() if video.patch_values == values_PC.shape[1]), None)
+    if video is None:
+        return dict(tensors)
+    levels = byte_levels(video).to(values_PC.device, values_PC.dtype)
     by_channel = values_PC.view(len(values_PC), NUM_CHANNELS, -1)
     bytes_P = torch.empty(by_channel.shape, dtype=torch.uint8, device=values_PC.device)
     for channel in range(NUM_CHANNELS):
@@ -54,7 +65,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     is_rows = bytes_PC.dtype == torch.uint8 and bytes_PC.ndim == 2 and bytes_PC.shape[1] % NUM_CHANNELS == 0
     is_table = tuple(levels.shape) == (NUM_CHANNELS, NUM_LEVELS) and levels.dtype.itemsize in _SAME_SIZE
     if not is_rows or not is_table:
-        raise ValueError(f"bytes are {bytes_PC.dtype} {tuple(bytes_PC.shape)}, wanted uint8 [P, 1176] with levels")
+        raise ValueError(f"bytes are {bytes_PC.dtype} {tuple(bytes_PC.shape)}, wanted uint8 [P, C] with levels")
     values_PC = torch.empty(bytes_PC.shape, dtype=levels.dtype)
     # numpy looks up by bytes: torch would want 8 bytes of index for each. Both see the same bits, as integers.
     integer = _SAME_SIZE[levels.dtype.itemsize]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.storage import TypedStorage
 
+from vcr1_fast.rollout.sgl.check import verdict
 from vcr1_fast.rollout.sgl.messages import Message
 
 CHECK_LOADER = "vcr1_fast.rollout.sgl.check.compare"
@@ -34,8 +35,9 @@ IDLE_WAIT_S = 30.0
 class Updater:
     """Weights and memory of one engine. Its methods answer one message each and raise what goes wrong."""
 
-    def __init__(self, manager: Any) -> None:
-        """`manager`: the engine's tokenizer manager."""
+    def __init__(self, manager: Any, num_shares: int) -> None:
+        """`manager`: the engine's tokenizer manager; `num_shares`: processes that the model is shared among."""
+        self._num_shares = num_shares
         self.policy_version = NO_WEIGHTS
         self._manager = manager
         self._is_open = False
@@ -119,7 +121,8 @@ class Updater:
 
         request = _request(
             "UpdateWeightsFromTensorReqInput",
-            serialized_named_tensors=[MultiprocessingSerializer.serialize(payload)],
+            # one for each process: what is serialized may be opened once
+            serialized_named_tensors=[MultiprocessingSerializer.serialize(payload) for _ in range(self._num_shares)],
             load_format=load_format,
             **update,
         )
@@ -139,14 +142,14 @@ class Updater:
         _require(await self._manager.update_weights_from_distributed(request, None))
 
     async def _compare(self, fields: Mapping[str, Any]) -> list[str]:
-        """Has check.compare read the bucket's weights back inside SGLang's process; its order goes as a tensor."""
+        """Has check.compare read the bucket's weights back inside SGLang's processes; its order goes as a tensor."""
         with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.json"
             order = {name: fields[name] for name in ("entries", "is_first", "is_last")}
-            note = json.dumps({**order, "path": str(report)}).encode()
+            note = json.dumps({**order, "folder": folder, "num_shares": self._num_shares}).encode()
             named = [("order", torch.frombuffer(bytearray(note), dtype=torch.uint8))]
             await self._from_tensors(named, CHECK_LOADER, {"flush_cache": False})
-            return json.loads(report.read_text(encoding="utf-8"))
+            files = [Path(folder, f"{rank}.json") for rank in range(self._num_shares)]
+            return verdict([json.loads(file.read_text(encoding="utf-8")) for file in files], fields["entries"])
 
     async def _open_session(self) -> None:
         if not self._is_open:

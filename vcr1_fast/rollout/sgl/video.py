@@ -1,12 +1,17 @@
-"""A request as SGLang wants it: the video as finished patches with explicit positions, log-probs as the learner's.
+"""A request as SGLang wants it: videos and pictures as finished patches with explicit positions, log-probs as the
+learner's.
 
-Called by the worker, in SGLang's interpreter: only the standard library and torch. What is fixed here, and why (all
-found with SGLang 0.5.17 to 0.5.23; tests/rollout/sglang runs the real engine against the learner):
+Called by the worker, in SGLang's interpreter: only the standard library and torch. `media` is what the prompt shows, in
+its order: {"kind": "video" or "image", "grid_thw", "second_per_grid_s"} each. One tensor has the rows of all of them in
+that order: `values_PC`, or `embeddings_MD` of a frozen tower. What is fixed here, and why (all found with SGLang 0.5.17
+to 0.5.23; tests/rollout/sglang runs the real engine against the learner):
 
-- SGLang's vision tower lets its full-attention blocks see all frames of one grid row at once, the model's own tower one
-  frame pair. Sent as t rows [1, h, w], a video gives the same embeddings in both; as one row [t, h, w] it is 1 nat off.
-- Positions are ours (prompts/positions.py); SGLang would read seconds per grid step from elsewhere.
-- SGLang keeps video embeddings by the item's hash and does not drop them when weights change: each load empties that
+- Qwen2.5-VL's tower lets its full-attention blocks see all frames of one grid row at once in SGLang, one frame pair in
+  the model's own code. Sent as t rows [1, h, w], a video gives the same embeddings in both; as one row [t, h, w] it is
+  1 nat off. Qwen3-VL's tower sees one frame pair in both; its embeddings have those for inner layers beside them.
+- Positions are ours (prompts/positions.py); SGLang would read seconds per grid step from elsewhere. Without videos and
+  pictures it counts the tokens itself.
+- SGLang keeps what its tower made by the item's hash and does not drop it when weights change: each load empties that
   cache (check.forget_videos). Left out, answers after an update were 2 to 3 nats off.
 - Pictures' ids are kept from being drawn by a bias on their logits, which SGLang leaves in its log-probs:
   `whole_vocabulary` takes it out again.
@@ -15,12 +20,15 @@ found with SGLang 0.5.17 to 0.5.23; tests/rollout/sglang runs the real engine ag
   of what top_k keeps). top_k 1 is greedy to it, and then it scores at temperature 1.
 - Its repetition_penalty looks at the tokens of the answer alone: it is never asked for, penalty.py stands in for it.
 
-Shape letters: L prompt tokens, P patches, R completion tokens, K suppressed ids.
+Shape letters: L prompt tokens, P patches, C values of a patch, M tokens of videos and pictures, R completion tokens,
+K suppressed ids. D is what the tower gives for one token: the model's width, in Qwen3-VL several times that.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,16 +38,18 @@ from torch import Tensor
 # Nats that a suppressed id loses after division by the temperature: e**-50 is never drawn, and still a float32 number,
 # so that the id's own log-prob can be had back. At 100 nats its probability is below the smallest one.
 SUPPRESSED_NATS = 50.0
-MERGE = 2  # patches along each side of one video token
-ROW_VALUES = 1176
+MERGE = 2  # patches along each side of one token
+Media = Sequence[Mapping[str, Any]]
+KINDS = ("video", "image")
+_FEATURES = {"video": "pixel_values_videos", "image": "pixel_values"}  # SGLang's names
 
 
 def check_request(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], limits: Mapping[str, int]) -> None:
     """Raises ValueError for a request that SGLang would answer wrongly or die of.
 
     An id outside of the vocabulary, for example, is an index error in its scheduler, which ends all its processes.
-    `limits`: vocabulary_size, video_token_id, hidden_size, context_length, num_cache_tokens (of the
-    whole engine).
+    `limits`: vocabulary_size, video_token_id, image_token_id, patch_values (C), feature_width (D), context_length,
+    num_cache_tokens (of the whole engine).
     """
     ids_L, positions_3L = tensors["token_ids_L"], tensors["position_ids_3L"]
     length, vocabulary = ids_L.numel(), limits["vocabulary_size"]
@@ -56,7 +66,7 @@ def check_request(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], limi
     if int(positions_3L.min()) < 0:
         raise ValueError(f"a position is {int(positions_3L.min())}, wanted >= 0")
     _check_sampling(fields, length, limits)
-    _check_video(fields, tensors, limits)
+    _check_media(fields["media"], tensors, limits)
 
 
 def _check_sampling(fields: Mapping[str, Any], length: int, limits: Mapping[str, int]) -> None:
@@ -75,71 +85,98 @@ def _check_sampling(fields: Mapping[str, Any], length: int, limits: Mapping[str,
     if length + max_new_tokens > room:
         raise ValueError(
             f"the prompt has {length} tokens and may get {max_new_tokens} more, but the engine has room for {room}: "
-            "lower rollout.max_new_tokens or the video's tokens, or give the engine more cache"
+            "lower rollout.max_new_tokens or the tokens of videos, or give the engine more cache"
         )
 
 
-def _check_video(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], limits: Mapping[str, int]) -> None:
-    (t, h, w), features = fields["grid_thw"], tensors[features_name(tensors)]
-    is_grid = t >= 1 and h >= MERGE and w >= MERGE and h % MERGE == 0 and w % MERGE == 0
-    num_tokens = t * h * w // MERGE**2
-    has_embeddings = "embeddings_MD" in tensors
-    wanted = (num_tokens, limits["hidden_size"]) if has_embeddings else (t * h * w, ROW_VALUES)
-    if not is_grid or tuple(features.shape) != wanted or not features.is_floating_point():
+def _check_media(media: Media, tensors: Mapping[str, Tensor], limits: Mapping[str, int]) -> None:
+    for medium in media:
+        kind, (t, h, w) = medium["kind"], medium["grid_thw"]
+        is_grid = t >= 1 and h >= MERGE and w >= MERGE and h % MERGE == 0 and w % MERGE == 0
+        if kind not in KINDS or not is_grid or (kind == "image" and t != 1):
+            raise ValueError(
+                f"it shows {kind!r} of the grid {(t, h, w)}, wanted one of {', '.join(KINDS)}, h and w multiples "
+                f"of {MERGE}, t >= 1 and of an image 1"
+            )
+    positions_3L = tensors["position_ids_3L"]
+    if not media and not torch.equal(positions_3L, torch.arange(positions_3L.shape[1]).expand(3, -1)):
+        raise ValueError("a prompt of text alone has other positions than 0, 1, 2, ..., which SGLang would give it")
+    features, has_embeddings = features_of(tensors), "embeddings_MD" in tensors
+    wanted = (sum(num_rows(media, has_embeddings)), limits["feature_width" if has_embeddings else "patch_values"])
+    if media and (tuple(features.shape) != wanted or not features.is_floating_point()):
         raise ValueError(
             f"{'embeddings' if has_embeddings else 'patches'} are {features.dtype} {tuple(features.shape)} with the "
-            f"grid {(t, h, w)}, wanted floating point {list(wanted)} and h and w positive multiples of {MERGE}"
+            f"grids {[tuple(medium['grid_thw']) for medium in media]}, wanted floating point {list(wanted)}"
         )
-    num_pads = int((tensors["token_ids_L"] == limits["video_token_id"]).sum())
-    if num_pads != num_tokens:
-        raise ValueError(f"the prompt has {num_pads} video placeholders, but its grid stands for {num_tokens} tokens")
-    runs = placeholder_runs(tensors["token_ids_L"], limits["video_token_id"])
-    lengths = {last + 1 - first for first, last in runs}
-    if len(runs) not in (1, t) or len(lengths) > 1:
-        raise ValueError(
-            f"video placeholders stand in {len(runs)} places, of {sorted(lengths)} tokens, wanted one place, or one of "
-            f"{h * w // MERGE**2} tokens for each of {t} pairs of frames"
-        )
+    _check_places(media, tensors["token_ids_L"], limits)
     if not bool(features.isfinite().all()):
-        raise ValueError("the video's values are not all finite")
+        raise ValueError("the values of videos and pictures are not all finite")
 
 
-def features_name(tensors: Mapping[str, Tensor]) -> str:
-    """Of the patches, or of what a frozen tower made of them."""
-    return "embeddings_MD" if "embeddings_MD" in tensors else "values_PC"
+def _check_places(media: Media, token_ids_L: Tensor, limits: Mapping[str, int]) -> None:
+    """The placeholders of a medium stand in one place or, of a video, in one for each pair of frames."""
+    runs = [(run, kind) for kind in KINDS for run in placeholder_runs(token_ids_L, limits[f"{kind}_token_id"])]
+    found = [(kind, last + 1 - first) for (first, last), kind in sorted(runs)]
+    wanted: list[tuple[str, int]] = []
+    for medium, count in zip(media, num_rows(media, merged=True), strict=True):
+        kind, t = medium["kind"], medium["grid_thw"][0]
+        pairs = [(kind, count // t)] * t
+        wanted += pairs if found[len(wanted) : len(wanted) + t] == pairs else [(kind, count)]
+    if found != wanted:
+        raise ValueError(
+            f"placeholders stand in {len(found)} places, {found[:8]}, wanted {len(wanted)}, {wanted[:8]}, or for a "
+            "video one for each pair of frames"
+        )
 
 
-def video_item(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """SGLang's `processor_output` form of one video, see the module's docstring."""
-    t, h, w = fields["grid_thw"]
+def features_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The patches, or what a frozen tower made of them; of a prompt of text alone empty."""
+    return tensors.get("embeddings_MD", tensors.get("values_PC", torch.empty(0)))
+
+
+def num_rows(media: Media, merged: bool) -> list[int]:
+    """Of each medium: its patches or, `merged`, its tokens."""
+    return [math.prod(medium["grid_thw"]) // (MERGE**2 if merged else 1) for medium in media]
+
+
+def features_by_kind(media: Media, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of all videos and of all pictures, for those kinds that the prompt shows."""
+    features, kinds = features_of(tensors), [medium["kind"] for medium in media]
+    if len(set(kinds)) <= 1:
+        return dict.fromkeys(kinds, features)
+    parts = list(zip(kinds, features.split(num_rows(media, "embeddings_MD" in tensors)), strict=True))
+    return {kind: torch.cat([part for of, part in parts if of == kind]) for kind in sorted(set(kinds))}
+
+
+def media_item(kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], features: Tensor) -> dict[str, Any]:
+    """SGLang's `processor_output` form of all videos of a prompt, or of all its pictures."""
+    own = [medium for medium in fields["media"] if medium["kind"] == kind]
     positions_3L = tensors["position_ids_3L"]
     delta = int(positions_3L.max()) + 1 - positions_3L.shape[1]
-    features = tensors[features_name(tensors)]
-    media: dict[str, Any] = {"pixel_values_videos": features}
+    content: dict[str, Any] = {_FEATURES[kind]: features}
     if "embeddings_MD" in tensors:
-        media = {"modality": "VIDEO", "precomputed_embeddings": features}
+        content = {"modality": kind.upper(), "precomputed_embeddings": features}
     return {
         "format": "processor_output",
-        **media,
-        "video_grid_thw": torch.tensor([[1, h, w]] * t),
-        "second_per_grid_ts": torch.full((t,), float(fields["second_per_grid_s"])),
+        **content,
+        f"{kind}_grid_thw": torch.tensor([[1, h, w] for t, h, w in (m["grid_thw"] for m in own) for _ in range(t)]),
         "mrope_positions": positions_3L,
         "mrope_position_delta": torch.tensor([[delta]]),
-        "hash": item_hash(features, (t, h, w)),
+        "hash": item_hash(features, own),
     }
 
 
-def placeholder_runs(token_ids_L: Tensor, video_token_id: int) -> list[tuple[int, int]]:
-    """First and last place of each unbroken run of video placeholders."""
-    places = (token_ids_L == video_token_id).nonzero().squeeze(1)
+def placeholder_runs(token_ids_L: Tensor, token_id: int) -> list[tuple[int, int]]:
+    """First and last place of each unbroken run of one placeholder."""
+    places = (token_ids_L == token_id).nonzero().squeeze(1)
     ends = torch.cat([places.diff() > 1, torch.ones(min(1, len(places)), dtype=torch.bool)])
     starts = torch.cat([ends[-1:], ends[:-1]])
     return list(zip(places[starts].tolist(), places[ends].tolist(), strict=True))
 
 
-def item_hash(features: Tensor, grid_thw: tuple[int, int, int]) -> int:
-    """63 bits from patches or embeddings and grid. 40 MB of pixels take 40 ms."""
-    digest = hashlib.blake2b(repr(grid_thw).encode(), digest_size=8)
+def item_hash(features: Tensor, media: Media) -> int:
+    """63 bits from patches or embeddings, grids, and seconds, on which positions depend. 40 MB of pixels take 40 ms."""
+    digest = hashlib.blake2b(json.dumps(media, sort_keys=True).encode(), digest_size=8)
     digest.update(features.contiguous().view(-1).view(torch.uint8).numpy().data)
     return int.from_bytes(digest.digest(), "little") >> 1
 

@@ -7,7 +7,7 @@ connects to its address (door.py).
     trainer -> worker                                    worker -> trainer
     hello {version}                                      welcome | busy {reason} | unfit {reason}
     start {engine_args}                                  ready {limits, version, libraries} or unusable {reason}
-    generate {id, ...} + ids, positions, patches         completions | refused | failed | aborted, with the id
+    generate {id, media, ...} + ids, positions, patches  completions | refused | failed | aborted, with the id
     abort {id}                                           aborted {id}
     interrupt                                            completions of all requests, as far as they are
     weights {id, ...} + one bucket, or where it is       loaded {id, wrong} | failed {id}
@@ -43,7 +43,13 @@ from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.penalty import request_arguments
 from vcr1_fast.rollout.sgl.pixels import unpack
 from vcr1_fast.rollout.sgl.update import Updater, engine_arguments
-from vcr1_fast.rollout.sgl.video import check_request, completion_tensors, features_name, sampling_params, video_item
+from vcr1_fast.rollout.sgl.video import (
+    check_request,
+    completion_tensors,
+    features_by_kind,
+    media_item,
+    sampling_params,
+)
 
 PARENT_POLL_S = 2.0
 END_LIMIT_S = 30.0
@@ -109,18 +115,24 @@ class Worker:
 
         self._door = door
         self._engine: Any = sglang.Engine(**engine_arguments(engine_args))
-        self._updater = Updater(self._engine.tokenizer_manager)
+        num_gpus = int(self._engine.server_args.tp_size)
+        self._updater = Updater(self._engine.tokenizer_manager, num_gpus)
         self._version = str(sglang.__version__)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._drawing: set[int] = set()  # requests that SGLang works on
         self._cut: set[int] = set()  # those among them that were told to end
         self._closed = asyncio.Event()
         config = self._engine.tokenizer_manager.model_config
+        model, tower = config.hf_config, config.hf_config.vision_config
+        num_inner = len(getattr(tower, "deepstack_visual_indexes", ()))  # Qwen3-VL's features for inner layers
         self._limits = {
             "vocabulary_size": int(config.vocab_size),
-            "video_token_id": int(config.hf_config.video_token_id),
-            "hidden_size": int(config.hidden_size),
+            "video_token_id": int(model.video_token_id),
+            "image_token_id": int(model.image_token_id),
+            "patch_values": int(tower.in_channels * tower.temporal_patch_size * tower.patch_size**2),
+            "feature_width": int(config.hidden_size) * (1 + num_inner),
             "context_length": int(config.context_len),
+            "num_gpus": num_gpus,
             "num_cache_tokens": int(self._engine.get_server_info()["max_total_num_tokens"]),
         }
 
@@ -195,24 +207,25 @@ class Worker:
             raise RuntimeError(
                 f"the engine has policy {self._updater.policy_version}, wanted {fields['policy_version']}"
             )
-        tensors, item = await asyncio.to_thread(self._prepared, message)  # passes over all pixels; others go on
-        features = tensors[features_name(tensors)]
-        assert isinstance(features, SharedFeatures)
+        # In a thread: it passes over all pixels, and others go on
+        tensors, features, media = await asyncio.to_thread(self._prepared, message)
         arguments, sampling = request_arguments(fields["repetition_penalty"], tensors["token_ids_L"])
         try:
             answers = await self._engine.async_generate(
                 input_ids=tensors["token_ids_L"].tolist(),
                 sampling_params=sampling_params(fields) | sampling,
-                video_data=[item],
+                **media,
                 return_logprob=True,
                 logprob_start_len=-1,
                 token_ids_logprob=list(fields["suppressed_ids"]),
                 **arguments,
             )
         except BaseException:
-            asyncio.get_running_loop().call_later(UNREAD_S, features.close)
+            for shared in features:
+                asyncio.get_running_loop().call_later(UNREAD_S, shared.close)
             raise
-        features.close()
+        for shared in features:
+            shared.close()
         metas = [answer["meta_info"] for answer in ([answers] if isinstance(answers, dict) else answers)]
         is_cut = [meta["finish_reason"]["type"] == "abort" for meta in metas]
         if any(is_cut) and fields["id"] not in self._cut:
@@ -228,13 +241,14 @@ class Worker:
         }
         return reply, {"token_ids": torch.cat([r[0] for r in rows]), "logprobs": torch.cat([r[1] for r in rows])}
 
-    def _prepared(self, message: Message) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The request's tensors, with features that are handed on by reference, and SGLang's form of the video."""
-        tensors = unpack(message.tensors)
-        check_request(message.fields, tensors, self._limits)
-        name = features_name(tensors)
-        tensors[name] = SharedFeatures.share(tensors[name])
-        return tensors, video_item(message.fields, tensors)
+    def _prepared(self, message: Message) -> tuple[dict[str, Tensor], list[SharedFeatures], dict[str, Any]]:
+        """The request's tensors, the features that are handed on by reference, and SGLang's form of what it shows."""
+        fields, tensors = message.fields, unpack(message.tensors)
+        check_request(fields, tensors, self._limits)
+        rows = features_by_kind(fields["media"], tensors)
+        features = {kind: SharedFeatures.share(of_kind) for kind, of_kind in rows.items()}
+        media = {f"{kind}_data": [media_item(kind, fields, tensors, features[kind])] for kind in features}
+        return tensors, list(features.values()), media
 
 
 def _follow(parent: int) -> None:
