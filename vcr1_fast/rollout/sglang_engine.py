@@ -193,6 +193,13 @@ class SGLangEngine:
         self, number: int, request: Request, sampling: SamplingParams
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         prompt, begun = request.prompt, request.begun
+        kinds = [patches.kind for patches in prompt.media]
+        if kinds != ["video"]:
+            raise ValueError(
+                f"the prompt of example {prompt.example.id!r} holds {kinds}, wanted one video: rollout.engine sglang "
+                "takes nothing else; set it to local, or leave the example out"
+            )
+        [video] = prompt.media
         fields = {
             "id": number,
             "policy_version": self.policy_version,
@@ -204,8 +211,8 @@ class SGLangEngine:
             "repetition_penalty": sampling.repetition_penalty,
             "stop_ids": self._stop_ids,
             "suppressed_ids": self._suppressed_ids,
-            "grid_thw": prompt.patches.grid_thw,
-            "second_per_grid_s": prompt.patches.second_per_grid_s,
+            "grid_thw": video.grid_thw,
+            "second_per_grid_s": video.second_per_grid_s,
         }
         token_ids_L, position_ids_3L = prompt.token_ids_L, prompt.position_ids_3L
         if begun:
@@ -213,11 +220,10 @@ class SGLangEngine:
             position_R = prompt.next_position + torch.arange(begun.num_tokens)
             position_ids_3L = torch.cat([position_ids_3L, position_R.expand(3, -1)], dim=1)
         tensors = {"token_ids_L": token_ids_L, "position_ids_3L": position_ids_3L}
-        embeddings_MD = prompt.patches.embeddings_MD
-        if embeddings_MD is not None:
-            tensors["embeddings_MD"] = embeddings_MD
+        if video.embeddings_MD is not None:
+            tensors["embeddings_MD"] = video.embeddings_MD
         else:
-            tensors["values_PC"] = prompt.patches.values_PC
+            tensors["values_PC"] = video.values_PC
         return fields, tensors
 
     def _completions(self, message: Message, request: Request, sampling: SamplingParams) -> list[Completion]:

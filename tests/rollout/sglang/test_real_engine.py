@@ -87,12 +87,12 @@ def test_embeddings_of_a_frozen_tower_take_the_place_of_patches(random_engine, m
     prompts = short_and_long(make_prompt)
     with torch.no_grad():
         rows = [
-            policy.hf.model.visual(p.patches.values_PC, grid_thw=torch.tensor([p.patches.grid_thw])).pooler_output
+            policy.hf.model.visual(p.media[0].values_PC, grid_thw=torch.tensor([p.media[0].grid_thw])).pooler_output
             for p in prompts
         ]
     nothing = torch.zeros(0, 1176)
     embedded = [
-        replace(p, patches=replace(p.patches, values_PC=nothing, embeddings_MD=embeddings))
+        replace(p, media=(replace(p.media[0], values_PC=nothing, embeddings_MD=embeddings),))
         for p, embeddings in zip(prompts, rows, strict=True)
     ]
     answers = random_engine.generate(embedded, SamplingParams(2, 8))
@@ -145,7 +145,7 @@ def test_a_bad_request_is_refused_and_the_next_one_answered(random_engine, make_
     for bad, words in (
         (replace(good, token_ids_L=outside), r"vocabulary is 0 \.\. 287"),
         (replace(good, position_ids_3L=good.position_ids_3L[:, 1:]), "positions are"),
-        (replace(good, patches=replace(good.patches, grid_thw=(1, 4, 4))), "patches are"),
+        (replace(good, media=(replace(good.media[0], grid_thw=(1, 4, 4)),)), "patches are"),
         (replace(good, token_ids_L=more_pads), "9 video placeholders"),
     ):
         with pytest.raises(ValueError, match=words):
