@@ -110,7 +110,7 @@ def _endless(tokenizer: PreTrainedTokenizerBase) -> Any:
 @torch.inference_mode()
 def feed_stock(hf: Any, prompt: Prompt, token_SB: Tensor, mark: Mark) -> list[Tensor]:
     """transformers' logits [B, V] that each of the tokens is drawn from."""
-    decoder, patches, num_answers = hf.model.language_model, prompt.patches, token_SB.shape[1]
+    decoder, patches, num_answers = hf.model.language_model, prompt.media[0], token_SB.shape[1]
     cache = DynamicCache(config=decoder.config)
     logits_1LV = hf(
         input_ids=prompt.token_ids_L[None],

@@ -32,4 +32,4 @@ def random_group(
         for length in completion_lens
     )
     advantages = tuple(torch.randn(len(completion_lens), generator=generator).tolist())
-    return RolloutGroup(Prompt(example, ids, positions, patches), completions, 1, advantages=advantages)
+    return RolloutGroup(Prompt(example, ids, positions, (patches,)), completions, 1, advantages=advantages)

@@ -63,8 +63,8 @@ class StepPoint:
         """The random group, its patches already on the device: copying pixels is not part of an update here."""
         lens = (self.completion_len,) * self.num_completions
         group = random_group(self.grid, self.num_text, lens, video_token_id)
-        values_PC = group.prompt.patches.values_PC.to(device=device, dtype=dtype)
-        object.__setattr__(group.prompt.patches, "values_PC", values_PC)
+        values_PC = group.prompt.media[0].values_PC.to(device=device, dtype=dtype)
+        object.__setattr__(group.prompt.media[0], "values_PC", values_PC)
         return group
 
 

@@ -109,8 +109,8 @@ def pad_rows(group: RolloutGroup, rows: range, device: torch.device) -> PaddedRo
         torch.tensor([[group.advantages[i]] for i in rows], dtype=torch.float32, device=device),
         torch.tensor([[weights[i]] for i in rows], dtype=torch.float32, device=device),
         {
-            "pixel_values_videos": prompt.patches.values_PC.to(device).repeat(num_rows, 1),
-            "video_grid_thw": torch.tensor([prompt.patches.grid_thw] * num_rows),
+            "pixel_values_videos": prompt.media[0].values_PC.to(device).repeat(num_rows, 1),
+            "video_grid_thw": torch.tensor([prompt.media[0].grid_thw] * num_rows),
         },
     )
 
@@ -190,7 +190,7 @@ def count_flop(name: WayName, config: Any, group: RolloutGroup, options: WayOpti
     """`config`: the Qwen2_5_VLConfig."""
     counts = count_tokens(name, group)
     tower_runs = len(group.completions) if name in ("original", "plain") else 1
-    tower = tower_runs * tower_flop(config.vision_config, [group.prompt.patches.grid_thw])
+    tower = tower_runs * tower_flop(config.vision_config, [group.prompt.media[0].grid_thw])
     decoder = decoder_flop(config.text_config, counts.executed, counts.pairs)
     recomputed = tower + decoder if options.gradient_checkpointing else 0
     return StepFlop(tower, decoder, head_flop(config.text_config, counts.head_rows), recomputed)

@@ -116,7 +116,7 @@ class Problem:
         video_pad = SpecialIds.of(self.tokenizer).video_pad
         positions = mrope_positions(ids_L, grids, seconds, video_pad, TOKENS_PER_SECOND)
         example = Example("bench", "temporal_grounding", "none", "none", 1.0, IntervalTruth(((0.0, 1.0),)))
-        return Prompt(example, ids_L, positions, patches)
+        return Prompt(example, ids_L, positions, (patches,))
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,9 @@ class ClipProcessor(Qwen2_5_VLProcessor):
 def videos_of(prompts: list[Any]) -> dict[str, Tensor]:
     """What a model of transformers takes of some prompts' videos."""
     return {
-        "pixel_values_videos": torch.cat([prompt.patches.values_PC for prompt in prompts]),
-        "video_grid_thw": torch.tensor([prompt.patches.grid_thw for prompt in prompts]),
-        "second_per_grid_ts": torch.tensor([prompt.patches.second_per_grid_s for prompt in prompts]),
+        "pixel_values_videos": torch.cat([prompt.media[0].values_PC for prompt in prompts]),
+        "video_grid_thw": torch.tensor([prompt.media[0].grid_thw for prompt in prompts]),
+        "second_per_grid_ts": torch.tensor([prompt.media[0].second_per_grid_s for prompt in prompts]),
     }
 
 

@@ -175,6 +175,6 @@ def make_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Prompt
         ids = torch.tensor(tiny_tokenizer(text + video + "\n>")["input_ids"])
         pad_id = tiny_tokenizer.get_vocab()["<|video_pad|>"]
         positions = mrope_positions(ids, [grid], [second_per_grid_s], pad_id, 2)
-        return Prompt(make_example(f"{text}:{seed}"), ids, positions, patches)
+        return Prompt(make_example(f"{text}:{seed}"), ids, positions, (patches,))
 
     return make

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vcr1_kernels.prefix_attention import PrefixLayout
 
 FinishReason = Literal["stop", "length", "aborted"]  # aborted: cut short on request, to be gone on with
+MediaKind = Literal["video", "image"]
 Interval = tuple[float, float]  # (start_s, end_s), seconds from the start of the video
 Box = tuple[float, float, float, float]  # (x0, y0, x1, y1), corners as fractions of width and height, in [0, 1]
 
@@ -120,17 +121,24 @@ Truth = (
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question about one video, as an annotation file states it."""
+    """One question as an annotation file states it: about a video, several, images, all of these, or nothing shown."""
 
     id: str  # unique in a data set
     task: str  # name of a module in vcr1_fast.tasks, for example "temporal_grounding"
-    video: str  # absolute path of the video file
+    video: str  # absolute path of the video, of several the first, see video/source_name.py; "" without one
     query: str  # the event or the object, in words
     duration_s: float  # seconds, > 0; infinity where the annotation does not say and the task does not need it
     truth: Truth
     reasoning: str = ""  # text of the think block for supervised cold start; never shown to the policy in GRPO
     categories: tuple[tuple[str, str], ...] = ()  # (axis, value) for tables of scores; an axis may come several times
     is_held_out: bool = field(default=False, repr=False)  # from data.eval, where recipe paper asks in another way
+    # all that it shows, videos and images by name, where that is not its one video alone; see PromptStream.digest
+    media: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of all that it shows: images, then videos, unless marks in its text order them."""
+        return self.media or ((self.video,) if self.video else ())
 
     @property
     def is_refused(self) -> bool:
@@ -145,7 +153,7 @@ class Frames:
     Example: 8 s at 2 fps and 112 px: rgb_FHW3 [16, 112, 112, 3], times_s 0.0, 0.5, ... 7.5.
     """
 
-    rgb_FHW3: torch.Tensor  # [F, H, W, 3] uint8; F even, H and W multiples of two patches
+    rgb_FHW3: torch.Tensor  # [F, H, W, 3] uint8; F even, of an image 1; H and W multiples of two patches
     times_s: torch.Tensor  # [F] float64, presentation time of each frame, seconds
     sampled_fps: float  # frames per second after sampling, > 0
     duration_s: float  # of the whole video
@@ -163,22 +171,28 @@ class Patches:
     duration_s: float
     embeddings_MD: torch.Tensor | None = None  # [M, W] what a frozen tower made of them, M = num_tokens
     pair_times_s: tuple[float, ...] = ()  # [t] mean of the presentation times of each pair's frames
+    kind: MediaKind = "video"  # an image: a grid of one pair, its frame twice; 0 seconds
 
     @property
     def num_tokens(self) -> int:
-        """Language-model tokens of this video: 2 x 2 patches merge into one."""
+        """Language-model tokens of it: 2 x 2 patches merge into one."""
         t, h, w = self.grid_thw
         return t * h * w // 4
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question as the model sees it: token ids, 3-D rotary positions, and the video's patches."""
+    """One question as the model sees it: token ids, 3-D rotary positions, patches of the videos and images it shows."""
 
     example: Example
-    token_ids_L: torch.Tensor  # [L] int64, video placeholders expanded, ends with the assistant header
+    token_ids_L: torch.Tensor  # [L] int64, placeholders expanded, ends with the assistant header
     position_ids_3L: torch.Tensor  # [3, L] int64: time, row, column
-    patches: Patches
+    media: tuple[Patches, ...]  # in the order of the prompt; empty: text alone
+
+    @property
+    def grids(self) -> list[tuple[int, int, int]]:
+        """Of its videos and images, in order."""
+        return [patches.grid_thw for patches in self.media]
 
     @property
     def next_position(self) -> int:
@@ -246,7 +260,7 @@ class PackedBatch:
     token_ids_T: torch.Tensor  # [T] int64
     position_ids_3T: torch.Tensor  # [3, T] int64
     layout: PrefixLayout  # where each prompt and completion lies; covers 0..T
-    patches: tuple[Patches, ...]  # one per group, in order
+    patches: tuple[Patches, ...]  # of all groups' prompts, in order; a group may have none
     scored_row_N: torch.Tensor  # [N] int64, row of the hidden states that predicts target_N
     target_N: torch.Tensor  # [N] int64
     sequence_N: torch.Tensor  # [N] int64, index of the completion, 0..S-1

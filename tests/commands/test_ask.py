@@ -14,7 +14,7 @@ from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset, write_mp4
 from vcr1_fast.types import Completion
-from vcr1_fast.video.draw import GIVEN, SPAN
+from vcr1_fast.video.draw import GIVEN, SPAN, write_png
 from vcr1_fast.video.draw_clip import PLAYHEAD
 
 TRACK = "0.10,0.20,0.50,0.60"
@@ -98,9 +98,11 @@ def test_a_plain_question_goes_as_it_is_and_ends_where_it_is_told_to(clips, tmp_
 
     def noted(self, prompts, sampling):
         asked.append(self.tokenizer.decode(prompts[0].token_ids_L, skip_special_tokens=True))
+        kinds.append([patches.kind for patches in prompts[0].media])
         return generate(self, prompts, sampling)
 
     monkeypatch.setattr(LocalEngine, "generate", noted)
+    kinds: list[list[str]] = []
     video = next((clips / "videos").glob("*.mp4"))
     picture = tmp_path / "none.png"
     tokens = ("ask", "tiny", str(video), "is it (A) red?", "--max-new-tokens", "3", "--save", str(picture))
@@ -110,6 +112,12 @@ def test_a_plain_question_goes_as_it_is_and_ends_where_it_is_told_to(clips, tmp_
     assert (result["parsed"], result["finish_reason"], result["saved"]) == (None, "length", None)
     assert "cut off after 3 tokens: raise --max-new-tokens" in err and "no picture: no span and no boxes" in err
     assert not picture.exists()
+    still = tmp_path / "still.png"
+    write_png(np.zeros((84, 84, 3), np.uint8), still)
+    about_image = ("ask", "tiny", str(still), "is <image> in <video>?", "--video", str(video), "--max-new-tokens", "1")
+    code, out, err = run(capsys, *about_image)
+    assert code == 0 and "user\nis  in ?" in asked[1] and "duration_s" not in json.loads(out.splitlines()[-1]), err
+    assert kinds == [["video"], ["image", "video"]]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +141,8 @@ def test_a_plain_question_goes_as_it_is_and_ends_where_it_is_told_to(clips, tmp_
         (["tiny", "{clip}", "q", "--task=object_tracking", "--box=0,0,1,x"], 2, "--box is '0,0,1,x', wanted numbers"),
         (["tiny", "{clip}", "q", "--task=object_tracking", "--box=0,0,1"], 2, "--box is '0,0,1', wanted four numbers"),
         (["tiny", "{clip}", "q", "--task=object_tracking", "--box=0,0,2,1"], 2, "box 0 is [0.0, 0.0, 2.0, 1.0], want"),
+        (["tiny", "{clip}", "q", "--image=no.png"], 1, "there is no image no.png"),
+        (["tiny", "{clip}", "q", "--video={clip}", "--task=object_tracking"], 2, "asks about one video: name one"),
         (["tiny", "bad.mp4", "q", "--save=a.gif"], 2, "--save is a.gif, wanted a name that ends in .png or"),
         (["tiny", "bad.mp4", "q", "--video.max_fames=3"], 2, "did you mean video.max_frames?"),
         (["tiny", "bad.mp4", "q", "--temperature=hot"], 2, "eval.temperature is 'hot' on the command line"),

@@ -35,7 +35,7 @@ def test_found_and_missing_are_counted_by_file(tmp_path: Path, capsys: pytest.Ca
     counts = [(f["num_rows"], f["num_examples"], f["videos_found"], f["videos_missing"]) for f in line["files"]]
     assert counts == [(4, 3, 1, 1), (1, 1, 1, 0), (0, 0, 0, 0)]
     assert [f["problem"] for f in line["files"]] == ["", "", "no such file"]
-    assert f"1 videos are missing, such as {tmp_path}/c.mp4" in told
+    assert f"1 videos or images are missing, such as {tmp_path}/c.mp4" in told
     assert "data.video_root is the folder" in told and "docs/data.md" in told
     assert "1 rows cannot be used, such as" in told
 

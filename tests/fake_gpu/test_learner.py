@@ -27,6 +27,7 @@ ANSWERS = (300, 330, 360, 390, 420, 450, 480, 512)
 WORLDS = (8, 64)
 FULL = "--model.gradient_checkpointing=full"  # what fits would have it otherwise, with so few blocks
 QWEN3 = {"full": (), "lora": ("--model.lora.rank=32",), "frozen tower": ("--model.freeze_vision=true",)}
+SHOWN = {"text": (), "images": ((1, 34, 42), (1, 8, 12)), "both": (SHORT_CLIP, (1, 34, 42), (1, 8, 12))}
 LOSSES = ("dr_grpo", "dapo", "gspo", "cispo", "sapo")  # and grpo everywhere else
 
 
@@ -67,6 +68,10 @@ def cases(num_gpus: int) -> list[Case]:
         projector,
         *(one(f"qwen3 {name}", *how) for name, how in QWEN3.items()),
         one("qwen3 full, placeholder", **idle),
+        *(one(f"full, {name}", clip=clip, num_updates=2) for name, clip in SHOWN.items()),
+        *(one(f"qwen3 full, {name}", clip=clip) for name, clip in SHOWN.items()),
+        one("lora, text", lora, clip=()),
+        one("frozen tower, text", frozen, clip=()),
         one("kl", "--algorithm.beta=0.04"),
         one("minibatches", "--algorithm.minibatches_per_rollout=2", groups=2),
         one("rows", "--train.tokens_per_microbatch=8192", groups=3),
@@ -117,9 +122,14 @@ def test_an_update_runs_and_the_host_waits_twice_at_most(num_gpus: int, name: st
 @pytest.mark.parametrize("name", ["full", "selective", "lora", "frozen tower", "qwen3 full"])
 @pytest.mark.parametrize("num_gpus", WORLDS)
 def test_a_rank_without_rows_runs_the_same_collectives(num_gpus: int, name: str):
-    """In number, kind, size and order: NCCL would wait an hour for one that the others do not join."""
+    """In number, kind, size and order: NCCL would wait an hour for one that the others do not join. So does one whose
+    rows show no video, or something else."""
     busy, idle = last_update(num_gpus, name), last_update(num_gpus, f"{name}, placeholder")
     assert on_gpu(idle) == on_gpu(busy) != []
+    others = [other for other in reports(num_gpus) if other in {f"{name}, {shown}" for shown in SHOWN}]
+    assert len(others) == {"full": 3, "qwen3 full": 3, "selective": 0}.get(name, 1)
+    for other in others:
+        assert on_gpu(last_update(num_gpus, other)) == on_gpu(busy), other
 
 
 @pytest.mark.parametrize("num_gpus", WORLDS)

@@ -116,7 +116,7 @@ def _use(server, folder: Path) -> None:
     pad = tokenizer.get_vocab()["<|video_pad|>"]
     ids = torch.tensor(tokenizer("a<|vision_start|><|video_pad|><|vision_end|>?")["input_ids"])
     patches = Patches(torch.zeros(4, 1176), (1, 2, 2), 1.0, 2, 1.0)
-    prompt = Prompt(make_example(), ids, mrope_positions(ids, [(1, 2, 2)], [1.0], pad, 2), patches)
+    prompt = Prompt(make_example(), ids, mrope_positions(ids, [(1, 2, 2)], [1.0], pad, 2), (patches,))
     addresses = tuple(show(station.address) for station in server.stations)
     settings = SGLangConfig(
         placement="disaggregated", addresses=addresses, backoff_s=0.01, timeout_s=30.0, start_timeout_s=60.0

@@ -1,5 +1,6 @@
 """A random model of the real architecture with weights large enough that a wrong position or mask is visible."""
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import pytest
@@ -12,9 +13,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from vcr1_fast.types import Completion, Example, IntervalTruth, Patches, Prompt, RolloutGroup
+from vcr1_fast.types import Completion, Example, IntervalTruth, MediaKind, Patches, Prompt, RolloutGroup
 
-VOCABULARY, VIDEO_PAD, VISION_START, VISION_END = 64, 60, 61, 62
+VOCABULARY, IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END = 64, 59, 60, 61, 62
+Shown = tuple[MediaKind, tuple[int, int, int], float]  # kind, grid, seconds of a step of its time axis
 
 
 def random_model(seed: int = 0, tied: bool = False) -> Qwen2_5_VLForConditionalGeneration:
@@ -30,7 +32,7 @@ def random_model(seed: int = 0, tied: bool = False) -> Qwen2_5_VLForConditionalG
         "window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2,
     }  # fmt: skip
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, image_token_id=59, video_token_id=VIDEO_PAD,
+        text_config=text, vision_config=vision, image_token_id=IMAGE_PAD, video_token_id=VIDEO_PAD,
         vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, tie_word_embeddings=tied,
     )  # fmt: skip
     torch.manual_seed(seed)
@@ -52,7 +54,7 @@ def random_qwen3(seed: int = 0, tied: bool = False) -> Qwen3VLForConditionalGene
         "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 3],
     }  # fmt: skip
     config = Qwen3VLConfig(
-        text_config=text, vision_config=vision, image_token_id=59, video_token_id=VIDEO_PAD,
+        text_config=text, vision_config=vision, image_token_id=IMAGE_PAD, video_token_id=VIDEO_PAD,
         vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, tie_word_embeddings=tied,
     )  # fmt: skip
     torch.manual_seed(seed)
@@ -101,7 +103,9 @@ def random_prompt(
     positions += [[after + i] * 3 for i in range(1 + 3)]
     patches = torch.randn(t * h * w, num_values, generator=generator)
     example = Example("e", "temporal_grounding", "v.mp4", "q", 8.0, IntervalTruth(((1.0, 2.0),)))
-    return Prompt(example, token_ids, torch.tensor(positions).T, Patches(patches, grid, second_per_grid_s, 2 * t, 8.0))
+    return Prompt(
+        example, token_ids, torch.tensor(positions).T, (Patches(patches, grid, second_per_grid_s, 2 * t, 8.0),)
+    )
 
 
 def _prompt_of_parts(generator: torch.Generator, grid: tuple[int, int, int], text: int, num_values: int) -> Prompt:
@@ -122,7 +126,36 @@ def _prompt_of_parts(generator: torch.Generator, grid: tuple[int, int, int], tex
     positions += [[after + 1 + i] * 3 for i in range(3)]
     patches = Patches(torch.randn(t * h * w, num_values, generator=generator), grid, 1.0, 2 * t, 8.0)
     example = Example("e", "temporal_grounding", "v.mp4", "q", 8.0, IntervalTruth(((1.0, 2.0),)))
-    return Prompt(example, torch.tensor(ids), torch.tensor(positions).T, patches)
+    return Prompt(example, torch.tensor(ids), torch.tensor(positions).T, (patches,))
+
+
+def shown_prompt(
+    generator: torch.Generator, shown: Sequence[Shown], text: int, num_values: int, in_words: bool
+) -> Prompt:
+    """Text, and behind each of `shown` text again. With `in_words` two words before each pair of frames of a video,
+    which is one grid to the rule; positions by that rule, a third time."""
+    example = Example("e", "multiple_choice", "", "q", 8.0, IntervalTruth(((1.0, 2.0),)))
+    ids, positions = torch.randint(2, 50, (text,), generator=generator).tolist(), [[i] * 3 for i in range(text)]
+    media = []
+    for kind, (t, h, w), seconds in shown:
+        pairs = [range(t)] if kind == "image" or not in_words else [range(1)] * t
+        for steps in pairs:
+            words = torch.randint(2, 50, (2,), generator=generator).tolist()
+            ids += [*words, VISION_START] + [IMAGE_PAD if kind == "image" else VIDEO_PAD] * (len(steps) * h * w // 4)
+            start = max(positions[-1]) + 1
+            positions += [[start + i] * 3 for i in range(3)]
+            positions += [
+                [start + 3 + int(step * seconds * 2), start + 3 + row, start + 3 + column]
+                for step in steps
+                for row in range(h // 2)
+                for column in range(w // 2)
+            ]
+            after = max(max(position) for position in positions) + 1
+            ids += [VISION_END, *ids[:2]]
+            positions += [[after + i] * 3 for i in range(3)]
+        patches = torch.randn(t * h * w, num_values, generator=generator)
+        media.append(Patches(patches, (t, h, w), seconds, 2 * t, 8.0, kind=kind))
+    return Prompt(example, torch.tensor(ids), torch.tensor(positions).T, tuple(media))
 
 
 def random_group(
@@ -134,6 +167,8 @@ def random_group(
     text: int = 5,
     num_parts: int = 1,
     num_values: int = 1176,
+    shown: Sequence[Shown] | None = None,
+    in_words: bool = False,
 ) -> RolloutGroup:
     generator = torch.Generator().manual_seed(seed)
     completions = tuple(
@@ -142,7 +177,10 @@ def random_group(
     )
     if advantages is None:
         advantages = tuple(torch.randn(len(lengths), generator=generator, dtype=torch.float64).tolist())
-    prompt = random_prompt(generator, grid, second_per_grid_s, text, num_parts, num_values)
+    if shown is not None:
+        prompt = shown_prompt(generator, shown, text, num_values, in_words)
+    else:
+        prompt = random_prompt(generator, grid, second_per_grid_s, text, num_parts, num_values)
     return RolloutGroup(prompt, completions, 1, advantages=advantages)
 
 

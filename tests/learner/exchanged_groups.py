@@ -35,8 +35,8 @@ def example_groups() -> list[RolloutGroup]:
 
 
 def _with_patches(group: RolloutGroup, **changes: torch.Tensor) -> RolloutGroup:
-    patches = dataclasses.replace(group.prompt.patches, **changes)
-    return dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, patches=patches))
+    patches = dataclasses.replace(group.prompt.media[0], **changes)
+    return dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, media=(patches,)))
 
 
 def assert_same(got: object, want: object) -> None:

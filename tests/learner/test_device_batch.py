@@ -73,7 +73,7 @@ def test_a_device_batch_holds_what_the_row_says(policy: PolicyModel, row: Packed
 
 def test_a_row_that_does_not_fit_its_clips_is_refused(policy: PolicyModel, row: PackedBatch):
     short = dataclasses.replace(row, patches=row.patches[:1])
-    with pytest.raises(ValueError, match="28 video placeholders, but its clips stand for 24 tokens"):
+    with pytest.raises(ValueError, match="28 placeholders, but its videos and images stand for 24 tokens"):
         policy.device_batch(short)
     with pytest.raises(ValueError, match="1 of 2 clips come with embeddings, wanted all or none"):
         policy.device_batch(embedded(row, range(1)))

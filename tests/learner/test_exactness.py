@@ -10,10 +10,24 @@ import torch
 from tests.learner.conftest import random_qwen3
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.objective import grpo_objective
-from vcr1_fast.learner.packing import pack
+from vcr1_fast.learner.packing import pack, placeholder, with_media
 from vcr1_fast.settings.config import AlgorithmConfig, ModelConfig
 
 TEMPERATURE = 0.9
+
+
+def stock_inputs(prompt, dtype):
+    """Videos and images apart, as the stock model takes them."""
+    inputs = {}
+    for kind, values, grids in (
+        ("video", "pixel_values_videos", "video_grid_thw"),
+        ("image", "pixel_values", "image_grid_thw"),
+    ):
+        media = [patches for patches in prompt.media if patches.kind == kind]
+        if media:
+            inputs[values] = torch.cat([patches.values_PC for patches in media]).to(dtype)
+            inputs[grids] = torch.tensor([patches.grid_thw for patches in media])
+    return inputs
 
 
 def separate_rows_loss(hf, groups, weights, algorithm, temperature=TEMPERATURE):
@@ -27,8 +41,7 @@ def separate_rows_loss(hf, groups, weights, algorithm, temperature=TEMPERATURE):
             positions = torch.cat([prompt.position_ids_3L, extra.expand(3, -1)], dim=1)
             logits = hf(
                 input_ids=ids[None],
-                pixel_values_videos=prompt.patches.values_PC.to(total.dtype),
-                video_grid_thw=torch.tensor([prompt.patches.grid_thw]),
+                **stock_inputs(prompt, total.dtype),
                 position_ids=positions[:, None],
                 use_cache=False,
             ).logits[0]
@@ -45,7 +58,8 @@ def separate_rows_loss(hf, groups, weights, algorithm, temperature=TEMPERATURE):
 
 def packed_loss(hf, groups, weights, algorithm):
     policy = PolicyModel(hf, ModelConfig(), next(hf.parameters()).dtype)
-    row = pack(groups, weights)
+    blank = placeholder(policy.family, hf.config, False, torch.device("cpu"), next(hf.parameters()).dtype)
+    row = with_media(pack(groups, weights), blank)
     if algorithm.minibatches_per_rollout > 1:
         row = dataclasses.replace(row, old_logprob_N=row.engine_logprob_N)
     batch = policy.device_batch(row)
@@ -58,6 +72,13 @@ def gradients(hf, loss):
     return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in hf.named_parameters()}
 
 
+TWO_VIDEOS = [dict(seed=14, lengths=(9, 6, 4), shown=[("video", (4, 4, 8), 1.0), ("video", (5, 4, 4), 0.5)])]
+BESIDE = [dict(seed=10, lengths=(5, 8, 2), shown=[("image", (1, 4, 6), 0.0), ("video", (2, 4, 4), 1.0)])]
+TEXT = [dict(seed=11, lengths=(3, 5), shown=[]), dict(seed=12, lengths=(2,), shown=[], advantages=(-0.7,))]
+IMAGES = [dict(seed=13, lengths=(4, 3), shown=[("image", (1, 8, 4), 0.0), ("image", (1, 4, 4), 0.0)])]
+SHOWN = {
+    "two_videos": TWO_VIDEOS, "image_beside_video": BESIDE, "text": TEXT, "mixed": TEXT[:1] + BESIDE + IMAGES,
+}  # fmt: skip
 # G = 1; unequal lengths; one token (its only prediction comes from the prompt's row); an empty completion;
 # a row whose weights are all 0; two prompts of different sizes in one row.
 CASES = {
@@ -71,6 +92,7 @@ CASES = {
         dict(seed=5, lengths=(3, 8, 2)),
         dict(seed=6, lengths=(7, 1), grid=(2, 8, 4), second_per_grid_s=0.5, text=11),
     ],
+    **SHOWN,
 }
 
 
@@ -88,7 +110,8 @@ def test_loss_and_every_gradient_equal_separate_rows(make_model, make_group, cas
     got_loss = packed_loss(ours, groups, weights, algorithm)
     assert abs(got_loss.item() - want_loss.item()) <= 1e-6 * max(abs(want_loss.item()), 1.0)
     want, got = gradients(stock, want_loss), gradients(ours, got_loss)
-    assert any("visual" in name and want[name].norm() > 0 for name in want)
+    is_seen = any(group.prompt.media for group in groups)
+    assert any("visual" in name and want[name].norm() > 0 for name in want) == is_seen
     for name in want:
         assert (got[name] - want[name]).norm() <= 1e-6 * want[name].norm() + 1e-9, name
 
@@ -116,6 +139,7 @@ QWEN3_CASES = {
         dict(seed=5, lengths=(3, 8, 0, 2), num_parts=3),
         dict(seed=6, lengths=(7, 1), grid=(2, 8, 4), num_parts=2, text=11),
     ],
+    **{name: [dict(group, in_words=True) for group in case] for name, case in SHOWN.items()},
 }
 
 
@@ -131,7 +155,8 @@ def test_qwen3_vl_is_as_exact_and_its_deepstack_features_count(make_group, case)
     want, got = gradients(stock, want_loss), gradients(ours, got_loss)
     for index in range(3):
         name = f"model.visual.deepstack_merger_list.{index}.linear_fc2.weight"
-        assert want[name].norm() > 1e-3 * max(value.norm() for value in want.values())
+        is_seen = any(group.prompt.media for group in groups)
+        assert (want[name].norm() > 1e-3 * max(value.norm() for value in want.values())) == is_seen
     for name in want:
         assert (got[name] - want[name]).norm() <= 1e-6 * want[name].norm() + 1e-9, name
 

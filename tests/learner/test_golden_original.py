@@ -72,7 +72,7 @@ def as_group(group: golden_case.Group) -> RolloutGroup:
         for index, logprobs in enumerate(GOLDEN["logprobs"][group.name])
     )
     rewards = tuple(sum(parts) for parts in zip(*group.rewards, strict=True))
-    return RolloutGroup(Prompt(example, ids_L, positions_3L, patches), completions, 0, rewards=rewards)
+    return RolloutGroup(Prompt(example, ids_L, positions_3L, (patches,)), completions, 0, rewards=rewards)
 
 
 @pytest.mark.parametrize("tokens_per_microbatch", [100_000, 1], ids=["one row", "a row each"])

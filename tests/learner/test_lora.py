@@ -180,8 +180,8 @@ def logits(model, group: RolloutGroup) -> torch.Tensor:
         return model(
             input_ids=prompt.token_ids_L[None],
             position_ids=prompt.position_ids_3L[:, None],
-            pixel_values_videos=prompt.patches.values_PC,
-            video_grid_thw=torch.tensor([prompt.patches.grid_thw]),
+            pixel_values_videos=prompt.media[0].values_PC,
+            video_grid_thw=torch.tensor([prompt.media[0].grid_thw]),
         ).logits
 
 

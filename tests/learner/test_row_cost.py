@@ -60,7 +60,7 @@ def test_costs_are_those_of_the_counted_flops(config, model, passes, tower_passe
 def test_model_flop_count_nothing_twice(config):
     """Backward is twice forward, attention's as well; what is recomputed is no work of the step."""
     text, num_pairs = config.text_config, 2_000_000
-    size = GroupSize(3000, num_pairs, GRID, (300,), 300, True)
+    size = GroupSize(3000, num_pairs, (GRID,), (300,), 300, True)
     attention = decoder_flop(text, 3000, num_pairs) - decoder_flop(text, 3000, 0)
     tower, frame = tower_flop(config.vision_config, [GRID]), 4 * 24 * 32
     tower_attention = 4 * 1280 * frame * (28 * 64 + 4 * 24 * 32)
@@ -76,7 +76,7 @@ def test_model_flop_count_nothing_twice(config):
 def test_sizes_of_a_group_by_hand(make_group):
     group = make_group(0, (3, 1, 0))  # prompt: 34 tokens, fed: 2, 0, 0
     size = group_size(group, mask_truncated=False, is_run=True)
-    assert (size.num_tokens, size.num_scored, size.counted, size.grid_thw) == (36, 4, (3, 1, 0), (3, 4, 8))
+    assert (size.num_tokens, size.num_scored, size.counted, size.grids) == (36, 4, (3, 1, 0), ((3, 4, 8),))
     assert size.num_pairs == 34 * 35 // 2 + 2 * 34 + 3
     cost = RowCost(token_s=1.0, pair_s=1e3, scored_s=1e6, patch_s=1e9, tower_pair_s=1e12, row_s=7.0)
     assert cost.seconds(size) == 36 + 1e3 * size.num_pairs + 4e6 + 96e9 + 96 * 32 * 1e12
@@ -85,12 +85,12 @@ def test_sizes_of_a_group_by_hand(make_group):
 def test_truncated_answers_do_not_count_and_embeddings_cost_no_tower(make_group):
     group = make_group(0, (3, 1))
     first, second = group.completions
-    patches = dataclasses.replace(group.prompt.patches, embeddings_MD=torch.zeros(24, 32))
+    patches = dataclasses.replace(group.prompt.media[0], embeddings_MD=torch.zeros(24, 32))
     group = dataclasses.replace(
         group,
-        prompt=dataclasses.replace(group.prompt, patches=patches),
+        prompt=dataclasses.replace(group.prompt, media=(patches,)),
         completions=(dataclasses.replace(first, finish_reason="length"), second),
     )
     size = group_size(group, mask_truncated=True, is_run=False)
-    assert (size.counted, size.num_scored, size.grid_thw, size.is_run) == ((0, 1), 4, (0, 0, 0), False)
+    assert (size.counted, size.num_scored, size.grids, size.is_run) == ((0, 1), 4, (), False)
     assert group_size(group, mask_truncated=False, is_run=False).counted == (3, 1)

@@ -23,7 +23,7 @@ ROW_TOKENS = 32768
 
 
 def size_of(num_tokens: int, is_run: bool = True) -> GroupSize:
-    return GroupSize(num_tokens, 0, (0, 0, 0), (1,), 1, is_run)
+    return GroupSize(num_tokens, 0, (), (1,), 1, is_run)
 
 
 def alike(num_tokens: list[int], homes: list[int]) -> list[PlannedGroup]:
@@ -126,7 +126,7 @@ def lengths() -> list[GroupSize]:
         prompt, answers = video + TEXT_TOKENS, group["answer_tokens"]
         fed = [r - 1 for r in answers]
         pairs = prompt * (prompt + 1) // 2 + sum(prompt * f + f * (f + 1) // 2 for f in fed)
-        sizes.append(GroupSize(prompt + sum(fed), pairs, (video, 2, 2), tuple(answers), sum(answers), True))
+        sizes.append(GroupSize(prompt + sum(fed), pairs, ((video, 2, 2),), tuple(answers), sum(answers), True))
     return sizes
 
 
@@ -145,8 +145,7 @@ def steps(lengths: list[GroupSize], num_ranks: int, count: int) -> list[list[lis
     for _ in range(count):
         drawn = [rng.choice(lengths) for _ in range(8 * num_ranks)]
         live = [
-            GroupSize(s.num_tokens, s.num_pairs, s.grid_thw, s.counted, s.num_scored, rng.random() >= 0.3)
-            for s in drawn
+            GroupSize(s.num_tokens, s.num_pairs, s.grids, s.counted, s.num_scored, rng.random() >= 0.3) for s in drawn
         ]
         made.append([live[8 * rank : 8 * rank + 8] for rank in range(num_ranks)])
     return made

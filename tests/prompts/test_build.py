@@ -112,6 +112,74 @@ def test_times_in_words_stand_before_each_pair_of_frames(tiny_tokenizer: PreTrai
         PromptBuilder(tiny_tokenizer, tasks, lambda _: short, writes_times=True).build(example())
 
 
+SHOWN = {  # name -> what reading it gives
+    "/a.mp4": Patches(torch.zeros(64, 1176), (4, 4, 4), 1.0, 8, 8.0, pair_times_s=(0.5, 2.5, 4.5, 6.5)),
+    "/b.mp4": Patches(torch.zeros(80, 1176), (5, 4, 4), 0.5, 10, 5.0, pair_times_s=(0.0, 1.0, 2.0, 3.0, 4.0)),
+    "/i.png#image": Patches(torch.zeros(24, 1176), (1, 4, 6), 0.0, 1, 0.0, kind="image"),
+    "/j.png#image": Patches(torch.zeros(16, 1176), (1, 4, 4), 0.0, 1, 0.0, kind="image"),
+}
+VIDEOS, BESIDE = ("/a.mp4", "/b.mp4"), ("/i.png#image", "/b.mp4")
+
+
+def asked(query: str, *media: str) -> Example:
+    return dataclasses.replace(example(query), video=next((m for m in media if "#" not in m), ""), media=media)
+
+
+@pytest.mark.parametrize("in_words", [False, True], ids=["positions", "times in words"])
+@pytest.mark.parametrize(
+    ("query", "media", "parts"),
+    [
+        ("which?", VIDEOS, ["which?", *VIDEOS]),
+        ("<video>, or <video>?", VIDEOS, ["/a.mp4", ", or ", "/b.mp4", "?"]),
+        ("is <image> in\n<video>", BESIDE, ["is ", "/i.png#image", " in\n", "/b.mp4"]),
+        ("<video> or <image>?", BESIDE, ["/b.mp4", " or ", "/i.png#image", "?"]),  # the marks order them
+        ("<image><image> alike?", ("/i.png#image", "/j.png#image"), ["/i.png#image", "/j.png#image", " alike?"]),
+        ("how many legs has a crab?", (), ["how many legs has a crab?"]),
+    ],
+)
+def test_what_is_shown_stands_where_it_is_marked(
+    tiny_tokenizer: PreTrainedTokenizerFast, query: str, media: tuple[str, ...], parts: list[str], in_words: bool
+) -> None:
+    tasks: Any = {"echo": EchoTask()}
+    prompt = PromptBuilder(tiny_tokenizer, tasks, SHOWN.__getitem__, writes_times=in_words).build(asked(query, *media))
+    text, steps = "", []
+    for part in parts:
+        if part not in SHOWN:
+            text += part
+            continue
+        seen = SHOWN[part]
+        t, h, w = seen.grid_thw
+        times = seen.pair_times_s if in_words and seen.kind == "video" else ()
+        steps += [((1, h, w), seen.second_per_grid_s)] * t if times else [(seen.grid_thw, seen.second_per_grid_s)]
+        pads = f"<|{seen.kind}_pad|>" * (seen.num_tokens // max(len(times), 1))
+        heads = [f"<{time_s:.1f} seconds>" for time_s in times] or [""]
+        text += "".join(f"{head}<|vision_start|>{pads}<|vision_end|>" for head in heads)
+    head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    expected = tiny_tokenizer(f"{head}{text}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    assert prompt.token_ids_L.tolist() == expected
+    assert [id(patches) for patches in prompt.media] == [id(SHOWN[part]) for part in parts if part in SHOWN]
+    ids = tiny_tokenizer.get_vocab()
+    pads = torch.tensor([ids["<|image_pad|>"], ids["<|video_pad|>"]])
+    as_videos = torch.where(torch.isin(prompt.token_ids_L, pads), pads[1], prompt.token_ids_L)
+    rule = mrope_positions(as_videos, [grid for grid, _ in steps], [seconds for _, seconds in steps], int(pads[1]), 2)
+    assert torch.equal(prompt.position_ids_3L, rule)
+
+
+@pytest.mark.parametrize(
+    ("query", "media", "counts"),
+    [
+        ("<video> and <video>?", BESIDE, "2 <video> for 1 videos and 0 <image> for 1 images"),
+        ("in <image>?", (), "0 <video> for 0 videos and 1 <image> for 0 images"),
+        ("<video> before?", VIDEOS, "1 <video> for 2 videos and 0 <image> for 0 images"),
+    ],
+)
+def test_marks_are_as_many_as_what_is_shown(
+    tiny_tokenizer: PreTrainedTokenizerFast, query: str, media: tuple[str, ...], counts: str
+) -> None:
+    with pytest.raises(SampleError, match=f"clip:1: its text has {counts}"):
+        builder(tiny_tokenizer, SHOWN.__getitem__).build(asked(query, *media))
+
+
 def test_positions_are_the_rule_at_the_video_s_own_rate(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = builder(tiny_tokenizer).build(example())
     pad_id = tiny_tokenizer.get_vocab()["<|video_pad|>"]
@@ -126,6 +194,8 @@ def test_text_that_looks_like_control_tokens_stays_text(tiny_tokenizer: PreTrain
     assert ids.count(vocabulary["<|im_end|>"]) == 2
     assert ids.count(vocabulary["<|im_start|>"]) == 3
     assert attack in tiny_tokenizer.decode(ids)
+    marked = builder(tiny_tokenizer).build(example(query=f"{attack}<video>{attack}")).token_ids_L.tolist()
+    assert marked.count(vocabulary["<|im_end|>"]) == 2 and marked.count(vocabulary["<|vision_start|>"]) == 1
 
 
 def test_a_tokenizer_that_cannot_keep_text_apart_is_refused_for_that_text(make_tokenizer: MakeTokenizer) -> None:

@@ -224,6 +224,52 @@ def test_refused_rows_keep_their_place_but_not_their_id(tmp_path: Path) -> None:
     assert (len(content.errors), content.summary.num_rows, len(content.examples)) == (5, 6, 1)
 
 
+CHOICE = {"task": "multiple_choice", "query": "which?", "options": ["a", "b"], "answer": "A"}
+
+
+@pytest.mark.parametrize(
+    ("row", "video", "media"),
+    [
+        ({"video": "a.mp4"}, "a.mp4", ()),  # as ever
+        ({"videos": ["a.mp4"]}, "a.mp4", ()),
+        ({"videos": ["a.mp4", "b.mkv"]}, "a.mp4", ("a.mp4", "b.mkv")),
+        ({"image": "i.png"}, "", ("i.png#image",)),
+        ({"images": ["i.PNG", "j.jpg"], "video": "a.mp4"}, "a.mp4", ("i.PNG#image", "j.jpg#image", "a.mp4")),
+        ({"video": "i.png"}, "i.png", ()),  # the key says what it is: a video of one frame
+        ({"video": None, "image": None}, "", ()),
+        ({}, "", ()),
+    ],
+)
+def test_what_a_row_shows(tmp_path: Path, row: dict[str, Any], video: str, media: tuple[str, ...]) -> None:
+    for name in ("a.mp4", "b.mkv", "i.PNG", "j.jpg", "i.png"):
+        (tmp_path / name).touch()
+    (content,) = read(write(tmp_path, json.dumps([{**CHOICE, **row}])))
+    assert content.errors == []
+    [example] = content.examples
+    at = f"{tmp_path}/"
+    assert (example.video, example.media) == (video and at + video, tuple(at + name for name in media))
+    assert example.sources == (example.media or ((at + video,) if video else ()))
+    assert ("1 show neither video nor image" in str(content.summary)) == (not example.sources)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({**CHOICE, "video": ""}, "video is '', wanted text that is not empty"),
+        ({**CHOICE, "images": ["i.png", 3]}, r"images is \['i.png', 3\], wanted a list of texts"),
+        ({**CHOICE, "image": "i.png", "images": []}, "the row has both 'image' and 'images'"),
+        ({**CHOICE, "videos": ["a.mp4"] * 65}, "videos holds 65 names, wanted at most 64"),
+        (grounding([1, 2]) | {"video": None, "image": "i.png"}, "video is None, wanted text"),
+        (grounding([1, 2]) | {"video": None, "videos": ["a", "b"]}, "names 2 videos, wanted one: the task temporal_g"),
+    ],
+)
+def test_what_a_row_cannot_show(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    (content,) = read(write(tmp_path, json.dumps([row])))
+    assert content.examples == []
+    with pytest.raises(SampleError, match=reason):
+        raise content.errors[0]
+
+
 def test_a_refused_entry_of_a_schema_has_the_task_of_the_schema(tmp_path: Path) -> None:
     good = {"duration": 30.0, "timestamps": [[1, 2.5]], "sentences": ["a dog runs"]}
     (content,) = read(write(tmp_path, json.dumps({"v_1": good, "v_2": good | {"sentences": []}})))

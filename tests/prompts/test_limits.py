@@ -29,7 +29,7 @@ def example(*starts_s: float, duration_s: float = 4.0, name: str = "e", video: s
 
 def prompt(num_tokens: int, last_position: int = 0) -> Prompt:
     positions_3L = torch.full((3, num_tokens), last_position)
-    return Prompt(example(), torch.zeros(num_tokens, dtype=torch.int64), positions_3L, PATCHES)
+    return Prompt(example(), torch.zeros(num_tokens, dtype=torch.int64), positions_3L, (PATCHES,))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from vcr1_fast.prompts.positions import mrope_positions
@@ -105,8 +106,8 @@ def hugging_face(model: Qwen2_5_VLForConditionalGeneration, prompt: Prompt) -> T
     positions_31L, _ = model.model.get_rope_index(
         prompt.token_ids_L.unsqueeze(0),
         mm_token_type_ids=is_video_1L.int() * 2,
-        video_grid_thw=torch.tensor([prompt.patches.grid_thw]),
-        second_per_grid_ts=torch.tensor([prompt.patches.second_per_grid_s]),
+        video_grid_thw=torch.tensor([prompt.media[0].grid_thw]),
+        second_per_grid_ts=torch.tensor([prompt.media[0].second_per_grid_s]),
     )
     return positions_31L[:, 0]
 
@@ -132,14 +133,14 @@ def test_transformers_lets_text_overlap_a_longer_video_and_we_do_not(
 
 
 def test_counts_that_differ_are_named() -> None:
-    with pytest.raises(ValueError, match=r"11 video placeholders.*12 tokens"):
+    with pytest.raises(ValueError, match=r"11 placeholders.*12 tokens"):
         mrope_positions(row(3, -11, 2), [(3, 4, 4)], [1.0], PAD, 2)
-    with pytest.raises(ValueError, match=r"0 video placeholders.*12 tokens"):
+    with pytest.raises(ValueError, match=r"0 placeholders.*12 tokens"):
         mrope_positions(row(3), [(3, 4, 4)], [1.0], PAD, 2)
 
 
 def test_grids_in_the_wrong_order_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"video 0 has 4 placeholders in a row at token 1.*stands for 8"):
+    with pytest.raises(ValueError, match=r"grid 0 has 4 placeholders in a row at token 1.*stands for 8"):
         mrope_positions(row(1, -4, 1, -8), [(2, 4, 4), (1, 4, 4)], [1.0, 1.0], PAD, 2)
 
 
@@ -148,6 +149,55 @@ def test_grids_that_cannot_merge_are_an_error() -> None:
         mrope_positions(row(-3), [(1, 3, 4)], [1.0], PAD, 2)
     with pytest.raises(ValueError, match="1 grids, but 2 values"):
         mrope_positions(row(-4), [(1, 4, 4)], [1.0, 2.0], PAD, 2)
+
+
+PICTURE = 8  # the placeholder id of images
+SHOWN = {  # runs as in `row`, images as their number of tokens and a half; then grids of images, and of videos
+    "text": ([7], [], []),
+    "images": ([3, 6.5, 2, 4.5, 1], [(1, 4, 6), (1, 4, 4)], []),
+    "image beside a video": ([3, 6.5, 2, -48, 1], [(1, 4, 6)], [(3, 8, 8)]),
+    "two videos": ([2, -100, 3, -180, 4], [], [(4, 10, 10), (5, 12, 12)]),
+}
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(("runs", "images", "videos"), SHOWN.values(), ids=SHOWN.keys())
+def test_what_is_shown_stands_as_in_transformers(
+    family: str, runs: list[float], images: list[tuple[int, int, int]], videos: list[tuple[int, int, int]]
+) -> None:
+    """Its own rules, which agree with the original's where no time goes further than rows and columns do: at 2 fps the
+    last pair of 5 is at 8 x 0.5 = 4 of 6 rows. Qwen3-VL's splits a video into its pairs, two words of time before each.
+    """
+    is_timed = family == "qwen3_vl"
+    model = (Qwen3VLModel if is_timed else Qwen2_5_VLModel).__new__(Qwen3VLModel if is_timed else Qwen2_5_VLModel)
+    torch.nn.Module.__init__(model)  # its rule needs no weights
+    model.config = Qwen3VLConfig() if is_timed else Qwen2_5_VLConfig(vision_config={"tokens_per_second": 2})
+    of_video, ids, grids, seconds = iter(videos), [], [], []
+    of_image = iter(images)
+    for run in runs:
+        if run < 0:
+            t, h, w = next(of_video)
+            pairs = [(1, h, w)] * t if is_timed else [(t, h, w)]
+            ids += [token for pair in pairs for token in [1, 1] * is_timed + [PAD] * (pair[0] * h * w // 4)]
+        elif run % 1:
+            pairs = [next(of_image)]
+            ids += [PICTURE] * int(run)
+        else:
+            pairs = []
+            ids += [1] * int(run)
+        grids += pairs
+        seconds += [0.0 if run > 0 else 0.5] * len(pairs)
+    ids_L = torch.tensor(ids)
+    more = {"second_per_grid_ts": torch.tensor([0.5] * len(videos))} if videos and not is_timed else {}
+    theirs, _ = model.get_rope_index(
+        ids_L[None],
+        mm_token_type_ids=((ids_L == PICTURE).int() + 2 * (ids_L == PAD).int())[None],
+        image_grid_thw=torch.tensor(images) if images else None,
+        video_grid_thw=torch.tensor(videos) if videos else None,
+        **more,
+    )
+    ours = mrope_positions(ids_L, grids, seconds, PAD, 2, image_pad_id=PICTURE)
+    assert torch.equal(ours, theirs[:, 0])
 
 
 def test_one_grid_for_each_pair_is_the_rule_of_qwen3_vl() -> None:

@@ -1,6 +1,7 @@
 """The stream of training prompts: every item once per epoch, bad samples set aside, on any number of ranks."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,9 @@ def test_the_digest_is_of_all_that_is_asked(tiny_tokenizer, tmp_path):
     assert digest(ChoiceTruth("B", ("a", "b"))) != plain
     written = {digest(ChoiceTruth("A", ("a", "b"), written=("A. a", last))) for last in ("B. b", "B. b ")}
     assert len(written | {plain}) == 3
+    # what else is shown counts, its folder does not, and one video named in the new way is that of the old one
+    shown = {digest(ChoiceTruth("A", ("a", "b")), media=(f"{at}/i.png#image", "a.mp4")) for at in ("x", "y")}
+    assert len(shown) == 1 and plain not in shown
 
 
 def test_a_bad_video_is_quarantined_once_and_the_rest_goes_on(tiny_tokenizer, tmp_path, capsys):
@@ -287,6 +291,21 @@ def test_a_bad_part_of_a_video_does_not_condemn_the_rest(tiny_tokenizer, tmp_pat
     assert stream.quarantine.reasons == {
         "a.mp4#t=900,901&fps=2": "no frame lies between 900 and 901 s", "folder": "folder/0003.jpg: is damaged"
     }  # fmt: skip
+
+
+def test_what_is_bad_is_set_aside_by_its_own_name(tiny_tokenizer, tmp_path):
+    """Of several: the next example that shows the same is not built, the one with the good one is."""
+
+    def read_or_blame_path(source: str) -> Patches:
+        return read(source.removesuffix("#image"))
+
+    stream = make_stream(tiny_tokenizer, tmp_path, ["a.mp4", "b.mp4", "c.mp4", ""])
+    stream.builder._read = read_or_blame_path
+    shown = [("i.png#image", "a.mp4"), ("bad.png#image", "b.mp4"), ("c.mp4", "bad.png#image"), ()]
+    stream.examples = [replace(example, media=m) for example, m in zip(stream.examples, shown, strict=True)]
+    for _ in range(2):
+        assert sorted(ids(stream.next(4))) == ["e0", "e3"]
+    assert stream.quarantine.reasons == {"bad.png#image": "the file is empty"}
 
 
 def test_files_that_are_good_by_now_leave_the_list_on_retry(tiny_tokenizer, tmp_path):

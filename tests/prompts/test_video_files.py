@@ -157,7 +157,7 @@ def test_two_names_are_not_one_file(tmp_path: Path):
 def test_the_tree_is_walked_once_and_only_for_paths_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     touch(tmp_path, "a/1.mp4", "a/2.mp4")
     tree, walks = VideoTree(tmp_path), []
-    monkeypatch.setattr(video_files, "_below", lambda root: walks.append(root) or _below(root))
+    monkeypatch.setattr(video_files, "_below", lambda root, *more: walks.append(root) or _below(root, *more))
     VideoFolder(tmp_path, tree).find("a/1.mp4")
     assert walks == []
     for name in ("1.mp4", "2.mp4"):
@@ -171,7 +171,7 @@ def test_the_tree_is_walked_once_and_only_for_paths_from_elsewhere(tmp_path: Pat
 def test_one_name_in_each_of_many_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """20,000 files, 10 names: comparing each path with all of its name took 26 s."""
     names = [f"{folder}/{name}.mp4" for folder in range(2000) for name in range(10)]
-    monkeypatch.setattr(video_files, "_below", lambda root: iter(names))
+    monkeypatch.setattr(video_files, "_below", lambda root, suffixes: iter(names))
     folder, began = VideoFolder(tmp_path), time.process_time()
     folder.tell_apart(f"/their/{name}" for name in names)
     assert [folder.find(f"/their/{name}") for name in names] == [str(tmp_path / name) for name in names]

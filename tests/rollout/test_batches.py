@@ -15,7 +15,7 @@ BAD = SampleError("a.mp4", "broken")
 
 
 def prompt(length: int) -> Prompt:
-    return Prompt(make_example(str(length)), torch.zeros(length, dtype=torch.int64), torch.zeros(3, length), PATCHES)
+    return Prompt(make_example(str(length)), torch.zeros(length, dtype=torch.int64), torch.zeros(3, length), (PATCHES,))
 
 
 def lengths(items, sampling, max_rows, max_tokens):

@@ -42,7 +42,7 @@ def engine(tiny_model: Model, tiny_tokenizer: PreTrainedTokenizerFast) -> LocalE
 def full_logits(model: Model, prompt: Prompt, completion_ids_R: Tensor) -> Tensor:
     """[R, V] float32: a stock forward of the one row [prompt | completion], positions by the rule on that whole row."""
     ids_L = torch.cat([prompt.token_ids_L, completion_ids_R])
-    patches = prompt.patches
+    patches = prompt.media[0]
     positions_3L = mrope_positions(
         ids_L, [patches.grid_thw], [patches.second_per_grid_s], model.config.video_token_id, 2
     )
@@ -302,7 +302,7 @@ def test_tower_and_prefill_run_once_for_a_prompt(engine: LocalEngine, prompts: l
     engine.model.model.visual.register_forward_hook(on_tower)
     engine.model.model.language_model.norm.register_forward_hook(on_decoder)
     engine.generate(prompts, SamplingParams(4, 6, temperature=1.0))
-    assert tower_rows == [sum(p.patches.values_PC.shape[0] for p in prompts)]
+    assert tower_rows == [sum(p.media[0].values_PC.shape[0] for p in prompts)]
     longest = max(p.token_ids_L.numel() for p in prompts)
     assert decoder_shapes == [(3, longest)]
 
@@ -320,10 +320,8 @@ def test_no_prompts_no_completions(engine: LocalEngine) -> None:
 
 
 def test_a_prompt_that_does_not_fit_its_video_is_an_error(engine: LocalEngine, prompts: list[Prompt]) -> None:
-    swapped = dataclasses.replace(prompts[0], patches=prompts[1].patches)
-    with pytest.raises(
-        ValueError, match=r"'what\?:1' has 24 video placeholders, but its grid \(2, 8, 8\) stands for 32"
-    ):
+    swapped = dataclasses.replace(prompts[0], media=prompts[1].media)
+    with pytest.raises(ValueError, match=r"'what\?:1' has 24 placeholders, but its grids \[\(2, 8, 8\)\] stand for 32"):
         engine.generate([swapped], SamplingParams(1, 2))
 
 

@@ -40,7 +40,7 @@ def _seen_by(visual: Any, seen: list[torch.Tensor]) -> None:
 
 def test_engine_and_learner_take_the_same_values() -> None:
     prompt = _prompt()
-    values_PC = prompt.patches.values_PC
+    values_PC = prompt.media[0].values_PC
     engine_hf, learner_hf = (load_hugging_face("tiny", torch.float32, CPU) for _ in range(2))
     seen_by_engine: list[torch.Tensor] = []
     seen_by_learner: list[torch.Tensor] = []
@@ -65,9 +65,9 @@ def test_sglang_is_sent_the_very_tensors_and_handed_their_bits() -> None:
     engine._workers = Workers.__new__(Workers)
     engine._workers.policy_version = 3
     fields, tensors = engine._request(1, Request(0, prompt, 2), SamplingParams(2, max_new_tokens=2))
-    assert tensors["values_PC"] is prompt.patches.values_PC
+    assert tensors["values_PC"] is prompt.media[0].values_PC
     assert tensors["token_ids_L"] is prompt.token_ids_L and tensors["position_ids_3L"] is prompt.position_ids_3L
-    grid = prompt.patches.grid_thw
+    grid = prompt.media[0].grid_thw
     assert fields["media"] == [{"kind": "video", "grid_thw": grid, "second_per_grid_s": 1.0}]
     engine.config = SGLangConfig(placement="disaggregated", addresses=["10.0.0.2:29800"])
     _, as_bytes = engine._request(1, Request(0, prompt, 2), SamplingParams(2, max_new_tokens=2))
@@ -78,6 +78,6 @@ def test_sglang_is_sent_the_very_tensors_and_handed_their_bits() -> None:
         received = sglang_pixels.unpack(message.tensors)
         [features] = features_by_kind(message.fields["media"], received).values()
         item = media_item("video", message.fields, received, features)
-        assert torch.equal(item["pixel_values_videos"], prompt.patches.values_PC)
+        assert torch.equal(item["pixel_values_videos"], prompt.media[0].values_PC)
         assert torch.equal(item["mrope_positions"], prompt.position_ids_3L)
         assert len(lent) == by_reference

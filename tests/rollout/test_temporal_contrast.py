@@ -7,7 +7,7 @@ import torch
 from tests.rollout.collecting import collected
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.collect import Collector
-from vcr1_fast.rollout.temporal_contrast import order_part, shuffled_prompt
+from vcr1_fast.rollout.temporal_contrast import has_order, order_part, shuffled_prompt
 from vcr1_fast.run.metrics import rollout_metrics
 from vcr1_fast.settings.config import Config, RolloutConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
@@ -21,22 +21,35 @@ RIGHT, HALF, WRONG = (
 def test_pairs_of_frames_are_shuffled_whole(make_prompt):
     prompt = make_prompt((5, 4, 4), "text")
     shuffled = shuffled_prompt(prompt, seed=3)
-    before = [pair.sum().item() for pair in prompt.patches.values_PC.reshape(5, 16, 1176)]
-    after = [pair.sum().item() for pair in shuffled.patches.values_PC.reshape(5, 16, 1176)]
+    before = [pair.sum().item() for pair in prompt.media[0].values_PC.reshape(5, 16, 1176)]
+    after = [pair.sum().item() for pair in shuffled.media[0].values_PC.reshape(5, 16, 1176)]
     assert sorted(after) == sorted(before) and after != before
     assert torch.equal(shuffled.token_ids_L, prompt.token_ids_L)
     assert torch.equal(shuffled.position_ids_3L, prompt.position_ids_3L)
     again = shuffled_prompt(prompt, seed=3)
-    assert torch.equal(again.patches.values_PC, shuffled.patches.values_PC)
+    assert torch.equal(again.media[0].values_PC, shuffled.media[0].values_PC)
 
 
 def test_the_order_always_changes_where_it_can(make_prompt):
     for seed in range(20):  # half of the permutations of two pairs are no change
         prompt = make_prompt((2, 4, 4), "text", seed=seed)
-        first, second = prompt.patches.values_PC.chunk(2)
-        assert torch.equal(shuffled_prompt(prompt, seed).patches.values_PC, torch.cat([second, first]))
+        first, second = prompt.media[0].values_PC.chunk(2)
+        assert torch.equal(shuffled_prompt(prompt, seed).media[0].values_PC, torch.cat([second, first]))
     single = make_prompt((1, 4, 4), "text")
-    assert torch.equal(shuffled_prompt(single, 0).patches.values_PC, single.patches.values_PC)
+    assert torch.equal(shuffled_prompt(single, 0).media[0].values_PC, single.media[0].values_PC)
+
+
+def test_each_video_is_shuffled_and_images_stay(make_prompt):
+    first, image, second = (make_prompt(grid, "t", seed=5).media[0] for grid in ((4, 4, 4), (1, 4, 4), (5, 4, 4)))
+    image = dataclasses.replace(image, kind="image")
+    prompt = dataclasses.replace(make_prompt((1, 4, 4), "t"), media=(first, image, second))
+    got = shuffled_prompt(prompt, seed=1).media
+    assert torch.equal(got[1].values_PC, image.values_PC)
+    for before, after in ((first, got[0]), (second, got[2])):
+        pairs = [p.values_PC.unflatten(0, (p.grid_thw[0], -1)).sum((1, 2)).tolist() for p in (before, after)]
+        assert sorted(pairs[0]) == sorted(pairs[1]) and pairs[0] != pairs[1]
+    assert has_order(prompt)
+    assert not any(has_order(dataclasses.replace(prompt, media=media)) for media in ((), (image,)))
 
 
 def test_order_part_by_hand(make_prompt):
@@ -64,7 +77,7 @@ class ByOrder:
 
     def generate(self, prompts, sampling):
         self.asked.append((len(prompts), sampling.num_completions))
-        is_in_order = [any(prompt.patches is clip for clip in self.clips) for prompt in prompts]
+        is_in_order = [all(any(shown is clip for clip in self.clips) for shown in prompt.media) for prompt in prompts]
         texts = [self.in_order if ok else self.shuffled for ok in is_in_order]
         return [
             [Completion(torch.zeros(3, dtype=torch.long), torch.zeros(3), "stop", text) for text in group]
@@ -77,12 +90,14 @@ def test_correct_answers_earn_the_part_only_where_order_helps(make_prompt):
     prompt = dataclasses.replace(make_prompt((3, 4, 4), "text"), example=example)
     config = TaskConfig(temporal_contrast=True, reward_weights={"order": 0.3})
     tasks = make_tasks(config)
+    text = dataclasses.replace(prompt, media=())  # answered, and nothing to shuffle
     for shuffled, part in ((WRONG, (1.0, 0.0, 1.0, 0.0)), (RIGHT, (0.0, 0.0, 0.0, 0.0))):
-        engine = ByOrder([prompt.patches], [HALF, WRONG], [shuffled])
+        engine = ByOrder([prompt.media[0]], [HALF, WRONG], [shuffled])
         whole = Config(rollout=RolloutConfig(group_size=4), task=config)
         collector = Collector(tasks, whole, SINGLE_PROCESS, lambda _: torch.zeros(0))  # type: ignore[arg-type]
-        [group] = collected(collector, engine, [prompt], SamplingParams(4, 9), lambda _: [])
-        assert engine.asked == [(1, 4), (1, 2)]
+        group, plain = collected(collector, engine, [text, prompt], SamplingParams(4, 9), lambda _: [])
+        assert plain.prompt is text and "order" not in plain.reward_parts and len(plain.rewards) == 4
+        assert engine.asked == [(2, 4), (1, 2)]
         assert len(group.completions) == 4
         assert group.reward_parts["order"] == part  # 0.25 in order against 0, or against 0.8 x 1
         assert group.rewards == tuple(b + 0.3 * p for b, p in zip((1.5, 0.0, 1.5, 0.0), part, strict=True))
@@ -105,6 +120,6 @@ def test_a_group_is_scored_with_its_shuffled_clip_or_not_at_all(make_prompt):
     tasks["temporal_grounding"].score = fragile
     whole = Config(rollout=RolloutConfig(group_size=4), task=config)
     collector = Collector(tasks, whole, SINGLE_PROCESS, lambda _: torch.zeros(0))
-    engine = ByOrder([prompt.patches], [HALF], [WRONG])
+    engine = ByOrder([prompt.media[0]], [HALF], [WRONG])
     assert collected(collector, engine, [prompt], SamplingParams(4, 9), lambda _: []) == []
     assert collector.failed_ids == ["a"]

@@ -123,7 +123,7 @@ def test_a_picture_has_frames_and_both_periods_below_them(group: RolloutGroup, v
     side = video.factor_px
     bytes_FHW3 = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, side, 2 * side, 3) * 30
     frames = Frames(bytes_FHW3.contiguous(), torch.arange(8.0, dtype=torch.float64), 1.0, 8.0, "made")
-    clip = replace(group, prompt=replace(group.prompt, patches=to_patches(frames, video_format=video)))
+    clip = replace(group, prompt=replace(group.prompt, media=(to_patches(frames, video_format=video),)))
     [(name, picture)] = clip_pictures([clip], TaskConfig(), video).items()
     assert name == "samples/0" and picture.shape == (side + 2 * 24, 8 * side, 3)
     assert [picture[0, 2 * side * i + 5].tolist() for i in range(4)] == [[60 * i] * 3 for i in range(4)]  # of each pair
@@ -132,5 +132,5 @@ def test_a_picture_has_frames_and_both_periods_below_them(group: RolloutGroup, v
     assert (blue.min(), blue.max() + 1) == (side, 2.5 * side)  # 1 to 2.5 of 8 s on 8 sides
     # 2 to 3: what the policy drew, not the true answer before it
     assert (orange.min(), orange.max() + 1) == (2 * side, 3 * side)
-    frozen = replace(clip.prompt.patches, embeddings_MD=torch.zeros(1, 1))
-    assert clip_pictures([replace(clip, prompt=replace(clip.prompt, patches=frozen))], TaskConfig(), video) == {}
+    frozen = replace(clip.prompt.media[0], embeddings_MD=torch.zeros(1, 1))
+    assert clip_pictures([replace(clip, prompt=replace(clip.prompt, media=(frozen,)))], TaskConfig(), video) == {}

@@ -27,7 +27,7 @@ def answer(text: str, reward: float = 1.0, form: float = 1.0, ended: bool = True
 def evidence(*groups: list[dict[str, Any]], tokens_per_pair: float = 9.0, **more: Any) -> Evidence:
     rows = [
         {"id": str(i), "task": "t", "question": f"question {i}", "truth": "1.00 to 2.00", "answers": answers}
-        | {"tokens_per_pair": tokens_per_pair}
+        | {"tokens_per_pair": [tokens_per_pair]}
         for i, answers in enumerate(groups)
     ]
     usual = {"num_updates": 1, "num_skipped": 0, "num_too_large": 0, "max_new_tokens": 64, "temperature": 0.5}

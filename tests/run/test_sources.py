@@ -57,7 +57,7 @@ def source_of(builder: PromptBuilder) -> PatchSource:
 
 def frames_of(prompt: Prompt) -> tuple[int, int]:
     """Frames, and tokens of each pair."""
-    return prompt.patches.num_frames, prompt.patches.num_tokens // prompt.patches.grid_thw[0]
+    return prompt.media[0].num_frames, prompt.media[0].num_tokens // prompt.media[0].grid_thw[0]
 
 
 def test_without_settings_of_its_own_evaluation_has_the_builder_of_training():
@@ -77,7 +77,7 @@ def test_more_frames_of_a_larger_size_in_evaluation_and_the_same_in_training(dat
         assert (theirs.loader, theirs.cache, theirs.tower) == (ours.loader, ours.cache, ours.tower)
     assert (frames_of(first), frames_of(seen)) == ((16, 9), (24, 36))  # 84 x 84 and 168 x 168 pixels
     assert torch.equal(first.token_ids_L, again.token_ids_L)
-    assert seen.patches.second_per_grid_s == pytest.approx(2 / 3)
+    assert seen.media[0].second_per_grid_s == pytest.approx(2 / 3)
 
 
 def test_another_reader_or_cache_is_opened_for_evaluation_and_closed(data: Path, tmp_path: Path):
@@ -103,7 +103,7 @@ def test_a_run_sees_more_in_its_held_out_scores_alone(data: Path, tmp_path: Path
     generate = LocalEngine.generate
 
     def recorded(self: LocalEngine, prompts: Sequence[Prompt], sampling: SamplingParams, *begun: Any) -> Any:
-        seen.extend((sampling.num_completions, prompt.patches.num_frames) for prompt in prompts)
+        seen.extend((sampling.num_completions, prompt.media[0].num_frames) for prompt in prompts)
         return generate(self, prompts, sampling, *begun)
 
     monkeypatch.setattr(LocalEngine, "generate", recorded)

@@ -24,6 +24,7 @@ class Questions(TypedDict):
     samples: list[tuple[int, float, float, int, int]]  # frames of the file, their rate, wanted fps, min and max frames
     clips: Sequence[tuple[torch.Tensor, dict[str, int]]]  # [F, H, W, 3] uint8; patch_size alone: of the right size
     prompts: list[tuple[str, torch.Tensor, float, list[int]]]  # text, clip of the right size, its file's rate, indices
+    images: Sequence[tuple[torch.Tensor, dict[str, int]]]  # [H, W, 3] uint8 and settings with patch_size
     resizes: list[tuple[torch.Tensor, tuple[int, int]]]  # [F, H, W, 3] uint8, to (height, width)
 
 
@@ -32,6 +33,7 @@ class Answers(TypedDict):
     sizes: list[tuple[int, int]]
     samples: list[tuple[list[int], float]]  # indices, frames per second of what the model sees
     clips: list[tuple[torch.Tensor, list[int]]]  # pixel_values_videos, video_grid_thw
+    images: list[tuple[torch.Tensor, list[int]]]  # pixel_values, image_grid_thw
     prompts: list[list[int]]  # token ids by Qwen3-VL's processor
     resizes: list[torch.Tensor]  # by torchvision.transforms.functional.resize, as qwen-vl-utils does it
 
@@ -111,6 +113,17 @@ def process(rgb_FHW3: torch.Tensor, settings: dict[str, int]) -> tuple[torch.Ten
     return out["pixel_values_videos"], out["video_grid_thw"][0].tolist()
 
 
+def process_image(rgb_HW3: torch.Tensor, settings: dict[str, int]) -> tuple[torch.Tensor, list[int]]:
+    """Qwen3-VL has the image processor of Qwen2-VL, with other means and patches."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    edges = {name: settings[name] for name in ("shortest_edge", "longest_edge")}
+    more = {} if settings["patch_size"] == 14 else {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    processor = Qwen2VLImageProcessor(size=edges, patch_size=settings["patch_size"], **more)
+    out = processor(images=[rgb_HW3.permute(2, 0, 1)], return_tensors="pt")
+    return out["pixel_values"], out["image_grid_thw"][0].tolist()
+
+
 def token_ids(text: str, rgb_FHW3: torch.Tensor, fps: float, indices: list[int]) -> list[int]:
     from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
@@ -142,6 +155,7 @@ def main() -> None:
         "sizes": frame_sizes(questions["sizes"]),
         "samples": samples(questions["samples"]),
         "clips": [process(*clip) for clip in questions["clips"]],
+        "images": [process_image(*image) for image in questions["images"]],
         "prompts": [token_ids(*prompt) for prompt in questions["prompts"]],
         "resizes": [resize(*question) for question in questions["resizes"]],
     }

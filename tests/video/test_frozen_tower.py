@@ -77,17 +77,17 @@ def test_embeddings_are_those_of_the_policys_own_tower(
     with_pixels, embedded = _prompts(clips, sources)
     assert torch.equal(with_pixels.token_ids_L, embedded.token_ids_L)
     assert torch.equal(with_pixels.position_ids_3L, embedded.position_ids_3L)
-    assert embedded.patches.embeddings_MD is not None and embedded.patches.values_PC.shape == (
+    assert embedded.media[0].embeddings_MD is not None and embedded.media[0].values_PC.shape == (
         0,
-        with_pixels.patches.values_PC.shape[1],
+        with_pixels.media[0].values_PC.shape[1],
     )
     hf = load_hugging_face(model, torch.float32, CPU)
     KernelChoice().switch_tower(hf.model.visual, CPU, torch.float32)
-    grids = torch.tensor([with_pixels.patches.grid_thw])
-    wanted: Any = hf.model.visual(with_pixels.patches.values_PC, grid_thw=grids)
+    grids = torch.tensor([with_pixels.media[0].grid_thw])
+    wanted: Any = hf.model.visual(with_pixels.media[0].values_PC, grid_thw=grids)
     features = [wanted.pooler_output, *getattr(wanted, "deepstack_features", ())]
     assert len(features) == {"tiny": 1, "tiny3": 4}[model]
-    assert torch.equal(embedded.patches.embeddings_MD, torch.cat(features, dim=1))
+    assert torch.equal(embedded.media[0].embeddings_MD, torch.cat(features, dim=1))
 
 
 def test_loss_and_gradients_are_those_of_a_frozen_tower_inside(
@@ -123,11 +123,11 @@ def test_the_engine_answers_the_same(clips: Path, model: str, sources: tuple[Pat
 def test_shuffled_clips_shuffle_their_embeddings(clips: Path, sources: tuple[PatchSource, PatchSource]) -> None:
     with_pixels, embedded = (shuffled_prompt(prompt, seed=3) for prompt in _prompts(clips, sources))
     tower = sources[1].tower
-    assert tower is not None and embedded.patches.embeddings_MD is not None
-    wanted_MD = tower.embed(with_pixels.patches)
-    assert not torch.equal(embedded.patches.embeddings_MD, _prompts(clips, sources)[1].patches.embeddings_MD)
+    assert tower is not None and embedded.media[0].embeddings_MD is not None
+    wanted_MD = tower.embed(with_pixels.media[0])
+    assert not torch.equal(embedded.media[0].embeddings_MD, _prompts(clips, sources)[1].media[0].embeddings_MD)
     # one call sees the same frames in another order: sums of matrix products may be taken in another order, too
-    assert (embedded.patches.embeddings_MD - wanted_MD).abs().max() < 1e-5
+    assert (embedded.media[0].embeddings_MD - wanted_MD).abs().max() < 1e-5
 
 
 def test_a_clip_seen_before_is_not_even_decoded(

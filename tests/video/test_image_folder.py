@@ -28,6 +28,7 @@ from vcr1_fast.types import SampleError, TrackTruth
 from vcr1_fast.video.clip import ClipRequest, read_clip
 from vcr1_fast.video.image_folder_reader import ImageFolderReader
 from vcr1_fast.video.read import open_reader, read_frames
+from vcr1_fast.video.resolution import fitting_size_px, resize_frame
 
 CONFIG = VideoConfig(min_frame_pixels=7056, max_frame_pixels=7056)
 FORMATS = {"jpg": ("mjpeg", "yuvj444p"), "png": ("png", "rgb24"), "bmp": ("bmp", "bgr24"), "webp": ("libwebp", "bgra")}
@@ -139,6 +140,43 @@ def test_exif_orientation(tmp_path: Path, suffix: str, order: str):
         [got] = reader.read(probe, [0])
         assert (probe.height_px, probe.width_px) == got.shape[:2] == want.shape[:2]
         assert np.abs(got.astype(int) - want).mean() < 4, orientation
+        alone = ClipRequest.of(f"{folder}/1.{suffix}#image", VideoConfig(max_image_pixels=4 * 784))
+        frames = read_clip(alone, open_reader(VideoConfig(reader="decord")))
+        size_px = (28 * want.shape[0] // 48, 28 * want.shape[1] // 48)  # 39.6 x 79.2 would fit, or 79.2 x 39.6
+        assert frames.rgb_FHW3.shape == (1, *size_px, 3) and frames.times_s.tolist() == [0.0]
+        assert frames.reader == reader.name
+        small = resize_frame(torch.from_numpy(got), *size_px)
+        assert torch.equal(frames.rgb_FHW3[0], small)
+
+
+@pytest.mark.parametrize(
+    ("height_px", "width_px", "bounds", "factor_px", "size_px"),
+    [
+        (1080, 1920, (4, 1280), 28, (26 * 28, 47 * 28)),  # 26.8 x 47.7 = 1,280
+        (1080, 1920, (4, 1280), 32, (23 * 32, 41 * 32)),  # 23.5 x 41.7 = 980, the same pixels
+        (10, 10, (4, 1280), 28, (56, 56)),
+        (100, 100, (1, 1280), 28, (112, 112)),
+    ],
+)
+def test_images_have_bounds_of_their_own(
+    height_px: int, width_px: int, bounds: tuple[int, int], factor_px: int, size_px: tuple[int, int]
+):
+    lowest, highest = (number * 784 for number in bounds)
+    assert fitting_size_px(height_px, width_px, lowest, Fraction(highest), factor_px) == size_px
+
+
+def test_a_broken_image_is_refused_by_its_own_name(tmp_path: Path):
+    for name, data, reason in (
+        ("cut.jpg", encode(clips.numbered(1, 48, 96))[:-9], "cut.jpg cannot be decoded, it is cut short"),
+        ("empty.png", b"", "empty.png is empty"),
+        ("text.png", b"hello", "text.png is not an image that can be read"),
+        ("gone.png", None, "gone.png cannot be opened"),
+    ):
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(SampleError, match=reason) as caught:
+            read_clip(ClipRequest.of(f"{tmp_path / name}#image", CONFIG), open_reader(CONFIG))
+        assert caught.value.source == str(tmp_path / name)
 
 
 def test_agrees_with_pillow(tmp_path: Path):

@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,9 +29,9 @@ from vcr1_fast.learner.model import load_tokenizer
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Example, Frames, IntervalTruth
-from vcr1_fast.video.formats import QWEN3_VL
+from vcr1_fast.video.formats import QWEN2_5_VL, QWEN3_VL, VideoFormat
 from vcr1_fast.video.patches import to_patches
-from vcr1_fast.video.resolution import frame_size_px, resize_frame
+from vcr1_fast.video.resolution import fitting_size_px, frame_size_px, resize_frame
 from vcr1_fast.video.sampling import choose_frames, even_indices
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +96,10 @@ def noise(num_frames: int, height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (num_frames, height, width, 3), generator=generator, dtype=torch.uint8)
 
 
+def image_settings(patch_px: int) -> dict[str, int]:
+    return {"shortest_edge": 4 * 4 * patch_px**2, "longest_edge": 100 * 4 * patch_px**2, "patch_size": patch_px}
+
+
 def size_of(rgb_FHW3: torch.Tensor, factor_px: int = 28) -> tuple[int, int]:
     num_frames, height, width, _ = rgb_FHW3.shape
     return frame_size_px(height, width, num_frames, NARROW if factor_px == 28 else QWEN3, factor_px)
@@ -138,6 +143,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
         "clips": [(clip, settings_of(4000)) for clip in (*photos, *noises)]
         + [(clip, {"patch_size": 14}) for clip in ready]
         + [(clip, settings_of_qwen3(QWEN3, len(clip))) for clip in (*photos, *noises)],
+        "images": [(clip[0], image_settings(px)) for px in (14, 16) for clip in (*photos, *noises)],
         "prompts": [(TEXT, resized(noises[0], 32), RATE, list(INDICES))],
         "resizes": [(clip, size_of(clip)) for clip in (*photos, *noises)],
     }
@@ -224,6 +230,21 @@ def test_qwen3_vl_patches_have_the_same_bits(answers: Answers) -> None:
     for rgb_FHW3, (values_PC, grid_thw) in zip(raw, answers["clips"][3 * len(RAW_SHAPES) :], strict=True):
         patches = to_patches(as_frames(resized(rgb_FHW3, 32)), video_format=QWEN3_VL)
         assert list(patches.grid_thw) == grid_thw and values_PC.shape[1] == QWEN3_VL.patch_values == 1536
+        assert torch.equal(patches.values_PC, values_PC)
+
+
+@pytest.mark.parametrize("video_format", [QWEN2_5_VL, QWEN3_VL], ids=["qwen2_5_vl", "qwen3_vl"])
+def test_images_have_the_same_bits(answers: Answers, video_format: VideoFormat) -> None:
+    """An image is a clip of one frame, which stands for both of its only pair."""
+    raw = [make(*shape)[0] for make in (photo_like, noise) for shape in RAW_SHAPES]
+    theirs = answers["images"][len(raw) * (video_format is QWEN3_VL) :]
+    bounds = image_settings(video_format.patch_px)
+    for rgb_HW3, (values_PC, grid_thw) in zip(raw, theirs, strict=False):
+        limits = bounds["shortest_edge"], Fraction(bounds["longest_edge"])
+        size_px = fitting_size_px(*rgb_HW3.shape[:2], *limits, video_format.factor_px)
+        frames = replace(as_frames(rgb_HW3[None]), rgb_FHW3=resize_frame(rgb_HW3, *size_px)[None])
+        patches = to_patches(frames, video_format=video_format)
+        assert list(patches.grid_thw) == grid_thw
         assert torch.equal(patches.values_PC, values_PC)
 
 

@@ -1,8 +1,10 @@
-"""`vcr1-fast ask`: one question about one video to a model, its answer as it comes, what was read in it, a picture."""
+"""`vcr1-fast ask`: one question about a video, an image or several to a model, its answer as it comes, what was read
+in it, a picture."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,8 +26,10 @@ from vcr1_fast.tasks.unlabelled import Parsed, PlainQuestion, read_answer, unlab
 from vcr1_fast.types import Example, SampleError
 from vcr1_fast.video.draw import boxes_on_frames, read_at, strip, strip_times_s, write_png
 from vcr1_fast.video.draw_clip import box_mark, span_mark, write_clip
+from vcr1_fast.video.image_header import SUFFIXES
 from vcr1_fast.video.read import open_reader
 from vcr1_fast.video.reader import Probe, Reader
+from vcr1_fast.video.source_name import IMAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,24 @@ class Asked:
     box: tuple[float, ...] | None = None
     times_s: tuple[float, ...] | None = None
     save: str | None = None  # PNG or MP4 file
+    videos: tuple[str, ...] = ()  # shown beside `video`, which may be an image
+    images: tuple[str, ...] = ()
+
+    @property
+    def is_about_image(self) -> bool:
+        return self.video.lower().endswith(SUFFIXES) and Path(self.video).expanduser().is_file()
+
+    @property
+    def files(self) -> tuple[list[str], list[str]]:
+        """Absolute paths of images and of videos. Raises ConfigError where there is none."""
+        images = [self.video, *self.images] if self.is_about_image else [*self.images]
+        videos = [*self.videos] if self.is_about_image else [self.video, *self.videos]
+        for kind, names in (("image", images), ("video", videos)):
+            for name in names:
+                if not Path(name).expanduser().exists():
+                    raise ConfigError(f"there is no {kind} {name}")
+        paths = [[str(Path(name).expanduser().absolute()) for name in names] for names in (images, videos)]
+        return paths[0], paths[1]
 
 
 def ask_command(asked: Asked, overrides: list[str]) -> dict[str, Any]:
@@ -53,20 +75,25 @@ def ask_command(asked: Asked, overrides: list[str]) -> dict[str, Any]:
         raise UsageError(f"--save is {asked.save}, wanted a name that ends in .png or .mp4, in a folder that exists")
     if save and save.exists() and save.samefile(Path(asked.video).expanduser()):
         raise UsageError(f"--save is {asked.save}, which is the video itself: give another name")
-    if not Path(asked.video).expanduser().exists():
-        raise ConfigError(f"there is no video {asked.video}")
+    images, videos = asked.files
+    if save and asked.is_about_image:
+        raise UsageError(f"--save draws on a video, and {asked.video} is an image: leave it out")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
         model = named_model(asked.model)
     of_model = [*overrides, f"--model.path={model.path}"]  # its defaults where nothing else is said
     config = model.put_into(_settings(load_settings(Config, model.settings, of_model)))
     tasks = {PlainQuestion.name: PlainQuestion(config.task), **make_tasks(config.task, judge=config.judge)}
     with contextlib.closing(open_reader(replace(config.video, reader="pyav"))) as reader:
-        probe = reader.probe(str(Path(asked.video).expanduser().absolute()))
+        probe = None if asked.is_about_image else reader.probe(videos[0])
         example = _example(asked, probe, tasks, config)
+        if asked.images or len(images + videos) > 1 or probe is None:
+            media = (*(image + IMAGE for image in images), *videos)
+            example = replace(example, video=videos[0] if videos else "", media=media)
         text, finish_reason = _answer(config, example, tasks)
         parsed = read_answer(example, text, config.task)
-        result = {"parsed": parsed, "duration_s": round(probe.duration_s, 3), "finish_reason": finish_reason}
-        if save:
+        result: dict[str, Any] = {"parsed": parsed, "finish_reason": finish_reason}
+        result |= {"duration_s": round(probe.duration_s, 3)} if probe else {}
+        if save and probe:
             result["saved"] = str(save) if _draw(save, example, parsed, reader, probe) else None
     return result
 
@@ -77,11 +104,13 @@ def _settings(config: Config) -> Config:
     return replace(config, data=DataConfig(), video=video, rollout=replace(config.rollout, engine="local"))
 
 
-def _example(asked: Asked, probe: Probe, tasks: dict[str, Task], config: Config) -> Example:
+def _example(asked: Asked, probe: Probe | None, tasks: dict[str, Task], config: Config) -> Example:
     name = asked.task or PlainQuestion.name
     if name not in tasks:
         raise UsageError(f"there is no task {name!r}; they are {', '.join(tasks)}")
-    row: dict[str, object] = {"duration_s": probe.duration_s}
+    if getattr(tasks[name], "needs_video", False) and (probe is None or asked.videos):
+        raise UsageError(f"task {name} asks about one video: name one, and no more")
+    row: dict[str, object] = {"duration_s": probe.duration_s} if probe else {}
     row |= {"options": list(asked.options)} if asked.options else {}
     row |= {"box": list(asked.box)} if asked.box else {}
     row |= {"times_s": list(asked.times_s)} if asked.times_s else {}
@@ -91,7 +120,8 @@ def _example(asked: Asked, probe: Probe, tasks: dict[str, Task], config: Config)
         hints = {"options": '--option "a cat" --option "a dog"', "box": "--box 0.1,0.2,0.4,0.5", "times": "--times 0,1"}
         hint = next((hint for key, hint in hints.items() if str(error).startswith(key)), "")
         raise UsageError(f"task {name}: {error}" + (f"; give it by {hint}" if hint else "")) from None
-    return Example("question", name, probe.path, asked.question, probe.duration_s, truth, is_held_out=True)
+    video, duration_s = (probe.path, probe.duration_s) if probe else ("", math.inf)
+    return Example("question", name, video, asked.question, duration_s, truth, is_held_out=True)
 
 
 def _answer(config: Config, example: Example, tasks: dict[str, Task]) -> tuple[str, str]:

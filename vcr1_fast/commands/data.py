@@ -33,7 +33,7 @@ class FileCheck:
     path: str
     content: AnnotationFile | None  # None: the file is not there, or cannot be read as a whole
     problem: str  # why not; empty if it could be read
-    found: tuple[str, ...]  # videos, each once, in the order of the rows
+    found: tuple[str, ...]  # videos and images, each once, in the order of the rows
     missing: tuple[str, ...]
 
 
@@ -58,7 +58,7 @@ def _check(file: DataFile, tasks: dict[str, Task], config: Config) -> FileCheck:
         (content,) = read_annotation_files([source], tasks, config.task.recipe)
     except ConfigError as error:
         return FileCheck(file.path, None, str(error), (), ())
-    videos = dict.fromkeys(SourceName.parse(row.video).path for row in content.rows if row.video)
+    videos = dict.fromkeys(SourceName.parse(source).path for row in content.rows for source in row.sources)
     is_here = {video: is_there(video) for video in videos}
     found, missing = (tuple(video for video in videos if is_here[video] is wanted) for wanted in (True, False))
     return FileCheck(file.path, content, "", found, missing)
@@ -95,7 +95,7 @@ def _say_what_is_wrong(check: FileCheck) -> None:
         say(f"{check.path}: {check.problem}")
         return
     shown = [
-        (check.missing, "videos are missing, such as", check.missing),
+        (check.missing, "videos or images are missing, such as", check.missing),
         (check.content.errors, "rows cannot be used, such as", [str(error) for error in check.content.errors]),
     ]
     for items, what, texts in shown:

@@ -19,7 +19,12 @@ def run_ask(tokens: list[str]) -> object:
     parser.add_argument(
         "model", metavar="MODEL", help="a Hugging Face folder or id, a run, a checkpoint, `tiny`, `tiny3`"
     )
-    parser.add_argument("video", metavar="VIDEO", help="a file, or a folder of images")
+    parser.add_argument("video", metavar="VIDEO", help="a file, or a folder of images; or one image: .jpg, .png, ...")
+    for kind in ("video", "image"):
+        parser.add_argument(
+            f"--{kind}", dest=f"{kind}s", action="append", default=[], metavar="FILE",
+            help=f"shown beside VIDEO; once for each; where <{kind}> stands in QUESTION, if it does",
+        )  # fmt: skip
     parser.add_argument("question", metavar="QUESTION", help="with --task the query alone, such as 'a dog barks'")
     parser.add_argument("--task", help="such as temporal_grounding; without it the question goes as it is")
     parser.add_argument("--option", action="append", default=[], metavar="TEXT", help="of a choice; once for each")
@@ -40,7 +45,8 @@ def run_ask(tokens: list[str]) -> object:
     from vcr1_fast.commands.ask import Asked, ask_command
 
     asked = (options.model, options.video, options.question, options.task, tuple(options.option))
-    return ask_command(Asked(*asked, **lists, save=options.save), overrides)
+    more = {"videos": tuple(options.videos), "images": tuple(options.images)}
+    return ask_command(Asked(*asked, **lists, save=options.save, **more), overrides)
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

@@ -23,8 +23,9 @@ from vcr1_fast.evaluation.samples import Answer, write_lines
 from vcr1_fast.learner.model import resolve_dtype
 from vcr1_fast.learner.sharding import World, on_main_rank
 from vcr1_fast.run.telemetry import to_json
-from vcr1_fast.settings.config import Config, ConfigError
+from vcr1_fast.settings.config import Config, ConfigError, VideoConfig
 from vcr1_fast.types import Example
+from vcr1_fast.video.cache import IMAGE_FIELDS
 from vcr1_fast.video.source_name import SourceName
 
 MANIFEST = "answers_of.json"
@@ -39,6 +40,8 @@ def answer_settings(
 ) -> dict[str, Any]:
     """What an answer depends on, apart from question and video; `prompts`: digests of prompt files by task."""
     video = {k: v for k, v in asdict(config.video).items() if k not in VIDEO_FIELDS_WITHOUT_EFFECT}
+    usual = [name for name in IMAGE_FIELDS if video[name] == getattr(VideoConfig, name)]  # answers from before them
+    video = {name: value for name, value in video.items() if name not in usual}
     rounds = {f"eval.{name}": getattr(config.eval, name) for name in ("perceptions", "perception")}
     return {
         "model.path": config.model.path,
@@ -59,14 +62,16 @@ def answer_settings(
 
 
 def question_key(question: str, example: Example) -> str:
-    """Hex name of what is asked: the text, and the video file by path (with what is to be seen of it), size and time of
-    change."""
-    try:
-        stat = os.stat(SourceName.parse(example.video).path)
-        video = [example.video, stat.st_size, stat.st_mtime_ns]
-    except (OSError, ValueError):  # reading it will say why
-        video = [example.video]
-    return hashlib.sha256(json.dumps([question, video]).encode()).hexdigest()[:32]
+    """Hex name of what is asked: the text, and each file shown by path (with what is to be seen of it), size and time
+    of change."""
+    shown: list[list[str | int]] = []
+    for source in example.sources:
+        try:
+            stat = os.stat(SourceName.parse(source).path)
+            shown.append([source, stat.st_size, stat.st_mtime_ns])
+        except (OSError, ValueError):  # reading it will say why
+            shown.append([source])
+    return hashlib.sha256(json.dumps([question, *shown]).encode()).hexdigest()[:32]
 
 
 class AnswerStore:

@@ -97,7 +97,7 @@ def _score_task(
         num_examples=len(everyone),
         num_bad=sum(bool(answers[i].failure) for i in usable),
         num_refused=len(everyone) - len(usable),
-        intervals=metric_intervals(values, [example.video for example in everyone], seed),
+        intervals=metric_intervals(values, [" ".join(example.sources) or example.id for example in everyone], seed),
         **{name: sum(flags) / len(everyone) for name, flags in forms.items()},
     )
     return score, values

@@ -57,7 +57,7 @@ def _run(gpu: FakeGpu, case: dict[str, Any]) -> dict[str, Any]:
     learner = FakeLearner(gpu, config, hf_config, case["num_gpus"], kernels)
     updates = []
     for update in case["updates"]:
-        shapes = [GroupShape(tuple(g), tuple(lengths), has_features, case["text_tokens"]) for g, lengths in update]
+        shapes = [GroupShape(g, tuple(lengths), has_features, case["text_tokens"]) for g, lengths in update]
         groups = learner.groups(shapes)
         updates.append(asdict(learner.update(groups, case["teaches"], case["min_rows"])))
         del groups

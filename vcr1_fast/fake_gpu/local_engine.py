@@ -28,9 +28,10 @@ class _Tokenizer:
 
     name_or_path = "stand-in"
 
-    def __init__(self, video_pad: int) -> None:
-        self._ids = {text: video_pad - 1 - index for index, text in enumerate(TOKEN_TEXT.values())}
-        self._ids[TOKEN_TEXT["video_pad"]] = video_pad
+    def __init__(self, hf_config: Any) -> None:
+        placeholders = {"image_pad": hf_config.image_token_id, "video_pad": hf_config.video_token_id}
+        free = (i for i in range(len(TOKEN_TEXT)) if i not in placeholders.values())
+        self._ids = {text: placeholders.get(name) or next(free) for name, text in TOKEN_TEXT.items()}
 
     def get_vocab(self) -> dict[str, int]:
         return self._ids
@@ -49,7 +50,7 @@ def answer(
     gpu.meter.enter("load", "weights")
     with DEVICE, no_init_weights():
         model: Any = family.model_class._from_config(copy.deepcopy(hf_config), dtype=dtype)
-    tokenizer: Any = _Tokenizer(family.video_token_id(hf_config))
+    tokenizer: Any = _Tokenizer(hf_config)
     many = 1 << 40  # of tokens: all prompts in one chunk
     engine = LocalEngine(model, tokenizer, max_batch_rows=many, max_batch_tokens=many)
     report: dict[str, Any] = {"load": asdict(measured(gpu.meter, began_s)), "answers": {}}

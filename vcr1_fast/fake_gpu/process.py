@@ -26,7 +26,8 @@ _NOT_INHERITED = (
 )
 
 
-Group = tuple[tuple[int, int, int], tuple[int, ...]]  # grid of the clip, tokens of each completion
+Grid = tuple[int, int, int]
+Group = tuple[Grid | tuple[Grid, ...], tuple[int, ...]]  # see groups.GroupShape: what it shows, tokens of completions
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Case:
     text_tokens: int = 200  # of each prompt, beside the video
     trains: bool = False  # a whole run of `train` by these settings instead
     teaches: bool = False  # supervised: each group holds the one completion to learn
-    prompts: tuple[tuple[int, int, int], ...] = ()  # clips that the local engine answers together, not a learner
+    prompts: tuple[Grid, ...] = ()  # clips that the local engine answers together, not a learner
     group_size: int = 8  # answers to each of them
     min_rows: int = 0  # rows that another rank has at least: this one runs placeholders
     overrides: tuple[str, ...] = ()  # `--a.b=c`

@@ -3,7 +3,8 @@
 Whatever is looked at in Python (lengths, counts, the row's layout) stays on the host as numbers. So the forward and
 backward of a row read nothing back, and the host can build the next row while the GPU computes this one.
 
-Shape letters: T packed tokens, N scored tokens, M video tokens, P patches, C values of a patch, W width of a feature.
+Shape letters: T packed tokens, N scored tokens, M video tokens (those of images too), P patches, C values
+of a patch, W width of a feature.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class DeviceBatch:
     advantage_N: Tensor
     weight_N: Tensor
     engine_logprob_N: Tensor
-    video_row_M: Tensor  # int64, where the video tokens lie in the row
+    video_row_M: Tensor  # int64, where the tokens of videos and images lie in the row
     old_logprob_N: Tensor | None
-    values_PC: Tensor | None  # pixels of all clips, in the compute precision
+    values_PC: Tensor | None  # pixels of all videos and images, in the compute precision
     tower: TowerInputs | None  # what the tower takes beside them
     features_MW: Tensor | None  # what a frozen tower made of them
     layout: PrefixLayout
@@ -64,15 +65,16 @@ def device_batch(
         config: the Hugging Face configuration of the whole model.
         dtype: that pixels and features are computed in.
 
-    Raises ValueError when the row's placeholders are not as many as its videos' tokens, or when only some of its clips
-    come with features: a tower that runs on some ranks only would leave FSDP's collectives waiting for the others.
+    Raises ValueError when the row's placeholders are not as many as the tokens of its videos and images, when it has
+    none, or when only some come with features: a tower that runs on some ranks only would leave FSDP's collectives
+    waiting for the others.
     """
-    video_row_M = (batch.token_ids_T == family.video_token_id(config)).nonzero().squeeze(1)
+    video_row_M = family.media_rows(batch.token_ids_T, config)
     num_video = sum(patches.num_tokens for patches in batch.patches)
-    if video_row_M.numel() != num_video:
+    if video_row_M.numel() != num_video or not num_video:
         raise ValueError(
-            f"the row has {video_row_M.numel()} video placeholders, but its clips stand for {num_video} tokens: "
-            "build prompts with PromptBuilder"
+            f"the row has {video_row_M.numel()} placeholders, but its videos and images stand for {num_video} tokens, "
+            "wanted as many, and some: build prompts with PromptBuilder, rows with packing.with_media"
         )
     features = [p.embeddings_MD for p in batch.patches if p.embeddings_MD is not None]
     if features and len(features) != len(batch.patches):

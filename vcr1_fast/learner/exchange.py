@@ -74,7 +74,7 @@ def to_bytes(group: RolloutGroup) -> Tensor:
     Pickle, because both ends are ranks of one run, as in torch's own object collectives.
     """
     file = io.BytesIO()
-    pickler = _GroupPickler(file, group.prompt.patches.values_PC)
+    pickler = _GroupPickler(file, [patches.values_PC for patches in group.prompt.media])
     pickler.dump(group)
     head = file.getvalue()
     length = len(head).to_bytes(_LENGTH_BYTES, "little")
@@ -91,7 +91,7 @@ def from_bytes(bytes_B: Tensor, device: torch.device) -> RolloutGroup:
 class _GroupPickler(pickle.Pickler):
     """Takes tensors out, wherever they are in the group; in their place the pickle says where their bytes are."""
 
-    def __init__(self, file: io.BytesIO, pixels: Tensor) -> None:
+    def __init__(self, file: io.BytesIO, pixels: Sequence[Tensor]) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self.chunks: list[Tensor] = []
         self._pixels = pixels
@@ -101,7 +101,7 @@ class _GroupPickler(pickle.Pickler):
         if not isinstance(obj, Tensor):
             return None
         parts = {"values_PC": obj}
-        if obj is self._pixels:
+        if any(obj is values_PC for values_PC in self._pixels):
             parts = pack(parts)
         return obj.device.type != "cpu", {name: self._keep(part) for name, part in parts.items()}
 

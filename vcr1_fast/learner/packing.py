@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def pack(groups: Sequence[RolloutGroup], weights: Sequence[Sequence[float]]) -> 
         token_ids_T=torch.cat(token_ids),
         position_ids_3T=torch.cat(positions, dim=1),
         layout=tuple(layout),
-        patches=tuple(group.prompt.patches for group in groups),
+        patches=tuple(patches for group in groups for patches in group.prompt.media),
         scored_row_N=torch.cat([no_rows, *rows]),
         target_N=torch.cat([no_rows, *targets]),
         sequence_N=torch.cat([no_rows, *sequences]),
@@ -134,4 +135,20 @@ def placeholder(
         engine_logprob_N=torch.zeros(1),
         num_sequences=0,
         num_unshared_tokens=0,
+    )
+
+
+def with_media(row: PackedBatch, placeholder: PackedBatch) -> PackedBatch:
+    """The row itself, or, where no group of it shows a video or an image, with the placeholder's prompt behind it.
+
+    So every row of every rank runs the tower, or none does. Nothing of that prompt is scored: it adds exactly 0.
+    """
+    if row.patches:
+        return row
+    return replace(
+        row,
+        token_ids_T=torch.cat([row.token_ids_T, placeholder.token_ids_T]),
+        position_ids_3T=torch.cat([row.position_ids_3T, placeholder.position_ids_3T], dim=1),
+        layout=(*row.layout, PrefixGroup(row.num_tokens, placeholder.num_tokens, ())),
+        patches=placeholder.patches,
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vcr1_fast.learner.families import family_of
+from vcr1_fast.learner.families.family import Grid
 from vcr1_fast.learner.packing import num_fed_tokens, num_packed_tokens
 from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import RolloutGroup
@@ -36,7 +37,7 @@ class GroupSize:
 
     num_tokens: int  # in a packed row
     num_pairs: int  # (query, key) pairs that see each other in one decoder layer
-    grid_thw: tuple[int, int, int]  # of the patches that go through the tower; zeros with a frozen tower's embeddings
+    grids: tuple[Grid, ...]  # of the videos and images that go through the tower; none with a frozen one's embeddings
     counted: tuple[int, ...]  # tokens of each completion that count in the loss
     num_scored: int  # tokens of all completions
     is_run: bool  # whether it goes through the model, or only counts in the denominators
@@ -44,12 +45,12 @@ class GroupSize:
 
 def group_size(group: RolloutGroup, mask_truncated: bool, is_run: bool) -> GroupSize:
     """Pairs: P (P + 1) / 2 of the prompt, and P f + f (f + 1) / 2 of each completion."""
-    prompt_len, patches = group.prompt.token_ids_L.numel(), group.prompt.patches
+    prompt_len = group.prompt.token_ids_L.numel()
     fed = [num_fed_tokens(c) for c in group.completions]
     return GroupSize(
         num_tokens=num_packed_tokens(group),
         num_pairs=prompt_len * (prompt_len + 1) // 2 + sum(prompt_len * f + f * (f + 1) // 2 for f in fed),
-        grid_thw=patches.grid_thw if patches.embeddings_MD is None else (0, 0, 0),
+        grids=tuple(patches.grid_thw for patches in group.prompt.media if patches.embeddings_MD is None),
         counted=tuple(0 if mask_truncated and c.finish_reason == "length" else c.num_tokens for c in group.completions),
         num_scored=sum(c.num_tokens for c in group.completions),
         is_run=is_run,
@@ -118,12 +119,11 @@ class RowCost:
 
     def seconds(self, size: GroupSize) -> float:
         """Of one group, without its share of the row's own."""
-        pairs, height, width = size.grid_thw
-        num_patches = pairs * height * width
+        num_patches = sum(t * h * w for t, h, w in size.grids)
         return (
             self.token_s * size.num_tokens
             + self.pair_s * size.num_pairs
             + self.scored_s * size.num_scored
             + self.patch_s * num_patches
-            + self.tower_pair_s * num_patches * height * width
+            + self.tower_pair_s * sum(t * (h * w) ** 2 for t, h, w in size.grids)
         )

@@ -1,4 +1,4 @@
-"""Example -> Prompt: asks the task for its question, reads the video, lays out tokens and positions.
+"""Example -> Prompt: asks the task for its question, reads videos and images, lays out tokens and positions.
 
 Called by the prompt stream of a training run and by evaluation.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,16 +21,30 @@ from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, Patches, Prompt, SampleError
 from vcr1_fast.video.reader import ReaderError
+from vcr1_fast.video.source_name import SourceName
 
 MAX_REASON_LETTERS = 1000
+MARK = re.compile("<(video|image)>")  # where one stands in a question, as in LLaVA's data
 SYSTEM_MESSAGE = "You are a helpful assistant."  # the default of Qwen's chat template; the original trains with it
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A video or an image that is still to be read."""
+
+    name: str
+
+    @property
+    def kind(self) -> str:
+        return "image" if SourceName.parse(self.name).is_image else "video"
 
 
 class PromptBuilder:
     """Builds prompts of the original's layout: one user turn, text first, then the video, under Qwen's system message.
-    With `video_first` the other way round, as VideoChat-R1.5 and Qwen's own examples have it. With `writes_times` the
-    time of each pair of frames stands before it in words, `<12.5 seconds>`, and each pair is a video of its own to the
-    position rule, as in Qwen3-VL; without, positions alone tell the time.
+    With `video_first` the other way round, as VideoChat-R1.5 and Qwen's own examples have it. Several videos and images
+    stand there together, or each where a mark in the question, `<video>` or `<image>`, has its place. With
+    `writes_times` the time of each pair of frames stands before it in words, `<12.5 seconds>`, and each pair is a video
+    of its own to the position rule, as in Qwen3-VL; without, positions alone tell the time.
 
     Example: `PromptBuilder(tokenizer, tasks, read).build(example)`.
     """
@@ -46,8 +62,8 @@ class PromptBuilder:
         video_first: bool = False,
         writes_times: bool = False,
     ) -> None:
-        """`read` gives the patches of an `Example.video` and raises SampleError if it cannot; `prefetch` has such
-        videos read ahead. `tokens_per_second` and `merge` are `vision_config.tokens_per_second` and
+        """`read` gives the patches of one of `Example.sources` and raises SampleError if it cannot; `prefetch` has them
+        read ahead. `tokens_per_second` and `merge` are `vision_config.tokens_per_second` and
         `.spatial_merge_size` of the model, 2 in every published Qwen2.5-VL. `limits` None: nothing is too long.
 
         Raises ValueError when the tokenizer lacks a special token.
@@ -78,7 +94,7 @@ class PromptBuilder:
 
     def read_ahead(self, examples: Sequence[Example]) -> None:
         """A hint that these will be built next, in this order."""
-        self._prefetch([example.video for example in examples])
+        self._prefetch([source for example in examples for source in example.sources])
 
     def build(self, example: Example) -> Prompt:
         """The prompt of one example. Raises SampleError when its video or its text cannot be used, whatever goes wrong,
@@ -87,30 +103,29 @@ class PromptBuilder:
             return self._build(example)
 
     def _build(self, example: Example) -> Prompt:
-        question = self._task(example).question(example)
-        patches = self._read(example.video)
-        num_rows, (t, h, w) = patches.values_PC.shape[0], patches.grid_thw
-        if num_rows != t * h * w and patches.embeddings_MD is None:
-            raise SampleError(example.video, f"{num_rows} patches were read, but the grid {(t, h, w)} has {t * h * w}")
-        if self.writes_times and len(patches.pair_times_s) != t:
-            raise SampleError(example.video, f"{len(patches.pair_times_s)} times were read for {t} pairs of frames")
-        token_ids_L = torch.tensor(self._layout(question, patches, example), dtype=torch.int64)
-        grids = [(1, h, w)] * t if self.writes_times else [patches.grid_thw]
+        pieces = self._pieces(self._task(example).question(example), example)
+        read = [self._checked(piece) if isinstance(piece, _Source) else piece for piece in pieces]
+        media = [piece for piece in read if isinstance(piece, Patches)]
+        token_ids_L = torch.tensor(self._layout(read, example), dtype=torch.int64)
+        steps = [step for patches in media for step in self._grids(patches)]
         try:
             positions_3L = mrope_positions(
                 token_ids_L,
-                grids,
-                [patches.second_per_grid_s] * len(grids),
+                [grid for grid, _ in steps],
+                [second_per_grid_s for _, second_per_grid_s in steps],
                 self.special_ids.video_pad,
                 self._tokens_per_second,
                 self._merge,
+                self.special_ids.image_pad,
             )
         except ValueError as error:
-            raise SampleError(example.video, str(error)) from error
-        prompt = Prompt(example, token_ids_L, positions_3L, patches)
+            raise SampleError(example.video or example.id, str(error)) from error
+        prompt = Prompt(example, token_ids_L, positions_3L, tuple(media))
         if self.limits is not None:
             self.limits.check_length(prompt)
-            self.limits.check_duration(example, patches.duration_s)
+            lengths_s = [patches.duration_s for patches in media if patches.kind == "video"]
+            if len(lengths_s) == 1:
+                self.limits.check_duration(example, lengths_s[0])
         return prompt
 
     def completion_ids(self, example: Example) -> Tensor:
@@ -123,13 +138,47 @@ class PromptBuilder:
         """The texts of completions, without special tokens."""
         return self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
 
-    def _layout(self, question: str, patches: Patches, example: Example) -> list[int]:
+    def _pieces(self, question: str, example: Example) -> list[str | _Source]:
+        """Text, and what is shown between. Raises SampleError unless there are no marks, or one for each source."""
+        sources = [_Source(name) for name in example.sources]
+        parts = MARK.split(question)  # text, kind, text, ... text
+        kinds: list[str] = parts[1::2]
+        if not kinds:
+            return [*sources, question] if self.video_first else [question, *sources]
+        of_kind = {kind: [source for source in sources if source.kind == kind] for kind in ("video", "image")}
+        if any(kinds.count(kind) != len(found) for kind, found in of_kind.items()):
+            counts = [f"{kinds.count(kind)} <{kind}> for {len(found)} {kind}s" for kind, found in of_kind.items()]
+            raise SampleError(
+                example.id, f"its text has {' and '.join(counts)} of its row, wanted one mark for each, or none at all"
+            )
+        shown = [of_kind[kind].pop(0) for kind in kinds]
+        return [piece for pair in zip(parts[::2], [*shown, ""], strict=True) for piece in pair if piece]
+
+    def _checked(self, source: _Source) -> Patches:
+        """Its patches, read. Raises SampleError where they are not what the layout needs."""
+        patches = self._read(source.name)
+        num_rows, (t, h, w) = patches.values_PC.shape[0], patches.grid_thw
+        if num_rows != t * h * w and patches.embeddings_MD is None:
+            raise SampleError(source.name, f"{num_rows} patches were read, but the grid {(t, h, w)} has {t * h * w}")
+        if self._has_times(patches) and len(patches.pair_times_s) != t:
+            raise SampleError(source.name, f"{len(patches.pair_times_s)} times were read for {t} pairs of frames")
+        return patches
+
+    def _has_times(self, patches: Patches) -> bool:
+        return self.writes_times and patches.kind == "video"
+
+    def _grids(self, patches: Patches) -> list[tuple[tuple[int, int, int], float]]:
+        """What it is to the position rule: grids, each with the seconds of a step."""
+        t, h, w = patches.grid_thw
+        grids = [(1, h, w)] * t if self._has_times(patches) else [patches.grid_thw]
+        return [(grid, patches.second_per_grid_s) for grid in grids]
+
+    def _layout(self, pieces: Sequence[str | Patches], example: Example) -> list[int]:
         special, newline = self.special_ids, self._newline
-        video = self._video(patches)
-        if self.video_first:
-            turn = [*self._text_ids("user\n"), *video, *self._safe_ids(question, example)]
-        else:
-            turn = [*self._safe_ids(f"user\n{question}", example), *video]
+        first, *others = pieces
+        turn = self._safe_ids(f"user\n{first}", example) if isinstance(first, str) else self._text_ids("user\n")
+        for piece in others if isinstance(first, str) else pieces:
+            turn += self._safe_ids(piece, example) if isinstance(piece, str) else self._seen(piece)
         return [
             special.im_start,
             *self._text_ids(f"system\n{SYSTEM_MESSAGE}"),
@@ -143,16 +192,15 @@ class PromptBuilder:
             *self._text_ids("assistant\n"),
         ]
 
-    def _video(self, patches: Patches) -> list[int]:
-        if not self.writes_times:
-            return self._seen(patches.num_tokens)
-        seen = self._seen(patches.num_tokens // patches.grid_thw[0])
-        times = [self._text_ids(f"<{time_s:.1f} seconds>") for time_s in patches.pair_times_s]
-        return [token_id for time in times for token_id in (*time, *seen)]
-
-    def _seen(self, num_tokens: int) -> list[int]:
+    def _seen(self, patches: Patches) -> list[int]:
         special = self.special_ids
-        return [special.vision_start, *[special.video_pad] * num_tokens, special.vision_end]
+        if not self._has_times(patches):
+            pad = special.image_pad if patches.kind == "image" else special.video_pad
+            return [special.vision_start, *[pad] * patches.num_tokens, special.vision_end]
+        num_tokens = patches.num_tokens // patches.grid_thw[0]
+        pair = [special.vision_start, *[special.video_pad] * num_tokens, special.vision_end]
+        times = [self._text_ids(f"<{time_s:.1f} seconds>") for time_s in patches.pair_times_s]
+        return [token_id for time in times for token_id in (*time, *pair)]
 
     def _task(self, example: Example) -> Task:
         if example.task not in self.tasks:

@@ -2,8 +2,8 @@
 
 A file is of one of the schemas in `schemas`. What it says becomes rows of our own schema: objects with "task", "video",
 "query", the fields of the task, and optionally "id" (default: file stem and row), "duration_s", "reasoning" and
-"categories" (axis -> value or values). The task checks and, in recipe fixed, repairs them; nothing is left out without
-a line and a count.
+"categories" (axis -> value or values). row_media.py has what else a row may show. The task
+checks and, in recipe fixed, repairs them; nothing is left out without a line and a count.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import numpy as np
 
 from vcr1_fast.prompts.annotation_files import plain_name, printable, read_entries, require_text
 from vcr1_fast.prompts.interval_defects import REFUSING, find_interval_defects
+from vcr1_fast.prompts.row_media import MediaFolder, Trees, named_in
 from vcr1_fast.prompts.schemas import find_schema
 from vcr1_fast.prompts.schemas.schema import Recipe, Row, Schema, read_text
-from vcr1_fast.prompts.video_files import VideoFolder, VideoTree
 from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, RefusedTruth, SampleError
@@ -55,7 +55,8 @@ class FileSummary:
     repaired: dict[str, int]  # recipe fixed: of those, the ones in rows that became examples
     kept: dict[str, int]  # recipe paper: the same
     refused: dict[str, int]  # kind -> rows left out; they are the errors, one for one
-    moved: str = ""  # how many videos are not where the file says
+    moved: str = ""  # how many videos and images are not where the file says
+    num_texts: int = 0  # examples that show nothing
 
     def __str__(self) -> str:
         parts = [f"{self.file} (schema {self.schema}): {self.num_rows:,} rows, {self.num_examples:,} examples"]
@@ -63,6 +64,7 @@ class FileSummary:
         for what, counts in named.items():
             if counts:
                 parts.append(f"{what}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
+        parts += [f"{self.num_texts:,} show neither video nor image"] if self.num_texts else []
         parts += [self.moved] if self.moved else []
         return "; ".join(parts)
 
@@ -100,7 +102,7 @@ def read_annotation_files(
             raise ConfigError(f"annotation file {file} is named {count} times: name it once")
     num_of_stem = Counter(_stem(file) for file in set(files))
     source_of_id: dict[str, str] = {}
-    trees: dict[str, VideoTree] = {}
+    trees: Trees = {}
     result: list[AnnotationFile] = []
     for source in sources:
         file = Path(os.path.expanduser(source.path))
@@ -109,9 +111,8 @@ def read_annotation_files(
             raise ConfigError(f"annotation file {file} holds no row: name another file")
         schema = find_schema(file, entries, source.schema, source.task)
         label = _stem(file) if num_of_stem[_stem(file)] == 1 else os.path.abspath(file)
-        tree = VideoTree(source.video_root or file.parent)
-        videos = VideoFolder(tree.root, trees.setdefault(tree.root, tree))
-        loader = _Loader(file, label, tasks, videos, source_of_id)
+        media = MediaFolder(str(source.video_root or file.parent), trees)
+        loader = _Loader(file, label, tasks, media, source_of_id)
         loader.add_all(entries.items, schema, recipe)
         result.append(loader.finish(schema, recipe))
     return result
@@ -125,9 +126,9 @@ class _Loader:
     """Gathers the examples of one file and counts what is left out."""
 
     def __init__(
-        self, file: Path, label: str, tasks: Mapping[str, Task], videos: VideoFolder, source_of_id: dict[str, str]
+        self, file: Path, label: str, tasks: Mapping[str, Task], media: MediaFolder, source_of_id: dict[str, str]
     ) -> None:
-        self.file, self.label, self.tasks, self.videos = file, label, tasks, videos
+        self.file, self.label, self.tasks, self.media = file, label, tasks, media
         self.source_of_id = source_of_id  # of all files so far
         self.rows: list[Example] = []
         self.errors: list[SampleError] = []
@@ -137,8 +138,7 @@ class _Loader:
 
     def add_all(self, entries: Sequence[tuple[str, object]], schema: Schema, recipe: Recipe) -> None:
         rows = [row for where, entry in entries for row in self._rows(where, entry, schema, recipe)]
-        names = (row.get("video") for _, row, error in rows if error is None)
-        self.videos.tell_apart(name for name in names if isinstance(name, str) and name.strip())
+        self.media.tell_apart(row for _, row, error in rows if error is None)
         for where, row, error in rows:
             if error is None:
                 self._add_row(printable(where), row, recipe)
@@ -169,7 +169,7 @@ class _Loader:
         kind = next(refusing, "invalid")
         try:
             require_text(row)
-            example = _example(row, f"{self.label}:{where}", self.tasks, self.videos)
+            example = _example(row, f"{self.label}:{where}", self.tasks, self.media)
             taken_by = self.source_of_id.get(example.id)
             if taken_by is not None:
                 kind = "with the id of another"
@@ -192,7 +192,7 @@ class _Loader:
             return  # no score that it could count in
         path = video if isinstance(video, str) and video.strip() else ""
         with contextlib.suppress(ValueError):
-            path = self.videos.find(path) if path else ""
+            path = self.media.of_kind["video"].find(path) if path else ""
         query = row.get("query")
         refused = Example(
             id=f"{self.label}:{where}",  # not the row's own id, which a usable row may have as well
@@ -217,18 +217,21 @@ class _Loader:
             repaired=kept_or_repaired if recipe == "fixed" else {},
             kept=kept_or_repaired if recipe == "paper" else {},
             refused=dict(self.refused),
-            moved=self.videos.describe_moved(),
+            moved=self.media.describe_moved(),
+            num_texts=sum(not row.is_refused and not row.sources for row in self.rows),
         )
         return AnnotationFile(self.rows, self.errors, summary)
 
 
-def _example(row: Row, default_id: str, tasks: Mapping[str, Task], videos: VideoFolder) -> Example:
+def _example(row: Row, default_id: str, tasks: Mapping[str, Task], media: MediaFolder) -> Example:
     """One row as an Example. Raises ValueError with one reason."""
     task = read_text(row, "task")
     if task not in tasks:
         raise ValueError(f"task is {_unknown_task(task, tasks)}")
     needs_query = "query" in row or getattr(tasks[task], "needs_query", True)  # captioning asks the same of every clip
-    video, query = read_text(row, "video"), read_text(row, "query") if needs_query else ""
+    if getattr(tasks[task], "needs_video", False):
+        _require_one_video(row, task)
+    query = read_text(row, "query") if needs_query else ""
     duration_s = _duration_s(row)
     reasoning = row.get("reasoning", "")
     if not isinstance(reasoning, str):
@@ -236,10 +239,26 @@ def _example(row: Row, default_id: str, tasks: Mapping[str, Task], videos: Video
     truth = tasks[task].parse_truth(row)
     if math.isinf(duration_s) and getattr(truth, "intervals_s", ()):
         raise ValueError("key 'duration_s' is missing, wanted the seconds of the video that the intervals lie in")
-    name, path = _id(row, default_id), videos.find(video)
-    if printable(path) != path:
-        raise ValueError(f"its video is {printable(path)}, a path that is not UTF-8: rename it")
-    return Example(name, task, path, query, duration_s, truth, reasoning, _categories(row))
+    name, (video, shown) = _id(row, default_id), _shown(row, media)
+    for path in (video, *shown):
+        if printable(path) != path:
+            raise ValueError(f"it shows {printable(path)}, a path that is not UTF-8: rename it")
+    return Example(name, task, video, query, duration_s, truth, reasoning, _categories(row), media=shown)
+
+
+def _require_one_video(row: Row, task: str) -> None:
+    num_videos = len(named_in(row, "video"))
+    if num_videos == 0:
+        read_text(row, "video")  # says what is wrong with it
+    if num_videos != 1:
+        raise ValueError(f"the row names {num_videos} videos, wanted one: the task {task} asks about one alone")
+
+
+def _shown(row: Row, media: MediaFolder) -> tuple[str, tuple[str, ...]]:
+    """(`Example.video`, `Example.media`): see there. Raises ValueError."""
+    sources = media.sources(row)
+    images, videos = sources["image"], sources["video"]
+    return (videos[0] if videos else ""), ((*images, *videos) if images or len(videos) > 1 else ())
 
 
 def _categories(row: Mapping[str, object]) -> tuple[tuple[str, str], ...]:

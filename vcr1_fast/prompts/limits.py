@@ -52,7 +52,8 @@ class PromptLimits:
             return
         raise SampleError(
             prompt.example.id,
-            f"its prompt is too long: {too_long}; shorten its text, or lower video.total_pixels or video.max_frames",
+            f"its prompt is too long: {too_long}; shorten its text, or lower video.total_pixels, "
+            "video.max_frames or, of images, video.max_image_pixels",
         )
 
     def check_duration(self, example: Example, file_s: float) -> None:

@@ -19,6 +19,7 @@ def mrope_positions(
     video_pad_id: int,
     tokens_per_second: float,
     merge: int = 2,
+    image_pad_id: int = -1,
 ) -> Tensor:
     """Time, row and column position of every token: [3, L] int64.
 
@@ -28,19 +29,21 @@ def mrope_positions(
 
     Args:
         token_ids_L: [L] int64, video placeholders expanded.
-        grids: (frame pairs, rows, columns) of each video in patches, in the order of the prompt.
+        grids: (frame pairs, rows, columns) of each video and image in patches, in the order of the prompt; an image is
+            a grid of one pair.
         second_per_grid_s: seconds between two steps of each grid's time axis.
         tokens_per_second: of the model's vision config; 2 in the published checkpoints.
         merge: patches merged along each side into one token.
+        image_pad_id: placeholder of images; -1 where there are none.
 
     Raises ValueError when placeholders and grids do not agree.
     """
     counts = _token_counts(grids, second_per_grid_s, merge)
-    is_video_L = (token_ids_L == video_pad_id).tolist()
+    is_video_L = ((token_ids_L == video_pad_id) | (token_ids_L == image_pad_id)).tolist()
     if sum(is_video_L) != sum(counts):
         raise ValueError(
-            f"the prompt has {sum(is_video_L)} video placeholders, but the grids {list(grids)} stand for {sum(counts)} "
-            f"tokens: expand each video to t * h * w / {merge * merge} placeholders"
+            f"the prompt has {sum(is_video_L)} placeholders, but the grids {list(grids)} stand for {sum(counts)} "
+            f"tokens: expand each to t * h * w / {merge * merge} placeholders"
         )
     blocks: list[Tensor] = []
     cursor = position = 0
@@ -49,7 +52,7 @@ def mrope_positions(
         if not all(is_video_L[start : start + count]):
             run = is_video_L[start : start + count].index(False)
             raise ValueError(
-                f"video {index} has {run} placeholders in a row at token {start}, but its grid {(t, h, w)} stands for "
+                f"grid {index} has {run} placeholders in a row at token {start}, but its grid {(t, h, w)} stands for "
                 f"{count}: give the grids in the order of the prompt"
             )
         blocks.append(torch.arange(position, position + start - cursor).expand(3, -1))

@@ -25,6 +25,7 @@ from vcr1_fast.prompts.selection import chosen
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.types import Example, Prompt, SampleError
 from vcr1_fast.video.quarantine import REASON_NAMES, Quarantine, reason_class
+from vcr1_fast.video.source_name import SourceName
 
 NUM_BUILDERS = 4  # prompts built at once
 NUM_TRIED = 32  # examples that `sample` looks at
@@ -115,7 +116,7 @@ class PromptStream:
         for example, result in zip(wanted, built, strict=True):
             if isinstance(result, SampleError):
                 self._set_aside(example, result)
-        self.quarantine.forget(prompt.example.video for prompt in prompts)
+        self.quarantine.forget(source for prompt in prompts for source in prompt.example.sources)
         bad = dict.fromkeys(REASON_NAMES, 0.0)
         for example in share:
             reason = self._reason(example)
@@ -201,15 +202,18 @@ class PromptStream:
         self.builder.read_ahead(coming)
 
     def _reason(self, example: Example) -> str | None:
-        """Why an example is not to be built: its video, its part of a video, or its text."""
+        """Why an example is not to be built: what it shows, a part of a video, or its text."""
         reasons = self.quarantine.reasons
-        return reasons.get(example.video) or reasons.get(example.id)
+        return next((reasons[name] for name in (*example.sources, example.id) if name in reasons), None)
 
     def _set_aside(self, example: Example, error: SampleError) -> None:
-        if error.source not in (example.id, example.video):
+        if error.source not in (example.id, *example.sources):
             # A part of a video that failed does not say that the rest is bad; a picture in a folder is named.
-            is_inside = not example.video.startswith(error.source)
-            error = SampleError(example.video, f"{error.source}: {error.reason}" if is_inside else error.reason)
+            paths = {source: SourceName.parse(source).path for source in example.sources}
+            of_file = [source for source, path in paths.items() if path == error.source]
+            of_folder = [source for source, path in paths.items() if error.source.startswith(path)]
+            name, *_ = *of_file, *of_folder, *example.sources, example.id
+            error = SampleError(name, error.reason if of_file else f"{error.source}: {error.reason}")
         if error.source not in self.quarantine:  # two examples may share a video
             print(f"bad sample: {error}", file=sys.stderr)
         self.quarantine.add(error)
@@ -253,5 +257,5 @@ def _text_of(example: Example) -> str:
     """All that is asked and known of an example. What most rows do not have is added only where one has it, so that
     checkpoints from before it existed still fit."""
     plain = repr(replace(example, video=Path(example.video).name))
-    written = getattr(example.truth, "written", ())
-    return f"{plain} {written}" if written else plain
+    written, media = getattr(example.truth, "written", ()), tuple(Path(source).name for source in example.media)
+    return " ".join([plain, *(str(more) for more in (written, media) if more)])

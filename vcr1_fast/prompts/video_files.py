@@ -1,4 +1,4 @@
-"""The name of a video in an annotation row -> the path of its file. Called by `dataset`; opens no video."""
+"""The name of a video or an image in an annotation row -> the path of its file. Called by `row_media`; opens none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -26,8 +26,9 @@ _FILE_ADDRESS = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.IGNORECAS
 class VideoTree:
     """What lies below a root. A folder is listed once, as a look at each file takes 1 ms on a network disk."""
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = os.path.abspath(os.path.expanduser(root))
+    def __init__(self, root: str | Path, suffixes: Sequence[str] = SUFFIXES) -> None:
+        """`suffixes`: of the files looked for, in the order in which they are tried for a name without one."""
+        self.root, self.suffixes = os.path.abspath(os.path.expanduser(root)), tuple(suffixes)
         self._listings: dict[str, frozenset[str]] = {}
         self._endings: dict[str, dict[str, list[str]]] = {}  # folder -> names by `_plain`
         # `_plain` of a name -> its folders, the nearest first, and path from the root, sorted; once needed
@@ -45,14 +46,14 @@ class VideoTree:
         if folder not in self._endings:
             self._endings[folder] = defaultdict(list)
             for other in names:
-                self._endings[folder][_plain(other)].append(other)
+                self._endings[folder][self._plain(other)].append(other)
         endings = self._endings[folder]
         found = [
             (rank, os.path.join(folder, other))
-            for rank, key in enumerate(_keys(name))
+            for rank, key in enumerate(self._keys(name))
             for other in endings.get(key, ())
         ]
-        return _pick(path, found) if found else None
+        return self._pick(path, found) if found else None
 
     def by_end(self, path: str) -> tuple[str, int] | None:
         """The path below the root that shares most of its last parts with an absolute path; and how many those are.
@@ -61,7 +62,7 @@ class VideoTree:
         """
         folder, name = os.path.split(path)
         index = self._indexed()
-        keys = [(rank, key) for rank, key in enumerate(_keys(name)) if key in index]
+        keys = [(rank, key) for rank, key in enumerate(self._keys(name)) if key in index]
         nearest = _nearest_first(folder)
         for num_shared in range(nearest.count(os.sep), -1, -1):
             shared = nearest[: _place_behind(nearest, num_shared)]
@@ -74,7 +75,7 @@ class VideoTree:
                         break
                     found.append((rank, os.path.join(self.root, other)))
             if found:
-                return _pick(path, found), num_shared + 1
+                return self._pick(path, found), num_shared + 1
         return None
 
     def _listing(self, folder: str) -> frozenset[str]:
@@ -88,18 +89,52 @@ class VideoTree:
     def _indexed(self) -> dict[str, list[tuple[str, str]]]:
         if self._index is None:
             index: dict[str, list[tuple[str, str]]] = defaultdict(list)
-            for number, path in enumerate(_below(self.root)):
+            for number, path in enumerate(_below(self.root, self.suffixes)):
                 if number == MAX_INDEXED:
                     raise ValueError(
                         f"more than {MAX_INDEXED:,} files lie below {self.root}, too many to look for a path from "
                         "another machine: set data.video_root to a folder of videos"
                     )
                 folder, name = os.path.split(path)
-                index[_plain(name)].append((_nearest_first(folder), path))
+                index[self._plain(name)].append((_nearest_first(folder), path))
             for alike in index.values():
                 alike.sort()
             self._index = dict(index)
         return self._index
+
+    def _plain(self, name: str) -> str:
+        """The name with its suffix in small letters, where it is one of those that are looked for."""
+        stem, suffix = os.path.splitext(name)
+        return stem + suffix.lower() if suffix.lower() in self.suffixes else name
+
+    def _keys(self, name: str) -> list[str]:
+        """`_plain` of the names under which a file may be found, in their order."""
+        plain = self._plain(name)
+        return [plain] if plain.endswith(self.suffixes) else [name, *(name + suffix for suffix in self.suffixes)]
+
+    def _pick(self, path: str, found: list[tuple[int, str]]) -> str:
+        """The one of several (place in `_keys`, absolute path) that is meant. Raises ValueError if unclear."""
+        wanted = os.path.basename(path)
+
+        def oddness(other: str) -> int:
+            name = os.path.basename(other)
+            return 0 if name == wanted else 1 if name == self._plain(name) else 2
+
+        ordered = sorted((rank, oddness(other), other) for rank, other in found)
+        if 1 < len(ordered) <= MAX_ALIKE:  # links to one file are one
+            distinct: dict[str, tuple[int, int, str]] = {}
+            for entry in ordered:
+                distinct.setdefault(os.path.realpath(entry[2]), entry)
+            ordered = list(distinct.values())
+        others = [other for _, _, other in ordered]
+        is_first_best = len(ordered) == 1 or ordered[0][:2] < ordered[1][:2]
+        if is_first_best and len({os.path.dirname(other) for other in others}) == 1:
+            return others[0]
+        raise ValueError(
+            f"video {path} is not there, and {'over ' * (len(others) > MAX_ALIKE)}{min(len(others), MAX_ALIKE)} others "
+            f"may be meant: {', '.join(others[:NUM_SHOWN])}{', ...' if len(others) > NUM_SHOWN else ''}: name one of "
+            "them, or set data.video_root to the folder it is in"
+        )
 
 
 class VideoFolder:
@@ -185,7 +220,8 @@ class VideoFolder:
                 return moved[0]
         if found is not None:
             return found
-        return path if is_absolute or path.lower().endswith(SUFFIXES) else path + SUFFIXES[0]
+        suffixes = self.tree.suffixes
+        return path if is_absolute or path.lower().endswith(suffixes) else path + suffixes[0]
 
 
 def _local_path(name: str) -> str:
@@ -196,7 +232,7 @@ def _local_path(name: str) -> str:
     return name
 
 
-def _below(root: str) -> Iterator[str]:
+def _below(root: str, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Videos and folders below the root, their paths from there; links are followed, hidden ones left out."""
     waiting, linked = [""], set[str]()
     while waiting:
@@ -218,7 +254,7 @@ def _below(root: str) -> Iterator[str]:
                     linked.add(target)
                 waiting.append(path)
                 yield path
-            elif entry.name.lower().endswith(SUFFIXES):
+            elif entry.name.lower().endswith(suffixes):
                 yield path
 
 
@@ -232,40 +268,3 @@ def _place_behind(folders: str, num_parts: int) -> int:
     for _ in range(num_parts):
         place = folders.index(os.sep, place) + 1
     return place
-
-
-def _plain(name: str) -> str:
-    """The name with the suffix of a video in small letters."""
-    stem, suffix = os.path.splitext(name)
-    return stem + suffix.lower() if suffix.lower() in SUFFIXES else name
-
-
-def _keys(name: str) -> list[str]:
-    """`_plain` of the names under which a file may be found, in their order."""
-    plain = _plain(name)
-    return [plain] if plain.endswith(SUFFIXES) else [name, *(name + suffix for suffix in SUFFIXES)]
-
-
-def _pick(path: str, found: list[tuple[int, str]]) -> str:
-    """The one of several (place in `_keys`, absolute path) that is meant. Raises ValueError when that is not clear."""
-    wanted = os.path.basename(path)
-
-    def oddness(other: str) -> int:
-        name = os.path.basename(other)
-        return 0 if name == wanted else 1 if name == _plain(name) else 2
-
-    ordered = sorted((rank, oddness(other), other) for rank, other in found)
-    if 1 < len(ordered) <= MAX_ALIKE:  # links to one file are one
-        distinct: dict[str, tuple[int, int, str]] = {}
-        for entry in ordered:
-            distinct.setdefault(os.path.realpath(entry[2]), entry)
-        ordered = list(distinct.values())
-    others = [other for _, _, other in ordered]
-    is_first_best = len(ordered) == 1 or ordered[0][:2] < ordered[1][:2]
-    if is_first_best and len({os.path.dirname(other) for other in others}) == 1:
-        return others[0]
-    raise ValueError(
-        f"video {path} is not there, and {'over ' * (len(others) > MAX_ALIKE)}{min(len(others), MAX_ALIKE)} others may "
-        f"be meant: {', '.join(others[:NUM_SHOWN])}"
-        f"{', ...' if len(others) > NUM_SHOWN else ''}: name one of them, or set data.video_root to the folder it is in"
-    )

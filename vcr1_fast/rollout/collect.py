@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcr1_fast.learner.sharding import World, all_reduce_sum
-from vcr1_fast.rollout.temporal_contrast import SHUFFLED_SEED, order_part, shuffled_prompt
+from vcr1_fast.rollout.temporal_contrast import SHUFFLED_SEED, has_order, order_part, shuffled_prompt
 from vcr1_fast.settings.config import Config, TaskConfig
 from vcr1_fast.tasks.reward_process import RewardError, RewardTimeoutError
 from vcr1_fast.tasks.shaping import ORDER_PART, shaped, with_length_part
@@ -166,14 +166,16 @@ class Collector:
         on_failure: Callable[[RewardFailure], None],
     ) -> list[RolloutGroup]:
         """The groups with the part "order" (rollout/temporal_contrast.py), G // 2 answers to each shuffled clip. Where
-        the shuffled clip has no score, the group has none."""
+        the shuffled clip has no score, the group has none. Groups without a video stay as they are, behind them."""
+        unordered = [group for group in groups if not has_order(group.prompt)]
+        groups = [group for group in groups if has_order(group.prompt)]
         shuffled = [shuffled_prompt(group.prompt, sampling.seed) for group in groups]
         half = replace(
             sampling, num_completions=max(1, sampling.num_completions // 2), seed=sampling.seed + SHUFFLED_SEED
         )
         answered = collect(engine, shuffled, half, self.tasks, self.config.task, on_failure)
         parts_of = {id(group.prompt): group.reward_parts for group in answered}
-        return [
+        contrasted = [
             rewarded(
                 group,
                 {**group.reward_parts, ORDER_PART: order_part(group, parts_of[id(prompt)])},
@@ -182,6 +184,7 @@ class Collector:
             for group, prompt in zip(groups, shuffled, strict=True)
             if id(prompt) in parts_of
         ]
+        return contrasted + unordered
 
 
 def collect(

@@ -3,8 +3,8 @@
 Each prompt goes through the vision tower once and through the decoder once; its keys and values are kept once for its
 G completions. All completions of a chunk are then decoded together, one token a step.
 
-Shape letters: P prompts, G completions of one prompt, B rows still decoded, L prompt tokens, M video tokens, D hidden,
-V vocabulary, S steps.
+Shape letters: P prompts, G completions of one prompt, B rows still decoded, L prompt tokens, M video tokens (those
+of images too), D hidden, V vocabulary, S steps.
 """
 
 from __future__ import annotations
@@ -63,11 +63,13 @@ class LocalEngine:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens}, wanted >= 1")
         special = SpecialIds.of(tokenizer)
         self._family = family_of(model.config)
-        if special.video_pad != self._family.video_token_id(model.config):
-            raise ValueError(
-                f"the tokenizer's <|video_pad|> is {special.video_pad}, but the model's video_token_id is "
-                f"{model.config.video_token_id}: load both from one checkpoint"
-            )
+        for kind in ("video", "image"):
+            pad_id, token_id = getattr(special, f"{kind}_pad"), getattr(model.config, f"{kind}_token_id")
+            if pad_id != token_id:
+                raise ValueError(
+                    f"the tokenizer's <|{kind}_pad|> is {pad_id}, but the model's {kind}_token_id is {token_id}: load "
+                    "both from one checkpoint"
+                )
         decoder = self._family.decoder(model)
         if set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention"}:
             raise ValueError("the model has sliding-window layers: set text_config.use_sliding_window to false")
@@ -259,19 +261,23 @@ class LocalEngine:
         return cache, output.last_hidden_state[torch.arange(len(prompts)), length_P - 1]
 
     def _inputs(self, prompts: Sequence[Prompt], token_ids_PL: Tensor) -> dict[str, Any]:
-        """See `ModelFamily.decoder_inputs`; one call of the vision tower. `token_ids_PL`: on the CPU."""
+        """See `ModelFamily.decoder_inputs`; one call of the vision tower, or none where nothing
+        is shown. `token_ids_PL`: on the CPU."""
         model = self.model
-        video_pad = self._family.video_token_id(model.config)
         for prompt in prompts:
-            count = int((prompt.token_ids_L == video_pad).sum())
-            if count != prompt.patches.num_tokens:
+            count, grids = self._family.media_rows(prompt.token_ids_L, model.config).numel(), prompt.grids
+            num_tokens = sum(patches.num_tokens for patches in prompt.media)
+            if count != num_tokens:
                 raise ValueError(
-                    f"the prompt of example {prompt.example.id!r} has {count} video placeholders, but its grid "
-                    f"{prompt.patches.grid_thw} stands for {prompt.patches.num_tokens} tokens: use PromptBuilder"
+                    f"the prompt of example {prompt.example.id!r} has {count} placeholders, but its grids {grids} "
+                    f"stand for {num_tokens} tokens: use PromptBuilder"
                 )
-        tower, clips = self._family.tower(model), [p.patches for p in prompts]
-        features_MW = embed_videos(self._family, tower, clips, model.device, model.dtype)
-        video_row_M = (token_ids_PL.flatten() == video_pad).nonzero().squeeze(1).to(model.device)
+        tower, clips = self._family.tower(model), [patches for p in prompts for patches in p.media]
+        if clips:
+            features_MW = embed_videos(self._family, tower, clips, model.device, model.dtype)
+        else:
+            features_MW = torch.zeros(0, self._family.feature_width(model.config), device=model.device)
+        video_row_M = self._family.media_rows(token_ids_PL, model.config).to(model.device)
         embeds_TD = model.get_input_embeddings()(token_ids_PL.flatten().to(model.device))
         return self._family.decoder_inputs(model, embeds_TD, features_MW, video_row_M, len(prompts))
 

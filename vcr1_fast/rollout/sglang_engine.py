@@ -33,7 +33,7 @@ from vcr1_fast.rollout.sgl.update import CHECK_LOADER, FORGET_LOADER
 from vcr1_fast.rollout.sgl.weights import checkpoint_weights
 from vcr1_fast.rollout.sgl.workers import Request, Workers
 from vcr1_fast.settings.learning import SGLangConfig
-from vcr1_fast.types import Completion, FinishReason, Patches, Prompt, RunError, SamplingParams
+from vcr1_fast.types import Completion, FinishReason, Prompt, RunError, SamplingParams
 
 CPU = torch.device("cpu")
 CPU_ARGS = {  # what runs without a GPU; on one, SGLang chooses
@@ -206,8 +206,8 @@ class SGLangEngine:
             "stop_ids": self._stop_ids,
             "suppressed_ids": self._suppressed_ids,
             "media": [
-                {"kind": kind, "grid_thw": patches.grid_thw, "second_per_grid_s": patches.second_per_grid_s}
-                for kind, patches in media_of(prompt)
+                {"kind": shown.kind, "grid_thw": shown.grid_thw, "second_per_grid_s": shown.second_per_grid_s}
+                for shown in prompt.media
             ],
         }
         token_ids_L, position_ids_3L = prompt.token_ids_L, prompt.position_ids_3L
@@ -216,12 +216,11 @@ class SGLangEngine:
             position_R = prompt.next_position + torch.arange(begun.num_tokens)
             position_ids_3L = torch.cat([position_ids_3L, position_R.expand(3, -1)], dim=1)
         tensors = {"token_ids_L": token_ids_L, "position_ids_3L": position_ids_3L}
-        shown = [patches for _, patches in media_of(prompt)]
-        embeddings = [patches.embeddings_MD for patches in shown if patches.embeddings_MD is not None]
+        embeddings = [shown.embeddings_MD for shown in prompt.media if shown.embeddings_MD is not None]
         if embeddings:
             tensors["embeddings_MD"] = _joined(embeddings)
-        elif shown:
-            tensors["values_PC"] = _joined([patches.values_PC for patches in shown])
+        elif prompt.media:
+            tensors["values_PC"] = _joined([shown.values_PC for shown in prompt.media])
         # to another machine pixels go as bytes, where that is exact
         is_far = self.config.placement == "disaggregated"
         return fields, pack(tensors) if is_far else tensors
@@ -256,11 +255,6 @@ class SGLangEngine:
         if token_R.numel() and int(token_R[-1]) in self._stop_ids:
             return "stop"
         return "aborted" if is_cut else "length"
-
-
-def media_of(prompt: Prompt) -> list[tuple[str, Patches]]:
-    """Kind and patches of each video and picture that a prompt shows, in its order."""
-    return [("video", patches) for patches in (prompt.patches,)]
 
 
 def _joined(rows: list[Tensor]) -> Tensor:

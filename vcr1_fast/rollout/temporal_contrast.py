@@ -16,27 +16,35 @@ import numpy as np
 import torch
 
 from vcr1_fast.tasks.shaping import Parts, is_correct, scores
-from vcr1_fast.types import Prompt, RolloutGroup
+from vcr1_fast.types import Patches, Prompt, RolloutGroup
 
 MIN_RATIO = 0.8  # of the mean score in order to that of the shuffled clip
 SHUFFLED_SEED = 1 << 55  # added to the seed of the step: the shuffled clip is not answered with the same random numbers
 
 
 def shuffled_prompt(prompt: Prompt, seed: int) -> Prompt:
-    """The prompt with its pairs of frames in another order; tokens and positions stay. Of one pair: as it is.
+    """The prompt with the pairs of frames of each video in another order; tokens and positions stay. Of one pair: as it
+    is.
 
     A pure function of the example's id and the seed.
     """
-    num_pairs = prompt.patches.grid_thw[0]
     stream = np.random.Philox(np.random.SeedSequence([seed % 2**128, zlib.crc32(prompt.example.id.encode())]))
+    return replace(prompt, media=tuple(_shuffled(patches, stream) for patches in prompt.media))
+
+
+def _shuffled(patches: Patches, stream: np.random.Philox) -> Patches:
+    num_pairs, embeddings_MD = patches.grid_thw[0], patches.embeddings_MD
     order = torch.from_numpy(np.argsort(stream.random_raw(num_pairs), kind="stable"))
     if bool((order == torch.arange(num_pairs)).all()):
         order = order.flip(0)
-    patches, embeddings_MD = prompt.patches, prompt.patches.embeddings_MD
     if embeddings_MD is not None:  # the tower sees one pair at a time, so its output moves with the pair
         embeddings_MD = _reordered(embeddings_MD, order)
-    values_PC = _reordered(patches.values_PC, order)
-    return replace(prompt, patches=replace(patches, values_PC=values_PC, embeddings_MD=embeddings_MD))
+    return replace(patches, values_PC=_reordered(patches.values_PC, order), embeddings_MD=embeddings_MD)
+
+
+def has_order(prompt: Prompt) -> bool:
+    """Whether it shows a video; the others have no part "order"."""
+    return any(patches.kind == "video" for patches in prompt.media)
 
 
 def _reordered(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -122,8 +122,11 @@ def clip_pictures(
 
 def clip_picture(group: RolloutGroup, config: TaskConfig, video_format: VideoFormat) -> np.ndarray | None:
     """[H, W, 3] uint8: frames that the model saw, side by side; below them the true periods in blue and those that the
-    first drawn answer says in orange, where the truth is of periods. None where the pixels are not kept."""
-    patches, truth = group.prompt.patches, group.prompt.example.truth
+    first drawn answer says in orange, where the truth is of periods; of several videos and images the first. None where
+    there is none, or its pixels are not kept."""
+    if not group.prompt.media:
+        return None
+    patches, truth = group.prompt.media[0], group.prompt.example.truth
     num_pairs = patches.grid_thw[0]
     pairs = sorted({round((i + 0.5) * num_pairs / STRIP_FRAMES - 0.5) for i in range(STRIP_FRAMES)})
     frames_FHW3 = to_frames(patches, pairs, video_format)

@@ -28,7 +28,7 @@ FEW_TOKENS = 4  # of a pair of frames: 56 x 56 pixels
 class Evidence:
     """One step without a signal, over all ranks."""
 
-    rows: Sequence[Mapping[str, Any]]  # of answers.group_row, each with "tokens_per_pair" of frames
+    rows: Sequence[Mapping[str, Any]]  # of answers.group_row, each with "tokens_per_pair" of frames of its videos
     num_updates: int
     num_skipped: int  # updates whose gradient was not finite
     num_too_large: int  # groups above train.max_group_tokens
@@ -76,7 +76,8 @@ def _not_finite(evidence: Evidence) -> str:
 
 
 def _small_frames(evidence: Evidence) -> str:
-    tokens = statistics.median([row["tokens_per_pair"] for row in evidence.rows] or [FEW_TOKENS + 1])
+    seen = [tokens for row in evidence.rows for tokens in row["tokens_per_pair"]]
+    tokens = statistics.median(seen or [FEW_TOKENS + 1])
     if tokens > FEW_TOKENS:
         return ""
     return (
@@ -184,7 +185,7 @@ class SignalWatch:
         tasks, world, rollout = self._run.tasks, self._run.world, self._run.config.rollout
         rows = [
             group_row(0, group, tasks[group.prompt.example.task])
-            | {"tokens_per_pair": group.prompt.patches.num_tokens / group.prompt.patches.grid_thw[0]}
+            | {"tokens_per_pair": [p.num_tokens / p.grid_thw[0] for p in group.prompt.media if p.kind == "video"]}
             for group in groups[: max(MAX_GROUPS // world.world_size, 1)]
         ]
         return Evidence(

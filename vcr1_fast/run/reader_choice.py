@@ -29,6 +29,7 @@ from vcr1_fast.types import SampleError
 from vcr1_fast.video import dali_codecs
 from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.reader_speed import fastest, measure_readers
+from vcr1_fast.video.source_name import SourceName
 
 NUM_CLIPS = 64  # that are tried at most
 
@@ -119,7 +120,9 @@ def _some_clips(config: Config, tasks: Mapping[str, Task], name: Literal["train"
     contents: list[AnnotationFile] = []
     with contextlib.suppress(ConfigError):
         contents = annotation_contents(config, tasks, name)
-    videos = sorted({row.video for content in contents for row in content.rows if not row.is_refused})
+    rows = [row for content in contents for row in content.rows if not row.is_refused]
+    sources = {source for row in rows for source in row.sources}
+    videos = sorted(source for source in sources if not SourceName.parse(source).is_image)
     clips: list[ClipRequest] = []
     for video in random.Random(config.train.seed).sample(videos, min(NUM_CLIPS, len(videos))):
         try:

@@ -22,10 +22,12 @@ from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.settings.checks import RunCommand
 from vcr1_fast.settings.config import Config
 from vcr1_fast.tasks.task import Task
-from vcr1_fast.video.cache import PIXEL_FIELDS, TensorCache
+from vcr1_fast.video.cache import IMAGE_FIELDS, PIXEL_FIELDS, TensorCache
 from vcr1_fast.video.frozen_tower import FrozenTower, load_frozen_tower
 from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.patches import PatchSource
+
+SEEN_FIELDS = PIXEL_FIELDS + IMAGE_FIELDS
 
 
 def prompt_limits(config: Config, command: RunCommand) -> PromptLimits:
@@ -36,7 +38,7 @@ def prompt_limits(config: Config, command: RunCommand) -> PromptLimits:
         num_answer_tokens = 0  # its answers are there, and are counted
     elif command == "eval":
         num_answer_tokens = config.eval.max_new_tokens or num_answer_tokens
-        if not config.eval.video.given.keys().isdisjoint(PIXEL_FIELDS):  # to see more than training may
+        if not config.eval.video.given.keys().isdisjoint(SEEN_FIELDS):  # to see more than training may
             max_prompt_tokens = None
     is_fixed = config.task.recipe == "fixed"
     return PromptLimits(max_positions, num_answer_tokens, max_prompt_tokens, refuses_periods=is_fixed)
@@ -79,7 +81,7 @@ def eval_builder(
         yield builder
         return
     limits = prompt_limits(config, "eval")
-    if all(getattr(video, name) == value for name, value in asdict(config.video).items() if name not in PIXEL_FIELDS):
+    if all(getattr(video, name) == value for name, value in asdict(config.video).items() if name not in SEEN_FIELDS):
         seen = source.seen_as(video)
         yield builder.reading(seen, seen.prefetch, limits)
         return

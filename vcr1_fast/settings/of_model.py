@@ -22,9 +22,13 @@ from vcr1_fast.settings.error import ConfigError, require
 from vcr1_fast.settings.video import VideoConfig
 from vcr1_fast.video.formats import FORMATS, QWEN2_5_VL, VideoFormat
 
-_PIXELS = ("total_pixels", "min_frame_pixels", "max_frame_pixels")
+_PIXELS = ("total_pixels", "min_frame_pixels", "max_frame_pixels", "min_image_pixels", "max_image_pixels")
 FRAME_SETTINGS = ("fps", "min_frames", "max_frames", *_PIXELS)
-_BOUNDS = {"min_frames": "max_frames", "min_frame_pixels": "max_frame_pixels"}  # one of a pair says nothing alone
+_BOUNDS = {  # one of a pair says nothing alone
+    "min_frames": "max_frames",
+    "min_frame_pixels": "max_frame_pixels",
+    "min_image_pixels": "max_image_pixels",
+}
 
 
 def video_of_model(path: str, given: Collection[str]) -> dict[str, Any]:

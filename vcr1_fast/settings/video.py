@@ -46,6 +46,11 @@ class VideoConfig:
     """A frame is scaled up to at least this many pixels."""
     max_frame_pixels: int = 768 * 28 * 28
     """A frame is scaled down to at most this many pixels."""
+    max_image_pixels: int = 1280 * 28 * 28
+    """An image, which is no frame of a video, is scaled down to at most this many pixels. Default: 1,280 tokens; of
+    Qwen3-VL as many of 32 x 32, and so is the bound below."""
+    min_image_pixels: int = 4 * 28 * 28
+    """An image is scaled up to at least this many pixels."""
     image_folder_fps: float = 2.0
     """Frames per second of a video that is a folder of images; such a folder does not say. VideoChat-R1 declares 2."""
     max_source_pixels: int = 8192 * 8192
@@ -81,6 +86,11 @@ class VideoConfig:
             f"video.min_frame_pixels is {self.min_frame_pixels}, wanted between 784 and "
             f"video.max_frame_pixels {self.max_frame_pixels}",
         )
+        require(
+            28 * 28 <= self.min_image_pixels <= self.max_image_pixels,
+            f"video.min_image_pixels is {self.min_image_pixels}, wanted between 784 and "
+            f"video.max_image_pixels {self.max_image_pixels}",
+        )
         for name in ("image_folder_fps", "timeout_s", "max_source_pixels", "clips_per_worker"):
             require(getattr(self, name) > 0, f"video.{name} is {getattr(self, name)}, wanted more than 0")
         for name in ("num_workers", "prefetch_steps", "cache_disk_gib", "cache_ram_gib"):
@@ -105,6 +115,10 @@ class EvalVideoConfig:
     """As video.min_frame_pixels."""
     max_frame_pixels: int | None = None
     """As video.max_frame_pixels."""
+    max_image_pixels: int | None = None
+    """As video.max_image_pixels."""
+    min_image_pixels: int | None = None
+    """As video.min_image_pixels."""
     image_folder_fps: float | None = None
     """As video.image_folder_fps."""
     max_source_pixels: int | None = None

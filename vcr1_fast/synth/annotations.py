@@ -1,4 +1,4 @@
-"""Scene -> annotation rows of five tasks, with the think text that supervised cold start learns from."""
+"""Scene -> annotation rows of the tasks, with the think text that supervised cold start learns from."""
 
 from __future__ import annotations
 
@@ -95,6 +95,23 @@ def quality_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rng
         "answer": QUALITIES[scene.damage > 0 and not is_careless],
         "reasoning": " ".join(f"{k} {word}" for k in range(int(np.ceil(scene.duration_s)))),
     }
+
+
+def image_row(config: SynthConfig, scene: Scene, clip_id: str, file: str, rng: np.random.Generator) -> Row:
+    """Multiple choice about an image: what colour is the object?"""
+    row = _colour_row(scene, clip_id, "what colour is the large object in <image>")
+    return {**row, "image": file, "reasoning": scene.target.colour}
+
+
+def text_row(config: SynthConfig, scene: Scene, clip_id: str, file: str, rng: np.random.Generator) -> Row:
+    """Multiple choice without anything to see: the answer stands in the question. `file` is not written."""
+    return {**_colour_row(scene, clip_id, f"what colour is a {scene.target.name}"), "reasoning": scene.target.colour}
+
+
+def _colour_row(scene: Scene, clip_id: str, query: str) -> Row:
+    options = list(COLOURS)
+    answer = ascii_uppercase[options.index(scene.target.colour)]
+    return {"id": clip_id, "task": "multiple_choice", "query": query, "options": options, "answer": answer}
 
 
 def _letter(config: SynthConfig, index: int, needs_care: bool, rng: np.random.Generator) -> str:

@@ -7,8 +7,9 @@ from typing import Literal
 
 from vcr1_fast.settings.config import ConfigError
 
-Kind = Literal["grounding", "tracking", "grounded_qa", "choice", "quality"]
-KINDS: tuple[Kind, ...] = ("grounding", "tracking", "grounded_qa", "choice", "quality")
+Kind = Literal["grounding", "tracking", "grounded_qa", "choice", "quality", "image", "text"]
+KINDS: tuple[Kind, ...] = ("grounding", "tracking", "grounded_qa", "choice", "quality")  # those with a clip
+ALL_KINDS: tuple[Kind, ...] = (*KINDS, "image", "text")
 
 COLOURS: dict[str, tuple[int, int, int]] = {  # RGB; far apart, so that chroma subsampling keeps them apart
     "red": (225, 35, 40),
@@ -27,11 +28,12 @@ class SynthConfig:
     """A synthetic data set: clips of up to five kinds, one question each.
 
     grounding: when does an object appear? tracking: where is it? grounded_qa: what colour is it, and when?
-    choice: in which part of the clip is it? quality: are the pictures good?
+    choice: in which part of the clip is it? quality: are the pictures good? And two for mixtures, only where `kinds`
+    names them. image: what colour is it in this image? text: a question that shows nothing.
     """
 
     output_dir: str = "runs/synth"
-    """Folder to write: videos/, train_*.jsonl, eval_*.jsonl."""
+    """Folder to write: videos/ (images too), train_*.jsonl, eval_*.jsonl."""
     kinds: tuple[Kind, ...] = KINDS
     """Kinds of clips and questions to write."""
     num_train: int = 256

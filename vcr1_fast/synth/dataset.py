@@ -18,8 +18,17 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vcr1_fast.settings.config import ConfigError
-from vcr1_fast.synth.annotations import Row, choice_row, grounded_qa_row, grounding_row, quality_row, tracking_row
-from vcr1_fast.synth.config import KINDS, Kind, SynthConfig
+from vcr1_fast.synth.annotations import (
+    Row,
+    choice_row,
+    grounded_qa_row,
+    grounding_row,
+    image_row,
+    quality_row,
+    text_row,
+    tracking_row,
+)
+from vcr1_fast.synth.config import ALL_KINDS, Kind, SynthConfig
 from vcr1_fast.synth.render import Pixels, Renderer
 from vcr1_fast.synth.scene import (
     Scene,
@@ -27,6 +36,7 @@ from vcr1_fast.synth.scene import (
     sample_quality_scene,
     sample_tracking_scene,
 )
+from vcr1_fast.video.draw import write_png
 
 _MAKERS: dict[Kind, tuple[Callable[..., Scene], Callable[..., Row]]] = {
     "grounding": (sample_grounding_scene, grounding_row),
@@ -34,6 +44,8 @@ _MAKERS: dict[Kind, tuple[Callable[..., Scene], Callable[..., Row]]] = {
     "grounded_qa": (sample_grounding_scene, grounded_qa_row),
     "choice": (sample_grounding_scene, choice_row),
     "quality": (sample_quality_scene, quality_row),
+    "image": (sample_grounding_scene, image_row),
+    "text": (sample_grounding_scene, text_row),
 }
 _SPLITS = ("train", "eval")
 _MIN_CLIPS_FOR_WORKERS = 64
@@ -98,14 +110,14 @@ def make_clip(config: SynthConfig, split: str, kind: Kind, index: int) -> tuple[
 
     split: `train` (labels as late, loose and careless as configured) or `eval` (exact labels).
     """
-    rng = np.random.default_rng([config.seed, _SPLITS.index(split), KINDS.index(kind), index])
+    rng = np.random.default_rng([config.seed, _SPLITS.index(split), ALL_KINDS.index(kind), index])
     if split != "train":
         config = replace(config, label_lag_s=0.0, label_slack_frac=0.0, label_careless_frac=0.0)
     clip_id = f"{split}-{kind}-{index:05d}"
-    video = f"videos/{clip_id}.mp4"
+    file = f"videos/{clip_id}.{'png' if kind == 'image' else 'mp4'}"
     sample_scene, make_row = _MAKERS[kind]
     scene = sample_scene(config, rng)
-    return scene, make_row(config, scene, clip_id, video, rng)
+    return scene, make_row(config, scene, clip_id, file, rng)
 
 
 def write_mp4(path: Path, frames: Iterable[Pixels], width_px: int, height_px: int, fps: float) -> None:
@@ -126,11 +138,16 @@ def write_mp4(path: Path, frames: Iterable[Pixels], width_px: int, height_px: in
 
 
 def _write_clip(job: tuple[SynthConfig, str, Kind, int]) -> tuple[Row, int]:
-    """Render and encode one clip; its annotation and the size of its file in bytes."""
+    """Render and encode one clip or image; its annotation and the size of its file in bytes."""
     config, split, kind, index = job
     scene, row = make_clip(config, split, kind, index)
     renderer = Renderer(scene, config.noise)
-    path = Path(config.output_dir) / str(row["video"])
+    if kind == "text":
+        return row, 0
+    path = Path(config.output_dir) / str(row.get("image") or row["video"])
+    if kind == "image":
+        write_png(renderer.frame(sum(scene.target.visible_s) / 2), path)
+        return row, path.stat().st_size
     frames = (renderer.frame(k / config.fps) for k in range(config.num_frames))
     write_mp4(path, frames, config.width_px, config.height_px, config.fps)
     return row, path.stat().st_size

@@ -47,6 +47,7 @@ class Captioning:
     """Reward parts: format, and f1 (fixed) or recall (paper) of events. Only `score` and `metrics` ask the judge."""
 
     name = "captioning"
+    needs_video = True
     needs_query = False  # a row without "query" gets the usual instruction
     part_names: tuple[str, ...] = ("format", "recall", "f1")  # of an instance: those of its recipe
 

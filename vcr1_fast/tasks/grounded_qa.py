@@ -56,6 +56,7 @@ class GroundedQA:
     """Reward parts: format, iou of the intervals with the true ones as sets, and accuracy: 1 for the right letter."""
 
     name = "grounded_qa"
+    needs_video = True
     part_names: tuple[str, ...] = ("format", "iou", "accuracy")
 
     def __init__(self, config: TaskConfig) -> None:

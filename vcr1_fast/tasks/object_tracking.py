@@ -47,6 +47,7 @@ class ObjectTracking:
     """Reward parts: format, and iou, the mean overlap of the predicted boxes with the true ones."""
 
     name = "object_tracking"
+    needs_video = True
     part_names: tuple[str, ...] = ("format", "iou")
 
     def __init__(self, config: TaskConfig) -> None:

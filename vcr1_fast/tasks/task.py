@@ -12,8 +12,9 @@ from vcr1_fast.types import Example, Truth
 class Task(Protocol):
     """One file of `vcr1_fast.tasks` provides one of these. Stateless apart from its settings.
 
-    Two more members are optional, both (examples, answers) -> one bool per answer: `are_readable`, whether `metrics`
+    More members are optional. Two are (examples, answers) -> one bool per answer: `are_readable`, whether `metrics`
     found something in it, and `are_well_formed`, where that is cheaper to say than by the part "format" of `score`.
+    `needs_video`: a row without exactly one video is refused; default: rows may show anything, or nothing.
     """
 
     name: str

@@ -39,6 +39,7 @@ class TemporalGrounding:
     """Reward parts: format, and iou of the predicted period with the true ones."""
 
     name = "temporal_grounding"
+    needs_video = True
     part_names: tuple[str, ...] = ("format", "iou")
     questions: ClassVar[Mapping[str, str]] = {
         "fixed": "When exactly does this happen in the video: {event_plain}? {reason} start and end in seconds with "

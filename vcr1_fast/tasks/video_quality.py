@@ -33,6 +33,7 @@ class VideoQuality:
     """Reward parts: format, and accuracy: 1 for the right label."""
 
     name = "video_quality"
+    needs_video = True
     part_names: tuple[str, ...] = ("format", "accuracy")
 
     def __init__(self, config: TaskConfig) -> None:

@@ -27,6 +27,7 @@ from vcr1_fast.video.formats import QWEN2_5_VL
 # Raise it when the same request gives other pixels or times: after a change of sampling, sizes, resizing or readers.
 CACHE_FORMAT = 1
 PIXEL_FIELDS = ("fps", "min_frames", "max_frames", "total_pixels", "min_frame_pixels", "max_frame_pixels")
+IMAGE_FIELDS = ("min_image_pixels", "max_image_pixels")  # matter for images alone
 FOLDER_FIELDS = ("image_folder_fps",)  # matter only where the video is a folder of images
 KEY = re.compile(r"[0-9a-f]{32,128}")
 
@@ -47,11 +48,21 @@ def clip_key(request: ClipRequest, reader_name: str) -> str:
         raise SampleError(request.path, "no such file; check data.video_root and the annotation") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise SampleError(request.path, f"the file cannot be opened: {error}") from error
-    names = PIXEL_FIELDS + FOLDER_FIELDS if is_folder else PIXEL_FIELDS
+    names = IMAGE_FIELDS if request.is_image else PIXEL_FIELDS + FOLDER_FIELDS * is_folder
     settings = [float(getattr(request.config, name)) for name in names]
     part = [float(request.start_s), float(request.end_s), request.num_images, *request.evidence_s]
     size = [request.factor_px] if request.factor_px != QWEN2_5_VL.factor_px else []  # caches from before it stay valid
-    return _digest("clip", CACHE_FORMAT, torch.__version__, reader_name, path, identity, part, settings, *size)
+    return _digest(
+        "image" if request.is_image else "clip",
+        CACHE_FORMAT,
+        torch.__version__,
+        reader_name,
+        path,
+        identity,
+        part,
+        settings,
+        *size,
+    )
 
 
 def tower_key(clip_key: str, tower_digest: str, dtype: torch.dtype) -> str:

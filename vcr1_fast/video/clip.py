@@ -1,5 +1,5 @@
-"""What to read of which source: a whole video, the part of it between two times, or a fixed number of its images; and
-where more of it shall be seen."""
+"""What to read of which source: a whole video, the part of it between two times, a fixed number of its images, where
+more of it shall be seen; or one image."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 from vcr1_fast.settings.config import ConfigError, VideoConfig
 from vcr1_fast.types import Frames, Interval, SampleError
 from vcr1_fast.video.formats import QWEN2_5_VL
-from vcr1_fast.video.read import read_frames, read_resized
+from vcr1_fast.video.read import read_frames, read_image, read_resized
 from vcr1_fast.video.reader import Probe, Reader
+from vcr1_fast.video.resolution import largest_clip_bytes
 from vcr1_fast.video.source_name import FRAGMENT, SourceName, part_name
 
 __all__ = ["FRAGMENT", "ClipRequest", "ImagesReader", "PartReader", "part_name", "read_clip"]
@@ -32,15 +33,18 @@ class ClipRequest:
     evidence_s: tuple[Interval, ...] = ()  # where frames lie closer together, in seconds of the part
     folder_fps: float | None = None  # rate of a folder of images whose name says it; also config.image_folder_fps
     factor_px: int = QWEN2_5_VL.factor_px  # height and width of a frame are multiples of it
+    is_image: bool = False  # the path is that of an image file; nothing above but its size counts
 
     @staticmethod
     def of(video: str, config: VideoConfig, factor_px: int = QWEN2_5_VL.factor_px) -> ClipRequest:
-        """The request that `Example.video` stands for, see `source_name`.
+        """The request that a name in `Example.sources` stands for, see `source_name`.
 
         A fixed number of images is seen whole and at its declared rate, whatever `config` says of rate and length.
         Raises SampleError for a rate that cannot be.
         """
         name = SourceName.parse(video)
+        if name.is_image:
+            return ClipRequest(name.path, config, factor_px=factor_px, is_image=True)
         try:
             if name.part_fps is not None:
                 config = replace(config, fps=name.part_fps)
@@ -60,9 +64,16 @@ class ClipRequest:
     def is_whole(self) -> bool:
         return self.start_s == 0.0 and self.end_s == math.inf
 
+    @property
+    def max_bytes(self) -> int:
+        """Upper bound of its pixels."""
+        return 3 * self.config.max_image_pixels if self.is_image else largest_clip_bytes(self.config)
+
 
 def read_clip(request: ClipRequest, reader: Reader) -> Frames:
-    """Decode what is asked for, see `read_frames`. Raises SampleError."""
+    """Decode what is asked for, see `read_frames` and `read_image`. Raises SampleError."""
+    if request.is_image:
+        return read_image(request.path, request.config, request.factor_px)
     if request.num_images is not None:
         reader = ImagesReader(reader, request.num_images, request.config.fps)
     elif request.folder_fps is not None:

@@ -17,10 +17,9 @@ from av.video.reformatter import VideoReformatter
 
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
-from vcr1_fast.video.image_header import ImageHeader, read_image_header
+from vcr1_fast.video.image_header import SUFFIXES, ImageHeader, read_image_header
 from vcr1_fast.video.reader import Probe, decoder_limit, require_pixels, upright
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_BYTES_PER_PIXEL = 8  # four 16-bit channels that do not compress at all
 
 # Of a JPEG without its last bytes FFmpeg makes a picture even when told to explode. A thumbnail has both before these.
@@ -53,8 +52,15 @@ class ImageFolderReader:
         last_index, rgb_HW3 = -1, np.empty(0, dtype=np.uint8)
         for index in frame_indices:
             if index != last_index:
-                rgb_HW3, last_index = self._decode(probe, probe.images[index]), index
+                rgb_HW3, last_index = self._of_size(probe, probe.images[index]), index
             yield rgb_HW3
+
+    def read_image(self, path: str) -> np.ndarray:
+        """[H, W, 3] uint8 of one image file, upright. Raises SampleError."""
+        try:
+            return self._decode(*os.path.split(path))
+        except SampleError as error:
+            raise SampleError(path, error.reason) from error
 
     def close(self) -> None:
         """Nothing is held between calls."""
@@ -84,11 +90,11 @@ class ImageFolderReader:
         require_pixels(folder, header.width_px, header.height_px, self.max_source_pixels, what=name)
         return header
 
-    def _decode(self, probe: Probe, name: str) -> np.ndarray:
-        data = self._load(probe.path, name)
-        header = self._header(probe.path, name, data)
+    def _decode(self, folder: str, name: str) -> np.ndarray:
+        data = self._load(folder, name)
+        header = self._header(folder, name, data)
         if header.codec == "mjpeg" and data.rfind(END_OF_JPEG) < data.rfind(START_OF_SCAN):
-            raise SampleError(probe.path, f"{name} cannot be decoded, it is cut short; fetch it again")
+            raise SampleError(folder, f"{name} cannot be decoded, it is cut short; fetch it again")
         try:
             context = av.CodecContext.create(header.codec, "r")
             assert isinstance(context, VideoCodecContext)
@@ -99,10 +105,13 @@ class ImageFolderReader:
             if len(frames) != 1 or frames[0].is_corrupt:
                 raise ValueError(f"it holds {len(frames)} pictures" if len(frames) != 1 else "it is damaged")
             rgb = VideoReformatter().reformat(frames[0], format="rgb24", threads=1)  # its own choice: one per core
-            rgb_HW3 = upright(rgb.to_ndarray(), *header.turn)
+            return upright(rgb.to_ndarray(), *header.turn)
         except (FFmpegError, ValueError, RuntimeError, MemoryError) as error:
             cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise SampleError(probe.path, f"{name} cannot be decoded, is it damaged? ({cause})") from error
+            raise SampleError(folder, f"{name} cannot be decoded, is it damaged? ({cause})") from error
+
+    def _of_size(self, probe: Probe, name: str) -> np.ndarray:
+        rgb_HW3 = self._decode(probe.path, name)
         height_px, width_px = rgb_HW3.shape[:2]
         if (width_px, height_px) != (probe.width_px, probe.height_px):
             raise SampleError(

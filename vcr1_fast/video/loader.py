@@ -27,7 +27,6 @@ from vcr1_fast.video.read import gpu_index, num_processes
 from vcr1_fast.video.read import open_reader as open_configured_reader
 from vcr1_fast.video.reader import Reader, ReaderError
 from vcr1_fast.video.reader_process import WorkerSlot
-from vcr1_fast.video.resolution import largest_clip_bytes
 
 NUM_THREADS = 4  # that read when there are no worker processes; decoding releases the interpreter lock
 MAX_CLIPS = 4096  # named and not yet got; further hints are dropped
@@ -309,7 +308,7 @@ class FrameLoader:
     def _has_room(self) -> bool:
         """For the next clip, with those being read, each of the largest size its settings allow. One is always read
         ahead."""
-        needed_bytes = sum(largest_clip_bytes(clip.request.config) for clip in (*self._running, self._ahead[0]))
+        needed_bytes = sum(clip.request.max_bytes for clip in (*self._running, self._ahead[0]))
         is_empty = self._waiting_bytes == 0 and not self._running
         return is_empty or self._waiting_bytes + needed_bytes <= self._max_waiting_bytes
 

@@ -13,8 +13,8 @@ from vcr1_kernels.backend import Backend
 
 from vcr1_fast.learner.kernel_choice import KernelChoice
 from vcr1_fast.settings.config import VideoConfig
-from vcr1_fast.types import Frames, Patches, SampleError
-from vcr1_fast.video.cache import PIXEL_FIELDS, TensorCache, clip_key, tower_key
+from vcr1_fast.types import Frames, MediaKind, Patches, SampleError
+from vcr1_fast.video.cache import IMAGE_FIELDS, PIXEL_FIELDS, TensorCache, clip_key, tower_key
 from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.formats import FRAMES_PER_PATCH, QWEN2_5_VL, VideoFormat
 from vcr1_fast.video.frozen_tower import FrozenTower
@@ -22,7 +22,7 @@ from vcr1_fast.video.loader import FrameLoader
 
 
 class PatchSource:
-    """`Example.video` -> `Patches`: decoded once, moved to the device as bytes, normalised there.
+    """A name in `Example.sources` -> `Patches`: decoded once, moved to the device as bytes, normalised there.
 
     With a frozen tower the patches go through it at once, and what it gives is kept beside the decoded clips: engine
     and learner then share it, and a clip seen before is not even decoded.
@@ -50,7 +50,7 @@ class PatchSource:
         """The same readers, cache and tower for clips with the frames and sizes that `video` asks for. Not to be
         closed."""
         source = copy.copy(self)
-        source.config = replace(self.config, **{name: getattr(video, name) for name in PIXEL_FIELDS})
+        source.config = replace(self.config, **{name: getattr(video, name) for name in PIXEL_FIELDS + IMAGE_FIELDS})
         return source
 
     @property
@@ -73,7 +73,7 @@ class PatchSource:
         entry = self.cache.get(key)
         if entry is not None:
             self.loader.skip(request)  # it may have been named before another prompt of the same clip came by
-            return _unpacked(entry.tensors["embeddings_MD"], entry.tensors["numbers"], self)
+            return _unpacked(entry.tensors["embeddings_MD"], entry.tensors["numbers"], self, _kind(request))
         patches = self._patches(request, self.tower.dtype, self.tower.device)
         embeddings_MD = self.tower.embed(patches)
         numbers = torch.tensor(
@@ -84,7 +84,7 @@ class PatchSource:
             dtype=torch.float64,
         )
         self.cache.put(key, {"embeddings_MD": embeddings_MD, "numbers": numbers}, {})
-        return _unpacked(embeddings_MD, numbers, self)
+        return _unpacked(embeddings_MD, numbers, self, _kind(request))
 
     def prefetch(self, videos: Sequence[str]) -> None:
         """Have these clips read ahead; a hint, in the order in which they will be asked for.
@@ -112,7 +112,8 @@ class PatchSource:
         return ClipRequest.of(video, self.config, self.video_format.factor_px)
 
     def _patches(self, request: ClipRequest, dtype: torch.dtype, device: torch.device) -> Patches:
-        return to_patches(self.loader.get(request), dtype, device, self._backend, self.video_format)
+        patches = to_patches(self.loader.get(request), dtype, device, self._backend, self.video_format)
+        return replace(patches, kind="image", second_per_grid_s=0.0, pair_times_s=()) if request.is_image else patches
 
     def _tower_key(self, request: ClipRequest, tower: FrozenTower) -> str:
         return tower_key(clip_key(request, self.name), tower.digest, tower.dtype)
@@ -176,7 +177,11 @@ def to_frames(patches: Patches, pairs: Sequence[int], video_format: VideoFormat 
     return (rgb_FHW3 * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def _unpacked(embeddings_MD: torch.Tensor, numbers: torch.Tensor, source: PatchSource) -> Patches:
+def _kind(request: ClipRequest) -> MediaKind:
+    return "image" if request.is_image else "video"
+
+
+def _unpacked(embeddings_MD: torch.Tensor, numbers: torch.Tensor, source: PatchSource, kind: MediaKind) -> Patches:
     t, h, w, second_per_grid_s, num_frames, duration_s, *pair_times_s = numbers.tolist()
     return Patches(
         values_PC=torch.empty(0, source.video_format.patch_values, dtype=source.dtype, device=source.device),
@@ -186,4 +191,5 @@ def _unpacked(embeddings_MD: torch.Tensor, numbers: torch.Tensor, source: PatchS
         duration_s=duration_s,
         embeddings_MD=embeddings_MD.to(source.device),
         pair_times_s=tuple(pair_times_s),
+        kind=kind,
     )

@@ -1,4 +1,4 @@
-"""The one way from a video file or folder of images to `Frames`.
+"""The one way from a video file, a folder of images or one image to `Frames`.
 
 Probe, choose frames, choose a size, decode only these, resize.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from vcr1_fast.video.gpu_decoding import GPU_READERS
 from vcr1_fast.video.image_folder_reader import ImageFolderReader
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.reader import Probe, Reader, UnsuitedError
-from vcr1_fast.video.resolution import frame_size_px, resize_frame
+from vcr1_fast.video.resolution import fitting_size_px, frame_size_px, resize_frame
 from vcr1_fast.video.sampling import choose_frames
 
 
@@ -142,6 +143,20 @@ def read_frames(
     rgb_FHW3 = read_resized(reader, probe, choice.indices, height_px, width_px)
     times_s = torch.from_numpy(probe.times_s[np.array(choice.indices)])
     return Frames(rgb_FHW3, times_s, choice.sampled_fps, probe.duration_s, reader.name)
+
+
+def read_image(path: str, config: VideoConfig, factor_px: int = QWEN2_5_VL.factor_px) -> Frames:
+    """An image file as one frame [1, H, W, 3] without time, at the size that `config` asks for images. Raises
+    SampleError when the file cannot be used as it is."""
+    reader = ImageFolderReader(config.image_folder_fps, config.max_source_pixels)
+    rgb_HW3 = reader.read_image(path)
+    try:
+        bounds = config.min_image_pixels, Fraction(config.max_image_pixels)
+        size_px = fitting_size_px(rgb_HW3.shape[0], rgb_HW3.shape[1], *bounds, factor_px)
+    except ValueError as error:
+        raise SampleError(path, str(error)) from error
+    rgb_1HW3 = resize_frame(torch.from_numpy(rgb_HW3), *size_px)[None]
+    return Frames(rgb_1HW3, torch.zeros(1, dtype=torch.float64), 1.0, 0.0, reader.name)
 
 
 def read_resized(

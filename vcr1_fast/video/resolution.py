@@ -33,8 +33,15 @@ def frame_size_px(
 ) -> tuple[int, int]:
     """(height, width) in pixels of what the model sees: multiples of factor_px, aspect ratio kept as far as possible.
 
-    Qwen's `smart_resize` with the budget of `max_pixels_per_frame`; the first rounding is held at factor_px or more, so
-    a strip thinner than half of that is not rounded to nothing. `factor_px`: see `VideoFormat`.
+    With the budget of `max_pixels_per_frame`, see `fitting_size_px`. `factor_px`: see `VideoFormat`.
+    """
+    highest = max_pixels_per_frame(num_frames, config)
+    return fitting_size_px(height_px, width_px, config.min_frame_pixels, highest, factor_px)
+
+
+def fitting_size_px(height_px: int, width_px: int, lowest: int, highest: Fraction, factor_px: int) -> tuple[int, int]:
+    """The same with between `lowest` and `highest` pixels: Qwen's `smart_resize`; the first rounding is held at
+    factor_px or more, so a strip thinner than half of that is not rounded to nothing.
 
     Raises ValueError when one side is more than 200 times the other.
     """
@@ -43,7 +50,6 @@ def frame_size_px(
             f"frames of {width_px} x {height_px} px (width x height); "
             f"wanted sides that differ by a factor of {MAX_ASPECT_RATIO} at most"
         )
-    highest, lowest = max_pixels_per_frame(num_frames, config), config.min_frame_pixels
     height = max(factor_px, round(height_px / factor_px) * factor_px)
     width = max(factor_px, round(width_px / factor_px) * factor_px)
     if height * width > highest:

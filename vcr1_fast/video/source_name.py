@@ -1,4 +1,4 @@
-"""`Example.video`: a path, and behind it what is to be seen of it, after W3C Media Fragments. Imports no torch.
+"""A name in `Example.sources`: a path, and behind it what is to be seen of it, after W3C Media Fragments. No torch.
 
 /videos/a.mp4                                      the whole file
 /videos/a.mp4#t=2.000,6.500                        the part between two times
@@ -7,6 +7,7 @@
 /images/GOT-10k_Val_000010#images=7&fps=2          7 images at equal distances, declared to run at 2 a second
 /images/GOT-10k_Val_000010#images=7&fps=2#t=0.000,2.000&fps=2     a part of that
 /videos/a.mp4#focus=10.000,20.000;41.500,44.000    all of what stands before, its frames closer together in two periods
+/images/a.jpg#image                                one image, which has no time; a file without this is a video
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vcr1_fast.types import Interval
 
 FRAGMENT = "#t="
 FOCUS = "#focus="
+IMAGE = "#image"
 _NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 _NAME = re.compile(
     rf"(?P<path>.+?)(?:#images=(?P<num>[1-9]\d{{0,3}}|all)&fps=(?P<rate>{_NUMBER}))?"
@@ -40,6 +42,7 @@ class SourceName:
     num_images: int | None = None  # None: all, or the name does not say
     images_fps: float | None = None
     evidence_s: tuple[Interval, ...] = ()  # in seconds of the part; see sampling.focus_indices
+    is_image: bool = False
 
     @property
     def is_part(self) -> bool:
@@ -47,6 +50,8 @@ class SourceName:
 
     @staticmethod
     def parse(video: str) -> SourceName:
+        if video.endswith(IMAGE):
+            return SourceName(video.removesuffix(IMAGE), is_image=True)
         match = _NAME.fullmatch(video)
         if match is None:  # empty
             return SourceName(video)

@@ -17,12 +17,10 @@ from tests.rollout.sglang.parity import BOUND
 from vcr1_fast.learner.families import family_of
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.prompts.special_ids import SpecialIds
-from vcr1_fast.rollout import sglang_engine
-from vcr1_fast.types import Patches, Prompt, SamplingParams
+from vcr1_fast.types import MediaKind, Patches, Prompt, SamplingParams
 
 Grid = tuple[int, int, int]
-Shown = list[tuple[str, Patches]]  # kind and patches, in the prompt's order
-PROMPTS: Sequence[Sequence[str | tuple[str, Grid]]] = (
+PROMPTS: Sequence[Sequence[str | tuple[MediaKind, Grid]]] = (
     ("first ", ("video", (4, 4, 4)), "then ", ("video", (5, 4, 8)), "which is longer?"),
     ("is ", ("image", (1, 4, 8)), "in ", ("video", (4, 4, 4)), "?"),
     (("video", (2, 4, 4)), ("image", (1, 6, 4)), ("video", (1, 8, 4)), "where"),
@@ -31,17 +29,17 @@ PROMPTS: Sequence[Sequence[str | tuple[str, Grid]]] = (
 )
 
 
-def build(family: Family, pieces: Sequence[str | tuple[str, Grid]], seed: int) -> tuple[Prompt, Shown]:
+def build(family: Family, pieces: Sequence[str | tuple[MediaKind, Grid]], seed: int) -> Prompt:
     tokenizer, special = family.engine.tokenizer, SpecialIds.of(family.engine.tokenizer)
     ids: list[int] = []
     grids: list[Grid] = []
-    shown: Shown = []
+    media: list[Patches] = []
     for piece in pieces:
         if isinstance(piece, str):
             ids += tokenizer(piece)["input_ids"]
             continue
         kind, (t, h, w) = piece
-        shown.append((kind, make_patches((t, h, w), 0.7, seed + len(ids), family.video.patch_values)))
+        media.append(replace(make_patches((t, h, w), 0.7, seed + len(ids), family.video.patch_values), kind=kind))
         pad = special.video_pad if kind == "video" else special.image_pad
         num_parts = t if family.video.reads_times else 1
         grids += [(t // num_parts, h, w)] * num_parts
@@ -49,13 +47,13 @@ def build(family: Family, pieces: Sequence[str | tuple[str, Grid]], seed: int) -
             time = tokenizer(f"<{part}.5 seconds>")["input_ids"] if family.video.reads_times and kind == "video" else []
             ids += [*time, special.vision_start, *[pad] * (t // num_parts * h * w // 4), special.vision_end]
     token_ids_L = torch.tensor(ids)
-    places_L = token_ids_L.masked_fill(token_ids_L == special.image_pad, special.video_pad)  # one rule for both
-    positions_3L = mrope_positions(places_L, grids, [0.7] * len(grids), special.video_pad, 2)
-    return Prompt(make_example(f"{seed}"), token_ids_L, positions_3L, make_patches((1, 2, 2))), shown
+    seconds = [0.7] * len(grids)
+    positions_3L = mrope_positions(token_ids_L, grids, seconds, special.video_pad, 2, image_pad_id=special.image_pad)
+    return Prompt(make_example(f"{seed}"), token_ids_L, positions_3L, tuple(media))
 
 
 @torch.no_grad()
-def stock_logprobs(model: Any, prompt: Prompt, shown: Shown, token_ids_R: Tensor) -> Tensor:
+def stock_logprobs(model: Any, prompt: Prompt, token_ids_R: Tensor) -> Tensor:
     ids_L = torch.cat([prompt.token_ids_L, token_ids_R])
     position_R = prompt.next_position + torch.arange(len(token_ids_R))
     inputs: dict[str, Tensor] = {}
@@ -63,7 +61,7 @@ def stock_logprobs(model: Any, prompt: Prompt, shown: Shown, token_ids_R: Tensor
         ("video", "pixel_values_videos", "video_grid_thw"),
         ("image", "pixel_values", "image_grid_thw"),
     ):
-        if own := [patches for of, patches in shown if of == kind]:
+        if own := [patches for patches in prompt.media if patches.kind == kind]:
             inputs[values] = torch.cat([patches.values_PC for patches in own])
             inputs[grids] = torch.tensor([patches.grid_thw for patches in own])
     positions_3L = torch.cat([prompt.position_ids_3L, position_R.expand(3, -1)], dim=1)
@@ -81,18 +79,16 @@ def embedded(model: Any, patches: Patches) -> Patches:
 
 
 @pytest.mark.parametrize("of_frozen_tower", [False, True])
-def test_a_prompt_shows_any_number_of_videos_and_pictures(family: Family, of_frozen_tower: bool, monkeypatch):
+def test_a_prompt_shows_any_number_of_videos_and_pictures(family: Family, of_frozen_tower: bool):
     model = family.make_model(7)
     family.engine.load_weights(model.state_dict().items(), 100 + of_frozen_tower)
-    built = [build(family, pieces, seed) for seed, pieces in enumerate(PROMPTS)]
-    sent = {
-        prompt.example.id: [(kind, embedded(model, p) if of_frozen_tower else p) for kind, p in shown]
-        for prompt, shown in built
-    }
-    monkeypatch.setattr(sglang_engine, "media_of", lambda prompt: sent[prompt.example.id])
-    answers = family.engine.generate([prompt for prompt, _ in built], SamplingParams(3, 8))
-    for (prompt, shown), group in zip(built, answers, strict=True):
+    prompts = [build(family, pieces, seed) for seed, pieces in enumerate(PROMPTS)]
+    sent = (
+        [replace(p, media=tuple(embedded(model, m) for m in p.media)) for p in prompts] if of_frozen_tower else prompts
+    )
+    answers = family.engine.generate(sent, SamplingParams(3, 8))
+    for prompt, group in zip(prompts, answers, strict=True):
         assert torch.cat([c.logprobs_R for c in group]).std() > 0.5
         for completion in group:
-            wanted_R = stock_logprobs(model, prompt, shown, completion.token_ids_R)
+            wanted_R = stock_logprobs(model, prompt, completion.token_ids_R)
             assert (completion.logprobs_R - wanted_R).abs().max() < BOUND, prompt.example.id

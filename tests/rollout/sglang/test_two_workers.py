@@ -130,12 +130,12 @@ def framed(make_prompt: MakePrompt) -> list[Prompt]:
     generator = torch.Generator().manual_seed(3)
 
     def with_frames(prompt: Prompt) -> Prompt:
-        t, h, w = prompt.patches.grid_thw
+        t, h, w = prompt.media[0].grid_thw
         frames = torch.randint(0, 256, (2 * t, 14 * h, 14 * w, 3), dtype=torch.uint8, generator=generator)
-        return replace(prompt, patches=replace(prompt.patches, values_PC=patchify(frames, torch.float32)))
+        return replace(prompt, media=(replace(prompt.media[0], values_PC=patchify(frames, torch.float32)),))
 
     made = [with_frames(make_prompt((2, 4, 4), "when", 1.0, 1)), with_frames(make_prompt((5, 8, 4), "where", 0.7, 2))]
-    assert all("bytes_PC" in pack({"values_PC": prompt.patches.values_PC}) for prompt in made)
+    assert all("bytes_PC" in pack({"values_PC": prompt.media[0].values_PC}) for prompt in made)
     return made
 
 
@@ -161,7 +161,7 @@ def test_prompts_go_to_both_and_one_broadcast_feeds_both(pair, policy, six):
         sync.push()  # after the first, every checksum is compared inside both
         assert pair.worst(policy, six) < BOUND
         # in turn, as both have equally many when each is handed out; a group is never shared out
-        assert pair.posted == [(i % 2, str(p.patches.grid_thw), GROUP_SIZE) for i, p in enumerate(six)]
+        assert pair.posted == [(i % 2, str(p.media[0].grid_thw), GROUP_SIZE) for i, p in enumerate(six)]
         disturb(policy, update)
     for worker in range(2):  # not pushed: stale weights would be seen in either
         assert pair.worst(policy, six[worker::2]) > 100 * BOUND

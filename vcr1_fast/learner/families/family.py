@@ -92,6 +92,10 @@ class ModelFamily(Protocol):
         """The placeholder of a video token in a prompt."""
         ...
 
+    def media_rows(self, token_ids: Tensor, config: Any) -> Tensor:
+        """[M] int64: where the placeholders of videos and images lie among these ids, counted through all rows."""
+        ...
+
     def feature_width(self, config: Any) -> int:
         """W."""
         ...

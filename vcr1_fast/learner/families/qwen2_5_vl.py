@@ -57,6 +57,10 @@ class Qwen25VL:
     def video_token_id(self, config: Any) -> int:
         return config.video_token_id
 
+    def media_rows(self, token_ids: Tensor, config: Any) -> Tensor:
+        is_media = (token_ids == config.video_token_id) | (token_ids == config.image_token_id)
+        return is_media.flatten().nonzero().squeeze(1)
+
     def feature_width(self, config: Any) -> int:
         return config.text_config.hidden_size
 

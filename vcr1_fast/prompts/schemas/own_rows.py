@@ -1,4 +1,4 @@
-"""Our own schema: every row is an object with "task", "video", mostly "query", and the fields of its task.
+"""Our own schema: every row is an object with "task", what it shows, mostly "query", and the fields of its task.
 
 A captioning row needs no query, as the same is asked of every video.
 """
@@ -14,4 +14,4 @@ def _to_rows(where: str, entry: Entry, recipe: Recipe) -> Iterator[tuple[str, Ro
     yield where, dict(entry)
 
 
-SCHEMA = Schema(name="rows", task=None, keys=("task", "video"), is_mapping=False, to_rows=_to_rows)
+SCHEMA = Schema(name="rows", task=None, keys=("task",), is_mapping=False, to_rows=_to_rows)
