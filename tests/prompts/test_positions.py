@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
@@ -169,6 +171,8 @@ def test_what_is_shown_stands_as_in_transformers(
     last pair of 5 is at 8 x 0.5 = 4 of 6 rows. Qwen3-VL's splits a video into its pairs, two words of time before each.
     """
     is_timed = family == "qwen3_vl"
+    if videos and not is_timed and Version(transformers.__version__) < Version("5.19"):
+        pytest.skip("the rule of transformers before 5.19 is another one")
     model = (Qwen3VLModel if is_timed else Qwen2_5_VLModel).__new__(Qwen3VLModel if is_timed else Qwen2_5_VLModel)
     torch.nn.Module.__init__(model)  # its rule needs no weights
     model.config = Qwen3VLConfig() if is_timed else Qwen2_5_VLConfig(vision_config={"tokens_per_second": 2})

@@ -13,13 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration, vision_utils
 from transformers.models.qwen3_vl import modeling_qwen3_vl as modeling
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-)
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from vcr1_fast.learner.families.family import Grid, TowerInputs, TowerWork
 from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
@@ -80,21 +76,13 @@ class Qwen3VL(Qwen25VL):
 
     def tower_inputs(self, grids: Sequence[Grid], config: Any) -> TowerInputs:
         grid_thw = torch.tensor(grids, dtype=torch.long)
-        indices, weights = get_vision_interpolation_indices_and_weights(
-            grid_thw,
-            num_grid_per_side=int(config.num_position_embeddings**0.5),
-            mode="bilinear",
-            align_corners=True,
-            spatial_merge_size=config.spatial_merge_size,
-        )
         cu_seqlens = get_vision_cu_seqlens(grid_thw)
         return TowerInputs(
             tensors={
                 "grid_thw": grid_thw,
                 "position_ids": get_vision_position_ids(grid_thw, config.spatial_merge_size),
-                "interp_indices": indices,
-                "interp_weights": weights,
                 "cu_seqlens": cu_seqlens,
+                **_interpolation(grid_thw, config),
             },
             lengths={"frame": tuple(cu_seqlens.diff().tolist())},
         )
@@ -116,6 +104,19 @@ class Qwen3VL(Qwen25VL):
             "visual_pos_masks": video_row_M,
             "deepstack_visual_embeds": deepstack,
         }
+
+
+def _interpolation(grid_thw: Tensor, config: Any) -> dict[str, Tensor]:
+    """Which of the learned position embeddings a patch gets a share of, under the names that the tower takes them by."""
+    side, merge = int(config.num_position_embeddings**0.5), config.spatial_merge_size
+    if not hasattr(vision_utils, "get_vision_interpolation_indices_and_weights"):  # transformers before 5.15
+        old: Any = vision_utils
+        indices, weights = old.get_vision_bilinear_indices_and_weights(grid_thw, side, merge)
+        return {"bilinear_indices": indices, "bilinear_weights": weights}
+    indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
+        grid_thw, num_grid_per_side=side, mode="bilinear", align_corners=True, spatial_merge_size=merge
+    )
+    return {"interp_indices": indices, "interp_weights": weights}
 
 
 def add_features(hidden_BTD: Tensor, video_row_M: Tensor, features_MD: Tensor) -> Tensor:
