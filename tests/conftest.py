@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 # Before anything imports triton (transformers may): without CUDA kernels run in its interpreter, on CPU tensors.
 if not torch.cuda.is_available():
@@ -152,6 +153,20 @@ def make_patches(
     t, h, w = grid_thw
     values = torch.randn(t * h * w, num_values, generator=torch.Generator().manual_seed(seed))
     return Patches(values, grid_thw, second_per_grid_s, 2 * t, t * second_per_grid_s)
+
+
+def stock_inputs(prompt: Prompt, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a prompt shows as the stock model takes it: videos and images apart."""
+    inputs: dict[str, Tensor] = {}
+    for kind, values, grids in (
+        ("video", "pixel_values_videos", "video_grid_thw"),
+        ("image", "pixel_values", "image_grid_thw"),
+    ):
+        media = [patches for patches in prompt.media if patches.kind == kind]
+        if media:
+            inputs[values] = torch.cat([patches.values_PC for patches in media]).to(dtype)
+            inputs[grids] = torch.tensor([patches.grid_thw for patches in media])
+    return inputs
 
 
 def make_example(example_id: str = "e", query: str = "a ball rolls", **changes: object) -> Example:

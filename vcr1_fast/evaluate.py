@@ -135,11 +135,11 @@ def answer_in_rounds(
     store: AnswerStore | None = None,
 ) -> list[Answer]:
     """`answer_all` with eval.perceptions rounds for the tasks that have them, see evaluation.perception."""
-    others = [example for example in examples if example.task not in perception.TASKS]
+    others = [example for example in examples if not perception.has_rounds(example)]
     answers = answer_all(open_engine, others, builder, config, world, store)
     by_id = {example.id: answer for example, answer in zip(others, answers, strict=True)}
     is_cut, num_rounds = config.eval.perception == "crop", config.eval.perceptions
-    asked_often = [example for example in examples if example.task in perception.TASKS]
+    asked_often = [example for example in examples if perception.has_rounds(example)]
     focuses = perception.first_round(asked_often, is_cut=is_cut)
     if not is_cut and config.task.video_first is None:
         builder = builder.placing(video_first=True)

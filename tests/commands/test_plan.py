@@ -401,6 +401,23 @@ def test_a_fast_dry_run_says_that_it_is_sums(capsys):
     assert line["missing_files"][-1] == "none.txt"
 
 
+def test_rows_that_show_more_than_the_sums_reckon_with_are_named(capsys, tmp_path: Path):
+    """Of tiny's 16 frames a video has 72 tokens, of 84 x 84; of two and an image of 9 tokens there are 153."""
+    rows = tmp_path / "rows.jsonl"
+    choice = '{"task": "multiple_choice", "query": "q", "options": ["a", "b"], "answer": "A", '
+    rows.write_text(choice + '"videos": ["a.mp4", "b.mp4"], "image": "i.png"}\n' + choice + '"image": "i.png"}\n')
+    options = (
+        f"--data.train=[{rows}]",
+        "--data.eval=[]",
+        "--video.max_image_pixels=7056",
+        "--video.total_pixels=56448",
+    )
+    line, told = dry_run(capsys, "tiny", "--dry-run=1", "--fast", *options)
+    video = line["tokens"]["video"]
+    assert f"of 2 rows with images or several videos the largest shows up to {2 * video + 9:,} tokens" in told
+    assert line["missing_videos"] == 3
+
+
 def test_a_dry_run_runs_the_step(capsys, monkeypatch, tmp_path: Path):
     """The packaged model: its numbers by hand where they are simple, the rest must be there."""
     (tmp_path / "rows.jsonl").write_text(

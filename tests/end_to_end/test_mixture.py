@@ -65,6 +65,8 @@ def test_qwen3_vl_trains_on_the_mixture_with_a_frozen_tower_and_resumes_to_the_s
     result = json.loads(done.out.splitlines()[-1])
     assert result["after"]["multiple_choice"]["num_examples"] == 3 and not result["after"]["multiple_choice"]["num_bad"]
     assert asked_about(run) == set(KINDS)
+    gaps = [r["sampling/sampling_logp_difference/max"] for r in logged(run) if "loss" in r]
+    assert len(gaps) == 2 and max(gaps) < 1e-3
     weights = (run / "model" / "model.safetensors").read_bytes()
     shutil.rmtree(run / "checkpoints" / "step_000002")
     again = run_here(asked)

@@ -87,11 +87,12 @@ def test_rounds_ask_where_and_then_what(tiny_tokenizer, perception: Any, video_f
             return super().generate(prompts, sampling)
 
     other = Example("t", "temporal_grounding", "w.mp4", "a dog barks", 8.0, IntervalTruth(((2.0, 4.0),)))
+    about_image = replace(CHOICE, id="i", video="", media=("i.png#image",))
     config = Config(eval=EvalConfig(perceptions=2, perception=perception), task=TaskConfig(video_first=video_first))
     engine = RoundEngine(tiny_tokenizer, {})
     answers = answer_in_rounds(
         lambda: engine,
-        [CHOICE, other, GROUNDED],
+        [CHOICE, other, GROUNDED, about_image],
         PromptBuilder(tiny_tokenizer, tasks, read, video_first=bool(video_first)),
         config,
         SINGLE_PROCESS,
@@ -100,7 +101,7 @@ def test_rounds_ask_where_and_then_what(tiny_tokenizer, perception: Any, video_f
     assert are_first == {
         "temporal_grounding": bool(video_first), "grounded_qa": is_first, "multiple_choice": is_first
     }  # fmt: skip
-    assert paths == ["w.mp4", "v.mp4", "v.mp4", clip, clip]  # the other task is asked once
+    assert paths == ["w.mp4", "i.png#image", "v.mp4", "v.mp4", clip, clip]  # another task and an image: asked once
     assert answers[0].text == "<think>t</think><answer>A</answer>"
     assert answers[2].text == "<think>t</think><answer>A</answer><glue>[(10.00, 20.00)]</glue>"
     scored = tasks["grounded_qa"].score([GROUNDED], [answers[2].text])

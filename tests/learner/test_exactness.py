@@ -7,27 +7,14 @@ import itertools
 import pytest
 import torch
 
+from tests.conftest import stock_inputs
 from tests.learner.conftest import random_qwen3
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.objective import grpo_objective
-from vcr1_fast.learner.packing import pack, placeholder, with_media
+from vcr1_fast.learner.packing import pack
 from vcr1_fast.settings.config import AlgorithmConfig, ModelConfig
 
 TEMPERATURE = 0.9
-
-
-def stock_inputs(prompt, dtype):
-    """Videos and images apart, as the stock model takes them."""
-    inputs = {}
-    for kind, values, grids in (
-        ("video", "pixel_values_videos", "video_grid_thw"),
-        ("image", "pixel_values", "image_grid_thw"),
-    ):
-        media = [patches for patches in prompt.media if patches.kind == kind]
-        if media:
-            inputs[values] = torch.cat([patches.values_PC for patches in media]).to(dtype)
-            inputs[grids] = torch.tensor([patches.grid_thw for patches in media])
-    return inputs
 
 
 def separate_rows_loss(hf, groups, weights, algorithm, temperature=TEMPERATURE):
@@ -58,8 +45,7 @@ def separate_rows_loss(hf, groups, weights, algorithm, temperature=TEMPERATURE):
 
 def packed_loss(hf, groups, weights, algorithm):
     policy = PolicyModel(hf, ModelConfig(), next(hf.parameters()).dtype)
-    blank = placeholder(policy.family, hf.config, False, torch.device("cpu"), next(hf.parameters()).dtype)
-    row = with_media(pack(groups, weights), blank)
+    row = pack(groups, weights)
     if algorithm.minibatches_per_rollout > 1:
         row = dataclasses.replace(row, old_logprob_N=row.engine_logprob_N)
     batch = policy.device_batch(row)

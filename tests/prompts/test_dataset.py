@@ -234,6 +234,7 @@ CHOICE = {"task": "multiple_choice", "query": "which?", "options": ["a", "b"], "
         ({"videos": ["a.mp4"]}, "a.mp4", ()),
         ({"videos": ["a.mp4", "b.mkv"]}, "a.mp4", ("a.mp4", "b.mkv")),
         ({"image": "i.png"}, "", ("i.png#image",)),
+        ({"task": "numeric_answer", "answer": 4, "image": "i.png"}, "", ("i.png#image",)),
         ({"images": ["i.PNG", "j.jpg"], "video": "a.mp4"}, "a.mp4", ("i.PNG#image", "j.jpg#image", "a.mp4")),
         ({"video": "i.png"}, "i.png", ()),  # the key says what it is: a video of one frame
         ({"video": None, "image": None}, "", ()),

@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper
 
+from tests.conftest import make_example, make_patches, stock_inputs
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.rollout.engine import Quota, is_done
 from vcr1_fast.rollout.grouped_cache import GroupedCache
 from vcr1_fast.rollout.local_engine import LocalEngine, _Batch
 from vcr1_fast.rollout.sampling import uniforms
-from vcr1_fast.types import Completion, Prompt, SamplingParams
+from vcr1_fast.types import Completion, MediaKind, Patches, Prompt, SamplingParams
 
 Model = Qwen2_5_VLForConditionalGeneration
 ModelFactory = Callable[..., Model]
@@ -42,15 +43,12 @@ def engine(tiny_model: Model, tiny_tokenizer: PreTrainedTokenizerFast) -> LocalE
 def full_logits(model: Model, prompt: Prompt, completion_ids_R: Tensor) -> Tensor:
     """[R, V] float32: a stock forward of the one row [prompt | completion], positions by the rule on that whole row."""
     ids_L = torch.cat([prompt.token_ids_L, completion_ids_R])
-    patches = prompt.media[0]
-    positions_3L = mrope_positions(
-        ids_L, [patches.grid_thw], [patches.second_per_grid_s], model.config.video_token_id, 2
-    )
+    seconds = [patches.second_per_grid_s for patches in prompt.media]
+    pads = (model.config.video_token_id, 2, 2, model.config.image_token_id)
+    positions_3L = mrope_positions(ids_L, prompt.grids, seconds, *pads)
+    shown = {name: value.to(model.device) for name, value in stock_inputs(prompt, model.dtype).items()}
     logits_LV = model(
-        input_ids=ids_L[None].to(model.device),
-        position_ids=positions_3L[:, None].to(model.device),
-        pixel_values_videos=patches.values_PC.to(model.device, model.dtype),
-        video_grid_thw=torch.tensor([patches.grid_thw]).to(model.device),
+        input_ids=ids_L[None].to(model.device), position_ids=positions_3L[:, None].to(model.device), **shown
     ).logits[0]
     return logits_LV[prompt.token_ids_L.numel() - 1 : -1].float().cpu()
 
@@ -104,6 +102,35 @@ def test_log_probs_are_those_of_separate_rows(
         for completion in group:
             assert completion.logprobs_R.dtype == torch.float32 and completion.token_ids_R.dtype == torch.int64
             assert logprob_error(stock, prompt, completion, temperature) < 1e-4
+
+
+def test_prompts_of_several_videos_images_or_text_alone_are_answered_as_by_the_stock_model(
+    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    """Together, in one chunk with a prompt of one video; and text alone in a chunk without anything to see."""
+    ids, seed = tiny_tokenizer.get_vocab(), iter(range(9))
+
+    def shown(grid: tuple[int, int, int], kind: MediaKind) -> tuple[str, Patches]:
+        patches = dataclasses.replace(make_patches(grid, float(kind == "video"), next(seed)), kind=kind)
+        return f"<|vision_start|>{f'<|{kind}_pad|>' * patches.num_tokens}<|vision_end|>", patches
+
+    def asked(*parts: str | tuple[str, Patches]) -> Prompt:
+        media = tuple(part[1] for part in parts if not isinstance(part, str))
+        text = "".join(part if isinstance(part, str) else part[0] for part in parts)
+        token_ids = torch.tensor(tiny_tokenizer(text)["input_ids"])
+        seconds = [patches.second_per_grid_s for patches in media]
+        pads = (ids["<|video_pad|>"], 2.0, 2, ids["<|image_pad|>"])
+        grids = [patches.grid_thw for patches in media]
+        return Prompt(make_example(text), token_ids, mrope_positions(token_ids, grids, seconds, *pads), media)
+
+    first, second = shown((4, 4, 4), "video"), shown((5, 4, 6), "video")
+    text = asked("what is a dog?")
+    mixed = [asked(first, " or ", second, "?"), text, asked("is ", shown((1, 4, 6), "image"), " in ", first, "?")]
+    engine, stock = LocalEngine(make_tiny_model(), tiny_tokenizer), make_tiny_model()
+    for chunk in ([*mixed, prompts[0]], [text]):
+        for prompt, group in zip(chunk, engine.generate(chunk, SamplingParams(2, 6, seed=3)), strict=True):
+            for completion in group:
+                assert logprob_error(stock, prompt, completion) < 1e-4
 
 
 def test_the_log_prob_check_sees_a_wrong_position(

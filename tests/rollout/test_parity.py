@@ -1,6 +1,7 @@
 """The comparison of engine and learner before the first step: passes where they agree, fails with the numbers."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,10 @@ def test_passes_where_both_compute_the_same(pair, make_prompt, temperature, top_
     assert report.mean_gap <= report.max_gap < 1e-4
     assert NUM_COMPLETIONS <= report.num_tokens <= NUM_COMPLETIONS * MAX_NEW_TOKENS
     assert f"{report.mean_gap:.1e} nats" in str(report)
+    ids = torch.arange(40, 60)
+    text = dataclasses.replace(make_prompt((2, 4, 4), "when"), token_ids_L=ids, media=())
+    text = dataclasses.replace(text, position_ids_3L=torch.arange(20).expand(3, -1))
+    assert check_parity(engine, policy, text, config, torch.float32, ALONE).max_gap < 1e-4
 
 
 @pytest.mark.parametrize("name", ["model.visual.patch_embed.proj.weight", "model.language_model.norm.weight"])

@@ -7,7 +7,7 @@ played, the sums of learner/memory_sums.py stand in, and the plan says so.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from vcr1_fast.commands.data import NO_SUCH_FILE, check_files
+from vcr1_fast.commands.data import NO_SUCH_FILE, FileCheck, check_files
 from vcr1_fast.commands.dry_run import Measured, measure
 from vcr1_fast.fake_gpu.shim import FakeGpuError
 from vcr1_fast.learner.memory_sums import (
@@ -39,6 +39,7 @@ from vcr1_fast.settings.checks import check_settings
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.of_model import check_model
 from vcr1_fast.tasks import make_tasks
+from vcr1_fast.video.source_name import SourceName
 
 DEFAULT_NUM_GPUS = 8
 SHOWN_CLIPS_S = (10, 30, 120, 384)
@@ -81,7 +82,8 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
     too_large = {gpu: [name for name, gb in phases.items() if gb > room] for gpu, room in GPUS_GB.items()}
     smallest = replace(config, model=replace(config.model, gradient_checkpointing="full"))
     held = {gpu: largest_group(smallest, size, tokens, num_gpus, gb) for gpu, gb in GPUS_GB.items()}
-    disk, (missing_files, missing_videos) = disk_gb(config, size), _missing(config)
+    disk, checks = disk_gb(config, size), _checks(config)
+    missing_files, missing_videos = _missing(config, checks)
     staging = 0.0 if config.checkpoint.asynchronous is False else round(checkpoint_bytes(config, size) / 1e9, 2)
     if is_main_rank():
         say(f"model: {size.params:,} parameters ({source}); recomputed: {config.model.gradient_checkpointing}")
@@ -96,7 +98,9 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
         say(f"disk, GB: {on_disk}; ranks, each with a GPU: {num_gpus}")
         say(f"host memory for checkpoints, GB: {staging:.1f} over all machines ({staging / num_gpus:.1f} a rank)")
         if missing_files or missing_videos:
-            say(f"not found: {', '.join(missing_files) or 'no annotation file'}; {missing_videos:,} videos")
+            say(f"not found: {', '.join(missing_files) or 'no annotation file'}; {missing_videos:,} videos or images")
+        if shown := _shown_beyond(config, checks, tokens.video, size.video.factor_px):
+            say(shown)
     return {
         "model": source,
         "num_params": size.params,
@@ -143,16 +147,40 @@ def disk_gb(config: Config, size: ModelSize) -> dict[str, float]:
     return {"checkpoints": round(checkpoints / 1e9, 2), "export": round(export / 1e9, 2)}
 
 
-def _missing(config: Config) -> tuple[list[str], int]:
-    """Annotation and prompt files that do not exist, and how many of the videos that the former name do not."""
-    asked = {task: file for task, file in config.task.prompts.items() if Path(file).expanduser().is_file()}
-    checks = check_files(config, make_tasks(replace(config.task, prompts=asked), judge=config.judge))
+def _prompt_files(config: Config) -> dict[str, str]:
+    """Task -> its file of task.prompts, of those that exist."""
+    return {task: file for task, file in config.task.prompts.items() if Path(file).expanduser().is_file()}
+
+
+def _checks(config: Config) -> list[FileCheck]:
+    """Of the annotation files. Raises ConfigError for one that is there and cannot be used."""
+    checks = check_files(config, make_tasks(replace(config.task, prompts=_prompt_files(config)), judge=config.judge))
     for check in checks:
         if check.problem not in ("", NO_SUCH_FILE):
             raise ConfigError(check.problem)
+    return checks
+
+
+def _missing(config: Config, checks: Sequence[FileCheck]) -> tuple[list[str], int]:
+    """Annotation and prompt files that do not exist, and how many videos and images that the former name do not."""
+    asked = _prompt_files(config)
     gone = [check.path for check in checks if check.content is None]
     gone += [file for task, file in config.task.prompts.items() if task not in asked]
     return gone, len({video for check in checks for video in check.missing})
+
+
+def _shown_beyond(config: Config, checks: Sequence[FileCheck], video_tokens: int, factor_px: int) -> str:
+    """A line where rows show more than the one video of `video_tokens` that all sums are of; else ""."""
+    image_tokens = config.video.max_image_pixels // factor_px**2
+    rows = [row for check in checks if check.content for row in check.content.examples if row.media]
+    counts = [(sum(not SourceName.parse(name).is_image for name in row.media), len(row.media)) for row in rows]
+    most = max((videos * video_tokens + (shown - videos) * image_tokens for videos, shown in counts), default=0)
+    if most <= video_tokens:
+        return ""
+    return (
+        f"of {len(rows):,} rows with images or several videos the largest shows up to {most:,} tokens, and all sums "
+        f"here are of one video, {video_tokens:,}: see if the largest group holds it, or set train.max_group_tokens"
+    )
 
 
 def _print_limits(phases: Mapping[str, float], too_large: Mapping[str, list[str]]) -> None:

@@ -14,7 +14,7 @@ holds in all rounds.
 crop: the evidence is cut out with a margin and shown on its own, from second 0, at twice the frame rate of the round
 before and with the whole pixel budget, so both finer in time and larger.
 
-For questions with options; other tasks are asked once.
+For questions with options about one video alone; others are asked once.
 """
 
 from __future__ import annotations
@@ -80,6 +80,11 @@ class Focus:
         if self.example.task != "grounded_qa" or answer.failure or not self.intervals_s:
             return answer
         return replace(answer, text=f"{answer.text}<glue>{glue_text(self.intervals_s)}</glue>")
+
+
+def has_rounds(example: Example) -> bool:
+    """Whether it is asked more than once."""
+    return example.task in TASKS and example.sources == (example.video,)
 
 
 def first_round(examples: Sequence[Example], *, is_cut: bool) -> list[Focus]:

@@ -74,7 +74,7 @@ def device_batch(
     if video_row_M.numel() != num_video or not num_video:
         raise ValueError(
             f"the row has {video_row_M.numel()} placeholders, but its videos and images stand for {num_video} tokens, "
-            "wanted as many, and some: build prompts with PromptBuilder, rows with packing.with_media"
+            "wanted as many, and some: build prompts with PromptBuilder"
         )
     features = [p.embeddings_MD for p in batch.patches if p.embeddings_MD is not None]
     if features and len(features) != len(batch.patches):

@@ -19,6 +19,7 @@ from vcr1_fast.learner.freezing import freeze
 from vcr1_fast.learner.kernel_choice import KernelChoice, plain_choice
 from vcr1_fast.learner.loading import empty_model, load_weights
 from vcr1_fast.learner.objective import Objective, Sums
+from vcr1_fast.learner.packing import placeholder, with_media
 from vcr1_fast.learner.tower_attention import is_one_call
 from vcr1_fast.run.model_folder import model_folder, require_tokenizer, settings_files
 from vcr1_fast.settings.config import ConfigError, ModelConfig
@@ -79,6 +80,7 @@ class PolicyModel(nn.Module):
         self.hf = hf
         self.family = family_of(hf.config)
         self.compute_dtype = compute_dtype
+        self._has_features = config.is_tower_frozen  # its clips come as the tower left them
         self.kernels = kernels or (plain_choice() if config.kernels == "off" else KernelChoice())
         use_packed_attention(self.family.decoder(hf))
         use_ends(hf)
@@ -98,8 +100,12 @@ class PolicyModel(nn.Module):
         compile_blocks([*layers, *(tower.blocks if is_one_call(tower) else ())], mode)
 
     def device_batch(self, batch: PackedBatch) -> DeviceBatch:
-        """`batch` on the device of the weights. Raises ValueError where it does not fit this model."""
-        return device_batch(batch, self.family, self.hf.config, self.hf.device, self.compute_dtype)
+        """`batch` on the device of the weights; with something to see in it, see `with_media`. Raises ValueError where
+        it does not fit this model."""
+        where = (self.hf.device, self.compute_dtype)
+        if not batch.patches:
+            batch = with_media(batch, placeholder(self.family, self.hf.config, self._has_features, *where))
+        return device_batch(batch, self.family, self.hf.config, *where)
 
     @overload
     def forward(self, batch: DeviceBatch, temperature: float, objective: None = None) -> tuple[Tensor, Tensor]: ...

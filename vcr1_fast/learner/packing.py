@@ -139,12 +139,10 @@ def placeholder(
 
 
 def with_media(row: PackedBatch, placeholder: PackedBatch) -> PackedBatch:
-    """The row itself, or, where no group of it shows a video or an image, with the placeholder's prompt behind it.
+    """A row of text alone with the placeholder's prompt behind it.
 
     So every row of every rank runs the tower, or none does. Nothing of that prompt is scored: it adds exactly 0.
     """
-    if row.patches:
-        return row
     return replace(
         row,
         token_ids_T=torch.cat([row.token_ids_T, placeholder.token_ids_T]),

@@ -21,7 +21,7 @@ from vcr1_fast.learner.model import PolicyModel, resolve_dtype
 from vcr1_fast.learner.model_size import read_model_size
 from vcr1_fast.learner.objective import Objective, grpo_objective, sft_objective
 from vcr1_fast.learner.optimizer import build_optimizer, build_schedule, clip_grad_norm
-from vcr1_fast.learner.packing import placeholder, with_media
+from vcr1_fast.learner.packing import placeholder
 from vcr1_fast.learner.row_cost import GroupSize, RowCost, group_size
 from vcr1_fast.learner.sharding import (
     World,
@@ -183,8 +183,7 @@ class Learner:
         num_updates: int = 1,
     ) -> list[UpdateRows]:
         cost = RowCost.of(self.policy.hf.config, self.config.model)
-        updates = plan_and_pack(groups, sizes, aggregation, cost, self.config, self.world, num_updates)
-        return [replace(u, rows=[with_media(row, self._placeholder) for row in u.rows]) for u in updates]
+        return plan_and_pack(groups, sizes, aggregation, cost, self.config, self.world, num_updates)
 
     def _run(
         self, update: UpdateRows, objective: Callable[[DeviceBatch], Objective], temperature: float

@@ -104,6 +104,8 @@ class ClipMaker:
         """Never raises for a video that cannot be read: the clip then has a note."""
         pictures, duration_s, note = [], 0.0, ""
         try:
+            if not said.video:
+                raise ValueError("no video was shown")
             reader = ImageFolderReader(self._image_folder_fps) if os.path.isdir(said.video) else PyavReader()
             probe = reader.probe(said.video)
             duration_s = probe.duration_s
