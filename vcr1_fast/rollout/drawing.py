@@ -43,6 +43,10 @@ class Call:
     def is_enough(self, quota: Quota | None) -> bool:
         return quota.is_met(self.are_done) if quota else all(self.are_done)
 
+    def is_since(self, policy_version: int) -> bool:
+        """Whether no older weights drew any of it."""
+        return min(self.policy_versions, default=policy_version) >= policy_version
+
     def at(self, places: Sequence[int]) -> Call:
         """The same of some of the prompts."""
         return Call([self.answers[i] for i in places], [self.policy_versions[i] for i in places])
