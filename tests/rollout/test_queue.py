@@ -175,21 +175,13 @@ def test_no_answer_is_older_than_the_lag(open_queue: Open, lag):
     assert max(now - drew for _, drew, now in seen) >= 1
 
 
-def test_the_next_step_is_drawn_while_the_learner_works(open_queue: Open):
+def test_the_next_step_is_drawn_while_the_learner_works_and_weights_wait_for_it(open_queue: Open):
     queue, engine, _ = open_queue(1, holds=True)
     queue.fill(1)
     engine.release(NUM_TOKENS)
     queue.take(1)
-    assert engine.running.wait(5)  # of step 2, while the caller does something else
+    assert engine.running.wait(5)  # while the caller does something else
     assert engine.calls[-1][0] == ["a2", "a3"]
-
-
-def test_weights_wait_for_what_is_being_drawn(open_queue: Open):
-    queue, engine, _ = open_queue(1, holds=True)
-    queue.fill(1)
-    engine.release(NUM_TOKENS)
-    queue.take(1)
-    assert engine.running.wait(5)
     threading.Timer(0.3, engine.release, (NUM_TOKENS,)).start()
     began = time.monotonic()
     with queue.paused():

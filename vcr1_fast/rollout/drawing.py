@@ -11,6 +11,7 @@ import heapq
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -91,9 +92,7 @@ class Drawing:
         self._turns = turns
         self._work = work
         self._num_calls = 0  # done by the work so far
-        self._drawn: Drawn | None = None
-        self._error: BaseException | None = None
-        self._is_done = threading.Event()
+        self.done: Future[Drawn] = Future()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
         """As the engine's, but goes on after interruptions until every completion is finished, or `quota` is met: then
@@ -116,26 +115,25 @@ class Drawing:
         return [group if i in taken else [] for i, group in enumerate(call.answers)]
 
     def run(self) -> None:
-        """Do the work. What it raises is kept for `result`."""
+        """Do the work; what it raises comes out of `result`."""
         began = time.perf_counter()
         try:
-            self._drawn = self._work(self)
+            drawn = self._work(self)
+            self.duration_s = time.perf_counter() - began
+            self.done.set_result(drawn)
         except BaseException as error:
-            self._error = error
-        self.duration_s = time.perf_counter() - began
-        self._is_done.set()
+            self.done.set_exception(error)
 
     def wait(self) -> None:
         """For the work, or do it now where no thread does."""
-        self._turns.wait_for(self, self._is_done)
+        if not self._turns.is_threaded and not self.done.done():
+            self.run()
+        wait([self.done])
 
     def result(self) -> Drawn:
         """Wait, and raise what the work raised."""
         self.wait()
-        if self._error is not None:
-            raise self._error
-        assert self._drawn is not None, "done without an error"
-        return self._drawn
+        return self.done.result()
 
 
 class Turns:
@@ -150,28 +148,20 @@ class Turns:
         self._num_begun = 0
         self._num_pauses = 0
         self._is_asking = self._is_closed = False
-        self._thread: threading.Thread | None = None
+        self.is_threaded = is_threaded
+        self._thread = threading.Thread(target=self._serve, name="draw-answers", daemon=True)
         if is_threaded:
-            self._thread = threading.Thread(target=self._serve, name="draw-answers", daemon=True)
             self._thread.start()
 
     def begin(self, order: int, work: Work, calls: Sequence[Call]) -> Drawing:
         """Queue some work."""
         drawing = Drawing(self, work, calls)
-        if self._thread is not None:
+        if self.is_threaded:
             with self._changed:
                 heapq.heappush(self._waiting, (order, self._num_begun, drawing))
                 self._num_begun += 1
                 self._changed.notify_all()
         return drawing
-
-    def wait_for(self, drawing: Drawing, is_done: threading.Event) -> None:
-        """Until it is done."""
-        if self._thread is None:
-            if not is_done.is_set():
-                drawing.run()
-            return
-        is_done.wait()
 
     def ask(self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Call | None, quota: Quota | None) -> Call:
         """One call of the engine, when it is not paused. Some answers may come back unfinished."""
@@ -187,11 +177,11 @@ class Turns:
             with self._changed:
                 self._is_asking = False
                 self._changed.notify_all()
-        versions = [version] * len(prompts)
-        for place, group in enumerate(begun.answers if begun else []):
-            if begun and any(completion.num_tokens for completion in group):
-                versions[place] = begun.policy_versions[place]
-        return Call(answers, versions)
+        if begun is None:
+            return Call(answers, [version] * len(prompts))
+        has_tokens = [any(completion.num_tokens for completion in group) for group in begun.answers]
+        old = zip(begun.policy_versions, has_tokens, strict=True)
+        return Call(answers, [before if has else version for before, has in old])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -212,9 +202,8 @@ class Turns:
             self._is_closed = True
             self._changed.notify_all()
             self._wait_until_idle(interrupt=True)
-        if self._thread is not None:
+        if self.is_threaded:
             self._thread.join()
-            self._thread = None
 
     def _wait_until_idle(self, interrupt: bool) -> None:
         while self._is_asking:

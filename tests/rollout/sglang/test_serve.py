@@ -291,7 +291,7 @@ def test_the_command_prints_where_it_serves_and_leaves_nothing(tmp_path):
             line = served.stdout.readline()
             assert line, f"it ended: {told}"
             told += line
-        assert "scripted" in told and str(key_file) in told and "--rollout.sglang.addresses='[127.0.0.1:" in told
+        assert "scripted" in told and str(key_file) in told and "--rollout.sglang.addresses='[\"127.0.0.1:" in told
         assert stat.S_IMODE(key_file.stat().st_mode) == 0o600 and len(bytes.fromhex(key_file.read_text())) == 32
         assert (tmp_path / "logs" / "worker-0.log").exists()
         workers = children(served.pid)

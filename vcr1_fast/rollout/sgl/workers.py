@@ -23,7 +23,6 @@ from vcr1_fast.rollout.sgl.weights import WeightTable
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Completion, Prompt, RunError
 
-MAX_BACKOFF_S = 30.0
 MEMORY_TAGS = ["weights", "kv_cache", "cuda_graph"]
 
 
@@ -148,7 +147,7 @@ class Workers:
                     f"{self._config.max_restarts}), the last one because it {reason}"
                 )
             print(f"SGLang worker {seat.worker.name} is started again: it {reason}", file=sys.stderr)
-            time.sleep(min(self._config.backoff_s * 2 ** (self._failures_in_a_row - 1), MAX_BACKOFF_S))
+            time.sleep(self._config.pause_s(self._failures_in_a_row))
             self.num_restarts += 1
             seat.is_checked, seat.is_released, seat.group = False, False, ""
             try:
