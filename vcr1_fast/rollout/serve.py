@@ -66,49 +66,37 @@ class Station(threading.Thread):
             self._end_worker()
 
     def _serve_one(self) -> None:
-        """A worker's life."""
+        """A worker's life: until it ends, hangs or does not get ready, or serve ends."""
         self.child.start()
-        if not self._wait_until_waiting():
-            if not self._stopping.is_set():
-                self._note_failure()
-            return
-        self._num_failures = 0
-        self.num_workers += 1
-        why = self._watch()
-        if not self._stopping.is_set():
-            self._say(f"{why}; a fresh worker starts")
-        self._end_worker()
-
-    def _watch(self) -> str:
-        """Until the worker ends, or serve does; why."""
-        trainer = ""
-        while self._is_alive():
+        deadline, is_ready, trainer = time.monotonic() + self._config.start_timeout_s, False, ""
+        why = "the worker has ended"
+        while self._is_alive() and (is_ready or time.monotonic() < deadline):
+            status: Mapping[str, str] = {}
             try:
-                status = self._status()
-            except TimeoutError:
-                return f"the worker has said nothing for {SILENCE_S:g} s, and is ended"
-            except (OSError, EOFError, ValueError):
-                self.child.wait(STOP_WAIT_S)
-                break
-            if status["trainer"] != trainer:
-                trainer = status["trainer"]
-                self._say(f"trainer {trainer} has connected")
-            self._stopping.wait(POLL_S)
-        return f"trainer {trainer} has left, or the worker has ended" if trainer else "the worker has ended"
-
-    def _wait_until_waiting(self) -> bool:
-        deadline = time.monotonic() + self._config.start_timeout_s
-        while self._is_alive() and time.monotonic() < deadline:
-            with contextlib.suppress(OSError, EOFError, ValueError, KeyRefusedError):  # not there yet
                 self._channel = self._channel or connect(self.child.address, self.child.key, HANDSHAKE_S)
                 status = self._status()
-                if "sglang" in status:
-                    self.facts = status
-                    return True
+            except (OSError, EOFError, ValueError, KeyRefusedError) as error:  # before it is ready: not there yet
+                if is_ready and isinstance(error, TimeoutError):
+                    why = f"the worker has said nothing for {SILENCE_S:g} s, and is ended"
+                elif is_ready:
+                    self.child.wait(STOP_WAIT_S)
+                if is_ready:
+                    break
+            if "sglang" in status and not is_ready:
+                self.facts, self._num_failures, is_ready = status, 0, True
+                self.num_workers += 1
+            if status.get("trainer", trainer) != trainer:
+                trainer = status["trainer"]
+                why = f"trainer {trainer} has left, or the worker has ended"
+                self._say(f"trainer {trainer} has connected")
             self._stopping.wait(POLL_S)
-        if self.child.exit_code == NO_SGLANG:  # the next one would say the same
-            raise RunError(self.child.printed().rstrip().rpartition("\n")[2])
-        return False
+        if self._stopping.is_set():
+            return
+        if is_ready:
+            self._say(f"{why}; a fresh worker starts")
+            self._end_worker()
+        else:
+            self._note_failure()
 
     def _status(self) -> Mapping[str, str]:
         """What the worker says. Raises TimeoutError after too long a silence, EOFError or OSError when it has ended."""
@@ -124,6 +112,8 @@ class Station(threading.Thread):
         raise EOFError("the worker has ended, or serve is to end")
 
     def _note_failure(self) -> None:
+        if self.child.exit_code == NO_SGLANG:  # the next one would say the same
+            raise RunError(self.child.printed().rstrip().rpartition("\n")[2])
         words = self.child.last_words()
         self._end_worker()
         self._num_failures += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import sys
 import time
@@ -166,15 +167,14 @@ class Workers:
 
     def _wait_for_first_start(self, worker: WorkerLink) -> None:
         """Begins it once more when another process took a port of SGLang's: it draws some 15 s before it binds them."""
-        for _ in range(self._config.max_restarts):
+        for attempt in itertools.count():
             try:
                 return worker.wait_ready(self._config.start_timeout_s)
             except WorkerGoneError as error:
-                if not error.is_port_taken:
+                if not error.is_port_taken or attempt == self._config.max_restarts:
                     raise
                 print(f"SGLang worker {worker.name} is started again: a port of its choice was taken", file=sys.stderr)
                 worker.start()
-        worker.wait_ready(self._config.start_timeout_s)
 
     def _feed(self, seats: Sequence[Seat]) -> Feed:
         return Feed(seats, self.next_number, self.policy_version, self._config.timeout_s)
