@@ -52,6 +52,11 @@ class Call:
         """The same of some of the prompts."""
         return Call([self.answers[i] for i in places], [self.policy_versions[i] for i in places])
 
+    def with_fresh(self, num_prompts: int) -> Call:
+        """With so many more prompts, whose completions are not begun."""
+        fresh = [[NOT_BEGUN] * len(self.answers[0]) for _ in range(num_prompts)]
+        return Call(self.answers + fresh, self.policy_versions + [0] * num_prompts)
+
     def fits(self, num_prompts: int, num_completions: int) -> bool:
         return len(self.answers) == num_prompts and all(len(group) == num_completions for group in self.answers)
 
@@ -85,7 +90,6 @@ class Drawing:
     def __init__(self, turns: Turns, work: Work, calls: Sequence[Call]) -> None:
         """`calls`: what an earlier drawing of the same work got already."""
         self.calls = list(calls)
-        self.begun: Call | None = None  # of the first prompts of the first call
         self.quota: Quota | None = None  # of the first call
         self.policy_version = 0  # of the oldest answer that generate gave last
         self.duration_s = 0.0
@@ -101,11 +105,7 @@ class Drawing:
         self._num_calls += 1
         if index < len(self.calls) and not self.calls[index].fits(len(prompts), sampling.num_completions):
             del self.calls[index:]  # a video that cannot be read any more, for example: the prompts are others
-        quota, begun = (self.quota, self.begun) if index == 0 else (None, None)
-        if begun and index == len(self.calls) and begun.fits(len(begun.answers), sampling.num_completions):
-            num_fresh = len(prompts) - len(begun.answers)
-            fresh = [[NOT_BEGUN] * sampling.num_completions for _ in range(num_fresh)]
-            self.calls.append(Call(begun.answers + fresh, begun.policy_versions + [0] * num_fresh))
+        quota = self.quota if index == 0 else None
         while index == len(self.calls) or not self.calls[index].is_enough(quota):
             before = self.calls[index] if index < len(self.calls) else None
             self.calls[index:] = [self._turns.ask(prompts, sampling, before, quota)]

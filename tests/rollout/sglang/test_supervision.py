@@ -12,16 +12,12 @@ import pytest
 import torch
 
 from tests.rollout.sglang import scripted_worker
-from tests.rollout.sglang.conftest import SCRIPTED_WEIGHTS, first_ids, wanted
+from tests.rollout.sglang.conftest import SCRIPTED_WEIGHTS, first_ids, pids, wanted
 from vcr1_fast.rollout.sgl import process as sglang_process
 from vcr1_fast.rollout.sgl.process import WORKER_MODULE
 from vcr1_fast.types import SamplingParams
 
 SAMPLING = SamplingParams(3, 4)
-
-
-def pids(answers) -> set[int]:
-    return {int(-group[0].logprobs_R[0]) for group in answers}
 
 
 def test_the_worker_is_a_process_of_the_named_interpreter(start, prompts, tmp_path, monkeypatch):
