@@ -43,6 +43,7 @@ COUNTED = (
     "tflop",
     "launches",
     "elementwise_gb",
+    "tokens_per_s",
     "mfu",
     "miou",
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import predict, scaling, select
+from bench import predict, rollouts, scaling, select
 from bench.columns import Columns, shown
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -18,6 +18,7 @@ SECTIONS: dict[str, tuple[str, str, Columns]] = {  # name -> result it is made o
     "step": ("predict", "rows", {key: predict.COLUMNS[key] for key in STEP}),
     "others": ("predict", "public", predict.PUBLIC_COLUMNS),
     "errors": ("predict", "errors", {key: predict.ERROR_COLUMNS[key] for key in list(predict.ERROR_COLUMNS)[1:]}),
+    "rollouts": ("rollouts", "gains", rollouts.GAIN_COLUMNS),
     "growth": ("scaling", "fits", scaling.FIT_COLUMNS),
     "select": ("select", "rows", select.COLUMNS),
 }

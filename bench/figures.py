@@ -73,7 +73,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if needed:
             draw(folder / name)
         (drawn if needed else missing).append(name)
-    tables = doc_tables.sections_of({"predict": after, "scaling": scaling, "select": newest(results, "select_*")})
+    others = {name: newest(results, f"{name}_*") for name in ("select", "rollouts")}
+    tables = doc_tables.sections_of({"predict": after, "scaling": scaling, **others})
     doc_tables.write(arguments.page, tables)
     print(f"drawn: {', '.join(drawn) or 'nothing'}; without a result: {', '.join(missing) or 'none'}")
     return {"drawn": drawn, "missing": missing, "tables": list(tables)}

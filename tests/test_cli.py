@@ -12,6 +12,7 @@ import pytest
 from rich.table import Table
 
 import vcr1_fast.cli as cli
+from vcr1_fast.evaluation.samples import Sample, samples_as_rows, write_lines
 from vcr1_fast.run.telemetry import console, say
 from vcr1_fast.settings.config import Config, ConfigError, DataFile, RolloutConfig
 from vcr1_fast.settings.io import UsageError, config_to_yaml, load_config, setting_types, settings_parser
@@ -318,17 +319,25 @@ def test_unknown_command_names_the_known_ones(capsys):
 
 @pytest.mark.parametrize(
     "tokens",
-    [["--help"], ["--version"], ["train", "--help"], ["config"], ["doctor", "--help"], ["baselines", "--help"]],
+    [
+        *(["--help"], ["--version"], ["train", "--help"], ["config"], ["doctor", "--help"], ["baselines", "--help"]),
+        *(["baselines", "temporal_grounding", "rows.json"], ["compare", "samples.jsonl", "samples.jsonl"]),
+    ],
 )
-def test_answers_without_importing_torch(tokens: list[str]):
+def test_answers_without_importing_torch(tokens: list[str], tmp_path: Path):
+    row = {"duration": 10.0, "timestamps": [[0.0, 5.0]], "sentences": ["a"]}
+    (tmp_path / "rows.json").write_text(json.dumps({"v_1": row}))
+    sample = Sample("p", "multiple_choice", "/p.mp4", "which?", "A", {}, {"acc": 0.0}, "", "stop", 5)
+    write_lines(tmp_path / "samples.jsonl", samples_as_rows([sample]))
+    heavy = {"torch", "transformers", "av", "datasets", "pyarrow"} | ({"numpy"} if len(tokens) < 3 else set())
     program = (
         "import sys\nfrom vcr1_fast.cli import main\n"
         f"try:\n    main({tokens!r})\n"
         "except SystemExit as end:\n"
-        "    heavy = {'torch', 'transformers', 'numpy', 'av'} & set(sys.modules)\n"
+        f"    heavy = {heavy} & set(sys.modules)\n"
         "    sys.exit(f'imported {heavy}' if heavy else end.code)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 

@@ -111,7 +111,7 @@ def test_the_legend_of_the_kernels_plot_is_not_over_its_title(tmp_path: Path, mo
 
 def test_the_tables_of_the_page_are_those_of_the_stored_results():
     """`python -m bench figures` writes them."""
-    kinds = {"predict": "predict_[!b]*", "scaling": "scaling_*", "select": "select_*"}
+    kinds = {"predict": "predict_[!b]*", "scaling": "scaling_*", "select": "select_*", "rollouts": "rollouts_*"}
     stored = {name: figures.newest(RESULTS, pattern) for name, pattern in kinds.items()}
     assert all(stored.values())
     text = doc_tables.PAGE.read_text(encoding="utf-8")

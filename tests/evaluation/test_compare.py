@@ -1,8 +1,6 @@
 """Two runs on the same examples: what is paired, what is left out, and the numbers by hand."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,14 +128,3 @@ def test_samples_read_back_equal(tmp_path: Path):
     rows = [{key: value for key, value in row.items() if key not in later} for row in samples_as_rows(samples)]
     write_lines(tmp_path / "old.jsonl", rows)
     assert read_samples(tmp_path / "old.jsonl") == samples
-
-
-def test_comparing_loads_no_torch(tmp_path: Path):
-    write_lines(tmp_path / "a.jsonl", samples_as_rows([sample(n, 0.0) for n in "pq"]))
-    program = (
-        "import sys\nfrom vcr1_fast.cli import main\n"
-        f"try:\n    main(['compare', {str(tmp_path / 'a.jsonl')!r}, {str(tmp_path / 'a.jsonl')!r}])\n"
-        "except SystemExit as end:\n    sys.exit('torch' if 'torch' in sys.modules else end.code)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr

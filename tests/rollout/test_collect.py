@@ -12,7 +12,7 @@ from tests.rollout.collecting import collected
 from tests.rollout.scripted_engine import ScriptedEngine
 from tests.tiny_policy import run_ranks
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
-from vcr1_fast.rollout.collect import Collector, RewardFailure, RewardsFailedError, collect, weighted_sum
+from vcr1_fast.rollout.collect import Collector, Drawn, RewardFailure, RewardsFailedError, collect, weighted_sum
 from vcr1_fast.run.metrics import rollout_metrics
 from vcr1_fast.settings.config import Config, ConfigError, RolloutConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
@@ -24,10 +24,6 @@ GOOD, HALF, BAD = (f"<think>x</think><answer>{answer}</answer>" for answer in ("
 
 def make_example(name: str) -> Example:
     return Example(name, "temporal_grounding", f"{name}.mp4", "a red circle appears", 8.0, IntervalTruth(((2.0, 4.0),)))
-
-
-def unexpected(error: RewardFailure) -> None:
-    raise AssertionError(error)
 
 
 def prompts_of(make_prompt, *names):
@@ -42,8 +38,7 @@ def test_each_group_gets_the_scores_of_its_own_answers(tiny_tokenizer, make_prom
         SamplingParams(2, 200),
         make_tasks(TaskConfig()),
         TaskConfig(reward_weights={"iou": 2.0}),
-        unexpected,
-    )
+    ).groups
     assert [g.prompt.example.id for g in groups] == ["a", "b"]
     assert [g.reward_parts["iou"] for g in groups] == [(1.0, 0.0), (0.5, 1.0)]
     assert [g.reward_parts["format"] for g in groups] == [(1.0, 0.0), (1.0, 1.0)]
@@ -73,19 +68,16 @@ def test_a_reward_that_raises_loses_its_group_only(tiny_tokenizer, make_prompt, 
         return real(examples, answers)
 
     tasks["temporal_grounding"].score = fragile
-    failures: list[RewardFailure] = []
     engine = ScriptedEngine(tiny_tokenizer, {name: [GOOD, BAD] for name in "abc"})
-    groups = collect(
-        engine, prompts_of(make_prompt, *"abc"), SamplingParams(2, 200), tasks, TaskConfig(), failures.append
-    )
-    assert [g.prompt.example.id for g in groups] == [name for name in "abc" if name not in failed]
-    assert failures == [RewardFailure(name, "temporal_grounding", reason) for name, reason in failed.items()]
+    drawn = collect(engine, prompts_of(make_prompt, *"abc"), SamplingParams(2, 200), tasks, TaskConfig())
+    assert [g.prompt.example.id for g in drawn.groups] == [name for name in "abc" if name not in failed]
+    assert drawn.failures == tuple(RewardFailure(name, "temporal_grounding", why) for name, why in failed.items())
     assert f"reward failure: b: {failed['b']}\n" in capsys.readouterr().err
 
 
 def test_no_prompts_no_groups(tiny_tokenizer):
     engine = ScriptedEngine(tiny_tokenizer, {})
-    assert collect(engine, [], SamplingParams(2, 8), {}, TaskConfig(), unexpected) == []
+    assert collect(engine, [], SamplingParams(2, 8), {}, TaskConfig()) == Drawn([])
 
 
 def test_weighted_sum_by_hand():
@@ -114,9 +106,7 @@ def make_collector(
 def test_shaping_changes_the_reward_and_not_the_logged_parts(tiny_tokenizer, make_prompt):
     engine = ScriptedEngine(tiny_tokenizer, {"a": [GOOD, HALF]})
     config = TaskConfig(shaping={"iou": "tempsamp_r1"}, length_reward="overlong", length_tokens=(0, 1000))
-    [group] = collect(
-        engine, prompts_of(make_prompt, "a"), SamplingParams(2, 200), make_tasks(config), config, unexpected
-    )
+    [group] = collect(engine, prompts_of(make_prompt, "a"), SamplingParams(2, 200), make_tasks(config), config).groups
     assert group.reward_parts["iou"] == (1.0, 0.5)
     lengths = [completion.num_tokens for completion in group.completions]
     assert group.reward_parts["length"] == tuple((1000 - n) / 1000 for n in lengths)

@@ -86,7 +86,10 @@ class Stream:
         self.position, self.again = position, dict(again)
 
     def next(self, count: int) -> list[Prompt]:
-        names = [f"a{i}" for i in range(self.position, self.position + count)]
+        due = [name for name, (_, at) in self.again.items() if 0 <= at <= self.position][:count]
+        self.again |= {name: (self.again[name][0], -1) for name in due}
+        count -= len(due)
+        names = [*due, *(f"a{i}" for i in range(self.position, self.position + count))]
         self.position += count
         truth = IntervalTruth(((2.0, 4.0),))
         return [
@@ -172,21 +175,13 @@ def test_no_answer_is_older_than_the_lag(open_queue: Open, lag):
     assert max(now - drew for _, drew, now in seen) >= 1
 
 
-def test_the_next_step_is_drawn_while_the_learner_works(open_queue: Open):
+def test_the_next_step_is_drawn_while_the_learner_works_and_weights_wait_for_it(open_queue: Open):
     queue, engine, _ = open_queue(1, holds=True)
     queue.fill(1)
     engine.release(NUM_TOKENS)
     queue.take(1)
-    assert engine.running.wait(5)  # of step 2, while the caller does something else
+    assert engine.running.wait(5)  # while the caller does something else
     assert engine.calls[-1][0] == ["a2", "a3"]
-
-
-def test_weights_wait_for_what_is_being_drawn(open_queue: Open):
-    queue, engine, _ = open_queue(1, holds=True)
-    queue.fill(1)
-    engine.release(NUM_TOKENS)
-    queue.take(1)
-    assert engine.running.wait(5)
     threading.Timer(0.3, engine.release, (NUM_TOKENS,)).start()
     began = time.monotonic()
     with queue.paused():
@@ -247,20 +242,15 @@ def test_a_restored_queue_asks_only_for_what_was_not_drawn(open_queue: Open, int
     assert kept["pending"] == [{"step": 2, "position": 2, "again": {}, "count": 2}]
     again, other, others_stream = open_queue(1, holds=False)
     others_stream.position = stream.position
-    other.policy_version = 5
+    other.policy_version = 2
     again.restore(kept["pending"], kept["answers"], kept["again"], kept["failed_steps"])
     assert others_stream.position == stream.position == 4
     assert (others_stream.again, again._collector.failed_steps) == ({"a0": (1, 9)}, {"captioning": 3})
     again.fill(2)  # step 3 is new
-    if not interrupt:
-        other.policy_version = 2
-    with again.paused():
-        pass
-    other.policy_version = 2 if not interrupt else 1
     groups = again.take(2)
     assert ids_of(groups) == ["a2", "a3"]
     assert groups[0].policy_version == 1
-    want = [-1.0, -1.0, -5.0, -5.0] if interrupt else [-1.0] * NUM_TOKENS
+    want = [-1.0, -1.0, -2.0, -2.0] if interrupt else [-1.0] * NUM_TOKENS
     assert groups[0].completions[0].logprobs_R.tolist() == want
     again.take(3)  # what is asked first without interruptions, in a thread that may not have begun until now
     asked = [ids for ids, _, _ in other.calls]
@@ -361,11 +351,11 @@ def test_what_a_step_left_is_drawn_for_no_other_prompt(open_queue: Open, monkeyp
     read = others_stream.next
     monkeypatch.setattr(others_stream, "next", lambda count: [p for p in read(count) if p.example.id != "a0"])
     again.restore(kept["pending"], kept["answers"], kept["again"], kept["failed_steps"])
-    assert [ids for ids, _, _ in note(again, other, range(2, 3))] == [["a4"]]  # a3 goes on, a2 was learned from
-    assert other.calls[0][0] == ["a3", "a4"]
+    assert [ids for ids, _, _ in note(again, other, range(2, 3))] == [["a1"]]
+    assert other.calls[0][0] == ["a1", "a3"]  # a1 is drawn anew, a2 was learned from
 
 
-def test_on_another_number_of_ranks_as_many_groups_are_begun_anew(open_queue: Open):
+def test_on_another_number_of_ranks_what_a_step_left_is_drawn_again(open_queue: Open):
     queue, engine, stream = open_queue(0, num_steps=5, over_provision=0.5)
     engine.lengths = LENGTHS
     note(queue, engine, range(1, 2))
@@ -373,7 +363,23 @@ def test_on_another_number_of_ranks_as_many_groups_are_begun_anew(open_queue: Op
     again, other, others_stream = open_queue(0, num_steps=5, over_provision=0.5)
     others_stream.position = stream.position
     again.restore(kept["pending"], {}, kept["again"], kept["failed_steps"])  # answers are not read then
-    assert [ids for ids, _, _ in note(again, other, range(2, 4))] == [["a3", "a4"], ["a5", "a6"]]
+    assert [ids for ids, _, _ in note(again, other, range(2, 4))] == [["a1", "a3"], ["a4", "a5"]]
+
+
+@pytest.mark.parametrize(("lag", "over_provision"), [(1, 0.0), (0, 0.5), (1, 0.5)])
+def test_answers_older_than_a_resumed_run_allows_are_drawn_anew(open_queue: Open, lag, over_provision):
+    queue, engine, stream = open_queue(lag, num_steps=5, over_provision=over_provision)
+    engine.lengths = LENGTHS
+    note(queue, engine, range(1, 3))
+    kept = queue.pending()
+    again, other, others_stream = open_queue(0, num_steps=5)
+    other.policy_version, others_stream.position = engine.policy_version, stream.position
+    again.restore(kept["pending"], kept["answers"], kept["again"], kept["failed_steps"])
+    seen = note(again, other, range(3, 6))
+    assert all(lags == [0] * len(lags) for _, _, lags in seen)
+    learned = [*STEPS[0], *STEPS[1]] if over_provision else ["a0", "a1", "a2", "a3"]
+    learned += [name for ids, _, _ in seen for name in ids]
+    assert sorted(learned) == sorted(f"a{i}" for i in range(len(learned)))  # nothing is lost or learned from twice
 
 
 def test_the_share_is_rounded_up_and_the_only_step_draws_no_more_than_it_needs(open_queue: Open):

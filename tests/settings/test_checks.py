@@ -56,32 +56,21 @@ def changed(settings: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(settings, **values)
 
 
+RANKS = [
+    # 64 ranks share 64 prompts; the 16 examples of a supervised step are not their concern
+    ({"train.prompts_per_step": 64}, r"sft\.examples_per_step is 16, but there are 64 ranks", {"sft"}, 64),
+    ({"sft.examples_per_step": 64}, r"train\.prompts_per_step is 8, but there are 64 ranks", {"train"}, 64),
+    ({"algorithm.minibatches_per_rollout": 2}, "make it a multiple of 16", {"train"}, 8),
+    (FAR, "names 1 workers, but there are 2 ranks", ALL, 2),
+]
+
+
 @pytest.mark.parametrize(
-    ("changes", "message", "refusing"),
-    CONTRADICTIONS,
+    ("changes", "message", "refusing", "num_ranks"),
+    [*((*contradiction, 1) for contradiction in CONTRADICTIONS), *RANKS],
     ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value)[:60],
 )
-def test_a_contradiction_stops_the_commands_that_use_its_settings(changes, message, refusing):
-    config = changed(Config(), changes)
-    for command in get_args(RunCommand):
-        if command in refusing:
-            with pytest.raises(ConfigError, match=message):
-                check_settings(config, command)
-        else:
-            check_settings(config, command)
-
-
-@pytest.mark.parametrize(
-    ("changes", "num_ranks", "message", "refusing"),
-    [
-        # 64 ranks share 64 prompts; the 16 examples of a supervised step are not their concern
-        ({"train.prompts_per_step": 64}, 64, r"sft\.examples_per_step is 16, but there are 64 ranks", {"sft"}),
-        ({"sft.examples_per_step": 64}, 64, r"train\.prompts_per_step is 8, but there are 64 ranks", {"train"}),
-        ({"algorithm.minibatches_per_rollout": 2}, 8, "make it a multiple of 16", {"train"}),
-        (FAR, 2, "names 1 workers, but there are 2 ranks", ALL),
-    ],
-)
-def test_a_number_of_ranks_stops_the_commands_that_share_something_out(changes, num_ranks, message, refusing):
+def test_a_contradiction_stops_the_commands_that_use_its_settings(changes, message, refusing, num_ranks):
     config = changed(Config(), changes)
     for command in get_args(RunCommand):
         if command in refusing:

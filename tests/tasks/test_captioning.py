@@ -18,7 +18,7 @@ from tests.judge.judge_server import (
 )
 from tests.rollout.scripted_engine import ScriptedEngine
 from vcr1_fast.judge.client import JudgeUnavailableError
-from vcr1_fast.rollout.collect import RewardFailure, collect
+from vcr1_fast.rollout.collect import collect
 from vcr1_fast.settings.config import JudgeConfig, TaskConfig
 from vcr1_fast.tasks.captioning import Captioning
 from vcr1_fast.types import CaptionTruth, Example, IntervalTruth, SamplingParams
@@ -168,24 +168,24 @@ def test_a_judge_that_is_down_never_loses_a_run(trouble, tiny_tokenizer, make_pr
         prompts[3], example=dataclasses.replace(prompts[3].example, truth=IntervalTruth(((0.0, 1.0),)))
     )
     engine = ScriptedEngine(tiny_tokenizer, {n: [answer(ALL), answer(HALF)] for n in "abcd"})
-    failures: list[RewardFailure] = []
     behaviour = TROUBLES[trouble]
     with serving(behaviour or hangs_up) as server:
         url = server.url if behaviour else unused_url()
         task = task_of(url, timeout_s=0.2, total_timeout_s=3.0)
         started = time.monotonic()
-        groups = collect(
+        drawn = collect(
             engine,
             prompts,
             SamplingParams(2, 400),
             {"captioning": task, "fixed": Fixed()},  # type: ignore[dict-item]
             TaskConfig(),
-            failures.append,
         )
         assert time.monotonic() - started < 3.0
-    assert [group.prompt.example.id for group in groups] == ["d"]
-    assert [failure.example_id for failure in failures] == ["a", "b", "c"]
-    assert all("the reward of task captioning raised JudgeUnavailableError" in str(failure) for failure in failures)
+    assert [group.prompt.example.id for group in drawn.groups] == ["d"]
+    assert [failure.example_id for failure in drawn.failures] == ["a", "b", "c"]
+    assert all(
+        "the reward of task captioning raised JudgeUnavailableError" in str(failure) for failure in drawn.failures
+    )
     assert capsys.readouterr().err.count("reward failure: ") == 3
 
 
@@ -208,23 +208,21 @@ def test_only_the_group_that_cannot_be_judged_is_lost(tiny_tokenizer, make_promp
         "b": [answer("A confusing text."), answer(ALL)],
         "c": [answer(HALF)] * 2,
     }
-    failures: list[RewardFailure] = []
     with serving(confused) as server:
         task = task_of(server.url)
-        groups = collect(
+        drawn = collect(
             ScriptedEngine(tiny_tokenizer, scripted),
             prompts,
             SamplingParams(2, 400),
             {"captioning": task},
             TaskConfig(),
-            failures.append,
         )
-    assert [(g.prompt.example.id, g.reward_parts["f1"]) for g in groups] == [
+    assert [(g.prompt.example.id, g.reward_parts["f1"]) for g in drawn.groups] == [
         ("a", (1.0, pytest.approx(2 / 3))),
         ("c", pytest.approx((2 / 3, 2 / 3))),
     ]
-    assert [failure.example_id for failure in failures] == ["b"]
-    assert "its answer cannot be read" in failures[0].reason
+    assert [failure.example_id for failure in drawn.failures] == ["b"]
+    assert "its answer cannot be read" in drawn.failures[0].reason
     # ALL and HALF: check, split, check. The confusing one: two attempts, and two more when its group is scored alone.
     assert len(server.requests) == 3 + 3 + 2 + 2
 

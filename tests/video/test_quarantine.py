@@ -50,20 +50,6 @@ def _append(path: Path, writer: int) -> None:
         quarantine.add(SampleError(f"{writer}-{i}.mp4", "x" * 2000))
 
 
-def test_several_processes_append_whole_lines(tmp_path: Path) -> None:
-    path = tmp_path / "quarantine.jsonl"
-    path.touch()
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_append, args=(path, k)) for k in range(3)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(60)
-    assert [writer.exitcode for writer in writers] == [0, 0, 0]
-    sources = [json.loads(line)["source"] for line in path.read_text().splitlines()]
-    assert sorted(sources) == sorted(f"{k}-{i}.mp4" for k in range(3) for i in range(50))
-
-
 def test_a_further_list_is_honoured_and_left_alone(tmp_path: Path) -> None:
     own, further = tmp_path / "own.jsonl", tmp_path / "further.jsonl"
     Quarantine(further).add(SampleError("a.mp4", "is empty"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from collections.abc import Sequence
 
@@ -28,17 +29,12 @@ def read_addresses(written: Sequence[str]) -> list[Address]:
     return found
 
 
-def as_setting(addresses: Sequence[Address]) -> str:
-    """The inverse of `read_addresses`, as the command line takes `rollout.sglang.addresses`: ports that follow each
-    other as one range, IPv6 in quotes, without which YAML reads its brackets as a list."""
-    runs: list[tuple[str, int, int]] = []  # host, first and last port
-    for host, port in addresses:
-        if runs and (host, port) == (runs[-1][0], runs[-1][2] + 1):
-            runs[-1] = (host, runs[-1][1], port)
-        else:
-            runs.append((host, port, port))
-    texts = [show((host, first)) + (f"-{last}" if last > first else "") for host, first, last in runs]
-    return "[" + ",".join(f'"{text}"' if text.startswith("[") else text for text in texts) + "]"
+def as_setting(host: str, ports: Sequence[int]) -> str:
+    """The inverse of `read_addresses` for one host, as the command line takes `rollout.sglang.addresses`: in quotes,
+    without which YAML reads the brackets of IPv6 as a list."""
+    is_range = len(ports) > 1 and list(ports) == list(range(ports[0], ports[0] + len(ports)))
+    shown = [show((host, port)) for port in (ports[:1] if is_range else ports)]
+    return json.dumps([f"{shown[0]}-{ports[-1]}"] if is_range else shown)
 
 
 def read_bind(text: str) -> Address:

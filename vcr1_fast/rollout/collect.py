@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from vcr1_fast.learner.sharding import World, all_reduce_sum
+from vcr1_fast.learner.sharding import World, all_reduce_sum, gather_all
 from vcr1_fast.rollout.temporal_contrast import SHUFFLED_SEED, has_order, order_part, shuffled_prompt
 from vcr1_fast.settings.config import Config, TaskConfig
 from vcr1_fast.tasks.reward_process import RewardError, RewardTimeoutError
@@ -72,18 +71,14 @@ class Collector:
         self.failed_steps: dict[str, int] = {}  # task -> steps in a row in which none of its groups could be scored
         self.failed_ids: list[str] = []  # examples of the last step without a score, over all ranks
         self._failures: list[RewardFailure] = []  # of the last step, this rank's
-        self._counts: Counter[str] = Counter()  # the same
+        self._scored: Counter[str] = Counter()  # the same: groups by task
+        self._counts: Counter[str] = Counter()  # the same: of `metrics`
 
     def draw(self, engine: Answering, prompts: Sequence[Prompt], sampling: SamplingParams) -> Drawn:
         """G answers to each prompt, scored. No collective, and nothing of the collector changes: for any thread."""
-        failures: list[RewardFailure] = []
         target_ids = self.target_ids if self.config.rollout.num_ground_truth else None
-        groups = collect(
-            engine, prompts, sampling, self.tasks, self.config.task, failures.append, target_ids=target_ids
-        )
-        if self.config.task.temporal_contrast:
-            groups = self._contrasted(engine, groups, sampling, failures.append)
-        return Drawn(groups, tuple(failures))
+        drawn = collect(engine, prompts, sampling, self.tasks, self.config.task, target_ids)
+        return self._contrasted(engine, drawn, sampling) if self.config.task.temporal_contrast else drawn
 
     def complete(
         self,
@@ -101,7 +96,7 @@ class Collector:
         ranks: every rank answers equally many, and a step may hold up to ranks - 1 groups more than
         train.prompts_per_step.
         """
-        self._counts, self._failures = Counter(), []
+        self._counts, self._scored, self._failures = Counter(), Counter(), []
         groups = self._counted(drawn)
         for round_index in range(self.config.rollout.max_resample_rounds):
             kept = [group for group in groups if len(set(group.rewards)) > 1]
@@ -125,30 +120,24 @@ class Collector:
 
     def _counted(self, drawn: Drawn) -> list[RolloutGroup]:
         self._failures += drawn.failures
-        self._counts.update(f"scored/{group.prompt.example.task}" for group in drawn.groups)
+        self._scored.update(group.prompt.example.task for group in drawn.groups)
         self._counts["reward_failures"] += len(drawn.failures)
         self._counts["sampling/ground_truths"] += sum(not c.is_sampled for g in drawn.groups for c in g.completions)
         return drawn.groups
 
     def _judge_failures(self) -> None:
         """Agree over ranks which examples have no score, and end the run when there was none for too long."""
-        failed = Counter(failure.task for failure in self._failures)
-        counts = {f"{task}/failed": float(failed[task]) for task in self.tasks}
-        counts |= {f"{task}/scored": float(self._counts[f"scored/{task}"]) for task in self.tasks}
-        counts = all_reduce_sum(counts, self.world)
-        counts |= {
-            f"{ANY_TASK}/{kind}": sum(counts[f"{t}/{kind}"] for t in self.tasks) for kind in ("failed", "scored")
-        }
-        gathered = [self._failures]
-        if counts[f"{ANY_TASK}/failed"] and self.world.world_size > 1:
-            gathered = [[] for _ in range(self.world.world_size)]
-            dist.all_gather_object(gathered, self._failures)
-        failures = [failure for part in gathered for failure in part]
+        gathered = gather_all((self._failures, self._scored), self.world)
+        failures = [failure for part, _ in gathered for failure in part]
+        failed, scored = Counter(failure.task for failure in failures), Counter[str]()
+        for _, part in gathered:
+            scored += part
+        failed[ANY_TASK], scored[ANY_TASK] = failed.total(), scored.total()
         self.failed_ids = [failure.example_id for failure in failures]
         for task in (ANY_TASK, *self.tasks):
-            if counts[f"{task}/scored"]:
+            if scored[task]:
                 self.failed_steps.pop(task, None)
-            elif counts[f"{task}/failed"]:
+            elif failed[task]:
                 self.failed_steps[task] = self.failed_steps.get(task, 0) + 1
             if self.failed_steps.get(task, 0) >= self.config.task.max_failed_steps:
                 last = [failure for failure in failures if task in (ANY_TASK, failure.task)][-1]
@@ -158,33 +147,27 @@ class Collector:
                     f"the last error: {last.example_id}: {last.reason}; mend that and start again, no example is lost",
                 )
 
-    def _contrasted(
-        self,
-        engine: Answering,
-        groups: list[RolloutGroup],
-        sampling: SamplingParams,
-        on_failure: Callable[[RewardFailure], None],
-    ) -> list[RolloutGroup]:
+    def _contrasted(self, engine: Answering, drawn: Drawn, sampling: SamplingParams) -> Drawn:
         """The groups with the part "order" (rollout/temporal_contrast.py), G // 2 answers to each shuffled clip. Where
         the shuffled clip has no score, the group has none. Groups without a video stay as they are, behind them."""
-        unordered = [group for group in groups if not has_order(group.prompt)]
-        groups = [group for group in groups if has_order(group.prompt)]
-        shuffled = [shuffled_prompt(group.prompt, sampling.seed) for group in groups]
+        unordered = [group for group in drawn.groups if not has_order(group.prompt)]
+        ordered = [group for group in drawn.groups if has_order(group.prompt)]
+        shuffled = [shuffled_prompt(group.prompt, sampling.seed) for group in ordered]
         half = replace(
             sampling, num_completions=max(1, sampling.num_completions // 2), seed=sampling.seed + SHUFFLED_SEED
         )
-        answered = collect(engine, shuffled, half, self.tasks, self.config.task, on_failure)
-        parts_of = {id(group.prompt): group.reward_parts for group in answered}
-        contrasted = [
+        answered = collect(engine, shuffled, half, self.tasks, self.config.task)
+        parts_of = {id(group.prompt): group.reward_parts for group in answered.groups}
+        groups = [
             rewarded(
                 group,
                 {**group.reward_parts, ORDER_PART: order_part(group, parts_of[id(prompt)])},
                 self.config.task,
             )
-            for group, prompt in zip(groups, shuffled, strict=True)
+            for group, prompt in zip(ordered, shuffled, strict=True)
             if id(prompt) in parts_of
         ]
-        return contrasted + unordered
+        return Drawn(groups + unordered, drawn.failures + answered.failures)
 
 
 def collect(
@@ -193,17 +176,14 @@ def collect(
     sampling: SamplingParams,
     tasks: Mapping[str, Task],
     config: TaskConfig,
-    on_failure: Callable[[RewardFailure], None],
-    *,
     target_ids: TargetIds | None = None,
-) -> list[RolloutGroup]:
-    """G answers to each prompt, scored. A group whose reward raises is reported through `on_failure` and left out; a
-    prompt to which the engine gave no answer has no group.
+) -> Drawn:
+    """G answers to each prompt, scored. A prompt to which the engine gave no answer has no group.
 
     `target_ids`: then G - 1 answers are drawn and the last one is the ground truth (`with_ground_truth`).
     """
     if not prompts:
-        return []
+        return Drawn([])
     if target_ids is not None:
         sampling = replace(sampling, num_completions=sampling.num_completions - 1)
     answers = engine.generate(prompts, sampling)
@@ -215,13 +195,15 @@ def collect(
     if target_ids is not None:
         groups = [with_ground_truth(g, tasks[g.prompt.example.task], target_ids, sampling) for g in groups]
     scored: dict[int, RolloutGroup] = {}
+    failures: list[RewardFailure] = []
     for name in sorted({group.prompt.example.task for group in groups}):
         members = [i for i, group in enumerate(groups) if group.prompt.example.task == name]
-        parts = score_groups(tasks[name], [groups[i] for i in members], on_failure)
-        for index, group_parts in zip(members, parts, strict=True):
-            if group_parts is not None:
-                scored[index] = rewarded(groups[index], group_parts, config)
-    return [scored[i] for i in sorted(scored)]
+        for index, parts in zip(members, _scores(tasks[name], [groups[i] for i in members]), strict=True):
+            if isinstance(parts, RewardFailure):
+                failures.append(parts)
+            else:
+                scored[index] = rewarded(groups[index], parts, config)
+    return Drawn([scored[i] for i in sorted(scored)], tuple(failures))
 
 
 def with_ground_truth(group: RolloutGroup, task: Task, target_ids: TargetIds, sampling: SamplingParams) -> RolloutGroup:
@@ -261,17 +243,15 @@ def weighted_sum(parts: Mapping[str, Sequence[float]], weights: Mapping[str, flo
     return tuple(sum(row) for row in zip(*columns, strict=True))
 
 
-def score_groups(
-    task: Task, groups: Sequence[RolloutGroup], on_failure: Callable[[RewardFailure], None]
-) -> list[RewardParts | None]:
+def _scores(task: Task, groups: Sequence[RolloutGroup]) -> list[RewardParts | RewardFailure]:
     """Reward parts of each group, all groups in one call; if that call raises, group by group to find the culprit.
 
     Once a group alone took too long the others are not asked: 64 of them would wait 64 times. They come again.
     """
     if len(groups) > 1:
         with contextlib.suppress(Exception, SystemExit):  # a reward is user code: whatever it raises, the run goes on
-            return _score(task, groups)
-    result: list[RewardParts | None] = []
+            return [*_score(task, groups)]
+    result: list[RewardParts | RewardFailure] = []
     hung = ""
     for group in groups:
         reason = f"not asked, as for another group of the step {hung}"
@@ -285,15 +265,14 @@ def score_groups(
                 hung = str(error) if isinstance(error, RewardTimeoutError) else ""
         failure = RewardFailure(group.prompt.example.id, task.name, reason)
         print(f"reward failure: {failure.example_id}: {failure.reason}", file=sys.stderr)
-        on_failure(failure)
-        result.append(None)
+        result.append(failure)
     return result
 
 
-def _score(task: Task, groups: Sequence[RolloutGroup]) -> list[RewardParts | None]:
+def _score(task: Task, groups: Sequence[RolloutGroup]) -> list[RewardParts]:
     examples = [g.prompt.example for g in groups for _ in g.completions]
     parts = task.score(examples, [c.text for g in groups for c in g.completions])
-    result: list[RewardParts | None] = []
+    result: list[RewardParts] = []
     start = 0
     for group in groups:
         end = start + len(group.completions)

@@ -11,6 +11,7 @@ import heapq
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -43,9 +44,18 @@ class Call:
     def is_enough(self, quota: Quota | None) -> bool:
         return quota.is_met(self.are_done) if quota else all(self.are_done)
 
+    def is_since(self, policy_version: int) -> bool:
+        """Whether no older weights drew any of it."""
+        return min(self.policy_versions, default=policy_version) >= policy_version
+
     def at(self, places: Sequence[int]) -> Call:
         """The same of some of the prompts."""
         return Call([self.answers[i] for i in places], [self.policy_versions[i] for i in places])
+
+    def with_fresh(self, num_prompts: int) -> Call:
+        """With so many more prompts, whose completions are not begun."""
+        fresh = [[NOT_BEGUN] * len(self.answers[0]) for _ in range(num_prompts)]
+        return Call(self.answers + fresh, self.policy_versions + [0] * num_prompts)
 
     def fits(self, num_prompts: int, num_completions: int) -> bool:
         return len(self.answers) == num_prompts and all(len(group) == num_completions for group in self.answers)
@@ -80,16 +90,13 @@ class Drawing:
     def __init__(self, turns: Turns, work: Work, calls: Sequence[Call]) -> None:
         """`calls`: what an earlier drawing of the same work got already."""
         self.calls = list(calls)
-        self.begun: Call | None = None  # of the first prompts of the first call
         self.quota: Quota | None = None  # of the first call
         self.policy_version = 0  # of the oldest answer that generate gave last
         self.duration_s = 0.0
         self._turns = turns
         self._work = work
         self._num_calls = 0  # done by the work so far
-        self._drawn: Drawn | None = None
-        self._error: BaseException | None = None
-        self._is_done = threading.Event()
+        self.done: Future[Drawn] = Future()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Completion]]:
         """As the engine's, but goes on after interruptions until every completion is finished, or `quota` is met: then
@@ -98,11 +105,7 @@ class Drawing:
         self._num_calls += 1
         if index < len(self.calls) and not self.calls[index].fits(len(prompts), sampling.num_completions):
             del self.calls[index:]  # a video that cannot be read any more, for example: the prompts are others
-        quota, begun = (self.quota, self.begun) if index == 0 else (None, None)
-        if begun and index == len(self.calls) and begun.fits(len(begun.answers), sampling.num_completions):
-            num_fresh = len(prompts) - len(begun.answers)
-            fresh = [[NOT_BEGUN] * sampling.num_completions for _ in range(num_fresh)]
-            self.calls.append(Call(begun.answers + fresh, begun.policy_versions + [0] * num_fresh))
+        quota = self.quota if index == 0 else None
         while index == len(self.calls) or not self.calls[index].is_enough(quota):
             before = self.calls[index] if index < len(self.calls) else None
             self.calls[index:] = [self._turns.ask(prompts, sampling, before, quota)]
@@ -112,26 +115,25 @@ class Drawing:
         return [group if i in taken else [] for i, group in enumerate(call.answers)]
 
     def run(self) -> None:
-        """Do the work. What it raises is kept for `result`."""
+        """Do the work; what it raises comes out of `result`."""
         began = time.perf_counter()
         try:
-            self._drawn = self._work(self)
+            drawn = self._work(self)
+            self.duration_s = time.perf_counter() - began
+            self.done.set_result(drawn)
         except BaseException as error:
-            self._error = error
-        self.duration_s = time.perf_counter() - began
-        self._is_done.set()
+            self.done.set_exception(error)
 
     def wait(self) -> None:
         """For the work, or do it now where no thread does."""
-        self._turns.wait_for(self, self._is_done)
+        if not self._turns.is_threaded and not self.done.done():
+            self.run()
+        wait([self.done])
 
     def result(self) -> Drawn:
         """Wait, and raise what the work raised."""
         self.wait()
-        if self._error is not None:
-            raise self._error
-        assert self._drawn is not None, "done without an error"
-        return self._drawn
+        return self.done.result()
 
 
 class Turns:
@@ -146,28 +148,20 @@ class Turns:
         self._num_begun = 0
         self._num_pauses = 0
         self._is_asking = self._is_closed = False
-        self._thread: threading.Thread | None = None
+        self.is_threaded = is_threaded
+        self._thread = threading.Thread(target=self._serve, name="draw-answers", daemon=True)
         if is_threaded:
-            self._thread = threading.Thread(target=self._serve, name="draw-answers", daemon=True)
             self._thread.start()
 
     def begin(self, order: int, work: Work, calls: Sequence[Call]) -> Drawing:
         """Queue some work."""
         drawing = Drawing(self, work, calls)
-        if self._thread is not None:
+        if self.is_threaded:
             with self._changed:
                 heapq.heappush(self._waiting, (order, self._num_begun, drawing))
                 self._num_begun += 1
                 self._changed.notify_all()
         return drawing
-
-    def wait_for(self, drawing: Drawing, is_done: threading.Event) -> None:
-        """Until it is done."""
-        if self._thread is None:
-            if not is_done.is_set():
-                drawing.run()
-            return
-        is_done.wait()
 
     def ask(self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Call | None, quota: Quota | None) -> Call:
         """One call of the engine, when it is not paused. Some answers may come back unfinished."""
@@ -183,11 +177,11 @@ class Turns:
             with self._changed:
                 self._is_asking = False
                 self._changed.notify_all()
-        versions = [version] * len(prompts)
-        for place, group in enumerate(begun.answers if begun else []):
-            if begun and any(completion.num_tokens for completion in group):
-                versions[place] = begun.policy_versions[place]
-        return Call(answers, versions)
+        if begun is None:
+            return Call(answers, [version] * len(prompts))
+        has_tokens = [any(completion.num_tokens for completion in group) for group in begun.answers]
+        old = zip(begun.policy_versions, has_tokens, strict=True)
+        return Call(answers, [before if has else version for before, has in old])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -208,9 +202,8 @@ class Turns:
             self._is_closed = True
             self._changed.notify_all()
             self._wait_until_idle(interrupt=True)
-        if self._thread is not None:
+        if self.is_threaded:
             self._thread.join()
-            self._thread = None
 
     def _wait_until_idle(self, interrupt: bool) -> None:
         while self._is_asking:

@@ -68,7 +68,8 @@ class OverProvision:
         carried = self.tail
         num_left = 0 if step >= self._last_step else self.num_extra
         asked = [*carried.prompts, *prompts]
-        drawing.begun = carried.call if carried.prompts else None
+        if carried.call.answers and not drawing.calls:
+            drawing.calls.append(carried.call.with_fresh(len(prompts)))
         if num_left or carried.prompts:
             drawing.quota = Quota(max(len(asked) - num_left, len(carried.prompts)), len(carried.prompts))
         drawn = self._collector.draw(drawing, asked, sampling)

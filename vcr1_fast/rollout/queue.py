@@ -22,12 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from vcr1_fast.learner.sharding import all_max_int, all_reduce_sum
+from vcr1_fast.learner.sharding import all_max_int, all_reduce_sum, gather_all
 from vcr1_fast.prompts.stream import PromptStream
 from vcr1_fast.rollout.collect import Collector, Drawn
 from vcr1_fast.rollout.drawing import Call, Decode, Drawing, Turns
@@ -73,7 +73,7 @@ class RolloutQueue:
         self._collector, self._prompts = collector, prompts
         self._engine, self._sampling_of, self._decode = engine, sampling_of, decode
         self._train, rollout = collector.config.train, collector.config.rollout
-        self._lag = rollout.max_policy_lag
+        self._lag, self._most_behind = rollout.max_policy_lag, rollout.most_updates_behind
         self._interrupts = rollout.interrupt
         self._turns = Turns(engine, is_threaded=self._lag > 0, interrupts=rollout.interrupt)
         self._over_provision = OverProvision(collector)
@@ -125,13 +125,15 @@ class RolloutQueue:
     def pending(self) -> dict[str, Any]:
         """What a checkpoint must keep: {"pending": steps that wait in the queue, before them the one that left
         something for them, "answers": this rank's tensors, its answers as far as they are drawn, "again" of the
-        stream, "failed_steps" of the collector}. All but the answers are the same on all ranks."""
+        stream, "failed_steps" of the collector}. All but the answers are the same on all ranks. A collective."""
         steps: list[dict[str, Any]] = []
         answers: dict[str, Tensor] = {}
         for step in [*([self._taken] if self._taken else []), *self._steps]:
             where = {"step": step.number, "position": step.position, "again": dict(step.again), "count": step.count}
-            steps.append(where | ({"is_taken": True} if step is self._taken else {}))
+            steps.append(where)
         if self._taken:
+            left = gather_all([prompt.example.id for prompt in self._taken.tail.prompts], self._collector.world)
+            steps[0] |= {"is_taken": True, "left": [name for names in left for name in names]}
             tail = self._taken.tail.as_tensors()
             answers |= {f"{self._taken.number}.{TAIL}.{name}": value for name, value in tail.items()}
         for step in self._steps:
@@ -147,28 +149,36 @@ class RolloutQueue:
         again: Mapping[str, Sequence[int]],
         failed_steps: Mapping[str, int],
     ) -> None:
-        """Go on with what `pending` gave. A collective. Answers that are not there, or do not fit the prompts because a
-        video cannot be read any more, are drawn anew."""
-        position = self._prompts.position
+        """Go on with what `pending` gave. A collective. Answers that are not there, do not fit the prompts because a
+        video cannot be read any more, or are older than the settings now allow, are drawn anew. So are groups that a
+        step left, on another number of ranks, where each had other prompts: they come again next."""
+        position, now = self._prompts.position, self._engine.policy_version
         self._collector.failed_steps = dict(failed_steps)
+        lost: set[str] = set()
+        first = next((step["step"] for step in steps if not step.get("is_taken")), 0)
         for step in steps:
             self._prompts.restore(step["position"], step.get("again", {}))
             if step.get("is_taken"):
-                self._restore_tail(step, _parts(answers, f"{step['step']}.{TAIL}."))
+                kept = self._restore_tail(step, _parts(answers, f"{step['step']}.{TAIL}."))
+                lost = set(step.get("left", ())).difference(*gather_all(kept, self._collector.world))
                 continue
             calls: list[Call] = []
             while parts := _parts(answers, f"{step['step']}.{len(calls)}."):
                 calls.append(Call.of_tensors(parts, self._decode))
-            self._begin(step["step"], step["count"], calls)
-        self._prompts.restore(position, again)
+            oldest = now + step["step"] - first - self._most_behind  # step k from now is learned from after k updates
+            self._begin(step["step"], step["count"], calls if all(call.is_since(oldest) for call in calls) else ())
+        self._prompts.restore(position, {**again, **dict.fromkeys(sorted(lost), (0, position))})
 
-    def _restore_tail(self, step: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """What the step that was learned from last left for the next one. On another number of ranks each had other
-        prompts, and no rank has tensors: as many groups are begun anew, with the next prompts."""
+    def _restore_tail(self, step: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+        """What the step that was learned from last left for the next one: the ids of these prompts."""
         if not tensors:
-            return
+            return []
         self._taken = taken = self._next_step(step["step"], step["count"])
-        taken.tail = self._over_provision.tail = Tail.of_tensors(tensors, taken.prompts, self._decode)
+        tail = Tail.of_tensors(tensors, taken.prompts, self._decode)
+        if not tail.call.is_since(self._engine.policy_version - self._most_behind):
+            tail = replace(tail, call=Call([], []))
+        taken.tail = self._over_provision.tail = tail
+        return [prompt.example.id for prompt in tail.prompts]
 
     def _next_step(self, number: int, count: int) -> _Step:
         """With the next `count` prompts of the stream; not begun."""

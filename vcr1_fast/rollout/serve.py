@@ -21,9 +21,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich import box
-from rich.table import Table
-
 from vcr1_fast.learner.loading import read_config
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.addresses import Address, as_setting, is_loopback, read_bind, show
@@ -32,7 +29,7 @@ from vcr1_fast.rollout.sgl.channel import NO_SGLANG, Channel, KeyRefusedError, c
 from vcr1_fast.rollout.sgl.process import STOP_WAIT_S, Child, prepare_model_folder
 from vcr1_fast.run.hub import with_hub_model
 from vcr1_fast.run.model_folder import model_folder
-from vcr1_fast.run.telemetry import console, say
+from vcr1_fast.run.telemetry import say
 from vcr1_fast.settings.config import Config, ConfigError
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.settings.of_model import check_model
@@ -43,35 +40,23 @@ HANDSHAKE_S = 1.0  # on this machine
 # A worker whose thread for messages says nothing for so long hangs, whatever the rest of it does. Loading a library may
 # hold that thread up, too.
 SILENCE_S = 60.0
-MAX_BACKOFF_S = 30.0
 
 
-class Station:
-    """One address and the workers behind it, one after the other, in a thread."""
+class Station(threading.Thread):
+    """One address and the workers behind it, one after the other."""
 
-    def __init__(self, address: Address, child: Child, config: SGLangConfig) -> None:
+    def __init__(self, address: Address, child: Child, config: SGLangConfig, stopping: threading.Event) -> None:
+        """`stopping`: set when all is to end."""
+        super().__init__(daemon=True)
         self.address, self.child = address, child
         self.facts: Mapping[str, str] = {}  # what the worker says of itself: sglang, torch, gpu
         self.failure = ""  # why this station gave up
-        self.is_waiting = threading.Event()  # a worker was once ready for a trainer
-        self.num_workers = 0  # that became ready, so far
-        self._config = config
-        self._stopping = threading.Event()
+        self.num_workers = 0  # that were ready for a trainer, so far
+        self._config, self._stopping = config, stopping
         self._channel: Channel | None = None  # to the worker, beside the trainer's
         self._num_failures = 0
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def ask_to_stop(self) -> None:
-        self._stopping.set()
-
-    def join(self) -> None:
-        if self._thread.ident is not None:  # it was started
-            self._thread.join()
-
-    def _run(self) -> None:
+    def run(self) -> None:
         try:
             while not self._stopping.is_set():
                 self._serve_one()
@@ -81,50 +66,37 @@ class Station:
             self._end_worker()
 
     def _serve_one(self) -> None:
-        """A worker's life."""
+        """A worker's life: until it ends, hangs or does not get ready, or serve ends."""
         self.child.start()
-        if not self._wait_until_waiting():
-            if not self._stopping.is_set():
-                self._note_failure()
-            return
-        self._num_failures = 0
-        self.num_workers += 1
-        self.is_waiting.set()
-        why = self._watch()
-        if not self._stopping.is_set():
-            self._say(f"{why}; a fresh worker starts")
-        self._end_worker()
-
-    def _watch(self) -> str:
-        """Until the worker ends, or serve does; why."""
-        trainer = ""
-        while self._is_alive():
+        deadline, is_ready, trainer = time.monotonic() + self._config.start_timeout_s, False, ""
+        why = "the worker has ended"
+        while self._is_alive() and (is_ready or time.monotonic() < deadline):
+            status: Mapping[str, str] = {}
             try:
-                status = self._status()
-            except TimeoutError:
-                return f"the worker has said nothing for {SILENCE_S:g} s, and is ended"
-            except (OSError, EOFError, ValueError):
-                self.child.wait(STOP_WAIT_S)
-                break
-            if status["trainer"] != trainer:
-                trainer = status["trainer"]
-                self._say(f"trainer {trainer} has connected")
-            self._stopping.wait(POLL_S)
-        return f"trainer {trainer} has left, or the worker has ended" if trainer else "the worker has ended"
-
-    def _wait_until_waiting(self) -> bool:
-        deadline = time.monotonic() + self._config.start_timeout_s
-        while self._is_alive() and time.monotonic() < deadline:
-            with contextlib.suppress(OSError, EOFError, ValueError, KeyRefusedError):  # not there yet
                 self._channel = self._channel or connect(self.child.address, self.child.key, HANDSHAKE_S)
                 status = self._status()
-                if "sglang" in status:
-                    self.facts = status
-                    return True
+            except (OSError, EOFError, ValueError, KeyRefusedError) as error:  # before it is ready: not there yet
+                if is_ready and isinstance(error, TimeoutError):
+                    why = f"the worker has said nothing for {SILENCE_S:g} s, and is ended"
+                elif is_ready:
+                    self.child.wait(STOP_WAIT_S)
+                if is_ready:
+                    break
+            if "sglang" in status and not is_ready:
+                self.facts, self._num_failures, is_ready = status, 0, True
+                self.num_workers += 1
+            if status.get("trainer", trainer) != trainer:
+                trainer = status["trainer"]
+                why = f"trainer {trainer} has left, or the worker has ended"
+                self._say(f"trainer {trainer} has connected")
             self._stopping.wait(POLL_S)
-        if self.child.exit_code == NO_SGLANG:  # the next one would say the same
-            raise RunError(self.child.printed().rstrip().rpartition("\n")[2])
-        return False
+        if self._stopping.is_set():
+            return
+        if is_ready:
+            self._say(f"{why}; a fresh worker starts")
+            self._end_worker()
+        else:
+            self._note_failure()
 
     def _status(self) -> Mapping[str, str]:
         """What the worker says. Raises TimeoutError after too long a silence, EOFError or OSError when it has ended."""
@@ -140,6 +112,8 @@ class Station:
         raise EOFError("the worker has ended, or serve is to end")
 
     def _note_failure(self) -> None:
+        if self.child.exit_code == NO_SGLANG:  # the next one would say the same
+            raise RunError(self.child.printed().rstrip().rpartition("\n")[2])
         words = self.child.last_words()
         self._end_worker()
         self._num_failures += 1
@@ -149,7 +123,7 @@ class Station:
                 f"(rollout.sglang.max_restarts is {self._config.max_restarts}){words}"
             )
         self._say(f"the worker did not start; once more. Its log: {self.child.log}")
-        self._stopping.wait(min(self._config.backoff_s * 2 ** (self._num_failures - 1), MAX_BACKOFF_S))
+        self._stopping.wait(self._config.pause_s(self._num_failures))
 
     def _end_worker(self) -> None:
         """At the end of serve in order, if it listens: SGLang then gives its memory and processes back itself."""
@@ -187,6 +161,7 @@ class Server:
         Raises ConfigError when an address cannot be had, OSError when the checkpoint cannot be read or `logs` written.
         """
         self.stations: list[Station] = []
+        self._stopping = threading.Event()
         addresses = _free_addresses(bind, len(gpus))
         self._folder = Path(tempfile.mkdtemp(prefix="vcr1-serve-"))
         try:
@@ -198,7 +173,7 @@ class Server:
                 folder, log = self._folder / f"worker-{index}", logs / f"worker-{index}.log"
                 folder.mkdir()
                 child = Child(config.python or sys.executable, folder, log, f"tcp://{show(address)}", key, own)
-                self.stations.append(Station(address, child, config))
+                self.stations.append(Station(address, child, config, self._stopping))
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
@@ -209,7 +184,7 @@ class Server:
         for station in self.stations:
             station.start()
         deadline = time.monotonic() + timeout_s
-        while not all(station.is_waiting.is_set() for station in self.stations):
+        while not all(station.num_workers for station in self.stations):
             self.check()
             if time.monotonic() > deadline:
                 raise RunError(f"a worker was not ready for trainers within {timeout_s:g} s")
@@ -223,10 +198,10 @@ class Server:
 
     def close(self) -> None:
         """End all workers, and wait for that."""
+        self._stopping.set()
         for station in self.stations:
-            station.ask_to_stop()
-        for station in self.stations:
-            station.join()
+            if station.ident is not None:  # it was started
+                station.join()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -254,7 +229,7 @@ def serve(config: Config, bind: str = "", logs: str = "", num_workers: int | Non
     try:
         say(f"starting {len(gpus)} rollout workers for {checkpoint}; logs in {folder}")
         server.start(settings.start_timeout_s)
-        _print_table(server, place)
+        _say_where(server, place)
         while True:
             server.check()
             time.sleep(POLL_S)
@@ -303,16 +278,16 @@ def _gpus(config: Config, num_workers: int | None) -> list[int | None]:
     return [tp_size * index for index in range(num_workers or most)]
 
 
-def _print_table(server: Server, key_place: str) -> None:
-    table = Table("worker", "address", "GPU", "SGLang", "torch", "log", box=box.SIMPLE)
+def _say_where(server: Server, key_place: str) -> None:
     for index, station in enumerate(server.stations):
         facts = station.facts
-        texts = (show(station.address), facts["gpu"], facts["sglang"], facts["torch"], str(station.child.log))
-        table.add_row(str(index), *(text.replace("[", r"\[") for text in texts))
-    console.print(table)
+        say(
+            f"worker {index} at {show(station.address)}: GPU {facts['gpu']}, SGLang {facts['sglang']}, torch "
+            f"{facts['torch']}; log {station.child.log}"
+        )
     host = server.stations[0].address[0]
     name = socket.gethostname() if host in ("0.0.0.0", "::") else host
-    written = as_setting([(name, station.address[1]) for station in server.stations])
+    written = as_setting(name, [station.address[1] for station in server.stations])
     say(f"key: {key_place}; a trainer elsewhere needs the same one")
     say(
         "trainer: --rollout.engine=sglang --rollout.sglang.placement=disaggregated "

@@ -21,6 +21,9 @@ ENGINE_ARGS_REFUSED = {  # what would break the engine or make its log-probs wro
 }
 
 
+MAX_BACKOFF_S = 30.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class SGLangConfig:
     """SGLang as the rollout engine, in processes of its own."""
@@ -103,6 +106,10 @@ class SGLangConfig:
         self.check_world_size(world_size)
         own = tuple(show(address) for address in read_addresses(self.addresses)[rank::world_size])
         return replace(self, addresses=own)
+
+    def pause_s(self, num_failures: int) -> float:
+        """Before the next start of a worker that failed so many times in a row."""
+        return min(self.backoff_s * 2 ** (num_failures - 1), MAX_BACKOFF_S)
 
     def check_world_size(self, world_size: int) -> None:
         """Raises ConfigError when disaggregated workers are fewer than ranks."""

@@ -144,16 +144,22 @@ def oldest(
 
 
 @pytest.fixture
-def start(tmp_path, tiny_tokenizer, monkeypatch):
-    """start(plan, **settings): an engine whose workers' starts behave as planned, with weights."""
-    engines = []
-    checkpoint = tmp_path / "checkpoint"
-    checkpoint.mkdir()
-    (checkpoint / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+def checkpoint(tmp_path, monkeypatch) -> Path:
+    """For engines and servers, whose workers are scripted from now on."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     monkeypatch.setenv("SCRIPTED_WORKER_FOLDER", str(tmp_path))
     monkeypatch.setattr(sglang_round, "ABORT_GRACE_S", 0.5)
     forking = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
     monkeypatch.setattr(sglang_process, "subprocess", forking)
+    return folder
+
+
+@pytest.fixture
+def start(tmp_path, tiny_tokenizer, checkpoint):
+    """start(plan, **settings): an engine whose workers' starts behave as planned, with weights."""
+    engines = []
     settings = {"backoff_s": 0.01, "timeout_s": 30.0, "start_timeout_s": 60.0}
 
     def begin(plan: list[str], *, has_weights: bool = True, **changes) -> SGLangEngine:
@@ -183,3 +189,8 @@ def first_ids(answers: list[list[Completion]]) -> list[int]:
 
 def wanted(prompts: list[Prompt]) -> list[int]:
     return [int(p.token_ids_L[0]) for p in prompts]
+
+
+def pids(answers: list[list[Completion]]) -> set[int]:
+    """Of the workers: scripted ones give their process id as log-prob."""
+    return {int(-group[0].logprobs_R[0]) for group in answers}

@@ -17,44 +17,28 @@ import pytest
 import torch
 
 from tests.rollout.sglang import scripted_worker
-from tests.rollout.sglang.conftest import first_ids, wanted
-from tests.rollout.sglang.forked_worker import Forked
+from tests.rollout.sglang.conftest import SCRIPTED_WEIGHTS, first_ids, pids, wanted
 from vcr1_fast.rollout import serve
 from vcr1_fast.rollout.addresses import show
 from vcr1_fast.rollout.serve import Server
 from vcr1_fast.rollout.sgl import channel as sglang_channel
 from vcr1_fast.rollout.sgl import link as sglang_link
-from vcr1_fast.rollout.sgl import process as sglang_process
-from vcr1_fast.rollout.sgl import round as sglang_round
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.settings.config import Config, ConfigError, RolloutConfig
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import RunError, SamplingParams
 
 SAMPLING = SamplingParams(3, 4)
-WEIGHTS = [("model.language_model.w", torch.ones(3)), ("model.visual.w", torch.ones(300, 300))]
 KEY = b"k" * 32
 LOOPBACK = ("127.0.0.1", 0)
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
-    return folder
 
 
 @pytest.fixture
 def begin_serve(tmp_path, checkpoint, monkeypatch):
     """begin_serve(plan, num_workers): a server on this machine whose workers' starts behave as planned."""
     servers: list[Server] = []
-    monkeypatch.setenv("SCRIPTED_WORKER_FOLDER", str(tmp_path))
     monkeypatch.setenv("VCR1_ROLLOUT_KEY", KEY.hex())
-    monkeypatch.setattr(sglang_round, "ABORT_GRACE_S", 0.5)
     monkeypatch.setattr(serve, "POLL_S", 0.02)
-    forking = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
-    monkeypatch.setattr(sglang_process, "subprocess", forking)
 
     def begin(plan: list[str], num_workers: int = 1, **changes) -> Server:
         (tmp_path / "plan.json").write_text(json.dumps(plan))
@@ -81,17 +65,12 @@ def begin_trainer(checkpoint, tiny_tokenizer):
         config = SGLangConfig(placement="disaggregated", addresses=addresses, **settings)
         engine = SGLangEngine(checkpoint, tiny_tokenizer, config)
         engines.append(engine)
-        engine.load_weights(WEIGHTS, 1)
+        engine.load_weights(SCRIPTED_WEIGHTS, 1)
         return engine
 
     yield begin
     for engine in engines:
         engine.close()
-
-
-def pids(answers) -> set[int]:
-    """Scripted workers give their process id as log-prob."""
-    return {int(-group[0].logprobs_R[0]) for group in answers}
 
 
 def test_two_workers_answer_over_tcp_and_stay_for_the_next_call(begin_serve, begin_trainer, prompts):
@@ -291,7 +270,7 @@ def test_the_command_prints_where_it_serves_and_leaves_nothing(tmp_path):
             line = served.stdout.readline()
             assert line, f"it ended: {told}"
             told += line
-        assert "scripted" in told and str(key_file) in told and "--rollout.sglang.addresses='[127.0.0.1:" in told
+        assert "scripted" in told and str(key_file) in told and "--rollout.sglang.addresses='[\"127.0.0.1:" in told
         assert stat.S_IMODE(key_file.stat().st_mode) == 0o600 and len(bytes.fromhex(key_file.read_text())) == 32
         assert (tmp_path / "logs" / "worker-0.log").exists()
         workers = children(served.pid)

@@ -107,7 +107,7 @@ class Qwen3VL(Qwen25VL):
 
 
 def _interpolation(grid_thw: Tensor, config: Any) -> dict[str, Tensor]:
-    """Which of the learned position embeddings a patch gets a share of, under the names that the tower takes them by."""
+    """Which of the learned position embeddings a patch gets a share of, under the names that the tower has for them."""
     side, merge = int(config.num_position_embeddings**0.5), config.spatial_merge_size
     if not hasattr(vision_utils, "get_vision_interpolation_indices_and_weights"):  # transformers before 5.15
         old: Any = vision_utils

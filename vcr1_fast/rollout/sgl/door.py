@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import zmq
@@ -41,16 +41,6 @@ class _Peer:
     address: str
 
 
-class _OneKey:
-    """ZAP asks it who may come in."""
-
-    def __init__(self, public_key: bytes) -> None:
-        self._public_key = public_key
-
-    def callback(self, _domain: str, public_key: bytes) -> bool:
-        return public_key == self._public_key
-
-
 class Door:
     """Any thread may `send`, one may `receive`."""
 
@@ -61,7 +51,9 @@ class Door:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()  # its own: ZAP has one place in a context
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
-        self._authenticator.configure_curve_callback("worker", _OneKey(curve_keys(key, "trainer")[0]))
+        public_key = curve_keys(key, "trainer")[0]
+        only = SimpleNamespace(callback=lambda _domain, theirs: theirs == public_key)  # ZAP asks it who may come in
+        self._authenticator.configure_curve_callback("worker", only)
         self._router = self._context.socket(zmq.ROUTER)
         self._router.zap_domain = b"worker"
         secure(self._router, address, key, "worker")
@@ -77,8 +69,7 @@ class Door:
             self._end_context(linger_s=0.0)
             raise
         self._received: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._connected: set[int] = set()  # descriptors of all connections, and of those that brought a message
-        self._heard: set[int] = set()
+        self._connected: set[int] = set()  # descriptors of all connections
         self._trainer: _Peer | None = None
         self._is_open, self._is_over = True, False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -152,17 +143,12 @@ class Door:
             if event == zmq.EVENT_ACCEPTED:
                 self._connected.add(descriptor)
             else:
-                if descriptor not in self._heard:
-                    print("somebody left without a word: with another key, or no trainer", file=sys.stderr, flush=True)
                 self._connected.discard(descriptor)
-                self._heard.discard(descriptor)
                 if self._trainer is not None and self._trainer.descriptor == descriptor:
                     self._end()
 
     def _take(self, identity: bytes, frames: list[zmq.Frame]) -> None:
         is_trainer = self._trainer is not None and self._trainer.identity == identity
-        descriptor = frames[0].get(zmq.SRCFD)
-        self._heard.add(descriptor)
         try:
             message = decode([frame.buffer for frame in frames])
         except ValueError:
@@ -172,7 +158,7 @@ class Door:
         if is_trainer:
             self._received.put(message)
         elif message.kind == "hello":
-            self._admit(_Peer(identity, descriptor, _address_of(frames[0])), message)
+            self._admit(_Peer(identity, frames[0].get(zmq.SRCFD), _address_of(frames[0])), message)
         elif message.kind == "status":
             trainer = self._trainer.address if self._trainer else ""
             self._tell(identity, encode("status", {**self.facts, "trainer": trainer}, {})[0])

@@ -69,19 +69,10 @@ class Feed:
     ) -> None:
         """One bucket: where it comes from, what it holds, and `details_of(index)` of the worker."""
 
-        def fields_of(index: int) -> dict[str, Any]:
-            return {
-                "source": source,
-                "entries": entries,
-                "policy_version": self._version,
-                "is_first": is_first,
-                "is_last": is_last,
-                "check": self._checked[index],
-                **details_of(index),
-            }
-
         is_first, self._is_first = self._is_first, False
-        self.ask("weights", fields_of, tensors)
+        common = {"source": source, "entries": entries, "policy_version": self._version}
+        common |= {"is_first": is_first, "is_last": is_last}
+        self.ask("weights", lambda index: {**common, "check": self._checked[index], **details_of(index)}, tensors)
 
     def finish(self) -> None:
         """Wait for all answers. Raises RuntimeError when a worker holds other weights than it was sent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import sys
 import time
@@ -23,7 +24,6 @@ from vcr1_fast.rollout.sgl.weights import WeightTable
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Completion, Prompt, RunError
 
-MAX_BACKOFF_S = 30.0
 MEMORY_TAGS = ["weights", "kv_cache", "cuda_graph"]
 
 
@@ -148,7 +148,7 @@ class Workers:
                     f"{self._config.max_restarts}), the last one because it {reason}"
                 )
             print(f"SGLang worker {seat.worker.name} is started again: it {reason}", file=sys.stderr)
-            time.sleep(min(self._config.backoff_s * 2 ** (self._failures_in_a_row - 1), MAX_BACKOFF_S))
+            time.sleep(self._config.pause_s(self._failures_in_a_row))
             self.num_restarts += 1
             seat.is_checked, seat.is_released, seat.group = False, False, ""
             try:
@@ -167,15 +167,14 @@ class Workers:
 
     def _wait_for_first_start(self, worker: WorkerLink) -> None:
         """Begins it once more when another process took a port of SGLang's: it draws some 15 s before it binds them."""
-        for _ in range(self._config.max_restarts):
+        for attempt in itertools.count():
             try:
                 return worker.wait_ready(self._config.start_timeout_s)
             except WorkerGoneError as error:
-                if not error.is_port_taken:
+                if not error.is_port_taken or attempt == self._config.max_restarts:
                     raise
                 print(f"SGLang worker {worker.name} is started again: a port of its choice was taken", file=sys.stderr)
                 worker.start()
-        worker.wait_ready(self._config.start_timeout_s)
 
     def _feed(self, seats: Sequence[Seat]) -> Feed:
         return Feed(seats, self.next_number, self.policy_version, self._config.timeout_s)
