@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,7 @@ from vcr1_fast.synth.dataset import write_dataset
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.train import train
 from vcr1_fast.types import Completion, Example, IntervalTruth, Prompt, RolloutGroup, SamplingParams
+from vcr1_fast.video.draw import write_png
 from vcr1_fast.video.frozen_tower import load_frozen_tower
 from vcr1_fast.video.patches import PatchSource
 
@@ -88,6 +90,21 @@ def test_embeddings_are_those_of_the_policys_own_tower(
     features = [wanted.pooler_output, *getattr(wanted, "deepstack_features", ())]
     assert len(features) == {"tiny": 1, "tiny3": 4}[model]
     assert torch.equal(embedded.media[0].embeddings_MD, torch.cat(features, dim=1))
+
+
+def test_an_image_is_kept_like_a_clip(tmp_path: Path, sources: tuple[PatchSource, PatchSource]) -> None:
+    write_png(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8), tmp_path / "i.png")
+    _, embedded = sources
+    for source in sources:
+        first, again = (source(f"{tmp_path}/i.png#image") for _ in range(2))
+        assert first.kind == again.kind == "image"
+        height, width = (round(side / source.video_format.factor_px) for side in (90, 130))
+        assert first.grid_thw == again.grid_thw == (1, 2 * height, 2 * width)
+        assert (again.second_per_grid_s, again.pair_times_s, again.duration_s) == (0.0, (), 0.0)
+    assert first.embeddings_MD is not None and again.embeddings_MD is not None
+    assert torch.equal(first.embeddings_MD, again.embeddings_MD) and len(again.embeddings_MD) == again.num_tokens
+    kept = embedded.cache.metrics()
+    assert (kept["cache/ram_entries"], kept["cache/misses"]) == (2.0, 2.0)  # frame and embeddings, each made once
 
 
 def test_loss_and_gradients_are_those_of_a_frozen_tower_inside(
