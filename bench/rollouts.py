@@ -210,7 +210,7 @@ def periods(seconds: np.ndarray, update_s: np.ndarray, *, has_lag: bool) -> np.n
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=40, help=f"of each way, besides {WARM} that are not counted")
+    parser.add_argument("--steps", type=int, default=30, help=f"of each way, besides {WARM} that are not counted")
     parser.add_argument("--seed", type=int, default=0, help="of the lengths")
 
 

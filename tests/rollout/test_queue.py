@@ -12,7 +12,8 @@ import torch
 
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.collect import Collector
-from vcr1_fast.rollout.engine import Quota
+from vcr1_fast.rollout.drawing import Call
+from vcr1_fast.rollout.engine import NOT_BEGUN, Quota
 from vcr1_fast.rollout.queue import RolloutQueue
 from vcr1_fast.settings.config import Config, RolloutConfig, TaskConfig, TrainConfig
 from vcr1_fast.tasks import make_tasks
@@ -388,3 +389,9 @@ def test_the_share_is_rounded_up_and_the_only_step_draws_no_more_than_it_needs(o
     queue, engine, stream = open_queue(0, num_steps=9, prompts_per_step=5, over_provision=0.3)
     queue.fill(1)
     assert stream.position == 7
+
+
+def test_what_has_no_token_is_of_no_age():
+    begun = Completion(torch.arange(1), torch.zeros(1), "aborted")
+    assert Call([[NOT_BEGUN] * 2, [begun]], [0, 3]).is_since(3)
+    assert not Call([[NOT_BEGUN, begun]], [2]).is_since(3)

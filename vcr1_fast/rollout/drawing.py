@@ -45,8 +45,11 @@ class Call:
         return quota.is_met(self.are_done) if quota else all(self.are_done)
 
     def is_since(self, policy_version: int) -> bool:
-        """Whether no older weights drew any of it."""
-        return min(self.policy_versions, default=policy_version) >= policy_version
+        """Whether no older weights drew any token of it."""
+        return all(
+            version >= policy_version or not any(completion.num_tokens for completion in group)
+            for version, group in zip(self.policy_versions, self.answers, strict=True)
+        )
 
     def at(self, places: Sequence[int]) -> Call:
         """The same of some of the prompts."""
