@@ -82,7 +82,7 @@ class SinkEngine:
 
     def load_weights(self, weights: Weights, policy_version: int) -> None:
         with Feed(self._seats, lambda: 0, policy_version, 60.0) as feed:
-            self._delivery.push(self._table.checked(weights), self._table, feed, self._seats)
+            self._delivery.push(self._table.checked(weights), feed, self._seats)
 
     def close(self) -> None:
         self._delivery.close()

@@ -241,12 +241,8 @@ def cuda_handle_is_rebuilt_by_sglang() -> None:
     from sglang.srt.utils import patch_torch
     from torch.multiprocessing import reductions
 
-    handle = {
-        **dict.fromkeys(("storage_handle", "counter_handle", "event_handle"), ""),
-        **dict.fromkeys(("num_bytes", "tensor_offset", "storage_bytes", "storage_offset", "counter_offset"), 0),
-        "device_uuid": "GPU-0",
-        "event_sync": False,
-    }
+    handles = ["", 0, 0, False, "", 0, "", False]
+    handle = {"num_bytes": 0, "tensor_offset": 0, "device_uuid": "GPU-0", "handles": handles}
     rebuild, arguments = CudaHandle(handle).__reduce__()
     assert rebuild is patch_torch._rebuild_cuda_tensor_modified
     bound = inspect.signature(reductions.rebuild_cuda_tensor).bind(*arguments).arguments
@@ -267,7 +263,6 @@ def answers_have_what_is_read() -> None:
     for name in (
         "finish_reason",
         "weight_version",
-        "cached_tokens",
         "output_token_logprobs",
         "output_token_ids_logprobs",
     ):

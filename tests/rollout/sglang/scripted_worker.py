@@ -137,7 +137,6 @@ def answer(door: Door, message: Message, how: str, version: int) -> None:
         "lengths": [2] * count,
         "policy_versions": [str(version)] * count,
         "is_cut": [False] * count,
-        "num_cached_tokens": [0] * count,
     }
     door.send("completions", reply, {"token_ids": tokens, "logprobs": torch.full((2 * count,), -float(os.getpid()))})
 

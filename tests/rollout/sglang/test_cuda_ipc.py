@@ -1,7 +1,7 @@
 """Handles of GPU memory: what the other side calls, and on a GPU the way of whole buckets into another process."""
 
-import base64
 import inspect
+import json
 import multiprocessing
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -32,7 +32,7 @@ def test_a_handle_is_opened_with_torchs_own_arguments(monkeypatch):
     given |= {"requires_grad": False} | dict(zip(names[11:], share[4:], strict=True))
     monkeypatch.setattr(reductions, "reduce_tensor", lambda _: (reductions.rebuild_cuda_tensor, tuple(given.values())))
     handle = sglang_ipc.share(torch.zeros(100, dtype=torch.uint8))
-    assert base64.b64decode(handle["storage_handle"]) == b"storage"
+    assert json.loads(json.dumps(handle)) == handle  # as it travels
     bound = inspect.signature(reductions.rebuild_cuda_tensor).bind(*rebuild_arguments(handle)).arguments
     wanted = given | {
         "tensor_cls": torch.Tensor,
@@ -91,7 +91,7 @@ def test_buckets_on_a_gpu_arrive_in_another_process():
         weights = ((f"w{i}", torch.randn(300, 700, generator=generator, device="cuda")) for i in range(12))
         seats = [Seat(worker)]  # pyright: ignore[reportArgumentType]  # not checked yet: each push compares
         with Feed(seats, lambda: 0, version, 60.0) as feed:
-            delivery.push(table.checked(weights), table, feed, seats)
+            delivery.push(table.checked(weights), feed, seats)
         assert not feed.lost
     assert worker.num_checked == 36
     ours.send(None)

@@ -20,7 +20,7 @@ from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.libraries import Libraries, check_nccl
 from vcr1_fast.rollout.sgl.link import WorkerGoneError
 from vcr1_fast.rollout.sgl.messages import Message
-from vcr1_fast.rollout.sgl.weights import WeightStore, WeightTable
+from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, WeightTable
 from vcr1_fast.rollout.sgl.workers import Seat, Workers
 from vcr1_fast.settings.error import ConfigError
 from vcr1_fast.settings.learning import SGLangConfig
@@ -146,7 +146,7 @@ class Learner:
 
     def push(self, given: list[tuple[str, torch.Tensor]], version: int) -> dict[int, str]:
         with self.feed(self.seats, version) as feed:
-            self.delivery.push(self.table.checked(given), self.table, feed, self.seats)
+            self.delivery.push(self.table.checked(given), feed, self.seats)
         return feed.lost
 
     def replace(self, index: int, version: int) -> Worker:
@@ -266,13 +266,14 @@ def test_a_load_that_breaks_off_leaves_nobody_reading(learner):
 def test_the_host_copy_is_made_of_what_is_sent(monkeypatch):
     """A copy of the float32 weights would move twice as much from a GPU, and leave the rounding to a core."""
     placed: list[torch.dtype] = []
-    place, bfloat16 = WeightStore.place, torch.bfloat16
+    update, bfloat16 = WeightStore.update, torch.bfloat16
 
-    def recorded(store: WeightStore, name: str, value: torch.Tensor) -> None:
-        placed.append(value.dtype)
-        place(store, name, value)
+    def recorded(store: WeightStore, given: Weights) -> list[Batch]:
+        given = list(given)
+        placed.extend(value.dtype for _, value in given)
+        return update(store, given)
 
-    monkeypatch.setattr(WeightStore, "place", recorded)
+    monkeypatch.setattr(WeightStore, "update", recorded)
     learner = Learner("cuda_ipc")
     host = Host(BUCKET_BYTES, bfloat16)
     learner.delivery = CudaIpc(BUCKET_BYTES, bfloat16, host, learner._share, learner._release)
@@ -292,7 +293,7 @@ def test_a_broadcast_needs_one_nccl(start, monkeypatch):
     feed = Feed([seat], count().__next__, 1, 5.0)
     said = r"worker-0 has NCCL 2\.28\.9 \(torch 2\.11\.0\+cu129\) .* 2\.30\.7 .*`pip install torch==2\.11\.0`"
     with pytest.raises(ConfigError, match=said):
-        learner.push(weights(1), WeightTable(), feed, [seat])
+        learner.push(weights(1), feed, [seat])
     check_nccl(ours, replace(theirs, nccl="2.30.7"), "w")
     assert ours.pip_line(replace(ours, nccl="2.29.7")) == "pip install nvidia-nccl-cu13==2.29.7"
 

@@ -33,7 +33,7 @@ from vcr1_fast.rollout.sgl.messages import MAX_FRAME_BYTES, Message, SharedBytes
 
 # How a worker is started, and how one ends that has no SGLang; the last line that it prints then says so
 KEY_VARIABLE, NO_SGLANG = "VCR1_WORKER_KEY", os.EX_CONFIG
-VERSION = f"vcr1-fast {__version__}, messages 4"  # the number goes up when messages change their form
+VERSION = f"vcr1-fast {__version__}, messages 5"  # the number goes up when messages change their form
 HANDSHAKE_S = 10.0  # a stranger that says nothing must not hold anybody up
 # Between machines a peer that answers nothing for so long is gone. On one machine the kernel tells, and a trainer that
 # is stopped by hand keeps its workers.

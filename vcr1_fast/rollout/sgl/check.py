@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,22 +103,14 @@ def verdict(reports: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str,
     return wrong[:MAX_REPORTED]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a weight of the checkpoint stands in SGLang's model."""
-
-    target: str  # SGLang's name of the parameter
-    region: Tensor  # the share of it that belongs to the weight
-    held: Tensor  # the weight's values, at the front of the region
-
-
-def place_of(parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]) -> Place | str:
-    """The place of the weight `name` of that shape, live, or what is wrong.
+def _compare_one(parameters: dict[str, nn.Parameter], entry: Mapping[str, Any]) -> str:
+    """What is wrong with one weight, or an empty string.
 
     SGLang makes some sides longer: the vocabulary to a multiple of 64, the vision tower's MLP to one of 8, on a CPU to
-    one of 32. What is sent stands at the front.
+    one of 32. What is sent stands at the front, and the rest must be zero.
     """
-    target, share = _target(parameters, name)
+    name, shape, dtype = entry["name"], list(entry["shape"]), getattr(torch, entry["dtype"])
+    target, share = _place_of(parameters, name)
     if target not in parameters:
         return f"{name!r} is not a weight of SGLang's model"
     parameter = parameters[target].detach()
@@ -137,18 +128,22 @@ def place_of(parameters: Mapping[str, nn.Parameter], name: str, shape: list[int]
     held = region[tuple(slice(0, size) for size in shape)]
     if list(held.shape) != shape:
         return f"SGLang's {target!r} has no place for {name!r} of shape {shape}"
-    return Place(target, region, held)
+    if checksum(held.to(dtype)) != entry["checksum"]:  # a model may hold a wider one than was sent
+        return f"{name!r} does not stand in SGLang's {target!r} as it was sent"
+    if region.numel() > held.numel() and int(region.count_nonzero()) != int(held.count_nonzero()):
+        return f"SGLang's {target!r} is longer than {name!r} and not zero there"
+    _covered[parameter.data_ptr()] = _covered.get(parameter.data_ptr(), 0) + region.numel()
+    return ""
 
 
-def _target(parameters: Mapping[str, nn.Parameter], name: str) -> tuple[str, str]:
-    """SGLang's name of a weight, and which share of its rows it is."""
-    plain = name
+def _place_of(parameters: Mapping[str, nn.Parameter], name: str) -> tuple[str, str]:
+    """SGLang's name of the parameter that a weight of a checkpoint goes to, and which share of its rows."""
     for part, short in RENAMED.items():
-        plain = short + name.removeprefix(part) if name.startswith(part) else plain
+        name = short + name.removeprefix(part) if name.startswith(part) else name
     for part, (fused, share) in FUSED.items():
-        if part in plain and plain.replace(part, fused) in parameters:
-            return plain.replace(part, fused), share
-    return plain, "whole"
+        if part in name and name.replace(part, fused) in parameters:
+            return name.replace(part, fused), share
+    return name, "whole"
 
 
 def _sum_of_share(
@@ -159,7 +154,7 @@ def _sum_of_share(
     What SGLang makes longer it fills with zeros, which add nothing. Shares are whole 64-bit words: widths are multiples
     of four values.
     """
-    target, share = _target(parameters, entry["name"])
+    target, share = _place_of(parameters, entry["name"])
     if target not in parameters:
         return None
     parameter, copies = parameters[target].detach(), 1
@@ -176,22 +171,6 @@ def _sum_of_share(
     address = parameter.data_ptr()
     _covered[address] = _covered.get(address, 0) + region.numel()
     return checksum(region.to(getattr(torch, entry["dtype"])))[0], copies
-
-
-def _compare_one(parameters: dict[str, nn.Parameter], entry: Mapping[str, Any]) -> str:
-    """What is wrong with one weight, or an empty string. Where SGLang's is longer, the rest must be zero."""
-    name, place = entry["name"], place_of(parameters, entry["name"], list(entry["shape"]))
-    if isinstance(place, str):
-        return place
-    dtype: torch.dtype = getattr(torch, entry["dtype"])  # a model may hold a wider one than was sent
-    if checksum(place.held.to(dtype)) != entry["checksum"]:
-        return f"{name!r} does not stand in SGLang's {place.target!r} as it was sent"
-    region, held = place.region, place.held
-    if region.numel() > held.numel() and int(region.count_nonzero()) != int(held.count_nonzero()):
-        return f"SGLang's {place.target!r} is longer than {name!r} and not zero there"
-    address = parameters[place.target].data_ptr()
-    _covered[address] = _covered.get(address, 0) + region.numel()
-    return ""
 
 
 def _not_sent(parameters: dict[str, nn.Parameter]) -> list[str]:

@@ -29,7 +29,7 @@ from vcr1_fast.rollout.sgl import ipc
 from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.group import UpdateGroup
 from vcr1_fast.rollout.sgl.libraries import Libraries, check_nccl
-from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, WeightTable, in_batches
+from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, in_batches
 from vcr1_fast.settings.error import require
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import RunError
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 class Delivery(Protocol):
     """`Host`, `CudaIpc` and `Broadcast`."""
 
-    def push(self, weights: Weights, table: WeightTable, feed: Feed, seats: Sequence[Seat]) -> None:
+    def push(self, weights: Weights, feed: Feed, seats: Sequence[Seat]) -> None:
         """Bring changed weights, or all of them, to all seats of the feed, which notes the lost ones."""
         ...
 
@@ -56,31 +56,17 @@ class Host:
     """Copies in host memory, which workers open. The only way that needs neither a GPU nor a file system."""
 
     def __init__(self, bucket_bytes: int, dtype: torch.dtype) -> None:
-        self._store = WeightStore(bucket_bytes, dtype)
+        self.store = WeightStore(bucket_bytes, dtype)
 
-    def push(self, weights: Weights, table: WeightTable, feed: Feed, seats: Sequence[Seat]) -> None:
-        if not table.is_named:
-            self._store.close()
-        is_fresh = not all(seat.is_checked for seat in seats)
-        changed = self._store.update(weights)
-        self._send(self._store.all() if is_fresh else changed, feed)
+    def push(self, weights: Weights, feed: Feed, seats: Sequence[Seat]) -> None:
+        changed = self.store.update(weights)
+        self._send(changed if all(seat.is_checked for seat in seats) else self.store.all(), feed)
 
     def refeed(self, feed: Feed) -> None:
-        self._send(self._store.all(), feed)
-
-    def begin_copy(self, table: WeightTable) -> None:
-        """Before the first `keep` of a load."""
-        if not table.is_named:
-            self._store.close()
-
-    def keep(self, batch: Batch) -> None:
-        """Copy the weights of a bucket, which have the dtype that they are sent in: a copy from a GPU that also changes
-        the dtype moves float32, and one core changes it."""
-        for slot in batch.slots:
-            self._store.place(slot.name, slot.of(batch.flat_B))
+        self._send(self.store.all(), feed)
 
     def close(self) -> None:
-        self._store.close()
+        self.store.close()
 
     def _send(self, batches: list[Batch], feed: Feed) -> None:
         for index, batch in enumerate(batches):
@@ -103,14 +89,17 @@ class _Streamed:
             )
         self._copy.refeed(feed)
 
-    def _batches(self, weights: Weights, table: WeightTable) -> Iterator[tuple[Batch, bool]]:
-        """Each is kept when the next one is asked for: the workers load it meanwhile."""
-        if self._copy:
-            self._copy.begin_copy(table)
+    def _batches(self, weights: Weights) -> Iterator[tuple[Batch, bool]]:
+        """Each is kept when the next one is asked for: the workers load it meanwhile. It has the dtype that is sent: a
+        copy from a GPU that also changes the dtype moves float32, and one core changes it."""
         for batch, is_last in in_batches(weights, self._bucket_bytes, self._dtype):
             yield batch, is_last
             if self._copy:
-                self._copy.keep(batch)
+                self._copy.store.update(batch.weights())
+
+    def close(self) -> None:
+        if self._copy:
+            self._copy.close()
 
 
 class CudaIpc(_Streamed):
@@ -128,18 +117,14 @@ class CudaIpc(_Streamed):
         super().__init__(bucket_bytes, dtype, copy)
         self._share, self._release = share, release
 
-    def push(self, weights: Weights, table: WeightTable, feed: Feed, seats: Sequence[Seat]) -> None:
-        for batch, is_last in self._batches(weights, table):
+    def push(self, weights: Weights, feed: Feed, seats: Sequence[Seat]) -> None:
+        for batch, is_last in self._batches(weights):
             feed.finish()  # of the bucket before: it may now be written again
             entries, flat_B = batch.entries(feed.wants_checksums), batch.flat_B
             handles = {index: {"handle": self._share(flat_B)} for index in feed.live}
             feed.begin("cuda_ipc", entries, is_last=is_last, details_of=handles.__getitem__)
         feed.finish()
         self._release()
-
-    def close(self) -> None:
-        if self._copy:
-            self._copy.close()
 
 
 class Broadcast(_Streamed):
@@ -154,10 +139,10 @@ class Broadcast(_Streamed):
         self._group: UpdateGroup | None = None
         self._num_groups = 0
 
-    def push(self, weights: Weights, table: WeightTable, feed: Feed, seats: Sequence[Seat]) -> None:
+    def push(self, weights: Weights, feed: Feed, seats: Sequence[Seat]) -> None:
         group = self._group_of(seats, feed)
         sent: dist.Work | None = None
-        for batch, is_last in self._batches(weights, table):
+        for batch, is_last in self._batches(weights):
             self._settle(feed, sent)
             entries = batch.entries(feed.wants_checksums)
             feed.begin("broadcast", entries, is_last=is_last, details_of=lambda _: {"group": group.name})
@@ -166,8 +151,7 @@ class Broadcast(_Streamed):
 
     def close(self) -> None:
         self._leave()
-        if self._copy:
-            self._copy.close()
+        super().close()
 
     def _settle(self, feed: Feed, sent: dist.Work | None) -> None:
         """The bucket is with everybody. Without one of its members a group is of no use, and the others may hang in it:

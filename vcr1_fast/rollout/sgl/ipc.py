@@ -30,20 +30,12 @@ def share(flat_B: Tensor) -> dict[str, Any]:
     """
     torch.cuda.current_stream(flat_B.device).synchronize()
     arguments: Any = reductions.reduce_tensor(flat_B)[1]
-    tensor_offset = arguments[3]
-    storage_handle, storage_bytes, storage_offset = arguments[7:10]
-    counter_handle, counter_offset, event_handle, event_sync = arguments[11:]
     return {
         "num_bytes": flat_B.numel(),
-        "tensor_offset": tensor_offset,
+        "tensor_offset": arguments[3],
         "device_uuid": str(torch.cuda.get_device_properties(flat_B.device).uuid),
-        "storage_handle": base64.b64encode(storage_handle).decode(),
-        "storage_bytes": storage_bytes,
-        "storage_offset": storage_offset,
-        "counter_handle": base64.b64encode(counter_handle).decode(),
-        "counter_offset": counter_offset,
-        "event_handle": base64.b64encode(event_handle).decode(),
-        "event_sync": event_sync,
+        # of storage, counter and event, in torch's order; texts stand for bytes
+        "handles": [base64.b64encode(each).decode() if isinstance(each, bytes) else each for each in arguments[7:]],
     }
 
 

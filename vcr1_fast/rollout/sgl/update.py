@@ -187,12 +187,9 @@ class CudaHandle:
 
 def rebuild_arguments(handle: Mapping[str, Any]) -> tuple[Any, ...]:
     """What `torch.multiprocessing.reductions.rebuild_cuda_tensor` is called with, with the UUID for the device."""
-    binary = {name: base64.b64decode(handle[name]) for name in ("storage_handle", "counter_handle", "event_handle")}
-    return (
-        *(Tensor, torch.Size([handle["num_bytes"]]), (1,), handle["tensor_offset"], TypedStorage, torch.uint8),
-        *(handle["device_uuid"], binary["storage_handle"], handle["storage_bytes"], handle["storage_offset"], False),
-        *(binary["counter_handle"], handle["counter_offset"], binary["event_handle"], handle["event_sync"]),
-    )
+    handles = (base64.b64decode(each) if isinstance(each, str) else each for each in handle["handles"])
+    size = torch.Size([handle["num_bytes"]])
+    return Tensor, size, (1,), handle["tensor_offset"], TypedStorage, torch.uint8, handle["device_uuid"], *handles
 
 
 def engine_arguments(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ SGLang lays the buckets that it receives by broadcast out in that way. delivery.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,9 @@ class Batch:
     slots: tuple[Slot, ...]
     memory: SharedBytes | None = None  # what flat_B lies in, where other processes can open it
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        return ((slot.name, slot.of(self.flat_B)) for slot in self.slots)
+
     def entries(self, with_checksums: bool) -> list[dict[str, Any]]:
         """As JSON; with checksums the worker compares what it holds afterwards."""
         if not with_checksums:
@@ -142,13 +145,6 @@ def in_batches(weights: Weights, bucket_bytes: int, dtype: torch.dtype) -> Itera
         yield Batch(buffers[-1][: slots[-1].stop], tuple(slots)), True
 
 
-@dataclass
-class _Bucket:
-    memory: SharedBytes
-    slots: dict[str, Slot] = field(default_factory=dict)
-    num_bytes: int = 0  # used so far
-
-
 class WeightStore:
     """All weights of the policy in host memory, which a worker of the same machine can open: 15 GB for 7 billion
     weights in bfloat16. `update` fills it, `all` gives everything to a new worker.
@@ -157,45 +153,38 @@ class WeightStore:
     def __init__(self, bucket_bytes: int, dtype: torch.dtype) -> None:
         """`dtype`: floating weights are cast to it. A weight larger than `bucket_bytes` gets a bucket of its own."""
         self._bucket_bytes, self._dtype = bucket_bytes, dtype
-        self._buckets: list[_Bucket] = []
-        self._home: dict[str, _Bucket] = {}
+        self._buckets: list[tuple[SharedBytes, dict[str, Slot]]] = []
 
     def all(self) -> list[Batch]:
         """Every bucket with all its weights."""
-        return [Batch(bucket.memory.bytes_B, tuple(bucket.slots.values()), bucket.memory) for bucket in self._buckets]
-
-    def place(self, name: str, value: Tensor) -> None:
-        """Copy one weight in, over its earlier value. Raises ValueError when that had another size."""
-        bucket = self._home.get(name) or self._with_room_for(name, value)
-        bucket.slots[name].of(bucket.memory.bytes_B).copy_(value.detach())
+        return [Batch(memory.bytes_B, tuple(slots.values()), memory) for memory, slots in self._buckets]
 
     def update(self, weights: Weights) -> list[Batch]:
-        """Copy the weights in; gives the buckets that changed, each with those of its weights that came."""
+        """Copy weights in, over their earlier values; gives the buckets that changed, each with those of its weights
+        that came. Raises RuntimeError when a weight had another size."""
         came: set[str] = set()
         for name, value in weights:
-            self.place(name, value)
+            memory, slots = next((each for each in self._buckets if name in each[1]), None) or self._room(name, value)
+            slots[name].of(memory.bytes_B).copy_(value.detach())
             came.add(name)
-        changed = [
-            Batch(batch.flat_B, tuple(slot for slot in batch.slots if slot.name in came), batch.memory)
-            for batch in self.all()
-        ]
+        changed = [replace(each, slots=tuple(slot for slot in each.slots if slot.name in came)) for each in self.all()]
         return [batch for batch in changed if batch.slots]
 
     def close(self) -> None:
         """Give the memory back."""
-        for bucket in self._buckets:
-            bucket.memory.close()
-        self._buckets, self._home = [], {}
+        for memory, _ in self._buckets:
+            memory.close()
+        self._buckets = []
 
-    def _with_room_for(self, name: str, value: Tensor) -> _Bucket:
+    def _room(self, name: str, value: Tensor) -> tuple[SharedBytes, dict[str, Slot]]:
+        """A bucket with a slot for a new weight."""
         dtype = sent_dtype(value, self._dtype)
-        size = value.numel() * dtype.itemsize
-        bucket = self._buckets[-1] if self._buckets else None
-        is_full = bucket is None or bucket.num_bytes + size > bucket.memory.bytes_B.numel()
-        if bucket is None or is_full or next(iter(bucket.slots.values())).dtype != dtype:
-            bucket = _Bucket(SharedBytes(max(size, self._bucket_bytes)))
-            self._buckets.append(bucket)
-        bucket.slots[name] = Slot(name, dtype, tuple(value.shape), bucket.num_bytes, bucket.num_bytes + size)
-        bucket.num_bytes += size
-        self._home[name] = bucket
-        return bucket
+        size, start = value.numel() * dtype.itemsize, 0
+        if self._buckets:
+            memory, slots = self._buckets[-1]
+            last = next(reversed(slots.values()))
+            start = last.stop if last.dtype == dtype and last.stop + size <= memory.bytes_B.numel() else 0
+        if start == 0:
+            self._buckets.append((SharedBytes(max(size, self._bucket_bytes)), {}))
+        self._buckets[-1][1][name] = Slot(name, dtype, tuple(value.shape), start, start + size)
+        return self._buckets[-1]

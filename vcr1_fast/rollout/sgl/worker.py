@@ -237,7 +237,6 @@ class Worker:
                 str(meta["weight_version"]) for meta, (token_R, _) in zip(metas, rows, strict=True) if token_R.numel()
             ],
             "is_cut": is_cut,
-            "num_cached_tokens": [int(meta.get("cached_tokens", 0)) for meta in metas],
         }
         return reply, {"token_ids": torch.cat([r[0] for r in rows]), "logprobs": torch.cat([r[1] for r in rows])}
 

@@ -108,7 +108,7 @@ class Workers:
         try:
             with self._feed(self.seats) as feed:
                 self._resume(feed, ["weights"])
-                self._delivery.push(self._table.checked(weights), self._table, feed, self.seats)
+                self._delivery.push(self._table.checked(weights), feed, self.seats)
                 self._resume(feed, ["cuda_graph", "kv_cache"])
             for index, reason in feed.lost.items():
                 self._failures_in_a_row = 0  # of this load; several workers may be lost at once
