@@ -121,7 +121,8 @@ def qwen3(settings: SGLangConfig) -> Iterator[Family]:
 
 
 @pytest.fixture(scope="session", params=["qwen2_5_vl", "qwen3_vl"])
-def family(request: pytest.FixtureRequest, make_tiny_model) -> Family:
+def family(request: pytest.FixtureRequest, sglang_python: str, make_tiny_model) -> Family:
+    """Asks for `sglang_python` by itself: by it tests are marked."""
     if request.param == "qwen3_vl":
         return request.getfixturevalue("qwen3")
     engine = request.getfixturevalue("random_engine")
