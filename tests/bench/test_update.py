@@ -108,7 +108,7 @@ def test_both_layouts_have_the_tokens_and_pixels_of_the_point(tokenizer):
     for point in POINTS.values():
         pictures, video = (Problem(point, layout, tokenizer).prompt() for layout in LAYOUTS)
         assert len(pictures.token_ids_L) == len(video.token_ids_L) == point.prompt_len
-        assert torch.equal(pictures.patches.values_PC, video.patches.values_PC)
+        assert torch.equal(pictures.media[0].values_PC, video.media[0].values_PC)
         assert int((video.token_ids_L == 7).sum()) == 16 * point.num_pictures
     with pytest.raises(ValueError, match="the prompt has 57 tokens"):
         Problem(replace(TINY, prompt_len=50), "pictures", tokenizer).prompt()

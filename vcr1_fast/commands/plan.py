@@ -97,10 +97,7 @@ def plan_command(config: Config, num_gpus: int | None = None, is_fast: bool = Fa
         on_disk = ", ".join(f"{name} {gb:.1f}" for name, gb in disk.items())
         say(f"disk, GB: {on_disk}; ranks, each with a GPU: {num_gpus}")
         say(f"host memory for checkpoints, GB: {staging:.1f} over all machines ({staging / num_gpus:.1f} a rank)")
-        if missing_files or missing_videos:
-            say(f"not found: {', '.join(missing_files) or 'no annotation file'}; {missing_videos:,} videos or images")
-        if shown := _shown_beyond(config, checks, tokens.video, size.video.factor_px):
-            say(shown)
+        _say_of_data(missing_files, missing_videos, _shown_beyond(config, checks, tokens.video, size.video.factor_px))
     return {
         "model": source,
         "num_params": size.params,
@@ -167,6 +164,13 @@ def _missing(config: Config, checks: Sequence[FileCheck]) -> tuple[list[str], in
     gone = [check.path for check in checks if check.content is None]
     gone += [file for task, file in config.task.prompts.items() if task not in asked]
     return gone, len({video for check in checks for video in check.missing})
+
+
+def _say_of_data(missing_files: Sequence[str], num_missing: int, shown_beyond: str) -> None:
+    if missing_files or num_missing:
+        say(f"not found: {', '.join(missing_files) or 'no annotation file'}; {num_missing:,} videos or images")
+    if shown_beyond:
+        say(shown_beyond)
 
 
 def _shown_beyond(config: Config, checks: Sequence[FileCheck], video_tokens: int, factor_px: int) -> str:
