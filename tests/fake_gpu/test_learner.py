@@ -107,8 +107,7 @@ def on_gpu(update: dict[str, Any]) -> list[list[Any]]:
     return [[name, size] for name, size in update["collectives"] if not name.startswith("host ")]
 
 
-@pytest.mark.parametrize("name", [case.name for case in cases(8)])
-@pytest.mark.parametrize("num_gpus", WORLDS)
+@pytest.mark.parametrize(("num_gpus", "name"), [(n, case.name) for n in WORLDS for case in cases(n)])
 def test_an_update_runs_and_the_host_waits_twice_at_most(num_gpus: int, name: str):
     """Once for the sums, once for the gradient's norm; every copy is from pinned memory and waited for by nobody."""
     update = last_update(num_gpus, name)
