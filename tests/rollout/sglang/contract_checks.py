@@ -149,7 +149,7 @@ class RecordingManager:
 def _updates(*messages: Message, method: str = "load") -> tuple[list[str], list[Any], Updater]:
     """Names of the calls that the worker's own code makes for these messages, what it gave, and itself."""
     manager = RecordingManager()
-    updater = Updater(manager)
+    updater = Updater(manager, num_shares=1)
     for message in messages:
         asyncio.run(getattr(updater, method)(message))
     calls = manager.take()
