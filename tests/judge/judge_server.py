@@ -24,15 +24,19 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             number = len(self.server.requests)
             self.server.requests.append({"path": self.path, "headers": dict(self.headers), **body})
-            self.server.num_active += 1
+            self.server.num_active, self.is_active = self.server.num_active + 1, True
             self.server.max_active = max(self.server.max_active, self.server.num_active)
         try:
             self.server.behaviour_of(number)(self, body["messages"][0]["content"])
         finally:
-            with self.server.lock:
-                self.server.num_active -= 1
+            self._leave()
+
+    def _leave(self) -> None:
+        with self.server.lock:
+            self.server.num_active, self.is_active = self.server.num_active - self.is_active, False
 
     def reply(self, status: int, body: bytes, **headers: str) -> None:
+        self._leave()  # before the answer is there, on which the client may ask for the next
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
