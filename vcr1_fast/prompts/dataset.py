@@ -2,8 +2,8 @@
 
 A file is of one of the schemas in `schemas`. What it says becomes rows of our own schema: objects with "task", "video",
 "query", the fields of the task, and optionally "id" (default: file stem and row), "duration_s", "reasoning" and
-"categories" (axis -> value or values). row_media.py has what else a row may show. The task
-checks and, in recipe fixed, repairs them; nothing is left out without a line and a count.
+"categories" (axis -> value or values). row_media.py has what else a row may show. The task checks and, in recipe fixed,
+repairs them; nothing is left out without a line and a count.
 """
 
 from __future__ import annotations

@@ -76,11 +76,11 @@ class Station(threading.Thread):
                 self._channel = self._channel or connect(self.child.address, self.child.key, HANDSHAKE_S)
                 status = self._status()
             except (OSError, EOFError, ValueError, KeyRefusedError) as error:  # before it is ready: not there yet
-                if is_ready and isinstance(error, TimeoutError):
-                    why = f"the worker has said nothing for {SILENCE_S:g} s, and is ended"
-                elif is_ready:
-                    self.child.wait(STOP_WAIT_S)
                 if is_ready:
+                    if isinstance(error, TimeoutError):
+                        why = f"the worker has said nothing for {SILENCE_S:g} s, and is ended"
+                    else:
+                        self.child.wait(STOP_WAIT_S)
                     break
             if "sglang" in status and not is_ready:
                 self.facts, self._num_failures, is_ready = status, 0, True
