@@ -26,14 +26,13 @@ from vcr1_fast.rollout.sgl.channel import VERSION, Channel, connect
 KEY = b"k" * 32
 SOON_S = 5.0  # an honest trainer waits no longer than this for its first answer; undisturbed 0.3 s
 HEADERS: tuple[object, ...] = (
-    *([], {}, 7, None, "hello", {"kind": 7}, {"kind": "hello"}, {"kind": "hello", "fields": []}),
-    *({"kind": "hello", "fields": {}, "tensors": 3}, {"kind": "hello", "fields": None, "tensors": []}),
-    {"kind": "hello", "fields": {"version": []}, "tensors": []},
-    {"kind": "hello", "fields": {"version": "0.0.0\x1b[31m\n"}, "tensors": []},
+    *([], {}, 7, None, "start", {"kind": 7}, {"kind": "start"}, {"kind": "start", "fields": []}),
+    *({"kind": "start", "fields": {}, "tensors": 3}, {"kind": "start", "fields": None, "tensors": []}),
+    {"kind": "start", "fields": {"version": []}, "tensors": []},
+    {"kind": "start", "fields": {"version": "0.0.0\x1b[31m\n"}, "tensors": []},
     {"kind": "generate", "fields": {}, "tensors": []},
-    {"kind": "status", "fields": {"id": {}}, "tensors": []},
     *(
-        {"kind": "hello", "fields": {"version": VERSION}, "tensors": [entry]}
+        {"kind": "start", "fields": {"version": VERSION}, "tensors": [entry]}
         for entry in (
             *({}, None, 7, "x", {"name": "a"}, {"name": 3, "dtype": "float32", "shape": [1]}),
             {"name": "a", "dtype": "float32", "shape": [-1]},
@@ -178,7 +177,7 @@ def _nonsense(rng: random.Random, address: Address, detail: Path) -> Held:
     detail.write_text(repr(header))
     data = json.dumps(header).encode()
     if rng.random() < 0.2:
-        data = rng.choice([b"", b"\xff\xfe", b"[" * 60_000, b'{"kind": "hello", "fields": {"version": 1' + b"0" * 5000])
+        data = rng.choice([b"", b"\xff\xfe", b"[" * 60_000, b'{"kind": "start", "fields": {"version": 1' + b"0" * 5000])
         detail.write_text(repr(data[:60]))
     channel = connect(f"tcp://{address[0]}:{address[1]}", KEY)
     channel._socket.send_multipart(

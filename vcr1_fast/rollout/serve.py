@@ -1,7 +1,7 @@
 """`vcr1-fast serve CONFIG`: rollout workers on this node, for trainers that run elsewhere.
 
 One worker for each GPU, or rollout.sglang.tp_size of them, at an address of its own. A worker waits, with SGLang
-imported, for a trainer that knows the key, serves it alone, and ends with its connection (sgl/door.py); a fresh one
+imported, for a trainer that knows the key, serves it alone, and ends with its connection (sgl/endpoint.py); a fresh one
 then takes its place. So a trainer that is started again, and a worker that is killed, find each other anew. What the
 engine is started with comes from the trainer; model folder and GPU are this node's.
 
@@ -25,8 +25,8 @@ from vcr1_fast.learner.loading import read_config
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.addresses import Address, as_setting, is_loopback, read_bind, show
 from vcr1_fast.rollout.rollout_key import read_or_make_key
-from vcr1_fast.rollout.sgl.channel import NO_SGLANG, Channel, KeyRefusedError, connect
-from vcr1_fast.rollout.sgl.process import STOP_WAIT_S, Child, prepare_model_folder
+from vcr1_fast.rollout.sgl.endpoint import NO_SGLANG
+from vcr1_fast.rollout.sgl.process import Child, prepare_model_folder
 from vcr1_fast.run.hub import with_hub_model
 from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.run.telemetry import say
@@ -36,10 +36,7 @@ from vcr1_fast.settings.of_model import check_model
 from vcr1_fast.types import RunError
 
 POLL_S = 0.25
-HANDSHAKE_S = 1.0  # on this machine
-# A worker whose thread for messages says nothing for so long hangs, whatever the rest of it does. Loading a library may
-# hold that thread up, too.
-SILENCE_S = 60.0
+SILENCE_S = 60.0  # a worker that shows no life for so long hangs as a whole; loading a library may hold it up, too
 
 
 class Station(threading.Thread):
@@ -53,7 +50,6 @@ class Station(threading.Thread):
         self.failure = ""  # why this station gave up
         self.num_workers = 0  # that were ready for a trainer, so far
         self._config, self._stopping = config, stopping
-        self._channel: Channel | None = None  # to the worker, beside the trainer's
         self._num_failures = 0
 
     def run(self) -> None:
@@ -63,59 +59,37 @@ class Station(threading.Thread):
         except Exception as error:
             self.failure = str(error) if isinstance(error, RunError | OSError) else f"{type(error).__name__}: {error}"
         finally:
-            self._end_worker()
+            self.child.kill()
 
     def _serve_one(self) -> None:
         """A worker's life: until it ends, hangs or does not get ready, or serve ends."""
         self.child.start()
-        deadline, is_ready, trainer = time.monotonic() + self._config.start_timeout_s, False, ""
-        why = "the worker has ended"
-        while self._is_alive() and (is_ready or time.monotonic() < deadline):
-            status: Mapping[str, str] = {}
-            try:
-                self._channel = self._channel or connect(self.child.address, self.child.key, HANDSHAKE_S)
-                status = self._status()
-            except (OSError, EOFError, ValueError, KeyRefusedError) as error:  # before it is ready: not there yet
-                if is_ready:
-                    if isinstance(error, TimeoutError):
-                        why = f"the worker has said nothing for {SILENCE_S:g} s, and is ended"
-                    else:
-                        self.child.wait(STOP_WAIT_S)
-                    break
-            if "sglang" in status and not is_ready:
+        deadline, is_ready, trainer, why = time.monotonic() + self._config.start_timeout_s, False, "", ""
+        while not self._stopping.is_set() and self.child.exit_code is None and not why:
+            status, silence_s = self.child.status()
+            if status and not is_ready:
                 self.facts, self._num_failures, is_ready = status, 0, True
                 self.num_workers += 1
+            if not is_ready and time.monotonic() > deadline:
+                break
+            if silence_s > SILENCE_S:
+                why = f"the worker has shown no life for {SILENCE_S:g} s, and is ended"
             if status.get("trainer", trainer) != trainer:
                 trainer = status["trainer"]
-                why = f"trainer {trainer} has left, or the worker has ended"
                 self._say(f"trainer {trainer} has connected")
             self._stopping.wait(POLL_S)
         if self._stopping.is_set():
             return
         if is_ready:
-            self._say(f"{why}; a fresh worker starts")
-            self._end_worker()
+            self._say(f"{why or f'the worker has ended, its trainer was {trainer or None}'}; a fresh worker starts")
         else:
             self._note_failure()
 
-    def _status(self) -> Mapping[str, str]:
-        """What the worker says. Raises TimeoutError after too long a silence, EOFError or OSError when it has ended."""
-        assert self._channel is not None, "it was reached"
-        deadline = time.monotonic() + SILENCE_S
-        self._channel.send("status")
-        while self._is_alive():
-            try:
-                return self._channel.receive(POLL_S).fields
-            except TimeoutError:
-                if time.monotonic() > deadline:
-                    raise
-        raise EOFError("the worker has ended, or serve is to end")
-
     def _note_failure(self) -> None:
+        """The next one may start, if there may be one. Raises RunError."""
         if self.child.exit_code == NO_SGLANG:  # the next one would say the same
             raise RunError(self.child.printed().rstrip().rpartition("\n")[2])
         words = self.child.last_words()
-        self._end_worker()
         self._num_failures += 1
         if self._num_failures > self._config.max_restarts:
             raise RunError(
@@ -124,20 +98,6 @@ class Station(threading.Thread):
             )
         self._say(f"the worker did not start; once more. Its log: {self.child.log}")
         self._stopping.wait(self._config.pause_s(self._num_failures))
-
-    def _end_worker(self) -> None:
-        """At the end of serve in order, if it listens: SGLang then gives its memory and processes back itself."""
-        if self._channel is not None:
-            if self._stopping.is_set() and self.child.exit_code is None:
-                with contextlib.suppress(OSError):
-                    self._channel.send("close")
-                    self.child.wait(STOP_WAIT_S)
-            self._channel.close()
-            self._channel = None
-        self.child.kill()
-
-    def _is_alive(self) -> bool:
-        return not self._stopping.is_set() and self.child.exit_code is None
 
     def _say(self, what: str) -> None:
         say(f"{time.strftime('%H:%M:%S')} {show(self.address)}: {what}")

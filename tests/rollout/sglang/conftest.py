@@ -22,7 +22,6 @@ from tests.learner.conftest import with_large_weights
 from tests.rollout.sglang.forked_worker import Forked
 from vcr1_fast.learner.model import load_tokenizer
 from vcr1_fast.rollout.sgl import process as sglang_process
-from vcr1_fast.rollout.sgl import round as sglang_round
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run.model_folder import PACKAGED
 from vcr1_fast.settings.learning import SGLangConfig
@@ -151,7 +150,6 @@ def checkpoint(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     monkeypatch.setenv("SCRIPTED_WORKER_FOLDER", str(tmp_path))
-    monkeypatch.setattr(sglang_round, "ABORT_GRACE_S", 0.5)
     forking = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
     monkeypatch.setattr(sglang_process, "subprocess", forking)
     return folder

@@ -4,7 +4,6 @@
     ok          answers at once: two tokens per completion, the policy version and the process id
     die N       ends at its N-th request
     hang        takes requests and says nothing more
-    late        answers nothing but aborts
     fail        says that a request failed
     refuse      refuses a request
     unusable    does not start
@@ -29,8 +28,7 @@ from pathlib import Path
 import torch
 
 from vcr1_fast.rollout.sgl import worker
-from vcr1_fast.rollout.sgl.channel import KEY_VARIABLE
-from vcr1_fast.rollout.sgl.door import Door
+from vcr1_fast.rollout.sgl.endpoint import KEY_VARIABLE, STATUS_VARIABLE, Endpoint
 from vcr1_fast.rollout.sgl.messages import Message
 
 LIMITS = {
@@ -65,27 +63,27 @@ def main(address: str, own_args: str) -> None:
     if how == "absent":
         sys.argv[1:] = [address, own_args]
         sys.exit(worker.main())
-    door = Door(address, bytes.fromhex(os.environ[KEY_VARIABLE]))
-    door.facts = {"sglang": "scripted", "torch": torch.__version__, "gpu": "none"}
+    endpoint = Endpoint(address, bytes.fromhex(os.environ[KEY_VARIABLE]), Path(os.environ[STATUS_VARIABLE]))
+    endpoint.tell({"sglang": "scripted", "torch": torch.__version__, "gpu": "none"})
     try:
-        assert door.receive().kind == "start"
+        assert endpoint.receive().kind == "start"
         if how == "unusable":
-            door.send("unusable", {"reason": "no such model"})
+            endpoint.send("unusable", {"reason": "no such model"})
         else:
-            work(door, how)
+            work(endpoint, how)
     except EOFError:
         pass
-    door.close()
+    endpoint.close()
 
 
-def work(door: Door, how: str) -> None:
+def work(endpoint: Endpoint, how: str) -> None:
     libraries = {"torch": "2.11.0+cu129", "cuda": "12.9", "nccl": "2.28.9"}
-    door.send("ready", {"limits": LIMITS, "version": "scripted", "libraries": libraries})
+    endpoint.send("ready", {"limits": LIMITS, "version": "scripted", "libraries": libraries})
     version, num_requests = -1, 0
     held: list[Message] = []
     is_holding = how == "hold"
     while True:
-        message = door.receive()
+        message = endpoint.receive()
         if message.kind == "close":
             return
         if message.kind == "weights":
@@ -93,23 +91,21 @@ def work(door: Door, how: str) -> None:
                 continue
             version = message.fields["policy_version"] if message.fields["is_last"] else -1
             wrong = ["'w' does not stand where it should"] if how == "wrong" and message.fields["check"] else []
-            door.send("loaded", {"id": message.fields["id"], "wrong": wrong})
+            endpoint.send("loaded", {"id": message.fields["id"], "wrong": wrong})
         elif message.kind == "interrupt":
             is_holding = False
             for request in held:
-                cut_short(door, request, version)
+                cut_short(endpoint, request, version)
         elif message.kind == "generate" and is_holding:
             held.append(message)
-        elif message.kind == "abort" and how == "late":
-            door.send("aborted", {"id": message.fields["id"]})
         elif message.kind == "generate":
             num_requests += 1
             if how.startswith("die") and num_requests == int(how.split()[1]):
                 os._exit(1)
-            answer(door, message, how, version)
+            answer(endpoint, message, how, version)
 
 
-def cut_short(door: Door, message: Message, version: int) -> None:
+def cut_short(endpoint: Endpoint, message: Message, version: int) -> None:
     fields, first = message.fields, int(message.tensors["token_ids_L"][0])
     count = fields["num_completions"]
     reply = {
@@ -119,26 +115,27 @@ def cut_short(door: Door, message: Message, version: int) -> None:
         "is_cut": [False, *[True] * (count - 1)],
     }
     tokens = torch.tensor([first, fields["stop_ids"][0], *[first] * (count - 1)])
-    door.send("completions", reply, {"token_ids": tokens, "logprobs": torch.full((count + 1,), -0.5)})
+    endpoint.send("completions", reply, {"token_ids": tokens, "logprobs": torch.full((count + 1,), -0.5)})
 
 
-def answer(door: Door, message: Message, how: str, version: int) -> None:
+def answer(endpoint: Endpoint, message: Message, how: str, version: int) -> None:
     number, fields = message.fields["id"], message.fields
     if how in ("fail", "refuse"):
         kind = {"fail": "failed", "refuse": "refused"}[how]
-        door.send(kind, {"id": number, "reason": "it was told to"})
-    if how in ("hang", "late", "fail", "refuse"):
+        endpoint.send(kind, {"id": number, "reason": "it was told to"})
+    if how in ("hang", "fail", "refuse"):
         return
     assert fields["policy_version"] == version, "asked before it had these weights"
     count = fields["num_completions"]
     tokens = torch.tensor([int(message.tensors["token_ids_L"][0]), fields["stop_ids"][0]] * count)
+    logprobs = torch.full((2 * count,), -float(os.getpid()))
     reply = {
         "id": number,
         "lengths": [2] * count,
         "policy_versions": [str(version)] * count,
         "is_cut": [False] * count,
     }
-    door.send("completions", reply, {"token_ids": tokens, "logprobs": torch.full((2 * count,), -float(os.getpid()))})
+    endpoint.send("completions", reply, {"token_ids": tokens, "logprobs": logprobs})
 
 
 if __name__ == "__main__":

@@ -65,13 +65,17 @@ class OtherProcess:
 
     def __init__(self, connection: Connection) -> None:
         self.num_checked = 0
+        self._asked: Mapping[str, Any] = {}
         self._connection = connection
 
-    def ask(self, kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Any], timeout_s: float) -> Message:
+    def send(self, kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
         self._connection.send({"handle": fields["handle"], "entries": fields["entries"]})
-        got, sent = self._connection.recv(), [entry["checksum"] for entry in fields["entries"]]
+        self._asked = fields
+
+    def answer(self, timeout_s: float) -> Message:
+        got, sent = self._connection.recv(), [entry["checksum"] for entry in self._asked["entries"]]
         self.num_checked += len(got)
-        return Message("loaded", {"id": fields["id"], "wrong": [] if got == sent else ["other bytes"]})
+        return Message("loaded", {"id": self._asked["id"], "wrong": [] if got == sent else ["other bytes"]})
 
     def kill(self) -> None: ...
 

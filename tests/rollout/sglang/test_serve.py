@@ -164,11 +164,11 @@ def test_strangers_do_no_harm(begin_serve, begin_trainer, prompts):
     assert engine.num_restarts == 0
 
 
-HOSTILE = [  # frames of one who has the key, instead of a hello
+HOSTILE = [  # frames of one who has the key, instead of a start
     [b""],
     [b"[" * 100_000],
-    [b'{"kind": "hello", "fields": {"version": ' + b"9" * 5000 + b'}, "tensors": []}'],
-    [b'{"kind": "hello", "fields": {"version": "\\ud800\\u001b[31m"}, "tensors": []}'],
+    [b'{"kind": "start", "fields": {"version": ' + b"9" * 5000 + b'}, "tensors": []}'],
+    [b'{"kind": "start", "fields": {"version": "\\ud800\\u001b[31m"}, "tensors": []}'],
     [b'{"kind": "generate", "fields": {}, "tensors": []}'],
 ]
 

@@ -101,11 +101,12 @@ def posts_of(engine: SGLangEngine) -> list[tuple[int, str, int]]:
     posted: list[tuple[int, str, int]] = []
     for index, seat in enumerate(engine._workers.seats):
 
-        def post(fields, tensors, *, index=index, send=seat.worker.post) -> None:
-            posted.append((index, str(fields["media"][0]["grid_thw"]), fields["num_completions"]))
-            send(fields, tensors)
+        def noted(kind, fields, tensors, *, index=index, send=seat.worker.send) -> None:
+            if kind == "generate":
+                posted.append((index, str(fields["media"][0]["grid_thw"]), fields["num_completions"]))
+            send(kind, fields, tensors)
 
-        seat.worker.post = post
+        seat.worker.send = noted
     return posted
 
 

@@ -5,10 +5,10 @@
 
 CURVE (rfc.zeromq.org/spec/26) encrypts and authenticates every frame. Both ends have the same 32 secret bytes, of which
 each derives the Curve25519 keys of both sides: the trainer knows what the worker's public key must be, and the worker
-lets nobody in who has another one than the trainer's (door.py).
+lets nobody in who has another one than the trainer's (endpoint.py).
 
-A connection is made once: when it ends, the worker is gone. Runs in the trainer, in `vcr1-fast serve` and in the
-worker's interpreter: only the standard library, torch and pyzmq.
+A connection is made once: when it ends, the worker is gone. Runs in the trainer and in the worker's interpreter: only
+the standard library, torch and pyzmq.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import contextlib
 import errno
 import hmac
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from socket import SOCK_STREAM, getaddrinfo
@@ -31,15 +30,12 @@ from vcr1_fast import __version__
 from vcr1_fast.rollout.addresses import show
 from vcr1_fast.rollout.sgl.messages import MAX_FRAME_BYTES, Message, SharedBytes, decode, encode
 
-# How a worker is started, and how one ends that has no SGLang; the last line that it prints then says so
-KEY_VARIABLE, NO_SGLANG = "VCR1_WORKER_KEY", os.EX_CONFIG
-VERSION = f"vcr1-fast {__version__}, messages 5"  # the number goes up when messages change their form
+VERSION = f"vcr1-fast {__version__}, messages 6"  # the number goes up when messages change their form
 HANDSHAKE_S = 10.0  # a stranger that says nothing must not hold anybody up
 # Between machines a peer that answers nothing for so long is gone. On one machine the kernel tells, and a trainer that
 # is stopped by hand keeps its workers.
 HEARTBEAT_S, HEARTBEAT_LIMIT_S = 10.0, 60.0
 NEVER_MS = 24 * 3_600_000  # until ZeroMQ connects again; without that, what the other side said last would be lost
-WAKE_S = 0.1  # so often a thread that waits looks whether another one has closed the channel
 # Without HANDSHAKE_FAILED_PROTOCOL: where that is told (libzmq 4.3.5), a connection with a frame that somebody changed
 # is not closed, but no longer read
 _EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -51,91 +47,65 @@ class KeyRefusedError(Exception):
 
 
 class Channel:
-    """Any thread may call any method; while one waits in `receive`, `send` waits for up to WAKE_S."""
+    """For one thread at a time."""
 
     def __init__(self, socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes], *, is_local: bool) -> None:
         self._socket, self._monitor, self._is_local = socket, monitor, is_local
-        self._lock = threading.Lock()
-        self._is_closed = False  # on this side
-        self._is_over = False  # the other side has left
+        self._is_over = False
         self._lent: dict[object, list[SharedBytes]] = {}  # by id of the request: what its receiver may still map
 
     @property
-    def is_closed(self) -> bool:
-        """Whether the other side is known to be gone; takes nothing of what it sent."""
-        if not self._is_closed:
-            with self._lock:
-                self._note_end()
-        return self._is_closed or self._is_over
+    def is_over(self) -> bool:
+        """Whether it is closed, or the other side is known to be gone; takes nothing of what that sent."""
+        while not self._is_over and self._monitor.poll(0):
+            self._is_over = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
+        return self._is_over
 
     def send(
         self, kind: str, fields: Mapping[str, Any] | None = None, tensors: Mapping[str, Any] | None = None
     ) -> None:
         """Returns at once: the message waits in memory. Raises ConnectionError when the other side is gone."""
+        if self.is_over:
+            raise ConnectionError("the other side is gone")
         frames, lent = encode(kind, fields or {}, tensors or {}, by_reference=self._is_local)
-        with self._lock:
-            self._note_end()
-            if self._is_closed or self._is_over:
-                raise ConnectionError("the other side is gone")
-            if lent:
-                self._lent[(fields or {}).get("id")] = lent
-            self._socket.send_multipart(frames)
+        if lent:
+            self._lent[(fields or {}).get("id")] = lent
+        self._socket.send_multipart(frames)
 
     def receive(self, timeout_s: float) -> Message:
         """Raises TimeoutError, EOFError when the other side is gone, ValueError for what is no message."""
         deadline = time.monotonic() + timeout_s
-        while not self._is_closed:
-            with self._lock:
-                self._note_end()  # first: what was sent before the end is there by then
-                message = self._next()
-            if message is not None:
+        while True:
+            was_over = self.is_over  # what was sent before the end is there by then
+            if not self._socket.closed and self._socket.poll(0):
+                message = decode([frame.buffer for frame in self._socket.recv_multipart(copy=False)])
+                self._lent.pop(message.fields.get("id"), None)
                 return message
-            if self._is_over:
-                break
-            remaining_s = deadline - time.monotonic()
-            if remaining_s <= 0:
+            if was_over:
+                raise EOFError("the connection is closed")
+            if time.monotonic() >= deadline:
                 raise TimeoutError("the other side did not send a message in time")
-            ready_ones([self], min(remaining_s, WAKE_S))
-        raise EOFError("the connection is closed")
+            ready_ones([self], deadline - time.monotonic())
 
     def close(self, linger_s: float = 0.0) -> None:
-        """Wakes a thread that waits in `receive`; it gets EOFError. What was sent may still leave within `linger_s`."""
-        self._is_closed = True
-        with self._lock:
-            if not self._socket.closed:
-                self._socket.disable_monitor()
-                self._monitor.close(linger=0)
-                self._socket.close(linger=int(1000 * linger_s))
-            self._lent.clear()
-
-    def _next(self) -> Message | None:
-        try:
-            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return None
-        message = decode([frame.buffer for frame in frames])
-        self._lent.pop(message.fields.get("id"), None)
-        return message
-
-    def _note_end(self) -> None:
-        while not self._is_closed and self._monitor.poll(0):
-            self._is_over |= recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
-
-    def _poll(self, poller: zmq.Poller) -> None:
-        if not self._is_closed:
-            poller.register(self._socket, zmq.POLLIN)
-            poller.register(self._monitor, zmq.POLLIN)
+        """What was sent may still leave within `linger_s`."""
+        self._is_over = True
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._socket.close(linger=int(1000 * linger_s))
+        self._lent.clear()
 
 
 def ready_ones(channels: Sequence[Channel], timeout_s: float) -> list[Channel]:
-    """Those that have a message, or are over; waits for the first of them. `channels` are locked meanwhile."""
-    with contextlib.ExitStack() as locks:
-        poller = zmq.Poller()
-        for channel in channels:
-            locks.enter_context(channel._lock)
-            channel._poll(poller)
-        ready = dict(poller.poll(int(1000 * timeout_s)))
-    return [c for c in channels if c._socket in ready or c._monitor in ready]
+    """Those that have a message, or are over; waits for the first of them."""
+    poller = zmq.Poller()
+    for channel in channels:
+        if not channel._socket.closed:
+            poller.register(channel._socket, zmq.POLLIN)
+            poller.register(channel._monitor, zmq.POLLIN)
+    ready = dict(poller.poll(max(0, int(1000 * timeout_s))))
+    return [c for c in channels if c._socket in ready or c._monitor in ready or c._socket.closed]
 
 
 def connect(address: str, key: bytes, timeout_s: float = HANDSHAKE_S) -> Channel:

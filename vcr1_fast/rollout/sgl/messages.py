@@ -4,7 +4,7 @@
 
 On one machine tensors from 64 KiB on (pixels, weights) do not travel: they lie in anonymous memory (memfd), the header
 says in which process, and the receiver maps it. So nothing is copied twice, nothing has a name that could be left
-behind, and the size of /dev/shm does not matter. The frames go by ZeroMQ (channel.py, door.py).
+behind, and the size of /dev/shm does not matter. The frames go by ZeroMQ (channel.py, endpoint.py).
 
 Runs in the trainer and in the worker's interpreter: only the standard library and torch.
 """

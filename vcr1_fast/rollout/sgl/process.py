@@ -9,12 +9,13 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import vcr1_fast
-from vcr1_fast.rollout.sgl.channel import KEY_VARIABLE
+from vcr1_fast.rollout.sgl.endpoint import KEY_VARIABLE, STATUS_VARIABLE
 from vcr1_fast.run.model_folder import settings_files
 from vcr1_fast.run.stop_signals import kept_from_children
 
@@ -50,7 +51,7 @@ class Child:
         where it is reached, and by whom; `own_args`: arguments of its engine that go before a trainer's."""
         self.log, self.address, self.key = log, address, key
         self._python, self._folder = python, folder
-        self._own_args = json.dumps(dict(own_args or {}))
+        self._own_args, self._status = json.dumps(dict(own_args or {})), log.with_suffix(".status")
         self._process: subprocess.Popen[bytes] | None = None
         self._log_begins = 0  # of the process that runs
 
@@ -70,7 +71,9 @@ class Child:
         self.kill()
         environment = child_environment(self._python)
         # Our package alone, through a link: its folder may hold all packages of the trainer, in the trainer's versions.
-        environment |= {"PYTHONPATH": str(self._package_folder()), KEY_VARIABLE: self.key.hex()}
+        environment |= {"PYTHONPATH": str(self._package_folder())}
+        environment |= {KEY_VARIABLE: self.key.hex(), STATUS_VARIABLE: str(self._status)}
+        self._status.unlink(missing_ok=True)
         with self.log.open("ab") as log, kept_from_children():
             self._log_begins = log.tell()
             # An own session: Ctrl-C ends the run in order, and the process group can be killed as a whole.
@@ -88,6 +91,13 @@ class Child:
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout_s)
+
+    def status(self) -> tuple[dict[str, str], float]:
+        """What it says of itself, empty before it waits for a trainer, and for how many seconds it has not moved."""
+        try:
+            return json.loads(self._status.read_text(encoding="utf-8")), time.time() - self._status.stat().st_mtime
+        except FileNotFoundError:
+            return {}, 0.0
 
     def kill(self) -> None:
         """End the process and those that it started, now."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,6 @@ from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Completion, RunError
 
 POLL_S = 0.1  # between two looks at deadlines and interruptions; answers wake it at once
-ABORT_GRACE_S = 10.0
 
 Encode = Callable[[int, Request], tuple[dict[str, Any], dict[str, Tensor]]]  # number and request -> message
 Decode = Callable[[Message, Request], list[Completion]]
@@ -27,8 +27,8 @@ Answers = dict[int, list[Completion]]  # by the requests' indices
 
 class Round:
     """All G completions of a prompt go to one worker in one request, so that its video is prefilled once; the least
-    loaded worker gets the next prompt. Requests that are late are aborted and tried again, those of a worker that died
-    or hangs are done again by the one started in its place.
+    loaded worker gets the next prompt. Those of a worker that died, or is late with one, are done again by the one
+    started in its place.
     """
 
     def __init__(
@@ -78,10 +78,7 @@ class Round:
         for index, seat in enumerate(self._workers.seats):
             if seat.requests and index not in self._told:
                 self._told.add(index)
-                try:
-                    seat.worker.channel.send("interrupt", {"id": 0})
-                except (OSError, WorkerGoneError) as error:
-                    self._revive(seat, f"took no request: {error}")
+                self._send(seat, "interrupt", {"id": 0}, {})
 
     def _hand_out(self) -> None:
         while self._waiting:
@@ -90,13 +87,9 @@ class Round:
                 return
             request = self._waiting.popleft()
             number = self._workers.next_number()
-            request.deadline, request.is_aborted = time.monotonic() + self._config.timeout_s, False
+            request.deadline = time.monotonic() + self._config.timeout_s
             seat.requests[number] = request
-            fields, tensors = self._encode(number, request)
-            try:
-                seat.worker.post(fields, tensors)
-            except (OSError, WorkerGoneError) as error:
-                self._revive(seat, f"took no request: {error}")
+            self._send(seat, "generate", *self._encode(number, request))
 
     def _take_answers(self) -> bool:
         """Whether anything came within POLL_S."""
@@ -105,7 +98,9 @@ class Round:
         for channel in ready:
             seat = seats[channel]
             try:
-                message = channel.receive(0)
+                message = seat.worker.answer(0)
+            except TimeoutError:
+                continue
             except (OSError, EOFError, ValueError) as error:
                 self._revive(seat, f"is gone: {error}")
                 continue
@@ -120,13 +115,13 @@ class Round:
         if message.kind == "completions":
             self._answers[request.index] = self._decode(message, request)
             self._workers.note_success()
-            return
-        if message.kind == "refused":
+        elif message.kind == "refused":
             raise ValueError(f"the prompt of example {name!r} cannot be answered: {message.fields['reason']}")
-        timed_out = f"took longer than {self._config.timeout_s:g} s (rollout.sglang.timeout_s)"
-        self._retry(request, timed_out if message.kind == "aborted" else str(message.fields["reason"]))
+        else:
+            self._note_failure(request, str(message.fields["reason"]))
+            self._waiting.append(request)
 
-    def _retry(self, request: Request, reason: str) -> None:
+    def _note_failure(self, request: Request, reason: str) -> None:
         request.num_attempts += 1
         if request.num_attempts >= self._config.max_attempts:
             name = request.prompt.example.id
@@ -134,37 +129,31 @@ class Round:
                 f"the answers to example {name!r} failed {request.num_attempts} times (rollout.sglang.max_attempts), "
                 f"the last time because: {reason}"
             )
-        self._waiting.append(request)
 
     def _watch(self) -> None:
-        """Nothing came for a while: abort what is late, and start workers again that do not even abort."""
-        now = time.monotonic()
+        """Nothing came for a while: start workers again that are late."""
+        now, reason = time.monotonic(), f"took longer than {self._config.timeout_s:g} s (rollout.sglang.timeout_s)"
         for seat in self._workers.seats:
-            late = [(number, request) for number, request in seat.requests.items() if request.deadline < now]
-            hung = [request for _, request in late if request.is_aborted]
-            for request in hung:
-                request.num_attempts += 1
-            if hung:
-                self._revive(seat, f"did not stop a request {ABORT_GRACE_S:g} s after it was late")
-                continue
-            for number, request in late:
-                request.is_aborted, request.deadline = True, now + ABORT_GRACE_S
-                self._abort(seat, number)
+            late = [request for request in seat.requests.values() if request.deadline < now]
+            for request in late:
+                self._note_failure(request, reason)
+            if late:
+                self._revive(seat, reason)
+
+    def _send(self, seat: Seat, kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        try:
+            seat.worker.send(kind, fields, tensors)
+        except (OSError, WorkerGoneError) as error:
+            self._revive(seat, f"took no request: {error}")
 
     def _revive(self, seat: Seat, reason: str) -> None:
         """Its requests go to the front of the queue, in their order."""
         self._waiting.extendleft(reversed(self._workers.revive(seat, reason)))
 
-    def _abort(self, seat: Seat, number: int) -> None:
-        try:
-            seat.worker.channel.send("abort", {"id": number})
-        except (OSError, WorkerGoneError):
-            seat.worker.kill()  # found by the next send
-
     def _give_up(self) -> None:
         """Free the workers of what nobody waits for any more."""
         for seat in self._workers.seats:
-            for number in list(seat.requests):
-                if seat.worker.is_ready:
-                    self._abort(seat, number)
+            with contextlib.suppress(OSError, WorkerGoneError):  # found by the next send
+                for number in seat.requests:
+                    seat.worker.channel.send("abort", {"id": number})
             seat.requests.clear()

@@ -1,12 +1,12 @@
-"""`python -m vcr1_fast.rollout.sgl.worker ADDRESS`: one `sglang.Engine`, driven by messages (messages.py).
+"""`python -m vcr1_fast.rollout.sgl.worker ADDRESS ARGS`: one `sglang.Engine`, driven by messages (messages.py).
 
 Runs in the interpreter that has SGLang, which pins its own torch and transformers: imports here stay with the standard
 library, torch, pyzmq and SGLang. Started by process.py, for the trainer itself or for `vcr1-fast serve`; a trainer
-connects to its address (door.py).
+connects to its address (endpoint.py).
 
     trainer -> worker                                    worker -> trainer
-    hello {version}                                      welcome | busy {reason} | unfit {reason}
-    start {engine_args}                                  ready {limits, version, libraries} or unusable {reason}
+    start {version, engine_args}                         starting, then ready {limits, version, libraries} or
+                                                         unusable {reason}
     generate {id, media, ...} + ids, positions, patches  completions | refused | failed | aborted, with the id
     abort {id}                                           aborted {id}
     interrupt                                            completions of all requests, as far as they are
@@ -20,7 +20,6 @@ The end of the trainer's connection ends the worker. SGLang ends this process it
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -30,13 +29,13 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vcr1_fast.rollout.sgl.channel import KEY_VARIABLE, NO_SGLANG
-from vcr1_fast.rollout.sgl.door import Door
+from vcr1_fast.rollout.sgl.endpoint import KEY_VARIABLE, NO_SGLANG, STATUS_VARIABLE, Endpoint
 from vcr1_fast.rollout.sgl.features import SharedFeatures
 from vcr1_fast.rollout.sgl.libraries import Libraries
 from vcr1_fast.rollout.sgl.messages import Message
@@ -59,30 +58,23 @@ UNREAD_S = 60.0  # that a request given up may lie in SGLang's queue: it reads a
 
 def main() -> int:
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    door = Door(sys.argv[1], bytes.fromhex(os.environ.pop(KEY_VARIABLE)))
+    key, status = bytes.fromhex(os.environ.pop(KEY_VARIABLE)), Path(os.environ.pop(STATUS_VARIABLE))
+    endpoint = Endpoint(sys.argv[1], key, status, when_over=_end_group)  # an engine that starts, or hangs, ends, too
     own_args: Mapping[str, Any] = json.loads(sys.argv[2])  # what only this node knows
     try:
-        door.facts = _facts(own_args)
-        start = door.receive()
-        door.when_over = _end_group  # an engine may hang in its start, and would hold GPU and address for ever
-        if door.is_over:
-            return 0
-        worker = Worker(door, {**start.fields["engine_args"], **own_args})
-        door.when_over = None
-        if not door.is_over:
-            worker.run()
-    except EOFError:
-        return 0  # nobody came
+        endpoint.tell(_facts(own_args))
+        start = endpoint.receive()
+        Worker(endpoint, {**start.fields["engine_args"], **own_args}).run()
     except _AbsentError as error:
         print(error, file=sys.stderr)
         return NO_SGLANG
     except Exception as error:
         traceback.print_exc()
-        door.send("unusable", {"reason": f"{type(error).__name__}: {error}"})
+        endpoint.send("unusable", {"reason": f"{type(error).__name__}: {error}"})
         return 1
     finally:
         _limit_the_end()
-        door.close()
+        endpoint.close()
     return 0
 
 
@@ -105,15 +97,15 @@ def _facts(own_args: Mapping[str, Any]) -> dict[str, str]:
 
 
 class Worker:
-    """Requests run side by side in SGLang's event loop; a thread takes them from the door."""
+    """Requests run side by side in SGLang's event loop."""
 
-    def __init__(self, door: Door, engine_args: Mapping[str, Any]) -> None:
+    def __init__(self, endpoint: Endpoint, engine_args: Mapping[str, Any]) -> None:
         # Weights reach SGLang's process as torch shared memory. With torch's other strategy, descriptors, that process
         # died of an authentication error (0.5.17 to 0.5.23).
         torch.multiprocessing.set_sharing_strategy("file_system")
         import sglang  # pyright: ignore[reportMissingImports]
 
-        self._door = door
+        self._endpoint = endpoint
         self._engine: Any = sglang.Engine(**engine_arguments(engine_args))
         num_gpus = int(self._engine.server_args.tp_size)
         self._updater = Updater(self._engine.tokenizer_manager, num_gpus)
@@ -137,38 +129,31 @@ class Worker:
         }
 
     def run(self) -> None:
-        """Until the trainer leaves."""
+        """Until the trainer says that it closes."""
         loop: asyncio.AbstractEventLoop = self._engine.loop
         facts = {"limits": self._limits, "version": self._version, "libraries": asdict(Libraries.here())}
-        self._door.send("ready", facts)
-        threading.Thread(target=self._read, args=(loop,), daemon=True).start()
+        self._endpoint.send("ready", facts)
+        self._endpoint.attach(loop, self._begin)
         loop.run_until_complete(self._closed.wait())
         _limit_the_end()
         self._engine.shutdown()
 
-    def _read(self, loop: asyncio.AbstractEventLoop) -> None:
-        with contextlib.suppress(EOFError):
-            while True:
-                loop.call_soon_threadsafe(self._begin, self._door.receive())
-        loop.call_soon_threadsafe(self._closed.set)
-
     def _begin(self, message: Message) -> None:
+        loop: asyncio.AbstractEventLoop = self._engine.loop
         if message.kind == "close":
             self._closed.set()
             return
         if message.kind == "interrupt":
-            asyncio.get_event_loop().create_task(self._cut_short(set(self._drawing)))
+            self._cutting = loop.create_task(self._cut_short(set(self._drawing)))
             return
         number = int(message.fields["id"])
         if message.kind == "abort":
-            task = self._tasks.get(number)
-            if task is not None:  # cancelled, SGLang drops what it has of the group
-                task.cancel()
+            if number in self._tasks:  # cancelled, SGLang drops what it has of the group
+                self._tasks[number].cancel()
             return
         if message.kind == "generate":
             self._drawing.add(number)
-        task = asyncio.get_event_loop().create_task(self._answer(number, message))
-        self._tasks[number] = task
+        self._tasks[number] = task = loop.create_task(self._answer(number, message))
         task.add_done_callback(lambda _: self._tasks.pop(number, None))
 
     async def _cut_short(self, numbers: set[int]) -> None:
@@ -199,7 +184,7 @@ class Worker:
             traceback.print_exc()
             kind, fields = "failed", {"reason": f"{type(error).__name__}: {error}"}
         self._drawing.discard(number)
-        self._door.send(kind, {"id": number, **fields}, tensors)
+        self._endpoint.send(kind, {"id": number, **fields}, tensors)
 
     async def _generate(self, message: Message) -> tuple[dict[str, Any], dict[str, Tensor]]:
         fields = message.fields

@@ -7,6 +7,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,6 @@ class Request:
     begun: Completion | None = None  # then num_completions is 1
     num_attempts: int = 0
     deadline: float = 0.0
-    is_aborted: bool = False
 
 
 @dataclass
@@ -77,8 +77,9 @@ class Workers:
         try:
             for seat in self.seats:
                 seat.worker.start()
-            for seat in self.seats:
-                self._wait_for_first_start(seat.worker)
+            # Elsewhere all at once; here one engine after the other, as each measures what is free
+            with ThreadPoolExecutor(1 if config.placement == "colocated" else len(self.seats)) as pool:
+                list(pool.map(self._wait_for_first_start, [seat.worker for seat in self.seats]))
         except WorkerGoneError as error:
             self.close()
             raise RunError(f"SGLang does not start: its worker {error}") from error
