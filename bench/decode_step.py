@@ -92,6 +92,7 @@ def ways_of(grid: tuple[int, int, int]) -> tuple[dict[str, Decode], int, float]:
     drawn = engine_way(NUM_TOKENS, lambda _: None)
     token_SB = torch.stack([answer.token_ids_R for answer in drawn], dim=1)
     logits_SBV = torch.stack(feed_stock(hf, prompt, token_SB, lambda _: None))
+    logits_SBV[..., SpecialIds.of(tokenizer).vision] = -torch.inf
     logprob_SB = logits_SBV.log_softmax(-1).gather(2, token_SB[..., None])[..., 0]
     difference = logprob_SB - torch.stack([answer.logprobs_R for answer in drawn], dim=1)
     ways: dict[str, Decode] = {"engine": engine_way, "stock": lambda n, m: feed_stock(hf, prompt, token_SB[:n], m)}

@@ -11,6 +11,7 @@ from vcr1_fast.evaluation.score_tables import print_scores
 from vcr1_fast.evaluation.scores import Scores, flat_scores, scores_as_dict, scores_from_dict
 from vcr1_fast.learner.advantages import TaskScale, with_advantages
 from vcr1_fast.learner.step import Learner
+from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.report import leave_report
 from vcr1_fast.rollout.collect import Collector
 from vcr1_fast.rollout.parity import check_parity, warn_of_gap
@@ -42,7 +43,7 @@ def train(config: Config) -> dict[str, Any]:
 def _train(run: Run) -> dict[str, Any]:
     config, world = run.config, run.world
     prompts, held_out = run.train_stream(), run.eval_examples()
-    learner = Learner(config, world, config.train.num_steps * config.algorithm.minibatches_per_rollout, run.kernels)
+    learner = Learner(config, world, config.num_updates, run.kernels, SpecialIds.of(run.builder.tokenizer).vision)
     state = load_state(run, learner, prompts, "train")  # step 0, or where a checkpoint stands
     engine = run.open_engine()
     collector = Collector(run.tasks, config, world, run.builder.completion_ids)

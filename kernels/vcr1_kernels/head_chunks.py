@@ -5,6 +5,7 @@ Shape letters: N scored tokens, C rows of one chunk, D hidden size, V vocabulary
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ from ._ops import add_op_namespace_prefix
 from .backend import runs_triton
 from .head_rows import exp_rows, gradient_rows
 from .input_checks import check_target_dtype, check_tensors
-from .row_stats import RowStats, stats_dtype
+from .row_stats import SUPPRESSED_LOGIT, RowStats, stats_dtype
 from .upload import upload
 
 NUM_SMS = 132  # H100 SXM and H200
@@ -140,6 +141,15 @@ def matmul(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a.to(out_dtype) @ b.to(out_dtype)
 
 
+def suppress_(logits_CV: Tensor, ids: Sequence[int]) -> Tensor:
+    """Fills the columns of these ids, in one launch for each run of neighbours; the host's numbers need no copy."""
+    for vocab_id in sorted(ids):
+        if vocab_id - 1 not in ids:
+            last = next(last for last in itertools.count(vocab_id) if last + 1 not in ids)
+            logits_CV[:, vocab_id : last + 1] = SUPPRESSED_LOGIT
+    return logits_CV
+
+
 def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b. With float32 `total` and bfloat16 operands no product is rounded to bfloat16 before it is added.
 
@@ -211,6 +221,7 @@ class Head(NamedTuple):
     scale_N: Tensor
     logits_dtype: torch.dtype
     triton: bool
+    suppressed_ids: Sequence[int] = ()
 
     def chunks(
         self, chunk_rows: int | None, num_rows: int, sequence_lens: Sequence[int] | None = None
@@ -226,7 +237,8 @@ class Head(NamedTuple):
         return row_chunks(num_rows, chunk_rows or largest_chunk(vocab_size, bytes_per_logit), sequence_lens)
 
     def logits(self, rows: slice | Tensor) -> Tensor:
-        return matmul(self.hidden_ND[rows], self.weight_VD.T, self.logits_dtype)
+        logits_CV = matmul(self.hidden_ND[rows], self.weight_VD.T, self.logits_dtype)
+        return suppress_(logits_CV, self.suppressed_ids)
 
     def exp_rows(
         self, rows: slice | Tensor, logits_CV: Tensor, exp_CV: Tensor | None, with_entropy: bool = True

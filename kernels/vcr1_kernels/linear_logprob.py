@@ -14,6 +14,7 @@ Shape letters: N tokens, C rows of one chunk, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -50,9 +51,10 @@ def _forward(
     logits_dtype: torch.dtype,
     chunk_rows: int | None,
     triton: bool,
+    suppressed_ids: list[int],
 ) -> tuple[Tensor, Tensor]:
     """(stats [5, N], kept); kept is [N, V] for `probs`, [N, D] for `direction`, else empty."""
-    head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton)
+    head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton, suppressed_ids)
     stats_5N = hidden_ND.new_empty(5, hidden_ND.shape[0], dtype=stats_dtype(hidden_ND.dtype))
     kept = _empty_kept(hidden_ND, weight_VD.shape[0], keep)
     for start, stop in head.chunks(chunk_rows, hidden_ND.shape[0]):
@@ -86,7 +88,7 @@ def _empty_kept(hidden_ND: Tensor, vocab_size: int, keep: str) -> Tensor:
 
 
 @_forward.register_fake
-def _(hidden_ND, weight_VD, target_N, scale_N, keep, with_entropy, logits_dtype, chunk_rows, triton):
+def _(hidden_ND, weight_VD, target_N, scale_N, keep, with_entropy, logits_dtype, chunk_rows, triton, suppressed_ids):
     stats_5N = hidden_ND.new_empty(5, hidden_ND.shape[0], dtype=stats_dtype(hidden_ND.dtype))
     return stats_5N, _empty_kept(hidden_ND, weight_VD.shape[0], keep)
 
@@ -107,9 +109,10 @@ def _backward(
     logits_dtype: torch.dtype,
     chunk_rows: int | None,
     triton: bool,
+    suppressed_ids: list[int],
 ) -> tuple[Tensor, Tensor]:
     """(d hidden, d weight), empty where not needed."""
-    head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton)
+    head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton, suppressed_ids)
     grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
     for start, stop in head.chunks(chunk_rows, hidden_ND.shape[0]):
         rows = slice(start, stop)
@@ -137,7 +140,7 @@ def _logits_gradient(
 @_backward.register_fake
 def _(
     hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept, logprob_grad_N, entropy_grad_N,
-    keep, need_hidden, need_weight, logits_dtype, chunk_rows, triton,
+    keep, need_hidden, need_weight, logits_dtype, chunk_rows, triton, suppressed_ids,
 ):  # fmt: skip
     grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
     return grads.hidden_ND, grads.weight_VD
@@ -147,11 +150,11 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, scale_N: Tensor,
-        keep: str, logits_dtype: torch.dtype, chunk_rows: int | None, triton: bool,
+        keep: str, *options: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        stats_5N, kept = _forward(hidden_ND, weight_VD, target_N, scale_N, keep, True, logits_dtype, chunk_rows, triton)
+        stats_5N, kept = _forward(hidden_ND, weight_VD, target_N, scale_N, keep, True, *options)
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept)
-        ctx.options = (keep, logits_dtype, chunk_rows, triton)
+        ctx.keep, ctx.options = keep, options
         ctx.set_materialize_grads(False)
         return stats_5N[0].clone(), stats_5N[1].clone()
 
@@ -159,20 +162,19 @@ class _LinearLogprob(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, logprob_grad_N: Tensor | None, entropy_grad_N: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
         hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept = ctx.saved_tensors
-        keep, logits_dtype, chunk_rows, triton = ctx.options
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        nothing = (None,) * 8
+        nothing = (None,) * (5 + len(ctx.options))
         if logprob_grad_N is None and entropy_grad_N is None:
             return nothing
         if logprob_grad_N is None:
             logprob_grad_N = torch.zeros_like(stats_5N[0])
-        if keep == "direction":
+        if ctx.keep == "direction":
             hidden_grad = torch.empty_like(hidden_ND)  # rounded as it is written: no product in float32 beside it
             return torch.mul(kept, logprob_grad_N[:, None], out=hidden_grad), *nothing[1:]
         with without_autocast(hidden_ND):
             hidden_grad, weight_grad = _backward(
                 hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept, logprob_grad_N, entropy_grad_N,
-                keep, need_hidden, need_weight, logits_dtype, chunk_rows, triton,
+                ctx.keep, need_hidden, need_weight, *ctx.options,
             )  # fmt: skip
         return hidden_grad if need_hidden else None, weight_grad if need_weight else None, *nothing[2:]
 
@@ -215,6 +217,7 @@ def fused_linear_logprob(
     logits_dtype: torch.dtype = torch.float32,
     chunk_rows: int | None = None,
     backend: Backend = "auto",
+    suppressed_ids: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target under softmax(hidden @ weight.T / temperature), and the entropy of that softmax.
 
@@ -232,6 +235,8 @@ def fused_linear_logprob(
         logits_dtype: of the logits for bfloat16 inputs. float32 keeps log-probs within 1e-4; bfloat16 saves a third of
             the chunk's memory and puts 0.02 to 0.13 nats of noise on each log-prob.
         chunk_rows: rows whose logits exist at a time; None makes equal chunks (`head_chunks.auto_chunk_rows`).
+        suppressed_ids: of the vocabulary, that are never drawn: their logits count as `SUPPRESSED_LOGIT`, which makes
+            their probability 0 and gives them no gradient. A target among them has a log-prob of about that logit.
 
     Returns: (logprob [N], entropy [N]) float32, or float64 for float64 inputs. Entropy in nats.
 
@@ -259,6 +264,6 @@ def fused_linear_logprob(
     triton = runs_triton(backend, hidden_ND)
     with without_autocast(hidden_ND):
         logprob_N, entropy_N = _LinearLogprob.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            hidden_ND, weight_VD, target_N, scale_N, resolved_keep, dtype, chunk_rows, triton
+            hidden_ND, weight_VD, target_N, scale_N, resolved_keep, dtype, chunk_rows, triton, list(suppressed_ids)
         )
     return logprob_N, entropy_N if entropy_grad else entropy_N.detach()

@@ -19,6 +19,7 @@ Shape letters: N tokens, C rows of one chunk, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, cast
 
@@ -47,10 +48,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, scale_N: Tensor, loss: LossFunction,
         tokens: TokenVectors, logits_dtype: torch.dtype, chunk_rows: int | None, triton: bool, wants_grad: bool,
-        names: list[str],
+        suppressed_ids: Sequence[int], names: list[str],
     ) -> tuple[Tensor, ...]:  # fmt: skip
         need_hidden, need_weight = (wants_grad and needs for needs in ctx.needs_input_grad[:2])
-        head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton)
+        head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton, suppressed_ids)
         ctx.grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
         total, sums = visit_all(head, ctx.grads, loss, tokens, chunk_rows)
         names.extend(sums)
@@ -74,7 +75,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return (
             grads.hidden_ND if needs_hidden else None,
             grads.weight_VD if needs_weight else None,
-            *(None,) * 9,
+            *(None,) * 10,
         )
 
 
@@ -92,6 +93,7 @@ def _whole(
     sequence_lens: list[int] | None,
     settings: str,
     num_sums: int,
+    suppressed_ids: list[int],
     logits_dtype: torch.dtype,
     chunk_rows: int | None,
     triton: bool,
@@ -102,7 +104,7 @@ def _whole(
     their values, nor objects: the loss comes as `PolicyLoss.settings`, its vectors with their names."""
     lens = None if sequence_lens is None else tuple(sequence_lens)
     given: dict[str, Any] = dict(zip(vector_names.split(), vectors, strict=True))
-    head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton)
+    head = Head(hidden_ND, weight_VD, target_N, scale_N, logits_dtype, triton, suppressed_ids)
     grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
     # below an operator autograd is off, and the loss needs it
     with (
@@ -117,7 +119,7 @@ def _whole(
 @_whole.register_fake
 def _(
     hidden_ND, weight_VD, target_N, scale_N, vectors, vector_names, sequence_lens, settings, num_sums,
-    logits_dtype, chunk_rows, triton, need_hidden, need_weight,
+    suppressed_ids, logits_dtype, chunk_rows, triton, need_hidden, need_weight,
 ):  # fmt: skip
     grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
     return scale_N.new_empty(1 + num_sums), grads.hidden_ND, grads.weight_VD
@@ -137,7 +139,7 @@ class _Compiled(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, loss_grad: Tensor, _sums: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         grads = zip(ctx.saved_tensors, ctx.needed, strict=True)
-        return *(x * loss_grad if is_needed else None for x, is_needed in grads), *(None,) * 12
+        return *(x * loss_grad if is_needed else None for x, is_needed in grads), *(None,) * 13
 
 
 def _compiled(
@@ -147,6 +149,7 @@ def _compiled(
     scale_N: Tensor,
     loss: PolicyLoss,
     tokens: TokenVectors,
+    suppressed_ids: Sequence[int],
     options: tuple[torch.dtype, int | None, bool, bool],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss as one operator of a compiled graph; options as below. The sums are of the loss's dtype, counts too."""
@@ -156,7 +159,7 @@ def _compiled(
     names = loss.sum_names(tokens)
     value, sums = _Compiled.apply(  # pyright: ignore[reportGeneralTypeIssues]
         hidden_ND, weight_VD, target_N, scale_N, [getattr(tokens, name) for name in given], " ".join(given), lens,
-        loss.settings, len(names), *kernel,
+        loss.settings, len(names), list(suppressed_ids), *kernel,
         wants_grad and hidden_ND.requires_grad, wants_grad and weight_VD.requires_grad,
     )  # fmt: skip
     return value, dict(zip(names, sums.unbind(), strict=True))
@@ -173,6 +176,7 @@ def fused_linear_policy_loss(
     logits_dtype: torch.dtype = torch.float32,
     chunk_rows: int | None = None,
     backend: Backend = "auto",
+    suppressed_ids: Sequence[int] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss of tokens straight from hidden states; gradients of hidden and weight in one visit, 3 GEMMs.
 
@@ -189,7 +193,7 @@ def fused_linear_policy_loss(
             (`loss.zero_rows`) take 1 GEMM instead of 3. Which ones is decided on the host: vectors on the CPU are read
             there and then sent once each, with no wait; vectors on the device are waited for once, unless
             `is_zero_on_host` says it. Vectors in pinned memory must not be overwritten before the device has read them.
-        temperature, logits_dtype, chunk_rows, backend: as in `fused_linear_logprob`.
+        temperature, logits_dtype, chunk_rows, backend, suppressed_ids: as in `fused_linear_logprob`.
 
     Returns: (loss, sums): a float32 scalar (float64 for float64 inputs) to call backward on once, and the detached
     sums of the loss function added up over chunks.
@@ -211,10 +215,12 @@ def fused_linear_policy_loss(
     check_chunk_rows(chunk_rows)
     options = (dtype, chunk_rows, runs_triton(backend, hidden_ND), torch.is_grad_enabled())
     if type(loss) is PolicyLoss and torch.compiler.is_compiling():  # a subclass has a __call__ of its own
-        return _compiled(hidden_ND, weight_VD, target_N, scale_N, cast(PolicyLoss, loss), tokens, options)
+        return _compiled(
+            hidden_ND, weight_VD, target_N, scale_N, cast(PolicyLoss, loss), tokens, suppressed_ids, options
+        )
     names: list[str] = []
     with without_autocast(hidden_ND):
         value, *sums = _LinearPolicyLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            hidden_ND, weight_VD, target_N, scale_N, loss, tokens, *options, names
+            hidden_ND, weight_VD, target_N, scale_N, loss, tokens, *options, suppressed_ids, names
         )
     return value, dict(zip(names, sums, strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .losses import LossFunction, TokenVectors
 from .prefix_attention import PrefixLayout
+from .row_stats import SUPPRESSED_LOGIT
 
 
 def logprob_of_logits(logits_NV: Tensor, target_N: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -41,13 +42,20 @@ def logprob_of_logits(logits_NV: Tensor, target_N: Tensor, temperature: float | 
 
 
 def linear_logprob(
-    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, temperature: float | Tensor = 1.0
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    temperature: float | Tensor = 1.0,
+    suppressed_ids: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """The definition of `fused_linear_logprob`: `logprob_of_logits(hidden @ weight.T, target, temperature)`.
+    """The definition of `fused_linear_logprob`: `logprob_of_logits(hidden @ weight.T, target, temperature)`, where
+    suppressed ids have the logit `SUPPRESSED_LOGIT`.
 
     Holds [N, V] logits several times over: 4 bytes x N x V for each in float32.
     """
-    return logprob_of_logits(hidden_ND @ weight_VD.T, target_N, temperature)
+    ids_K = torch.tensor(suppressed_ids, dtype=torch.long, device=hidden_ND.device)
+    logits_NV = (hidden_ND @ weight_VD.T).index_fill(1, ids_K, SUPPRESSED_LOGIT)
+    return logprob_of_logits(logits_NV, target_N, temperature)
 
 
 def linear_policy_loss(
@@ -57,9 +65,10 @@ def linear_policy_loss(
     loss: LossFunction,
     tokens: TokenVectors,
     temperature: float | Tensor = 1.0,
+    suppressed_ids: Sequence[int] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The definition of `fused_linear_policy_loss`: the loss of the log-probs of `linear_logprob`, by autograd."""
-    return loss(*linear_logprob(hidden_ND, weight_VD, target_N, temperature), tokens)
+    return loss(*linear_logprob(hidden_ND, weight_VD, target_N, temperature, suppressed_ids), tokens)
 
 
 def policy_loss(

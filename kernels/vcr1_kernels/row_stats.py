@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Of ids that are never drawn. exp of it is 0 beside any other one, in float64, too; -inf would make p z NaN
+SUPPRESSED_LOGIT = -1e4
+
 
 class RowStats(NamedTuple):
     """Per-row results, [C] float32 (float64 for float64 logits). s = 1 / temperature; c is the row's offset."""

@@ -99,6 +99,31 @@ def test_ignored_rows_and_per_row_temperature(keep: str, backend: str):
     assert bool((got[2][::3] == 0).all()) and bool((got[0][::3] == 0).all())
 
 
+@pytest.mark.parametrize("backend", ["plain", *BACKENDS])
+@pytest.mark.parametrize("how", ["none", "probs", "frozen"])
+def test_suppressed_ids_are_as_if_the_head_had_no_such_rows(how: str, backend: str):
+    hidden, weight, target = make(60)
+    suppressed = (0, 5, 6, len(weight) - 1)
+    kept = torch.tensor([i for i in range(len(weight)) if i not in suppressed], device=DEVICE)
+    target = kept[target % len(kept)]
+    fewer = weight.detach()[kept].requires_grad_(how != "frozen")
+    weight.requires_grad_(how != "frozen")
+    entropy_grad = how == "none"
+    wanted = reference64(hidden, fewer, torch.searchsorted(kept, target), entropy_grad=entropy_grad, temperature=0.7)
+    options = {"temperature": 0.7, "suppressed_ids": suppressed}
+    if backend == "plain":
+        got = outputs_and_gradients(reference.linear_logprob, hidden, weight, target, **options)
+        wanted = reference64(hidden, fewer, torch.searchsorted(kept, target), entropy_grad=True, temperature=0.7)
+    else:
+        options |= {"keep": "auto" if how == "frozen" else how, "entropy_grad": entropy_grad, "chunk_rows": 25}
+        got = outputs_and_gradients(fused_linear_logprob, hidden, weight, target, backend=backend, **options)
+    weight_grad = got[3]
+    if weight_grad is not None:
+        assert not weight_grad[list(suppressed)].any()
+        weight_grad = weight_grad[kept]
+    assert_same((*got[:3], weight_grad), wanted, 2e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_rows", [0, 5])
 def test_no_rows_and_nothing_but_ignored_rows(num_rows: int, backend: str):
@@ -295,11 +320,11 @@ def test_ops_are_registered_right():
     scale = torch.ones(6, device=DEVICE)
     op = torch.ops.vcr1_kernels.linear_logprob_forward
     for keep in ("none", "probs", "direction"):
-        arguments = (hidden.detach(), weight.detach(), target, scale, keep, True, torch.float32, 4, False)
+        arguments = (hidden.detach(), weight.detach(), target, scale, keep, True, torch.float32, 4, False, [1, 2])
         torch.library.opcheck(op, arguments)
         stats, kept = op(*arguments)
         if keep != "direction":
-            backward = (*arguments[:4], stats, kept, scale, None, keep, True, True, torch.float32, 4, False)
+            backward = (*arguments[:4], stats, kept, scale, None, keep, True, True, torch.float32, 4, False, [1, 2])
             torch.library.opcheck(torch.ops.vcr1_kernels.linear_logprob_backward, backward)
 
 

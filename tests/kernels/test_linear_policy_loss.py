@@ -110,6 +110,24 @@ def test_equals_the_definition(name: str, backend: str):
         assert_equals_definition(make(), LOSSES[name], chunk_rows=chunk_rows, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_suppressed_ids_are_as_if_the_head_had_no_such_rows(backend: str):
+    hidden, weight, target, tokens = make()
+    suppressed = (1, 2, 40)
+    kept = torch.tensor([i for i in range(VOCAB) if i not in suppressed], device=DEVICE)
+    target, fewer = kept[target % len(kept)], weight.detach()[kept].requires_grad_()
+    inputs = (hidden, fewer, torch.searchsorted(kept, target), LOSSES["dapo entropy"], tokens)
+    value, sums, hidden_grad, weight_grad = definition(*inputs)
+    options = {"chunk_rows": 8, "backend": backend, "suppressed_ids": suppressed}
+    given = (LOSSES["dapo entropy"], cast(tokens, torch.float32), 0.9)
+    got, got_sums = fused_linear_policy_loss(hidden, weight, target, *given, **options)
+    got.backward()
+    assert float(got.detach()) == pytest.approx(float(value), rel=1e-5)
+    assert {n: float(x) for n, x in got_sums.items()} == pytest.approx({n: float(x) for n, x in sums.items()}, rel=1e-4)
+    assert relative_error(hidden.grad, hidden_grad) < 1e-5
+    assert relative_error(weight.grad[kept], weight_grad) < 1e-5 and not weight.grad[list(suppressed)].any()
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_on_policy_the_ratio_is_one_and_the_gradient_whole(name: str):
     assert_equals_definition(make(on_policy=True), LOSSES[name], chunk_rows=10)
@@ -349,7 +367,7 @@ def test_the_operators_are_registered_right():
     vectors, scale = [tokens.advantage_N, tokens.weight_N], torch.ones(NUM_ROWS, device=DEVICE)
     for loss, lens in ((PolicyLoss(), None), (PolicyLoss("gspo"), list(LENS))):
         arguments = (hidden.detach(), weight.detach(), target, scale, vectors, "advantage_N weight_N", lens)
-        options = (loss.settings, 6, torch.float32, 8, False, True, True)
+        options = (loss.settings, 6, [1, 2], torch.float32, 8, False, True, True)
         torch.library.opcheck(torch.ops.vcr1_kernels.linear_policy_loss, (*arguments, *options))
     torch.library.opcheck(torch.ops.vcr1_kernels.scale_unless_one, (torch.ones(5), torch.tensor(2.0)))
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.conftest import build_model, build_tokenizer, make_example, make_patches
-from vcr1_fast.learner.model import PolicyModel
+from tests.rollout.sampled_policy import policy_of
 from vcr1_fast.learner.sharding import exit_rank, init_distributed, shard, shutdown
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.parity import ParityError, check_parity
 from vcr1_fast.run.weight_sync import WeightSync
-from vcr1_fast.settings.config import ModelConfig, RolloutConfig, TaskConfig
+from vcr1_fast.settings.config import RolloutConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     world = init_distributed("cpu")
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed=3)
-    policy = PolicyModel(model, ModelConfig(), torch.float32)
+    policy = policy_of(model)
     engine = LocalEngine(copy.deepcopy(model), tokenizer)
     shard(policy, world, torch.float32)
     builder = PromptBuilder(tokenizer, make_tasks(TaskConfig()), lambda _: make_patches((1, 4, 4)))

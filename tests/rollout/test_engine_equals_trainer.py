@@ -9,11 +9,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tests.learner.conftest import with_large_weights
+from tests.rollout.sampled_policy import policy_of
 from tests.rollout.timed_prompt import timed_prompt
-from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.rollout.local_engine import LocalEngine
-from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.tiny.architecture import tiny_config, untrained_model
 from vcr1_fast.tiny.build import build_tiny_tokenizer
 from vcr1_fast.types import Prompt, RolloutGroup, SamplingParams
@@ -21,7 +20,7 @@ from vcr1_fast.video.formats import QWEN3_VL
 
 
 def assert_alike(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], temperature: float) -> None:
-    policy = PolicyModel(copy.deepcopy(model), ModelConfig(), torch.float32)
+    policy = policy_of(copy.deepcopy(model))
     engine = LocalEngine(model, tokenizer)
     answers = engine.generate(prompts, SamplingParams(5, 24, temperature, seed=3))
     groups = [RolloutGroup(p, tuple(completions), 1) for p, completions in zip(prompts, answers, strict=True)]

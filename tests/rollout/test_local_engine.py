@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper
 
 from tests.conftest import make_example, make_patches, stock_inputs
+from tests.rollout.sampled_policy import vision_ids
 from vcr1_fast.prompts.positions import mrope_positions
 from vcr1_fast.rollout.engine import Quota, is_done
 from vcr1_fast.rollout.grouped_cache import GroupedCache
@@ -40,8 +41,9 @@ def engine(tiny_model: Model, tiny_tokenizer: PreTrainedTokenizerFast) -> LocalE
 
 
 @torch.no_grad()
-def full_logits(model: Model, prompt: Prompt, completion_ids_R: Tensor) -> Tensor:
-    """[R, V] float32: a stock forward of the one row [prompt | completion], positions by the rule on that whole row."""
+def full_logits(model: Model, prompt: Prompt, completion_ids_R: Tensor, banned: Sequence[int] | None = None) -> Tensor:
+    """[R, V] float32: a stock forward of the one row [prompt | completion], positions by the rule on that whole row.
+    `banned` ids, by default those of pictures, have -inf."""
     ids_L = torch.cat([prompt.token_ids_L, completion_ids_R])
     seconds = [patches.second_per_grid_s for patches in prompt.media]
     pads = (model.config.video_token_id, 2, 2, model.config.image_token_id)
@@ -50,6 +52,7 @@ def full_logits(model: Model, prompt: Prompt, completion_ids_R: Tensor) -> Tenso
     logits_LV = model(
         input_ids=ids_L[None].to(model.device), position_ids=positions_3L[:, None].to(model.device), **shown
     ).logits[0]
+    logits_LV[:, vision_ids(model.config) if banned is None else banned] = -torch.inf
     return logits_LV[prompt.token_ids_L.numel() - 1 : -1].float().cpu()
 
 
@@ -210,7 +213,7 @@ def test_the_same_prompt_twice_gives_different_answers(engine: LocalEngine, prom
     assert ids([first]) != ids([second])
 
 
-def test_vision_ids_are_never_drawn_but_count_in_the_log_prob(
+def test_vision_ids_are_never_drawn_nor_count_in_the_log_prob(
     make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
 ) -> None:
     banned = [tiny_tokenizer.get_vocab()[name] for name in VISION_TOKENS]
@@ -221,7 +224,7 @@ def test_vision_ids_are_never_drawn_but_count_in_the_log_prob(
     groups = LocalEngine(model, tiny_tokenizer).generate(prompts, SamplingParams(8, 12, seed=2))
     drawn = {token for group in ids(groups) for row in group for token in row}
     assert not drawn & set(banned)
-    banned_mass = full_logits(stock, prompts[0], groups[0][0].token_ids_R).softmax(-1)[:, banned].sum(-1)
+    banned_mass = full_logits(stock, prompts[0], groups[0][0].token_ids_R, banned=()).softmax(-1)[:, banned].sum(-1)
     assert banned_mass.max() > 0.5  # otherwise this test would say nothing
     assert logprob_error(stock, prompts[0], groups[0][0]) < 1e-4
 

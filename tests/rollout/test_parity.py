@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.rollout.sampled_policy import policy_of
 from tests.tiny_policy import run_ranks
-from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.sharding import World
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.parity import MAX_NEW_TOKENS, NUM_COMPLETIONS, ParityError, check_parity, warn_of_gap
 from vcr1_fast.rollout.sampling import sample_tokens
 from vcr1_fast.run.weight_sync import WeightSync
-from vcr1_fast.settings.config import Config, ModelConfig, RolloutConfig
+from vcr1_fast.settings.config import Config, RolloutConfig
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -22,7 +22,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 @pytest.fixture
 def pair(make_tiny_model, tiny_tokenizer):
     model = make_tiny_model(seed=4)
-    policy = PolicyModel(copy.deepcopy(model), ModelConfig(), torch.float32)
+    policy = policy_of(copy.deepcopy(model))
     engine = LocalEngine(model, tiny_tokenizer)
     WeightSync(policy, engine).push()
     return engine, policy
@@ -76,8 +76,9 @@ def test_an_engine_that_renormalises_what_top_k_keeps_is_found(pair, make_prompt
 
     def renormalising(logits_BV, uniform_B, sampling, suppressed_ids, seen_BV):
         token_B, logprob_B = sample_tokens(logits_BV, uniform_B, sampling, suppressed_ids, seen_BV)
-        kept_BK = logits_BV.index_fill(1, suppressed_ids, -torch.inf).topk(sampling.top_k).values
-        return token_B, logprob_B - (kept_BK.logsumexp(1) - logits_BV.logsumexp(1))
+        drawn_BV = logits_BV.index_fill(1, suppressed_ids, -torch.inf)
+        kept_BK = drawn_BV.topk(sampling.top_k).values
+        return token_B, logprob_B - (kept_BK.logsumexp(1) - drawn_BV.logsumexp(1))
 
     monkeypatch.setattr("vcr1_fast.rollout.local_engine.sample_tokens", renormalising)
     with pytest.raises(ParityError, match="differ by"):

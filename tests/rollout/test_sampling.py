@@ -105,12 +105,13 @@ def test_a_penalty_by_hand(make_prompt: Callable[..., Prompt]) -> None:
 
 
 @pytest.mark.parametrize(("temperature", "scored_at"), [(1.0, 1.0), (0.7, 0.7), (2.0, 2.0), (0.0, 1.0)])
-def test_the_log_prob_is_over_the_whole_vocabulary(temperature: float, scored_at: float) -> None:
+def test_the_log_prob_is_over_all_but_suppressed_ids(temperature: float, scored_at: float) -> None:
     logits_BV = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * 3
     uniform_B = torch.linspace(0, 0.99, 6, dtype=torch.float64)
     seen_BV = torch.arange(40).expand(6, -1) % 3 == 0
     sampling = SamplingParams(1, 1, temperature, 0.5, top_k=20, repetition_penalty=1.3)
     token_B, logprob_B = sample_tokens(logits_BV, uniform_B, sampling, torch.arange(10), seen_BV)
+    logits_BV[:, :10] = -torch.inf
     expected_BV = (logits_BV.double() / scored_at).log_softmax(-1)
     torch.testing.assert_close(logprob_B.double(), expected_BV.gather(1, token_B[:, None])[:, 0], atol=2e-6, rtol=0)
     assert logprob_B.dtype == torch.float32

@@ -8,7 +8,7 @@ Shape letters: N scored tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -78,13 +78,18 @@ class KernelChoice:
                 yield field.name, value
 
     def linear_logprob(
-        self, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, temperature: float
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        target_N: Tensor,
+        temperature: float,
+        suppressed_ids: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         """(log-prob, entropy) [N] of the head: `fused_linear_logprob` or its definition."""
+        head = (hidden_ND, weight_VD, target_N, temperature)
         if self.logprob.way == "plain":
-            return reference.linear_logprob(hidden_ND, weight_VD, target_N, temperature)
-        backend = cast(Backend, self.logprob.way)
-        return fused_linear_logprob(hidden_ND, weight_VD, target_N, temperature, backend=backend)
+            return reference.linear_logprob(*head, suppressed_ids)
+        return fused_linear_logprob(*head, backend=cast(Backend, self.logprob.way), suppressed_ids=suppressed_ids)
 
     def linear_policy_loss(
         self,
@@ -94,12 +99,15 @@ class KernelChoice:
         loss: LossFunction,
         tokens: TokenVectors,
         temperature: float,
+        suppressed_ids: Sequence[int],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, sums) of the head: `fused_linear_policy_loss` or its definition. `tokens` may lie on any device."""
         head = (hidden_ND, weight_VD, target_N, loss)
         if self.policy_loss.way == "plain":
-            return reference.linear_policy_loss(*head, on_device(tokens, hidden_ND.device), temperature)
-        return fused_linear_policy_loss(*head, tokens, temperature, backend=cast(Backend, self.policy_loss.way))
+            own = on_device(tokens, hidden_ND.device)
+            return reference.linear_policy_loss(*head, own, temperature, suppressed_ids)
+        backend = cast(Backend, self.policy_loss.way)
+        return fused_linear_policy_loss(*head, tokens, temperature, backend=backend, suppressed_ids=suppressed_ids)
 
     @property
     def prefix_backend(self) -> AttentionBackend:

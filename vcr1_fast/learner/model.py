@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
 
@@ -72,11 +73,14 @@ class PolicyModel(nn.Module):
         compute_dtype: torch.dtype,
         kernels: KernelChoice | None = None,
         device: torch.device | None = None,
+        suppressed_ids: Sequence[int] = (),
     ) -> None:
         """`hf`: a Hugging Face model of a known family.
         `kernels`: what a run has chosen; None: by the device, or plain where `config.kernels` is off.
-        `device`: that it will run on, where its weights are still on meta; None: where they are."""
+        `device`: that it will run on, where its weights are still on meta; None: where they are.
+        `suppressed_ids`: that the rollout never draws: the policy gives them probability 0, too."""
         super().__init__()
+        self._suppressed_ids = suppressed_ids
         self.hf = hf
         self.family = family_of(hf.config)
         self.compute_dtype = compute_dtype
@@ -126,8 +130,9 @@ class PolicyModel(nn.Module):
         def score(scored_ND: Tensor, weight_VD: Tensor) -> Any:
             head = (scored_ND, weight_VD.to(self.compute_dtype), batch.target_N)
             if objective is None:
-                return self.kernels.linear_logprob(*head, temperature)
-            return self.kernels.linear_policy_loss(*head, objective.loss, objective.tokens, temperature)
+                return self.kernels.linear_logprob(*head, temperature, self._suppressed_ids)
+            loss = (objective.loss, objective.tokens, temperature, self._suppressed_ids)
+            return self.kernels.linear_policy_loss(*head, *loss)
 
         is_fused = objective is not None and self.kernels.policy_loss.way != "plain"  # gradients are made in forward
         return scored(self.hf, scored_ND, score, needs_weight_again=not is_fused)

@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,15 +65,16 @@ def load_policy(
     *,
     is_trained: bool = True,
     mesh: DeviceMesh | None = None,
+    suppressed_ids: Sequence[int] = (),
 ) -> PolicyModel:
     """The model of `config.model.path` with this rank's part of its weights: float32 where they are trained.
-    `mesh`: see `sharding.shard`."""
+    `mesh`: see `sharding.shard`; `suppressed_ids`: see `PolicyModel`."""
     model, dtype = config.model, resolve_dtype(config.model, world.device)
     folder = model_folder(model.path)
     hf = empty_model(folder, torch.float32)
     if model.lora.rank:
         add_adapters(hf, model.lora, config.train.seed, dtype)
-    policy = PolicyModel(hf, model, dtype, kernels, world.device)
+    policy = PolicyModel(hf, model, dtype, kernels, world.device, suppressed_ids)
     frozen = [weight for weight in policy.parameters() if not weight.requires_grad]
     if not is_trained:
         policy.requires_grad_(False)
@@ -102,20 +104,28 @@ def _fitted(config: Config, world: World) -> tuple[Config, bool]:
 class Learner:
     """Policy, optimizer and schedule of one rank; all ranks call the same methods in the same order."""
 
-    def __init__(self, config: Config, world: World, num_updates: int, kernels: KernelChoice | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        num_updates: int,
+        kernels: KernelChoice | None = None,
+        suppressed_ids: Sequence[int] = (),
+    ) -> None:
         """Loads `config.model.path` with float32 master weights and shards it over the ranks.
 
         Args:
             num_updates: optimizer updates of the whole run, for the learning-rate schedule.
-            kernels: as for `PolicyModel`.
+            kernels, suppressed_ids: as for `PolicyModel`.
         """
         config, reduces_all_at_once = _fitted(config, world)
         self.config, self.world, self.kernels = config, world, kernels
         self.dtype = resolve_dtype(config.model, world.device)  # that forward and backward compute in
         mesh = device_mesh(world, config.train.replicate) if world.world_size > 1 else None
-        self.policy = load_policy(config, world, kernels, mesh=mesh)
+        load = partial(load_policy, config, world, kernels, mesh=mesh, suppressed_ids=suppressed_ids)
+        self.policy = load()
         has_copy = config.algorithm.beta > 0 and not config.model.lora.rank  # adapters can be switched off instead
-        self.reference = load_policy(config, world, kernels, is_trained=False, mesh=mesh) if has_copy else None
+        self.reference = load(is_trained=False) if has_copy else None
         gc.collect()
         torch.cuda.empty_cache()  # a colocated engine sizes itself by what is free, and cached memory is not
         self.optimizer = build_optimizer(self.policy, config.optimizer, self.policy.family.tower(self.policy.hf))

@@ -38,7 +38,7 @@ class LocalEngine:
     are laid behind one another, see `decode_step`.
 
     Tokens depend on weights, prompt, its index in the call, and the seed; not on the batches, but for rounding.
-    Ids that stand for pictures are never drawn. Log-probs are over the whole vocabulary, see `sampling.sample_tokens`.
+    Ids that stand for pictures are never drawn. Log-probs are over all others, see `sampling.sample_tokens`.
 
     Example: `LocalEngine(model, tokenizer).generate(prompts, SamplingParams(8, 256))[0][0].text`.
     """

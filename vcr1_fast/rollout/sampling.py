@@ -56,8 +56,9 @@ def sample_tokens(
     The token is drawn from softmax(logits / temperature), in transformers' order: after the repetition penalty, without
     the suppressed ids, cut to the top_k largest (and what equals the last of them), renormalised and cut to the
     smallest set whose mass reaches top_p; by inverting the cumulative distribution at `uniform_B` (float64, [0, 1)).
-    Temperature 0 takes the largest logit after the penalty. The log-prob is log_softmax(logits / temperature) over the
-    WHOLE vocabulary, before any of that, as the learner computes it; at temperature 0 it is that of temperature 1.
+    Temperature 0 takes the largest logit after the penalty. The log-prob is log_softmax(logits / temperature) over ALL
+    ids but the suppressed ones, before any of the rest, as the learner computes it; at temperature 0 it is that of
+    temperature 1.
 
     Args:
         seen_BV: bool, the tokens that are penalised, see `seen_in_prompts`; None: no penalty.
@@ -65,11 +66,11 @@ def sample_tokens(
     scaled_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     if sampling.temperature not in (0, 1):
         scaled_BV = scaled_BV / sampling.temperature
-    drawn_BV = scaled_BV if seen_BV is None else penalised(scaled_BV, seen_BV, sampling.repetition_penalty)
-    allowed_BV = drawn_BV.index_fill(1, suppressed_ids, -torch.inf)
+    scaled_BV = scaled_BV.index_fill(1, suppressed_ids, -torch.inf)
+    allowed_BV = scaled_BV if seen_BV is None else penalised(scaled_BV, seen_BV, sampling.repetition_penalty)
     if 0 < sampling.top_k < allowed_BV.shape[1]:
         smallest_B1 = allowed_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        allowed_BV.masked_fill_(allowed_BV < smallest_B1, -torch.inf)
+        allowed_BV = allowed_BV.masked_fill(allowed_BV < smallest_B1, -torch.inf)
     if sampling.temperature == 0:
         token_B1 = allowed_BV.argmax(dim=-1, keepdim=True)
     elif sampling.top_p < 1:

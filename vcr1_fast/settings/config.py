@@ -340,6 +340,11 @@ class Config:
         _ = self.eval_video  # raises ConfigError where the two sections do not fit
 
     @property
+    def num_updates(self) -> int:
+        """Of the optimizer, in the whole run."""
+        return self.train.num_steps * self.algorithm.minibatches_per_rollout
+
+    @property
     def eval_video(self) -> VideoConfig:
         """The section video as evaluation sees it."""
         return self.eval.video.over(self.video)

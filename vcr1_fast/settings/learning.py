@@ -134,12 +134,12 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature; log-probs everywhere are taken at this temperature."""
     top_p: float = 1.0
-    """Nucleus sampling. Below 1 the log-probs are still those of the whole vocabulary, see top_k."""
+    """Nucleus sampling. Below 1 the log-probs are still those of all ids, see top_k."""
     top_k: int = 0
     """Draw only from the k most likely tokens, before top_p; 0: from all. As with top_p, log-probs stay log-softmax of
-    logits / temperature over the whole vocabulary, engine's and learner's, as the original and TRL take them: answers
-    come from the distribution renormalised over what is kept, ratio and gradient are those of the whole one, a bias of
-    the size of the mass left out. Engine local keeps what equals the k-th. With top_p below 1 as well, sglang counts
+    logits / temperature over all ids but those of pictures, which are never drawn, engine's and learner's: answers come
+    from the distribution renormalised over what is kept, ratio and gradient are those of the whole one, a bias of the
+    size of the mass left out. Engine local keeps what equals the k-th. With top_p below 1 as well, sglang counts
     its mass before top_k, local after it, as transformers does."""
     max_new_tokens: int = 1024
     """Longest completion."""

@@ -55,7 +55,7 @@ def generate_arguments() -> None:
     from sglang.srt.entrypoints.engine import Engine
 
     wanted = {"input_ids", "sampling_params", "video_data", "image_data", "return_logprob", "logprob_start_len"}
-    wanted |= {"token_ids_logprob", "custom_logit_processor"}
+    wanted |= {"custom_logit_processor"}
     missing = wanted - set(inspect.signature(Engine.async_generate).parameters)
     assert not missing, f"async_generate has no {sorted(missing)}"
 
@@ -69,12 +69,11 @@ def request_is_expanded_to_a_group() -> None:
         video_data=[sglang_video.media_item("video", FIELDS, TENSORS, SHARED)],
         return_logprob=True,
         logprob_start_len=-1,
-        token_ids_logprob=FIELDS["suppressed_ids"],
     )
     request.normalize_batch_and_arguments()
     assert request.parallel_sample_num == 3 and request.batch_size == 1
     one = request[0]
-    assert one.token_ids_logprob == [3, 4] and one.logprob_start_len == -1 and one.return_logprob
+    assert one.logprob_start_len == -1 and one.return_logprob
 
 
 def sampling_parameters() -> None:
@@ -84,7 +83,7 @@ def sampling_parameters() -> None:
     params.normalize(None)
     params.verify(606)
     assert params.n == 3 and params.max_new_tokens == 5 and set(params.stop_token_ids) == {0, 2}
-    assert params.logit_bias == {"3": -35.0, "4": -35.0}
+    assert params.logit_bias == {"3": -1e4, "4": -1e4}
     assert params.top_k == 50 and params.repetition_penalty == 1.0
     free: Any = SamplingParams(**sglang_video.sampling_params(FIELDS | {"top_k": 0}))
     free.normalize(None)

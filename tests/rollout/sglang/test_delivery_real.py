@@ -10,13 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.rollout.sampled_policy import policy_of
 from tests.rollout.sglang.parity import BOUND, difference, disturb, short_and_long
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.rollout.sgl.delivery import make_delivery
 from vcr1_fast.rollout.sgl.weights import WeightTable
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run.weight_sync import WeightSync
-from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import SamplingParams
 
 
@@ -41,7 +41,7 @@ def delivering(engine: SGLangEngine, way: str) -> Iterator[None]:
 
 @pytest.fixture
 def policy(make_tiny_model) -> PolicyModel:
-    return PolicyModel(make_tiny_model(seed=21), ModelConfig(), torch.float32)
+    return policy_of(make_tiny_model(seed=21))
 
 
 def worst(engine, policy, make_prompt) -> float:

@@ -7,11 +7,11 @@ import threading
 
 import torch
 
+from tests.rollout.sampled_policy import policy_of
 from tests.rollout.sglang.parity import BOUND, short_and_long
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.rollout.engine import Quota, is_done
-from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import Completion, RolloutGroup, SamplingParams
 
 SAMPLING = SamplingParams(4, 192)
@@ -47,7 +47,7 @@ def cut_in_the_middle(engine, prompts) -> list[list[Completion]]:
 
 
 def test_each_token_has_the_log_prob_of_the_weights_that_drew_it(random_engine, make_tiny_model, make_prompt):
-    old, new = (PolicyModel(make_tiny_model(seed=seed), ModelConfig(), torch.float32) for seed in (21, 22))
+    old, new = (policy_of(make_tiny_model(seed=seed)) for seed in (21, 22))
     prompts = short_and_long(make_prompt)[:2]
     random_engine.load_weights(old.hf.state_dict().items(), 300)
     restarts = random_engine.num_restarts  # of tests before this one

@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-import torch
-
+from tests.rollout.sampled_policy import policy_of
 from tests.rollout.sglang.parity import BOUND, difference, disturb, short_and_long
 from tests.rollout.timed_prompt import timed_prompt
-from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.run.weight_sync import WeightSync
-from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import SamplingParams
 
 PINS = Path(__file__).with_name("constraints-oldest.txt").read_text().split()
@@ -17,7 +14,7 @@ PINS = Path(__file__).with_name("constraints-oldest.txt").read_text().split()
 def test_oldest_version_agrees_before_and_after_an_update(oldest, make_prompt):
     version = oldest.engine._workers.seats[0].worker.version
     assert f"sglang=={version}" in PINS  # not the newer one that stands behind it on the path
-    policy = PolicyModel(oldest.make_model(31), ModelConfig(), torch.float32)
+    policy = policy_of(oldest.make_model(31))
     prompts = [] if oldest.video.reads_times else short_and_long(make_prompt)
     prompts += [timed_prompt(oldest.engine.tokenizer, (t, 4, 4), t, oldest.video) for t in (3, 40)]
     sync = WeightSync(policy, oldest.engine)

@@ -7,21 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from tests.conftest import ModelFactory
+from tests.rollout.sampled_policy import policy_of
 from tests.rollout.sglang.conftest import MakePrompt
 from tests.rollout.sglang.parity import BOUND, difference, disturb
 from tests.rollout.sglang.test_delivery_real import delivering
-from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.rollout.addresses import show
 from vcr1_fast.rollout.rollout_key import VARIABLE
 from vcr1_fast.rollout.serve import Server
 from vcr1_fast.rollout.sgl.delivery import Broadcast
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run.weight_sync import WeightSync
-from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import SamplingParams
 
@@ -59,7 +57,7 @@ def test_shares_of_every_weight_arrive_and_answer_as_the_learner_does(
 ):
     """The first load, and one into the worker of an engine that forgot that it was checked, compare what both processes
     hold with what was sent."""
-    policy = PolicyModel(make_tiny_model(seed=41), ModelConfig(), torch.float32)
+    policy = policy_of(make_tiny_model(seed=41))
     prompts = [make_prompt((2, 4, 4), "when", 1.0, 1), make_prompt((3, 8, 4), "where", 0.7, 2)]
     sync = WeightSync(policy, engine)
     for update, way in enumerate(("broadcast", "shared_memory")):

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from vcr1_kernels import patchify
 
 from tests.conftest import ModelFactory
+from tests.rollout.sampled_policy import policy_of
 from tests.rollout.sglang.conftest import MakePrompt
 from tests.rollout.sglang.parity import BOUND, difference, disturb
 from tests.rollout.sglang.test_delivery_real import delivering
@@ -31,7 +32,6 @@ from vcr1_fast.rollout.sgl.delivery import Broadcast
 from vcr1_fast.rollout.sgl.pixels import pack
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run.weight_sync import WeightSync
-from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Prompt, SamplingParams
 
@@ -112,7 +112,7 @@ def posts_of(engine: SGLangEngine) -> list[tuple[int, str, int]]:
 
 @pytest.fixture
 def policy(make_tiny_model: ModelFactory) -> PolicyModel:
-    return PolicyModel(make_tiny_model(seed=41), ModelConfig(), torch.float32)
+    return policy_of(make_tiny_model(seed=41))
 
 
 @pytest.fixture

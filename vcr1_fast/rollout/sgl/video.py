@@ -13,15 +13,16 @@ to 0.5.23; tests/rollout/sglang runs the real engine against the learner):
   pictures it counts the tokens itself.
 - SGLang keeps what its tower made by the item's hash and does not drop it when weights change: each load empties that
   cache (check.forget_videos). Left out, answers after an update were 2 to 3 nats off.
-- Pictures' ids are kept from being drawn by a bias on their logits, which SGLang leaves in its log-probs:
-  `whole_vocabulary` takes it out again.
+- Pictures' ids are kept from being drawn by a bias on their logits, which SGLang leaves in its log-probs: those of the
+  learner are over the other ids, too. To have theirs back instead (`token_ids_logprob`) would cost SGLang a copy to the
+  GPU and one from it for each row and step.
 - top_k and top_p leave its log-probs as they are. It draws from the tokens that are among the k largest and whose
   larger ones have a mass below top_p, before anything is cut (flashinfer's "joint" order; transformers takes the mass
   of what top_k keeps). top_k 1 is greedy to it, and then it scores at temperature 1.
 - Its repetition_penalty looks at the tokens of the answer alone: it is never asked for, penalty.py stands in for it.
 
-Shape letters: L prompt tokens, P patches, C values of a patch, M tokens of videos and pictures, R completion tokens,
-K suppressed ids. D is what the tower gives for one token: the model's width, in Qwen3-VL several times that.
+Shape letters: L prompt tokens, P patches, C values of a patch, M tokens of videos and pictures, R completion tokens.
+D is what the tower gives for one token: the model's width, in Qwen3-VL several times that.
 """
 
 from __future__ import annotations
@@ -35,9 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Nats that a suppressed id loses after division by the temperature: e**-50 is never drawn, and still a float32 number,
-# so that the id's own log-prob can be had back. At 100 nats its probability is below the smallest one.
-SUPPRESSED_NATS = 50.0
+SUPPRESSED_BIAS = -1e4  # on the logit of an id that is never drawn: exp of it is 0
 MERGE = 2  # patches along each side of one token
 Media = Sequence[Mapping[str, Any]]
 KINDS = ("video", "image")
@@ -183,16 +182,14 @@ def item_hash(features: Tensor, media: Media) -> int:
 
 def sampling_params(fields: Mapping[str, Any]) -> dict[str, Any]:
     """SGLang's sampling parameters. Its temperature 0 is greedy, with log-probs at temperature 1, as ours."""
-    temperature = fields["temperature"]
-    bias = -SUPPRESSED_NATS * (temperature or 1.0)
     return {
         "n": fields["num_completions"],
         "max_new_tokens": fields["max_new_tokens"],
-        "temperature": temperature,
+        "temperature": fields["temperature"],
         "top_p": fields["top_p"],
         "top_k": fields["top_k"] or -1,
         "stop_token_ids": list(fields["stop_ids"]),
-        "logit_bias": {str(i): bias for i in fields["suppressed_ids"]},
+        "logit_bias": {str(i): SUPPRESSED_BIAS for i in fields["suppressed_ids"]},
         "skip_special_tokens": False,
     }
 
@@ -200,20 +197,5 @@ def sampling_params(fields: Mapping[str, Any]) -> dict[str, Any]:
 def completion_tensors(meta: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """(token_ids_R int64, logprobs_R float32) of one completion from the meta_info of SGLang's answer."""
     entries: Sequence[Sequence[Any]] = meta.get("output_token_logprobs") or []  # cut short before its first token
-    suppressed: Sequence[Sequence[Sequence[Any]]] = meta.get("output_token_ids_logprobs") or []
-    logprob_R = torch.tensor([entry[0] for entry in entries], dtype=torch.float64)
     token_R = torch.tensor([entry[1] for entry in entries], dtype=torch.int64)
-    if suppressed:
-        logprob_RK = torch.tensor([[entry[0] for entry in row] for row in suppressed], dtype=torch.float64)
-        logprob_R = whole_vocabulary(logprob_R, logprob_RK)
-    return token_R, logprob_R.float()
-
-
-def whole_vocabulary(logprob_R: Tensor, suppressed_RK: Tensor) -> Tensor:
-    """Log-probs over all ids from log-probs with the K suppressed ids' logits lowered, and theirs of the same softmax.
-
-    With b = SUPPRESSED_NATS and s_k the lowered log-probs, the lowered softmax has the normaliser Z' and the whole one
-    Z = Z' (1 + sum_k exp(s_k + b) - exp(s_k)), so that log p = log p' - log(Z / Z').
-    """
-    regained_RK = torch.exp(suppressed_RK + SUPPRESSED_NATS) - torch.exp(suppressed_RK)
-    return logprob_R - torch.log1p(regained_RK.sum(dim=-1))
+    return token_R, torch.tensor([entry[0] for entry in entries])

@@ -202,7 +202,6 @@ class Worker:
                 **media,
                 return_logprob=True,
                 logprob_start_len=-1,
-                token_ids_logprob=list(fields["suppressed_ids"]),
                 **arguments,
             )
         except BaseException:
