@@ -53,8 +53,9 @@ def linear_logprob(
 
     Holds [N, V] logits several times over: 4 bytes x N x V for each in float32.
     """
-    ids_K = torch.tensor(suppressed_ids, dtype=torch.long, device=hidden_ND.device)
-    logits_NV = (hidden_ND @ weight_VD.T).index_fill(1, ids_K, SUPPRESSED_LOGIT)
+    logits_NV = hidden_ND @ weight_VD.T
+    for vocab_id in suppressed_ids:
+        logits_NV[:, vocab_id] = SUPPRESSED_LOGIT
     return logprob_of_logits(logits_NV, target_N, temperature)
 
 

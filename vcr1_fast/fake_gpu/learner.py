@@ -92,7 +92,8 @@ class FakeLearner:
         with tempfile.TemporaryDirectory() as folder, _marking(gpu, self.family):
             write_checkpoint(Path(folder), hf_config)
             config = replace(config, model=replace(config.model, path=folder))
-            self.learner = step.Learner(config, World(0, num_gpus, 0, DEVICE), 100, kernels)
+            undrawn = (hf_config.image_token_id, hf_config.video_token_id)
+            self.learner = step.Learner(config, World(0, num_gpus, 0, DEVICE), 100, kernels, undrawn)
         for policy in (self.learner.policy, self.learner.reference):
             for parameter in policy.parameters() if policy else ():
                 gpu.meter.memory.mark(_local(parameter), "weights")
