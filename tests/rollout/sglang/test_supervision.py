@@ -167,15 +167,12 @@ def test_close_leaves_no_process_and_no_file(start):
 
 
 def test_a_killed_trainer_takes_its_worker_along(tmp_path):
-    """A thread of the worker watches its parent, so that it ends in the middle of SGLang's start, too."""
+    """Before it has connected: the worker watches its parent, so that it ends in the middle of SGLang's start, too."""
     code = (
-        "import os, signal, sys, threading, time\n"
-        "from vcr1_fast.rollout.sgl import worker\n"
-        "worker.PARENT_POLL_S = 0.05\n"
-        "parent = os.getpid()\n"
+        "import os, time\n"
+        "from vcr1_fast.rollout.sgl.endpoint import Endpoint\n"
         "if os.fork() == 0:\n"
-        "    os.setsid()\n"
-        "    threading.Thread(target=worker._follow, args=(parent,), daemon=True).start()\n"
+        f"    Endpoint('ipc://{tmp_path}/worker.sock', b'k' * 32, when_over=lambda: os._exit(1))\n"
         "    print(os.getpid(), flush=True)\n"
         "    time.sleep(60)\n"
         "time.sleep(60)\n"

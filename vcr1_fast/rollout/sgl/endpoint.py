@@ -41,7 +41,8 @@ class Endpoint:
     def __init__(
         self, address: str, key: bytes, status: Path | None = None, when_over: Callable[[], None] = lambda: None
     ) -> None:
-        """`status`: see `tell`; `when_over`: called, in another thread, when the trainer has left.
+        """`status`: see `tell`; `when_over`: called, in another thread, when the trainer, or this process's parent, is
+        gone.
 
         Raises zmq.ZMQError when the address cannot be had."""
         self.is_over = False  # the trainer has left
@@ -165,7 +166,10 @@ class Endpoint:
         return True
 
     def _watch(self, monitor: zmq.Socket[bytes]) -> None:
+        parent = os.getppid()
         while not self._is_closing.is_set():
+            if os.getppid() != parent:
+                self._when_over()
             if self._status is not None:
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(self._status)

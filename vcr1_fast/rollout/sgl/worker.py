@@ -14,7 +14,8 @@ connects to its address (endpoint.py).
     group {id, ...}, memory {id, action, tags}           loaded {id} | failed {id}
     close
 
-The end of the trainer's connection ends the worker. SGLang ends this process itself when one of its own processes dies.
+The end of the trainer's connection, or of the process that started it, ends the worker. SGLang ends this process itself
+when one of its own processes dies.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -50,16 +50,14 @@ from vcr1_fast.rollout.sgl.video import (
     sampling_params,
 )
 
-PARENT_POLL_S = 2.0
 END_LIMIT_S = 30.0
 CUT_POLL_S = 0.1
 UNREAD_S = 60.0  # that a request given up may lie in SGLang's queue: it reads after each step
 
 
 def main() -> int:
-    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     key, status = bytes.fromhex(os.environ.pop(KEY_VARIABLE)), Path(os.environ.pop(STATUS_VARIABLE))
-    endpoint = Endpoint(sys.argv[1], key, status, when_over=_end_group)  # an engine that starts, or hangs, ends, too
+    endpoint = Endpoint(sys.argv[1], key, status, when_over=_end_group)
     own_args: Mapping[str, Any] = json.loads(sys.argv[2])  # what only this node knows
     try:
         endpoint.tell(_facts(own_args))
@@ -195,6 +193,7 @@ class Worker:
         # In a thread: it passes over all pixels, and others go on
         tensors, features, media = await asyncio.to_thread(self._prepared, message)
         arguments, sampling = request_arguments(fields["repetition_penalty"], tensors["token_ids_L"])
+        close_after_s = UNREAD_S
         try:
             answers = await self._engine.async_generate(
                 input_ids=tensors["token_ids_L"].tolist(),
@@ -204,12 +203,10 @@ class Worker:
                 logprob_start_len=-1,
                 **arguments,
             )
-        except BaseException:
+            close_after_s = 0.0
+        finally:
             for shared in features:
-                asyncio.get_running_loop().call_later(UNREAD_S, shared.close)
-            raise
-        for shared in features:
-            shared.close()
+                asyncio.get_running_loop().call_later(close_after_s, shared.close)
         metas = [answer["meta_info"] for answer in ([answers] if isinstance(answers, dict) else answers)]
         is_cut = [meta["finish_reason"]["type"] == "abort" for meta in metas]
         if any(is_cut) and fields["id"] not in self._cut:
@@ -234,13 +231,6 @@ class Worker:
         return tensors, list(features.values()), media
 
 
-def _follow(parent: int) -> None:
-    """End this process and SGLang's, all of one group, when the trainer is gone: also in the middle of the start."""
-    while os.getppid() == parent:
-        time.sleep(PARENT_POLL_S)
-    _end_group()
-
-
 def _limit_the_end() -> None:
     """SGLang's shutdown may hang; under `vcr1-fast serve` the next trainer would wait for it."""
     limit = threading.Timer(END_LIMIT_S, os._exit, (1,))
@@ -249,7 +239,7 @@ def _limit_the_end() -> None:
 
 
 def _end_group() -> None:
-    """This process and SGLang's, now."""
+    """This process and SGLang's, now, also in the middle of a start."""
     if os.getpgrp() == os.getpid():  # as process.py starts it
         os.killpg(os.getpgrp(), signal.SIGKILL)
     os._exit(1)
