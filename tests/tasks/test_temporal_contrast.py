@@ -7,10 +7,10 @@ import torch
 from tests.rollout.collecting import collected
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.collect import Collector
-from vcr1_fast.rollout.temporal_contrast import has_order, order_part, shuffled_prompt
 from vcr1_fast.run.metrics import rollout_metrics
 from vcr1_fast.settings.config import Config, RolloutConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
+from vcr1_fast.tasks.temporal_contrast import has_order, order_part, shuffled_prompt
 from vcr1_fast.types import Completion, Example, IntervalTruth, RolloutGroup, SamplingParams
 
 RIGHT, HALF, WRONG = (
