@@ -6,24 +6,19 @@ mixes the ground truth in, and counts what went wrong. `collect` is one round of
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from vcr1_fast.learner.sharding import World, all_reduce_sum, gather_all
 from vcr1_fast.settings.config import Config, TaskConfig
+from vcr1_fast.tasks.ground_truth import TargetIds, with_ground_truth
 from vcr1_fast.tasks.scoring import RewardFailure, Scored, rewarded, score_groups
 from vcr1_fast.tasks.shaping import ORDER_PART
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.tasks.temporal_contrast import SHUFFLED_SEED, has_order, order_part, shuffled_prompt
-from vcr1_fast.types import Completion, Example, Prompt, RolloutGroup, SampleError, SamplingParams
-
-TargetIds = Callable[[Example], Tensor]
+from vcr1_fast.types import Completion, Prompt, RolloutGroup, SampleError, SamplingParams
 
 ROUND_SEED = 1 << 56  # far from the seeds of all steps and ranks, so that no round draws what another one drew
 ANY_TASK = ""  # the name under which `Collector.failed_steps` counts the groups of all tasks together
@@ -169,23 +164,3 @@ def collect(
     if target_ids is not None:
         groups = [with_ground_truth(g, tasks[g.prompt.example.task], target_ids, sampling) for g in groups]
     return score_groups(groups, tasks, config)
-
-
-def with_ground_truth(group: RolloutGroup, task: Task, target_ids: TargetIds, sampling: SamplingParams) -> RolloutGroup:
-    """The group with the task's target as one more completion (TempSamp-R1, 2509.18056).
-
-    It is scored like the others and counts in the group's mean and standard deviation like them, so that a group in
-    which no drawn answer is good still has a direction. It was not drawn from the policy: its log-probs are NaN, and
-    the learner takes the current policy's own log-prob as the old one (ratio 1, gradient advantage x grad log-prob; no
-    importance weight corrects for it). A target that cannot be tokenised or is longer than max_new_tokens is left out.
-    """
-    example = group.prompt.example
-    try:
-        ids_R = target_ids(example)
-    except SampleError as error:
-        print(f"no ground truth in the group: {error}", file=sys.stderr)
-        return group
-    if ids_R.numel() > sampling.max_new_tokens:
-        return group
-    truth = Completion(ids_R, torch.full((ids_R.numel(),), torch.nan), "stop", task.target(example))
-    return replace(group, completions=(*group.completions, truth))

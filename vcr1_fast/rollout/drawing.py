@@ -87,25 +87,19 @@ class Turns:
 
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine = engine
-        self._changed = threading.Condition()
-        self._is_asking = self._is_paused = self._is_closed = False
+        self._engine_lock, self._may_ask, self._is_closed = threading.Lock(), threading.Event(), False
+        self._may_ask.set()
 
     def ask(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, begun: Sequence[Answers], quota: Quota | None
     ) -> list[Answers]:
         """One call of the engine, once it is not paused. Some answers may come back unfinished."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_paused or self._is_closed)
+        self._may_ask.wait()  # who wants to pause comes first: the lock alone is not fair
+        with self._engine_lock:
             if self._is_closed:
                 raise InterruptedError("the queue of rollouts was closed")
-            self._is_asking = True
-        try:
             version = self.engine.policy_version
             got = self.engine.generate(prompts, sampling, [answers.completions for answers in begun], quota)
-        finally:
-            with self._changed:
-                self._is_asking = False
-                self._changed.notify_all()
         return [
             Answers(before.example_id, group, min(before.policy_version, version))
             if any(completion.num_tokens for completion in group)
@@ -114,30 +108,24 @@ class Turns:
         ]
 
     @contextmanager
-    def paused(self, *, interrupt: bool = False) -> Iterator[None]:
+    def paused(self, *, interrupt: bool) -> Iterator[None]:
         """The engine is the caller's alone inside the block. `interrupt`: the call under way is cut short for it."""
-        with self._changed:
-            self._is_paused = True
-            self._wait_until_idle(interrupt)
+        self._may_ask.clear()
+        is_mine = False
+        while not is_mine:
+            if interrupt:
+                self.engine.interrupt()
+            is_mine = self._engine_lock.acquire(timeout=POLL_S)
         try:
             yield
         finally:
-            with self._changed:
-                self._is_paused = False
-                self._changed.notify_all()
+            self._engine_lock.release()
+            self._may_ask.set()
 
     def close(self) -> None:
         """Cut short what is being drawn; whoever asks from now on gets an InterruptedError."""
-        with self._changed:
+        with self.paused(interrupt=True):
             self._is_closed = True
-            self._changed.notify_all()
-            self._wait_until_idle(interrupt=True)
-
-    def _wait_until_idle(self, interrupt: bool) -> None:
-        while self._is_asking:
-            if interrupt:
-                self.engine.interrupt()
-            self._changed.wait(POLL_S)
 
 
 class Drawing:
