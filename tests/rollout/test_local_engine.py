@@ -20,7 +20,6 @@ from vcr1_fast.rollout.sampling import uniforms
 from vcr1_fast.types import Completion, MediaKind, Patches, Prompt, SamplingParams
 
 Model = Qwen2_5_VLForConditionalGeneration
-ModelFactory = Callable[..., Model]
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -73,7 +72,7 @@ def ids(groups: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
         ([[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], [[4, 5, 6, 7]]),
     ],
 )
-def test_dropping_rows_keeps_equally_many_of_each_prompt(active: list[list[int]], want: list[list[int]]) -> None:
+def test_dropping_rows_keeps_equally_many_of_each_prompt(active, want):
     batch = _Batch(12, 4, (9,))
     batch.add([0 if is_active else 9 for group in active for is_active in group])
     assert batch.compact() == want
@@ -86,13 +85,7 @@ def test_dropping_rows_keeps_equally_many_of_each_prompt(active: list[list[int]]
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("tied", [False, True])
-def test_log_probs_are_those_of_separate_rows(
-    make_tiny_model: ModelFactory,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    prompts: list[Prompt],
-    temperature: float,
-    tied: bool,
-) -> None:
+def test_log_probs_are_those_of_separate_rows(make_tiny_model, tiny_tokenizer, prompts, temperature, tied):
     engine = LocalEngine(make_tiny_model(tied=tied), tiny_tokenizer)
     stock = make_tiny_model(tied=tied)
     groups = engine.generate(prompts, SamplingParams(4, 12, temperature, seed=5))
@@ -105,8 +98,8 @@ def test_log_probs_are_those_of_separate_rows(
 
 
 def test_prompts_of_several_videos_images_or_text_alone_are_answered_as_by_the_stock_model(
-    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
-) -> None:
+    make_tiny_model, tiny_tokenizer, prompts
+):
     """Together, in one chunk with a prompt of one video; and text alone in a chunk without anything to see."""
     ids, seed = tiny_tokenizer.get_vocab(), iter(range(9))
 
@@ -135,13 +128,8 @@ def test_prompts_of_several_videos_images_or_text_alone_are_answered_as_by_the_s
 
 @pytest.mark.parametrize(("num_copies", "group_size"), [(1, 8), (6, 1)])  # rows are dropped; whole prompts are dropped
 def test_rows_that_end_early_leave_the_others_right(
-    make_tiny_model: ModelFactory,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    prompts: list[Prompt],
-    monkeypatch: pytest.MonkeyPatch,
-    num_copies: int,
-    group_size: int,
-) -> None:
+    make_tiny_model, tiny_tokenizer, prompts, monkeypatch, num_copies, group_size
+):
     # Near-uniform over 288 ids, two of which end a row: half of the rows are done after about 100 tokens. 160 tokens
     # also make the buffers of new tokens grow twice.
     kept: list[tuple[int, int]] = []
@@ -164,9 +152,7 @@ def test_rows_that_end_early_leave_the_others_right(
         assert max(logprob_error(stock, prompt, completion) for completion in group) < 1e-4
 
 
-def test_greedy_is_the_argmax_of_the_full_forward(
-    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
-) -> None:
+def test_greedy_is_the_argmax_of_the_full_forward(make_tiny_model, tiny_tokenizer, prompts):
     engine, stock = LocalEngine(make_tiny_model(), tiny_tokenizer), make_tiny_model()
     banned = [tiny_tokenizer.get_vocab()[name] for name in VISION_TOKENS]
     groups = engine.generate(prompts, SamplingParams(2, 10, temperature=0.0))
@@ -178,9 +164,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(
         assert logprob_error(stock, prompt, first) < 1e-4
 
 
-def test_tokens_follow_the_seed_and_not_the_chunks(
-    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
-) -> None:
+def test_tokens_follow_the_seed_and_not_the_chunks(make_tiny_model, tiny_tokenizer, prompts):
     model = make_tiny_model(head_scale=0.3)
     sampling = SamplingParams(4, 30, seed=7)
     whole = LocalEngine(model, tiny_tokenizer).generate(prompts, sampling)
@@ -196,9 +180,7 @@ def test_tokens_follow_the_seed_and_not_the_chunks(
     assert engine.generate([], sampling) == []
 
 
-def test_vision_ids_are_never_drawn_but_count_in_the_log_prob(
-    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
-) -> None:
+def test_vision_ids_are_never_drawn_but_count_in_the_log_prob(make_tiny_model, tiny_tokenizer, prompts):
     banned = [tiny_tokenizer.get_vocab()[name] for name in VISION_TOKENS]
     model, stock = make_tiny_model(), make_tiny_model()
     for either in (model, stock):  # what the head likes best are now exactly the banned ids
@@ -213,9 +195,7 @@ def test_vision_ids_are_never_drawn_but_count_in_the_log_prob(
 
 
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
-def test_a_stop_id_ends_the_row_and_is_its_last_id(
-    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt], stop: str
-) -> None:
+def test_a_stop_id_ends_the_row_and_is_its_last_id(make_tiny_model, tiny_tokenizer, prompts, stop):
     model, stop_id = make_tiny_model(), tiny_tokenizer.get_vocab()[stop]
     prompt = prompts[0]
     free = LocalEngine(model, tiny_tokenizer).generate([prompt], SamplingParams(1, 8, temperature=0.0))[0][0]
@@ -245,9 +225,7 @@ def transformers_probabilities(
     return torch.stack(rows).softmax(-1)
 
 
-def test_top_k_and_penalty_are_those_of_transformers_while_rows_end(
-    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
-) -> None:
+def test_top_k_and_penalty_are_those_of_transformers_while_rows_end(make_tiny_model, tiny_tokenizer, prompts):
     """Each token is the one whose slice of the cumulative distribution holds the engine's random number."""
     engine = LocalEngine(make_tiny_model(head_scale=0.05), tiny_tokenizer)
     stock = make_tiny_model(head_scale=0.05)
@@ -268,9 +246,7 @@ def test_top_k_and_penalty_are_those_of_transformers_while_rows_end(
             assert logprob_error(stock, prompt, completion) < 1e-4  # before all that
 
 
-def test_a_penalty_counts_what_an_interrupted_answer_began_with(
-    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
-) -> None:
+def test_a_penalty_counts_what_an_interrupted_answer_began_with(make_tiny_model, tiny_tokenizer, prompts):
     model = make_tiny_model()
     sampling = SamplingParams(1, 16, temperature=0.0, repetition_penalty=1.3)
     whole = LocalEngine(model, tiny_tokenizer).generate(prompts, sampling)
@@ -280,7 +256,7 @@ def test_a_penalty_counts_what_an_interrupted_answer_began_with(
     assert ids(LocalEngine(model, tiny_tokenizer).generate(prompts, sampling, begun)) == ids(whole)
 
 
-def test_tower_and_prefill_run_once_for_a_prompt(engine: LocalEngine, prompts: list[Prompt]) -> None:
+def test_tower_and_prefill_run_once_for_a_prompt(engine, prompts):
     tower_rows: list[int] = []
     decoder_shapes: list[tuple[int, int]] = []
 
@@ -298,7 +274,7 @@ def test_tower_and_prefill_run_once_for_a_prompt(engine: LocalEngine, prompts: l
     assert decoder_shapes == [(3, longest)]
 
 
-def test_completions_can_be_trained_on(engine: LocalEngine, prompts: list[Prompt]) -> None:
+def test_completions_can_be_trained_on(engine, prompts):
     [[completion]] = engine.generate(prompts[:1], SamplingParams(1, 3))
     weight = torch.randn(288, 4, requires_grad=True)
     embedded = torch.nn.functional.embedding(completion.token_ids_R, weight)
@@ -306,22 +282,20 @@ def test_completions_can_be_trained_on(engine: LocalEngine, prompts: list[Prompt
     assert weight.grad is not None
 
 
-def test_a_prompt_that_does_not_fit_its_video_is_an_error(engine: LocalEngine, prompts: list[Prompt]) -> None:
+def test_a_prompt_that_does_not_fit_its_video_is_an_error(engine, prompts):
     swapped = dataclasses.replace(prompts[0], media=prompts[1].media)
     with pytest.raises(ValueError, match=r"'what\?:1' has 24 placeholders, but its grids \[\(2, 8, 8\)\] stand for 32"):
         engine.generate([swapped], SamplingParams(1, 2))
 
 
-def test_broken_weights_are_reported(engine: LocalEngine, prompts: list[Prompt]) -> None:
+def test_broken_weights_are_reported(engine, prompts):
     with torch.no_grad():
         engine.model.model.language_model.norm.weight.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="not finite"):
         engine.generate(prompts, SamplingParams(2, 3))
 
 
-def test_settings_and_models_that_do_not_fit_are_errors(
-    tiny_model: Model, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
-) -> None:
+def test_settings_and_models_that_do_not_fit_are_errors(tiny_model, tiny_tokenizer, prompts):
     with pytest.raises(ValueError, match=r"sampling\.top_p is 0"):
         LocalEngine(tiny_model, tiny_tokenizer).generate(prompts, SamplingParams(1, 1, top_p=0.0))
     tiny_model.config.video_token_id = 5
@@ -330,9 +304,7 @@ def test_settings_and_models_that_do_not_fit_are_errors(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_loaded_weights_answer_as_their_own_model(
-    make_tiny_model: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt], tied: bool
-) -> None:
+def test_loaded_weights_answer_as_their_own_model(make_tiny_model, tiny_tokenizer, prompts, tied):
     engine, source = LocalEngine(make_tiny_model(tied=tied), tiny_tokenizer), make_tiny_model(seed=1, tied=tied)
     sampling = SamplingParams(2, 8, seed=3)
     before = engine.generate(prompts, sampling)
@@ -352,7 +324,7 @@ def test_loaded_weights_answer_as_their_own_model(
         engine.load_weights(weights.items(), policy_version=5)  # the head's name stands for both
 
 
-def test_bad_loads_are_errors_that_name_the_weight(engine: LocalEngine, make_tiny_model: ModelFactory) -> None:
+def test_bad_loads_are_errors_that_name_the_weight(engine, make_tiny_model):
     good = dict(make_tiny_model(seed=1).named_parameters())
     norm = "model.language_model.norm.weight"
     with pytest.raises(ValueError, match="weight 'norm' is not a weight of the engine's model"):
@@ -366,7 +338,7 @@ def test_bad_loads_are_errors_that_name_the_weight(engine: LocalEngine, make_tin
     assert engine.policy_version == 0
 
 
-def test_only_a_load_after_a_whole_one_may_be_partial(engine: LocalEngine, make_tiny_model: ModelFactory) -> None:
+def test_only_a_load_after_a_whole_one_may_be_partial(engine, make_tiny_model):
     good = dict(make_tiny_model(seed=1).named_parameters())
     unfrozen = {name: weight for name, weight in good.items() if "visual" not in name}
     with pytest.raises(ValueError, match=r"weights are missing, the first is 'model\.visual"):
@@ -429,9 +401,7 @@ def test_a_call_comes_back_when_its_quota_is_met(engine, prompts, request, max_b
     assert ids(got) == ids(want)
 
 
-def test_tokens_after_an_update_have_the_log_probs_of_the_new_weights(
-    make_tiny_model: ModelFactory, tiny_tokenizer, prompts
-):
+def test_tokens_after_an_update_have_the_log_probs_of_the_new_weights(make_tiny_model, tiny_tokenizer, prompts):
     model = make_tiny_model(seed=5)
     engine = LocalEngine(model, tiny_tokenizer)
     sampling = SamplingParams(3, 10, seed=1)
