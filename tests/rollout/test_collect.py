@@ -1,4 +1,4 @@
-"""Scoring of a step's answers, and what happens when a reward breaks."""
+"""A step's groups: ground truths among the answers, further prompts, steps without a score."""
 
 import dataclasses
 import json
@@ -12,14 +12,14 @@ from tests.rollout.collecting import collected
 from tests.rollout.scripted_engine import ScriptedEngine
 from tests.tiny_policy import run_ranks
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
-from vcr1_fast.rollout.collect import Collector, Drawn, RewardFailure, RewardsFailedError, collect, weighted_sum
+from vcr1_fast.rollout.collect import Collector, RewardsFailedError, collect
 from vcr1_fast.run.metrics import rollout_metrics
 from vcr1_fast.settings.config import Config, ConfigError, RolloutConfig, TaskConfig
 from vcr1_fast.tasks import make_tasks
-from vcr1_fast.tasks.reward_process import RewardError, RewardTimeoutError
+from vcr1_fast.tasks.scoring import Scored
 from vcr1_fast.types import Example, IntervalTruth, Prompt, SampleError, SamplingParams
 
-GOOD, HALF, BAD = (f"<think>x</think><answer>{answer}</answer>" for answer in ("2.00 to 4.00", "2.00 to 3.00", "none"))
+GOOD, BAD = (f"<think>x</think><answer>{answer}</answer>" for answer in ("2.00 to 4.00", "none"))
 
 
 def make_example(name: str) -> Example:
@@ -30,58 +30,9 @@ def prompts_of(make_prompt, *names):
     return [dataclasses.replace(make_prompt((1, 4, 4), "text"), example=make_example(name)) for name in names]
 
 
-def test_each_group_gets_the_scores_of_its_own_answers(tiny_tokenizer, make_prompt):
-    engine = ScriptedEngine(tiny_tokenizer, {"a": [GOOD, BAD], "b": [HALF, GOOD]})
-    groups = collect(
-        engine,
-        prompts_of(make_prompt, "a", "b"),
-        SamplingParams(2, 200),
-        make_tasks(TaskConfig()),
-        TaskConfig(reward_weights={"iou": 2.0}),
-    ).groups
-    assert [g.prompt.example.id for g in groups] == ["a", "b"]
-    assert [g.reward_parts["iou"] for g in groups] == [(1.0, 0.0), (0.5, 1.0)]
-    assert [g.reward_parts["format"] for g in groups] == [(1.0, 0.0), (1.0, 1.0)]
-    assert [g.rewards for g in groups] == [(3.0, 0.0), (2.0, 3.0)]
-
-
-RAISED = "the reward of task temporal_grounding raised"
-LATER = "not asked, as for another group of the step reward x hung"
-
-
-@pytest.mark.parametrize(
-    ("error", "failed"),
-    [
-        (ZeroDivisionError("no such length"), {"b": f"{RAISED} ZeroDivisionError: no such length"}),
-        (SystemExit(0), {"b": f"{RAISED} SystemExit: 0"}),  # not the end of the run, and not its success
-        (RewardError("reward x gave nan"), {"b": "reward x gave nan"}),  # says itself who it is
-        (RewardTimeoutError("reward x hung"), {"b": "reward x hung", "c": LATER}),  # else each group waits as long
-    ],
-)
-def test_a_reward_that_raises_loses_its_group_only(tiny_tokenizer, make_prompt, capsys, error, failed):
-    tasks = make_tasks(TaskConfig())
-    real = tasks["temporal_grounding"].score
-
-    def fragile(examples, answers):
-        if any(example.id == "b" for example in examples):
-            raise error
-        return real(examples, answers)
-
-    tasks["temporal_grounding"].score = fragile
-    engine = ScriptedEngine(tiny_tokenizer, {name: [GOOD, BAD] for name in "abc"})
-    drawn = collect(engine, prompts_of(make_prompt, *"abc"), SamplingParams(2, 200), tasks, TaskConfig())
-    assert [g.prompt.example.id for g in drawn.groups] == [name for name in "abc" if name not in failed]
-    assert drawn.failures == tuple(RewardFailure(name, "temporal_grounding", why) for name, why in failed.items())
-    assert f"reward failure: b: {failed['b']}\n" in capsys.readouterr().err
-
-
 def test_no_prompts_no_groups(tiny_tokenizer):
     engine = ScriptedEngine(tiny_tokenizer, {})
-    assert collect(engine, [], SamplingParams(2, 8), {}, TaskConfig()) == Drawn([])
-
-
-def test_weighted_sum_by_hand():
-    assert weighted_sum({"format": (1.0, 0.0), "iou": (0.5, 0.25)}, {"iou": 4.0}) == (3.0, 1.0)
+    assert collect(engine, [], SamplingParams(2, 8), {}, TaskConfig()) == Scored([])
 
 
 def no_more(count: int) -> list[Prompt]:
@@ -101,20 +52,6 @@ def make_collector(
         return torch.tensor(tiny_tokenizer(tasks[example.task].target(example))["input_ids"])
 
     return Collector(tasks, config, SINGLE_PROCESS, target_ids), engine
-
-
-def test_shaping_changes_the_reward_and_not_the_logged_parts(tiny_tokenizer, make_prompt):
-    engine = ScriptedEngine(tiny_tokenizer, {"a": [GOOD, HALF]})
-    config = TaskConfig(shaping={"iou": "tempsamp_r1"}, length_reward="overlong", length_tokens=(0, 1000))
-    [group] = collect(engine, prompts_of(make_prompt, "a"), SamplingParams(2, 200), make_tasks(config), config).groups
-    assert group.reward_parts["iou"] == (1.0, 0.5)
-    lengths = [completion.num_tokens for completion in group.completions]
-    assert group.reward_parts["length"] == tuple((1000 - n) / 1000 for n in lengths)
-    # format 1, then f(1) = 0.8 + 0.01 ln 1.2 and f(0.5) = 0.8 - (e^0.3 - 1) / (e - 1), then the length
-    want = (0.8 + 0.01 * math.log(1.2), 0.8 - math.expm1(0.3) / math.expm1(1))
-    assert group.rewards == pytest.approx(
-        [1 + w + part for w, part in zip(want, group.reward_parts["length"], strict=True)]
-    )
 
 
 def test_the_ground_truth_replaces_one_answer_and_is_scored_like_the_others(tiny_tokenizer, make_prompt):
@@ -219,6 +156,10 @@ def test_steps_without_a_score_are_counted_task_by_task_and_end_the_run(tiny_tok
     assert collector.failed_ids == ["c"]
     assert collector.metrics() == {"reward_failures": 1.0}
     assert collector.failed_steps == {"object_tracking": 2}
+    asked, prompts = prompts, prompts[:2]
+    collector.config = Config(task=TaskConfig(max_failed_steps=2))  # lowered for a resumed run
+    assert step() == ["a", "b"]  # nothing was asked of object_tracking, so that nothing failed
+    prompts = asked
     with pytest.raises(
         RewardsFailedError, match=r"task object_tracking: no group could be scored in 3 steps"
     ) as caught:

@@ -12,8 +12,8 @@ import torch
 
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.collect import Collector
-from vcr1_fast.rollout.drawing import Call
-from vcr1_fast.rollout.engine import NOT_BEGUN, Quota
+from vcr1_fast.rollout.drawing import Answers, matched
+from vcr1_fast.rollout.engine import Quota
 from vcr1_fast.rollout.queue import RolloutQueue
 from vcr1_fast.settings.config import Config, RolloutConfig, TaskConfig, TrainConfig
 from vcr1_fast.tasks import make_tasks
@@ -21,6 +21,9 @@ from vcr1_fast.types import Completion, Example, IntervalTruth, Prompt, Sampling
 
 GOOD, BAD = "<think>x</think><answer>2.00 to 4.00</answer>", "no idea"
 NUM_TOKENS, LONG = 4, 7
+LENGTHS = {"a1": LONG, "a3": LONG, "a7": LONG}
+# a1 is not finished when step 1 has two groups, a3 when step 2 has, a7 when step 4 has; step 3 does not need a6
+STEPS = [["a0", "a2"], ["a1", "a4"], ["a3", "a5"], ["a6", "a8"], ["a7", "a9"]]
 
 
 class HeldEngine:
@@ -226,9 +229,22 @@ def test_what_drawing_raises_comes_out_of_take(open_queue: Open, monkeypatch):
         queue.take(1)
 
 
+Opened = tuple[RolloutQueue, HeldEngine, Stream]
+
+
+def resumed(open_queue: Open, before: Opened, lag: int, answers=None, **rollout) -> Opened:
+    """A new queue that goes on with what a checkpoint of the old one keeps, by the weights of now."""
+    queue, engine, stream = before
+    kept = queue.pending() | ({} if answers is None else {"answers": answers})
+    again, other, others_stream = open_queue(lag, num_steps=5, **rollout)
+    other.lengths, other.policy_version, others_stream.position = engine.lengths, engine.policy_version, stream.position
+    again.restore(kept["pending"], kept["answers"], kept["again"], kept["failed_steps"])
+    return again, other, others_stream
+
+
 @pytest.mark.parametrize("interrupt", [False, True])
 def test_a_restored_queue_asks_only_for_what_was_not_drawn(open_queue: Open, interrupt):
-    queue, engine, stream = open_queue(1, holds=True, interrupt=interrupt)
+    queue, engine, stream = before = open_queue(1, holds=True, interrupt=interrupt)
     queue.fill(1)
     engine.release(NUM_TOKENS)
     queue.take(1)
@@ -239,12 +255,9 @@ def test_a_restored_queue_asks_only_for_what_was_not_drawn(open_queue: Open, int
     with queue.paused():
         queue._collector.failed_steps["captioning"] = 3
         stream.again["a0"] = (1, 9)
-        kept = queue.pending()
-    assert kept["pending"] == [{"step": 2, "position": 2, "again": {}, "count": 2}]
-    again, other, others_stream = open_queue(1, holds=False)
-    others_stream.position = stream.position
-    other.policy_version = 2
-    again.restore(kept["pending"], kept["answers"], kept["again"], kept["failed_steps"])
+        assert queue.pending()["pending"] == [{"step": 2, "position": 2, "again": {}, "count": 2}]
+        engine.policy_version = 2
+        again, other, others_stream = resumed(open_queue, before, 1)
     assert others_stream.position == stream.position == 4
     assert (others_stream.again, again._collector.failed_steps) == ({"a0": (1, 9)}, {"captioning": 3})
     again.fill(2)  # step 3 is new
@@ -253,6 +266,7 @@ def test_a_restored_queue_asks_only_for_what_was_not_drawn(open_queue: Open, int
     assert groups[0].policy_version == 1
     want = [-1.0, -1.0, -2.0, -2.0] if interrupt else [-1.0] * NUM_TOKENS
     assert groups[0].completions[0].logprobs_R.tolist() == want
+    assert groups[0].completions[0].text == GOOD  # it is not kept, it follows from the ids
     again.take(3)  # what is asked first without interruptions, in a thread that may not have begun until now
     asked = [ids for ids, _, _ in other.calls]
     assert asked[0] == (["a2", "a3"] if interrupt else ["a4", "a5"])
@@ -291,11 +305,6 @@ def _flat_below(first: str):
     return score
 
 
-LENGTHS = {"a1": LONG, "a3": LONG, "a7": LONG}
-# a1 is not finished when step 1 has two groups, a3 when step 2 has, a7 when step 4 has; step 3 does not need a6
-STEPS = [["a0", "a2"], ["a1", "a4"], ["a3", "a5"], ["a6", "a8"], ["a7", "a9"]]
-
-
 def note(queue: RolloutQueue, engine: HeldEngine, steps: range) -> list[tuple[list[str], list[list[float]], list[int]]]:
     """Of each step: ids, the log-probs of a group's first answer, updates between drawing and learning."""
     seen = []
@@ -329,58 +338,65 @@ def test_a_restored_queue_goes_on_with_what_a_step_left(open_queue: Open, stop, 
     whole, engine, _ = open_queue(lag, num_steps=5, over_provision=0.5)
     engine.lengths = LENGTHS
     want = note(whole, engine, range(1, 6))
-    queue, engine, stream = open_queue(lag, num_steps=5, over_provision=0.5)
+    queue, engine, _ = before = open_queue(lag, num_steps=5, over_provision=0.5)
     engine.lengths = LENGTHS
     assert note(queue, engine, range(1, stop + 1)) == want[:stop]
     with queue.paused():
-        kept = queue.pending()
-    again, other, others_stream = open_queue(lag, num_steps=5, over_provision=0.5)
-    other.lengths, other.policy_version = LENGTHS, engine.policy_version
-    others_stream.position = stream.position
-    again.restore(kept["pending"], kept["answers"], kept["again"], kept["failed_steps"])
+        again, other, _ = resumed(open_queue, before, lag, over_provision=0.5)
     assert note(again, other, range(stop + 1, 6)) == want[stop:]
 
 
-def test_what_a_step_left_is_drawn_for_no_other_prompt(open_queue: Open, monkeypatch):
-    """The first video of step 1 cannot be read any more, so that its other prompts move up."""
-    queue, engine, stream = open_queue(0, num_steps=5, over_provision=0.5)
-    engine.lengths = LENGTHS
-    note(queue, engine, range(1, 2))
-    kept = queue.pending()
-    again, other, others_stream = open_queue(0, num_steps=5, over_provision=0.5)
-    other.lengths, others_stream.position = LENGTHS, stream.position
-    read = others_stream.next
-    monkeypatch.setattr(others_stream, "next", lambda count: [p for p in read(count) if p.example.id != "a0"])
-    again.restore(kept["pending"], kept["answers"], kept["again"], kept["failed_steps"])
-    assert [ids for ids, _, _ in note(again, other, range(2, 3))] == [["a1"]]
-    assert other.calls[0][0] == ["a1", "a3"]  # a1 is drawn anew, a2 was learned from
+def test_answers_go_on_for_their_own_prompt_when_another_s_video_cannot_be_read_any_more(open_queue: Open, monkeypatch):
+    before = open_queue(0, num_steps=5, over_provision=0.5)
+    before[1].lengths = LENGTHS
+    note(*before[:2], range(1, 2))
+    read = Stream.next
+    monkeypatch.setattr(Stream, "next", lambda *args: [p for p in read(*args) if p.example.id != "a0"])
+    again, other, _ = resumed(open_queue, before, 0, over_provision=0.5)
+    [(ids, logprobs, _)] = note(again, other, range(2, 3))
+    assert (ids, other.calls[0][0]) == (["a1", "a4"], ["a1", "a3", "a4"])  # a1 was the second of step 1
+    assert logprobs == [[-1.0] * 4 + [-2.0] * 3, [-2.0] * 4]
 
 
-def test_on_another_number_of_ranks_what_a_step_left_is_drawn_again(open_queue: Open):
-    queue, engine, stream = open_queue(0, num_steps=5, over_provision=0.5)
-    engine.lengths = LENGTHS
-    note(queue, engine, range(1, 2))
-    kept = queue.pending()
-    again, other, others_stream = open_queue(0, num_steps=5, over_provision=0.5)
-    others_stream.position = stream.position
-    again.restore(kept["pending"], {}, kept["again"], kept["failed_steps"])  # answers are not read then
+def test_an_example_that_comes_twice_in_a_step_keeps_its_answers_apart(make_prompt):
+    prompts = [make_prompt((1, 4, 4), name) for name in "aba"]
+    first, second, other = (Answers(prompts[i].example.id, [], version) for i, version in ((0, 1), (0, 2), (1, 3)))
+    assert matched([*prompts, *prompts], [first, other, second]) == [first, other, second, None, None, None]
+
+
+@pytest.mark.parametrize("answers", [{}, {"1.tail.sizes": torch.ones(1)}], ids=["other ranks", "another version's"])
+def test_without_its_answers_what_a_step_left_comes_again(open_queue: Open, answers):
+    before = open_queue(0, num_steps=5, over_provision=0.5)
+    before[1].lengths = LENGTHS
+    note(*before[:2], range(1, 2))
+    before[1].lengths = {}
+    again, other, _ = resumed(open_queue, before, 0, answers, over_provision=0.5)
     assert [ids for ids, _, _ in note(again, other, range(2, 4))] == [["a1", "a3"], ["a4", "a5"]]
 
 
 @pytest.mark.parametrize(("lag", "over_provision"), [(1, 0.0), (0, 0.5), (1, 0.5)])
 def test_answers_older_than_a_resumed_run_allows_are_drawn_anew(open_queue: Open, lag, over_provision):
-    queue, engine, stream = open_queue(lag, num_steps=5, over_provision=over_provision)
+    queue, engine, _ = before = open_queue(lag, num_steps=5, over_provision=over_provision)
     engine.lengths = LENGTHS
     note(queue, engine, range(1, 3))
-    kept = queue.pending()
-    again, other, others_stream = open_queue(0, num_steps=5)
-    other.policy_version, others_stream.position = engine.policy_version, stream.position
-    again.restore(kept["pending"], kept["answers"], kept["again"], kept["failed_steps"])
+    again, other, _ = resumed(open_queue, before, 0)
     seen = note(again, other, range(3, 6))
     assert all(lags == [0] * len(lags) for _, _, lags in seen)
     learned = [*STEPS[0], *STEPS[1]] if over_provision else ["a0", "a1", "a2", "a3"]
     learned += [name for ids, _, _ in seen for name in ids]
     assert sorted(learned) == sorted(f"a{i}" for i in range(len(learned)))  # nothing is lost or learned from twice
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_steps_that_were_further_ahead_than_a_resumed_run_allows_are_begun_later(open_queue: Open, lag):
+    queue, engine, _ = before = open_queue(4, num_steps=5, holds=True, interrupt=True)
+    queue.fill(1)
+    engine.release(NUM_TOKENS)
+    queue.take(1)
+    with queue.paused():
+        engine.policy_version = 2
+        again, other, _ = resumed(open_queue, before, lag)
+    assert max(lags for _, _, [lags, _] in note(again, other, range(2, 6))) == lag
 
 
 def test_the_share_is_rounded_up_and_the_only_step_draws_no_more_than_it_needs(open_queue: Open):
@@ -389,9 +405,3 @@ def test_the_share_is_rounded_up_and_the_only_step_draws_no_more_than_it_needs(o
     queue, engine, stream = open_queue(0, num_steps=9, prompts_per_step=5, over_provision=0.3)
     queue.fill(1)
     assert stream.position == 7
-
-
-def test_what_has_no_token_is_of_no_age():
-    begun = Completion(torch.arange(1), torch.zeros(1), "aborted")
-    assert Call([[NOT_BEGUN] * 2, [begun]], [0, 3]).is_since(3)
-    assert not Call([[NOT_BEGUN, begun]], [2]).is_since(3)

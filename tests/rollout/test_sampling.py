@@ -16,20 +16,17 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from vcr1_fast.rollout.sampling import check_sampling, penalised, sample_tokens, seen_in_prompts, uniforms
+from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, seen_in_prompts, uniforms
 from vcr1_fast.types import Prompt, SamplingParams
 
 NONE = torch.tensor([], dtype=torch.long)
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.2, 0.3])
 
 
-def draw(
-    uniform: list[float], temperature: float = 1.0, top_p: float = 1.0, suppressed: Tensor = NONE, top_k: int = 0
-) -> list[int]:
+def draw(uniform: list[float], temperature: float = 1.0, suppressed: Tensor = NONE) -> list[int]:
     logits_BV = PROBABILITIES.log().expand(len(uniform), -1)
     uniform_B = torch.tensor(uniform, dtype=torch.float64)
-    sampling = SamplingParams(1, 1, temperature, top_p, top_k=top_k)
-    return sample_tokens(logits_BV, uniform_B, sampling, suppressed)[0].tolist()
+    return sample_tokens(logits_BV, uniform_B, SamplingParams(1, 1, temperature), suppressed)[0].tolist()
 
 
 def test_a_token_is_where_the_running_sum_first_exceeds_the_number() -> None:
@@ -42,17 +39,6 @@ def test_suppressed_ids_are_never_drawn_and_the_rest_is_renormalised() -> None:
     assert draw([0.0, 1 - 2**-53], suppressed=torch.tensor([0, 3])) == [1, 2]
     assert draw([0.5], temperature=0.0, suppressed=torch.tensor([1])) == [3]
     assert draw([0.5], temperature=0.001, suppressed=torch.tensor([1])) == [3]  # e^-288 of the suppressed one's mass
-
-
-def test_top_k_keeps_the_k_likeliest_of_what_is_allowed() -> None:
-    # Of 0.1, 0.4, 0.2, 0.3 the tokens 1 and 3: 4 and 3 of 7, in the order of their ids.
-    assert draw([0.0, 0.57, 0.572, 1 - 2**-53], top_k=2) == [1, 1, 3, 3]
-    # Without token 1 they are 3 and 2: 2 and 3 of 5.
-    assert draw([0.0, 0.39, 0.41, 1 - 2**-53], top_k=2, suppressed=torch.tensor([1])) == [2, 2, 3, 3]
-    # Top 3 are 4, 3 and 2 of 9: 0.75 then needs two of them (7 of 9), of all four tokens three.
-    grid = torch.linspace(0, 1 - 2**-53, 50, dtype=torch.float64).tolist()
-    assert set(draw(grid, top_k=3, top_p=0.75)) == {1, 3} and set(draw(grid, top_p=0.75)) == {1, 2, 3}
-    assert draw(grid, top_k=5) == draw(grid, top_k=4) == draw(grid)  # more than there are
 
 
 def test_top_k_keeps_what_equals_the_last_of_them() -> None:
@@ -89,12 +75,10 @@ def test_the_distribution_is_that_of_transformers(temperature: float, top_p: flo
     assert (counts_V - num_drawn * wanted_V).abs().max() <= 1 + 1e-2  # float32 leaves 1e-6 of 4,000
 
 
-def test_a_penalty_by_hand(make_prompt: Callable[..., Prompt]) -> None:
+def test_greedy_takes_the_largest_after_the_penalty_on_what_was_seen(make_prompt: Callable[..., Prompt]) -> None:
     logits_BV = torch.tensor([[3.0, -2.0, 1.0, 0.0], [3.0, -2.0, 1.0, 0.0]])
     seen_BV = torch.tensor([[True, True, False, True], [False, False, True, False]])
-    assert penalised(logits_BV, seen_BV, 2.0).tolist() == [[1.5, -4.0, 1.0, 0.0], [3.0, -2.0, 0.5, 0.0]]
-    # greedy takes the largest that is left: 3 / 4 is below 1
-    sampling = SamplingParams(1, 1, temperature=0.0, repetition_penalty=4.0)
+    sampling = SamplingParams(1, 1, temperature=0.0, repetition_penalty=4.0)  # 3 / 4 is below 1
     assert sample_tokens(logits_BV, torch.zeros(2), sampling, NONE, seen_BV)[0].tolist() == [2, 0]
 
     prompts = [make_prompt((2, 4, 4), text) for text in ("a", "no")]
@@ -115,13 +99,6 @@ def test_the_log_prob_is_over_all_but_suppressed_ids(temperature: float, scored_
     expected_BV = (logits_BV.double() / scored_at).log_softmax(-1)
     torch.testing.assert_close(logprob_B.double(), expected_BV.gather(1, token_B[:, None])[:, 0], atol=2e-6, rtol=0)
     assert logprob_B.dtype == torch.float32
-
-
-def test_frequencies_are_the_probabilities() -> None:
-    uniform_B = uniforms(5, 0, 200, 100).flatten()
-    token_B, _ = sample_tokens(PROBABILITIES.log().expand(20_000, -1), uniform_B, SamplingParams(1, 1), NONE)
-    frequency_V = torch.bincount(token_B, minlength=4) / 20_000
-    assert (frequency_V - PROBABILITIES).abs().max() < 5 * (0.24 / 20_000) ** 0.5  # five standard deviations of 0.4
 
 
 def test_a_large_vocabulary_does_not_bias_its_tail() -> None:

@@ -18,7 +18,6 @@ from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.local_engine import LocalEngine
-from vcr1_fast.rollout.temporal_contrast import shuffled_prompt
 from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.run.sources import open_source
 from vcr1_fast.settings.config import AlgorithmConfig, Config, ConfigError, ModelConfig, VideoConfig
@@ -26,6 +25,7 @@ from vcr1_fast.settings.io import load_settings
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
 from vcr1_fast.tasks import make_tasks
+from vcr1_fast.tasks.temporal_contrast import shuffled_prompt
 from vcr1_fast.train import train
 from vcr1_fast.types import Completion, Example, IntervalTruth, Prompt, RolloutGroup, SamplingParams
 from vcr1_fast.video.draw import write_png

@@ -1,8 +1,7 @@
 """Groups from the rank that drew them to the rank that trains on them: sizes to all ranks, bytes to where they are run.
 
 Everything goes over gloo, on the CPU. What arrives is what was sent, bit for bit, and lies on the same kind of device.
-Pixels go as bytes where that is exact (rollout/sgl/pixels.py), a quarter of float32; embeddings of a frozen tower go
-instead of pixels. Called by `learner/step.py`, on all ranks alike.
+Embeddings of a frozen tower go instead of pixels. Called by `learner/step.py`, on all ranks alike.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from vcr1_fast.learner.row_cost import GroupSize
 from vcr1_fast.learner.sharding import World, all_reduce_sum
-from vcr1_fast.rollout.sgl.pixels import pack, unpack
 from vcr1_fast.types import RolloutGroup
 
 _LENGTH_BYTES = 8
@@ -74,7 +72,7 @@ def to_bytes(group: RolloutGroup) -> Tensor:
     Pickle, because both ends are ranks of one run, as in torch's own object collectives.
     """
     file = io.BytesIO()
-    pickler = _GroupPickler(file, [patches.values_PC for patches in group.prompt.media])
+    pickler = _GroupPickler(file)
     pickler.dump(group)
     head = file.getvalue()
     length = len(head).to_bytes(_LENGTH_BYTES, "little")
@@ -91,26 +89,18 @@ def from_bytes(bytes_B: Tensor, device: torch.device) -> RolloutGroup:
 class _GroupPickler(pickle.Pickler):
     """Takes tensors out, wherever they are in the group; in their place the pickle says where their bytes are."""
 
-    def __init__(self, file: io.BytesIO, pixels: Sequence[Tensor]) -> None:
+    def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self.chunks: list[Tensor] = []
-        self._pixels = pixels
         self._num_bytes = 0
 
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, Tensor):
             return None
-        parts = {"values_PC": obj}
-        if any(obj is values_PC for values_PC in self._pixels):
-            parts = pack(parts)
-        return obj.device.type != "cpu", {name: self._keep(part) for name, part in parts.items()}
-
-    def _keep(self, tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-        """dtype, shape, and the bytes from where to where."""
-        chunk = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        chunk = obj.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self.chunks.append(chunk)
         start, self._num_bytes = self._num_bytes, self._num_bytes + chunk.numel()
-        return tensor.dtype, tuple(tensor.shape), start, self._num_bytes
+        return obj.device.type != "cpu", obj.dtype, tuple(obj.shape), start, self._num_bytes
 
 
 class _GroupUnpickler(pickle.Unpickler):
@@ -119,10 +109,7 @@ class _GroupUnpickler(pickle.Unpickler):
         self._body_B, self._device = body_B, device
 
     def persistent_load(self, pid: Any) -> Tensor:
-        is_on_gpu, parts = pid
-        tensor = unpack({name: self._part(*part) for name, part in parts.items()})["values_PC"]
+        is_on_gpu, dtype, shape, start, stop = pid
+        # a copy, so that what was received is freed, and numbers lie at multiples of their size
+        tensor = self._body_B[start:stop].clone().view(dtype).view(shape)
         return tensor.to(self._device) if is_on_gpu else tensor
-
-    def _part(self, dtype: torch.dtype, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        """A copy, so that what was received is freed, and numbers lie at multiples of their size."""
-        return self._body_B[start:stop].clone().view(dtype).view(shape)

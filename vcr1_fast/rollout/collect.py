@@ -6,50 +6,26 @@ mixes the ground truth in, and counts what went wrong. `collect` is one round of
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from vcr1_fast.learner.sharding import World, all_reduce_sum, gather_all
-from vcr1_fast.rollout.temporal_contrast import SHUFFLED_SEED, has_order, order_part, shuffled_prompt
 from vcr1_fast.settings.config import Config, TaskConfig
-from vcr1_fast.tasks.reward_process import RewardError, RewardTimeoutError
-from vcr1_fast.tasks.shaping import ORDER_PART, shaped, with_length_part
+from vcr1_fast.tasks.ground_truth import TargetIds, with_ground_truth
+from vcr1_fast.tasks.scoring import RewardFailure, Scored, rewarded, score_groups
+from vcr1_fast.tasks.shaping import ORDER_PART
 from vcr1_fast.tasks.task import Task
-from vcr1_fast.types import Completion, Example, Prompt, RolloutGroup, SampleError, SamplingParams
-
-RewardParts = dict[str, tuple[float, ...]]
-TargetIds = Callable[[Example], Tensor]
+from vcr1_fast.tasks.temporal_contrast import SHUFFLED_SEED, has_order, order_part, shuffled_prompt
+from vcr1_fast.types import Completion, Prompt, RolloutGroup, SampleError, SamplingParams
 
 ROUND_SEED = 1 << 56  # far from the seeds of all steps and ranks, so that no round draws what another one drew
 ANY_TASK = ""  # the name under which `Collector.failed_steps` counts the groups of all tasks together
 
 
-@dataclass(frozen=True)
-class RewardFailure:
-    """A group that could not be scored. That says nothing against the example, which is to come again."""
-
-    example_id: str
-    task: str
-    reason: str
-
-
 class RewardsFailedError(SampleError):
     """No group, or none of a task, could be scored for task.max_failed_steps steps in a row."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Answers to some prompts, scored, and the groups that could not be."""
-
-    groups: list[RolloutGroup]
-    failures: tuple[RewardFailure, ...] = ()
 
 
 class Answering(Protocol):
@@ -74,7 +50,7 @@ class Collector:
         self._scored: Counter[str] = Counter()  # the same: groups by task
         self._counts: Counter[str] = Counter()  # the same: of `metrics`
 
-    def draw(self, engine: Answering, prompts: Sequence[Prompt], sampling: SamplingParams) -> Drawn:
+    def draw(self, engine: Answering, prompts: Sequence[Prompt], sampling: SamplingParams) -> Scored:
         """G answers to each prompt, scored. No collective, and nothing of the collector changes: for any thread."""
         target_ids = self.target_ids if self.config.rollout.num_ground_truth else None
         drawn = collect(engine, prompts, sampling, self.tasks, self.config.task, target_ids)
@@ -82,10 +58,10 @@ class Collector:
 
     def complete(
         self,
-        drawn: Drawn,
+        drawn: Scored,
         sampling: SamplingParams,
         next_prompts: Callable[[int], list[Prompt]],
-        draw: Callable[[list[Prompt], SamplingParams], Drawn],
+        draw: Callable[[list[Prompt], SamplingParams], Scored],
     ) -> list[RolloutGroup]:
         """This rank's groups of one step. A collective. Raises RewardsFailedError, on every rank alike.
 
@@ -118,7 +94,7 @@ class Collector:
         names += ["sampling/ground_truths"] * (self.config.rollout.num_ground_truth > 0)
         return all_reduce_sum({name: float(self._counts[name]) for name in names}, self.world)
 
-    def _counted(self, drawn: Drawn) -> list[RolloutGroup]:
+    def _counted(self, drawn: Scored) -> list[RolloutGroup]:
         self._failures += drawn.failures
         self._scored.update(group.prompt.example.task for group in drawn.groups)
         self._counts["reward_failures"] += len(drawn.failures)
@@ -129,45 +105,38 @@ class Collector:
         """Agree over ranks which examples have no score, and end the run when there was none for too long."""
         gathered = gather_all((self._failures, self._scored), self.world)
         failures = [failure for part, _ in gathered for failure in part]
-        failed, scored = Counter(failure.task for failure in failures), Counter[str]()
-        for _, part in gathered:
-            scored += part
-        failed[ANY_TASK], scored[ANY_TASK] = failed.total(), scored.total()
+        scored = sum((part for _, part in gathered), Counter[str]())
         self.failed_ids = [failure.example_id for failure in failures]
         for task in (ANY_TASK, *self.tasks):
-            if scored[task]:
+            failed = [failure for failure in failures if task in (ANY_TASK, failure.task)]
+            if scored[task] or (task == ANY_TASK and scored):
                 self.failed_steps.pop(task, None)
-            elif failed[task]:
+            elif failed:
                 self.failed_steps[task] = self.failed_steps.get(task, 0) + 1
-            if self.failed_steps.get(task, 0) >= self.config.task.max_failed_steps:
-                last = [failure for failure in failures if task in (ANY_TASK, failure.task)][-1]
-                raise RewardsFailedError(
-                    f"task {task}" if task else "all tasks",
-                    f"no group could be scored in {self.failed_steps[task]} steps in a row (task.max_failed_steps); "
-                    f"the last error: {last.example_id}: {last.reason}; mend that and start again, no example is lost",
-                )
+                if self.failed_steps[task] >= self.config.task.max_failed_steps:
+                    raise RewardsFailedError(
+                        f"task {task}" if task else "all tasks",
+                        f"no group could be scored in {self.failed_steps[task]} steps in a row "
+                        f"(task.max_failed_steps); the last error: {failed[-1].example_id}: {failed[-1].reason}; "
+                        "mend that and start again, no example is lost",
+                    )
 
-    def _contrasted(self, engine: Answering, drawn: Drawn, sampling: SamplingParams) -> Drawn:
-        """The groups with the part "order" (rollout/temporal_contrast.py), G // 2 answers to each shuffled clip. Where
+    def _contrasted(self, engine: Answering, drawn: Scored, sampling: SamplingParams) -> Scored:
+        """The groups with the part "order" (tasks/temporal_contrast.py), G // 2 answers to each shuffled clip. Where
         the shuffled clip has no score, the group has none. Groups without a video stay as they are, behind them."""
-        unordered = [group for group in drawn.groups if not has_order(group.prompt)]
         ordered = [group for group in drawn.groups if has_order(group.prompt)]
+        unordered = [group for group in drawn.groups if not has_order(group.prompt)]
         shuffled = [shuffled_prompt(group.prompt, sampling.seed) for group in ordered]
-        half = replace(
-            sampling, num_completions=max(1, sampling.num_completions // 2), seed=sampling.seed + SHUFFLED_SEED
-        )
-        answered = collect(engine, shuffled, half, self.tasks, self.config.task)
+        size, seed, config = max(1, sampling.num_completions // 2), sampling.seed + SHUFFLED_SEED, self.config.task
+        half = replace(sampling, num_completions=size, seed=seed)
+        answered = collect(engine, shuffled, half, self.tasks, config)
         parts_of = {id(group.prompt): group.reward_parts for group in answered.groups}
         groups = [
-            rewarded(
-                group,
-                {**group.reward_parts, ORDER_PART: order_part(group, parts_of[id(prompt)])},
-                self.config.task,
-            )
+            rewarded(group, {**group.reward_parts, ORDER_PART: order_part(group, parts_of[id(prompt)])}, config)
             for group, prompt in zip(ordered, shuffled, strict=True)
             if id(prompt) in parts_of
         ]
-        return Drawn(groups + unordered, drawn.failures + answered.failures)
+        return Scored(groups + unordered, drawn.failures + answered.failures)
 
 
 def collect(
@@ -177,13 +146,13 @@ def collect(
     tasks: Mapping[str, Task],
     config: TaskConfig,
     target_ids: TargetIds | None = None,
-) -> Drawn:
+) -> Scored:
     """G answers to each prompt, scored. A prompt to which the engine gave no answer has no group.
 
     `target_ids`: then G - 1 answers are drawn and the last one is the ground truth (`with_ground_truth`).
     """
     if not prompts:
-        return Drawn([])
+        return Scored([])
     if target_ids is not None:
         sampling = replace(sampling, num_completions=sampling.num_completions - 1)
     answers = engine.generate(prompts, sampling)
@@ -194,88 +163,4 @@ def collect(
     ]
     if target_ids is not None:
         groups = [with_ground_truth(g, tasks[g.prompt.example.task], target_ids, sampling) for g in groups]
-    scored: dict[int, RolloutGroup] = {}
-    failures: list[RewardFailure] = []
-    for name in sorted({group.prompt.example.task for group in groups}):
-        members = [i for i, group in enumerate(groups) if group.prompt.example.task == name]
-        for index, parts in zip(members, _scores(tasks[name], [groups[i] for i in members]), strict=True):
-            if isinstance(parts, RewardFailure):
-                failures.append(parts)
-            else:
-                scored[index] = rewarded(groups[index], parts, config)
-    return Drawn([scored[i] for i in sorted(scored)], tuple(failures))
-
-
-def with_ground_truth(group: RolloutGroup, task: Task, target_ids: TargetIds, sampling: SamplingParams) -> RolloutGroup:
-    """The group with the task's target as one more completion (TempSamp-R1, 2509.18056).
-
-    It is scored like the others and counts in the group's mean and standard deviation like them, so that a group in
-    which no drawn answer is good still has a direction. It was not drawn from the policy: its log-probs are NaN, and
-    the learner takes the current policy's own log-prob as the old one (ratio 1, gradient advantage x grad log-prob; no
-    importance weight corrects for it). A target that cannot be tokenised or is longer than max_new_tokens is left out.
-    """
-    example = group.prompt.example
-    try:
-        ids_R = target_ids(example)
-    except SampleError as error:
-        print(f"no ground truth in the group: {error}", file=sys.stderr)
-        return group
-    if ids_R.numel() > sampling.max_new_tokens:
-        return group
-    truth = Completion(ids_R, torch.full((ids_R.numel(),), torch.nan), "stop", task.target(example))
-    return replace(group, completions=(*group.completions, truth))
-
-
-def rewarded(group: RolloutGroup, parts: RewardParts, config: TaskConfig) -> RolloutGroup:
-    """The group with its reward parts as the task gave them, the part for its length, and the reward of all of them."""
-    parts = {
-        name: tuple(values)
-        for name, values in with_length_part(parts, [c.num_tokens for c in group.completions], config).items()
-    }
-    return replace(
-        group, reward_parts=parts, rewards=weighted_sum(shaped(parts, config.shaping), config.reward_weights)
-    )
-
-
-def weighted_sum(parts: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> tuple[float, ...]:
-    """reward_i = sum over parts of weight * part_i; a part without a weight counts 1."""
-    columns = [[weights.get(name, 1.0) * value for value in values] for name, values in parts.items()]
-    return tuple(sum(row) for row in zip(*columns, strict=True))
-
-
-def _scores(task: Task, groups: Sequence[RolloutGroup]) -> list[RewardParts | RewardFailure]:
-    """Reward parts of each group, all groups in one call; if that call raises, group by group to find the culprit.
-
-    Once a group alone took too long the others are not asked: 64 of them would wait 64 times. They come again.
-    """
-    if len(groups) > 1:
-        with contextlib.suppress(Exception, SystemExit):  # a reward is user code: whatever it raises, the run goes on
-            return [*_score(task, groups)]
-    result: list[RewardParts | RewardFailure] = []
-    hung = ""
-    for group in groups:
-        reason = f"not asked, as for another group of the step {hung}"
-        if not hung:
-            try:
-                result += _score(task, [group])
-                continue
-            except (Exception, SystemExit) as error:
-                raised = f"the reward of task {task.name} raised {type(error).__name__}: {error}"
-                reason = str(error) if isinstance(error, RewardError) else raised
-                hung = str(error) if isinstance(error, RewardTimeoutError) else ""
-        failure = RewardFailure(group.prompt.example.id, task.name, reason)
-        print(f"reward failure: {failure.example_id}: {failure.reason}", file=sys.stderr)
-        result.append(failure)
-    return result
-
-
-def _score(task: Task, groups: Sequence[RolloutGroup]) -> list[RewardParts]:
-    examples = [g.prompt.example for g in groups for _ in g.completions]
-    parts = task.score(examples, [c.text for g in groups for c in g.completions])
-    result: list[RewardParts] = []
-    start = 0
-    for group in groups:
-        end = start + len(group.completions)
-        result.append({name: tuple(values[start:end]) for name, values in parts.items()})
-        start = end
-    return result
+    return score_groups(groups, tasks, config)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from vcr1_fast.learner.attention import use_causal_attention
@@ -57,10 +57,6 @@ class LocalEngine:
 
         Raises ValueError when the tokenizer does not fit the model, or the model has layers that `DecodeStep` refuses.
         """
-        if max_batch_rows < 1:
-            raise ValueError(f"max_batch_rows is {max_batch_rows}, wanted >= 1")
-        if max_batch_tokens < 1:
-            raise ValueError(f"max_batch_tokens is {max_batch_tokens}, wanted >= 1")
         special = SpecialIds.of(tokenizer)
         self._family = family_of(model.config)
         for kind in ("video", "image"):
@@ -77,7 +73,7 @@ class LocalEngine:
         self.tokenizer = tokenizer
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
         self.on_token: Callable[[Tensor], None] | None = None  # called with each step's ids [B] of the rows not ended
-        self._model: Any = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         use_causal_attention(decoder)
         KernelChoice().switch_tower(self._family.tower(model), model.device, model.dtype)
         self._step: Any = DecodeStep(decoder, model.lm_head)
@@ -86,12 +82,6 @@ class LocalEngine:
         self._suppressed_ids = torch.tensor(special.vision, device=model.device)
         self._is_whole = False  # every weight was loaded without an error
         self._is_interrupted = threading.Event()
-
-    @property
-    def model(self) -> Any:
-        if self._model is None:
-            raise RuntimeError("the engine is closed: open a new one")
-        return self._model
 
     def generate(
         self,
@@ -109,26 +99,22 @@ class LocalEngine:
         result = [list(group) for group in begun] if begun is not None else [[NOT_BEGUN] * size for _ in prompts]
         are_done = [is_done(group) for group in result]
 
-        def is_over() -> bool:
+        def is_cut(chunk: slice, has_ended: Sequence[bool]) -> bool:
+            are_done[chunk] = [all(has_ended[row : row + size]) for row in range(0, len(has_ended), size)]
             return self._is_interrupted.is_set() or (quota is not None and quota.is_met(are_done))
-
-        def is_cut(chunk: slice, batch: _Batch) -> bool:
-            if quota is not None:
-                are_done[chunk] = batch.are_done(size)
-            return is_over()
 
         end = 0
         for prompts_of_chunk in in_batches(prompts, sampling, self.max_batch_rows, self.max_batch_tokens):
             chunk = slice(end, end := end + len(prompts_of_chunk))
-            if is_over() or all(are_done[chunk]):
-                continue
             rows = [c for group in result[chunk] for c in group]
+            if is_cut(chunk, [c.finish_reason != "aborted" for c in rows]) or all(are_done[chunk]):
+                continue
             with torch.inference_mode():
                 tokens, logprob_SB = self._run_chunk(
                     prompts_of_chunk, chunk.start, sampling, rows, partial(is_cut, chunk)
                 )
             rows = self._completions(tokens, logprob_SB, sampling.max_new_tokens)
-            result[chunk] = [rows[i : i + size] for i in range(0, len(rows), size)]
+            result[chunk] = [rows[row : row + size] for row in range(0, len(rows), size)]
             are_done[chunk] = map(is_done, result[chunk])
         return result
 
@@ -184,7 +170,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """Let go of the model; the engine cannot be used any more."""
-        self._model = self._step = None
+        self.model = self._step = None
 
     def _run_chunk(
         self,
@@ -192,16 +178,17 @@ class LocalEngine:
         first_index: int,
         sampling: SamplingParams,
         begun: Sequence[Completion],
-        is_cut: Callable[[_Batch], bool],
+        is_cut: Callable[[Sequence[bool]], bool],
     ) -> tuple[list[list[int]], Tensor]:
         """Sampled ids of the P * G rows, and their log-probs [S, P * G], on the CPU; what is past a row's ids is noise.
 
-        Rows begin as `begun` says. All ends when all rows ended, or when `is_cut` says so.
+        Rows begin as `begun` says. All ends when all rows ended, or when `is_cut`, told which of them did, says so.
         """
         model, group_size, max_new = self.model, sampling.num_completions, sampling.max_new_tokens
-        given = _Given.of(begun, model.device)
+        given_SB = pad_sequence([c.token_ids_R for c in begun], padding_value=-1)[:max_new].to(model.device)
+        given_logprob_SB = pad_sequence([c.logprobs_R for c in begun])[:max_new].to(model.device)
         cache, hidden_PD = self._prefill(prompts, sampling)
-        batch = _Batch(range(len(begun)), group_size, frozenset(self._stop_ids))
+        batch = _Batch(len(begun), group_size, self._stop_ids)
         numbers = range(first_index, first_index + len(prompts))
         steps = [uniforms(sampling.seed, number, max_new, group_size) for number in numbers]
         uniform_SB = torch.cat(steps, dim=1).to(model.device)
@@ -214,13 +201,14 @@ class LocalEngine:
         decode = CapturedStep(self._step) if self._is_captured else self._step
         for step in range(max_new):
             token_B, logprob_B = sample_tokens(logits_BV, uniform_SB[step], sampling, self._suppressed_ids, seen_BV)
-            if step < given.longest:
-                token_B, logprob_B = given.put(step, row_B, token_B, logprob_B)
+            if step < len(given_SB):
+                token_B = torch.where(given_SB[step, row_B] >= 0, given_SB[step, row_B], token_B)
             logprob_SB[step].index_copy_(0, row_B, logprob_B)
             if self.on_token is not None:
                 self.on_token(token_B)
             batch.add(token_B.cpu().tolist())  # the one wait for the device
-            if batch.num_active == 0 or step + 1 == max_new or (step + 1 >= given.longest and is_cut(batch)):
+            is_over = batch.num_active == 0 or step + 1 == max_new
+            if is_over or (step + 1 >= len(given_SB) and is_cut(batch.has_ended)):
                 break
             if seen_BV is not None:
                 seen_BV.scatter_(1, token_B[:, None], True)
@@ -230,22 +218,21 @@ class LocalEngine:
                 kept_B = kept_PG.flatten()
                 token_B, row_B, uniform_SB = token_B[kept_B], row_B[kept_B], uniform_SB[:, kept_B]
                 seen_BV = seen_BV[kept_B] if seen_BV is not None else None
-            logits_BV = self._next_logits(token_B, cache, decode)
-        return list(batch.tokens.values()), logprob_SB.cpu()
+            cache.begin_token()
+            logits_BV = decode(token_B, cache)
+        begun_SB = logprob_SB[: len(given_SB)]
+        begun_SB.copy_(torch.where(given_SB >= 0, given_logprob_SB, begun_SB))
+        return batch.tokens, logprob_SB.cpu()
 
     def _prefill(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> tuple[GroupedCache, Tensor]:
         """Cache of the prompts, and the hidden state of each one's last token [P, D].
 
         Prompts are padded on the right: under a causal mask no real token then sees padding, and no mask is needed.
         """
-        model = self.model
+        model, pad_id = self.model, self._stop_ids[-1]
         length_P = torch.tensor([p.token_ids_L.numel() for p in prompts])
-        shape = (len(prompts), int(length_P.max()))
-        token_ids_PL = torch.full(shape, self._stop_ids[-1])
-        position_ids_3PL = torch.zeros(3, *shape, dtype=torch.long)
-        for index, prompt in enumerate(prompts):
-            token_ids_PL[index, : length_P[index]] = prompt.token_ids_L
-            position_ids_3PL[:, index, : length_P[index]] = prompt.position_ids_3L
+        token_ids_PL = pad_sequence([p.token_ids_L for p in prompts], batch_first=True, padding_value=pad_id)
+        position_ids_PL3 = pad_sequence([p.position_ids_3L.T for p in prompts], batch_first=True)
         next_position_P = torch.tensor([p.next_position for p in prompts])
         first, last = int(next_position_P.min()), int(next_position_P.max())
         rotary_N2E = self._step.rotary_rows(first, last - first + sampling.max_new_tokens)
@@ -253,7 +240,7 @@ class LocalEngine:
         cache = GroupedCache(of_prompts[0], sampling.num_completions, rotary_N2E, of_prompts[1])
         output = self._family.decoder(model)(
             **self._inputs(prompts, token_ids_PL),
-            position_ids=position_ids_3PL.to(model.device),
+            position_ids=position_ids_PL3.permute(2, 0, 1).to(model.device),
             past_key_values=cache,
             use_cache=True,
         )
@@ -281,11 +268,6 @@ class LocalEngine:
         embeds_TD = model.get_input_embeddings()(token_ids_PL.flatten().to(model.device))
         return self._family.decoder_inputs(model, embeds_TD, features_MW, video_row_M, len(prompts))
 
-    def _next_logits(self, token_B: Tensor, cache: GroupedCache, decode: DecodeStep | CapturedStep) -> Tensor:
-        """[B, V] after one more token per row."""
-        cache.begin_token()
-        return decode(token_B, cache)
-
     def _completions(self, tokens: list[list[int]], logprob_SB: Tensor, max_new_tokens: int) -> list[Completion]:
         """Of all rows. Log-probs are cloned outside inference mode: autograd refuses inference tensors."""
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -301,60 +283,24 @@ class LocalEngine:
         return result
 
 
-@dataclass
-class _Given:
-    """Tokens that rows of a chunk begin with, from an interrupted call."""
-
-    token_BS: Tensor  # [B, S] int64, padded
-    logprob_BS: Tensor  # [B, S] float32
-    length_B: Tensor  # [B] int64
-
-    @property
-    def longest(self) -> int:
-        return self.token_BS.shape[1]
-
-    @classmethod
-    def of(cls, begun: Sequence[Completion], device: torch.device) -> _Given:
-        length_B = torch.tensor([c.num_tokens for c in begun], dtype=torch.long)
-        longest = int(length_B.max())
-        token_BS, logprob_BS = torch.zeros(len(begun), longest, dtype=torch.long), torch.zeros(len(begun), longest)
-        for row, completion in enumerate(begun):
-            token_BS[row, : completion.num_tokens] = completion.token_ids_R
-            logprob_BS[row, : completion.num_tokens] = completion.logprobs_R
-        return cls(token_BS.to(device), logprob_BS.to(device), length_B.to(device))
-
-    def put(self, step: int, rows_B: Tensor, token_B: Tensor, logprob_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Token and log-prob of one step, the given ones where there are any."""
-        is_given_B = step < self.length_B[rows_B]
-        token_B = torch.where(is_given_B, self.token_BS[rows_B, step], token_B)
-        return token_B, torch.where(is_given_B, self.logprob_BS[rows_B, step], logprob_B)
-
-
 class _Batch:
     """Which rows are decoded, and what was drawn for all; on the host. Prompts have the same number of rows each."""
 
-    def __init__(self, rows: Sequence[int], group_size: int, stop_ids: frozenset[int]) -> None:
-        self.rows = list(rows)  # still decoded
-        self.group_size, self._stop_ids = group_size, stop_ids
-        self.tokens: dict[int, list[int]] = {row: [] for row in rows}  # of all rows there were, to their stop id
-        self._ended: set[int] = set()  # rows whose stop id was drawn
+    def __init__(self, num_rows: int, group_size: int, stop_ids: Sequence[int]) -> None:
+        self.rows, self.group_size, self._stop_ids = list(range(num_rows)), group_size, stop_ids  # still decoded
+        self.tokens: list[list[int]] = [[] for _ in self.rows]  # of all rows there were, to their stop id
+        self.has_ended = [False] * num_rows  # the same: whether their stop id was drawn
 
     @property
     def num_active(self) -> int:
-        return len(self.tokens) - len(self._ended)
-
-    def are_done(self, group_size: int) -> list[bool]:
-        """By prompt, whether all of the `group_size` rows that it began with have ended."""
-        rows = list(self.tokens)
-        return [self._ended.issuperset(rows[i : i + group_size]) for i in range(0, len(rows), group_size)]
+        return self.has_ended.count(False)
 
     def add(self, tokens: Sequence[int]) -> None:
         """One for each of `rows`; what follows a stop id is noise."""
         for row, token in zip(self.rows, tokens, strict=True):
-            if row not in self._ended:
+            if not self.has_ended[row]:
                 self.tokens[row].append(token)
-                if token in self._stop_ids:
-                    self._ended.add(row)
+                self.has_ended[row] = token in self._stop_ids
 
     def compact(self) -> list[list[int]]:
         """Drop finished prompts, and finished rows as far as every prompt keeps the same number of rows.
@@ -362,7 +308,7 @@ class _Batch:
         Gives places among `rows`, a list for each prompt that stays; nothing where nothing can be dropped.
         """
         groups = [range(start, start + self.group_size) for start in range(0, len(self.rows), self.group_size)]
-        has_ended = [row in self._ended for row in self.rows]
+        has_ended = [self.has_ended[row] for row in self.rows]
         num_active = [sum(not has_ended[place] for place in group) for group in groups]
         size = max(num_active)
         kept = [sorted(g, key=has_ended.__getitem__)[:size] for g, n in zip(groups, num_active, strict=True) if n]

@@ -13,48 +13,39 @@ New weights wait for the step that is being drawn, or, with `rollout.interrupt`,
 with afterwards, by the new weights, each token with the log-prob of those that drew it. A checkpoint keeps what is
 drawn ahead: a resumed run with lag 1, and without interruptions, is the same bit for bit where the engine is.
 
-A step may leave groups that are not finished to the next one (over_provision.py).
+The longest answer of a step decides when it is drawn, while most places of the engine are empty already. With
+`rollout.over_provision` f the first step begins R + E groups on a rank, R = train.prompts_per_step / ranks and E = f R
+rounded up; each later one goes on with the E that are left and begins R. A step ends when R groups are finished, among
+them all that it went on with: none is older than by one update more than without, and none is lost. Each token keeps
+the log-prob of the weights that drew it. The last step begins E fewer, so that nothing is left.
 
 All ranks call the same methods in the same order. Collectives happen in the caller's thread alone.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from queue import PriorityQueue
 from typing import Any
 
 from torch import Tensor
 
 from vcr1_fast.learner.sharding import all_max_int, all_reduce_sum, gather_all
 from vcr1_fast.prompts.stream import PromptStream
-from vcr1_fast.rollout.collect import Collector, Drawn
-from vcr1_fast.rollout.drawing import Call, Decode, Drawing, Turns
+from vcr1_fast.rollout.collect import Collector
+from vcr1_fast.rollout.drawing import Answers, Decode, Drawing, Turns, as_tensors, matched, of_tensors
 from vcr1_fast.rollout.engine import RolloutEngine
-from vcr1_fast.rollout.over_provision import OverProvision, Tail
+from vcr1_fast.tasks.scoring import Scored
 from vcr1_fast.types import Prompt, RolloutGroup, SamplingParams
 
-TAIL = "tail"
+Record = Mapping[str, Any]  # where the prompts of a step are in the stream: {"step", "position", "again", "count"}
+Left = Sequence[tuple[Prompt, Answers]]  # groups that go on in the next step
 
-
-def _parts(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those under a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-@dataclass
-class _Step:
-    """The prompts of one step and what was drawn for them."""
-
-    number: int
-    position: int  # of the stream before its prompts
-    again: dict[str, tuple[int, int]]  # the same
-    count: int  # of items taken from it, over all ranks
-    prompts: list[Prompt]
-    sampling: SamplingParams
-    drawing: Drawing = field(init=False)
-    tail: Tail = field(default_factory=Tail)  # what it left for the next step, once it is drawn
+_DRAW_NOW, _END = 0, -1  # come before the steps, whose numbers begin with 1
 
 
 class RolloutQueue:
@@ -70,34 +61,43 @@ class RolloutQueue:
     ) -> None:
         """`sampling_of(step)`: how the step's answers are drawn, with a seed of its own. `decode`: the tokenizer's, for
         answers that a checkpoint kept."""
-        self._collector, self._prompts = collector, prompts
-        self._engine, self._sampling_of, self._decode = engine, sampling_of, decode
-        self._train, rollout = collector.config.train, collector.config.rollout
-        self._lag, self._most_behind = rollout.max_policy_lag, rollout.most_updates_behind
-        self._interrupts = rollout.interrupt
-        self._turns = Turns(engine, is_threaded=self._lag > 0, interrupts=rollout.interrupt)
-        self._over_provision = OverProvision(collector)
-        self._steps: list[_Step] = []  # in the order of their numbers
-        self._taken: _Step | None = None  # the one before them, if it left something
+        self._engine, self._collector, self._prompts = engine, collector, prompts
+        self._sampling_of, self._decode, self._world = sampling_of, decode, collector.world
+        self._train, self._rollout = collector.config.train, collector.config.rollout
+        share = self._rollout.over_provision * self._train.prompts_per_step
+        self._num_left = math.ceil(share / self._world.world_size)  # E
+        self._turns = Turns(engine)
+        self._steps: list[tuple[Record, Drawing]] = []  # that were not taken yet, in their order
+        self._taken: tuple[Record, Left] | None = None  # the one before them, if it may have left something
+        self._left: Left | None = None  # of the newest step of all; None before the first
+        self._last_begun = 0
+        self._waiting: PriorityQueue[tuple[int, Drawing | None]] = PriorityQueue()
+        self._thread = threading.Thread(target=self._serve, name="draw-answers", daemon=True)
+        self._is_threaded = self._rollout.max_policy_lag > 0
         self._metrics: dict[str, float] = {}
+        if self._is_threaded:
+            self._thread.start()
 
     def fill(self, step: int) -> None:
         """Take the prompts of all steps up to `step` + lag, but none beyond the last, and begin to answer them."""
-        last = min(step + self._lag, self._train.num_steps)
-        for number in range(self._steps[-1].number + 1 if self._steps else step, last + 1):
-            has_tail = bool(self._steps) or self._taken is not None
-            self._begin(number, self._over_provision.num_begun(number, has_tail=has_tail), calls=())
+        last = min(step + self._rollout.max_policy_lag, self._train.num_steps)
+        extra = self._num_left * self._world.world_size
+        for number in range(self._steps[-1][0]["step"] + 1 if self._steps else step, last + 1):
+            more = extra * ((self._left is None) - (number >= self._train.num_steps))
+            self._add(number, self._train.prompts_per_step + more)
+        self._begin(last)
 
     def take(self, step: int) -> list[RolloutGroup]:
         """This rank's groups of one step, once they are there. Those without a score are left out, and their prompts
         come again. Raises what drawing them raised, and RewardsFailedError."""
-        assert self._steps and self._steps[0].number == step, "fill(step) first; steps are taken in order"
-        taken = self._steps.pop(0)
-        drawn = taken.drawing.result()
-        self._taken = taken if self._over_provision.num_extra and step < self._train.num_steps else None
-        groups = self._collector.complete(drawn, taken.sampling, self._prompts.next, self._draw_now)
+        assert self._steps and self._steps[0][0]["step"] == step, "fill(step) first; steps are taken in order"
+        record, drawing = self._steps.pop(0)
+        drawn = self._result(drawing)
+        may_leave = self._num_left > 0 and step < self._train.num_steps
+        self._taken = (record, drawing.left) if may_leave else None
+        groups = self._collector.complete(drawn, drawing.sampling, self._prompts.next, self._draw_now)
         self._prompts.put_back(self._collector.failed_ids)
-        self._measure(groups, taken.drawing.duration_s)
+        self._measure(groups, drawing.duration_s)
         return groups
 
     @contextmanager
@@ -107,9 +107,9 @@ class RolloutQueue:
         Without `rollout.interrupt` the answers of the next step are waited for, too: the caller needs them next, and
         drawn by the old weights in any case they make a run with lag 1 the same each time.
         """
-        if self._steps and not self._interrupts:
-            self._steps[0].drawing.wait()
-        with self._turns.paused():
+        if self._is_threaded and self._steps and not self._rollout.interrupt:
+            wait([self._steps[0][1].done])
+        with self._turns.paused(interrupt=self._rollout.interrupt):
             yield
 
     def metrics(self) -> dict[str, float]:
@@ -121,90 +121,95 @@ class RolloutQueue:
     def close(self) -> None:
         """End the thread; what is being drawn is cut short."""
         self._turns.close()
+        if self._is_threaded:
+            self._waiting.put((_END, None))
+            self._thread.join()
 
     def pending(self) -> dict[str, Any]:
         """What a checkpoint must keep: {"pending": steps that wait in the queue, before them the one that left
         something for them, "answers": this rank's tensors, its answers as far as they are drawn, "again" of the
         stream, "failed_steps" of the collector}. All but the answers are the same on all ranks. A collective."""
-        steps: list[dict[str, Any]] = []
-        answers: dict[str, Tensor] = {}
-        for step in [*([self._taken] if self._taken else []), *self._steps]:
-            where = {"step": step.number, "position": step.position, "again": dict(step.again), "count": step.count}
-            steps.append(where)
+        steps, answers = [record for record, _ in self._steps], dict[str, Tensor]()
+        for record, drawing in self._steps:
+            answers |= as_tensors(record["step"], drawing.calls)
         if self._taken:
-            left = gather_all([prompt.example.id for prompt in self._taken.tail.prompts], self._collector.world)
-            steps[0] |= {"is_taken": True, "left": [name for names in left for name in names]}
-            tail = self._taken.tail.as_tensors()
-            answers |= {f"{self._taken.number}.{TAIL}.{name}": value for name, value in tail.items()}
-        for step in self._steps:
-            for index, call in enumerate(step.drawing.calls):
-                answers |= {f"{step.number}.{index}.{name}": value for name, value in call.as_tensors().items()}
+            record, left = self._taken
+            ids = gather_all([own.example_id for _, own in left], self._world)
+            steps.insert(0, {**record, "is_taken": True, "left": [name for of_rank in ids for name in of_rank]})
+            answers |= as_tensors(record["step"], [[own for _, own in left]])
         failures = {"again": dict(self._prompts.again), "failed_steps": dict(self._collector.failed_steps)}
         return {"pending": steps, "answers": answers, **failures}
 
     def restore(
         self,
-        steps: Sequence[Mapping[str, Any]],
+        steps: Sequence[Record],
         answers: Mapping[str, Tensor],
         again: Mapping[str, Sequence[int]],
         failed_steps: Mapping[str, int],
     ) -> None:
-        """Go on with what `pending` gave. A collective. Answers that are not there, do not fit the prompts because a
-        video cannot be read any more, or are older than the settings now allow, are drawn anew. So are groups that a
-        step left, on another number of ranks, where each had other prompts: they come again next."""
-        position, now = self._prompts.position, self._engine.policy_version
+        """Go on with what `pending` gave. A collective. Answers that are not there, do not fit because a video cannot
+        be read any more, or are older than the settings now allow, are drawn anew. So are groups that a step left, on
+        another number of ranks, where each had other prompts: they come again next."""
+        position, oldest = self._prompts.position, self._engine.policy_version - self._rollout.most_updates_behind
         self._collector.failed_steps = dict(failed_steps)
         lost: set[str] = set()
-        first = next((step["step"] for step in steps if not step.get("is_taken")), 0)
-        for step in steps:
-            self._prompts.restore(step["position"], step.get("again", {}))
-            if step.get("is_taken"):
-                kept = self._restore_tail(step, _parts(answers, f"{step['step']}.{TAIL}."))
-                lost = set(step.get("left", ())).difference(*gather_all(kept, self._collector.world))
+        first = next((record["step"] for record in steps if not record.get("is_taken")), 0)
+        for record in steps:
+            number, is_taken = record["step"], record.get("is_taken", False)
+            self._prompts.restore(record["position"], record.get("again", {}))
+            ahead = 0 if is_taken else number - first  # step k from now is learned from after k updates
+            calls = of_tensors(number, answers, self._decode, oldest + ahead)
+            if not is_taken:
+                self._add(number, record["count"], calls)
                 continue
-            calls: list[Call] = []
-            while parts := _parts(answers, f"{step['step']}.{len(calls)}."):
-                calls.append(Call.of_tensors(parts, self._decode))
-            oldest = now + step["step"] - first - self._most_behind  # step k from now is learned from after k updates
-            self._begin(step["step"], step["count"], calls if all(call.is_since(oldest) for call in calls) else ())
+            if calls:
+                prompts = self._prompts.next(record["count"])
+                pairs = zip(prompts, matched(prompts, calls[0]), strict=True)
+                self._left = [(prompt, own) for prompt, own in pairs if own]
+                self._taken = (record, self._left)
+            kept = gather_all([own.example_id for _, own in self._left or ()], self._world)
+            lost = set(record["left"]).difference(*kept)
         self._prompts.restore(position, {**again, **dict.fromkeys(sorted(lost), (0, position))})
+        self._begin(first + self._rollout.max_policy_lag)
 
-    def _restore_tail(self, step: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-        """What the step that was learned from last left for the next one: the ids of these prompts."""
-        if not tensors:
-            return []
-        self._taken = taken = self._next_step(step["step"], step["count"])
-        tail = Tail.of_tensors(tensors, taken.prompts, self._decode)
-        if not tail.call.is_since(self._engine.policy_version - self._most_behind):
-            tail = replace(tail, call=Call([], []))
-        taken.tail = self._over_provision.tail = tail
-        return [prompt.example.id for prompt in tail.prompts]
-
-    def _next_step(self, number: int, count: int) -> _Step:
-        """With the next `count` prompts of the stream; not begun."""
+    def _add(self, number: int, count: int, calls: Sequence[list[Answers]] = ()) -> None:
+        """A step with the next `count` prompts of the stream; not begun."""
         position, again = self._prompts.position, dict(self._prompts.again)
-        return _Step(number, position, again, count, self._prompts.next(count), self._sampling_of(number))
+        record = {"step": number, "position": position, "again": again, "count": count}
+        num_left = self._num_left if number < self._train.num_steps else 0
+        carried = () if self._left is None else self._left  # filled once that step is drawn
+        drawing = Drawing(self._turns, self._prompts.next(count), self._sampling_of(number), carried, num_left)
+        drawing.calls.extend(calls)
+        self._left = drawing.left
+        self._steps.append((record, drawing))
 
-    def _begin(self, number: int, count: int, calls: Sequence[Call]) -> None:
-        step = self._next_step(number, count)
+    def _begin(self, last: int) -> None:
+        """Steps up to `last`, where a thread draws."""
+        for record, drawing in self._steps:
+            if self._is_threaded and self._last_begun < record["step"] <= last:
+                self._waiting.put((record["step"], drawing))
+                self._last_begun = record["step"]
 
-        def work(drawing: Drawing) -> Drawn:
-            drawn = self._over_provision.draw(number, step.prompts, step.sampling, drawing)
-            step.tail = self._over_provision.tail
-            return drawn
+    def _serve(self) -> None:
+        while (drawing := self._waiting.get()[1]) is not None:
+            drawing.run(self._collector)
 
-        step.drawing = self._turns.begin(number, work, calls)
-        self._steps.append(step)
+    def _result(self, drawing: Drawing) -> Scored:
+        if not self._is_threaded:
+            drawing.run(self._collector)
+        return drawing.done.result()
 
-    def _draw_now(self, prompts: list[Prompt], sampling: SamplingParams) -> Drawn:
+    def _draw_now(self, prompts: list[Prompt], sampling: SamplingParams) -> Scored:
         """Before what waits, but after what is being drawn."""
-        return self._turns.begin(0, lambda engine: self._collector.draw(engine, prompts, sampling), ()).result()
+        drawing = Drawing(self._turns, prompts, sampling)
+        if self._is_threaded:
+            self._waiting.put((_DRAW_NOW, drawing))
+        return self._result(drawing)
 
     def _measure(self, groups: Sequence[RolloutGroup], draw_s: float) -> None:
         """Raises RuntimeError when a group is older than the lag allows, which would be an error of this module."""
-        world = self._collector.world
+        world, most = self._world, self._rollout.most_updates_behind
         self._metrics = all_reduce_sum(self._engine.metrics(), world)
-        most = self._collector.config.rollout.most_updates_behind
         if most == 0:
             return
         lags = [self._engine.policy_version - group.policy_version for group in groups]

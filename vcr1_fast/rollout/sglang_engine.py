@@ -26,7 +26,6 @@ from vcr1_fast.rollout.sampling import check_sampling
 from vcr1_fast.rollout.sgl import penalty
 from vcr1_fast.rollout.sgl.memory import BOUNDED_SHARE, memory_args
 from vcr1_fast.rollout.sgl.messages import Message
-from vcr1_fast.rollout.sgl.pixels import pack
 from vcr1_fast.rollout.sgl.process import prepare_model_folder
 from vcr1_fast.rollout.sgl.round import Answers, Round
 from vcr1_fast.rollout.sgl.update import CHECK_LOADER, FORGET_LOADER
@@ -221,9 +220,7 @@ class SGLangEngine:
             tensors["embeddings_MD"] = _joined(embeddings)
         elif prompt.media:
             tensors["values_PC"] = _joined([shown.values_PC for shown in prompt.media])
-        # to another machine pixels go as bytes, where that is exact
-        is_far = self.config.placement == "disaggregated"
-        return fields, pack(tensors) if is_far else tensors
+        return fields, tensors
 
     def _completions(self, message: Message, request: Request, sampling: SamplingParams) -> list[Completion]:
         """Raises RuntimeError for an answer that is not what was asked for."""

@@ -90,7 +90,7 @@ class Captioning:
 
         format: the tags, and (fixed) a caption between them. An answer without a caption gets 0 and is not judged.
         Where the judge gives no verdict: judge.on_failure "zero" makes the judged part of all answers to that example
-        0; "drop" raises JudgeUnavailableError, and rollout.collect leaves the group out. Verdicts that did come are
+        0; "drop" raises JudgeUnavailableError, and scoring.py leaves the group out. Verdicts that did come are
         cached, so the other groups are not asked again.
         """
         check_counts(len(examples), len(answers))

@@ -1,6 +1,6 @@
 """Reward parts -> what the reward is summed from: non-linear shaping of a part, and a part for the length of an answer.
 
-Called by rollout/collect.py, which knows the lengths, and by temporal_grounding.py, which knows the intervals. Logs
+Called by scoring.py, which knows the lengths, and by temporal_grounding.py, which knows the intervals. Logs
 keep the parts as the tasks gave them, so that runs with and without shaping can be compared; only the reward is made of
 shaped ones.
 """

@@ -40,7 +40,6 @@ from vcr1_fast.rollout.sgl.features import SharedFeatures
 from vcr1_fast.rollout.sgl.libraries import Libraries
 from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.penalty import request_arguments
-from vcr1_fast.rollout.sgl.pixels import unpack
 from vcr1_fast.rollout.sgl.update import Updater, engine_arguments
 from vcr1_fast.rollout.sgl.video import (
     check_request,
@@ -221,9 +220,9 @@ class Worker:
         }
         return reply, {"token_ids": torch.cat([r[0] for r in rows]), "logprobs": torch.cat([r[1] for r in rows])}
 
-    def _prepared(self, message: Message) -> tuple[dict[str, Tensor], list[SharedFeatures], dict[str, Any]]:
+    def _prepared(self, message: Message) -> tuple[Mapping[str, Tensor], list[SharedFeatures], dict[str, Any]]:
         """The request's tensors, the features that are handed on by reference, and SGLang's form of what it shows."""
-        fields, tensors = message.fields, unpack(message.tensors)
+        fields, tensors = message.fields, message.tensors
         check_request(fields, tensors, self._limits)
         rows = features_by_kind(fields["media"], tensors)
         features = {kind: SharedFeatures.share(of_kind) for kind, of_kind in rows.items()}
