@@ -235,8 +235,7 @@ def fused_linear_logprob(
         logits_dtype: of the logits for bfloat16 inputs. float32 keeps log-probs within 1e-4; bfloat16 saves a third of
             the chunk's memory and puts 0.02 to 0.13 nats of noise on each log-prob.
         chunk_rows: rows whose logits exist at a time; None makes equal chunks (`head_chunks.auto_chunk_rows`).
-        suppressed_ids: of the vocabulary, that are never drawn: their logits count as `SUPPRESSED_LOGIT`, which makes
-            their probability 0 and gives them no gradient. A target among them has a log-prob of about that logit.
+        suppressed_ids: that are never drawn: their logits count as `SUPPRESSED_LOGIT`, so that their probability is 0.
 
     Returns: (logprob [N], entropy [N]) float32, or float64 for float64 inputs. Entropy in nats.
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+from vcr1_kernels import patchify
 
 from tests.learner.conftest import random_group
 from vcr1_fast.types import Completion, RolloutGroup
@@ -13,12 +14,14 @@ RANK_OF = {0: 1, 1: 0, 2: 1, 3: 1, 4: 0}  # 5 is not run
 
 
 def example_groups() -> list[RolloutGroup]:
-    """Pixels in float32 and bfloat16, a frozen tower's embeddings, none at all, and NaN."""
+    """Random pixels, pixels of frames in float32 and bfloat16, a frozen tower's embeddings, none at all, and NaN."""
     groups = [random_group(seed, (5, 0, 3 + seed)) for seed in range(6)]
     generator = torch.Generator().manual_seed(7)
+    frames = torch.randint(0, 256, (6, 56, 112, 3), generator=generator, dtype=torch.uint8)
     no_values = torch.empty(0, 1176, dtype=torch.bfloat16)
     embeddings_MD = torch.randn(24, 32, generator=generator).to(torch.bfloat16)
-    groups[2] = _with_patches(groups[2], values_PC=groups[2].prompt.media[0].values_PC.bfloat16())
+    groups[1] = _with_patches(groups[1], values_PC=patchify(frames, torch.float32))
+    groups[2] = _with_patches(groups[2], values_PC=patchify(frames, torch.bfloat16))
     groups[3] = _with_patches(groups[3], values_PC=no_values, embeddings_MD=embeddings_MD)
     truth = Completion(torch.tensor([3, 4, 1]), torch.full((3,), torch.nan), "stop", "an answer")
     groups[4] = dataclasses.replace(

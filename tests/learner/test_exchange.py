@@ -22,6 +22,14 @@ def test_a_group_comes_back_from_bytes_bit_for_bit(index):
     assert_same(from_bytes(to_bytes(group), torch.device("cpu")), group)
 
 
+def test_pixels_of_frames_are_one_byte_each():
+    num_values = 96 * 1176
+    sizes = [to_bytes(group).numel() for group in example_groups()[:3]]
+    assert sizes[0] > 4 * num_values  # random numbers are sent as float32
+    rest = 3 * 256 * 4 + 3000  # the values of the bytes; ids, positions, log-probs and the pickle
+    assert num_values < sizes[1] < num_values + rest and num_values < sizes[2] < num_values + rest
+
+
 def test_views_of_larger_tensors_send_only_what_they_show():
     group = example_groups()[0]
     ids_R = torch.arange(1_000_000)[5:8]

@@ -56,7 +56,7 @@ def test_engine_and_learner_take_the_same_values() -> None:
 
 
 def test_sglang_is_sent_the_very_tensors_and_handed_their_bits() -> None:
-    """In shared memory and, as between nodes, in the message."""
+    """In shared memory and, as between nodes, as bytes. What SGLang makes of it is for the tests with the real one."""
     prompt = _prompt()
     engine = SGLangEngine.__new__(SGLangEngine)  # without its workers: what is asked here needs none
     engine._stop_ids, engine._suppressed_ids = (2,), (7,)
@@ -68,10 +68,13 @@ def test_sglang_is_sent_the_very_tensors_and_handed_their_bits() -> None:
     assert tensors["token_ids_L"] is prompt.token_ids_L and tensors["position_ids_3L"] is prompt.position_ids_3L
     grid = prompt.media[0].grid_thw
     assert fields["media"] == [{"kind": "video", "grid_thw": grid, "second_per_grid_s": 1.0}]
-    for by_reference in (True, False):
-        frames, lent = encode("generate", fields, tensors, by_reference=by_reference)
+    engine.config = SGLangConfig(placement="disaggregated", addresses=["10.0.0.2:29800"])
+    _, as_bytes = engine._request(1, Request(0, prompt, 2), SamplingParams(2, max_new_tokens=2))
+    assert as_bytes["bytes_PC"].dtype == torch.uint8
+    for sent, by_reference in ((tensors, True), (as_bytes, False)):
+        frames, lent = encode("generate", fields, sent, by_reference=by_reference)
         message = decode(frames)
-        received = message.tensors
+        received = pixel_bytes.unpack(message.tensors)
         [features] = features_by_kind(message.fields["media"], received).values()
         item = media_item("video", message.fields, received, features)
         assert torch.equal(item["pixel_values_videos"], prompt.media[0].values_PC)

@@ -1,7 +1,8 @@
 """Groups from the rank that drew them to the rank that trains on them: sizes to all ranks, bytes to where they are run.
 
 Everything goes over gloo, on the CPU. What arrives is what was sent, bit for bit, and lies on the same kind of device.
-Embeddings of a frozen tower go instead of pixels. Called by `learner/step.py`, on all ranks alike.
+Pixels go as bytes where that is exact (video/pixel_bytes.py), a quarter of float32; embeddings of a frozen tower go
+instead of pixels. Called by `learner/step.py`, on all ranks alike.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from vcr1_fast.learner.row_cost import GroupSize
 from vcr1_fast.learner.sharding import World, all_reduce_sum
 from vcr1_fast.types import RolloutGroup
+from vcr1_fast.video.pixel_bytes import pack, unpack
 
 _LENGTH_BYTES = 8
 
@@ -72,7 +74,7 @@ def to_bytes(group: RolloutGroup) -> Tensor:
     Pickle, because both ends are ranks of one run, as in torch's own object collectives.
     """
     file = io.BytesIO()
-    pickler = _GroupPickler(file)
+    pickler = _GroupPickler(file, [patches.values_PC for patches in group.prompt.media])
     pickler.dump(group)
     head = file.getvalue()
     length = len(head).to_bytes(_LENGTH_BYTES, "little")
@@ -89,18 +91,26 @@ def from_bytes(bytes_B: Tensor, device: torch.device) -> RolloutGroup:
 class _GroupPickler(pickle.Pickler):
     """Takes tensors out, wherever they are in the group; in their place the pickle says where their bytes are."""
 
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self, file: io.BytesIO, pixels: Sequence[Tensor]) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self.chunks: list[Tensor] = []
+        self._pixels = pixels
         self._num_bytes = 0
 
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, Tensor):
             return None
-        chunk = obj.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        parts = {"values_PC": obj}
+        if any(obj is values_PC for values_PC in self._pixels):
+            parts = pack(parts)
+        return obj.device.type != "cpu", {name: self._keep(part) for name, part in parts.items()}
+
+    def _keep(self, tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+        """dtype, shape, and the bytes from where to where."""
+        chunk = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self.chunks.append(chunk)
         start, self._num_bytes = self._num_bytes, self._num_bytes + chunk.numel()
-        return obj.device.type != "cpu", obj.dtype, tuple(obj.shape), start, self._num_bytes
+        return tensor.dtype, tuple(tensor.shape), start, self._num_bytes
 
 
 class _GroupUnpickler(pickle.Unpickler):
@@ -109,7 +119,10 @@ class _GroupUnpickler(pickle.Unpickler):
         self._body_B, self._device = body_B, device
 
     def persistent_load(self, pid: Any) -> Tensor:
-        is_on_gpu, dtype, shape, start, stop = pid
-        # a copy, so that what was received is freed, and numbers lie at multiples of their size
-        tensor = self._body_B[start:stop].clone().view(dtype).view(shape)
+        is_on_gpu, parts = pid
+        tensor = unpack({name: self._part(*part) for name, part in parts.items()})["values_PC"]
         return tensor.to(self._device) if is_on_gpu else tensor
+
+    def _part(self, dtype: torch.dtype, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """A copy, so that what was received is freed, and numbers lie at multiples of their size."""
+        return self._body_B[start:stop].clone().view(dtype).view(shape)

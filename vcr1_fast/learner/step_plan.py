@@ -23,7 +23,7 @@ from vcr1_fast.learner.packing import assign_rows
 from vcr1_fast.learner.row_cost import GroupSize, RowCost
 
 # A group that leaves its rank has to save this share of one rank's work, divided by the number of ranks: it keeps two
-# of them for a moment (a clip of 3,600 tokens is 34 MB in bfloat16), while the ranks exchange at the same time.
+# of them for a moment (a clip of 3,600 tokens is 17 MB as bytes), while the ranks exchange at the same time.
 MOVE_PRICE = 8e-3
 ROUNDING = 1e-9  # of costs in mean rows
 POWER_DOUBLINGS = 5  # the search takes the 32nd power mean of a place's rows for their maximum

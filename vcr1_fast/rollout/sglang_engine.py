@@ -33,6 +33,7 @@ from vcr1_fast.rollout.sgl.weights import checkpoint_weights
 from vcr1_fast.rollout.sgl.workers import Request, Workers
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Completion, FinishReason, Prompt, RunError, SamplingParams
+from vcr1_fast.video.pixel_bytes import pack
 
 CPU = torch.device("cpu")
 CPU_ARGS = {  # what runs without a GPU; on one, SGLang chooses
@@ -220,7 +221,9 @@ class SGLangEngine:
             tensors["embeddings_MD"] = _joined(embeddings)
         elif prompt.media:
             tensors["values_PC"] = _joined([shown.values_PC for shown in prompt.media])
-        return fields, tensors
+        # to another machine pixels go as bytes, where that is exact
+        is_far = self.config.placement == "disaggregated"
+        return fields, pack(tensors) if is_far else tensors
 
     def _completions(self, message: Message, request: Request, sampling: SamplingParams) -> list[Completion]:
         """Raises RuntimeError for an answer that is not what was asked for."""

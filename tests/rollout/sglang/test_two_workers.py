@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
+from vcr1_kernels import patchify
 
 from tests.conftest import ModelFactory
 from tests.rollout.sampled_policy import policy_of
@@ -32,6 +33,7 @@ from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Prompt, SamplingParams
+from vcr1_fast.video.pixel_bytes import pack
 
 KEY = b"k" * 32
 GROUP_SIZE = 3
@@ -123,15 +125,30 @@ def six(make_prompt: MakePrompt) -> list[Prompt]:
     ]
 
 
+@pytest.fixture
+def framed(make_prompt: MakePrompt) -> list[Prompt]:
+    """With patches of real frames, which travel as bytes."""
+    generator = torch.Generator().manual_seed(3)
+
+    def with_frames(prompt: Prompt) -> Prompt:
+        t, h, w = prompt.media[0].grid_thw
+        frames = torch.randint(0, 256, (2 * t, 14 * h, 14 * w, 3), dtype=torch.uint8, generator=generator)
+        return replace(prompt, media=(replace(prompt.media[0], values_PC=patchify(frames, torch.float32)),))
+
+    made = [with_frames(make_prompt((2, 4, 4), "when", 1.0, 1)), with_frames(make_prompt((5, 8, 4), "where", 0.7, 2))]
+    assert all("bytes_PC" in pack({"values_PC": prompt.media[0].values_PC}) for prompt in made)
+    return made
+
+
 @pytest.mark.slow
-def test_over_tcp_they_answer_as_a_child_does(pair, random_engine, make_tiny_model, prompts):
+def test_over_tcp_they_answer_as_a_child_does(pair, random_engine, make_tiny_model, framed):
     """Also the weights come over TCP alone, without a group."""
     weights = make_tiny_model(seed=6).state_dict()
     random_engine.load_weights(weights.items(), 50)
     with delivering(pair.engine, "shared_memory"):
         pair.engine.load_weights(weights.items(), 50)
-        remote = pair.engine.generate(prompts, GREEDY)
-    for mine, theirs in zip(random_engine.generate(prompts, GREEDY), remote, strict=True):
+        remote = pair.engine.generate(framed, GREEDY)
+    for mine, theirs in zip(random_engine.generate(framed, GREEDY), remote, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             assert a.token_ids_R.tolist() == b.token_ids_R.tolist()
             # the same engine, weights and pixels; only what is batched together may differ

@@ -48,6 +48,7 @@ from vcr1_fast.rollout.sgl.video import (
     media_item,
     sampling_params,
 )
+from vcr1_fast.video.pixel_bytes import unpack
 
 END_LIMIT_S = 30.0
 CUT_POLL_S = 0.1
@@ -220,9 +221,9 @@ class Worker:
         }
         return reply, {"token_ids": torch.cat([r[0] for r in rows]), "logprobs": torch.cat([r[1] for r in rows])}
 
-    def _prepared(self, message: Message) -> tuple[Mapping[str, Tensor], list[SharedFeatures], dict[str, Any]]:
+    def _prepared(self, message: Message) -> tuple[dict[str, Tensor], list[SharedFeatures], dict[str, Any]]:
         """The request's tensors, the features that are handed on by reference, and SGLang's form of what it shows."""
-        fields, tensors = message.fields, message.tensors
+        fields, tensors = message.fields, unpack(message.tensors)
         check_request(fields, tensors, self._limits)
         rows = features_by_kind(fields["media"], tensors)
         features = {kind: SharedFeatures.share(of_kind) for kind, of_kind in rows.items()}
