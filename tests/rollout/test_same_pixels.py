@@ -19,6 +19,7 @@ from vcr1_fast.settings.config import AlgorithmConfig, ModelConfig, TaskConfig
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Completion, Example, Frames, IntervalTruth, Prompt, RolloutGroup, SamplingParams
+from vcr1_fast.video import pixel_bytes
 from vcr1_fast.video.patches import to_patches
 
 CPU = torch.device("cpu")
