@@ -39,72 +39,64 @@ POLL_S = 0.25
 SILENCE_S = 60.0  # a worker that shows no life for so long hangs as a whole; loading a library may hold it up, too
 
 
-class Station(threading.Thread):
+class Station:
     """One address and the workers behind it, one after the other."""
 
-    def __init__(self, address: Address, child: Child, config: SGLangConfig, stopping: threading.Event) -> None:
-        """`stopping`: set when all is to end."""
-        super().__init__(daemon=True)
+    def __init__(self, address: Address, child: Child, config: SGLangConfig) -> None:
         self.address, self.child = address, child
         self.facts: Mapping[str, str] = {}  # what the worker says of itself: sglang, torch, gpu
-        self.failure = ""  # why this station gave up
         self.num_workers = 0  # that were ready for a trainer, so far
-        self._config, self._stopping = config, stopping
+        self._config = config
+        self._start_at_s, self._start_by_s = (
+            0.0,
+            0.0,
+        )  # of the next worker; of this one, 0: there is none
+        self._trainer: str | None = None  # None: the worker is not ready
         self._num_failures = 0
 
-    def run(self) -> None:
-        try:
-            while not self._stopping.is_set():
-                self._serve_one()
-        except Exception as error:
-            self.failure = str(error) if isinstance(error, RunError | OSError) else f"{type(error).__name__}: {error}"
-        finally:
-            self.child.kill()
-
-    def _serve_one(self) -> None:
-        """A worker's life: until it ends, hangs or does not get ready, or serve ends."""
-        self.child.start()
-        deadline, is_ready, trainer, why = time.monotonic() + self._config.start_timeout_s, False, "", ""
-        while not self._stopping.is_set() and self.child.exit_code is None and not why:
-            status, silence_s = self.child.status()
-            if status and not is_ready:
-                self.facts, self._num_failures, is_ready = status, 0, True
-                self.num_workers += 1
-            if not is_ready and time.monotonic() > deadline:
-                break
-            if silence_s > SILENCE_S:
-                why = f"the worker has shown no life for {SILENCE_S:g} s, and is ended"
-            if status.get("trainer", trainer) != trainer:
-                trainer = status["trainer"]
-                self._say(f"trainer {trainer} has connected")
-            self._stopping.wait(POLL_S)
-        if self._stopping.is_set():
+    def poll(self) -> None:
+        """Look after the worker: start one, say who is served, end one that hangs. Raises RunError when none starts."""
+        now_s = time.monotonic()
+        if not self._start_by_s:
+            if now_s >= self._start_at_s:
+                self.child.start()
+                self._start_by_s, self._trainer = now_s + self._config.start_timeout_s, None
             return
+        status, silence_s = self.child.status()
+        if status and self._trainer is None:
+            self.facts, self._num_failures, self._trainer = status, 0, ""
+            self.num_workers += 1
+        if status.get("trainer", "") != (self._trainer or ""):
+            self._trainer = status["trainer"]
+            self._say(f"trainer {self._trainer} has connected")
+        is_ready, is_silent = self._trainer is not None, silence_s > SILENCE_S
+        if self.child.exit_code is None and not is_silent and (is_ready or now_s < self._start_by_s):
+            return
+        self._start_by_s = 0.0
         if is_ready:
-            self._say(f"{why or f'the worker has ended, its trainer was {trainer or None}'}; a fresh worker starts")
+            why = f"has shown no life for {SILENCE_S:g} s, and is ended" if is_silent else "has ended"
+            self._say(f"the worker {why}, its trainer was {self._trainer or 'none'}; a fresh worker starts")
         else:
             self._note_failure()
 
     def _note_failure(self) -> None:
-        """The next one may start, if there may be one. Raises RunError."""
         if self.child.exit_code == NO_SGLANG:  # the next one would say the same
             raise RunError(self.child.printed().rstrip().rpartition("\n")[2])
-        words = self.child.last_words()
         self._num_failures += 1
         if self._num_failures > self._config.max_restarts:
             raise RunError(
                 f"the worker for {show(self.address)} failed to start {self._num_failures} times in a row "
-                f"(rollout.sglang.max_restarts is {self._config.max_restarts}){words}"
+                f"(rollout.sglang.max_restarts is {self._config.max_restarts}){self.child.last_words()}"
             )
         self._say(f"the worker did not start; once more. Its log: {self.child.log}")
-        self._stopping.wait(self._config.pause_s(self._num_failures))
+        self._start_at_s = time.monotonic() + self._config.pause_s(self._num_failures)
 
     def _say(self, what: str) -> None:
         say(f"{time.strftime('%H:%M:%S')} {show(self.address)}: {what}")
 
 
 class Server:
-    """The stations of one node. `close` ends all."""
+    """The stations of one node, and a thread that looks after them. `close` ends all."""
 
     def __init__(
         self,
@@ -122,6 +114,7 @@ class Server:
         """
         self.stations: list[Station] = []
         self._stopping = threading.Event()
+        self._thread, self._failure = threading.Thread(target=self._run, daemon=True), ""
         addresses = _free_addresses(bind, len(gpus))
         self._folder = Path(tempfile.mkdtemp(prefix="vcr1-serve-"))
         try:
@@ -133,7 +126,7 @@ class Server:
                 folder, log = self._folder / f"worker-{index}", logs / f"worker-{index}.log"
                 folder.mkdir()
                 child = Child(config.python or sys.executable, folder, log, f"tcp://{show(address)}", key, own)
-                self.stations.append(Station(address, child, config, self._stopping))
+                self.stations.append(Station(address, child, config))
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
@@ -141,8 +134,7 @@ class Server:
     def start(self, timeout_s: float) -> None:
         """All workers; waits until each waits for a trainer. Raises RunError, with the end of its log, if one does
         not."""
-        for station in self.stations:
-            station.start()
+        self._thread.start()
         deadline = time.monotonic() + timeout_s
         while not all(station.num_workers for station in self.stations):
             self.check()
@@ -151,18 +143,27 @@ class Server:
             time.sleep(0.05)
 
     def check(self) -> None:
-        """Raises RunError when a station gave up."""
-        for station in self.stations:
-            if station.failure:
-                raise RunError(station.failure)
+        """Raises RunError when no worker starts at one of the stations."""
+        if self._failure:
+            raise RunError(self._failure)
 
     def close(self) -> None:
         """End all workers, and wait for that."""
         self._stopping.set()
-        for station in self.stations:
-            if station.ident is not None:  # it was started
-                station.join()
+        if self._thread.ident is not None:  # it was started
+            self._thread.join()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.wait(POLL_S):
+                for station in self.stations:
+                    station.poll()
+        except Exception as error:
+            self._failure = str(error) if isinstance(error, RunError | OSError) else f"{type(error).__name__}: {error}"
+        finally:
+            for station in self.stations:
+                station.child.kill()
 
 
 def serve(config: Config, bind: str = "", logs: str = "", num_workers: int | None = None) -> None:
