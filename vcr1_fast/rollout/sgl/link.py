@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vcr1_fast.rollout.sgl.channel import VERSION, Channel, KeyRefusedError, connect
-from vcr1_fast.rollout.sgl.libraries import Libraries
+from vcr1_fast.rollout.sgl.group import Libraries
 from vcr1_fast.rollout.sgl.messages import Message, SharedBytes
 from vcr1_fast.rollout.sgl.process import STOP_WAIT_S, Child
 

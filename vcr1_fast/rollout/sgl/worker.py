@@ -38,7 +38,7 @@ from torch import Tensor
 from vcr1_fast.rollout.sgl.channel import KEY_VARIABLE, NO_SGLANG
 from vcr1_fast.rollout.sgl.door import Door
 from vcr1_fast.rollout.sgl.features import SharedFeatures
-from vcr1_fast.rollout.sgl.libraries import Libraries
+from vcr1_fast.rollout.sgl.group import Libraries
 from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.penalty import request_arguments
 from vcr1_fast.rollout.sgl.pixels import unpack

@@ -18,6 +18,7 @@ from vcr1_fast.rollout.addresses import read_addresses, show
 from vcr1_fast.rollout.rollout_key import KEY_BYTES, read_key
 from vcr1_fast.rollout.sgl.delivery import make_delivery
 from vcr1_fast.rollout.sgl.feed import Feed
+from vcr1_fast.rollout.sgl.host_copy import HostCopy
 from vcr1_fast.rollout.sgl.link import WorkerGoneError, WorkerLink
 from vcr1_fast.rollout.sgl.process import Child
 from vcr1_fast.rollout.sgl.weights import WeightTable
@@ -92,6 +93,11 @@ class Workers:
         return self._table.is_whole
 
     @property
+    def host_copy(self) -> HostCopy:
+        """Of the weights; ranks that push together share it (run/weight_sync.py)."""
+        return self._delivery.copy
+
+    @property
     def is_released(self) -> bool:
         """Whether memory is lent to the learner."""
         return any(seat.is_released for seat in self.seats)
@@ -112,9 +118,13 @@ class Workers:
                 self._resume(feed, ["cuda_graph", "kv_cache"])
             for index, reason in feed.lost.items():
                 self._failures_in_a_row = 0  # of this load; several workers may be lost at once
-                self.revive(self.seats[index], reason)
+                if self.host_copy.awaits_others:  # it is found when it is used next
+                    print(f"SGLang worker {self.seats[index].worker.name} is lost: it {reason}", file=sys.stderr)
+                else:
+                    self.revive(self.seats[index], reason)
         except BaseException:
             self.policy_version = previous
+            self._table.forget()  # its last bucket may have failed, when every weight had come
             raise
         for seat in self.seats:
             seat.is_released = False
@@ -181,7 +191,7 @@ class Workers:
 
     def _replace_ended(self) -> None:
         """Start again what died while it had nothing to do: found out by a broadcast, it would cost all the others."""
-        if self._table.is_whole:  # else there is nothing to feed them with, and the load finds them
+        if self._table.is_whole and not self.host_copy.awaits_others:  # else the load finds them: nothing to feed them
             for seat in self.seats:
                 if seat.worker.has_ended:
                     self._failures_in_a_row = 0
