@@ -77,7 +77,7 @@ class Rank:
         assert self.worker.owners == set(gather_all(os.getpid(), self.world))
 
     def num_kept_bytes(self) -> int:
-        return sum(memory.bytes_B.numel() for memory in self.copy._memories if memory is not None)
+        return sum(memory.bytes_B.numel() for _, memory in self.copy._buckets if memory)
 
 
 def run(world: World, way: str) -> None:

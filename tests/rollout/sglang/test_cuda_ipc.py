@@ -17,7 +17,7 @@ from vcr1_fast.rollout.sgl.delivery import CudaIpc, has_handles
 from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.host_copy import HostCopy
 from vcr1_fast.rollout.sgl.messages import Message
-from vcr1_fast.rollout.sgl.update import rebuild_arguments
+from vcr1_fast.rollout.sgl.update import CudaHandle
 from vcr1_fast.rollout.sgl.weights import WeightTable
 from vcr1_fast.rollout.sgl.workers import Seat
 
@@ -33,7 +33,7 @@ def test_a_handle_is_opened_with_torchs_own_arguments(monkeypatch):
     monkeypatch.setattr(reductions, "reduce_tensor", lambda _: (reductions.rebuild_cuda_tensor, tuple(given.values())))
     handle = CudaIpc(1, torch.float32, HostCopy()).share(torch.zeros(100, dtype=torch.uint8))
     assert json.loads(json.dumps(handle)) == handle  # as it travels
-    bound = inspect.signature(reductions.rebuild_cuda_tensor).bind(*rebuild_arguments(handle)).arguments
+    bound = inspect.signature(reductions.rebuild_cuda_tensor).bind(*CudaHandle(handle).arguments).arguments
     wanted = given | {
         "tensor_cls": torch.Tensor,
         "tensor_size": torch.Size([100]),
@@ -50,7 +50,7 @@ def open_buckets(connection: Connection) -> None:
     torch.cuda.init()
     by_uuid = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
     while (fields := connection.recv()) is not None:
-        arguments = list(rebuild_arguments(fields["handle"]))
+        arguments = list(CudaHandle(fields["handle"]).arguments)
         arguments[6] = by_uuid[arguments[6]]
         flat_B = reductions.rebuild_cuda_tensor(*arguments)
         parts = [(flat_B[e["start"] : e["stop"]], getattr(torch, e["dtype"])) for e in fields["entries"]]

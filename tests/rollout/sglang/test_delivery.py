@@ -16,7 +16,7 @@ from vcr1_fast.rollout.sgl import workers as sglang_workers
 from vcr1_fast.rollout.sgl.check import checksum
 from vcr1_fast.rollout.sgl.delivery import Broadcast, CudaIpc, Delivery, has_handles, make_delivery, own_address, way_of
 from vcr1_fast.rollout.sgl.feed import Feed
-from vcr1_fast.rollout.sgl.group import Libraries, check_nccl
+from vcr1_fast.rollout.sgl.group import Libraries
 from vcr1_fast.rollout.sgl.host_copy import HostCopy
 from vcr1_fast.rollout.sgl.link import WorkerGoneError
 from vcr1_fast.rollout.sgl.messages import Message
@@ -298,7 +298,7 @@ def test_a_broadcast_needs_one_nccl(start, monkeypatch):
     said = r"worker-0 has NCCL 2\.28\.9 \(torch 2\.11\.0\+cu129\) .* 2\.30\.7 .*`pip install torch==2\.11\.0`"
     with pytest.raises(ConfigError, match=said):
         learner.push(weights(1), feed, [seat])
-    check_nccl(ours, replace(theirs, nccl="2.30.7"), "w")
+    ours.require_nccl_of(replace(theirs, nccl="2.30.7"), "w")
     assert ours.pip_line(replace(ours, nccl="2.29.7")) == "pip install nvidia-nccl-cu13==2.29.7"
 
 

@@ -3,13 +3,11 @@
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from tests.tiny_policy import REPOSITORY
 from vcr1_fast.rollout.sgl.host_copy import HostCopy
 from vcr1_fast.rollout.sgl.weights import in_buckets
-from vcr1_fast.types import RunError
 
 
 def test_two_ranks_keep_one_set_of_weights_and_feed_workers_of_either():
@@ -27,16 +25,3 @@ def test_ranks_of_two_machines_keep_a_copy_each():
     copy.end([("another machine", {"a": (0, 0, 0)}), copy.told()])
     assert [slot.name for bucket in copy.all() for slot in bucket.slots] == ["a", "b"]
     assert all(bool((slot.of(bucket.filled) == 1).all()) for bucket in copy.all() for slot in bucket.slots)
-
-
-def test_what_a_rank_that_is_gone_kept_ends_the_run_in_words():
-    copy = HostCopy()
-    machine, _ = copy.told()
-    copy.begin([(machine, {}), (machine, {})], rank=1)
-    for bucket, _ in in_buckets([("a", torch.ones(3))], 1, torch.float32):
-        copy.keep(bucket)
-    with pytest.raises(RunError, match="failed on another rank"):
-        copy.all()
-    copy.end([(machine, {"a": (2**22, 3, 5)}), (machine, {})])  # no process has that number
-    with pytest.raises(RunError, match=r"process 4194304 .* resume the run from its last checkpoint"):
-        copy.all()

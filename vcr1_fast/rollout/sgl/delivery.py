@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import base64
 import os
-import secrets
 import socket
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from torch.multiprocessing import reductions
 
 from vcr1_fast.rollout.addresses import Address, read_addresses
 from vcr1_fast.rollout.sgl.feed import Feed
-from vcr1_fast.rollout.sgl.group import Libraries, UpdateGroup, check_nccl
+from vcr1_fast.rollout.sgl.group import Libraries, UpdateGroup
 from vcr1_fast.rollout.sgl.host_copy import HostCopy
 from vcr1_fast.rollout.sgl.weights import Bucket, Weights, in_buckets
 from vcr1_fast.settings.error import require
@@ -62,7 +61,7 @@ class Delivery:
         """Bring every weight to a worker that was started again. Raises RunError as `HostCopy.all`."""
         buckets = self.copy.all()
         for index, bucket in enumerate(buckets):
-            _begin_bytes(bucket, feed, is_last=index == len(buckets) - 1)
+            Delivery._begin(self, bucket, feed, is_last=index == len(buckets) - 1)
             feed.finish()
 
     def close(self) -> None:
@@ -76,12 +75,8 @@ class Delivery:
         self.copy.finish()
 
     def _begin(self, bucket: Bucket, feed: Feed, *, is_last: bool) -> None:
-        _begin_bytes(bucket, feed, is_last=is_last)
-
-
-def _begin_bytes(bucket: Bucket, feed: Feed, *, is_last: bool) -> None:
-    entries = bucket.entries(feed.wants_checksums)
-    feed.begin("bytes", entries, is_last=is_last, tensors={"bytes_B": bucket.memory})
+        entries = bucket.entries(feed.wants_checksums)
+        feed.begin("bytes", entries, is_last=is_last, tensors={"bytes_B": bucket.memory})
 
 
 class CudaIpc(Delivery):
@@ -131,9 +126,8 @@ class Broadcast(Delivery):
     ) -> None:
         """`address`: of this machine, as the workers reach it."""
         super().__init__(bucket_bytes, dtype, copy)
-        self._device, self._address, self._name = device, address, f"vcr1-{secrets.token_hex(4)}"
+        self._device, self._address = device, address
         self._group: UpdateGroup | None = None
-        self._num_groups = 0
 
     def push(self, weights: Weights, feed: Feed, seats: Sequence[Seat]) -> None:
         group = self._group_of(seats, feed)
@@ -172,12 +166,11 @@ class Broadcast(Delivery):
             return self._group
         if self._device.type == "cuda":
             for seat in seats:
-                check_nccl(Libraries.here(), seat.worker.libraries, seat.worker.name)
+                Libraries.here().require_nccl_of(seat.worker.libraries, seat.worker.name)
         previous = self._group.name if self._group else ""
         self._leave()
-        self._num_groups += 1
         sizes = [seat.worker.limits["num_gpus"] for seat in seats]
-        group = UpdateGroup(f"{self._name}-{self._num_groups}", sum(sizes), self._device, self._address, feed.timeout_s)
+        group = UpdateGroup(sum(sizes), self._device, self._address, feed.timeout_s)
 
         def fields_of(index: int) -> dict[str, Any]:
             return {

@@ -9,6 +9,7 @@ Both ends need one NCCL (`Libraries`). Also imported in the worker's interpreter
 
 from __future__ import annotations
 
+import secrets
 import socket
 import threading
 from concurrent.futures import Future
@@ -29,23 +30,16 @@ MAX_TIMEOUT_S = 300.0  # of making the group and of one broadcast; a worker that
 class UpdateGroup:
     """Made by `begin_join` together with the workers, which must be asked to join `name` at `address` and `port`."""
 
-    def __init__(self, name: str, num_workers: int, device: torch.device, address: str, timeout_s: float) -> None:
+    def __init__(self, num_workers: int, device: torch.device, address: str, timeout_s: float) -> None:
         """Listens on a free port of `address` alone. Raises OSError when that is none of this machine's."""
-        self.name, self.address, self.size = name, address, num_workers + 1
+        self.name, self.address, self.size = f"vcr1-{secrets.token_hex(8)}", address, num_workers + 1
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._timeout = timedelta(seconds=min(timeout_s, MAX_TIMEOUT_S))
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         listener = socket.create_server((address, 0), family=family, backlog=self.size + 8)
         self.port: int = listener.getsockname()[1]
-        self._store: Store = TCPStore(
-            address,
-            self.port,
-            self.size,
-            is_master=True,
-            timeout=self._timeout,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        how: Any = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+        self._store: Store = TCPStore(address, self.port, self.size, timeout=self._timeout, **how)
         self._end: Any = None  # ProcessGroupGloo or, where torch has it, ProcessGroupNCCL
         # Has a name here as long as `_end`: without one the backend's thread would need the GIL to free it, which the
         # end of the backend holds while it waits for that thread.
@@ -122,13 +116,12 @@ class Libraries:
             return f"pip install torch=={version}"
         return f"pip install nvidia-nccl-cu{self.cuda.partition('.')[0]}=={wanted.nccl}"
 
-
-def check_nccl(own: Libraries, theirs: Libraries, worker: str) -> None:
-    """Raises ConfigError unless both have one NCCL: it refuses a group of two versions as an invalid usage
-    (initTransportsRank in NCCL's init.cc)."""
-    require(
-        own.nccl == theirs.nccl,
-        f"weights go by NCCL, but worker {worker} has NCCL {theirs.nccl or 'none'} (torch {theirs.torch}) and the "
-        f"trainer {own.nccl or 'none'} (torch {own.torch}), wanted one version: `{own.pip_line(theirs)}` in the "
-        "trainer's environment",
-    )
+    def require_nccl_of(self, theirs: Libraries, worker: str) -> None:
+        """Raises ConfigError unless both have one NCCL: it refuses a group of two versions as an invalid usage
+        (initTransportsRank in NCCL's init.cc)."""
+        require(
+            self.nccl == theirs.nccl,
+            f"weights go by NCCL, but worker {worker} has NCCL {theirs.nccl or 'none'} (torch {theirs.torch}) and the "
+            f"trainer {self.nccl or 'none'} (torch {self.torch}), wanted one version: `{self.pip_line(theirs)}` in the "
+            "trainer's environment",
+        )

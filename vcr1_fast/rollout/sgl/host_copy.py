@@ -35,9 +35,8 @@ class HostCopy:
         """`is_kept`: `rollout.sglang.keep_host_copy`; False: there is nothing to feed a lost worker with."""
         self._is_kept = is_kept
         self.awaits_others = False  # a push has begun, and other ranks may still write
-        self._memories: list[SharedBytes | None] = []  # of each bucket; None: another rank keeps it
-        self._buckets: list[tuple[Slot, ...]] = []
-        self._places: dict[str, tuple[int, Slot]] = {}  # of each weight: its bucket, and where it lies there
+        self._buckets: list[tuple[tuple[Slot, ...], SharedBytes | None]] = []  # None: another rank keeps it
+        self._places: dict[str, tuple[SharedBytes | None, Slot]] = {}  # of each weight
         self._index, self._num_ranks = 0, 1
         self._files: dict[str, File] = {}  # of all ranks of this machine
         self._stream: torch.cuda.Stream | None = None
@@ -46,12 +45,11 @@ class HostCopy:
 
     def told(self) -> Told:
         """For `begin` and `end` of every rank."""
-        own = zip(self._buckets, self._memories, strict=True)
-        return _machine(), {slots[0].name: memory.file for slots, memory in own if memory is not None}
+        return _machine(), {slots[0].name: memory.file for slots, memory in self._buckets if memory}
 
     def begin(self, ranks: Sequence[Told], rank: int) -> None:
         """Of a push: what was told by all ranks, of which this is one. New buckets are shared out from now on."""
-        near = [other for other, (machine, _) in enumerate(ranks) if machine == _machine()]
+        near = [other for other, (machine, _) in enumerate(ranks) if machine == ranks[rank][0]]
         self._index, self._num_ranks = near.index(rank), len(near)
         self.awaits_others = self._is_kept and self._num_ranks > 1
 
@@ -65,16 +63,16 @@ class HostCopy:
         stay as they are, unless written on the current stream after the next `keep`. Raises OSError without memory."""
         if not self._is_kept:
             return
+        filled_B = bucket.filled
         new = [slot for slot in bucket.slots if slot.name not in self._places]
         if new:
-            self._make_room(new, bucket.filled.device)
-        with self._beside(bucket.filled.device):
+            self._make_room(new, filled_B.device)
+        with self._beside(filled_B.device):
             for slot in bucket.slots:
-                index, kept = self._places[slot.name]
-                memory = self._memories[index]
-                if memory is not None:
+                memory, kept = self._places[slot.name]
+                if memory:
                     kept_B = memory.bytes_B[kept.start : kept.stop]
-                    kept_B.copy_(bucket.filled[slot.start : slot.stop], non_blocking=True)
+                    kept_B.copy_(filled_B[slot.start : slot.stop], non_blocking=True)
 
     def finish(self) -> None:
         """Wait until everything is copied."""
@@ -82,7 +80,7 @@ class HostCopy:
             self._stream.synchronize()
 
     def all(self) -> list[Bucket]:
-        """Every weight. Raises RunError when nobody has them, or they cannot be read."""
+        """Every weight. Raises RunError when nobody has them, and OSError when another rank is gone with its part."""
         if not self._is_kept:
             raise RunError(
                 "a worker was lost and there is no copy of the weights to start another one with "
@@ -93,34 +91,25 @@ class HostCopy:
                 "a worker was lost, and the last push of weights failed on another rank of this machine, which keeps a "
                 "part of them: resume the run from its last checkpoint"
             )
-        return [
-            Bucket(self._borrowed(slots[0].name) if memory is None else memory, slots)
-            for slots, memory in zip(self._buckets, self._memories, strict=True)
-        ]
+        return [Bucket(memory or _Borrowed(self._files[slots[0].name]), slots) for slots, memory in self._buckets]
 
     def close(self) -> None:
         """Give the memory back."""
         cudart: Any = torch.cuda.cudart() if self._pinned else None
         for flat_B in self._pinned:
             cudart.cudaHostUnregister(flat_B.data_ptr())
-        self._pinned.clear()
-        for memory in self._memories:
-            if memory is not None:
-                memory.close()
-        self._memories, self._buckets, self._places = [], [], {}
+        self._pinned, self._buckets, self._places = [], [], {}
 
     def _make_room(self, slots: Sequence[Slot], device: torch.device) -> None:
         """The next bucket, for weights that were not here before."""
-        start, moved = 0, list[Slot]()
+        num_bytes, moved = 0, list[Slot]()
         for slot in slots:
-            moved.append(replace(slot, start=start, stop=start + slot.stop - slot.start))
-            start = moved[-1].stop
-        index = len(self._buckets)
-        memory = SharedBytes(start) if index % self._num_ranks == self._index else None
-        self._buckets.append(tuple(moved))
-        self._memories.append(memory)
-        self._places |= {slot.name: (index, slot) for slot in moved}
-        if memory is not None and device.type == "cuda" and self._pins:
+            moved.append(replace(slot, start=num_bytes, stop=num_bytes + slot.stop - slot.start))
+            num_bytes = moved[-1].stop
+        memory = SharedBytes(num_bytes) if len(self._buckets) % self._num_ranks == self._index else None
+        self._buckets.append((tuple(moved), memory))
+        self._places |= {slot.name: (memory, slot) for slot in moved}
+        if memory and device.type == "cuda" and self._pins:
             self._pin(memory.bytes_B, device)
 
     def _pin(self, flat_B: Tensor, device: torch.device) -> None:
@@ -143,16 +132,6 @@ class HostCopy:
         current.wait_stream(self._stream)  # for the bucket before this one, whose memory the next one is written to
         self._stream.wait_stream(current)
         return torch.cuda.stream(self._stream)
-
-    def _borrowed(self, name: str) -> SharedBytes:
-        process, *_ = file = self._files[name]
-        try:
-            return _Borrowed(file)
-        except OSError as error:
-            raise RunError(
-                f"a worker was lost, and the weights that process {process} of this run keeps in host memory cannot be "
-                f"read ({error}): resume the run from its last checkpoint"
-            ) from error
 
 
 class _Borrowed(SharedBytes):

@@ -49,8 +49,8 @@ class Updater:
         is_last, version = bool(fields["is_last"]), str(fields["policy_version"])
         update = {"flush_cache": is_last, "weight_version": version if is_last else None}
         if fields["is_first"] and self._is_open:  # of a load that broke off
-            await self._close_session()
-        await self._open_session()
+            await self._session(is_open=False)
+        await self._session(is_open=True)
         is_broadcast = fields["source"] == "broadcast"
         await (self._from_broadcast if is_broadcast else self._from_bucket)(message, update)
         # A model in several processes is not read back: which share of what each has is SGLang's own affair. There the
@@ -58,7 +58,7 @@ class Updater:
         wrong = await self._compare(fields) if fields["check"] and self._num_shares == 1 else []
         if is_last:
             await self._from_tensors([("nothing", torch.zeros(1))], FORGET_LOADER, {"flush_cache": False})
-            await self._close_session()
+            await self._session(is_open=False)
             self.policy_version = int(fields["policy_version"])
         return {"wrong": wrong}
 
@@ -91,15 +91,11 @@ class Updater:
             return {}
         if is_release:
             await self._become_idle()
-            if "weights" in tags:
-                self.policy_version = NO_WEIGHTS
-            request = _request("ReleaseMemoryOccupationReqInput", tags=sorted(tags))
-            await self._manager.release_memory_occupation(request, None)
-            self._released |= tags
-        else:
-            request = _request("ResumeMemoryOccupationReqInput", tags=sorted(tags))
-            await self._manager.resume_memory_occupation(request, None)
-            self._released -= tags
+            self.policy_version = NO_WEIGHTS if "weights" in tags else self.policy_version
+        verb = "release" if is_release else "resume"
+        request = _request(f"{verb.title()}MemoryOccupationReqInput", tags=sorted(tags))
+        await getattr(self._manager, f"{verb}_memory_occupation")(request, None)
+        self._released ^= tags
         return {}
 
     async def _become_idle(self) -> None:
@@ -150,45 +146,35 @@ class Updater:
             await self._from_tensors(named, CHECK_LOADER, {"flush_cache": False})
             return json.load(report)
 
-    async def _open_session(self) -> None:
-        if not self._is_open:
-            await self._session("begin_weight_update", "BeginWeightUpdateReqInput")
-            self._is_open = True
-
-    async def _close_session(self) -> None:
-        if self._is_open:
-            self._is_open = False
-            await self._session("end_weight_update", "EndWeightUpdateReqInput")
-
-    async def _session(self, method: str, request: str) -> None:
-        """Versions before 0.5.18 take weights without a session and have neither."""
-        if hasattr(self._manager, method):
-            _require(await getattr(self._manager, method)(_request(request), None))
+    async def _session(self, *, is_open: bool) -> None:
+        """Open or close SGLang's update session. Versions before 0.5.18 take weights without one."""
+        was_open, self._is_open = self._is_open, False
+        verb = "begin" if is_open else "end"
+        if is_open != was_open and hasattr(self._manager, f"{verb}_weight_update"):
+            request = _request(f"{verb.title()}WeightUpdateReqInput")
+            _require(await getattr(self._manager, f"{verb}_weight_update")(request, None))
+        self._is_open = is_open
 
 
 class CudaHandle:
-    """A tensor on a GPU of another process, from the handle that ipc.share gave; pickled, it is the tensor.
+    """A tensor on a GPU of another process, from what CudaIpc.share gave; pickled, it is the tensor.
 
     Nothing is opened here: the process that unpickles it does. SGLang's own reductions take the GPU's UUID in the place
     of its index, because the two processes may count GPUs differently.
     """
 
     def __init__(self, handle: Mapping[str, Any]) -> None:
-        self._handle = handle
+        handles = (base64.b64decode(each) if isinstance(each, str) else each for each in handle["handles"])
+        size, place = torch.Size([handle["num_bytes"]]), (TypedStorage, torch.uint8, handle["device_uuid"])
+        # of torch.multiprocessing.reductions.rebuild_cuda_tensor
+        self.arguments = (Tensor, size, (1,), handle["tensor_offset"], *place, *handles)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         from sglang.srt.utils.patch_torch import (  # pyright: ignore[reportMissingImports]
             _rebuild_cuda_tensor_modified,
         )
 
-        return _rebuild_cuda_tensor_modified, rebuild_arguments(self._handle)
-
-
-def rebuild_arguments(handle: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What `torch.multiprocessing.reductions.rebuild_cuda_tensor` is called with, with the UUID for the device."""
-    handles = (base64.b64decode(each) if isinstance(each, str) else each for each in handle["handles"])
-    size = torch.Size([handle["num_bytes"]])
-    return Tensor, size, (1,), handle["tensor_offset"], TypedStorage, torch.uint8, handle["device_uuid"], *handles
+        return _rebuild_cuda_tensor_modified, self.arguments
 
 
 def engine_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
