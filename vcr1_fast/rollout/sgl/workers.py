@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import sys
 import time
@@ -79,7 +78,7 @@ class Workers:
             for seat in self.seats:
                 seat.worker.start()
             for seat in self.seats:
-                self._wait_for_first_start(seat.worker)
+                seat.worker.wait_ready(config.start_timeout_s)
         except WorkerGoneError as error:
             self.close()
             raise RunError(f"SGLang does not start: its worker {error}") from error
@@ -174,17 +173,6 @@ class Workers:
         for seat in self.seats:
             seat.worker.stop()
         self._delivery.close()
-
-    def _wait_for_first_start(self, worker: WorkerLink) -> None:
-        """Begins it once more when another process took a port of SGLang's: it draws some 15 s before it binds them."""
-        for attempt in itertools.count():
-            try:
-                return worker.wait_ready(self._config.start_timeout_s)
-            except WorkerGoneError as error:
-                if not error.is_port_taken or attempt == self._config.max_restarts:
-                    raise
-                print(f"SGLang worker {worker.name} is started again: a port of its choice was taken", file=sys.stderr)
-                worker.start()
 
     def _feed(self, seats: Sequence[Seat]) -> Feed:
         return Feed(seats, self.next_number, self.policy_version, self._config.timeout_s)
