@@ -254,7 +254,7 @@ def _sglang(python: str) -> str:
         raise UnusableError("not installed")
     if not os.access(python, os.X_OK):
         raise UnusableError(f"{python} is not an interpreter that can be run")
-    from vcr1_fast.rollout.sgl.libraries import Libraries
+    from vcr1_fast.rollout.sgl.group import Libraries
     from vcr1_fast.rollout.sgl.process import child_environment
 
     told = subprocess.run(

@@ -24,6 +24,7 @@ from vcr1_fast.prompts.special_ids import SpecialIds
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun, Quota, is_done
 from vcr1_fast.rollout.sampling import check_sampling
 from vcr1_fast.rollout.sgl import penalty
+from vcr1_fast.rollout.sgl.host_copy import HostCopy
 from vcr1_fast.rollout.sgl.memory import BOUNDED_SHARE, memory_args
 from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.process import prepare_model_folder
@@ -180,6 +181,11 @@ class SGLangEngine:
     def version(self) -> str:
         """See `RolloutEngine.version`; of all workers."""
         return "sglang " + ", ".join(sorted({seat.worker.version for seat in self._workers.seats}))
+
+    @property
+    def host_copy(self) -> HostCopy:
+        """Of the weights, for workers that are started again; `WeightSync` shares it out among ranks."""
+        return self._workers.host_copy
 
     def metrics(self) -> dict[str, float]:
         """engine/restarts: workers started again so far."""

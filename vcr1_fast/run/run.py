@@ -313,6 +313,8 @@ def open_weight_sync(run: Run, learner: Learner, engine: RolloutEngine, policy_v
         dtype=learner.dtype,  # which open_engine resolves, too
         policy_version=max(policy_version - 1, 0),
         skips_frozen=not rollout.sglang.release_memory,
+        world=learner.world,
+        host_copy=engine.host_copy if isinstance(engine, SGLangEngine) else None,
     )
 
 

@@ -10,6 +10,10 @@ The first push carries every weight; later ones leave out what is frozen, so an 
 With LoRA a matrix that has an adapter travels as the sum of both.
 Tied weights travel once, under the name that `save_pretrained` keeps. An engine must copy what it gets before it asks
 for the next tensor: its memory is used again, or is the learner's own. The version counts pushes: 1 after the first.
+
+With `world` ranks agree on the outcome, and those of one machine keep one copy of the weights for lost workers between
+them (rollout/sgl/host_copy.py). What each keeps is told twice: when the engine asks for the first weight, by when no
+rank reads the last push's any more, and after the push went well on every rank.
 """
 
 from __future__ import annotations
@@ -23,7 +27,9 @@ from torch import Tensor, nn
 
 from vcr1_fast.learner.gathering import BUCKET_BYTES, whole_weights
 from vcr1_fast.learner.lora import has_adapter, merged_parts, scale_of, split_weights
+from vcr1_fast.learner.sharding import SINGLE_PROCESS, World, gather_all, on_all_ranks
 from vcr1_fast.rollout.engine import RolloutEngine
+from vcr1_fast.rollout.sgl.host_copy import HostCopy
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +57,15 @@ class WeightSync:
         policy_version: int = 0,
         skips_frozen: bool = True,
         bucket_bytes: int = BUCKET_BYTES,
+        world: World = SINGLE_PROCESS,
+        host_copy: HostCopy | None = None,
     ) -> None:
         """`dtype`: the engine's, which floating weights are cast to before they are gathered; None: as stored, sums of
         adapters in float32.
         `policy_version`: of the weights last pushed, from a checkpoint; the next push makes it one more.
         `skips_frozen`: False where the engine forgets between pushes (`rollout.sglang.release_memory`).
         `bucket_bytes`: of weights that are gathered together, see learner/gathering.py.
+        `world`: of the ranks that push together; `host_copy`: this engine's, if it has one.
         """
         self._hf: nn.Module = policy.get_submodule("hf")
         self._engine = engine
@@ -65,13 +74,14 @@ class WeightSync:
         self._skips_frozen = skips_frozen
         self._scale = scale_of(self._hf)
         self._bucket_bytes = bucket_bytes
+        self._world, self._copy = world, host_copy if world.world_size > 1 else None
         self.policy_version = policy_version
 
     def push(self) -> PushReport:
-        """Give the engine the current weights. A collective when sharded.
+        """Give the engine the current weights. A collective when sharded, or with a `world` of several ranks.
 
-        An error of the engine is raised again after the remaining gathers, so that other ranks do not hang in them;
-        the version then stays as it was, and the next push carries every weight.
+        An error of the engine is raised again after the remaining gathers, so that other ranks do not hang in them, and
+        OSError on the others; the version then stays as it was, and the next push carries every weight.
         """
         start_s = time.perf_counter()
         base, factors = split_weights(self._hf)
@@ -81,6 +91,8 @@ class WeightSync:
 
         def stream() -> Iterator[tuple[str, Tensor]]:
             nonlocal num_bytes
+            if self._copy:
+                self._copy.begin(gather_all(self._copy.told(), self._world), self._world.rank)
             for name, value in whole_weights(parts, self._bucket_bytes):
                 num_bytes += value.numel() * value.element_size()
                 yield name, value
@@ -88,11 +100,17 @@ class WeightSync:
         remaining = stream()
         version = self.policy_version + 1
         self._is_first = True
-        try:
-            self._engine.load_weights(remaining, version)
-        finally:
-            for _ in remaining:  # an engine that stopped early would leave other ranks waiting in a gather
-                pass
+
+        def load() -> None:
+            try:
+                self._engine.load_weights(remaining, version)
+            finally:
+                for _ in remaining:  # an engine that stopped early would leave other ranks waiting in a gather
+                    pass
+
+        on_all_ranks("bringing new weights to the rollout engine", load, self._world)
+        if self._copy:
+            self._copy.end(gather_all(self._copy.told(), self._world))
         self.policy_version = version
         self._is_first = False
         return PushReport(version, len(weights), num_bytes, time.perf_counter() - start_s)

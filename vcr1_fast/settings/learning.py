@@ -58,7 +58,7 @@ class SGLangConfig:
     weights_address: str | None = None
     """Address of this machine for the broadcast. Default: the one from which workers elsewhere are reached."""
     keep_host_copy: bool = True
-    """cuda_ipc and broadcast: keep the weights in host memory, too (15 GB for 7B in bfloat16, for each rank), to start
+    """Keep the weights in host memory, too (16.6 GB for 7B in bfloat16, shared out among the ranks of a node), to start
     a lost worker again. False: the loss of a worker ends the run."""
     release_memory: bool = False
     """Workers on the learner's GPU give their memory back during the update. Every weight is then pushed each time."""

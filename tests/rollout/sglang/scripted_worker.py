@@ -8,7 +8,6 @@
     refuse      refuses a request
     unusable    does not start
     crash       ends before it can be reached
-    port        ends because a port is taken
     absent      is the real worker, in an interpreter without SGLang
     silent      can never be reached
     wrong       holds other weights than it was sent
@@ -56,8 +55,6 @@ def main(address: str, own_args: str) -> None:
     how = behaviour(Path(os.environ["SCRIPTED_WORKER_FOLDER"]))
     if how == "crash":
         sys.exit("this worker was told to crash")
-    if how == "port":
-        sys.exit("DistNetworkError: failed to listen, port: 29500, code: -98, name: EADDRINUSE")
     if how == "silent":
         time.sleep(3600)
     if how == "absent":

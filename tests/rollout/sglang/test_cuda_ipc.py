@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.multiprocessing import reductions
 
-from vcr1_fast.rollout.sgl import ipc as sglang_ipc
 from vcr1_fast.rollout.sgl.check import checksum
-from vcr1_fast.rollout.sgl.delivery import CudaIpc
+from vcr1_fast.rollout.sgl.delivery import CudaIpc, has_handles
 from vcr1_fast.rollout.sgl.feed import Feed
+from vcr1_fast.rollout.sgl.host_copy import HostCopy
 from vcr1_fast.rollout.sgl.messages import Message
-from vcr1_fast.rollout.sgl.update import rebuild_arguments
+from vcr1_fast.rollout.sgl.update import CudaHandle
 from vcr1_fast.rollout.sgl.weights import WeightTable
 from vcr1_fast.rollout.sgl.workers import Seat
 
@@ -31,9 +31,9 @@ def test_a_handle_is_opened_with_torchs_own_arguments(monkeypatch):
     given = dict.fromkeys(names) | {"tensor_offset": 16} | dict(zip(names[6:10], share[:4], strict=True))
     given |= {"requires_grad": False} | dict(zip(names[11:], share[4:], strict=True))
     monkeypatch.setattr(reductions, "reduce_tensor", lambda _: (reductions.rebuild_cuda_tensor, tuple(given.values())))
-    handle = sglang_ipc.share(torch.zeros(100, dtype=torch.uint8))
+    handle = CudaIpc(1, torch.float32, HostCopy()).share(torch.zeros(100, dtype=torch.uint8))
     assert json.loads(json.dumps(handle)) == handle  # as it travels
-    bound = inspect.signature(reductions.rebuild_cuda_tensor).bind(*rebuild_arguments(handle)).arguments
+    bound = inspect.signature(reductions.rebuild_cuda_tensor).bind(*CudaHandle(handle).arguments).arguments
     wanted = given | {
         "tensor_cls": torch.Tensor,
         "tensor_size": torch.Size([100]),
@@ -50,7 +50,7 @@ def open_buckets(connection: Connection) -> None:
     torch.cuda.init()
     by_uuid = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
     while (fields := connection.recv()) is not None:
-        arguments = list(rebuild_arguments(fields["handle"]))
+        arguments = list(CudaHandle(fields["handle"]).arguments)
         arguments[6] = by_uuid[arguments[6]]
         flat_B = reductions.rebuild_cuda_tensor(*arguments)
         parts = [(flat_B[e["start"] : e["stop"]], getattr(torch, e["dtype"])) for e in fields["entries"]]
@@ -81,24 +81,28 @@ class OtherProcess:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not sglang_ipc.has_handles(), reason="expandable segments cannot be opened by another process")
+@pytest.mark.skipif(not has_handles(), reason="expandable segments cannot be opened by another process")
 def test_buckets_on_a_gpu_arrive_in_another_process():
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=open_buckets, args=(theirs,), daemon=True)
     process.start()
     worker = OtherProcess(ours)
-    delivery = CudaIpc(1 << 20, torch.bfloat16, None, sglang_ipc.share, sglang_ipc.release)
+    delivery = CudaIpc(1 << 20, torch.bfloat16, HostCopy())
     table, before = WeightTable(), torch.cuda.memory_allocated()
     for version in range(1, 4):
         generator = torch.Generator("cuda").manual_seed(version)
-        weights = ((f"w{i}", torch.randn(300, 700, generator=generator, device="cuda")) for i in range(12))
+        weights = {f"w{i}": torch.randn(300, 700, generator=generator, device="cuda") for i in range(12)}
         seats = [Seat(worker)]  # pyright: ignore[reportArgumentType]  # not checked yet: each push compares
         with Feed(seats, lambda: 0, version, 60.0) as feed:
-            delivery.push(table.checked(weights), feed, seats)
+            delivery.push(table.checked(weights.items()), feed, seats)
         assert not feed.lost
+        kept = {slot.name: slot.of(bucket.filled) for bucket in delivery.copy.all() for slot in bucket.slots}
+        assert all(torch.equal(kept[name], value.bfloat16().cpu()) for name, value in weights.items())
+        del weights
     assert worker.num_checked == 36
     ours.send(None)
     process.join(60)
     assert process.exitcode == 0
+    delivery.close()
     assert torch.cuda.memory_allocated() - before < 1 << 20  # the buckets are gone

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from vcr1_fast.rollout.sgl import ipc as sglang_ipc
 from vcr1_fast.rollout.sgl import workers as sglang_workers
 from vcr1_fast.rollout.sgl.check import checksum
-from vcr1_fast.rollout.sgl.delivery import Broadcast, CudaIpc, Host, make_delivery, own_address, way_of
+from vcr1_fast.rollout.sgl.delivery import Broadcast, CudaIpc, Delivery, has_handles, make_delivery, own_address, way_of
 from vcr1_fast.rollout.sgl.feed import Feed
-from vcr1_fast.rollout.sgl.libraries import Libraries, check_nccl
+from vcr1_fast.rollout.sgl.group import Libraries
+from vcr1_fast.rollout.sgl.host_copy import HostCopy
 from vcr1_fast.rollout.sgl.link import WorkerGoneError
 from vcr1_fast.rollout.sgl.messages import Message
-from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, WeightTable
+from vcr1_fast.rollout.sgl.weights import Bucket, WeightTable
 from vcr1_fast.rollout.sgl.workers import Seat, Workers
 from vcr1_fast.settings.error import ConfigError
 from vcr1_fast.settings.learning import SGLangConfig
@@ -142,17 +142,33 @@ class Worker:
         return flat_B
 
 
+class WithoutGpu(CudaIpc):
+    """Its handles stand for buckets of this process."""
+
+    def __init__(self, shared: dict[int, torch.Tensor], *parts: Any) -> None:
+        super().__init__(*parts)
+        self.shared, self.releases = shared, 0
+
+    def share(self, flat_B: torch.Tensor) -> dict[str, Any]:
+        number = len(self.shared)
+        self.shared[number] = flat_B
+        return {"number": number}
+
+    def release(self) -> None:
+        self.releases += 1
+
+
 class Learner:
     """A delivery with its table and seats, as workers.py has them."""
 
-    def __init__(self, way: str, *, copy: bool = True) -> None:
+    def __init__(self, way: str, *, copy: bool = True, dtype: torch.dtype = FLOAT) -> None:
         self.shared: dict[int, torch.Tensor] = {}
-        self.releases = 0
-        host = Host(BUCKET_BYTES, FLOAT) if copy else None
+        self.copy = HostCopy(is_kept=copy)
+        parts = (BUCKET_BYTES, dtype, self.copy)
         self.delivery = {
-            "shared_memory": lambda: Host(BUCKET_BYTES, FLOAT),
-            "cuda_ipc": lambda: CudaIpc(BUCKET_BYTES, FLOAT, host, self._share, self._release),
-            "broadcast": lambda: Broadcast(BUCKET_BYTES, FLOAT, host, CPU, "127.0.0.1", f"test-{id(self)}"),
+            "shared_memory": lambda: Delivery(*parts),
+            "cuda_ipc": lambda: WithoutGpu(self.shared, *parts),
+            "broadcast": lambda: Broadcast(*parts, CPU, "127.0.0.1"),
         }[way]()
         self.table, self.numbers = WeightTable(), count(1)
         self.seats: list[Seat] = []
@@ -178,14 +194,6 @@ class Learner:
             self.delivery.refeed(feed)
         assert not feed.lost
         return worker
-
-    def _share(self, flat_B: torch.Tensor) -> dict[str, int]:
-        number = len(self.shared)
-        self.shared[number] = flat_B  # the bucket itself, as a handle stands for it
-        return {"number": number}
-
-    def _release(self) -> None:
-        self.releases += 1
 
 
 def assert_holds(worker: Worker, *pushes: list[tuple[str, torch.Tensor]]) -> None:
@@ -251,13 +259,12 @@ def test_a_worker_that_dies_is_lost_and_its_successor_gets_the_same(learner, die
     assert all(torch.equal(seat.worker.held["model.c"], later[0][1]) for seat in learner.seats)
 
 
-@pytest.mark.parametrize("way", ["cuda_ipc", "broadcast"])
+@pytest.mark.parametrize("way", WAYS)
 def test_without_a_host_copy_nothing_is_kept_and_a_loss_says_what_to_do(way):
     learner = Learner(way, copy=False)
     worker = learner.worker()
     learner.push(weights(1), 1)
     assert_holds(worker, weights(1))
-    assert set(worker.sources) == {way}
     with pytest.raises(RuntimeError, match="keep_host_copy is false"):
         learner.replace(0, 1)
     learner.delivery.close()
@@ -270,7 +277,7 @@ def test_handles_are_new_for_each_worker_and_buckets_are_given_back():
     learner.push(weights(1), 1)
     assert len(learner.shared) % 2 == 0 and len(learner.shared) >= 6
     assert len({flat_B.data_ptr() for flat_B in learner.shared.values()}) < len(learner.shared) / 2  # used again
-    assert learner.releases == 1
+    assert isinstance(learner.delivery, WithoutGpu) and learner.delivery.releases == 1
 
 
 def test_a_load_that_breaks_off_leaves_nobody_reading(learner):
@@ -287,17 +294,14 @@ def test_a_load_that_breaks_off_leaves_nobody_reading(learner):
 def test_the_host_copy_is_made_of_what_is_sent(monkeypatch):
     """A copy of the float32 weights would move twice as much from a GPU, and leave the rounding to a core."""
     placed: list[torch.dtype] = []
-    update, bfloat16 = WeightStore.update, torch.bfloat16
+    keep, bfloat16 = HostCopy.keep, torch.bfloat16
 
-    def recorded(store: WeightStore, given: Weights) -> list[Batch]:
-        given = list(given)
-        placed.extend(value.dtype for _, value in given)
-        return update(store, given)
+    def recorded(copy: HostCopy, bucket: Bucket) -> None:
+        placed.extend(slot.dtype for slot in bucket.slots)
+        keep(copy, bucket)
 
-    monkeypatch.setattr(WeightStore, "update", recorded)
-    learner = Learner("cuda_ipc")
-    host = Host(BUCKET_BYTES, bfloat16)
-    learner.delivery = CudaIpc(BUCKET_BYTES, bfloat16, host, learner._share, learner._release)
+    monkeypatch.setattr(HostCopy, "keep", recorded)
+    learner = Learner("cuda_ipc", dtype=bfloat16)
     learner.worker()
     assert learner.push(weights(1), 1) == {} and placed == [bfloat16] * len(SHAPES)
     assert_holds(learner.replace(0, 1), [(name, value.bfloat16()) for name, value in weights(1)])
@@ -310,12 +314,12 @@ def test_a_broadcast_needs_one_nccl(start, monkeypatch):
     [seat] = start(["ok"], has_weights=False)._workers.seats
     theirs = Libraries("2.11.0+cu129", "12.9", "2.28.9")
     assert seat.worker.libraries == theirs
-    learner = Broadcast(BUCKET_BYTES, FLOAT, None, torch.device("cuda", 0), "127.0.0.1", "g")
+    learner = Broadcast(BUCKET_BYTES, FLOAT, HostCopy(), torch.device("cuda", 0), "127.0.0.1")
     feed = Feed([seat], count().__next__, 1, 5.0)
     said = r"worker-0 has NCCL 2\.28\.9 \(torch 2\.11\.0\+cu129\) .* 2\.30\.7 .*`pip install torch==2\.11\.0`"
     with pytest.raises(ConfigError, match=said):
         learner.push(weights(1), feed, [seat])
-    check_nccl(ours, replace(theirs, nccl="2.30.7"), "w")
+    ours.require_nccl_of(replace(theirs, nccl="2.30.7"), "w")
     assert ours.pip_line(replace(ours, nccl="2.29.7")) == "pip install nvidia-nccl-cu13==2.29.7"
 
 
@@ -330,16 +334,16 @@ def test_the_way_follows_the_placement(monkeypatch):
     with pytest.raises(ConfigError, match="learner is on a CPU"):
         way_of(SGLangConfig(weights="cuda_ipc"), CPU)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
-    assert not sglang_ipc.has_handles()
+    assert not has_handles()
     for asked in ("auto", "cuda_ipc"):
         with pytest.raises(ConfigError, match=r"expandable_segments.*shared_memory"):
             way_of(SGLangConfig(weights=asked), gpu)
     assert way_of(far, gpu) == "broadcast"
     with pytest.raises(ConfigError, match="no two processes on one GPU"):
         way_of(SGLangConfig(weights="broadcast"), gpu)
-    for way, kind in (("shared_memory", Host), ("broadcast", Broadcast)):
+    for way, kind in (("shared_memory", Delivery), ("broadcast", Broadcast)):
         config = replace(SGLangConfig(), weights=way)
-        assert isinstance(make_delivery(config, FLOAT, CPU), kind)
+        assert type(make_delivery(config, FLOAT, CPU)) is kind
     assert own_address([]) == own_address([("127.0.0.1", 29800)]) == "127.0.0.1"
 
 

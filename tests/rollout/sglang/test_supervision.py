@@ -110,13 +110,6 @@ def test_a_start_that_fails_says_why(start, how, words):
         start([how], start_timeout_s=2.0 if how == "silent" else 60.0)
 
 
-def test_a_first_start_that_loses_a_port_is_begun_again(start, prompts):
-    engine = start(["port", "port", "ok"], max_restarts=2)
-    assert first_ids(engine.generate(prompts, SAMPLING)) == wanted(prompts)
-    with pytest.raises(RuntimeError, match=r"(?s)does not start: .*EADDRINUSE"):
-        start(["port"], max_restarts=1)
-
-
 def test_the_learners_cached_memory_goes_back_before_each_start(start, prompts, monkeypatch):
     emptied: list[None] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(None))

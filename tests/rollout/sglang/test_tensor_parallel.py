@@ -55,8 +55,7 @@ def engine(
 def test_shares_of_every_weight_arrive_and_answer_as_the_learner_does(
     engine: SGLangEngine, make_tiny_model: ModelFactory, make_prompt: MakePrompt
 ):
-    """The first load, and one into the worker of an engine that forgot that it was checked, compare what both processes
-    hold with what was sent."""
+    """Log-probs alone show it: what a process holds of a weight is not compared with what was sent."""
     policy = policy_of(make_tiny_model(seed=41))
     prompts = [make_prompt((2, 4, 4), "when", 1.0, 1), make_prompt((3, 8, 4), "where", 0.7, 2)]
     sync = WeightSync(policy, engine)

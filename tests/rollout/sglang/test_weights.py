@@ -14,13 +14,8 @@ from torch import nn
 from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
 from vcr1_fast.rollout import sglang_engine
 from vcr1_fast.rollout.sgl import check as sglang_check
-from vcr1_fast.rollout.sgl.weights import (
-    Batch,
-    WeightStore,
-    WeightTable,
-    checkpoint_weights,
-    in_batches,
-)
+from vcr1_fast.rollout.sgl.host_copy import HostCopy
+from vcr1_fast.rollout.sgl.weights import Bucket, WeightTable, bytes_of, checkpoint_weights, in_buckets
 from vcr1_fast.settings.error import ConfigError
 from vcr1_fast.settings.learning import SGLangConfig
 
@@ -69,53 +64,53 @@ def weights(seed: int = 0, **shapes: tuple[int, ...]) -> list[tuple[str, torch.T
     return [(name, torch.randn(shape, generator=generator)) for name, shape in shapes.items()]
 
 
-def held(batches: list[Batch]) -> dict[str, torch.Tensor]:
-    return {slot.name: slot.of(batch.flat_B).clone() for batch in batches for slot in batch.slots}
+def held(buckets: list[Bucket]) -> dict[str, torch.Tensor]:
+    return {slot.name: slot.of(bucket.filled).clone() for bucket in buckets for slot in bucket.slots}
 
 
-def assert_without_gaps(batches: list[Batch]) -> None:
+def assert_without_gaps(buckets: list[Bucket]) -> None:
     """SGLang lays a bucket that it gets by broadcast out by itself: one weight after the other, from 0."""
-    for batch in batches:
-        assert [slot.start for slot in batch.slots] == [0, *(slot.stop for slot in batch.slots[:-1])]
-        assert len({slot.dtype for slot in batch.slots}) == 1  # so that each starts at a multiple of its item size
+    for bucket in buckets:
+        assert [slot.start for slot in bucket.slots] == [0, *(slot.stop for slot in bucket.slots[:-1])]
+        assert len({slot.dtype for slot in bucket.slots}) == 1  # so that each starts at a multiple of its item size
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize("bucket_bytes", [1, 1500, 1 << 20])
-def test_store_gives_back_what_came(bucket_bytes, dtype):
-    """One bucket a weight, two or three, one for all."""
-    store, sent = WeightStore(bucket_bytes, dtype), [*weights(), ("count", torch.arange(3))]
-    changed = store.update(sent)
-    assert len(changed) == len(store.all())
-    wanted = {name: value.to(dtype) if value.is_floating_point() else value for name, value in sent}
-    assert all(torch.equal(held(store.all())[name], value) for name, value in wanted.items())
-    assert_without_gaps(store.all())
-
-
-def test_later_updates_name_only_what_changed():
-    store = WeightStore(1500, torch.float32)
-    store.update(weights())
-    changed = store.update([("d", torch.ones(20, 20))])
-    assert [[slot.name for slot in batch.slots] for batch in changed] == [["d"]]
-    assert bool((held(store.all())["d"] == 1).all())
-    assert torch.equal(held(store.all())["a"], dict(weights())["a"])
-
-
-@pytest.mark.parametrize("bucket_bytes", [1, 1500, 1 << 20])
-def test_streamed_buckets_hold_every_weight_once_in_order_and_the_last_one_says_so(bucket_bytes):
+def test_buckets_hold_every_weight_once_in_order_and_the_last_one_says_so(bucket_bytes, is_shared):
+    """One a weight, two or three, one for all."""
     sent = [*weights(), ("count", torch.arange(3)), ("e", torch.ones(2))]
     seen: list[tuple[dict[str, torch.Tensor], bool]] = []
     addresses: list[int] = []
-    for batch, is_last in in_batches(sent, bucket_bytes, torch.bfloat16):
-        seen.append((held([batch]), is_last))
-        assert_without_gaps([batch])
-        addresses.append(batch.flat_B.data_ptr())
+    for bucket, is_last in in_buckets(sent, bucket_bytes, torch.bfloat16, is_shared=is_shared):
+        seen.append((held([bucket]), is_last))
+        assert_without_gaps([bucket])
+        addresses.append(bytes_of(bucket.memory).data_ptr())
     assert [name for names, _ in seen for name in names] == [name for name, _ in sent]
     assert [is_last for _, is_last in seen] == [False] * (len(seen) - 1) + [True]
     assert torch.equal(seen[0][0]["a"], sent[0][1].bfloat16())
     assert torch.equal(seen[-2][0]["count"], torch.arange(3))
     assert all(first != second for first, second in pairwise(addresses))  # one is filled while the other is read
-    assert list(in_batches([], bucket_bytes, torch.bfloat16)) == []
+    assert list(in_buckets([], bucket_bytes, torch.bfloat16)) == []
+
+
+def test_a_copy_holds_the_last_value_of_every_weight():
+    """Also after a push of some of them, and one that broke off: its weights that come later get further buckets."""
+    copy, all_weights = HostCopy(), dict(weights()) | {"count": torch.arange(3)}
+
+    def push(names: str) -> None:
+        for bucket, _ in in_buckets([(name, all_weights[name]) for name in names.split()], 1500, torch.float32):
+            copy.keep(bucket)
+
+    push("a b")
+    push("a b c d count")
+    assert_without_gaps(copy.all())
+    all_weights |= {"d": torch.ones(20, 20), "c": torch.zeros(7)}
+    push("c d")
+    kept = held(copy.all())
+    assert list(kept) == list(all_weights)
+    assert all(torch.equal(kept[name], value) for name, value in all_weights.items())
+    copy.close()
 
 
 @pytest.mark.parametrize(
@@ -225,10 +220,10 @@ def compare(model: nn.Module, parts: list[dict[str, torch.Tensor]], folder: Path
             {"name": name, "dtype": "float32", "shape": list(sent.shape), "checksum": sglang_check.checksum(sent)}
             for name, sent in part.items()
         ]
-        order = {"folder": str(folder), "num_shares": 1, "is_first": index == 0, "is_last": index == len(parts) - 1}
+        order = {"file": str(folder / "wrong"), "is_first": index == 0, "is_last": index == len(parts) - 1}
         note = torch.frombuffer(bytearray(json.dumps(order | {"entries": entries}).encode()), dtype=torch.uint8)
         sglang_check.compare(model, [("", note)])
-        wrong += sglang_check.verdict([json.loads((folder / "0.json").read_text())], entries)
+        wrong += json.loads((folder / "wrong").read_text())
     return wrong
 
 
@@ -269,59 +264,3 @@ def test_swapped_and_unknown_names_are_seen(tmp_path):
     assert compare(model, [sent | {"model.new.weight": torch.ones(1)}], tmp_path) == [
         "'model.new.weight' is not a weight of SGLang's model"
     ]
-
-
-def test_shares_of_two_processes_sum_up_to_the_weight(tmp_path, monkeypatch):
-    """Rows or columns in two, key heads twice, a norm in each; one value that is off anywhere is named."""
-    generator = torch.Generator().manual_seed(0)
-    names = {"block.q_proj.weight": (8, 4), "block.k_proj.weight": (4, 4), "block.v_proj.weight": (4, 4)}
-    names |= {
-        "block.gate_proj.weight": (8, 4),
-        "block.up_proj.weight": (8, 4),
-        "down.weight": (4, 8),
-        "norm.weight": (4,),
-    }
-    sent = {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
-    entries = [
-        {"name": name, "dtype": "float32", "shape": list(value.shape), "checksum": sglang_check.checksum(value)}
-        for name, value in sent.items()
-    ]
-    q, k, v, gate, up, down, norm = sent.values()
-
-    def half_of(rank: int) -> nn.Module:
-        model = nn.Module()
-        model.block, model.norm, model.down = nn.Module(), nn.Module(), nn.Module()
-        rows, columns = slice(4 * rank, 4 * rank + 4), slice(4 * rank, 4 * rank + 4)
-        attention, mlp = nn.Module(), nn.Module()
-        attention.q_proj_shard_size = attention.kv_proj_shard_size = 4
-        attention.num_kv_head_replicas = 2
-        attention.weight = nn.Parameter(torch.cat([q[rows], k, v]))
-        mlp.weight = nn.Parameter(torch.cat([gate[rows], up[rows]]))
-        model.block.qkv_proj, model.block.gate_up_proj = attention, mlp
-        model.down.weight, model.norm.weight = nn.Parameter(down[:, columns].clone()), nn.Parameter(norm.clone())
-        return model
-
-    def wrong_of(models: list[nn.Module]) -> list[str]:
-        reports = []
-        for rank, model in enumerate(models):
-            monkeypatch.setattr(sglang_check.dist, "get_rank", lambda rank=rank: rank)
-            order = {"folder": str(tmp_path), "num_shares": 2, "is_first": True, "is_last": True, "entries": entries}
-            note = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
-            sglang_check.compare(model, [("", note)])
-            reports.append(json.loads((tmp_path / f"{rank}.json").read_text()))
-        return sglang_check.verdict(reports, entries)
-
-    assert wrong_of([half_of(0), half_of(1)]) == []
-    for place, name in (
-        ("block.qkv_proj", "q_proj"),
-        ("block.gate_up_proj", "gate_proj"),
-        ("down", "down"),
-        ("norm", "norm"),
-    ):
-        models = [half_of(0), half_of(1)]
-        with torch.no_grad():
-            models[1].get_submodule(place).weight.view(-1)[0] += 1e-3
-        [problem] = wrong_of(models)
-        assert name in problem
-    entries.append({"name": "new.weight", "dtype": "float32", "shape": [1], "checksum": [0, 0]})
-    assert wrong_of([half_of(0), half_of(1)]) == ["'new.weight' is not a weight of SGLang's model"]

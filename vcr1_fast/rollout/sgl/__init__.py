@@ -2,7 +2,7 @@
 
     the trainer       workers.py: all workers of a rank, each a link.py, which may have a child (process.py)
       asks            round.py: one `generate`
-      gives weights   weights.py -> feed.py -> delivery.py (ipc.py, group.py)
+      gives weights   weights.py -> feed.py -> delivery.py (host_copy.py, group.py)
     in between        messages.py; the trainer's end channel.py, the worker's endpoint.py
     the worker        worker.py, video.py, update.py
     inside SGLang     check.py, penalty.py, features.py

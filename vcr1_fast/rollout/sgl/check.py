@@ -4,7 +4,7 @@ second one empties the cache of what its tower made of videos.
 SGLang skips names that it does not know without a word, fuses some weights, and ties others. So the table of names is
 not trusted: after the first update of an engine, the checksum of every weight sent must be that of its place in the
 model, and every weight of the model must have been sent. Called by SGLang, for update.py; the learner's side
-takes `checksum` from here, so that both count alike. Only the standard library and torch are imported.
+takes `checksum` from here. Only the standard library and torch are imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 MAX_REPORTED = 8
 FUSED = {  # part of a checkpoint's name: (SGLang's name of it, which share of its rows)
@@ -67,40 +66,18 @@ def _words(part: Tensor) -> Tensor:
 
 
 def compare(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Write a report as JSON into "<rank of this process>.json": {wrong: [sentence], sums: {name: [sum, copies]}}. What
-    a process holds a share of it can only sum up: `verdict` compares the sums of all.
+    """Write what is wrong as JSON, a list of sentences, into a file.
 
-    The last entry is the order, JSON in bytes: {folder, num_shares, is_first, is_last, entries: [{name, dtype, shape,
-    checksum}]}.
+    The last entry is the order, JSON in bytes: {file, is_first, is_last, entries: [{name, dtype, shape, checksum}]}.
     """
     order = json.loads(bytes(named_tensors[-1][1].cpu().tolist()).decode())
     if order["is_first"]:
         _covered.clear()
-    parameters, num_shares, rank = dict(model.named_parameters(remove_duplicate=False)), order["num_shares"], 0
-    wrong, sums = [], {}
-    if num_shares == 1:
-        wrong = [problem for entry in order["entries"] if (problem := _compare_one(parameters, entry))]
-    else:
-        rank = dist.get_rank()  # all processes of an engine share its model, and nothing else
-        sums = {entry["name"]: _sum_of_share(model, parameters, entry, num_shares) for entry in order["entries"]}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wrong = [problem for entry in order["entries"] if (problem := _compare_one(parameters, entry))]
     if order["is_last"]:
         wrong += _not_sent(parameters)
-    report = {"wrong": wrong[:MAX_REPORTED], "sums": sums}
-    Path(order["folder"], f"{rank}.json").write_text(json.dumps(report), encoding="utf-8")
-
-
-def verdict(reports: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong, by the reports of all processes of an engine. Of weights that lie in shares the plain sum over all
-    shares must be that of the weight, times its copies: a share in another one's place is not seen."""
-    wrong = [problem for report in reports for problem in report["wrong"]]
-    if len(reports) > 1:
-        for entry in entries:
-            shares = [report["sums"][entry["name"]] for report in reports]
-            if None in shares:
-                wrong.append(f"{entry['name']!r} is not a weight of SGLang's model")
-            elif (sum(share[0] for share in shares) - shares[0][1] * entry["checksum"][0]) % (1 << 64):
-                wrong.append(f"{entry['name']!r} does not stand in SGLang's shares of it as it was sent")
-    return wrong[:MAX_REPORTED]
+    Path(order["file"]).write_text(json.dumps(wrong[:MAX_REPORTED]), encoding="utf-8")
 
 
 def _compare_one(parameters: dict[str, nn.Parameter], entry: Mapping[str, Any]) -> str:
@@ -144,33 +121,6 @@ def _place_of(parameters: Mapping[str, nn.Parameter], name: str) -> tuple[str, s
         if part in name and name.replace(part, fused) in parameters:
             return name.replace(part, fused), share
     return name, "whole"
-
-
-def _sum_of_share(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], entry: Mapping[str, Any], num_shares: int
-) -> tuple[int, int] | None:
-    """(plain sum of this process's share of a weight, copies of the weight in all shares together); None: no such one.
-
-    What SGLang makes longer it fills with zeros, which add nothing. Shares are whole 64-bit words: widths are multiples
-    of four values.
-    """
-    target, share = _place_of(parameters, entry["name"])
-    if target not in parameters:
-        return None
-    parameter, copies = parameters[target].detach(), 1
-    region = parameter
-    if share in ("first", "last but one", "last"):
-        attention: Any = model.get_submodule(target.rpartition(".")[0])
-        lengths = [attention.q_proj_shard_size, attention.kv_proj_shard_size, attention.kv_proj_shard_size]
-        region = parameter.split(lengths)[("first", "last but one", "last").index(share)]
-        copies = 1 if share == "first" else attention.num_kv_head_replicas
-    elif share != "whole":
-        region = parameter.chunk(2)[("first half", "second half").index(share)]
-    elif parameter.numel() >= torch.Size(entry["shape"]).numel():
-        copies = num_shares
-    address = parameter.data_ptr()
-    _covered[address] = _covered.get(address, 0) + region.numel()
-    return checksum(region.to(getattr(torch, entry["dtype"])))[0], copies
 
 
 def _not_sent(parameters: dict[str, nn.Parameter]) -> list[str]:

@@ -1,152 +1,142 @@
 """How weights travel from the learner to the workers of its engine: a class for each value of `rollout.sglang.weights`.
 
-    shared_memory  into host memory that the worker opens; the same machine
-    cuda_ipc       into buckets on the GPU whose handles the worker opens; the same GPU
-    broadcast      buckets by NCCL, on a CPU by gloo; other GPUs, other machines
+    shared_memory  Delivery    host memory that the worker opens; the same machine, to others as bytes by TCP
+    cuda_ipc       CudaIpc     buckets on the GPU whose handles the worker opens; the same GPU
+    broadcast      Broadcast   buckets by NCCL, on a CPU by gloo; other GPUs, other machines
 
-In: checked weights, whole tensors one at a time. Workers answer for each bucket, and a bucket is not written again
-before all have. After a worker's first load it compares checksums (check.py).
+In: checked weights, whole tensors one at a time. They are laid into two buckets in turn; workers answer for each, and
+none is written again before all have. After a worker's first load it compares checksums (check.py).
 
-A worker that is started again gets its weights from host memory (`Host`), never from the learner: gathering shards is a
-collective, and the other ranks do not know of this worker. For that cuda_ipc and broadcast keep a copy of the weights
-in host memory, too; `rollout.sglang.keep_host_copy` false saves it, and the loss of a worker then ends the run. The
-copy is made from the buckets that are sent, so shards are gathered once.
+A worker that is started again gets its weights from a copy in host memory (host_copy.py), never from the learner:
+gathering shards is a collective, and the other ranks do not know of this worker. The copy is made from the buckets that
+are sent. `rollout.sglang.keep_host_copy` false saves it, and the loss of a worker then ends the run.
 """
 
 from __future__ import annotations
 
-import secrets
+import base64
+import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.multiprocessing import reductions
 
 from vcr1_fast.rollout.addresses import Address, read_addresses
-from vcr1_fast.rollout.sgl import ipc
 from vcr1_fast.rollout.sgl.feed import Feed
-from vcr1_fast.rollout.sgl.group import UpdateGroup
-from vcr1_fast.rollout.sgl.libraries import Libraries, check_nccl
-from vcr1_fast.rollout.sgl.weights import Batch, Weights, WeightStore, in_batches
+from vcr1_fast.rollout.sgl.group import Libraries, UpdateGroup
+from vcr1_fast.rollout.sgl.host_copy import HostCopy
+from vcr1_fast.rollout.sgl.weights import Bucket, Weights, in_buckets
 from vcr1_fast.settings.error import require
 from vcr1_fast.settings.learning import SGLangConfig
-from vcr1_fast.types import RunError
 
 if TYPE_CHECKING:
     from vcr1_fast.rollout.sgl.workers import Seat
 
+# Memory of expandable segments has no handle of the kind that SGLang's process opens.
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
-class Delivery(Protocol):
-    """`Host`, `CudaIpc` and `Broadcast`."""
+
+class Delivery:
+    """Through host memory. The only way that needs neither a GPU nor a file system."""
+
+    in_host_memory = True  # where its buckets are, else on the learner's device
+
+    def __init__(self, bucket_bytes: int, dtype: torch.dtype, copy: HostCopy) -> None:
+        """`dtype`: that floating weights are sent in."""
+        self.copy = copy
+        self._bucket_bytes, self._dtype = bucket_bytes, dtype
 
     def push(self, weights: Weights, feed: Feed, seats: Sequence[Seat]) -> None:
         """Bring changed weights, or all of them, to all seats of the feed, which notes the lost ones."""
-        ...
+        for bucket, is_last in self._buckets(weights):
+            feed.finish()  # the one before, which may now be written again
+            self._begin(bucket, feed, is_last=is_last)
+        feed.finish()
 
     def refeed(self, feed: Feed) -> None:
-        """Bring every weight to a worker that was started again. Raises RuntimeError where nobody has them."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class Host:
-    """Copies in host memory, which workers open. The only way that needs neither a GPU nor a file system."""
-
-    def __init__(self, bucket_bytes: int, dtype: torch.dtype) -> None:
-        self.store = WeightStore(bucket_bytes, dtype)
-
-    def push(self, weights: Weights, feed: Feed, seats: Sequence[Seat]) -> None:
-        changed = self.store.update(weights)
-        self._send(changed if all(seat.is_checked for seat in seats) else self.store.all(), feed)
-
-    def refeed(self, feed: Feed) -> None:
-        self._send(self.store.all(), feed)
-
-    def close(self) -> None:
-        self.store.close()
-
-    def _send(self, batches: list[Batch], feed: Feed) -> None:
-        for index, batch in enumerate(batches):
-            entries = batch.entries(feed.wants_checksums)
-            feed.begin("bytes", entries, is_last=index == len(batches) - 1, tensors={"bytes_B": batch.memory})
+        """Bring every weight to a worker that was started again. Raises RunError as `HostCopy.all`."""
+        buckets = self.copy.all()
+        for index, bucket in enumerate(buckets):
+            Delivery._begin(self, bucket, feed, is_last=index == len(buckets) - 1)
             feed.finish()
 
-
-class _Streamed:
-    """Two buckets on the learner's device, in turn; `Host` beside it as the copy for workers that are started again."""
-
-    def __init__(self, bucket_bytes: int, dtype: torch.dtype, copy: Host | None) -> None:
-        self._bucket_bytes, self._dtype, self._copy = bucket_bytes, dtype, copy
-
-    def refeed(self, feed: Feed) -> None:
-        if self._copy is None:
-            raise RunError(
-                "a worker was lost and there is no copy of the weights to start another one with "
-                "(rollout.sglang.keep_host_copy is false): set it to true, and resume the run from its last checkpoint"
-            )
-        self._copy.refeed(feed)
-
-    def _batches(self, weights: Weights) -> Iterator[tuple[Batch, bool]]:
-        """Each is kept when the next one is asked for: the workers load it meanwhile. It has the dtype that is sent: a
-        copy from a GPU that also changes the dtype moves float32, and one core changes it."""
-        for batch, is_last in in_batches(weights, self._bucket_bytes, self._dtype):
-            yield batch, is_last
-            if self._copy:
-                self._copy.store.update(batch.weights())
-
     def close(self) -> None:
-        if self._copy:
-            self._copy.close()
+        self.copy.close()
+
+    def _buckets(self, weights: Weights) -> Iterator[tuple[Bucket, bool]]:
+        """Each is kept when the next one is asked for: the workers load it meanwhile."""
+        for bucket, is_last in in_buckets(weights, self._bucket_bytes, self._dtype, is_shared=self.in_host_memory):
+            yield bucket, is_last
+            self.copy.keep(bucket)
+        self.copy.finish()
+
+    def _begin(self, bucket: Bucket, feed: Feed, *, is_last: bool) -> None:
+        entries = bucket.entries(feed.wants_checksums)
+        feed.begin("bytes", entries, is_last=is_last, tensors={"bytes_B": bucket.memory})
 
 
-class CudaIpc(_Streamed):
-    """Handles of buckets on the GPU that learner and worker share. Untested: it needs a GPU."""
+class CudaIpc(Delivery):
+    """Handles of buckets on the GPU that learner and worker share, opened there without a copy. Untested: it needs a
+    GPU. Messages carry them as JSON, and SGLang's own process opens them (update.py). torch counts for each whether the
+    other process has let go of it; until then the memory is not given back."""
 
-    def __init__(
-        self,
-        bucket_bytes: int,
-        dtype: torch.dtype,
-        copy: Host | None,
-        share: Callable[[Tensor], Mapping[str, Any]],
-        release: Callable[[], None],
-    ) -> None:
-        """`share`: handle of a bucket as JSON, new for each worker; `release`: after the last bucket (ipc)."""
-        super().__init__(bucket_bytes, dtype, copy)
-        self._share, self._release = share, release
+    in_host_memory = False
 
     def push(self, weights: Weights, feed: Feed, seats: Sequence[Seat]) -> None:
-        for batch, is_last in self._batches(weights):
-            feed.finish()  # of the bucket before: it may now be written again
-            entries, flat_B = batch.entries(feed.wants_checksums), batch.flat_B
-            handles = {index: {"handle": self._share(flat_B)} for index in feed.live}
-            feed.begin("cuda_ipc", entries, is_last=is_last, details_of=handles.__getitem__)
-        feed.finish()
-        self._release()
+        super().push(weights, feed, seats)
+        self.release()
+
+    def _begin(self, bucket: Bucket, feed: Feed, *, is_last: bool) -> None:
+        handles = {index: {"handle": self.share(bucket.filled)} for index in feed.live}
+        entries = bucket.entries(feed.wants_checksums)
+        feed.begin("cuda_ipc", entries, is_last=is_last, details_of=handles.__getitem__)
+
+    def share(self, flat_B: Tensor) -> dict[str, Any]:
+        """A handle of these bytes, for one process to open once; what was queued to write them is waited for.
+
+        The device is named by its UUID: two processes may count GPUs differently.
+        """
+        torch.cuda.current_stream(flat_B.device).synchronize()
+        arguments: Any = reductions.reduce_tensor(flat_B)[1]
+        return {
+            "num_bytes": flat_B.numel(),
+            "tensor_offset": arguments[3],
+            "device_uuid": str(torch.cuda.get_device_properties(flat_B.device).uuid),
+            # of storage, counter and event, in torch's order; texts stand for bytes
+            "handles": [base64.b64encode(each).decode() if isinstance(each, bytes) else each for each in arguments[7:]],
+        }
+
+    def release(self) -> None:
+        """Give buckets that nobody has open any more back to the GPU, where SGLang may need the memory."""
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
 
 
-class Broadcast(_Streamed):
+class Broadcast(Delivery):
     """One broadcast for each bucket over a group of this rank and its workers, made again after a worker was."""
 
+    in_host_memory = False
+
     def __init__(
-        self, bucket_bytes: int, dtype: torch.dtype, copy: Host | None, device: torch.device, address: str, name: str
+        self, bucket_bytes: int, dtype: torch.dtype, copy: HostCopy, device: torch.device, address: str
     ) -> None:
-        """`address`: of this machine, as the workers reach it; `name`: of the group, another one on each rank."""
+        """`address`: of this machine, as the workers reach it."""
         super().__init__(bucket_bytes, dtype, copy)
-        self._device, self._address, self._name = device, address, name
+        self._device, self._address = device, address
         self._group: UpdateGroup | None = None
-        self._num_groups = 0
 
     def push(self, weights: Weights, feed: Feed, seats: Sequence[Seat]) -> None:
         group = self._group_of(seats, feed)
         sent: dist.Work | None = None
-        for batch, is_last in self._batches(weights):
+        for bucket, is_last in self._buckets(weights):
             self._settle(feed, sent)
-            entries = batch.entries(feed.wants_checksums)
+            entries = bucket.entries(feed.wants_checksums)
             feed.begin("broadcast", entries, is_last=is_last, details_of=lambda _: {"group": group.name})
-            sent = group.broadcast(batch.flat_B) if feed.live else None
+            sent = group.broadcast(bucket.filled) if feed.live else None
         self._settle(feed, sent)
 
     def close(self) -> None:
@@ -176,12 +166,11 @@ class Broadcast(_Streamed):
             return self._group
         if self._device.type == "cuda":
             for seat in seats:
-                check_nccl(Libraries.here(), seat.worker.libraries, seat.worker.name)
+                Libraries.here().require_nccl_of(seat.worker.libraries, seat.worker.name)
         previous = self._group.name if self._group else ""
         self._leave()
-        self._num_groups += 1
         sizes = [seat.worker.limits["num_gpus"] for seat in seats]
-        group = UpdateGroup(f"{self._name}-{self._num_groups}", sum(sizes), self._device, self._address, feed.timeout_s)
+        group = UpdateGroup(sum(sizes), self._device, self._address, feed.timeout_s)
 
         def fields_of(index: int) -> dict[str, Any]:
             return {
@@ -212,7 +201,7 @@ def way_of(config: SGLangConfig, device: torch.device) -> str:
         way = "shared_memory" if not is_gpu else "cuda_ipc" if is_shared else "broadcast"
     require(way != "cuda_ipc" or is_gpu, f"rollout.sglang.weights is {way}, wanted auto: the learner is on a CPU")
     require(
-        way != "cuda_ipc" or ipc.has_handles(),
+        way != "cuda_ipc" or has_handles(),
         "weights go to a worker on the same GPU by cuda_ipc, but PYTORCH_CUDA_ALLOC_CONF asks for expandable_segments, "
         "whose memory no other process can open: take them out, or set rollout.sglang.weights to shared_memory, which "
         "copies every push through host memory",
@@ -225,18 +214,21 @@ def way_of(config: SGLangConfig, device: torch.device) -> str:
     return way
 
 
+def has_handles() -> bool:
+    """Whether this process's GPU memory can be opened by another one."""
+    return not any("expandable_segments:true" in os.environ.get(name, "").lower() for name in _ALLOCATOR_VARIABLES)
+
+
 def make_delivery(config: SGLangConfig, dtype: torch.dtype, device: torch.device) -> Delivery:
     """The class that `config` asks for. `dtype`: that floating weights are sent in; `device`: of the learner.
 
     Raises ConfigError for a way that cannot work here."""
-    way, bucket_bytes = way_of(config, device), config.bucket_mb << 20
-    if way == "shared_memory":
-        return Host(bucket_bytes, dtype)
-    copy = Host(bucket_bytes, dtype) if config.keep_host_copy else None
-    if way == "cuda_ipc":
-        return CudaIpc(bucket_bytes, dtype, copy, ipc.share, ipc.release)
-    address = config.weights_address or own_address(read_addresses(config.addresses))
-    return Broadcast(bucket_bytes, dtype, copy, device, address, f"vcr1-{secrets.token_hex(4)}")
+    way, copy = way_of(config, device), HostCopy(is_kept=config.keep_host_copy)
+    parts = (config.bucket_mb << 20, dtype, copy)
+    if way == "broadcast":
+        address = config.weights_address or own_address(read_addresses(config.addresses))
+        return Broadcast(*parts, device, address)
+    return (CudaIpc if way == "cuda_ipc" else Delivery)(*parts)
 
 
 def own_address(workers: Sequence[Address]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vcr1_fast.rollout.sgl.channel import VERSION, Channel, KeyRefusedError, connect
-from vcr1_fast.rollout.sgl.libraries import Libraries
+from vcr1_fast.rollout.sgl.group import Libraries
 from vcr1_fast.rollout.sgl.messages import Message, SharedBytes
 from vcr1_fast.rollout.sgl.process import STOP_WAIT_S, Child
 
@@ -19,14 +19,7 @@ MAX_REFUSALS = 4  # in a row, within a second: a worker that ends in its handsha
 
 
 class WorkerGoneError(Exception):
-    """The worker ended or does not answer. The engine starts another one.
-
-    `is_port_taken`: in its start, by a port that it had chosen and another process took before it was bound.
-    """
-
-    def __init__(self, what: str, *, is_port_taken: bool = False) -> None:
-        super().__init__(what)
-        self.is_port_taken = is_port_taken
+    """The worker ended or does not answer. The engine starts another one."""
 
 
 class WorkerLink:
@@ -124,11 +117,10 @@ class WorkerLink:
 
     def gone(self, what: str) -> WorkerGoneError:
         """Ends the worker; the error to raise, with what is known of its end."""
-        where, is_port_taken = f". It runs at {self.name}: `vcr1-fast serve` has its log there", False
-        if self.child:
-            where, is_port_taken = self.child.last_words(), self.child.lost_a_port()
+        far = f". It runs at {self.name}: `vcr1-fast serve` has its log there"
+        where = self.child.last_words() if self.child else far
         self.kill()
-        return WorkerGoneError(what + where, is_port_taken=is_port_taken)
+        return WorkerGoneError(what + where)
 
     def _begin(self, deadline: float) -> None:
         """Raises KeyRefusedError, ValueError when it will never take this trainer, or has no engine for it, and OSError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +21,6 @@ from vcr1_fast.run.stop_signals import kept_from_children
 WORKER_MODULE = "vcr1_fast.rollout.sgl.worker"
 STOP_WAIT_S = 15.0
 LOG_TAIL_LINES = 15
-PORT_TAKEN = re.compile("EADDRINUSE|Address already in use", re.IGNORECASE)  # torch's words, and the C library's
 # Of the trainer's environment: what would make SGLang join the trainer's process group or wait at torchrun's store, run
 # its kernels in Triton's interpreter, or share memory in a form that CUDA IPC does not know; and a secret that it does
 # not need. torchrun's are in torch/distributed/elastic/agent/server/local_elastic_agent.py.
@@ -113,10 +111,6 @@ class Child:
         tail = "\n".join(self.printed().splitlines()[-LOG_TAIL_LINES:])
         ended = f"; its process ended with {code}" if code is not None else ""
         return f"{ended}. The end of its log {self.log}:\n{tail}"
-
-    def lost_a_port(self) -> bool:
-        """Whether it said that another process has a port of its choice."""
-        return bool(PORT_TAKEN.search(self.printed()))
 
     def printed(self) -> str:
         """By the process that was started last."""

@@ -16,20 +16,19 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.storage import TypedStorage
 
-from vcr1_fast.rollout.sgl.check import verdict
 from vcr1_fast.rollout.sgl.messages import Message
 
 CHECK_LOADER = "vcr1_fast.rollout.sgl.check.compare"
 FORGET_LOADER = "vcr1_fast.rollout.sgl.check.forget_videos"
 NO_WEIGHTS = -1
 IDLE_WAIT_S = 30.0
+_claims: list[socket.socket] = []  # of ports, open until this process ends
 
 
 class Updater:
@@ -50,14 +49,16 @@ class Updater:
         is_last, version = bool(fields["is_last"]), str(fields["policy_version"])
         update = {"flush_cache": is_last, "weight_version": version if is_last else None}
         if fields["is_first"] and self._is_open:  # of a load that broke off
-            await self._close_session()
-        await self._open_session()
+            await self._session(is_open=False)
+        await self._session(is_open=True)
         is_broadcast = fields["source"] == "broadcast"
         await (self._from_broadcast if is_broadcast else self._from_bucket)(message, update)
-        wrong = await self._compare(fields) if fields["check"] else []
+        # A model in several processes is not read back: which share of what each has is SGLang's own affair. There the
+        # answer that learner and engine compare before the first step (rollout/parity.py) shows a wrong weight alone.
+        wrong = await self._compare(fields) if fields["check"] and self._num_shares == 1 else []
         if is_last:
             await self._from_tensors([("nothing", torch.zeros(1))], FORGET_LOADER, {"flush_cache": False})
-            await self._close_session()
+            await self._session(is_open=False)
             self.policy_version = int(fields["policy_version"])
         return {"wrong": wrong}
 
@@ -90,15 +91,11 @@ class Updater:
             return {}
         if is_release:
             await self._become_idle()
-            if "weights" in tags:
-                self.policy_version = NO_WEIGHTS
-            request = _request("ReleaseMemoryOccupationReqInput", tags=sorted(tags))
-            await self._manager.release_memory_occupation(request, None)
-            self._released |= tags
-        else:
-            request = _request("ResumeMemoryOccupationReqInput", tags=sorted(tags))
-            await self._manager.resume_memory_occupation(request, None)
-            self._released -= tags
+            self.policy_version = NO_WEIGHTS if "weights" in tags else self.policy_version
+        verb = "release" if is_release else "resume"
+        request = _request(f"{verb.title()}MemoryOccupationReqInput", tags=sorted(tags))
+        await getattr(self._manager, f"{verb}_memory_occupation")(request, None)
+        self._released ^= tags
         return {}
 
     async def _become_idle(self) -> None:
@@ -142,54 +139,42 @@ class Updater:
         _require(await self._manager.update_weights_from_distributed(request, None))
 
     async def _compare(self, fields: Mapping[str, Any]) -> list[str]:
-        """Has check.compare read the bucket's weights back inside SGLang's processes; its order goes as a tensor."""
-        with tempfile.TemporaryDirectory() as folder:
-            order = {name: fields[name] for name in ("entries", "is_first", "is_last")}
-            note = json.dumps({**order, "folder": folder, "num_shares": self._num_shares}).encode()
-            named = [("order", torch.frombuffer(bytearray(note), dtype=torch.uint8))]
+        """Has check.compare read the bucket's weights back inside SGLang's process; its order goes as a tensor."""
+        with tempfile.NamedTemporaryFile() as report:
+            order = {name: fields[name] for name in ("entries", "is_first", "is_last")} | {"file": report.name}
+            named = [("order", torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8))]
             await self._from_tensors(named, CHECK_LOADER, {"flush_cache": False})
-            files = [Path(folder, f"{rank}.json") for rank in range(self._num_shares)]
-            return verdict([json.loads(file.read_text(encoding="utf-8")) for file in files], fields["entries"])
+            return json.load(report)
 
-    async def _open_session(self) -> None:
-        if not self._is_open:
-            await self._session("begin_weight_update", "BeginWeightUpdateReqInput")
-            self._is_open = True
-
-    async def _close_session(self) -> None:
-        if self._is_open:
-            self._is_open = False
-            await self._session("end_weight_update", "EndWeightUpdateReqInput")
-
-    async def _session(self, method: str, request: str) -> None:
-        """Versions before 0.5.18 take weights without a session and have neither."""
-        if hasattr(self._manager, method):
-            _require(await getattr(self._manager, method)(_request(request), None))
+    async def _session(self, *, is_open: bool) -> None:
+        """Open or close SGLang's update session. Versions before 0.5.18 take weights without one."""
+        was_open, self._is_open = self._is_open, False
+        verb = "begin" if is_open else "end"
+        if is_open != was_open and hasattr(self._manager, f"{verb}_weight_update"):
+            request = _request(f"{verb.title()}WeightUpdateReqInput")
+            _require(await getattr(self._manager, f"{verb}_weight_update")(request, None))
+        self._is_open = is_open
 
 
 class CudaHandle:
-    """A tensor on a GPU of another process, from the handle that ipc.share gave; pickled, it is the tensor.
+    """A tensor on a GPU of another process, from what CudaIpc.share gave; pickled, it is the tensor.
 
     Nothing is opened here: the process that unpickles it does. SGLang's own reductions take the GPU's UUID in the place
     of its index, because the two processes may count GPUs differently.
     """
 
     def __init__(self, handle: Mapping[str, Any]) -> None:
-        self._handle = handle
+        handles = (base64.b64decode(each) if isinstance(each, str) else each for each in handle["handles"])
+        size, place = torch.Size([handle["num_bytes"]]), (TypedStorage, torch.uint8, handle["device_uuid"])
+        # of torch.multiprocessing.reductions.rebuild_cuda_tensor
+        self.arguments = (Tensor, size, (1,), handle["tensor_offset"], *place, *handles)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         from sglang.srt.utils.patch_torch import (  # pyright: ignore[reportMissingImports]
             _rebuild_cuda_tensor_modified,
         )
 
-        return _rebuild_cuda_tensor_modified, rebuild_arguments(self._handle)
-
-
-def rebuild_arguments(handle: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What `torch.multiprocessing.reductions.rebuild_cuda_tensor` is called with, with the UUID for the device."""
-    handles = (base64.b64decode(each) if isinstance(each, str) else each for each in handle["handles"])
-    size = torch.Size([handle["num_bytes"]])
-    return Tensor, size, (1,), handle["tensor_offset"], TypedStorage, torch.uint8, handle["device_uuid"], *handles
+        return _rebuild_cuda_tensor_modified, self.arguments
 
 
 def engine_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,13 +190,18 @@ def engine_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quiet_port() -> int:
-    """A free port that no outgoing connection is given (Linux's are 32768 and up), and no worker of `vcr1-fast serve`
-    (29800 and up). SGLang draws one of the former and binds it 15 s later, when another process may have it."""
+    """A port for SGLang, the only one that it binds, which nobody takes in the 15 s until it does: no outgoing
+    connection (Linux gives them 32768 and up), no worker of `vcr1-fast serve` (29800 and up), and no other engine's
+    process, as this one has the Unix socket of that name until it ends."""
     while True:
         port = random.SystemRandom().randrange(20000, 29800)
+        claim = socket.socket(socket.AF_UNIX)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
+            claim.bind(f"\0vcr1-port-{port}")
+            _claims.append(claim)
             return port
+        claim.close()
 
 
 def _request(name: str, **values: object) -> Any:

@@ -1,13 +1,13 @@
 """The weights an SGLang worker gets: checked, and laid one after the other into buckets of bytes.
 
 In: `(name, tensor)` pairs under checkpoint names. Out: buckets, each of one dtype and without gaps, because
-SGLang lays the buckets that it receives by broadcast out in that way. delivery.py brings them to the workers.
+SGLang lays the buckets that it receives by broadcast out in that way. Called by delivery.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,102 +89,56 @@ class Slot:
         """The weight, as a view of its bucket's bytes."""
         return flat_B[self.start : self.stop].view(self.dtype).reshape(self.shape)
 
-    def as_json(self) -> dict[str, Any]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"name": self.name, "dtype": dtype, "shape": self.shape, "start": self.start, "stop": self.stop}
-
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Weights of one bucket that go out together."""
+class Bucket:
+    """Weights that go out together."""
 
-    flat_B: Tensor  # uint8
+    memory: Tensor | SharedBytes  # [num_bytes] uint8; other processes can open the latter
     slots: tuple[Slot, ...]
-    memory: SharedBytes | None = None  # what flat_B lies in, where other processes can open it
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        return ((slot.name, slot.of(self.flat_B)) for slot in self.slots)
+    @property
+    def filled(self) -> Tensor:
+        """The bytes of its weights, without the room behind them."""
+        return bytes_of(self.memory)[: self.slots[-1].stop]
 
     def entries(self, with_checksums: bool) -> list[dict[str, Any]]:
         """As JSON; with checksums the worker compares what it holds afterwards."""
-        if not with_checksums:
-            return [slot.as_json() for slot in self.slots]
-        return [slot.as_json() | {"checksum": checksum(slot.of(self.flat_B))} for slot in self.slots]
+        entries = [asdict(slot) | {"dtype": str(slot.dtype).removeprefix("torch.")} for slot in self.slots]
+        if with_checksums:
+            for slot, entry in zip(self.slots, entries, strict=True):
+                entry["checksum"] = checksum(slot.of(self.filled))
+        return entries
 
 
-def sent_dtype(value: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Floating weights are cast to `dtype`, others stay."""
-    return dtype if value.is_floating_point() else value.dtype
+def in_buckets(
+    weights: Weights, bucket_bytes: int, dtype: torch.dtype, *, is_shared: bool = False
+) -> Iterator[tuple[Bucket, bool]]:
+    """Fill two buckets in turn, with whether each is the last one. Floating weights are cast to `dtype`.
 
-
-def in_batches(weights: Weights, bucket_bytes: int, dtype: torch.dtype) -> Iterator[tuple[Batch, bool]]:
-    """Fill two buckets on the weights' device in turn, with whether each batch is the last one.
-
-    A batch's bytes are good until the next but one is asked for. A weight larger than `bucket_bytes` gets a bucket of
-    its own size. Weights are on one device.
+    Each is good until the next but one is asked for. They are on the weights' device, which is one, or `is_shared`: in
+    memory that other processes can open. A weight larger than `bucket_bytes` gets a bucket of its own size.
     """
-    buffers: list[Tensor] = []
+    memories: list[Tensor | SharedBytes] = []  # the last two
     slots: list[Slot] = []
     for name, value in weights:
-        wanted = sent_dtype(value, dtype)
+        wanted = dtype if value.is_floating_point() else value.dtype
         num_bytes = value.numel() * wanted.itemsize
         used = slots[-1].stop if slots else 0
         if slots and (used + num_bytes > bucket_bytes or wanted != slots[-1].dtype):
-            yield Batch(buffers[-1][:used], tuple(slots)), False
+            yield Bucket(memories[-1], tuple(slots)), False
             slots, used = [], 0
         if not slots:
-            free = buffers.pop(0) if len(buffers) == 2 else None
+            free = memories.pop(0) if len(memories) == 2 else None
             size = max(num_bytes, bucket_bytes)
-            if free is None or free.numel() < size:
-                free = torch.empty(size, dtype=torch.uint8, device=value.device)
-            buffers.append(free)
-        slot = Slot(name, wanted, tuple(value.shape), used, used + num_bytes)
-        slot.of(buffers[-1]).copy_(value.detach())
-        slots.append(slot)
+            if free is None or bytes_of(free).numel() < size:
+                free = SharedBytes(size) if is_shared else torch.empty(size, dtype=torch.uint8, device=value.device)
+            memories.append(free)
+        slots.append(Slot(name, wanted, tuple(value.shape), used, used + num_bytes))
+        slots[-1].of(bytes_of(memories[-1])).copy_(value.detach())
     if slots:
-        yield Batch(buffers[-1][: slots[-1].stop], tuple(slots)), True
+        yield Bucket(memories[-1], tuple(slots)), True
 
 
-class WeightStore:
-    """All weights of the policy in host memory, which a worker of the same machine can open: 15 GB for 7 billion
-    weights in bfloat16. `update` fills it, `all` gives everything to a new worker.
-    """
-
-    def __init__(self, bucket_bytes: int, dtype: torch.dtype) -> None:
-        """`dtype`: floating weights are cast to it. A weight larger than `bucket_bytes` gets a bucket of its own."""
-        self._bucket_bytes, self._dtype = bucket_bytes, dtype
-        self._buckets: list[tuple[SharedBytes, dict[str, Slot]]] = []
-
-    def all(self) -> list[Batch]:
-        """Every bucket with all its weights."""
-        return [Batch(memory.bytes_B, tuple(slots.values()), memory) for memory, slots in self._buckets]
-
-    def update(self, weights: Weights) -> list[Batch]:
-        """Copy weights in, over their earlier values; gives the buckets that changed, each with those of its weights
-        that came. Raises RuntimeError when a weight had another size."""
-        came: set[str] = set()
-        for name, value in weights:
-            memory, slots = next((each for each in self._buckets if name in each[1]), None) or self._room(name, value)
-            slots[name].of(memory.bytes_B).copy_(value.detach())
-            came.add(name)
-        changed = [replace(each, slots=tuple(slot for slot in each.slots if slot.name in came)) for each in self.all()]
-        return [batch for batch in changed if batch.slots]
-
-    def close(self) -> None:
-        """Give the memory back."""
-        for memory, _ in self._buckets:
-            memory.close()
-        self._buckets = []
-
-    def _room(self, name: str, value: Tensor) -> tuple[SharedBytes, dict[str, Slot]]:
-        """A bucket with a slot for a new weight."""
-        dtype = sent_dtype(value, self._dtype)
-        size, start = value.numel() * dtype.itemsize, 0
-        if self._buckets:
-            memory, slots = self._buckets[-1]
-            last = next(reversed(slots.values()))
-            start = last.stop if last.dtype == dtype and last.stop + size <= memory.bytes_B.numel() else 0
-        if start == 0:
-            self._buckets.append((SharedBytes(max(size, self._bucket_bytes)), {}))
-        self._buckets[-1][1][name] = Slot(name, dtype, tuple(value.shape), start, start + size)
-        return self._buckets[-1]
+def bytes_of(memory: Tensor | SharedBytes) -> Tensor:
+    return memory.bytes_B if isinstance(memory, SharedBytes) else memory

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from vcr1_fast.rollout.sgl.endpoint import KEY_VARIABLE, NO_SGLANG, STATUS_VARIABLE, Endpoint
 from vcr1_fast.rollout.sgl.features import SharedFeatures
-from vcr1_fast.rollout.sgl.libraries import Libraries
+from vcr1_fast.rollout.sgl.group import Libraries
 from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.penalty import request_arguments
 from vcr1_fast.rollout.sgl.update import Updater, engine_arguments

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import sys
 import time
@@ -19,6 +18,7 @@ from vcr1_fast.rollout.addresses import read_addresses, show
 from vcr1_fast.rollout.rollout_key import KEY_BYTES, read_key
 from vcr1_fast.rollout.sgl.delivery import make_delivery
 from vcr1_fast.rollout.sgl.feed import Feed
+from vcr1_fast.rollout.sgl.host_copy import HostCopy
 from vcr1_fast.rollout.sgl.link import WorkerGoneError, WorkerLink
 from vcr1_fast.rollout.sgl.process import Child
 from vcr1_fast.rollout.sgl.weights import WeightTable
@@ -79,7 +79,7 @@ class Workers:
                 seat.worker.start()
             # Elsewhere all at once; here one engine after the other, as each measures what is free
             with ThreadPoolExecutor(1 if config.placement == "colocated" else len(self.seats)) as pool:
-                list(pool.map(self._wait_for_first_start, [seat.worker for seat in self.seats]))
+                list(pool.map(lambda seat: seat.worker.wait_ready(config.start_timeout_s), self.seats))
         except WorkerGoneError as error:
             self.close()
             raise RunError(f"SGLang does not start: its worker {error}") from error
@@ -91,6 +91,11 @@ class Workers:
     def has_weights(self) -> bool:
         """False before the first whole load, and after one that broke off."""
         return self._table.is_whole
+
+    @property
+    def host_copy(self) -> HostCopy:
+        """Of the weights; ranks that push together share it (run/weight_sync.py)."""
+        return self._delivery.copy
 
     @property
     def is_released(self) -> bool:
@@ -113,9 +118,13 @@ class Workers:
                 self._resume(feed, ["cuda_graph", "kv_cache"])
             for index, reason in feed.lost.items():
                 self._failures_in_a_row = 0  # of this load; several workers may be lost at once
-                self.revive(self.seats[index], reason)
+                if self.host_copy.awaits_others:  # it is found when it is used next
+                    print(f"SGLang worker {self.seats[index].worker.name} is lost: it {reason}", file=sys.stderr)
+                else:
+                    self.revive(self.seats[index], reason)
         except BaseException:
             self.policy_version = previous
+            self._table.forget()  # its last bucket may have failed, when every weight had come
             raise
         for seat in self.seats:
             seat.is_released = False
@@ -166,23 +175,12 @@ class Workers:
             seat.worker.stop()
         self._delivery.close()
 
-    def _wait_for_first_start(self, worker: WorkerLink) -> None:
-        """Begins it once more when another process took a port of SGLang's: it draws some 15 s before it binds them."""
-        for attempt in itertools.count():
-            try:
-                return worker.wait_ready(self._config.start_timeout_s)
-            except WorkerGoneError as error:
-                if not error.is_port_taken or attempt == self._config.max_restarts:
-                    raise
-                print(f"SGLang worker {worker.name} is started again: a port of its choice was taken", file=sys.stderr)
-                worker.start()
-
     def _feed(self, seats: Sequence[Seat]) -> Feed:
         return Feed(seats, self.next_number, self.policy_version, self._config.timeout_s)
 
     def _replace_ended(self) -> None:
         """Start again what died while it had nothing to do: found out by a broadcast, it would cost all the others."""
-        if self._table.is_whole:  # else there is nothing to feed them with, and the load finds them
+        if self._table.is_whole and not self.host_copy.awaits_others:  # else the load finds them: nothing to feed them
             for seat in self.seats:
                 if seat.worker.has_ended:
                     self._failures_in_a_row = 0
