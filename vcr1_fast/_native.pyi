@@ -8,7 +8,6 @@ class _DLPack(Protocol):
     def __dlpack_device__(self) -> Any: ...
 
 _IntervalKind = Literal["set", "hull", "iop"]
-_BoxKind = Literal["iou", "giou"]
 _Scale = Literal["group", "batch", "none"]
 _Pick = Literal["first", "last"]
 _Rule = Literal["fixed", "paper"]
@@ -40,7 +39,6 @@ def track_overlap(
     truth: _DLPack,
     truth_offsets: _DLPack,
     first_box: int,
-    kind: _BoxKind,
     out: _DLPack,
 ) -> None: ...
 def group_advantages(
@@ -65,7 +63,6 @@ def track_overlap_cuda(
     truth: _DLPack,
     truth_offsets: _DLPack,
     first_box: int,
-    kind: _BoxKind,
     out: _DLPack,
     stream: int,
 ) -> None: ...

@@ -120,7 +120,7 @@ void compare_unsound(Count& count) {
   for (size_t i = 0; i < 4; ++i) count.add(nan_or(got[i]), i == 0 ? 1.0 : -1.0);
 
   const Ragged boxes{rows.data(), starts.data(), 1, 4};
-  overlap_cuda(TrackOverlap{boxes, boxes, 0, BoxKind::kIou}, 2, got.data(), kLaunch);
+  overlap_cuda(TrackOverlap{boxes, boxes, 0}, 2, got.data(), kLaunch);
   count.add(nan_or(got[0]), 1.0);
   count.add(nan_or(got[1]), -1.0);
 
@@ -150,9 +150,7 @@ int main(int argc, char** argv) {
     const Lists tracks(draw, num_answers, 4);
     Lists true_tracks(tracks);  // of the same lengths, else there is nothing to compare
     for (double& corner : true_tracks.rows) corner = draw.below(3) == 0 ? draw.number() : corner;
-    for (const auto kind : {BoxKind::kIou, BoxKind::kGiou}) {
-      compare_overlap(TrackOverlap{tracks.view(), true_tracks.view(), round % 2, kind}, num_answers, count);
-    }
+    compare_overlap(TrackOverlap{tracks.view(), true_tracks.view(), round % 2}, num_answers, count);
     compare_advantages(draw, 8 * num_answers, count);  // 300 groups of 260 answers: more than a block has threads
   }
   compare_unsound(count);
