@@ -45,7 +45,6 @@ def group_advantages(
     rewards: _DLPack,
     group_offsets: _DLPack,
     scale: _Scale,
-    std_floor: float,
     advantages: _DLPack,
 ) -> None: ...
 def interval_overlap_cuda(
@@ -70,7 +69,6 @@ def group_advantages_cuda(
     rewards: _DLPack,
     group_offsets: _DLPack,
     scale: _Scale,
-    std_floor: float,
     advantages: _DLPack,
     stream: int,
 ) -> None: ...

@@ -100,4 +100,4 @@ def _probes() -> Iterator[tuple[str, tuple[Any, ...], int]]:
         yield "interval_overlap", (intervals, starts, intervals * 0.9, np.array([0, 2, 3]), kind), 2
     yield "track_overlap", (boxes, starts, boxes * 0.9, starts, 0), 2
     for scale in ("group", "batch", "none"):
-        yield "group_advantages", (thirds * thirds, np.array([0, 5, 12]), scale, 1e-4), 12
+        yield "group_advantages", (thirds * thirds, np.array([0, 5, 12]), scale), 12
