@@ -30,12 +30,11 @@ struct IntervalOverlap {
 struct TrackOverlap {
   Ragged predicted, truth;
   int64_t first_box;
-  BoxKind kind;
 
   VCR1_HD double operator()(int64_t n) const {
     const int64_t p = predicted.offsets[n], t = truth.offsets[n];
     return track_overlap(predicted.rows + 4 * p, predicted.offsets[n + 1] - p, truth.rows + 4 * t,
-                         truth.offsets[n + 1] - t, first_box, kind);
+                         truth.offsets[n + 1] - t, first_box);
   }
 };
 

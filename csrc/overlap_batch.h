@@ -55,12 +55,6 @@ inline IntervalKind interval_kind(const std::string& kind) {
   fail("kind", "value", "'" + kind + "'", "'set', 'hull' or 'iop'");
 }
 
-inline BoxKind box_kind(const std::string& kind) {
-  if (kind == "iou") return BoxKind::kIou;
-  if (kind == "giou") return BoxKind::kGiou;
-  fail("kind", "value", "'" + kind + "'", "'iou' or 'giou'");
-}
-
 inline int64_t checked_first_box(int64_t first_box) {
   if (first_box < 0) fail("first_box", "value", std::to_string(first_box), "0 or more");
   return first_box;

@@ -19,13 +19,11 @@ void interval_overlap_on_cpu(const py::object& predicted, const py::object& pred
 }
 
 void track_overlap_on_cpu(const py::object& predicted, const py::object& predicted_offsets, const py::object& truth,
-                          const py::object& truth_offsets, int64_t first_box, const std::string& kind,
-                          const py::object& out) {
-  const BoxKind what = box_kind(kind);
+                          const py::object& truth_offsets, int64_t first_box, const py::object& out) {
   checked_first_box(first_box);
   const Batch batch(predicted, predicted_offsets, truth, truth_offsets, "out", out, kBoxWidth, kCpu, 0);
   const py::gil_scoped_release release;
-  const TrackOverlap overlap{batch.predicted(), batch.truth(), first_box, what};
+  const TrackOverlap overlap{batch.predicted(), batch.truth(), first_box};
   check(overlap, batch.num_lists());
   overlap_cpu(overlap, batch.num_lists(), batch.out.data());
 }
@@ -41,9 +39,9 @@ constexpr const char* kIntervalDoc =
 constexpr const char* kTrackDoc =
     "Mean box overlap of N predicted tracks with the true ones over boxes first_box.., written to out.\n\n"
     "predicted [P, 4] and truth [Q, 4] float64 rows (x0, y0, x1, y1); track n owns rows offsets[n] to offsets[n + 1]\n"
-    "of each; offsets [N + 1] int64; out [N] float64. Contiguous CPU arrays with __dlpack__. kind 'iou', or 'giou':\n"
-    "(1 + GIoU) / 2 (arXiv 1902.09630). A track with another number of boxes than the truth gets 0. Runs without the\n"
-    "GIL, large batches on several threads. Raises ValueError \"name: what got G, wanted W\".";
+    "of each; offsets [N + 1] int64; out [N] float64. Contiguous CPU arrays with __dlpack__. A track with\n"
+    "another number of boxes than the truth gets 0. Runs without the GIL, large batches on several threads. Raises\n"
+    "ValueError \"name: what got G, wanted W\".";
 
 #ifdef VCR1_WITH_CUDA
 
@@ -59,14 +57,12 @@ void interval_overlap_on_cuda(const py::object& predicted, const py::object& pre
 }
 
 void track_overlap_on_cuda(const py::object& predicted, const py::object& predicted_offsets, const py::object& truth,
-                           const py::object& truth_offsets, int64_t first_box, const std::string& kind,
-                           const py::object& out, int64_t stream) {
-  const BoxKind what = box_kind(kind);
+                           const py::object& truth_offsets, int64_t first_box, const py::object& out, int64_t stream) {
   checked_first_box(first_box);
   const Batch batch(predicted, predicted_offsets, truth, truth_offsets, "out", out, kBoxWidth, kCuda,
                     dlpack_stream(stream));
   const py::gil_scoped_release release;
-  overlap_cuda(TrackOverlap{batch.predicted(), batch.truth(), first_box, what}, batch.num_lists(), batch.out.data(),
+  overlap_cuda(TrackOverlap{batch.predicted(), batch.truth(), first_box}, batch.num_lists(), batch.out.data(),
                {batch.out.device_id(), stream});
 }
 
@@ -85,13 +81,13 @@ void bind_overlap(py::module_& m) {
   m.def("interval_overlap", &interval_overlap_on_cpu, py::arg("predicted"), py::arg("predicted_offsets"),
         py::arg("truth"), py::arg("truth_offsets"), py::arg("kind"), py::arg("out"), kIntervalDoc);
   m.def("track_overlap", &track_overlap_on_cpu, py::arg("predicted"), py::arg("predicted_offsets"), py::arg("truth"),
-        py::arg("truth_offsets"), py::arg("first_box"), py::arg("kind"), py::arg("out"), kTrackDoc);
+        py::arg("truth_offsets"), py::arg("first_box"), py::arg("out"), kTrackDoc);
 #ifdef VCR1_WITH_CUDA
   m.def("interval_overlap_cuda", &interval_overlap_on_cuda, py::arg("predicted"), py::arg("predicted_offsets"),
         py::arg("truth"), py::arg("truth_offsets"), py::arg("kind"), py::arg("out"), py::arg("stream"), kCudaDoc);
   m.def("track_overlap_cuda", &track_overlap_on_cuda, py::arg("predicted"), py::arg("predicted_offsets"),
-        py::arg("truth"), py::arg("truth_offsets"), py::arg("first_box"), py::arg("kind"), py::arg("out"),
-        py::arg("stream"), kCudaDoc);
+        py::arg("truth"), py::arg("truth_offsets"), py::arg("first_box"), py::arg("out"), py::arg("stream"),
+        kCudaDoc);
 #endif
 }
 

@@ -8,9 +8,8 @@
 
 namespace vcr1 {
 
-// What is computed of two sets of intervals, and of two boxes; the names in Python are beside the values.
+// What is computed of two sets of intervals; the names in Python are beside the values.
 enum class IntervalKind : int32_t { kSetIou, kHullIou, kSetIop };  // "set", "hull", "iop"
-enum class BoxKind : int32_t { kIou, kGiou };                      // "iou", "giou"
 
 // count intervals (start, end), row after row; see the Python definition for what the results mean.
 struct Intervals {
@@ -134,28 +133,12 @@ VCR1_HD double box_iou(const double* a, const double* b) {
   return iou >= 0.0 ? lesser(1.0, iou) : 0.0;  // infinity / infinity is NaN and counts 0
 }
 
-// (1 + GIoU) / 2 = (IoU + union / enclosing box) / 2; 0 when one box is reversed or both have no area.
-VCR1_HD double box_giou(const double* a, const double* b) {
-  if (!(a[0] <= a[2] && a[1] <= a[3] && b[0] <= b[2] && b[1] <= b[3])) return 0.0;
-  const double width = lesser(a[2], b[2]) - greater(a[0], b[0]);
-  const double height = lesser(a[3], b[3]) - greater(a[1], b[1]);
-  const double shared = width > 0.0 && height > 0.0 ? product(width, height) : 0.0;
-  const double union_area = product(a[2] - a[0], a[3] - a[1]) + product(b[2] - b[0], b[3] - b[1]) - shared;
-  if (!(union_area > 0.0)) return 0.0;
-  const double enclosing = product(greater(a[2], b[2]) - lesser(a[0], b[0]), greater(a[3], b[3]) - lesser(a[1], b[1]));
-  const double mapped = product(shared / union_area + union_area / enclosing, 0.5);
-  return mapped >= 0.0 ? lesser(1.0, mapped) : 0.0;
-}
-
 // Mean box overlap over boxes first_box.. of two tracks; 0 when the counts differ or no box is left.
 VCR1_HD double track_overlap(const double* predicted, int64_t num_predicted, const double* truth, int64_t num_truth,
-                             int64_t first_box, BoxKind kind) {
+                             int64_t first_box) {
   if (num_predicted != num_truth || num_truth <= first_box) return 0.0;
   double total = 0.0;
-  for (int64_t i = first_box; i < num_truth; ++i) {
-    const double *p = predicted + 4 * i, *t = truth + 4 * i;
-    total += kind == BoxKind::kGiou ? box_giou(p, t) : box_iou(p, t);
-  }
+  for (int64_t i = first_box; i < num_truth; ++i) total += box_iou(predicted + 4 * i, truth + 4 * i);
   return total / static_cast<double>(num_truth - first_box);
 }
 

@@ -16,17 +16,11 @@ AdvantageScale advantage_scale(const std::string& scale) {
   fail("scale", "value", "'" + scale + "'", "'group', 'batch' or 'none'");
 }
 
-double checked_floor(double std_floor) {
-  if (!(std_floor > 0.0)) fail("std_floor", "value", std::to_string(std_floor), "more than 0");
-  return std_floor;
-}
-
 // The arrays of S answers in G groups, checked against each other.
 struct GroupBatch {
   GroupBatch(const py::object& rewards_array, const py::object& offsets_array, const std::string& scale_name,
-             double floor, const py::object& advantages_array, int32_t device, int64_t stream)
+             const py::object& advantages_array, int32_t device, int64_t stream)
       : scale(advantage_scale(scale_name)),
-        std_floor(checked_floor(floor)),
         advantages("advantages", advantages_array, {kAnyDim}, device, stream),
         rewards("rewards", rewards_array, {advantages.dim(0)}, device, stream),
         group_starts("group_offsets", offsets_array, {kAnyDim}, device, stream) {
@@ -36,19 +30,18 @@ struct GroupBatch {
   }
   RewardGroups view() const {
     const int64_t num_groups = group_starts.dim(0) - 1;
-    return {rewards.data(), group_starts.data(), rewards.dim(0), num_groups, scale, std_floor, advantages.data()};
+    return {rewards.data(), group_starts.data(), rewards.dim(0), num_groups, scale, advantages.data()};
   }
 
   AdvantageScale scale;
-  double std_floor;
   TensorView<double> advantages;
   TensorView<double> rewards;
   TensorView<int64_t> group_starts;
 };
 
 void group_advantages_on_cpu(const py::object& rewards, const py::object& group_offsets, const std::string& scale,
-                             double std_floor, const py::object& advantages) {
-  const GroupBatch batch(rewards, group_offsets, scale, std_floor, advantages, kCpu, 0);
+                             const py::object& advantages) {
+  const GroupBatch batch(rewards, group_offsets, scale, advantages, kCpu, 0);
   const py::gil_scoped_release release;
   const RewardGroups groups = batch.view();
   check_offsets("group_offsets", groups.group_offsets, groups.num_groups, groups.num_answers);
@@ -58,15 +51,15 @@ void group_advantages_on_cpu(const py::object& rewards, const py::object& group_
 constexpr const char* kGroupDoc =
     "Advantages of S answers in G groups, written to advantages.\n\n"
     "rewards and advantages [S] float64, group_offsets [G + 1] int64; advantage = (reward - group mean) / (std +\n"
-    "std_floor), std unbiased, of the group (scale 'group') or of all rewards ('batch'); / 1 for 'none'. Equal\n"
+    "1e-4), std unbiased, of the group (scale 'group') or of all rewards ('batch'); / 1 for 'none'. Equal\n"
     "rewards give exactly 0. Contiguous CPU arrays with __dlpack__. Runs without the GIL. Raises ValueError\n"
     "\"name: what got G, wanted W\".";
 
 #ifdef VCR1_WITH_CUDA
 
 void group_advantages_on_cuda(const py::object& rewards, const py::object& group_offsets, const std::string& scale,
-                              double std_floor, const py::object& advantages, int64_t stream) {
-  const GroupBatch batch(rewards, group_offsets, scale, std_floor, advantages, kCuda, dlpack_stream(stream));
+                              const py::object& advantages, int64_t stream) {
+  const GroupBatch batch(rewards, group_offsets, scale, advantages, kCuda, dlpack_stream(stream));
   const py::gil_scoped_release release;
   group_advantages_cuda(batch.view(), {batch.advantages.device_id(), stream});
 }
@@ -81,10 +74,10 @@ constexpr const char* kCudaDoc =
 
 void bind_reward_groups(py::module_& m) {
   m.def("group_advantages", &group_advantages_on_cpu, py::arg("rewards"), py::arg("group_offsets"), py::arg("scale"),
-        py::arg("std_floor"), py::arg("advantages"), kGroupDoc);
+        py::arg("advantages"), kGroupDoc);
 #ifdef VCR1_WITH_CUDA
   m.def("group_advantages_cuda", &group_advantages_on_cuda, py::arg("rewards"), py::arg("group_offsets"),
-        py::arg("scale"), py::arg("std_floor"), py::arg("advantages"), py::arg("stream"), kCudaDoc);
+        py::arg("scale"), py::arg("advantages"), py::arg("stream"), kCudaDoc);
 #endif
 }
 

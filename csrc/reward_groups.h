@@ -10,15 +10,16 @@
 namespace vcr1 {
 
 // By what (reward - group mean) is divided: the unbiased standard deviation of the group or of all rewards, +
-// std_floor; or by 1. In Python "group", "batch", "none".
+// kStdFloor; or by 1. In Python "group", "batch", "none".
 enum class AdvantageScale : int32_t { kGroup, kBatch, kNone };
+
+constexpr double kStdFloor = 1e-4;  // STD_FLOOR in Python
 
 struct RewardGroups {
   const double* rewards;         // [S]
   const int64_t* group_offsets;  // [G + 1], answers of group g are group_offsets[g] .. group_offsets[g + 1]
   int64_t num_answers, num_groups;
   AdvantageScale scale;
-  double std_floor;
   double* advantages;  // [S], written
 };
 
@@ -48,7 +49,7 @@ VCR1_HD double advantage(double reward, const Moments& group, double divisor) {
 // batch_std counts for scale batch only.
 VCR1_HD double divisor_of(const RewardGroups& groups, const Moments& group, double batch_std) {
   if (groups.scale == AdvantageScale::kNone) return 1.0;
-  return (groups.scale == AdvantageScale::kBatch ? batch_std : group.std) + groups.std_floor;
+  return (groups.scale == AdvantageScale::kBatch ? batch_std : group.std) + kStdFloor;
 }
 
 // Fills advantages from rewards. A thousand groups of 8 take some 20 microseconds: one thread.

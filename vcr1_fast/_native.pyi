@@ -8,7 +8,6 @@ class _DLPack(Protocol):
     def __dlpack_device__(self) -> Any: ...
 
 _IntervalKind = Literal["set", "hull", "iop"]
-_BoxKind = Literal["iou", "giou"]
 _Scale = Literal["group", "batch", "none"]
 _Pick = Literal["first", "last"]
 _Rule = Literal["fixed", "paper"]
@@ -40,14 +39,12 @@ def track_overlap(
     truth: _DLPack,
     truth_offsets: _DLPack,
     first_box: int,
-    kind: _BoxKind,
     out: _DLPack,
 ) -> None: ...
 def group_advantages(
     rewards: _DLPack,
     group_offsets: _DLPack,
     scale: _Scale,
-    std_floor: float,
     advantages: _DLPack,
 ) -> None: ...
 def interval_overlap_cuda(
@@ -65,7 +62,6 @@ def track_overlap_cuda(
     truth: _DLPack,
     truth_offsets: _DLPack,
     first_box: int,
-    kind: _BoxKind,
     out: _DLPack,
     stream: int,
 ) -> None: ...
@@ -73,7 +69,6 @@ def group_advantages_cuda(
     rewards: _DLPack,
     group_offsets: _DLPack,
     scale: _Scale,
-    std_floor: float,
     advantages: _DLPack,
     stream: int,
 ) -> None: ...

@@ -40,8 +40,7 @@ def batches(num_answers, seed=0):
     for kind in ("set", "hull"):
         yield "interval_overlap_cuda", lambda k=kind: overlap.interval_iou_batch(predicted, truth, k)
     yield "interval_overlap_cuda", lambda: overlap.interval_iop_batch(predicted, truth)
-    for kind in ("iou", "giou"):
-        yield "track_overlap_cuda", lambda k=kind: overlap.track_iou_batch(tracks, true_tracks, 1, k)
+    yield "track_overlap_cuda", lambda: overlap.track_iou_batch(tracks, true_tracks, 1)
     for scale in ("group", "batch", "none"):
         yield "group_advantages_cuda", lambda s=scale: reward_groups.group_advantages(rewards, offsets, s)
 

@@ -52,11 +52,11 @@ def test_interval_batches_are_bitwise_equal(pairs, kind):
 
 @needs_native
 @settings(max_examples=150, deadline=None)
-@given(st.lists(tracks(), max_size=8), st.integers(0, 2), st.sampled_from(["iou", "giou"]))
-def test_track_batches_are_bitwise_equal(pairs, first_box, kind):
+@given(st.lists(tracks(), max_size=8), st.integers(0, 2))
+def test_track_batches_are_bitwise_equal(pairs, first_box):
     predicted, truth = [p for p, _ in pairs], [t for _, t in pairs]
-    plain = overlap.track_iou_batch_plain(predicted, truth, first_box, kind)
-    assert bits(overlap.track_iou_batch_native(predicted, truth, first_box, kind)) == bits(plain)
+    plain = overlap.track_iou_batch_plain(predicted, truth, first_box)
+    assert bits(overlap.track_iou_batch_native(predicted, truth, first_box)) == bits(plain)
     assert all(0.0 <= value <= 1.0 for value in plain)
 
 
@@ -114,7 +114,7 @@ def interval_arguments(**changes):
         ),
         ({"truth": np.full((3, 2), np.nan)}, ValueError, "truth: row 1 got a start before"),
         ({"out": np.empty((2, 1))}, ValueError, "out: rank got 2, wanted 1"),
-        ({"kind": "giou"}, ValueError, "kind: value got 'giou', wanted 'set', 'hull' or 'iop'"),
+        ({"kind": "iou"}, ValueError, "kind: value got 'iou', wanted 'set', 'hull' or 'iop'"),
     ],
 )
 def test_bad_arrays_are_refused(changes, error, message):
@@ -129,15 +129,13 @@ def test_first_box_must_not_be_negative_and_no_array_leaks():
     from vcr1_fast import _native
 
     boxes, offsets, out = np.zeros((2, 4)), np.array([0, 2]), np.empty(1)
-    with pytest.raises(ValueError, match="kind: value got 'set', wanted 'iou' or 'giou'"):
-        _native.track_overlap(boxes, offsets, boxes, offsets, 0, "set", out)
     with pytest.raises(ValueError, match="first_box: value got -1, wanted 0 or more"):
-        _native.track_overlap(boxes, offsets, boxes, offsets, -1, "iou", out)
+        _native.track_overlap(boxes, offsets, boxes, offsets, -1, out)
     count = sys.getrefcount(boxes)
     for _ in range(1000):
-        _native.track_overlap(boxes, offsets, boxes, offsets, 0, "iou", out)
+        _native.track_overlap(boxes, offsets, boxes, offsets, 0, out)
         with pytest.raises(ValueError):
-            _native.track_overlap(boxes, offsets, boxes[:, :3], offsets, 0, "iou", out)
+            _native.track_overlap(boxes, offsets, boxes[:, :3], offsets, 0, out)
     assert sys.getrefcount(boxes) == count
 
 
@@ -203,7 +201,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
             assert _native.thread_limit() == threads
             out, out_track = np.empty(60_000), np.empty(60_000)
             _native.interval_overlap(*intervals, "set", out)
-            _native.track_overlap(*tracks_, 1, "giou", out_track)
+            _native.track_overlap(*tracks_, 1, out_track)
             results.append(out.tobytes() + out_track.tobytes())
     finally:
         _native.set_thread_limit(limit)
@@ -216,8 +214,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
 @needs_cuda
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["set", "hull", "iop"])
-@pytest.mark.parametrize("box_kind", ["iou", "giou"])
-def test_cuda_equals_cpu_bit_for_bit(kind, box_kind):
+def test_cuda_equals_cpu_bit_for_bit(kind):
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -226,7 +223,7 @@ def test_cuda_equals_cpu_bit_for_bit(kind, box_kind):
     intervals, tracks_ = random_batch(0, 1000)
     cpu_iou, cpu_track = np.empty(1000), np.empty(1000)
     _native.interval_overlap(*intervals, kind, cpu_iou)
-    _native.track_overlap(*tracks_, 1, box_kind, cpu_track)
+    _native.track_overlap(*tracks_, 1, cpu_track)
 
     out_iou, out_track = torch.empty(2, 1000, dtype=torch.float64, device="cuda").unbind()
     side = torch.cuda.Stream()
@@ -235,7 +232,7 @@ def test_cuda_equals_cpu_bit_for_bit(kind, box_kind):
         gpu = [torch.as_tensor(a, device="cuda") for a in intervals]
         gpu_boxes = [torch.as_tensor(a, device="cuda") for a in tracks_]
         _native.interval_overlap_cuda(*gpu, kind, out_iou, side.cuda_stream)
-        _native.track_overlap_cuda(*gpu_boxes, 1, box_kind, out_track, side.cuda_stream)
+        _native.track_overlap_cuda(*gpu_boxes, 1, out_track, side.cuda_stream)
     side.synchronize()
     assert out_iou.cpu().numpy().tobytes() == cpu_iou.tobytes()
     assert out_track.cpu().numpy().tobytes() == cpu_track.tobytes()

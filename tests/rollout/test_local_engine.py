@@ -45,7 +45,7 @@ def full_logits(model: Model, prompt: Prompt, completion_ids_R: Tensor, banned: 
     `banned` ids, by default those of pictures, have -inf."""
     ids_L = torch.cat([prompt.token_ids_L, completion_ids_R])
     seconds = [patches.second_per_grid_s for patches in prompt.media]
-    pads = (model.config.video_token_id, 2, 2, model.config.image_token_id)
+    pads = (model.config.video_token_id, 2, model.config.image_token_id)
     positions_3L = mrope_positions(ids_L, prompt.grids, seconds, *pads)
     shown = {name: value.to(model.device) for name, value in stock_inputs(prompt, model.dtype).items()}
     logits_LV = model(
@@ -115,7 +115,7 @@ def test_prompts_of_several_videos_images_or_text_alone_are_answered_as_by_the_s
         text = "".join(part if isinstance(part, str) else part[0] for part in parts)
         token_ids = torch.tensor(tiny_tokenizer(text)["input_ids"])
         seconds = [patches.second_per_grid_s for patches in media]
-        pads = (ids["<|video_pad|>"], 2.0, 2, ids["<|image_pad|>"])
+        pads = (ids["<|video_pad|>"], 2.0, ids["<|image_pad|>"])
         grids = [patches.grid_thw for patches in media]
         return Prompt(make_example(text), token_ids, mrope_positions(token_ids, grids, seconds, *pads), media)
 

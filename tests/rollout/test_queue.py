@@ -50,14 +50,14 @@ class HeldEngine:
     def metrics(self) -> dict[str, float]:
         return {"engine/restarts": 0.0}
 
-    def generate(self, prompts, sampling, begun=None, quota=None):
+    def generate(self, prompts, sampling, begun, quota):
         assert self._entered.acquire(blocking=False), "two calls at the same time"
         self._stop.clear()
         self.calls.append(([p.example.id for p in prompts], sampling.seed, self.policy_version))
         self.running.set()  # who waits for it reads `calls`
         quota = quota or Quota(len(prompts))
         lengths = [self.lengths.get(p.example.id, NUM_TOKENS) for p in prompts]
-        logprobs = [group[0].logprobs_R.tolist() for group in begun] if begun else [[] for _ in prompts]
+        logprobs = [group[0].logprobs_R.tolist() for group in begun]
 
         def are_done() -> list[bool]:
             return [len(drawn) == length for drawn, length in zip(logprobs, lengths, strict=True)]
@@ -111,7 +111,7 @@ Open = Callable[..., tuple[RolloutQueue, HeldEngine, Stream]]
 def open_queue(make_prompt) -> Iterator[Open]:
     opened: list[tuple[RolloutQueue, HeldEngine]] = []
 
-    def make(lag: int, *, holds: bool = False, num_steps: int = 9, prompts_per_step: int = 2, **rollout):
+    def make(lag: int, *, holds: bool = False, num_steps: int = 5, prompts_per_step: int = 2, **rollout):
         engine, stream = HeldEngine(holds=holds), Stream(make_prompt)
         config = Config(
             rollout=RolloutConfig(group_size=2, max_policy_lag=lag, **rollout),
@@ -119,13 +119,12 @@ def open_queue(make_prompt) -> Iterator[Open]:
         )
         tasks = make_tasks(TaskConfig())
         collector = Collector(tasks, config, SINGLE_PROCESS, lambda _: torch.zeros(0))
-        texts = {tuple(range(NUM_TOKENS)): GOOD, tuple(range(LONG)): GOOD}
         queue = RolloutQueue(
             engine,  # pyright: ignore[reportArgumentType]
             collector,
             stream,  # pyright: ignore[reportArgumentType]
             lambda step: SamplingParams(2, NUM_TOKENS, seed=100 * step),
-            lambda ids: [texts.get(tuple(row), "cut") for row in ids],
+            lambda ids: [GOOD if len(row) in (NUM_TOKENS, LONG) else "cut" for row in ids],
         )
         opened.append((queue, engine))
         return queue, engine, stream
@@ -140,13 +139,14 @@ def ids_of(groups) -> list[str]:
     return [group.prompt.example.id for group in groups]
 
 
-def run_steps(queue: RolloutQueue, engine: HeldEngine, num_steps: int) -> list[tuple[list[str], int, int]]:
-    """(ids, version that drew them, version of the learner) of each step of a run like the training loop's."""
+def note(queue: RolloutQueue, engine: HeldEngine, steps: range) -> list[tuple[list[str], list[list[float]], list[int]]]:
+    """Of each step: ids, the log-probs of a group's first answer, updates between drawing and learning."""
     seen = []
-    for step in range(1, num_steps + 1):
+    for step in steps:
         queue.fill(step)
         groups = queue.take(step)
-        seen.append((ids_of(groups), groups[0].policy_version, engine.policy_version))
+        logprobs = [group.completions[0].logprobs_R.tolist() for group in groups]
+        seen.append((ids_of(groups), logprobs, [engine.policy_version - group.policy_version for group in groups]))
         with queue.paused():
             engine.policy_version += 1
     return seen
@@ -156,27 +156,25 @@ def test_without_lag_the_newest_weights_draw_and_nothing_is_ahead(open_queue: Op
     queue, engine, stream = open_queue(0)
     queue.fill(1)
     assert (stream.position, engine.calls) == (2, [])  # drawn when they are wanted, in the caller's thread
-    assert [(drew, now) for _, drew, now in run_steps(queue, engine, 3)] == [(1, 1), (2, 2), (3, 3)]
-    assert [seed for _, seed, _ in engine.calls] == [100, 200, 300]
+    assert [lags for _, _, lags in note(queue, engine, range(1, 4))] == [[0, 0]] * 3
+    assert [(seed, version) for _, seed, version in engine.calls] == [(100, 1), (200, 2), (300, 3)]
     assert queue.pending() == {"pending": [], "answers": {}, "again": {}, "failed_steps": {}}
     assert queue.metrics() == {"engine/restarts": 0.0}
 
 
 def test_with_lag_1_each_step_is_drawn_by_the_weights_before(open_queue: Open):
     queue, engine, stream = open_queue(1, num_steps=4)
-    seen = run_steps(queue, engine, 4)
+    seen = note(queue, engine, range(1, 5))
     assert [ids for ids, _, _ in seen] == [["a0", "a1"], ["a2", "a3"], ["a4", "a5"], ["a6", "a7"]]
-    assert [(drew, now) for _, drew, now in seen] == [(1, 1), (1, 2), (2, 3), (3, 4)]
+    assert [lags for _, _, lags in seen] == [[0, 0], [1, 1], [1, 1], [1, 1]]
     assert stream.position == 8  # nothing is read ahead of the last step
     assert queue.metrics()["sampling/policy_lag/max"] == queue.metrics()["sampling/policy_lag/mean"] == 1.0
 
 
 @pytest.mark.parametrize("lag", [2, 3])
 def test_no_answer_is_older_than_the_lag(open_queue: Open, lag):
-    queue, engine, _ = open_queue(lag)
-    seen = run_steps(queue, engine, 9)
-    assert all(now - drew <= lag for _, drew, now in seen)
-    assert max(now - drew for _, drew, now in seen) >= 1
+    queue, engine, _ = open_queue(lag, num_steps=9)
+    assert 1 <= max(lags[0] for _, _, lags in note(queue, engine, range(1, 10))) <= lag
 
 
 def test_the_next_step_is_drawn_while_the_learner_works_and_weights_wait_for_it(open_queue: Open):
@@ -236,7 +234,7 @@ def resumed(open_queue: Open, before: Opened, lag: int, answers=None, **rollout)
     """A new queue that goes on with what a checkpoint of the old one keeps, by the weights of now."""
     queue, engine, stream = before
     kept = queue.pending() | ({} if answers is None else {"answers": answers})
-    again, other, others_stream = open_queue(lag, num_steps=5, **rollout)
+    again, other, others_stream = open_queue(lag, **rollout)
     other.lengths, other.policy_version, others_stream.position = engine.lengths, engine.policy_version, stream.position
     again.restore(kept["pending"], kept["answers"], kept["again"], kept["failed_steps"])
     return again, other, others_stream
@@ -305,22 +303,9 @@ def _flat_below(first: str):
     return score
 
 
-def note(queue: RolloutQueue, engine: HeldEngine, steps: range) -> list[tuple[list[str], list[list[float]], list[int]]]:
-    """Of each step: ids, the log-probs of a group's first answer, updates between drawing and learning."""
-    seen = []
-    for step in steps:
-        queue.fill(step)
-        groups = queue.take(step)
-        logprobs = [group.completions[0].logprobs_R.tolist() for group in groups]
-        seen.append((ids_of(groups), logprobs, [engine.policy_version - group.policy_version for group in groups]))
-        with queue.paused():
-            engine.policy_version += 1
-    return seen
-
-
 @pytest.mark.parametrize("lag", [0, 1])
 def test_groups_that_are_not_finished_go_on_in_the_next_step(open_queue: Open, lag):
-    queue, engine, stream = open_queue(lag, num_steps=5, over_provision=0.5)
+    queue, engine, stream = open_queue(lag, over_provision=0.5)
     engine.lengths = LENGTHS
     seen = note(queue, engine, range(1, 6))
     assert [ids for ids, _, _ in seen] == STEPS and stream.position == 10  # nothing is lost, nothing left
@@ -335,10 +320,10 @@ def test_groups_that_are_not_finished_go_on_in_the_next_step(open_queue: Open, l
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("stop", [1, 2, 4])
 def test_a_restored_queue_goes_on_with_what_a_step_left(open_queue: Open, stop, lag):
-    whole, engine, _ = open_queue(lag, num_steps=5, over_provision=0.5)
+    whole, engine, _ = open_queue(lag, over_provision=0.5)
     engine.lengths = LENGTHS
     want = note(whole, engine, range(1, 6))
-    queue, engine, _ = before = open_queue(lag, num_steps=5, over_provision=0.5)
+    queue, engine, _ = before = open_queue(lag, over_provision=0.5)
     engine.lengths = LENGTHS
     assert note(queue, engine, range(1, stop + 1)) == want[:stop]
     with queue.paused():
@@ -347,7 +332,7 @@ def test_a_restored_queue_goes_on_with_what_a_step_left(open_queue: Open, stop, 
 
 
 def test_answers_go_on_for_their_own_prompt_when_another_s_video_cannot_be_read_any_more(open_queue: Open, monkeypatch):
-    before = open_queue(0, num_steps=5, over_provision=0.5)
+    before = open_queue(0, over_provision=0.5)
     before[1].lengths = LENGTHS
     note(*before[:2], range(1, 2))
     read = Stream.next
@@ -366,7 +351,7 @@ def test_an_example_that_comes_twice_in_a_step_keeps_its_answers_apart(make_prom
 
 @pytest.mark.parametrize("answers", [{}, {"1.tail.sizes": torch.ones(1)}], ids=["other ranks", "another version's"])
 def test_without_its_answers_what_a_step_left_comes_again(open_queue: Open, answers):
-    before = open_queue(0, num_steps=5, over_provision=0.5)
+    before = open_queue(0, over_provision=0.5)
     before[1].lengths = LENGTHS
     note(*before[:2], range(1, 2))
     before[1].lengths = {}
@@ -376,7 +361,7 @@ def test_without_its_answers_what_a_step_left_comes_again(open_queue: Open, answ
 
 @pytest.mark.parametrize(("lag", "over_provision"), [(1, 0.0), (0, 0.5), (1, 0.5)])
 def test_answers_older_than_a_resumed_run_allows_are_drawn_anew(open_queue: Open, lag, over_provision):
-    queue, engine, _ = before = open_queue(lag, num_steps=5, over_provision=over_provision)
+    queue, engine, _ = before = open_queue(lag, over_provision=over_provision)
     engine.lengths = LENGTHS
     note(queue, engine, range(1, 3))
     again, other, _ = resumed(open_queue, before, 0)
@@ -389,7 +374,7 @@ def test_answers_older_than_a_resumed_run_allows_are_drawn_anew(open_queue: Open
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_steps_that_were_further_ahead_than_a_resumed_run_allows_are_begun_later(open_queue: Open, lag):
-    queue, engine, _ = before = open_queue(4, num_steps=5, holds=True, interrupt=True)
+    queue, engine, _ = before = open_queue(4, holds=True, interrupt=True)
     queue.fill(1)
     engine.release(NUM_TOKENS)
     queue.take(1)

@@ -3,7 +3,6 @@
 import pytest
 
 from vcr1_fast.tasks.overlap import (
-    box_giou,
     box_iou,
     connected_pieces,
     hull_iou,
@@ -85,33 +84,6 @@ def test_box_iou(a, b, iou):
 def test_interval_iop(predicted, truth, iop):
     assert set_iop(predicted, truth) == iop
     assert interval_iop_batch([predicted], [truth]) == [iop]
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "giou"),
-    [
-        (UNIT, UNIT, 1.0),
-        (UNIT, LEFT_HALF, 0.75),  # IoU 1/2, nothing wasted: GIoU 1/2
-        (UNIT, (2.0, 0.0, 3.0, 1.0), 2 / 3 / 2),  # IoU 0, union 2 of 3: GIoU -1/3
-        (UNIT, (1.0, 0.0, 2.0, 1.0), 0.5),  # touching along a side: GIoU 0
-        (UNIT, (1.0, 1.0, 2.0, 2.0), 0.25),  # touching in a corner, union 2 of 4: GIoU -1/2
-        (UNIT, (3.0, 0.0, 3.0, 0.0), 1 / 3 / 2),  # a box without area: union 1 of 3
-        ((0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5), 0.0),  # neither has an area
-        (UNIT, (1.0, 1.0, 0.0, 0.0), 0.0),  # reversed
-        (UNIT, (0.0, 0.0, float("inf"), 1.0), 0.0),
-        (UNIT, (float("nan"), 0.0, 1.0, 1.0), 0.0),
-    ],
-)
-def test_box_giou(a, b, giou):
-    assert box_giou(a, b) == giou
-    assert box_giou(b, a) == giou
-
-
-def test_track_giou():
-    truth = [UNIT, UNIT]
-    assert mean_track_iou([UNIT, (2.0, 0.0, 3.0, 1.0)], truth, 0, "giou") == (1.0 + 2 / 3 / 2) / 2
-    assert track_iou_batch([[UNIT, LEFT_HALF]], [truth], 1, "giou") == [0.75]
-    assert track_iou_batch([[UNIT]], [truth], 0, "giou") == [0.0]
 
 
 def test_track_iou_with_and_without_the_given_box():

@@ -19,8 +19,8 @@ def test_advantages_by_hand(function):
     assert function(REWARDS, OFFSETS, "group") == [-group, 0.0, group, 0.0, 0.0, 0.0]
     assert function(REWARDS, OFFSETS, "none") == [-1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
     # all six: mean 4/3, sum of squares 16/9 + 3 * 1/9 + 4/9 + 25/9 = 48/9, unbiased variance 16/15
-    batch = 1.0 / (math.sqrt(16 / 15) + 0.5)
-    assert function(REWARDS, OFFSETS, "batch", 0.5) == pytest.approx([-batch, 0.0, batch, 0.0, 0.0, 0.0], rel=1e-15)
+    batch = 1.0 / (math.sqrt(16 / 15) + 1e-4)
+    assert function(REWARDS, OFFSETS, "batch") == pytest.approx([-batch, 0.0, batch, 0.0, 0.0, 0.0], rel=1e-15)
     assert function([], [0], "group") == []
 
 
@@ -44,8 +44,6 @@ def test_equals_torch_and_is_what_the_learner_gets(scale):
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="scale is 'std', wanted 'group', 'batch' or 'none'"):
         group_advantages([1.0], [0, 1], "std")
-    with pytest.raises(ValueError, match=r"std_floor is 0.0, wanted more than 0"):
-        group_advantages([1.0], [0, 1], "group", 0.0)
     for offsets in ([], [1], [0], [0, 2, 1], [0, 3]):
         with pytest.raises(ValueError, match="wanted to rise from 0 to 1"):
             group_advantages([1.0], offsets, "group")

@@ -24,6 +24,7 @@ from vcr1_fast.video.reader import ReaderError
 from vcr1_fast.video.source_name import SourceName
 
 MAX_REASON_LETTERS = 1000
+TOKENS_PER_SECOND = 2.0  # vision_config.tokens_per_second of every published Qwen2.5-VL
 MARK = re.compile("<(video|image)>")  # where one stands in a question, as in LLaVA's data
 SYSTEM_MESSAGE = "You are a helpful assistant."  # the default of Qwen's chat template; the original trains with it
 
@@ -56,15 +57,12 @@ class PromptBuilder:
         read: Callable[[str], Patches],
         *,
         prefetch: Callable[[Sequence[str]], None] = lambda videos: None,
-        tokens_per_second: float = 2.0,
-        merge: int = 2,
         limits: PromptLimits | None = None,
         video_first: bool = False,
         writes_times: bool = False,
     ) -> None:
         """`read` gives the patches of one of `Example.sources` and raises SampleError if it cannot; `prefetch` has them
-        read ahead. `tokens_per_second` and `merge` are `vision_config.tokens_per_second` and
-        `.spatial_merge_size` of the model, 2 in every published Qwen2.5-VL. `limits` None: nothing is too long.
+        read ahead. `limits` None: nothing is too long.
 
         Raises ValueError when the tokenizer lacks a special token.
         """
@@ -72,8 +70,6 @@ class PromptBuilder:
         self.tasks = tasks
         self.special_ids = SpecialIds.of(tokenizer)
         self._read, self._prefetch = read, prefetch
-        self._tokens_per_second = tokens_per_second
-        self._merge = merge
         self.limits = limits
         self.video_first, self.writes_times = video_first, writes_times
         self._newline = self._text_ids("\n")
@@ -114,8 +110,7 @@ class PromptBuilder:
                 [grid for grid, _ in steps],
                 [second_per_grid_s for _, second_per_grid_s in steps],
                 self.special_ids.video_pad,
-                self._tokens_per_second,
-                self._merge,
+                TOKENS_PER_SECOND,
                 self.special_ids.image_pad,
             )
         except ValueError as error:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MERGE = 2  # patches merged along each side into one token, in every published model
+
 
 def mrope_positions(
     token_ids_L: Tensor,
@@ -18,7 +20,6 @@ def mrope_positions(
     second_per_grid_s: Sequence[float],
     video_pad_id: int,
     tokens_per_second: float,
-    merge: int = 2,
     image_pad_id: int = -1,
 ) -> Tensor:
     """Time, row and column position of every token: [3, L] int64.
@@ -33,17 +34,16 @@ def mrope_positions(
             a grid of one pair.
         second_per_grid_s: seconds between two steps of each grid's time axis.
         tokens_per_second: of the model's vision config; 2 in the published checkpoints.
-        merge: patches merged along each side into one token.
         image_pad_id: placeholder of images; -1 where there are none.
 
     Raises ValueError when placeholders and grids do not agree.
     """
-    counts = _token_counts(grids, second_per_grid_s, merge)
+    counts = _token_counts(grids, second_per_grid_s)
     is_video_L = ((token_ids_L == video_pad_id) | (token_ids_L == image_pad_id)).tolist()
     if sum(is_video_L) != sum(counts):
         raise ValueError(
             f"the prompt has {sum(is_video_L)} placeholders, but the grids {list(grids)} stand for {sum(counts)} "
-            f"tokens: expand each to t * h * w / {merge * merge} placeholders"
+            f"tokens: expand each to t * h * w / {MERGE * MERGE} placeholders"
         )
     blocks: list[Tensor] = []
     cursor = position = 0
@@ -57,20 +57,20 @@ def mrope_positions(
             )
         blocks.append(torch.arange(position, position + start - cursor).expand(3, -1))
         position += start - cursor
-        blocks.append(_video_block(t, h // merge, w // merge, seconds, tokens_per_second) + position)
+        blocks.append(_video_block(t, h // MERGE, w // MERGE, seconds, tokens_per_second) + position)
         position = int(blocks[-1].max()) + 1
         cursor = start + count
     blocks.append(torch.arange(position, position + len(is_video_L) - cursor).expand(3, -1))
     return torch.cat(blocks, dim=1)
 
 
-def _token_counts(grids: Sequence[tuple[int, int, int]], second_per_grid_s: Sequence[float], merge: int) -> list[int]:
+def _token_counts(grids: Sequence[tuple[int, int, int]], second_per_grid_s: Sequence[float]) -> list[int]:
     if len(grids) != len(second_per_grid_s):
         raise ValueError(f"there are {len(grids)} grids, but {len(second_per_grid_s)} values of second_per_grid_s")
     for t, h, w in grids:
-        if t < 1 or h < merge or w < merge or h % merge or w % merge:
-            raise ValueError(f"grid {(t, h, w)}: wanted t >= 1, and h and w positive multiples of {merge}")
-    return [t * (h // merge) * (w // merge) for t, h, w in grids]
+        if t < 1 or h < MERGE or w < MERGE or h % MERGE or w % MERGE:
+            raise ValueError(f"grid {(t, h, w)}: wanted t >= 1, and h and w positive multiples of {MERGE}")
+    return [t * (h // MERGE) * (w // MERGE) for t, h, w in grids]
 
 
 def _video_block(t: int, rows: int, columns: int, second_per_grid_s: float, tokens_per_second: float) -> Tensor:

@@ -98,7 +98,6 @@ def _probes() -> Iterator[tuple[str, tuple[Any, ...], int]]:
     starts, intervals, boxes = np.array([0, 1, 3]), np.stack([thirds[:3], thirds[4:7]], axis=1), thirds.reshape(3, 4)
     for kind in ("set", "hull", "iop"):
         yield "interval_overlap", (intervals, starts, intervals * 0.9, np.array([0, 2, 3]), kind), 2
-    for kind in ("iou", "giou"):
-        yield "track_overlap", (boxes, starts, boxes * 0.9, starts, 0, kind), 2
+    yield "track_overlap", (boxes, starts, boxes * 0.9, starts, 0), 2
     for scale in ("group", "batch", "none"):
-        yield "group_advantages", (thirds * thirds, np.array([0, 5, 12]), scale, 1e-4), 12
+        yield "group_advantages", (thirds * thirds, np.array([0, 5, 12]), scale), 12

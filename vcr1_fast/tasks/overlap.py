@@ -17,7 +17,6 @@ from vcr1_fast.types import Box, Interval
 
 IntervalIoU = Literal["set", "hull"]
 IntervalOverlap = Literal["set", "hull", "iop"]
-BoxOverlap = Literal["iou", "giou"]
 
 
 def hull_iou(predicted: Sequence[Interval], truth: Sequence[Interval]) -> float:
@@ -109,38 +108,17 @@ def box_iou(a: Box, b: Box) -> float:
     return min(1.0, iou) if iou >= 0.0 else 0.0  # infinity / infinity is NaN and counts 0
 
 
-def box_giou(a: Box, b: Box) -> float:
-    """(1 + GIoU) / 2, so that it lies in [0, 1]: boxes that do not meet earn more the closer they are.
-
-    GIoU = IoU - (C - U) / C with U the area of the union and C that of the smallest box around both (Rezatofighi et
-    al., arXiv 1902.09630); computed as (IoU + U / C) / 2. 1 for equal boxes, 0.5 for two that share a whole side, 1/3
-    for unit squares one side apart. 0 when one box is reversed or neither has an area.
-    """
-    if not (a[0] <= a[2] and a[1] <= a[3] and b[0] <= b[2] and b[1] <= b[3]):
-        return 0.0
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    shared = width * height if width > 0.0 and height > 0.0 else 0.0
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-    if not union > 0.0:
-        return 0.0
-    enclosing = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
-    mapped = (shared / union + union / enclosing) * 0.5
-    return min(1.0, mapped) if mapped >= 0.0 else 0.0  # infinity / infinity is NaN and counts 0
-
-
-def mean_track_iou(predicted: Sequence[Box], truth: Sequence[Box], first_box: int, kind: BoxOverlap = "iou") -> float:
-    """Mean `box_iou` (or `box_giou`) over boxes first_box, first_box + 1, ... of two tracks.
+def mean_track_iou(predicted: Sequence[Box], truth: Sequence[Box], first_box: int) -> float:
+    """Mean `box_iou` over boxes first_box, first_box + 1, ... of two tracks.
 
     first_box 0 is the paper's "overlap"; 1 leaves out the box that the prompt gives away. 0 when the tracks have
     different numbers of boxes, or none from first_box on.
     """
     if len(predicted) != len(truth) or len(truth) <= first_box:
         return 0.0
-    overlap = box_giou if kind == "giou" else box_iou
     total = 0.0
     for i in range(first_box, len(truth)):
-        total += overlap(predicted[i], truth[i])
+        total += box_iou(predicted[i], truth[i])
     return total / (len(truth) - first_box)
 
 
@@ -166,22 +144,22 @@ def interval_iou_batch_native(
 
 
 def track_iou_batch_plain(
-    predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int, kind: BoxOverlap = "iou"
+    predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int
 ) -> list[float]:
     """`track_iou_batch` without the compiled module: one track after the other."""
     _check_lengths(predicted, truth)
-    return [mean_track_iou(p, t, first_box, kind) for p, t in zip(predicted, truth, strict=True)]
+    return [mean_track_iou(p, t, first_box) for p, t in zip(predicted, truth, strict=True)]
 
 
 def track_iou_batch_native(
-    predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int, kind: BoxOverlap = "iou"
+    predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int
 ) -> list[float]:
     """`track_iou_batch` in one call of the compiled module, which must be there."""
     _check_lengths(predicted, truth)
     p_rows, p_offsets = ragged(predicted, width=4)
     t_rows, t_offsets = ragged(truth, width=4)
     out = np.empty(len(predicted), np.float64)
-    native.compute("track_overlap", (p_rows, p_offsets, t_rows, t_offsets, first_box, kind), out)
+    native.compute("track_overlap", (p_rows, p_offsets, t_rows, t_offsets, first_box), out)
     return out.tolist()
 
 
@@ -201,14 +179,12 @@ def interval_iop_batch(predicted: Sequence[Sequence[Interval]], truth: Sequence[
     return _interval_iou_batch(predicted, truth, "iop")
 
 
-def track_iou_batch(
-    predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int, kind: BoxOverlap = "iou"
-) -> list[float]:
+def track_iou_batch(predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int) -> list[float]:
     """`mean_track_iou` of N answers with their truths: N lists of boxes on either side -> N floats.
 
     Raises ValueError when the two sides have different lengths.
     """
-    return _track_iou_batch(predicted, truth, first_box, kind)
+    return _track_iou_batch(predicted, truth, first_box)
 
 
 _INTERVAL_OVERLAPS = {"set": set_iou, "hull": hull_iou, "iop": set_iop}

@@ -32,9 +32,9 @@ def _moments(rewards: Sequence[float]) -> tuple[float, float, bool]:
 
 
 def group_advantages_plain(
-    rewards: Sequence[float], group_offsets: Sequence[int], scale: AdvantageScale, std_floor: float = STD_FLOOR
+    rewards: Sequence[float], group_offsets: Sequence[int], scale: AdvantageScale
 ) -> list[float]:
-    """A_s = (r_s - mean of its group) / (std + std_floor), std unbiased; S rewards -> S advantages.
+    """A_s = (r_s - mean of its group) / (std + 1e-4), std unbiased; S rewards -> S advantages.
 
     Group g is answers group_offsets[g] to group_offsets[g + 1]. scale "group": std of the group (DeepSeekMath, arXiv
     2402.03300); "batch": of all S rewards; "none": the divisor is 1 (Dr. GRPO, arXiv 2503.20783). A group whose rewards
@@ -45,43 +45,38 @@ def group_advantages_plain(
     for g in range(len(group_offsets) - 1):
         begin, end = group_offsets[g], group_offsets[g + 1]
         mean, std, are_equal = _moments(rewards[begin:end])
-        divisor = 1.0 if scale == "none" else (batch_std if scale == "batch" else std) + std_floor
+        divisor = 1.0 if scale == "none" else (batch_std if scale == "batch" else std) + STD_FLOOR
         for s in range(begin, end):
             advantages[s] = 0.0 if are_equal else (rewards[s] - mean) / divisor
     return advantages
 
 
 def group_advantages_native(
-    rewards: Sequence[float], group_offsets: Sequence[int], scale: AdvantageScale, std_floor: float = STD_FLOOR
+    rewards: Sequence[float], group_offsets: Sequence[int], scale: AdvantageScale
 ) -> list[float]:
     """`group_advantages` by the compiled module, which must be there."""
     advantages = np.empty(len(rewards), np.float64)
     arrays = np.array(rewards, np.float64), np.array(group_offsets, np.int64)
-    native.compute("group_advantages", (*arrays, scale, std_floor), advantages)
+    native.compute("group_advantages", (*arrays, scale), advantages)
     return advantages.tolist()
 
 
-def group_advantages(
-    rewards: Sequence[float], group_offsets: Sequence[int], scale: AdvantageScale, std_floor: float = STD_FLOOR
-) -> list[float]:
+def group_advantages(rewards: Sequence[float], group_offsets: Sequence[int], scale: AdvantageScale) -> list[float]:
     """`group_advantages_plain`, in one call of the compiled module where there is one.
 
-    Raises ValueError unless group_offsets rise from 0 to the number of rewards, std_floor is more than 0 and the scale
-    is known.
+    Raises ValueError unless group_offsets rise from 0 to the number of rewards and the scale is known.
     """
-    _check(len(rewards), group_offsets, scale, std_floor)
-    return _group_advantages(rewards, group_offsets, scale, std_floor)
+    _check(len(rewards), group_offsets, scale)
+    return _group_advantages(rewards, group_offsets, scale)
 
 
 # compiled or plain is decided here, once; which half of the compiled module, when a run starts
 _group_advantages = group_advantages_native if native.is_available() else group_advantages_plain
 
 
-def _check(num_rewards: int, group_offsets: Sequence[int], scale: str, std_floor: float) -> None:
+def _check(num_rewards: int, group_offsets: Sequence[int], scale: str) -> None:
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale is {scale!r}, wanted 'group', 'batch' or 'none'")
-    if not std_floor > 0.0:
-        raise ValueError(f"std_floor is {std_floor}, wanted more than 0")
     is_rising = all(group_offsets[g] <= group_offsets[g + 1] for g in range(len(group_offsets) - 1))
     if not group_offsets or group_offsets[0] != 0 or group_offsets[-1] != num_rewards or not is_rising:
         raise ValueError(f"group_offsets are {list(group_offsets)!r:.80}, wanted to rise from 0 to {num_rewards}")

@@ -95,13 +95,8 @@ void compare_advantages(Draw& draw, int64_t num_answers, Count& count) {
   }
   for (const auto scale : {AdvantageScale::kGroup, AdvantageScale::kBatch, AdvantageScale::kNone}) {
     std::vector<double> got(rewards.size(), 7.0), wanted(got);
-    RewardGroups groups{rewards.data(),
-                        offsets.data(),
-                        num_answers,
-                        static_cast<int64_t>(offsets.size()) - 1,
-                        scale,
-                        1e-4,
-                        got.data()};
+    const auto num_groups = static_cast<int64_t>(offsets.size()) - 1;
+    RewardGroups groups{rewards.data(), offsets.data(), num_answers, num_groups, scale, got.data()};
     group_advantages_cuda(groups, kLaunch);
     groups.advantages = wanted.data();
     group_advantages_cpu(groups);
@@ -120,7 +115,7 @@ void compare_unsound(Count& count) {
   for (size_t i = 0; i < 4; ++i) count.add(nan_or(got[i]), i == 0 ? 1.0 : -1.0);
 
   const Ragged boxes{rows.data(), starts.data(), 1, 4};
-  overlap_cuda(TrackOverlap{boxes, boxes, 0, BoxKind::kIou}, 2, got.data(), kLaunch);
+  overlap_cuda(TrackOverlap{boxes, boxes, 0}, 2, got.data(), kLaunch);
   count.add(nan_or(got[0]), 1.0);
   count.add(nan_or(got[1]), -1.0);
 
@@ -128,8 +123,9 @@ void compare_unsound(Count& count) {
   const std::vector<int64_t> offsets{0, 3, 99, 5};
   for (const auto scale : {AdvantageScale::kNone, AdvantageScale::kBatch}) {
     std::vector<double> advantages(5, 7.0);
-    group_advantages_cuda({rewards.data(), offsets.data(), 5, 3, scale, 1e9, advantages.data()}, kLaunch);
-    count.add(std::round(advantages[2] * (scale == AdvantageScale::kNone ? 1.0 : 1e9)), 1.0);
+    group_advantages_cuda({rewards.data(), offsets.data(), 5, 3, scale, advantages.data()}, kLaunch);
+    const double divisor = scale == AdvantageScale::kNone ? 1.0 : std::sqrt(6.7) + kStdFloor;  // of all five
+    count.add(std::round(1e9 * advantages[2] * divisor), 1e9);
     for (size_t i = 3; i < 5; ++i) count.add(advantages[i], 7.0);
   }
 }
@@ -150,9 +146,7 @@ int main(int argc, char** argv) {
     const Lists tracks(draw, num_answers, 4);
     Lists true_tracks(tracks);  // of the same lengths, else there is nothing to compare
     for (double& corner : true_tracks.rows) corner = draw.below(3) == 0 ? draw.number() : corner;
-    for (const auto kind : {BoxKind::kIou, BoxKind::kGiou}) {
-      compare_overlap(TrackOverlap{tracks.view(), true_tracks.view(), round % 2, kind}, num_answers, count);
-    }
+    compare_overlap(TrackOverlap{tracks.view(), true_tracks.view(), round % 2}, num_answers, count);
     compare_advantages(draw, 8 * num_answers, count);  // 300 groups of 260 answers: more than a block has threads
   }
   compare_unsound(count);
