@@ -31,11 +31,13 @@ GROUP = 8
 ROWS = 128  # of an engine: what 131,072 tokens of KV cache beside a learner hold, at 3.8k of a prompt and 500 an answer
 PROMPT, MIXED = 3770, (1000, 15000)  # tokens; mixed: log-uniform between
 WARM = 3  # steps that are not counted: what is left over must be there first
-LENGTHS = {  # file, its key, factor, most
-    "form": ("bench/data/answer_lengths.json", "form", 280 / 31.9, 1024),  # recorded of a tiny model; 280: assumed
+# file, its key, factor, most. 149 tokens are the mean that VideoAuto-R1 (arXiv 2601.05175) reports of answers with
+# reasoning; of a thousand or so are those that EasyVideoR1 (arXiv 2604.16893) trains on
+LENGTHS = {
+    "form": ("bench/data/answer_lengths.json", "form", 149 / 31.9, 1024),  # recorded of a tiny model
     "service": ("bench/data/answer_lengths.json", "service", 1.0, 1024),  # recorded of a text service
-    "reasoning": ("learner/data/charades_groups.json", "groups", 1.0, 1024),  # made up: mean 344
-    "long": ("learner/data/charades_groups.json", "groups", 1000 / 344, 4096),  # made up: EasyVideoR1's mean, about
+    "reasoning": ("learner/data/charades_groups.json", "groups", 149 / 344, 1024),  # the spread is made up
+    "long": ("learner/data/charades_groups.json", "groups", 1000 / 344, 4096),  # the same
 }
 
 

@@ -152,7 +152,7 @@ def test_the_table_has_the_groups_of_the_throughput_configs(name):
 
 def test_lengths_say_where_they_are_from():
     means = {name: float(np.mean(recorded(name))) for name in LENGTHS}
-    assert means == pytest.approx({"form": 280, "service": 219, "reasoning": 344, "long": 1000}, abs=1)
+    assert means == pytest.approx({"form": 149, "service": 219, "reasoning": 149, "long": 1000}, abs=1)
     assert all(len(answers) == rollouts.GROUP for name in LENGTHS for answers in recorded(name))
 
 
