@@ -23,7 +23,7 @@ BENCHMARKS = {
     "kernels": "each kernel against its floor and against other projects' kernels",
     "predict": "seconds, completions and MFU of a step on 1 to 1,024 GPUs; no GPU needed",
     "rewards": "rewards of N completions, the original's way and ours",
-    "rollouts": "a step's rollouts by who answers which group, simulated for 8 GPUs; no GPU needed",
+    "rollouts": "how full the engines of a rollout are, simulated on 8 and 64 GPUs; no GPU needed",
     "scaling": "how time and memory of an update grow with frames, answers and their length",
     "select": "training on rows drawn by difficulty, and on as many drawn at random; minutes on a CPU",
     "step": "one policy update, the original's way and ours, on the same groups",

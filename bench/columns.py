@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from string import Formatter
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,33 @@ from rich.table import Table
 
 WIDTH, WRAPPED = 200, 40  # characters of a line, and of the longest text that is not wrapped
 Columns = Mapping[str, tuple[str, str]]  # key of a row -> (head, meaning)
+
+
+Row = Mapping[str, Any]
+# head -> (meaning, cell: its text, or a format string over the row, where a value that is None or absent is left blank)
+Cells = Mapping[str, tuple[str, str | Callable[[Row], str]]]
+
+
+class _Blank(Formatter):
+    def get_value(self, key: int | str, args: Any, kwargs: Row) -> Any:
+        return kwargs.get(str(key))
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return "" if value is None else format(value, format_spec)
+
+
+def cell_heads(cells: Cells) -> dict[str, str]:
+    return {head: meaning for head, (meaning, _) in cells.items()}
+
+
+def cell_table(title: str, cells: Cells, rows: Iterable[Row], left: Iterable[str] = ("way",)) -> Table:
+    """One line for each row; the columns in `left` to the left, all others to the right."""
+    table = Table(title=title)
+    for head in cells:
+        table.add_column(head, justify="left" if head in left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell(row) if callable(cell) else _Blank().vformat(cell, (), row) for _, cell in cells.values()))
+    return table
 
 
 def heads_of(*tables: Columns) -> dict[str, str]:

@@ -27,6 +27,7 @@ from bench.decode_report import print_decode_report
 from bench.decode_sources import SOURCE_FPS, Source, write_source
 from bench.decode_ways import Clip, ClipWay, decode_everything, mean_levels, openers, read_plain
 from bench.harness import Deadline, measure_copy_gb_s, reason_of, summarize
+from bench.harness import disagreements as failed  # noqa: F401  # asked by bench/__main__.py
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.clip import ClipRequest
@@ -110,12 +111,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         folder = arguments.folder or Path(temporary) / "clips"
         copy_gb_s = measure_copy_gb_s(torch.device("cpu"), 2**26)
         session = Session(device, folder, Path(temporary), Deadline(seconds), copy_gb_s)
-        try:
+        with session.deadline.until_stopped():
             for point in QUICK_POINTS if is_quick else POINTS:
                 if session.deadline.allows(f"decode {point.name}", 0.0 if is_quick else point.needed_s(folder)):
                     measure_point(session, point, MIN_ROUNDS if is_quick else MAX_ROUNDS)
-        except KeyboardInterrupt:
-            session.deadline.left_out.append("what came after the last row: stopped from outside")
     result = {
         "is_gpu": device.type == "cuda",
         "torch_threads": torch.get_num_threads(),
@@ -128,11 +127,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     print_decode_report(result)
     return result
-
-
-def failed(result: dict[str, Any]) -> str | None:
-    """Why the run must end with an error, if it must."""
-    return "; ".join(result["disagreements"]) or None
 
 
 def measure_point(session: Session, point: Point, max_rounds: int) -> None:

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-COLUMN_HEADS = {
-    "way": "reader, with the cache or the workers",
-    "clips/s": "by the median",
-    "ms a clip": "median, file in the page cache, to float32 patches on the device",
-    "quartiles": "of that",
-    "CPU s": "of a clip, all threads and processes",
-    "MB to GPU": "that cross to the device",
-    "x per frame": "times faster than qwen-vl-utils' way with the processor that takes frame by frame",
-    "x batched": "the same with the processor that takes all frames at once",
-    "% of floor": "of the speed at which the floor that the title names would go",
-    "levels": "mean distance from PyAV's patches, of 255",
+from bench.columns import Row, cell_heads, cell_table
+from bench.harness import print_findings
+
+
+def _or_dash(key: str, form: str) -> Callable[[Row], str]:
+    return lambda row: "-" if row[key] is None else f"{row[key]:{form}}"
+
+
+CELLS = {
+    "way": ("reader, with the cache or the workers", "{way}"),
+    "clips/s": ("by the median", "{clips_per_s:.3g}"),
+    "ms a clip": ("median, file in the page cache, to float32 patches on the device", "{median_ms:.4g}"),
+    "quartiles": ("of that", "{low_ms:.4g}-{high_ms:.4g}"),
+    "CPU s": ("of a clip, all threads and processes", "{cpu_s:.3g}"),
+    "MB to GPU": ("that cross to the device", lambda row: f"{row['gpu_bytes'] / 1e6:.1f}"),
+    "x per frame": (
+        "times faster than qwen-vl-utils' way with the processor that takes frame by frame",
+        _or_dash("speedup_per_frame", ".2f"),
+    ),
+    "x batched": ("the same with the processor that takes all frames at once", _or_dash("speedup_batched", ".2f")),
+    "% of floor": (
+        "of the speed at which the floor that the title names would go",
+        _or_dash("percent_of_floor", ".0f"),
+    ),
+    "levels": ("mean distance from PyAV's patches, of 255", "{mean_levels:.2f}"),
 }
+COLUMN_HEADS = cell_heads(CELLS)
 
 
 def print_decode_report(result: dict[str, Any]) -> None:
@@ -31,10 +47,7 @@ def print_decode_report(result: dict[str, Any]) -> None:
         reasons.setdefault((row["way"], row["reason"]), []).append(row["size"])
     for (way, reason), sizes in reasons.items():
         console.print(f"absent: {way} ({len(sizes)} points, first {sizes[0]}): {reason}", markup=False)
-    for line in result["left_out"]:
-        console.print(f"left out: {line}")
-    for line in result["disagreements"]:
-        console.print(f"DISAGREES: {line}")
+    print_findings(console, result)
     console.print(last_line(result))
 
 
@@ -45,22 +58,7 @@ def point_table(rows: list[dict[str, Any]]) -> Table:
     title = (
         f"{first['size']}: {mbit_s:.1f} Mbit/s, {first['num_frames']} frames of {first['model_size']} to the model; "
     )
-    table = Table(title=title + "floors: " + ", ".join(f"{name} {ms:.3g} ms" for name, ms in floors.items()))
-    for column in COLUMN_HEADS:
-        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["way"], f"{row['clips_per_s']:.3g}", f"{row['median_ms']:.4g}",
-            f"{row['low_ms']:.4g}-{row['high_ms']:.4g}", f"{row['cpu_s']:.3g}", f"{row['gpu_bytes'] / 1e6:.1f}",
-            *(number(row[key], form) for key, form in (
-                ("speedup_per_frame", ".2f"), ("speedup_batched", ".2f"), ("percent_of_floor", ".0f"))),
-            f"{row['mean_levels']:.2f}",
-        )  # fmt: skip
-    return table
-
-
-def number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
+    return cell_table(title + "floors: " + ", ".join(f"{name} {ms:.3g} ms" for name, ms in floors.items()), CELLS, rows)
 
 
 def last_line(result: dict[str, Any]) -> str:

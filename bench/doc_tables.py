@@ -18,7 +18,7 @@ SECTIONS: dict[str, tuple[str, str, Columns]] = {  # name -> result it is made o
     "step": ("predict", "rows", {key: predict.COLUMNS[key] for key in STEP}),
     "others": ("predict", "public", predict.PUBLIC_COLUMNS),
     "errors": ("predict", "errors", {key: predict.ERROR_COLUMNS[key] for key in list(predict.ERROR_COLUMNS)[1:]}),
-    "rollouts": ("rollouts", "gains", rollouts.GAIN_COLUMNS),
+    "rollouts": ("rollouts", "cases", rollouts.COLUMNS),
     "growth": ("scaling", "fits", scaling.FIT_COLUMNS),
     "select": ("select", "rows", select.COLUMNS),
 }

@@ -10,12 +10,14 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 Outputs = dict[str, Tensor]
@@ -52,6 +54,9 @@ class Timing:
     high_ms: float  # 75th percentile
     repeats: int
 
+    def as_json(self) -> dict[str, float]:
+        return asdict(self)
+
     @property
     def spread(self) -> float:
         """Distance of the quartiles over the median."""
@@ -79,12 +84,33 @@ class Deadline:
     def left_s(self) -> float:
         return self._end_s - time.monotonic()
 
+    @contextmanager
+    def until_stopped(self) -> Iterator[None]:
+        """What Ctrl-C or `timeout` ends is left out by name, too, and the run reports what it has."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.left_out.append("what came after the last row: stopped from outside")
+
     def allows(self, name: str, needed_s: float) -> bool:
         """Whether `needed_s` more seconds fit; otherwise notes `name` as left out."""
         if self.left_s() >= needed_s:
             return True
         self.left_out.append(f"{name}: needs about {needed_s:.0f} s, {max(self.left_s(), 0):.0f} s of the budget left")
         return False
+
+
+def print_findings(console: Console, result: Mapping[str, Any]) -> None:
+    """What was left out, and which ways disagree."""
+    for line in result["left_out"]:
+        console.print(f"left out: {line}")
+    for line in result.get("disagreements", ()):
+        console.print(f"DISAGREES: {line}")
+
+
+def disagreements(result: Mapping[str, Any]) -> str | None:
+    """Why a run must end with an error, if it must."""
+    return "; ".join(result["disagreements"]) or None
 
 
 class Clock:
@@ -266,7 +292,3 @@ def measure_gemm_ms(rows: int, inner: int, columns: int, dtype: torch.dtype, dev
     product = Way("mm", lambda: {"out": torch.mm(left, right.t(), out=out)})
     product.run()
     return time_interleaved([product], device, 0.15)[product.name].median_ms
-
-
-def gemm_flop(rows: int, inner: int, columns: int) -> int:
-    return 2 * rows * inner * columns

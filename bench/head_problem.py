@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import peers
-from bench.harness import Absent, Outputs, Way
+from bench.harness import Outputs, Way
 
 NUM_SEQUENCES = 8
 REFERENCE_ROWS = 1024  # rows at a time, so that the reference never holds [T, V] either
@@ -100,21 +100,14 @@ def head_reference(problem: HeadProblem) -> Outputs:
     return {"loss": loss, "logprob": logprob_T, "grad_hidden": torch.cat(grads), "grad_weight": grad_weight_VD}
 
 
-def _train(problem: HeadProblem, logprob: peers.LogprobFunction) -> Outputs:
-    """Loss and both gradients through a function that gives per-token log-probs."""
+def _gradients(problem: HeadProblem, logprob: peers.LogprobFunction, *, is_frozen: bool) -> Outputs:
+    """Loss and gradients through a function that gives per-token log-probs; of a frozen weight there is none."""
     hidden_TD, weight_VD = _leaves(problem)
-    logprob_T = logprob(hidden_TD, weight_VD, problem.target_T)
+    logprob_T = logprob(hidden_TD, weight_VD.detach() if is_frozen else weight_VD, problem.target_T)
     loss = problem.loss(logprob_T)
-    grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden_TD, weight_VD))
-    return {"loss": loss, "logprob": logprob_T, "grad_hidden": grad_hidden, "grad_weight": grad_weight}
-
-
-def _train_hidden(problem: HeadProblem, logprob: peers.LogprobFunction) -> Outputs:
-    """The same with a frozen weight."""
-    hidden_TD = problem.hidden_TD.detach().requires_grad_()
-    logprob_T = logprob(hidden_TD, problem.weight_VD, problem.target_T)
-    loss = problem.loss(logprob_T)
-    return {"loss": loss, "logprob": logprob_T, "grad_hidden": torch.autograd.grad(loss, hidden_TD)[0]}
+    grads = torch.autograd.grad(loss, (hidden_TD,) if is_frozen else (hidden_TD, weight_VD))
+    named = zip(("grad_hidden", "grad_weight"), grads, strict=False)
+    return {"loss": loss, "logprob": logprob_T, **dict(named)}
 
 
 def _leaves(problem: HeadProblem) -> tuple[Tensor, Tensor]:
@@ -196,18 +189,12 @@ def _liger_grpo(autocast: bool) -> Callable[[], Callable[[HeadProblem], Outputs]
     return loader
 
 
-def _through_logprob(loader: Callable[[], peers.LogprobFunction]) -> Callable[[], Callable[[HeadProblem], Outputs]]:
+def _through_logprob(
+    loader: Callable[[], peers.LogprobFunction], *, is_frozen: bool = False
+) -> Callable[[], Callable[[HeadProblem], Outputs]]:
     def load() -> Callable[[HeadProblem], Outputs]:
         logprob = loader()
-        return lambda problem: _train(problem, logprob)
-
-    return load
-
-
-def _frozen(loader: Callable[[], peers.LogprobFunction]) -> Callable[[], Callable[[HeadProblem], Outputs]]:
-    def load() -> Callable[[HeadProblem], Outputs]:
-        logprob = loader()
-        return lambda problem: _train_hidden(problem, logprob)
+        return lambda problem: _gradients(problem, logprob, is_frozen=is_frozen)
 
     return load
 
@@ -230,23 +217,14 @@ TRAINED: dict[str, Callable[[], Runner]] = {
     "CCE, filtered": _through_logprob(peers.cce("high")),
 }
 FROZEN: dict[str, Callable[[], Runner]] = {
-    "vcr1 logprob": _frozen(our_logprob("none")),
-    "torch eager": _frozen(lambda: peers.torch_logprob),
-    "TRL chunked logprob": _frozen(peers.trl_chunked_logprob),
-    "Liger scaled CE, torch": _frozen(peers.liger_scaled_cross_entropy_fallback),
+    name: _through_logprob(loader, is_frozen=True)
+    for name, loader in {
+        "vcr1 logprob": our_logprob("none"),
+        "torch eager": lambda: peers.torch_logprob,
+        "TRL chunked logprob": peers.trl_chunked_logprob,
+        "Liger scaled CE, torch": peers.liger_scaled_cross_entropy_fallback,
+    }.items()
 }
-
-
-def load_runners(table: dict[str, Callable[[], Runner]]) -> tuple[dict[str, Runner], list[Absent]]:
-    """Those that can be loaded here, and the others with their reasons."""
-    runners, absent = {}, []
-    for name, loader in table.items():
-        runner, reason = peers.load(loader)
-        if runner is None:
-            absent.append(Absent(name, reason or "unknown"))
-        else:
-            runners[name] = runner
-    return runners, absent
 
 
 def head_ways(problem: HeadProblem, runners: dict[str, Runner]) -> list[Way]:

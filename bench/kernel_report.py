@@ -9,16 +9,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-COLUMN_HEADS = {
-    "size": "of the problem: model, T tokens, P prompt tokens, R tokens of each of G answers",
-    "way": "whose kernel",
-    "ms": "median",
-    "quartiles": "of that",
-    "floor ms": "least time by the rates measured in this run, for what the title names",
-    "% of floor": "100 at the floor, 50 at twice its time",
-    "extra MiB": "most memory beyond the inputs; none is measured on a CPU",
-    "largest error": "against the reference: the worst relative one, and the worst absolute one",
+from bench.columns import cell_heads, cell_table
+from bench.harness import print_findings
+
+CELLS = {
+    "size": ("of the problem: model, T tokens, P prompt tokens, R tokens of each of G answers", "{size}"),
+    "way": ("whose kernel", "{way}"),
+    "ms": ("median", "{median_ms:.3g}"),
+    "quartiles": ("of that", "{low_ms:.3g} - {high_ms:.3g}"),
+    "floor ms": ("least time by the rates measured in this run, for what the title names", "{floor_ms:.3g}"),
+    "% of floor": ("100 at the floor, 50 at twice its time", "{percent_of_floor:.0f}"),
+    "extra MiB": (
+        "most memory beyond the inputs; none is measured on a CPU",
+        lambda row: "" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / 2**20:.0f}",
+    ),
+    "largest error": (
+        "against the reference: the worst relative one, and the worst absolute one",
+        lambda row: largest_error(row["errors"]),
+    ),
 }
+COLUMN_HEADS = cell_heads(CELLS)
 
 
 def print_report(result: dict[str, Any]) -> None:
@@ -37,8 +47,7 @@ def print_report(result: dict[str, Any]) -> None:
         for row in result["absent"]:
             table.add_row(row["op"], row["size"], row["name"], row["reason"])
         console.print(table)
-    for line in result["left_out"]:
-        console.print(f"left out: {line}")
+    print_findings(console, result)
     if result["warning"]:
         console.print(result["warning"])
     counts = (len(result["rows"]), len(result["absent"]), len(result["left_out"]))
@@ -47,23 +56,9 @@ def print_report(result: dict[str, Any]) -> None:
 
 def op_table(op: str, rows: list[dict[str, Any]]) -> Table:
     """Rows of one op, sizes in the order measured, ways from fast to slow."""
-    table = Table(title=f"{op} (floor: {rows[0]['floor']})")
-    for column in COLUMN_HEADS:
-        table.add_column(column, justify="left" if column in ("size", "way", "largest error") else "right")
     sizes = list(dict.fromkeys(row["size"] for row in rows))
-    for row in sorted(rows, key=lambda row: (sizes.index(row["size"]), row["median_ms"])):
-        peak = row["peak_extra_bytes"]
-        table.add_row(
-            row["size"],
-            row["way"],
-            f"{row['median_ms']:.3g}",
-            f"{row['low_ms']:.3g} - {row['high_ms']:.3g}",
-            f"{row['floor_ms']:.3g}" if row["floor_ms"] else "",
-            f"{row['percent_of_floor']:.0f}" if row["percent_of_floor"] else "",
-            "" if peak is None else f"{peak / 2**20:.0f}",
-            largest_error(row["errors"]),
-        )
-    return table
+    rows = sorted(rows, key=lambda row: (sizes.index(row["size"]), row["median_ms"]))
+    return cell_table(f"{op} (floor: {rows[0]['floor']})", CELLS, rows, ("size", "way", "largest error"))
 
 
 def largest_error(errors: dict[str, float]) -> str:

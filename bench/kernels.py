@@ -21,7 +21,7 @@ from bench import attention_problem as attention
 from bench import floors, peers
 from bench import head_problem as head
 from bench import logits_problem as logits
-from bench.harness import Absent, Contest, Deadline, Outputs, Timing, Way, free_memory
+from bench.harness import Absent, Contest, Deadline, Outputs, Way, free_memory
 from bench.kernel_report import COLUMN_HEADS as COLUMN_HEADS
 from bench.kernel_report import print_report
 from bench.plots import plot_kernels
@@ -58,7 +58,7 @@ class Session:
         timings = contest.time(self.point_seconds) if contest.ways else {}
         new = [
             labels
-            | {"way": way.name, **_timing_json(timings[way.name]), "peak_extra_bytes": contest.peaks[way.name]}
+            | {"way": way.name, **timings[way.name].as_json(), "peak_extra_bytes": contest.peaks[way.name]}
             | {"errors": contest.errors[way.name], "percent_of_floor": None}
             for way in contest.ways
         ]
@@ -69,15 +69,6 @@ class Session:
         self.absent += [{"op": labels["op"], "size": labels["size"], **asdict(a)} for a in contest.absent]
         free_memory(self.device)
         return new
-
-
-def _timing_json(timing: Timing) -> Row:
-    return {
-        "median_ms": timing.median_ms,
-        "low_ms": timing.low_ms,
-        "high_ms": timing.high_ms,
-        "repeats": timing.repeats,
-    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,10 +109,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         tokens = QUICK_TOKENS if is_quick and not is_cuda else GPU_TOKENS if is_cuda else CPU_TOKENS
     if is_quick and is_cuda:
         tokens = tokens[:1]
-    try:
+    with session.deadline.until_stopped():
         measure_all(session, tokens, ("3B", "7B") if is_cuda else ("small",), is_quick, arguments.op)
-    except KeyboardInterrupt:
-        session.deadline.left_out.append("what came after the last row: stopped from outside")
     result = {
         "is_gpu": is_cuda,
         "warning": None if is_cuda else CPU_WARNING,
@@ -157,7 +146,7 @@ def measure_all(
         if wanted["patchify"]:
             measure_patchify(session, is_quick)
         if wanted["head"]:
-            measure_frozen_head(session, head.HEADS[heads[0]], num_tokens)
+            measure_head(session, head.HEADS[heads[0]], num_tokens, is_frozen=True)
     for size in sizes[1:]:
         measure_attention(session, size)
 
@@ -167,51 +156,32 @@ def _needed_s(session: Session, flop: float, num_runs: int) -> float:
     return 2 * num_runs * session.limits.flop_ms(flop) / 1e3 + (2.0 if session.is_cuda else 0.1)
 
 
-def measure_head(session: Session, size: head.HeadSize, num_tokens: int) -> None:
-    name = f"head {size.name} T={num_tokens}"
-    flop = 6.0 * num_tokens * size.hidden * size.vocab
-    if not session.deadline.allows(name, _needed_s(session, flop, 60)):
+def measure_head(session: Session, size: head.HeadSize, num_tokens: int, *, is_frozen: bool = False) -> None:
+    """With the gradient of hidden states and weight; of a frozen weight there is none."""
+    name = f"{'frozen ' if is_frozen else ''}head {size.name} T={num_tokens}"
+    product = 2.0 * num_tokens * size.hidden * size.vocab
+    if not session.deadline.allows(name, _needed_s(session, 3 * product, 20 if is_frozen else 60)):
         return
-    gemms = floors.measure_head_gemms(num_tokens, size.hidden, size.vocab, session.dtype, session.device)
+    shape = (num_tokens, size.hidden, size.vocab)
+    gemms = floors.measure_head_gemms(*shape, session.dtype, session.device)
     problem = head.make_head_problem(size, num_tokens, session.dtype, session.device)
-    runners, absent = head.load_runners(head.TRAINED)
+    runners, absent = peers.load_all(head.FROZEN if is_frozen else head.TRAINED)
     labels = {
-        "op": "head, forward and backward",
+        "op": f"head{' with a frozen weight' if is_frozen else ''}, forward and backward",
         "size": f"{size.name} T={num_tokens}",
         "model": size.name,
         "tokens": num_tokens,
-        "floor": "3 matrix products",
-        "floor_ms": gemms.train_ms,
-        "flop": flop,
-        "num_bytes": floors.head_bytes(num_tokens, size.hidden, size.vocab, session.dtype.itemsize),
-        "gemms_ms": asdict(gemms),
-        "expected_extra_bytes": head_peak_bytes(num_tokens, size.hidden, size.vocab, session.dtype),
-    }
-    session.hold(head.head_ways(problem, runners), absent, head.head_reference(problem), labels)
-
-
-def measure_frozen_head(session: Session, size: head.HeadSize, num_tokens: int) -> None:
-    name = f"frozen head {size.name} T={num_tokens}"
-    if not session.deadline.allows(name, _needed_s(session, 6.0 * num_tokens * size.hidden * size.vocab, 20)):
-        return
-    gemms = floors.measure_head_gemms(num_tokens, size.hidden, size.vocab, session.dtype, session.device)
-    problem = head.make_head_problem(size, num_tokens, session.dtype, session.device)
-    runners, absent = head.load_runners(head.FROZEN)
-    labels = {
-        "op": "head with a frozen weight, forward and backward",
-        "size": f"{size.name} T={num_tokens}",
-        "model": size.name,
-        "tokens": num_tokens,
-        "floor": "2 matrix products",
-        "floor_ms": gemms.frozen_ms,
-        "flop": 4.0 * num_tokens * size.hidden * size.vocab,
-        "num_bytes": floors.head_bytes(num_tokens, size.hidden, size.vocab, session.dtype.itemsize, is_trained=False),
+        "floor": f"{2 if is_frozen else 3} matrix products",
+        "floor_ms": gemms.frozen_ms if is_frozen else gemms.train_ms,
+        "flop": (2 if is_frozen else 3) * product,
+        "num_bytes": floors.head_bytes(*shape, session.dtype.itemsize, is_trained=not is_frozen),
+        "expected_extra_bytes": None if is_frozen else head_peak_bytes(*shape, session.dtype),
     }
     session.hold(head.head_ways(problem, runners), absent, head.head_reference(problem), labels)
 
 
 def measure_logits(session: Session, vocab: int, num_tokens: int) -> None:
-    """Forward: one read. Forward and backward in place: one read and one write; a second read is named beside it."""
+    """Forward: one read. Forward and backward in place: one read and one write."""
     name = f"logits T={num_tokens}"
     itemsize = session.dtype.itemsize
     one_read_ms = session.limits.bytes_ms(floors.logits_bytes(num_tokens, vocab, itemsize, 1))
@@ -219,17 +189,15 @@ def measure_logits(session: Session, vocab: int, num_tokens: int) -> None:
         return
     problem = logits.make_logits_problem(num_tokens, vocab, session.dtype, session.device)
     expected = logits.logits_reference(problem)
-    size = {"size": f"V={vocab} T={num_tokens}", "tokens": num_tokens}
-    ways, absent = logits.logits_ways(problem, logits.FORWARD)
     num_bytes, flop = floors.logits_bytes(num_tokens, vocab, itemsize, 1), 2 * num_tokens * vocab
-    labels = {"op": "logits, forward", **size, "floor": "logits read once", "floor_ms": one_read_ms}
-    labels |= {"flop": flop, "num_bytes": num_bytes}
-    session.hold(ways, absent, expected, labels)
-    ways, absent = logits.logits_ways(problem, logits.TRAIN)
-    labels = {"op": "logits, forward and backward", **size, "floor": "logits read once, written once"}
-    labels |= {"floor_ms": 2 * one_read_ms, "two_read_floor_ms": 3 * one_read_ms}
-    labels |= {"flop": 2 * flop, "num_bytes": 2 * num_bytes}
-    session.hold(ways, absent, expected, labels)
+    for passes, op, floor, table in (
+        (1, "logits, forward", "logits read once", logits.FORWARD),
+        (2, "logits, forward and backward", "logits read once, written once", logits.TRAIN),
+    ):
+        ways, absent = logits.logits_ways(problem, table)
+        labels = {"op": op, "size": f"V={vocab} T={num_tokens}", "tokens": num_tokens, "floor": floor}
+        labels |= {"floor_ms": passes * one_read_ms, "flop": passes * flop, "num_bytes": passes * num_bytes}
+        session.hold(ways, absent, expected, labels)
 
 
 def attention_sizes(is_cuda: bool, is_quick: bool) -> list[attention.AttentionSize]:
@@ -258,7 +226,6 @@ def measure_attention(session: Session, size: attention.AttentionSize) -> None:
         "tokens": size.num_tokens,
         "floor": "7 products per visible pair at the rate of a large matrix product",
         "floor_ms": floors.attention_floor_ms(session.limits, shared, size.num_heads, size.head_dim),
-        "pair_ratio": pairs / shared,
         "flop": floors.attention_flop(shared, size.num_heads, size.head_dim, backward=True),
         "num_bytes": floors.attention_bytes(
             size.num_tokens, size.num_heads, size.num_key_heads, size.head_dim, session.dtype.itemsize
@@ -290,8 +257,7 @@ def patchify_ways(rgb_FHW3: torch.Tensor) -> tuple[list[Way], list[Absent]]:
 
         return patchify
 
-    ours, reason = peers.load(load_ours)
-    ways = [Way("torch eager", lambda: {"patches": reference.patchify(rgb_FHW3, torch.bfloat16)})]
-    if ours is None:
-        return ways, [Absent("vcr1 patchify", reason or "unknown")]
-    return [Way("vcr1 patchify", lambda: {"patches": ours(rgb_FHW3, torch.bfloat16)}), *ways], []
+    runners, absent = peers.load_all({"vcr1 patchify": load_ours, "torch eager": lambda: reference.patchify})
+    return [
+        Way(name, lambda run=run: {"patches": run(rgb_FHW3, torch.bfloat16)}) for name, run in runners.items()
+    ], absent

@@ -75,54 +75,51 @@ def logits_reference(problem: LogitsProblem) -> Outputs:
     }
 
 
-def our_logits_loss() -> Callable[[LogitsProblem, Tensor], Tensor]:
+LossOf = Callable[[LogitsProblem, Tensor], Outputs]  # of these logits: "loss", and "logprob" where it is made
+
+
+def _our_loss() -> LossOf:
     from vcr1_kernels.losses import PolicyLoss, TokenVectors
     from vcr1_kernels.policy_loss import policy_loss
 
     loss_function: Any = PolicyLoss(variant="grpo")
 
-    def loss(problem: LogitsProblem, logits_TV: Tensor) -> Tensor:
+    def loss_of(problem: LogitsProblem, logits_TV: Tensor) -> Outputs:
         lens = (problem.num_tokens // NUM_SEQUENCES,) * NUM_SEQUENCES
         tokens = TokenVectors(problem.advantage_T, problem.weight_T, sequence_lens=lens)
-        return policy_loss(logits_TV, problem.target_T, loss_function, tokens, inplace=True)[0]
+        return {"loss": policy_loss(logits_TV, problem.target_T, loss_function, tokens, inplace=True)[0]}
 
-    return loss
-
-
-def _ours(train: bool) -> Callable[[], Runner]:
-    def loader() -> Runner:
-        loss_of = our_logits_loss()
-
-        def run(problem: LogitsProblem) -> Outputs:
-            if not train:
-                with torch.no_grad():
-                    return {"loss": loss_of(problem, problem.logits_TV)}
-            logits_TV = problem.logits_TV.detach().requires_grad_()
-            loss = loss_of(problem, logits_TV)
-            return {"loss": loss, "grad_logits": torch.autograd.grad(loss, logits_TV)[0]}
-
-        return run
-
-    return loader
+    return loss_of
 
 
 def _eager_logprob(logits_TV: Tensor, target_T: Tensor) -> Tensor:
     return torch.log_softmax(logits_TV.float(), -1).gather(1, target_T[:, None])[:, 0]
 
 
-def _through_logprob(loader: Callable[[], Callable[[Tensor, Tensor], Tensor]], train: bool) -> Callable[[], Runner]:
-    def load() -> Runner:
+def _through_logprob(loader: Callable[[], Callable[[Tensor, Tensor], Tensor]]) -> Callable[[], LossOf]:
+    def load() -> LossOf:
         logprob = loader()
 
-        def run(problem: LogitsProblem) -> Outputs:
-            if not train:
-                with torch.no_grad():
-                    logprob_T = logprob(problem.logits_TV, problem.target_T)
-                    return {"loss": problem.loss(logprob_T), "logprob": logprob_T}
-            logits_TV = problem.logits_TV.detach().requires_grad_()
+        def loss_of(problem: LogitsProblem, logits_TV: Tensor) -> Outputs:
             logprob_T = logprob(logits_TV, problem.target_T)
-            loss = problem.loss(logprob_T)
-            return {"loss": loss, "logprob": logprob_T, "grad_logits": torch.autograd.grad(loss, logits_TV)[0]}
+            return {"loss": problem.loss(logprob_T), "logprob": logprob_T}
+
+        return loss_of
+
+    return load
+
+
+def _runner(loader: Callable[[], LossOf], *, has_gradient: bool) -> Callable[[], Runner]:
+    def load() -> Runner:
+        loss_of = loader()
+
+        def run(problem: LogitsProblem) -> Outputs:
+            if not has_gradient:
+                with torch.no_grad():
+                    return loss_of(problem, problem.logits_TV)
+            logits_TV = problem.logits_TV.detach().requires_grad_()
+            outputs = loss_of(problem, logits_TV)
+            return outputs | {"grad_logits": torch.autograd.grad(outputs["loss"], logits_TV)[0]}
 
         return run
 
@@ -146,25 +143,19 @@ def _liger() -> Runner:
     return run
 
 
+_OTHERS = {
+    "torch eager": _through_logprob(lambda: _eager_logprob),
+    "TRL selective logprob": _through_logprob(peers.trl_selective_logprob),
+}
 FORWARD: dict[str, Callable[[], Runner]] = {
-    "vcr1 policy_loss": _ours(train=False),
-    "torch eager": _through_logprob(lambda: _eager_logprob, train=False),
-    "TRL selective logprob": _through_logprob(peers.trl_selective_logprob, train=False),
+    name: _runner(loader, has_gradient=False) for name, loader in {"vcr1 policy_loss": _our_loss, **_OTHERS}.items()
 }
 TRAIN: dict[str, Callable[[], Runner]] = {
-    "vcr1 policy_loss, in place": _ours(train=True),
-    "torch eager": _through_logprob(lambda: _eager_logprob, train=True),
-    "TRL selective logprob": _through_logprob(peers.trl_selective_logprob, train=True),
-    "Liger triton_grpo_loss, in place": _liger,
-}
+    name: _runner(loader, has_gradient=True)
+    for name, loader in {"vcr1 policy_loss, in place": _our_loss, **_OTHERS}.items()
+} | {"Liger triton_grpo_loss, in place": _liger}
 
 
 def logits_ways(problem: LogitsProblem, table: dict[str, Callable[[], Runner]]) -> tuple[list[Way], list[Absent]]:
-    ways, absent = [], []
-    for name, loader in table.items():
-        run, reason = peers.load(loader)
-        if run is None:
-            absent.append(Absent(name, reason or "unknown"))
-        else:
-            ways.append(Way(name, lambda run=run: run(problem), setup=problem.restore))
-    return ways, absent
+    runners, absent = peers.load_all(table)
+    return [Way(name, lambda run=run: run(problem), setup=problem.restore) for name, run in runners.items()], absent

@@ -1,8 +1,8 @@
 """Other projects' implementations, loaded as alone as they allow, so that one missing package does not hide a kernel.
 
-Every loader returns a function or raises; `load` turns that into (function, None) or (None, reason). Packages whose
-`__init__` imports what a kernel does not need (Ray, datasets, ...) are entered below their top: empty modules stand for
-the parent packages.
+Every loader returns a function or raises; `load_all` turns that into functions and reasons. Packages whose `__init__`
+imports what a kernel does not need (Ray, datasets, ...) are entered below their top: empty modules stand for the parent
+packages.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import importlib.metadata
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from bench.harness import reason_of
+from bench.harness import Absent, reason_of
 
 LogprobFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden_TD, weight_VD, target_T) -> logprob_T
 F = TypeVar("F")
@@ -29,12 +29,15 @@ F = TypeVar("F")
 TRL_VOCAB_CHUNK = 32768  # what TRL's own trainer passes
 
 
-def load(loader: Callable[[], F]) -> tuple[F | None, str | None]:
-    """The loaded function, or the reason why there is none."""
-    try:
-        return loader(), None
-    except Exception as error:  # whatever another project's import raises is a reason to report, not to stop
-        return None, reason_of(error)
+def load_all(loaders: Mapping[str, Callable[[], F]]) -> tuple[dict[str, F], list[Absent]]:
+    """Those that can be loaded here, and the others with their reasons."""
+    loaded, absent = {}, []
+    for name, loader in loaders.items():
+        try:
+            loaded[name] = loader()
+        except Exception as error:  # whatever another project's import raises is a reason to report, not to stop
+            absent.append(Absent(name, reason_of(error)))
+    return loaded, absent
 
 
 def version_of(distribution: str) -> str:

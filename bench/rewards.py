@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -22,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from bench import reward_answers
+from bench.columns import cell_heads, cell_table
 from bench.harness import summarize
 from vcr1_fast import native
 from vcr1_fast.tasks import answers_batch, overlap, reward_groups
@@ -39,15 +38,16 @@ Scores = tuple[list[float], list[float], list[float]]  # format, iou, advantage 
 Way = Callable[[], Scores]
 
 
-COLUMN_HEADS = {
-    "task": "whose rewards",
-    "N": "answers scored at once",
-    "way": "the original's, or one of ours",
-    "ms": "median, of all N",
-    "quartiles": "of that",
-    "answers/s": "by the median",
-    "speed-up": "times faster than the original's way",
+CELLS = {
+    "task": ("whose rewards", "{task}"),
+    "N": ("answers scored at once", "{completions}"),
+    "way": ("the original's, or one of ours", "{way}"),
+    "ms": ("median, of all N", "{median_ms:.3f}"),
+    "quartiles": ("of that", "{low_ms:.3f}-{high_ms:.3f}"),
+    "answers/s": ("by the median", "{completions_per_s:,.0f}"),
+    "speed-up": ("times faster than the original's way", "{speedup:.1f}"),
 }
+COLUMN_HEADS = cell_heads(CELLS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,15 +59,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = [
         row for task in ("grounding", "tracking") for count in COUNTS for row in measure(task, count, arguments.repeats)
     ]
-    table = Table(title=f"rewards of N completions (compiled module: {native.status()})")
-    for column in COLUMN_HEADS:
-        table.add_column(column, justify="left" if column in ("task", "way") else "right")
-    for row in rows:
-        table.add_row(
-            row["task"], str(row["completions"]), row["way"], f"{row['median_ms']:.3f}",
-            f"{row['low_ms']:.3f}-{row['high_ms']:.3f}", f"{row['completions_per_s']:,.0f}", f"{row['speedup']:.1f}",
-        )  # fmt: skip
-    Console().print(table)
+    title = f"rewards of N completions (compiled module: {native.status()})"
+    Console().print(cell_table(title, CELLS, rows, ("task", "way")))
     return {"rows": rows}
 
 
@@ -87,9 +80,7 @@ def measure(task: str, count: int, repeats: int) -> list[dict[str, Any]]:
             "completions": count,
             "chars": num_chars,
             "way": name,
-            "median_ms": timing.median_ms,
-            "low_ms": timing.low_ms,
-            "high_ms": timing.high_ms,
+            **timing.as_json(),
             "completions_per_s": count / timing.median_ms * 1e3,
             "speedup": timings["original"].median_ms / timing.median_ms,
         }
@@ -259,13 +250,3 @@ def tracks_of(lists: Sequence[Any], has_tags: Sequence[bool]) -> tuple[list[floa
     """Format reward, and the boxes of lists of the right length (all values in these answers are numbers)."""
     tracks = [rows if rows is not None and len(rows) == reward_answers.NUM_BOXES else [] for rows in lists]
     return [float(ok and bool(track)) for ok, track in zip(has_tags, tracks, strict=True)], tracks
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.rewards", description=__doc__)
-    add_arguments(parser)
-    print(json.dumps({"benchmark": "rewards", **run(parser.parse_args())}))
-
-
-if __name__ == "__main__":
-    main()

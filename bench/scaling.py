@@ -94,12 +94,7 @@ def measure(hf: Any, point: StepPoint, rounds: int) -> list[dict[str, Any]]:
         for way in WAYS:
             samples_ms[way].append(run_update(hf, None, calls[way]())[1].total_ms)
             drop_gradients(hf)
-    rows = []
-    for way in WAYS:
-        timing = summarize(samples_ms[way])
-        times = {"median_ms": timing.median_ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms}
-        rows.append({"way": way, **times, "repeats": timing.repeats, "peak_mb": peaks[way] / 1e6})
-    return rows
+    return [{"way": way, **summarize(samples_ms[way]).as_json(), "peak_mb": peaks[way] / 1e6} for way in WAYS]
 
 
 class PeakBytes(TorchDispatchMode):

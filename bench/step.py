@@ -24,6 +24,7 @@ from bench import step_model as models
 from bench.floors import Limits, measure_limits
 from bench.flops import activation_bytes, checkpoint_bytes
 from bench.harness import Deadline, free_memory, reason_of, summarize
+from bench.harness import disagreements as failed  # noqa: F401  # asked by bench/__main__.py
 from bench.step_model import StepPoint
 from bench.step_report import COLUMN_HEADS as COLUMN_HEADS
 from bench.step_report import print_step_report
@@ -102,10 +103,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     session = Session(models.load_model(name, dtype, device), limits, Deadline(seconds))
     check_gradients(session, check)
-    try:
+    with session.deadline.until_stopped():
         measure_points(session, [check] if is_quick else points, 1 if is_quick else arguments.rounds)
-    except KeyboardInterrupt:
-        session.deadline.left_out.append("what came after the last row: stopped from outside")
     result = {
         "is_gpu": is_cuda,
         "warning": None if is_cuda else CPU_WARNING,
@@ -121,11 +120,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     print_step_report(result)
     return result
-
-
-def failed(result: dict[str, Any]) -> str | None:
-    """Why the run must end with an error, if it must."""
-    return "; ".join(result["disagreements"]) or None
 
 
 def check_gradients(session: Session, point: StepPoint) -> None:
@@ -302,10 +296,7 @@ def row_of(session: Session, point: StepPoint, group: RolloutGroup, runner: Runn
         **asdict(runner.options),
         "loss": runner.loss,
         "gradient_difference": runner.difference,
-        "median_ms": timing.median_ms,
-        "low_ms": timing.low_ms,
-        "high_ms": timing.high_ms,
-        "repeats": timing.repeats,
+        **timing.as_json(),
         "completions_per_s": point.num_completions / seconds,
         "tokens_per_s_executed": counts.executed / seconds,
         "tokens_per_s_unshared": counts.unshared / seconds,

@@ -6,35 +6,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from bench.groups import random_group
 from vcr1_fast.learner.model import load_hugging_face
-from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
+from vcr1_fast.learner.public_sizes import PUBLIC_SIZES, whole_config
 from vcr1_fast.learner.tower_attention import use_tower_attention
 from vcr1_fast.types import RolloutGroup
-
-CONFIG_3B: dict[str, Any] = {
-    "text_config": {name: value for name, value in PUBLIC_SIZES["Qwen2.5-VL-3B"].items() if name != "vision_config"}
-    | {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 128000,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    },
-    "vision_config": {
-        **PUBLIC_SIZES["Qwen2.5-VL-3B"]["vision_config"],
-        "num_heads": 16,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "window_size": 112,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "tokens_per_second": 2,
-    },
-    "tie_word_embeddings": True,
-}
 
 
 @dataclass(frozen=True)
@@ -84,6 +64,10 @@ GPU_POINTS = [
 GPU_CHECK = StepPoint("3B", (4, 20, 24), 64, 64, 4)
 
 
+def config_3b() -> Qwen2_5_VLConfig:
+    return Qwen2_5_VLConfig(**whole_config(PUBLIC_SIZES["Qwen2.5-VL-3B"]))
+
+
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
     """`tiny` from the package, `3B` with random weights made on the device. In training mode; no dropout is in it."""
     if name == "tiny":
@@ -94,7 +78,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> Qwen2_5_V
         torch.manual_seed(0)
         try:
             with torch.device(device):
-                hf = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**CONFIG_3B))
+                hf = Qwen2_5_VLForConditionalGeneration(config_3b())
         finally:
             torch.set_default_dtype(default)
     if device.type == "cuda":

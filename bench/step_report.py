@@ -8,27 +8,37 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-RATIO = "time_ratio_original"
-RATIOS = ("time_ratio", "share_of_token_ratio")
+from bench.columns import Cells, cell_heads, cell_table
+from bench.harness import print_findings
 
-COLUMN_HEADS = {
-    "way": "see step_ways.py",
-    "rows, ckpt": "rows of a micro-batch, and whether activations are checkpointed",
-    "ms": "median of an update: forward, backward and optimizer",
-    "quartiles": "of that",
-    "x original": "times faster than the original's way",
-    "share o.": "of the ratio of tokens to that way, forward and backward alone: 1 where all time is spent per token",
-    "x plain": "times faster than separate rows with the head on answers only",
-    "share p.": "of the ratio of tokens to these",
-    "tokens x": "fewer tokens than those run through the model",
-    "compl./s": "completions a second",
-    "tok/s exec.": "tokens run through the model a second",
-    "tok/s unsh.": "tokens of the G separate rows a second",
-    "TFLOP/s": "forward and backward, nothing recomputed counted",
-    "MFU %": "of the rate of a large matrix product measured in this run",
-    "peak GiB": "most memory allocated; none is measured on a CPU",
-    "gradient": "distance from the plain way's, relative",
+CELLS = {
+    "way": ("see step_ways.py", "{way}"),
+    "rows, ckpt": (
+        "rows of a micro-batch, and whether activations are checkpointed",
+        lambda row: f"{row['rows_per_microbatch']}, {'on' if row['gradient_checkpointing'] else 'off'}",
+    ),
+    "ms": ("median of an update: forward, backward and optimizer", "{median_ms:.4g}"),
+    "quartiles": ("of that", "{low_ms:.4g}-{high_ms:.4g}"),
+    "x original": ("times faster than the original's way", "{time_ratio_original:.2f}"),
+    "share o.": (
+        "of the ratio of tokens to that way, forward and backward alone: 1 where all time is spent per token",
+        "{share_of_token_ratio_original:.2f}",
+    ),
+    "x plain": ("times faster than separate rows with the head on answers only", "{time_ratio_plain:.2f}"),
+    "share p.": ("of the ratio of tokens to these", "{share_of_token_ratio_plain:.2f}"),
+    "tokens x": ("fewer tokens than those run through the model", "{token_ratio_plain:.2f}"),
+    "compl./s": ("completions a second", "{completions_per_s:.3g}"),
+    "tok/s exec.": ("tokens run through the model a second", "{tokens_per_s_executed:.0f}"),
+    "tok/s unsh.": ("tokens of the G separate rows a second", "{tokens_per_s_unshared:.0f}"),
+    "TFLOP/s": ("forward and backward, nothing recomputed counted", "{tflop_per_s:.3g}"),
+    "MFU %": ("of the rate of a large matrix product measured in this run", "{mfu_percent:.0f}"),
+    "peak GiB": (
+        "most memory allocated; none is measured on a CPU",
+        lambda row: "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}",
+    ),
+    "gradient": ("distance from the plain way's, relative", "{gradient_difference:.1e}"),
 }
+COLUMN_HEADS = cell_heads(CELLS)
 
 
 def print_step_report(result: dict[str, Any]) -> None:
@@ -42,17 +52,15 @@ def print_step_report(result: dict[str, Any]) -> None:
     console.print(f"gradient error against a plain update in higher precision, {result['check']['size']}: {errors}")
     for size, rows in groupby(result["rows"], key=lambda row: row["size"]):
         listed = list(rows)
-        console.print(main_table(size, listed))
+        console.print(cell_table(f"one update, {size}", CELLS, listed))
         console.print(parts_table(size, listed))
     for row in result["absent"]:
         console.print(f"could not run: {row['way']} at {row['size']}: {row['reason']}")
-    for line in result["left_out"]:
-        console.print(f"left out: {line}")
-    for line in result["disagreements"]:
-        console.print(f"DISAGREES: {line}")
+    print_findings(console, result)
     if result["warning"]:
         console.print(result["warning"])
-    gains = [f"{r['time_ratio_original']:.2f}" for r in result["rows"] if r["way"] == "kernels" and RATIO in r]
+    ratios = [row.get("time_ratio_original") for row in result["rows"] if row["way"] == "kernels"]
+    gains = [f"{ratio:.2f}" for ratio in ratios if ratio is not None]
     console.print(f"step: kernels over original {', '.join(gains) or 'not measured'}; {disagreeing(result)}")
 
 
@@ -63,45 +71,13 @@ def disagreeing(result: dict[str, Any]) -> str:
     return "all gradients agree" if result["rows"] else "nothing was timed"
 
 
-def main_table(size: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"one update, {size}")
-    for column in COLUMN_HEADS:
-        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
-    for row in rows:
-        peak = row["peak_bytes"]
-        table.add_row(
-            row["way"],
-            f"{row['rows_per_microbatch']}, {'on' if row['gradient_checkpointing'] else 'off'}",
-            f"{row['median_ms']:.4g}",
-            f"{row['low_ms']:.4g}-{row['high_ms']:.4g}",
-            *(_ratio(row, f"{what}_{way}") for way in ("original", "plain") for what in RATIOS),
-            _ratio(row, "token_ratio_plain"),
-            f"{row['completions_per_s']:.3g}",
-            f"{row['tokens_per_s_executed']:.0f}",
-            f"{row['tokens_per_s_unshared']:.0f}",
-            f"{row['tflop_per_s']:.3g}",
-            f"{row['mfu_percent']:.0f}",
-            "" if peak is None else f"{peak / 2**30:.1f}",
-            f"{row['gradient_difference']:.1e}",
-        )
-    return table
-
-
 def parts_table(size: str, rows: list[dict[str, Any]]) -> Table:
     """Measured ms of each part, and in brackets what its FLOPs would take at the measured GEMM rate."""
-    parts = list(rows[0]["parts_ms"])
-    table = Table(title=f"where the time goes, {size}: ms (by FLOPs)")
-    table.add_column("way")
-    for part in parts:
-        table.add_column(part, justify="right")
-    for row in rows:
-        cells = []
-        for part in parts:
-            predicted = row["predicted_ms"].get(part)
-            cells.append(f"{row['parts_ms'][part]:.4g}" + ("" if predicted is None else f" ({predicted:.3g})"))
-        table.add_row(row["way"], *cells)
-    return table
 
+    def cell(row: dict[str, Any], part: str) -> str:
+        predicted = row["predicted_ms"].get(part)
+        return f"{row['parts_ms'][part]:.4g}" + ("" if predicted is None else f" ({predicted:.3g})")
 
-def _ratio(row: dict[str, Any], name: str) -> str:
-    return f"{row[name]:.2f}" if name in row else ""
+    parts = {part: ("", lambda row, part=part: cell(row, part)) for part in rows[0]["parts_ms"]}
+    cells: Cells = {"way": ("", "{way}"), **parts}
+    return cell_table(f"where the time goes, {size}: ms (by FLOPs)", cells, rows)

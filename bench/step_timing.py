@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.hooks import RemovableHandle
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -131,18 +132,23 @@ def drop_gradients(hf: Qwen2_5_VLForConditionalGeneration) -> None:
         parameter.grad = None
 
 
-def gradient_difference(hf: Qwen2_5_VLForConditionalGeneration, expected: dict[str, torch.Tensor]) -> float:
-    """||g - e|| / ||e|| over all parameters together. A missing gradient counts as zero."""
+def gradient_difference(hf: Qwen2_5_VLForConditionalGeneration, expected: Mapping[str, Tensor]) -> float:
+    """`distance` of the gradients that the parameters have."""
+    return distance({n: p.grad for n, p in hf.named_parameters() if p.grad is not None}, expected)
+
+
+def distance(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """||g - e|| / ||e|| over all weights together. A missing gradient counts as zero."""
     difference = norm = 0.0
-    for name, parameter in hf.named_parameters():
-        wanted = expected[name].double()
-        grad = torch.zeros_like(wanted) if parameter.grad is None else parameter.grad.double()
-        difference += float((grad - wanted).square().sum())
-        norm += float(wanted.square().sum())
+    for name, wanted in expected.items():
+        wide = wanted.double()
+        got = gradients[name].double() if name in gradients else torch.zeros_like(wide)
+        difference += float((got - wide).square().sum())
+        norm += float(wide.square().sum())
     return (difference / norm) ** 0.5 if norm else float(difference > 0)
 
 
-def take_gradients(hf: Qwen2_5_VLForConditionalGeneration) -> dict[str, torch.Tensor]:
+def take_gradients(hf: Qwen2_5_VLForConditionalGeneration) -> dict[str, Tensor]:
     """Hands the gradients over and leaves the parameters without."""
     taken = {}
     for name, parameter in hf.named_parameters():

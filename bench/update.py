@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from bench.harness import Deadline, allocated_peak, reason_of, summarize
+from bench.harness import disagreements as failed  # noqa: F401  # asked by bench/__main__.py
 from bench.scaling import slope
-from bench.update_problem import LAYOUTS, POINTS, Gradients, Layout, Point, Problem, StepResult, group_of
+from bench.step_timing import distance
+from bench.update_problem import LAYOUTS, POINTS, Layout, Point, Problem, StepResult, group_of
 from bench.update_report import COLUMN_HEADS as COLUMN_HEADS
 from bench.update_report import CONDITIONS, print_update_report
 from bench.update_ways import WAYS, WayKind, plain_update
@@ -74,10 +76,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All points that fit; returns what the JSON line holds."""
     session = Session(load_tokenizer("tiny"), Deadline(arguments.seconds), arguments.rounds)
     points = [POINTS[length] for length in sorted(arguments.points)]
-    try:
+    with session.deadline.until_stopped():
         measure(session, points, has_growth=not arguments.no_growth)
-    except KeyboardInterrupt:
-        session.deadline.left_out.append("what came after the last row: stopped from outside")
     session.absent.append({"way": "verl", "reason": why_no_verl()})
     result = {
         "model": "tiny",
@@ -92,11 +92,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     print_update_report(result)
     return result
-
-
-def failed(result: dict[str, Any]) -> str | None:
-    """Why the run must end with an error, if it must."""
-    return "; ".join(result["disagreements"]) or None
 
 
 def measure(session: Session, points: list[Point], *, has_growth: bool) -> None:
@@ -161,17 +156,6 @@ def advantage_rounding(rewards: tuple[float, ...]) -> float:
     quotient round once each, rewards below 1. The loss of an on-policy step is the mean of the advantages, and its
     gradient a sum over them."""
     return 4 * ROUNDING / statistics.stdev(rewards)
-
-
-def distance(gradients: Gradients, expected: Gradients) -> float:
-    """||g - e|| / ||e|| over all weights together. A missing gradient counts as zero."""
-    difference = norm = 0.0
-    for name, wanted in expected.items():
-        wide = wanted.double()
-        got = gradients[name].double() if name in gradients else torch.zeros_like(wide)
-        difference += float((got - wide).square().sum())
-        norm += float(wide.square().sum())
-    return (difference / norm) ** 0.5
 
 
 def time_steps(session: Session, runners: list[Runner], name: str, max_rounds: int) -> None:

@@ -6,19 +6,34 @@ from itertools import groupby
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-COLUMN_HEADS = {
-    "way": "trl_images: TRL's GRPOTrainer, the clip as pictures; trl_video: patched to train on a video; original: "
-    "VideoChat-R1's recipe; ours, on the same prompt as the way above it",
-    "step ms": "median of the rounds; quartiles behind it",
-    "update ms": "the same of the update, a part of the step",
-    "ours is x faster": "that way's median over the median of ours in the same layout, step and update",
-    "peak MB": "most bytes of tensors alive at a time in a step, beside weights and moments",
-    "ours needs x less": "that way's peak over ours",
-    "loss": "distance from float64, absolute",
-    "gradient": "distance from float64, relative, over all weights together",
+from bench.columns import cell_heads, cell_table
+from bench.harness import print_findings
+
+CELLS = {
+    "way": (
+        "trl_images: TRL's GRPOTrainer, the clip as pictures; trl_video: patched to train on a video; original: "
+        "VideoChat-R1's recipe; ours, on the same prompt as the way above it",
+        "{way}",
+    ),
+    "step ms": ("median of the rounds; quartiles behind it", "{step_ms:.0f} ({step_low_ms:.0f}-{step_high_ms:.0f})"),
+    "update ms": (
+        "the same of the update, a part of the step",
+        "{update_ms:.0f} ({update_low_ms:.0f}-{update_high_ms:.0f})",
+    ),
+    "ours is x faster": (
+        "that way's median over the median of ours in the same layout, step and update",
+        "{step_ratio:.2f}, {update_ratio:.2f}",
+    ),
+    "peak MB": (
+        "most bytes of tensors alive at a time in a step, beside weights and moments",
+        lambda row: f"{row['peak_bytes'] / 1e6:.0f}",
+    ),
+    "ours needs x less": ("that way's peak over ours", "{peak_ratio:.2f}"),
+    "loss": ("distance from float64, absolute", "{loss_error:.1e}"),
+    "gradient": ("distance from float64, relative, over all weights together", "{gradient_error:.1e}"),
 }
+COLUMN_HEADS = cell_heads(CELLS)
 CONDITIONS = (
     "CPU, float32, the packaged model of 1 M parameters: its head is small, and the vision tower a large part of it. "
     "Ratios show work that is saved; times mean nothing for a GPU.",
@@ -38,38 +53,16 @@ CONDITIONS = (
 
 def print_update_report(result: dict[str, Any]) -> None:
     console = Console(width=150)
-    for size, rows in groupby(result["rows"], key=lambda row: (row["prompt_tokens"], row["layout"])):
-        console.print(table_of(size, list(rows)))
+    for (prompt, layout), rows in groupby(result["rows"], key=lambda row: (row["prompt_tokens"], row["layout"])):
+        first = (listed := list(rows))[0]
+        sizes = f"R {first['completion_tokens']}, G {first['group_size']}, {first['repeats']} rounds"
+        console.print(cell_table(f"P {prompt} as {layout}, {sizes}", CELLS, listed))
     for row in result["growth"]:
         times = ", ".join(f"G {size}: {ms:.0f} ms" for size, ms in row["step_ms"].items())
         name = f"{row['way']}, {row['layout']}, P {row['prompt_tokens']}"
         console.print(f"growth of a step, {name}: G^{row['exponent']:.2f} ({times})")
     for row in result["absent"]:
         console.print(f"could not run: {row['way']}: {row['reason']}")
-    for line in result["left_out"]:
-        console.print(f"left out: {line}")
-    for line in result["disagreements"]:
-        console.print(f"DISAGREES: {line}")
+    print_findings(console, result)
     for line in result["conditions"]:
         console.print(f"condition: {line}", highlight=False)
-
-
-def table_of(size: tuple[int, str], rows: list[dict[str, Any]]) -> Table:
-    first = rows[0]
-    title = (
-        f"P {size[0]} as {size[1]}, R {first['completion_tokens']}, G {first['group_size']}, {first['repeats']} rounds"
-    )
-    table = Table(title=title)
-    for column in COLUMN_HEADS:
-        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["way"],
-            *(f"{row[f'{n}_ms']:.0f} ({row[f'{n}_low_ms']:.0f}-{row[f'{n}_high_ms']:.0f})" for n in ("step", "update")),
-            f"{row['step_ratio']:.2f}, {row['update_ratio']:.2f}",
-            f"{row['peak_bytes'] / 1e6:.0f}",
-            f"{row['peak_ratio']:.2f}",
-            f"{row['loss_error']:.1e}",
-            f"{row['gradient_error']:.1e}",
-        )
-    return table

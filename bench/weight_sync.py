@@ -24,10 +24,10 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from bench.columns import cell_heads, cell_table
 from bench.harness import measure_copy_gb_s, reason_of, summarize
 from vcr1_fast.learner.model import load_tokenizer
 from vcr1_fast.rollout.engine import RolloutEngine
@@ -207,16 +207,17 @@ def sized_model(megabytes: int, dtype: torch.dtype) -> nn.Module:
     return cast(nn.Module, Qwen2_5_VLForConditionalGeneration(config)).to(dtype)
 
 
-COLUMN_HEADS = {
-    "side": "learner: workers that answer at once; engine: a real worker of SGLang",
-    "way": "rollout.sglang.weights",
-    "MB": "1e6 bytes handed over",
-    "first push s": "seconds of the first; a real worker compares every weight's checksum in it",
-    "s": "median of those after it",
-    "quartiles": "of that",
-    "GB/s": "1e9 bytes a second",
-    "% of copy": "of the speed of a copy in memory",
+CELLS = {
+    "side": ("learner: workers that answer at once; engine: a real worker of SGLang", "{side}"),
+    "way": ("rollout.sglang.weights", "{way}"),
+    "MB": ("1e6 bytes handed over", lambda row: f"{row['num_bytes'] / 1e6:,.0f}"),
+    "first push s": ("seconds of the first; a real worker compares every weight's checksum in it", "{first_s:.2f}"),
+    "s": ("median of those after it", "{median_s:.3f}"),
+    "quartiles": ("of that", "{low_s:.3f}-{high_s:.3f}"),
+    "GB/s": ("1e9 bytes a second", "{gb_s:.2f}"),
+    "% of copy": ("of the speed of a copy in memory", "{percent_of_copy:.0f}"),
 }
+COLUMN_HEADS = cell_heads(CELLS)
 
 
 def save_configuration(hf: nn.Module, folder: Path) -> None:
@@ -237,15 +238,7 @@ def sglang_python() -> str | None:
 def report(rows: list[dict[str, Any]], absent: list[dict[str, str]], setup: Setup) -> None:
     console = Console(width=118)
     copy_s = setup.num_bytes / setup.copy_gb_s / 1e9
-    table = Table(title=f"{setup.num_bytes / 1e6:,.0f} MB of weights; copying them takes {copy_s:.3f} s")
-    for column in COLUMN_HEADS:
-        table.add_column(column, justify="left" if column in ("side", "way") else "right")
-    for row in rows:
-        table.add_row(
-            row["side"], row["way"], f"{row['num_bytes'] / 1e6:,.0f}", f"{row['first_s']:.2f}",
-            f"{row['median_s']:.3f}", f"{row['low_s']:.3f}-{row['high_s']:.3f}", f"{row['gb_s']:.2f}",
-            f"{row['percent_of_copy']:.0f}",
-        )  # fmt: skip
-    console.print(table)
+    title = f"{setup.num_bytes / 1e6:,.0f} MB of weights; copying them takes {copy_s:.3f} s"
+    console.print(cell_table(title, CELLS, rows, ("side", "way")))
     for row in absent:
         console.print(f"left out: {row['side']}, {row['way']}: {row['reason']}")

@@ -16,7 +16,7 @@ from bench.flops import (
     tower_flop,
     window_sides,
 )
-from bench.step_model import CONFIG_3B, TINY_CHECK
+from bench.step_model import TINY_CHECK, config_3b
 from bench.step_ways import WayOptions, count_flop, count_tokens, losses
 from vcr1_fast.learner.model import load_hugging_face
 
@@ -56,10 +56,9 @@ def test_tower_of_one_layer_by_hand():
 
 def test_the_3b_numbers_are_the_published_model():
     """3.75 billion weights: 36 layers of 2048, a tied head of 151936 rows, a tower of 32 layers of 1280."""
-    text, vision = (SimpleNamespace(**CONFIG_3B[name]) for name in ("text_config", "vision_config"))
+    text, vision = config_3b().text_config, config_3b().vision_config
     per_token = decoder_flop(text, 1, 0) / 2 + head_flop(text, 1) / 2
     assert per_token == pytest.approx(3.09e9, rel=0.01)
-    vision.spatial_merge_size, vision.in_channels = 2, 3
     block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
     assert 32 * block == pytest.approx(630e6, rel=0.01)
     # one 28 x 28 pixel token through the tower, attention included, is 4 patches through about that many weights

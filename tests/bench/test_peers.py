@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import peers
-from bench.head_problem import HEADS, TRAINED, head_reference, load_runners, make_head_problem
+from bench.head_problem import HEADS, TRAINED, head_reference, make_head_problem
 
 
 def write_package(folder: Path) -> None:
@@ -24,11 +24,11 @@ def write_package(folder: Path) -> None:
 def test_a_module_is_imported_without_its_parents(tmp_path):
     write_package(tmp_path)
     code = (
-        "from bench.peers import import_below, load\n"
+        "from bench.peers import import_below, load_all\n"
         "assert import_below('heavy.inner.kernel').ANSWER == 42\n"
         "import importlib.util; assert importlib.util.find_spec('heavy') is not None\n"
-        "function, reason = load(lambda: import_below('absent_package.kernel'))\n"
-        "assert function is None and reason == 'ModuleNotFoundError: absent_package is not installed', reason\n"
+        "_, [absent] = load_all({'away': lambda: import_below('absent_package.kernel')})\n"
+        "assert absent.reason == 'ModuleNotFoundError: absent_package is not installed', absent\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -66,7 +66,7 @@ def test_a_loader_that_raises_becomes_an_absent_way():
     def loader():
         raise ImportError("needs a library")
 
-    runners, absent = load_runners({"there": lambda: lambda problem: {}, "away": loader})
+    runners, absent = peers.load_all({"there": lambda: lambda problem: {}, "away": loader})
     assert list(runners) == ["there"]
     assert [(a.name, a.reason) for a in absent] == [("away", "ImportError: needs a library")]
 

@@ -6,14 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig
 
 from bench import kernels, step
 from bench.floors import Limits
 from bench.flops import StepFlop
 from bench.gpu_summary import step_bars
 from bench.harness import Deadline
-from bench.step_model import CONFIG_3B, GPU_POINTS, TINY_CHECK, load_model
+from bench.step_model import GPU_POINTS, TINY_CHECK, config_3b, load_model
 from bench.step_timing import PARTS, PartMarks, predicted_parts_ms
 from bench.step_ways import WAY_NAMES, WayOptions, count_tokens, losses, pad_rows
 
@@ -128,7 +127,7 @@ def test_a_point_above_the_budget_is_left_out(hf):
 
 
 def test_a_gpu_run_tries_options_from_fast_to_small(monkeypatch):
-    config = Qwen2_5_VLConfig(**CONFIG_3B)
+    config = config_3b()
     hf = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=config)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100e9, 141e9))
     short, long = GPU_POINTS
