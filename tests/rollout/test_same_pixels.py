@@ -10,9 +10,10 @@ from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokeniz
 from vcr1_fast.learner.objective import grpo_objective
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.prompts.build import PromptBuilder
+from vcr1_fast.rollout.engine import NOT_BEGUN
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.sgl.messages import decode, encode
-from vcr1_fast.rollout.sgl.video import features_by_kind, media_item
+from vcr1_fast.rollout.sgl.video import features_by_kind, requests_of
 from vcr1_fast.rollout.sgl.workers import Request, Workers
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
 from vcr1_fast.settings.config import AlgorithmConfig, ModelConfig, TaskConfig
@@ -64,20 +65,21 @@ def test_sglang_is_sent_the_very_tensors_and_handed_their_bits() -> None:
     engine.config = SGLangConfig()
     engine._workers = Workers.__new__(Workers)
     engine._workers.policy_version = 3
-    fields, tensors = engine._request(1, Request(0, prompt, 2), SamplingParams(2, max_new_tokens=2))
+    fields, tensors = engine._request(1, Request(0, prompt, [NOT_BEGUN] * 2), SamplingParams(2, max_new_tokens=2))
     assert tensors["values_PC"] is prompt.media[0].values_PC
     assert tensors["token_ids_L"] is prompt.token_ids_L and tensors["position_ids_3L"] is prompt.position_ids_3L
     grid = prompt.media[0].grid_thw
     assert fields["media"] == [{"kind": "video", "grid_thw": grid, "second_per_grid_s": 1.0}]
     engine.config = SGLangConfig(placement="disaggregated", addresses=["10.0.0.2:29800"])
-    _, as_bytes = engine._request(1, Request(0, prompt, 2), SamplingParams(2, max_new_tokens=2))
+    _, as_bytes = engine._request(1, Request(0, prompt, [NOT_BEGUN] * 2), SamplingParams(2, max_new_tokens=2))
     assert as_bytes["bytes_PC"].dtype == torch.uint8
     for sent, by_reference in ((tensors, True), (as_bytes, False)):
         frames, lent = encode("generate", fields, sent, by_reference=by_reference)
         message = decode(frames)
         received = pixel_bytes.unpack(message.tensors)
         [features] = features_by_kind(message.fields["media"], received).values()
-        item = media_item("video", message.fields, received, features)
+        [request] = requests_of(message.fields, received, {"video": features})
+        [item] = request["video_data"]
         assert torch.equal(item["pixel_values_videos"], prompt.media[0].values_PC)
         assert torch.equal(item["mrope_positions"], prompt.position_ids_3L)
         assert len(lent) == by_reference

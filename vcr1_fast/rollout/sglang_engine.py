@@ -106,8 +106,8 @@ class SGLangEngine:
         begun: Begun | None = None,
         quota: Quota | None = None,
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`. A completion to be gone on with is a request of its own: its prompt and its
-        tokens are read again. With a repetition penalty log-probs are NaN: SGLang's are those after it.
+        """See `RolloutEngine.generate`. Where completions are gone on with, their prompt is read again once, and so are
+        their tokens. With a repetition penalty log-probs are NaN: SGLang's are those after it.
 
         Raises ValueError for a prompt or settings that the engine cannot take, and RuntimeError when a group or the
         workers failed too often; the engine can then still be used.
@@ -124,18 +124,14 @@ class SGLangEngine:
             self.load_weights(checkpoint_weights(self._checkpoint), 0)
         size = sampling.num_completions
         answers = [list(group) for group in begun] if begun else [[NOT_BEGUN] * size for _ in prompts]
-        requests, places = open_requests(prompts, answers)
 
         def is_enough(got: Answers) -> bool:
-            if quota is None:
-                return False
-            still_open = {row for index, (row, _) in enumerate(places) if not is_done(got.get(index, [NOT_BEGUN]))}
-            return quota.is_met([row not in still_open for row in range(len(prompts))])
+            return quota is not None and quota.is_met([is_done(got.get(row, own)) for row, own in enumerate(answers)])
 
         self._round = Round(
             self._workers,
             self.config,
-            requests,
+            open_requests(prompts, answers),
             encode=lambda number, request: self._request(number, request, sampling),
             decode=lambda message, request: self._completions(message, request, sampling),
             is_enough=is_enough,
@@ -144,10 +140,9 @@ class SGLangEngine:
             got = self._round.run()
         finally:
             self._round = None
-        for index, completions in got.items():
-            row, columns = places[index]
-            for column, completion in zip(columns, completions, strict=True):
-                answers[row][column] = completion
+        for row, drawn in got.items():
+            rest = iter(drawn)
+            answers[row] = [next(rest) if own.finish_reason == "aborted" else own for own in answers[row]]
         return answers
 
     def interrupt(self) -> None:
@@ -203,8 +198,8 @@ class SGLangEngine:
         fields = {
             "id": number,
             "policy_version": self.policy_version,
-            "num_completions": request.num_completions,
-            "max_new_tokens": sampling.max_new_tokens - (begun.num_tokens if begun else 0),
+            "begun_lengths": [completion.num_tokens for completion in begun],
+            "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
@@ -216,12 +211,8 @@ class SGLangEngine:
                 for shown in prompt.media
             ],
         }
-        token_ids_L, position_ids_3L = prompt.token_ids_L, prompt.position_ids_3L
-        if begun:
-            token_ids_L = torch.cat([token_ids_L, begun.token_ids_R])
-            position_R = prompt.next_position + torch.arange(begun.num_tokens)
-            position_ids_3L = torch.cat([position_ids_3L, position_R.expand(3, -1)], dim=1)
-        tensors = {"token_ids_L": token_ids_L, "position_ids_3L": position_ids_3L}
+        tensors = {"token_ids_L": prompt.token_ids_L, "position_ids_3L": prompt.position_ids_3L}
+        tensors["begun_ids"] = torch.cat([completion.token_ids_R for completion in begun])
         embeddings = [shown.embeddings_MD for shown in prompt.media if shown.embeddings_MD is not None]
         if embeddings:
             tensors["embeddings_MD"] = _joined(embeddings)
@@ -235,20 +226,19 @@ class SGLangEngine:
         """Raises RuntimeError for an answer that is not what was asked for."""
         lengths: list[int] = message.fields["lengths"]
         versions = set(message.fields["policy_versions"])
-        if len(lengths) != request.num_completions or versions - {str(self.policy_version)}:
+        if len(lengths) != len(request.begun) or versions - {str(self.policy_version)}:
             raise RunError(
                 f"SGLang gave {len(lengths)} completions by policy {sorted(versions)}, wanted "
-                f"{request.num_completions} by policy {self.policy_version}"
+                f"{len(request.begun)} by policy {self.policy_version}"
             )
         tokens, logprobs = message.tensors["token_ids"].split(lengths), message.tensors["logprobs"].split(lengths)
         if not all(bool(logprob_R.isfinite().all()) for logprob_R in logprobs):
             raise RunError("SGLang's log-probs are not finite: the weights have diverged or are broken")
         if sampling.repetition_penalty != 1:
             logprobs = [torch.full_like(logprob_R, torch.nan) for logprob_R in logprobs]
-        before = request.begun or NOT_BEGUN
         whole = [
             (torch.cat([before.token_ids_R, token_R]), torch.cat([before.logprobs_R, logprob_R]))
-            for token_R, logprob_R in zip(tokens, logprobs, strict=True)
+            for before, token_R, logprob_R in zip(request.begun, tokens, logprobs, strict=True)
         ]
         texts = self.tokenizer.batch_decode([token_R.tolist() for token_R, _ in whole], skip_special_tokens=True)
         reasons: list[FinishReason] = [
@@ -267,26 +257,10 @@ def _joined(rows: list[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def open_requests(
-    prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]
-) -> tuple[list[Request], list[tuple[int, list[int]]]]:
-    """What is still to be asked, and where each request's completions belong: (prompt, places in its group).
-
-    Completions without a token are drawn together, so that their video is read once; others one by one.
-    """
-    requests: list[Request] = []
-    places: list[tuple[int, list[int]]] = []
-    for row, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
-        unfinished = [i for i, completion in enumerate(group) if completion.finish_reason == "aborted"]
-        fresh = [i for i in unfinished if group[i].num_tokens == 0]
-        if fresh:
-            requests.append(Request(len(requests), prompt, len(fresh)))
-            places.append((row, fresh))
-        for i in unfinished:
-            if group[i].num_tokens:
-                requests.append(Request(len(requests), prompt, 1, group[i]))
-                places.append((row, [i]))
-    return requests, places
+def open_requests(prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]) -> list[Request]:
+    """One for each prompt that has unfinished completions: so a prompt is read once, whatever is still to be drawn."""
+    unfinished = [[own for own in group if own.finish_reason == "aborted"] for group in answers]
+    return [Request(row, prompts[row], begun) for row, begun in enumerate(unfinished) if begun]
 
 
 def engine_args(

@@ -25,7 +25,7 @@ from vcr1_fast.rollout.sgl.update import CudaHandle, Updater
 
 torch.multiprocessing.set_sharing_strategy("file_system")
 FIELDS = {
-    "num_completions": 3,
+    "begun_lengths": [0, 0, 0],
     "max_new_tokens": 5,
     "temperature": 0.7,
     "top_p": 0.9,
@@ -39,8 +39,15 @@ TENSORS = {
     "token_ids_L": torch.tensor([1] + [7] * 8 + [2]),
     "position_ids_3L": torch.arange(10).expand(3, -1),
     "values_PC": torch.randn(32, 1176),
+    "begun_ids": torch.zeros(0, dtype=torch.int64),
 }
 SHARED = SharedFeatures.share(TENSORS["values_PC"])
+
+
+def asked(**changes: Any) -> dict[str, Any]:
+    """Arguments of `Engine.async_generate`."""
+    [request] = sglang_video.requests_of(FIELDS | changes, TENSORS, {"video": SHARED})
+    return request
 
 
 def engine_arguments() -> None:
@@ -54,8 +61,7 @@ def engine_arguments() -> None:
 def generate_arguments() -> None:
     from sglang.srt.entrypoints.engine import Engine
 
-    wanted = {"input_ids", "sampling_params", "video_data", "image_data", "return_logprob", "logprob_start_len"}
-    wanted |= {"custom_logit_processor"}
+    wanted = {*asked(), "image_data", "custom_logit_processor"}
     missing = wanted - set(inspect.signature(Engine.async_generate).parameters)
     assert not missing, f"async_generate has no {sorted(missing)}"
 
@@ -63,13 +69,7 @@ def generate_arguments() -> None:
 def request_is_expanded_to_a_group() -> None:
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    request = GenerateReqInput(
-        input_ids=TENSORS["token_ids_L"].tolist(),
-        sampling_params=sglang_video.sampling_params(FIELDS),
-        video_data=[sglang_video.media_item("video", FIELDS, TENSORS, SHARED)],
-        return_logprob=True,
-        logprob_start_len=-1,
-    )
+    request = GenerateReqInput(**asked())
     request.normalize_batch_and_arguments()
     assert request.parallel_sample_num == 3 and request.batch_size == 1
     one = request[0]
@@ -79,17 +79,17 @@ def request_is_expanded_to_a_group() -> None:
 def sampling_parameters() -> None:
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-    params: Any = SamplingParams(**sglang_video.sampling_params(FIELDS))
+    params: Any = SamplingParams(**asked()["sampling_params"])
     params.normalize(None)
     params.verify(606)
     assert params.n == 3 and params.max_new_tokens == 5 and set(params.stop_token_ids) == {0, 2}
     assert params.logit_bias == {"3": -1e4, "4": -1e4}
     assert params.top_k == 50 and params.repetition_penalty == 1.0
-    free: Any = SamplingParams(**sglang_video.sampling_params(FIELDS | {"top_k": 0}))
+    free: Any = SamplingParams(**asked(top_k=0)["sampling_params"])
     free.normalize(None)
     free.verify(606)
     assert free.top_k >= 606  # all of them
-    greedy: Any = SamplingParams(**sglang_video.sampling_params(FIELDS | {"temperature": 0.0}))
+    greedy: Any = SamplingParams(**asked(temperature=0.0)["sampling_params"])
     greedy.normalize(None)
     assert greedy.temperature == 1.0 and greedy.top_k == 1
 
@@ -99,7 +99,7 @@ def video_becomes_one_item() -> None:
     from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor as Base
     from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor as Qwen
 
-    payload = sglang_video.media_item("video", FIELDS, TENSORS, SHARED)
+    [payload] = asked()["video_data"]
     names = SimpleNamespace(ATTR_NAME_TO_MODALITY={}, FEATURE_NAMES=[])
     source = inspect.getsource(Base.__init__)
     assert all(key in source for key in ("pixel_values_videos", "video_grid_thw", "pixel_values", "image_grid_thw"))

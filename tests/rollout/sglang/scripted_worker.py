@@ -104,7 +104,7 @@ def work(endpoint: Endpoint, how: str) -> None:
 
 def cut_short(endpoint: Endpoint, message: Message, version: int) -> None:
     fields, first = message.fields, int(message.tensors["token_ids_L"][0])
-    count = fields["num_completions"]
+    count = len(fields["begun_lengths"])
     reply = {
         "id": fields["id"],
         "lengths": [2, *[1] * (count - 1)],
@@ -123,7 +123,7 @@ def answer(endpoint: Endpoint, message: Message, how: str, version: int) -> None
     if how in ("hang", "fail", "refuse"):
         return
     assert fields["policy_version"] == version, "asked before it had these weights"
-    count = fields["num_completions"]
+    count = len(fields["begun_lengths"])
     tokens = torch.tensor([int(message.tensors["token_ids_L"][0]), fields["stop_ids"][0]] * count)
     logprobs = torch.full((2 * count,), -float(os.getpid()))
     reply = {

@@ -8,6 +8,7 @@ import time
 import torch
 
 from vcr1_fast.rollout.engine import NOT_BEGUN, Quota
+from vcr1_fast.rollout.sgl.video import features_by_kind, requests_of
 from vcr1_fast.rollout.sglang_engine import open_requests
 from vcr1_fast.types import Completion, SamplingParams
 
@@ -19,35 +20,36 @@ def completion(num_tokens: int, reason: str) -> Completion:
     return Completion(ids, torch.full((num_tokens,), -0.25), reason)  # pyright: ignore[reportArgumentType]
 
 
-def test_what_has_no_token_is_asked_together_and_the_rest_one_by_one(make_prompt):
+def test_what_is_unfinished_of_a_prompt_is_asked_together(make_prompt):
     prompts = [make_prompt((1, 2, 2), text) for text in ("a", "b", "c")]
     answers = [
         [NOT_BEGUN, completion(2, "aborted"), NOT_BEGUN],
         [completion(2, "stop"), completion(4, "length"), completion(1, "stop")],
         [NOT_BEGUN] * 3,
     ]
-    requests, places = open_requests(prompts, answers)
-    assert [(r.prompt, r.num_completions, r.begun) for r in requests] == [
-        (prompts[0], 2, None),
-        (prompts[0], 1, answers[0][1]),
-        (prompts[2], 3, None),
+    requests = open_requests(prompts, answers)
+    assert [(r.index, r.prompt, r.begun) for r in requests] == [
+        (0, prompts[0], answers[0]),
+        (2, prompts[2], answers[2]),
     ]
-    assert places == [(0, [0, 2]), (0, [1]), (2, [0, 1, 2])]
-    assert [r.index for r in requests] == [0, 1, 2]
 
 
-def test_a_begun_completion_is_sent_behind_its_prompt(start, make_prompt):
-    """Its tokens take the positions after the prompt's, the same on all three axes, and count against the limit."""
+def test_begun_completions_are_sent_behind_their_prompt(start, make_prompt):
+    """Their tokens take the positions after the prompt's, the same on all three axes, and count against the limit. The
+    first request draws nothing: it has the prompt read once for all."""
     engine, prompt = start(["ok"]), make_prompt((2, 4, 4), "what?")
-    begun = completion(3, "aborted")
-    [request], _ = open_requests([prompt], [[begun]])
-    fields, tensors = engine._request(7, request, SAMPLING)
-    length = prompt.token_ids_L.numel()
-    assert (fields["num_completions"], fields["max_new_tokens"]) == (1, 1)
-    assert tensors["token_ids_L"].tolist() == [*prompt.token_ids_L.tolist(), 10, 11, 12]
-    assert torch.equal(tensors["position_ids_3L"][:, :length], prompt.position_ids_3L)
-    first = int(prompt.position_ids_3L.max()) + 1
-    assert tensors["position_ids_3L"][:, length:].tolist() == [[first, first + 1, first + 2]] * 3
+    [asked] = open_requests([prompt], [[completion(3, "aborted"), NOT_BEGUN]])
+    fields, tensors = engine._request(7, asked, SAMPLING)
+    first, *rest = requests_of(fields, tensors, features_by_kind(fields["media"], tensors))
+    ids, next_position = prompt.token_ids_L.tolist(), int(prompt.position_ids_3L.max()) + 1
+    assert [r["input_ids"] for r in (first, *rest)] == [ids, [*ids, 10, 11, 12], ids]
+    assert [r["sampling_params"]["max_new_tokens"] for r in (first, *rest)] == [0, 1, 4]
+    [item] = rest[0]["video_data"]
+    positions_3L = item["mrope_positions"]
+    assert torch.equal(positions_3L[:, : len(ids)], prompt.position_ids_3L)
+    assert positions_3L[:, len(ids) :].tolist() == [[next_position, next_position + 1, next_position + 2]] * 3
+    assert torch.equal(rest[1]["video_data"][0]["mrope_positions"], prompt.position_ids_3L)
+    assert len({r["video_data"][0]["hash"] for r in (first, *rest)}) == 1
 
 
 def test_an_interrupted_call_is_gone_on_with_by_the_new_weights(start, make_prompt):

@@ -103,7 +103,7 @@ def posts_of(engine: SGLangEngine) -> list[tuple[int, str, int]]:
 
         def noted(kind, fields, tensors, *, index=index, send=seat.worker.send) -> None:
             if kind == "generate":
-                posted.append((index, str(fields["media"][0]["grid_thw"]), fields["num_completions"]))
+                posted.append((index, str(fields["media"][0]["grid_thw"]), len(fields["begun_lengths"])))
             send(kind, fields, tensors)
 
         seat.worker.send = noted

@@ -9,6 +9,7 @@ from vcr1_fast.rollout.sgl.video import (
     features_by_kind,
     item_hash,
     media_item,
+    requests_of,
     sampling_params,
 )
 
@@ -24,7 +25,7 @@ def medium(kind: str, *grid_thw: int) -> dict:
 
 def request(**changes):
     fields = {
-        "num_completions": 2,
+        "begun_lengths": [0, 0],
         "max_new_tokens": 8,
         "temperature": 1.0,
         "top_p": 1.0,
@@ -38,6 +39,7 @@ def request(**changes):
         "token_ids_L": torch.tensor([1, *[7] * 8, 2]),
         "position_ids_3L": torch.arange(10).expand(3, -1),
         "values_PC": torch.zeros(32, 1176),
+        "begun_ids": torch.zeros(0, dtype=torch.int64),
     }
     for name, value in changes.items():
         (tensors if isinstance(value, torch.Tensor) else fields)[name] = value
@@ -62,7 +64,9 @@ def test_a_good_request_passes():
         ({"stop_ids": [200]}, "from 3 to 200"),
         ({"position_ids_3L": torch.arange(9).expand(3, -1)}, "positions are"),
         ({"position_ids_3L": torch.arange(10).expand(3, -1) - 1}, "a position is -1"),
-        ({"num_completions": 0}, "at least one"),
+        ({"begun_lengths": []}, "at least one"),
+        ({"begun_lengths": [0, 8]}, r"of \[0, 8\] tokens may get up to 8"),
+        ({"begun_ids": torch.tensor([5, 100])}, "a begun answer has ids from 5 to 100"),
         ({"max_new_tokens": 0}, "at least one"),
         ({"max_new_tokens": 39}, "room for 48"),
         ({"temperature": -0.1}, "temperature is -0.1"),
@@ -98,10 +102,11 @@ def test_each_frame_pair_is_a_row_and_positions_are_ours():
     tensors["position_ids_3L"] = positions
     [(kind, features)] = features_by_kind(fields["media"], tensors).items()
     assert kind == "video" and features is tensors["values_PC"]
-    item = media_item(kind, fields, tensors, features)
+    [asked] = requests_of(fields, tensors, {kind: features})
+    [item] = asked["video_data"]
     assert item["video_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 4]]
     assert item["mrope_position_delta"].tolist() == [[11]]  # 20 + 1 - 10
-    assert item["mrope_positions"] is positions
+    assert torch.equal(item["mrope_positions"], positions)
 
 
 def test_rows_of_several_media_are_parted_by_kind():
@@ -118,7 +123,7 @@ def test_rows_of_several_media_are_parted_by_kind():
     items = {kind: media_item(kind, fields, tensors, features) for kind, features in by_kind.items()}
     assert items["video"]["video_grid_thw"].tolist() == [[1, 2, 4], [1, 2, 4], [1, 2, 2]]
     assert items["image"]["image_grid_thw"].tolist() == [[1, 4, 2]] and "pixel_values" in items["image"]
-    embedded = {"token_ids_L": tensors["token_ids_L"], "position_ids_3L": positions}
+    embedded = {name: value for name, value in tensors.items() if name != "values_PC"}
     embedded["embeddings_MD"] = torch.arange(7.0).unsqueeze(1).expand(-1, 12)
     check_request(fields, embedded, LIMITS)
     by_kind = features_by_kind(media, embedded)
@@ -132,8 +137,9 @@ def test_rows_of_several_media_are_parted_by_kind():
 
 
 def test_text_alone_has_no_media_and_the_positions_that_sglang_counts():
-    fields, tensors = request(media=[], token_ids_L=torch.tensor([1, 5, 6, 2]))
-    tensors = {"token_ids_L": tensors["token_ids_L"], "position_ids_3L": torch.arange(4).expand(3, -1)}
+    changes = {"token_ids_L": torch.tensor([1, 5, 6, 2]), "position_ids_3L": torch.arange(4).expand(3, -1)}
+    fields, tensors = request(media=[], **changes)
+    del tensors["values_PC"]
     check_request(fields, tensors, LIMITS)
     assert features_by_kind([], tensors) == {}
     with pytest.raises(ValueError, match="of text alone has other positions"):

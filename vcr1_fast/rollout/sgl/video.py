@@ -36,6 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vcr1_fast.rollout.sgl.penalty import request_arguments
+
 SUPPRESSED_BIAS = -1e4  # on the logit of an id that is never drawn: exp of it is 0
 MERGE = 2  # patches along each side of one token
 Media = Sequence[Mapping[str, Any]]
@@ -55,7 +57,11 @@ def check_request(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], limi
     if ids_L.ndim != 1 or ids_L.dtype != torch.int64 or length == 0:
         raise ValueError(f"token_ids_L is {ids_L.dtype} {tuple(ids_L.shape)}, wanted int64 [L], not empty")
     named = torch.tensor([*fields["stop_ids"], *fields["suppressed_ids"]], dtype=torch.int64)
-    for name, ids in (("the prompt", ids_L), ("stop or suppressed ids", named)):
+    for name, ids in (
+        ("the prompt", ids_L),
+        ("a begun answer", tensors["begun_ids"]),
+        ("stop or suppressed ids", named),
+    ):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise ValueError(
                 f"{name} has ids from {int(ids.min())} to {int(ids.max())}, but the vocabulary is 0 .. {vocabulary - 1}"
@@ -69,9 +75,9 @@ def check_request(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], limi
 
 
 def _check_sampling(fields: Mapping[str, Any], length: int, limits: Mapping[str, int]) -> None:
-    num_completions, max_new_tokens = fields["num_completions"], fields["max_new_tokens"]
-    if num_completions < 1 or max_new_tokens < 1:
-        raise ValueError(f"{num_completions} completions of {max_new_tokens} tokens, wanted at least one of each")
+    lengths, max_new_tokens = fields["begun_lengths"], fields["max_new_tokens"]
+    if not lengths or not 0 <= min(lengths) <= max(lengths) < max_new_tokens:
+        raise ValueError(f"completions of {lengths} tokens may get up to {max_new_tokens}, wanted at least one of each")
     if not fields["temperature"] >= 0 or not 0 < fields["top_p"] <= 1:
         raise ValueError(
             f"temperature is {fields['temperature']} and top_p {fields['top_p']}, wanted >= 0 and in (0, 1]"
@@ -148,7 +154,7 @@ def features_by_kind(media: Media, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def media_item(kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], features: Tensor) -> dict[str, Any]:
-    """SGLang's `processor_output` form of all videos of a prompt, or of all its pictures."""
+    """SGLang's `processor_output` form of all videos of a prompt, or of all its pictures, but for positions."""
     own = [medium for medium in fields["media"] if medium["kind"] == kind]
     positions_3L = tensors["position_ids_3L"]
     delta = int(positions_3L.max()) + 1 - positions_3L.shape[1]
@@ -159,7 +165,6 @@ def media_item(kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tenso
         "format": "processor_output",
         **content,
         f"{kind}_grid_thw": torch.tensor([[1, h, w] for t, h, w in (m["grid_thw"] for m in own) for _ in range(t)]),
-        "mrope_positions": positions_3L,
         "mrope_position_delta": torch.tensor([[delta]]),
         "hash": item_hash(features, own),
     }
@@ -180,11 +185,44 @@ def item_hash(features: Tensor, media: Media) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
+def requests_of(
+    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], features: Mapping[str, Tensor]
+) -> list[dict[str, Any]]:
+    """Arguments of `Engine.async_generate`; `features`: see `features_by_kind`.
+
+    One request for completions that all begin with their first token: SGLang itself reads their prompt once. Where some
+    go on, one that draws nothing comes first, and then one for each: of requests that come together, SGLang would find
+    the prompt of none in its cache (measured: 0 of 701 tokens for 13 of 16 answers).
+    """
+    items = {kind: media_item(kind, fields, tensors, of_kind) for kind, of_kind in features.items()}
+    prompt_ids_L, positions_3L, lengths = tensors["token_ids_L"], tensors["position_ids_3L"], fields["begun_lengths"]
+    next_position = int(positions_3L.max()) + 1
+
+    def request(begun_R: Tensor, **own: int) -> dict[str, Any]:
+        ids_L = torch.cat([prompt_ids_L, begun_R])
+        own_R = next_position + torch.arange(len(begun_R))
+        positions = {"mrope_positions": torch.cat([positions_3L, own_R.expand(3, -1)], dim=1)}
+        arguments, sampling = request_arguments(fields["repetition_penalty"], ids_L)
+        return {
+            "input_ids": ids_L.tolist(),
+            "sampling_params": sampling_params(fields) | sampling | own,
+            "return_logprob": True,
+            "logprob_start_len": -1,
+            **{f"{kind}_data": [item | positions] for kind, item in items.items()},
+            **arguments,
+        }
+
+    begun, most = tensors["begun_ids"].split(lengths), fields["max_new_tokens"]
+    if not any(lengths):
+        return [request(begun[0], n=len(lengths), max_new_tokens=most)]
+    rest = [request(begun_R, max_new_tokens=most - len(begun_R)) for begun_R in begun]
+    return [request(begun[0][:0], max_new_tokens=0), *rest]
+
+
 def sampling_params(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """SGLang's sampling parameters. Its temperature 0 is greedy, with log-probs at temperature 1, as ours."""
+    """SGLang's sampling parameters but for `n` and `max_new_tokens`. Its temperature 0 is greedy, with log-probs at
+    temperature 1, as ours."""
     return {
-        "n": fields["num_completions"],
-        "max_new_tokens": fields["max_new_tokens"],
         "temperature": fields["temperature"],
         "top_p": fields["top_p"],
         "top_k": fields["top_k"] or -1,

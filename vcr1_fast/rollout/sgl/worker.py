@@ -39,14 +39,12 @@ from vcr1_fast.rollout.sgl.endpoint import KEY_VARIABLE, NO_SGLANG, STATUS_VARIA
 from vcr1_fast.rollout.sgl.features import SharedFeatures
 from vcr1_fast.rollout.sgl.group import Libraries
 from vcr1_fast.rollout.sgl.messages import Message
-from vcr1_fast.rollout.sgl.penalty import request_arguments
 from vcr1_fast.rollout.sgl.update import Updater, engine_arguments
 from vcr1_fast.rollout.sgl.video import (
     check_request,
     completion_tensors,
     features_by_kind,
-    media_item,
-    sampling_params,
+    requests_of,
 )
 from vcr1_fast.video.pixel_bytes import unpack
 
@@ -191,23 +189,18 @@ class Worker:
                 f"the engine has policy {self._updater.policy_version}, wanted {fields['policy_version']}"
             )
         # In a thread: it passes over all pixels, and others go on
-        tensors, features, media = await asyncio.to_thread(self._prepared, message)
-        arguments, sampling = request_arguments(fields["repetition_penalty"], tensors["token_ids_L"])
-        close_after_s = UNREAD_S
+        features, requests = await asyncio.to_thread(self._prepared, message)
+        close_after_s, draw = UNREAD_S, self._engine.async_generate
         try:
-            answers = await self._engine.async_generate(
-                input_ids=tensors["token_ids_L"].tolist(),
-                sampling_params=sampling_params(fields) | sampling,
-                **media,
-                return_logprob=True,
-                logprob_start_len=-1,
-                **arguments,
-            )
+            if len(requests) > 1:
+                await draw(**requests.pop(0))
+            answers = await asyncio.gather(*(draw(**request) for request in requests))
             close_after_s = 0.0
         finally:
             for shared in features:
                 asyncio.get_running_loop().call_later(close_after_s, shared.close)
-        metas = [answer["meta_info"] for answer in ([answers] if isinstance(answers, dict) else answers)]
+        flat = [one for answer in answers for one in (answer if isinstance(answer, list) else [answer])]
+        metas = [answer["meta_info"] for answer in flat]
         is_cut = [meta["finish_reason"]["type"] == "abort" for meta in metas]
         if any(is_cut) and fields["id"] not in self._cut:
             raise RuntimeError(f"SGLang gave a completion up: {metas[is_cut.index(True)]['finish_reason']}")
@@ -221,14 +214,12 @@ class Worker:
         }
         return reply, {"token_ids": torch.cat([r[0] for r in rows]), "logprobs": torch.cat([r[1] for r in rows])}
 
-    def _prepared(self, message: Message) -> tuple[dict[str, Tensor], list[SharedFeatures], dict[str, Any]]:
-        """The request's tensors, the features that are handed on by reference, and SGLang's form of what it shows."""
+    def _prepared(self, message: Message) -> tuple[list[SharedFeatures], list[dict[str, Any]]]:
+        """What of the message is handed on by reference, and SGLang's form of it."""
         fields, tensors = message.fields, unpack(message.tensors)
         check_request(fields, tensors, self._limits)
-        rows = features_by_kind(fields["media"], tensors)
-        features = {kind: SharedFeatures.share(of_kind) for kind, of_kind in rows.items()}
-        media = {f"{kind}_data": [media_item(kind, fields, tensors, features[kind])] for kind in features}
-        return tensors, list(features.values()), media
+        features = {k: SharedFeatures.share(rows) for k, rows in features_by_kind(fields["media"], tensors).items()}
+        return list(features.values()), requests_of(fields, tensors, features)
 
 
 def _limit_the_end() -> None:

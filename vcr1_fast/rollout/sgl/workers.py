@@ -30,12 +30,11 @@ MEMORY_TAGS = ["weights", "kv_cache", "cuda_graph"]
 
 @dataclass
 class Request:
-    """A prompt and how many completions of it are wanted, or one completion to be gone on with."""
+    """A prompt and what is wanted of it."""
 
     index: int  # among those of a `generate` call
     prompt: Prompt
-    num_completions: int
-    begun: Completion | None = None  # then num_completions is 1
+    begun: Sequence[Completion]  # completions to be gone on with, or drawn from their first token
     num_attempts: int = 0
     deadline: float = 0.0
 
