@@ -125,6 +125,13 @@ def _flash_varlen(
     return flash(*qkv, *ends, max(query_lens), max(key_lens), 0.0, True, False, scale=scale)[0]
 
 
+def _behind_prompts(size: AttentionSize, packed: Tensor) -> Tensor:
+    """[P + G R, ...] to [G, P + R, ...]: each completion behind a copy of the prompt."""
+    prompt, own = packed[: size.prompt_len], packed[size.prompt_len :]
+    count, length = size.num_completions, size.completion_len
+    return torch.cat([prompt.expand(count, -1, -1, -1), own.unflatten(0, (count, length))], dim=1)
+
+
 def _repeated(problem: AttentionProblem) -> Outputs:
     """Two flash calls; on a CPU, where that kernel does not exist, the same problems through torch's own attention."""
     size = problem.size
@@ -135,12 +142,7 @@ def _repeated(problem: AttentionProblem) -> Outputs:
             return _dense_parts(problem, query, key, value)
         prompt = (query[:prompt_len], key[:prompt_len], value[:prompt_len])
         out_prompt = _flash_varlen(prompt, [prompt_len], [prompt_len], problem.scale)
-        repeated = [
-            torch.cat(
-                [x[:prompt_len].expand(count, -1, -1, -1), x[prompt_len:].unflatten(0, (count, length))], dim=1
-            ).flatten(0, 1)
-            for x in (key, value)
-        ]
+        repeated = [_behind_prompts(size, x).flatten(0, 1) for x in (key, value)]
         completions = (query[prompt_len:], repeated[0], repeated[1])
         out = _flash_varlen(completions, [length] * count, [prompt_len + length] * count, problem.scale)
         return torch.cat([out_prompt, out])
@@ -150,15 +152,10 @@ def _repeated(problem: AttentionProblem) -> Outputs:
 
 def _separate_rows(problem: AttentionProblem) -> Outputs:
     """G whole rows of P + R, as without sharing. The prompt's outputs are the first row's, so values compare."""
-    size = problem.size
-    prompt_len, length, count = size.prompt_len, size.completion_len, size.num_completions
+    size, prompt_len = problem.size, problem.size.prompt_len
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rows = [
-            torch.cat([x[:prompt_len].expand(count, -1, -1, -1), x[prompt_len:].unflatten(0, (count, length))], dim=1)
-            for x in (query, key, value)
-        ]
-        q, k, v = (x.transpose(1, 2) for x in rows)
+        q, k, v = (_behind_prompts(size, x).transpose(1, 2) for x in (query, key, value))
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=problem.scale, enable_gqa=True)
         out_GLHC = out.transpose(1, 2)
         return torch.cat([out_GLHC[0, :prompt_len], out_GLHC[:, prompt_len:].flatten(0, 1)])

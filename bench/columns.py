@@ -50,6 +50,15 @@ def explain(heads: Mapping[str, str]) -> str:
     return "\n".join(["columns:", *(f"  {head:<{width}}  {meaning}" for head, meaning in heads.items())])
 
 
+def split_at(text: str, begin: str, end: str) -> tuple[str, str, str]:
+    """Up to `begin`, what stands between, and from `end` on. Raises ValueError where one of the two is missing."""
+    if begin not in text or end not in text:
+        raise ValueError(f"the page has no section between {begin.strip()!r} and {end.strip()!r}")
+    before, rest = text.split(begin, 1)
+    inside, after = rest.split(end, 1)
+    return before + begin, inside, end + after
+
+
 def print_rows(rows: Iterable[Mapping[str, Any]], columns: Columns, title: str) -> None:
     """A column for each key; text to the left, numbers to the right, what a row lacks left blank."""
     table = Table(title=title)

@@ -21,6 +21,7 @@ from typing import Any
 
 from vcr1_kernels.compile_cases import CompileCase, collect
 
+from bench.columns import split_at
 from bench.compile_checks import Facts, Result, examine
 
 ROOT = Path(__file__).parents[1]
@@ -144,23 +145,12 @@ def markdown(report: Report) -> str:
 
 def generated_section(text: str) -> str:
     """What stands between the two markers. Raises ValueError when there are none."""
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"kernels/README.md has no section between {BEGIN!r} and {END!r}")
-    return text.split(BEGIN, 1)[1].split(END, 1)[0].strip()
+    return split_at(text, BEGIN, END)[1].strip()
 
 
 def write_section(report: Report) -> None:
-    text = README.read_text(encoding="utf-8")
-    generated_section(text)
-    head, tail = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
-    README.write_text(f"{head}{BEGIN}\n{markdown(report)}\n{END}{tail}", encoding="utf-8")
-
-
-def run(repeats: int = 1) -> list[dict[str, Any]]:
-    """The rows for `python -m bench compiled`; nothing is timed, so `repeats` does not matter."""
-    report = check()
-    _print_table(report)
-    return [{"triton": report.triton, **asdict(result)} for result in report.results]
+    before, _, after = split_at(README.read_text(encoding="utf-8"), BEGIN, END)
+    README.write_text(f"{before}\n{markdown(report)}\n{after}", encoding="utf-8")
 
 
 def _print_table(report: Report) -> None:

@@ -26,7 +26,7 @@ from bench.decode_report import COLUMN_HEADS as COLUMN_HEADS
 from bench.decode_report import print_decode_report
 from bench.decode_sources import SOURCE_FPS, Source, write_source
 from bench.decode_ways import Clip, ClipWay, decode_everything, mean_levels, openers, read_plain
-from bench.harness import Deadline, measure_copy_gb_s, reason_of, summarize
+from bench.harness import Deadline, Findings, measure_copy_gb_s, reason_of, summarize
 from bench.harness import disagreements as failed  # noqa: F401  # asked by bench/__main__.py
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
@@ -77,15 +77,11 @@ POINTS = [  # rate, size, length and codec in turn; a longest clip at the larges
 
 
 @dataclass
-class Session:
+class Session(Findings):
     device: torch.device
     folder: Path  # of the clips
     scratch: Path
-    deadline: Deadline
     copy_gb_s: float
-    rows: list[Row] = field(default_factory=list)
-    absent: list[Row] = field(default_factory=list)
-    disagreements: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -110,7 +106,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bench_decode_") as temporary:
         folder = arguments.folder or Path(temporary) / "clips"
         copy_gb_s = measure_copy_gb_s(torch.device("cpu"), 2**26)
-        session = Session(device, folder, Path(temporary), Deadline(seconds), copy_gb_s)
+        session = Session(device, folder, Path(temporary), copy_gb_s, deadline=Deadline(seconds))
         with session.deadline.until_stopped():
             for point in QUICK_POINTS if is_quick else POINTS:
                 if session.deadline.allows(f"decode {point.name}", 0.0 if is_quick else point.needed_s(folder)):
@@ -119,11 +115,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "is_gpu": device.type == "cuda",
         "torch_threads": torch.get_num_threads(),
         "copy_gb_s": copy_gb_s,
-        "seconds": seconds,
-        "rows": session.rows,
-        "absent": session.absent,
-        "left_out": session.deadline.left_out,
-        "disagreements": session.disagreements,
+        **session.as_json(),
     }
     print_decode_report(result)
     return result

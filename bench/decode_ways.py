@@ -103,11 +103,8 @@ def open_reader_way(name: str, clip: Clip, stack: ExitStack) -> ClipWay:
     As a run has it: torch gets one thread to resize with. With two, libgomp's second thread spins between the frames:
     275 ms of CPU instead of 136 for a clip of 320 x 240 and 10 s.
     """
-    from vcr1_fast.video.loader import FrameLoader
-
     config = replace(clip.request.config, reader=name, num_workers=0)
-    is_cuda = clip.device.type == "cuda"
-    loader = stack.enter_context(closing(FrameLoader(config, open_reader=open_reader, pin_memory=is_cuda)))
+    loader = open_loader(clip, stack, config, open_reader=open_reader)
     if not loader.name.startswith(name):
         raise RuntimeError(f"open_reader gave {loader.name}")
     request = replace(clip.request, config=config)
@@ -121,6 +118,12 @@ def open_reader_way(name: str, clip: Clip, stack: ExitStack) -> ClipWay:
     )
 
 
+def open_loader(clip: Clip, stack: ExitStack, config: VideoConfig, **options: Any) -> Any:
+    from vcr1_fast.video.loader import FrameLoader
+
+    return stack.enter_context(closing(FrameLoader(config, pin_memory=clip.device.type == "cuda", **options)))
+
+
 def is_nvdec(name: str, clip: Clip) -> bool:
     return name in GPU_READERS and clip.device.type == "cuda"
 
@@ -132,10 +135,8 @@ def bytes_to_device(name: str, clip: Clip) -> int:
 
 def open_workers_way(clip: Clip, stack: ExitStack) -> ClipWay:
     """Several files at once through the worker processes of `FrameLoader`, nothing kept."""
-    from vcr1_fast.video.loader import FrameLoader
-
     config = replace(clip.request.config, reader="pyav", num_workers=NUM_WORKERS)
-    loader = stack.enter_context(closing(FrameLoader(config, pin_memory=clip.device.type == "cuda")))
+    loader = open_loader(clip, stack, config)
     requests = []
     for index in range(NUM_WORKERS * CLIPS_PER_WORKER):  # another name is another clip
         path = clip.scratch / f"{index}_{Path(clip.request.path).name}"
@@ -152,14 +153,12 @@ def open_workers_way(clip: Clip, stack: ExitStack) -> ClipWay:
 def open_cached_way(tier: str, clip: Clip, stack: ExitStack) -> ClipWay:
     """A clip that the cache holds already: in memory ("ram"), or in a file of the page cache ("disk")."""
     from vcr1_fast.video.cache import TensorCache
-    from vcr1_fast.video.loader import FrameLoader
 
     in_ram = tier == "ram"
     store = TensorCache(None, CACHE_BYTES, 0) if in_ram else TensorCache(clip.scratch / "cache", 0, CACHE_BYTES)
     stack.callback(store.close)
     config = replace(clip.request.config, reader="pyav", num_workers=0)
-    is_cuda = clip.device.type == "cuda"
-    loader = stack.enter_context(closing(FrameLoader(config, cache=store, pin_memory=is_cuda)))
+    loader = open_loader(clip, stack, config, cache=store)
     request = replace(clip.request, config=config)
     loader.get(request)
     return ClipWay(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import predict, rollouts, scaling, select
-from bench.columns import Columns, shown
+from bench.columns import Columns, shown, split_at
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 STEP = (
@@ -46,16 +46,12 @@ def between(name: str) -> tuple[str, str]:
 
 def section(text: str, name: str) -> str:
     """What stands in `text` under that name. Raises ValueError when nothing does."""
-    begin, end = between(name)
-    if begin not in text or end not in text:
-        raise ValueError(f"{PAGE.name} has no section between {begin.strip()!r} and {end.strip()!r}")
-    return text.split(begin, 1)[1].split(end, 1)[0].rstrip("\n")
+    return split_at(text, *between(name))[1].rstrip("\n")
 
 
 def write(path: Path, sections: Mapping[str, str]) -> None:
     text = path.read_text(encoding="utf-8")
     for name, table in sections.items():
-        section(text, name)
-        begin, end = between(name)
-        text = text.split(begin, 1)[0] + begin + table + "\n" + end + text.split(end, 1)[1]
+        before, _, after = split_at(text, *between(name))
+        text = f"{before}{table}\n{after}"
     path.write_text(text, encoding="utf-8")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import doc_tables
+from bench.gpu_summary import newest
 from bench.plots import drawing
 from bench.update_meter import PARTS, PEAK_FLOP_S, ROOT
 
@@ -78,12 +79,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     doc_tables.write(arguments.page, tables)
     print(f"drawn: {', '.join(drawn) or 'nothing'}; without a result: {', '.join(missing) or 'none'}")
     return {"drawn": drawn, "missing": missing, "tables": list(tables)}
-
-
-def newest(folder: Path, pattern: str) -> dict[str, Any]:
-    """{} where there is none."""
-    found = sorted(folder.glob(f"{pattern}.json"), key=lambda path: path.stat().st_mtime)
-    return json.loads(found[-1].read_text(encoding="utf-8")) if found else {}
 
 
 def predicted(result: Mapping[str, Any]) -> list[RooflinePoint]:

@@ -131,13 +131,3 @@ def separate_pairs(prompt_len: int, completion_lens: Sequence[int]) -> int:
 def attention_flop(num_pairs: int, num_heads: int, head_dim: int, *, backward: bool) -> int:
     """Two products per pair forward; a backward that recomputes the scores has five more."""
     return (2 + 5 * backward) * 2 * num_pairs * num_heads * head_dim
-
-
-def percent_of_floor(floor_ms: float, measured_ms: float) -> float:
-    """100 at the floor, 50 at twice its time."""
-    return 100.0 * floor_ms / measured_ms
-
-
-def attention_floor_ms(limits: Limits, num_pairs: int, num_heads: int, head_dim: int) -> float:
-    """Forward and backward at the rate of a large matrix product: no attention kernel reaches it."""
-    return limits.flop_ms(attention_flop(num_pairs, num_heads, head_dim, backward=True))

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,19 @@ class Bar:
     holds: bool | None
 
 
-def load(folder: Path, name: str) -> Row:
-    """The newest `NAME_*.json` of a folder, {} when there is none."""
-    found = sorted(folder.glob(f"{name}_*.json"), key=lambda path: path.stat().st_mtime)
+def newest(folder: Path, pattern: str) -> Row:
+    """Of the results `PATTERN.json`; {} where there is none."""
+    found = sorted(folder.glob(f"{pattern}.json"), key=lambda path: path.stat().st_mtime)
     return json.loads(found[-1].read_text(encoding="utf-8")) if found else {}
 
 
-def at_least(what: str, value: float | None, bound: float, *, is_gpu: bool) -> Bar:
-    holds = value >= bound if is_gpu and value is not None else None
-    return Bar(what, value, f">= {bound:g}", holds)
+def at_least(what: str, value: float | None, bound: float, *, is_gpu: bool, is_most: bool = False) -> Bar:
+    """`is_most`: at most. NaN does not hold."""
+    holds = (value <= bound if is_most else value >= bound) if is_gpu and value is not None else None
+    return Bar(what, value, f"{'<=' if is_most else '>='} {bound:g}", holds)
 
 
-def at_most(what: str, value: float | None, bound: float, *, is_gpu: bool) -> Bar:
-    """NaN does not hold."""
-    holds = value <= bound if is_gpu and value is not None else None
-    return Bar(what, value, f"<= {bound:g}", holds)
+at_most = partial(at_least, is_most=True)
 
 
 def pick(rows: Iterable[Row], op: str, way: str, fits: Callable[[Row], bool] = lambda row: True) -> list[Row]:
@@ -148,7 +147,7 @@ def print_tables(stages: list[dict[str, str]], bars: list[Bar], left_out: list[s
 
 def main() -> None:
     folder, stages = Path(sys.argv[1]), read_stages(Path(sys.argv[2]))
-    kernels, step, decode = (load(folder, name) for name in ("kernels", "step", "decode"))
+    kernels, step, decode = (newest(folder, f"{name}_*") for name in ("kernels", "step", "decode"))
     bars = kernel_bars(kernels) + step_bars(step) + decode_bars(decode)
     left_out = [line for result in (kernels, step, decode) for line in result.get("left_out", [])]
     print_tables(stages, bars, left_out)

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 Outputs = dict[str, Tensor]
+T = TypeVar("T")
 
 FLUSH_BYTES = 256 * 2**20  # several times the 50-60 MB of L2 of a Hopper GPU
 MIN_ROUNDS = 3
@@ -34,7 +35,6 @@ class Way:
     name: str
     run: Callable[[], Outputs]  # what is timed; returns loss, gradients, ... for the comparison with the reference
     setup: Callable[[], None] | None = None  # before every run, not timed: restores what `run` destroys
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,20 @@ class Deadline:
         return False
 
 
+@dataclass(kw_only=True)
+class Findings:
+    """What a run of several points has found so far."""
+
+    deadline: Deadline
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    absent: list[dict[str, Any]] = field(default_factory=list)
+    disagreements: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        lists = {"rows": self.rows, "absent": self.absent, "left_out": self.deadline.left_out}
+        return {"seconds": self.deadline.seconds, **lists, "disagreements": self.disagreements}
+
+
 def print_findings(console: Console, result: Mapping[str, Any]) -> None:
     """What was left out, and which ways disagree."""
     for line in result["left_out"]:
@@ -145,21 +159,19 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def call_with_peak(way: Way, device: torch.device) -> tuple[Outputs, int | None]:
-    """The outputs of one call and the bytes it needed beyond what was allocated before (None on a CPU).
+def with_peak(call: Callable[[], T], device: torch.device) -> tuple[T, int | None, int]:
+    """(its result, bytes that it needed beyond what was allocated before, these); None and 0 on a CPU.
 
     What the call returns (gradients, say) counts in, because every way returns the same.
     """
-    if way.setup:
-        way.setup()
     if device.type != "cuda":
-        return way.run(), None
+        return call(), None, 0
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    outputs = way.run()
+    result = call()
     torch.cuda.synchronize()
-    return outputs, torch.cuda.max_memory_allocated(device) - before
+    return result, torch.cuda.max_memory_allocated(device) - before, before
 
 
 def allocated_peak(call: Callable[[], object]) -> int:
@@ -203,7 +215,9 @@ class Contest:
         """
         reason = None
         try:
-            outputs, self.peaks[way.name] = call_with_peak(way, self.device)
+            if way.setup:
+                way.setup()
+            outputs, self.peaks[way.name], _ = with_peak(way.run, self.device)
             self.errors[way.name] = compare(outputs, reference)
             del outputs
         except (RuntimeError, ImportError, ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:

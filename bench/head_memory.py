@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from bench.columns import cell_heads, cell_table
 from bench.plots import drawing
 from vcr1_fast.fake_gpu.process import Case
 from vcr1_fast.fake_gpu.process import run as run_cases
@@ -24,9 +24,10 @@ CONFIG = Path(__file__).parents[1] / "configs" / "qwen2_5_vl_7b_cotraining_8xh10
 CLIP = (2, 8, 12)  # frame pairs, rows and columns of patches: the head does not see it
 NUM_ANSWERS, LENGTHS, NUM_GPUS = 8, (64, 128, 256, 512, 1024), 8
 WAYS = {"auto": "fused head", "off": "plain torch"}
-COLUMN_HEADS = {"tokens": "scored, in one row"} | {
-    f"{title}, GB": "most that head and loss take" for title in WAYS.values()
+CELLS = {"tokens": ("scored, in one row", "{tokens:,}")} | {
+    f"{title}, GB": ("most that head and loss take", f"{{{way}:,}}") for way, title in WAYS.items()
 }
+COLUMN_HEADS = cell_heads(CELLS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,10 +50,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         {"tokens": NUM_ANSWERS * length, **{way: _head_gb(found[f"{way} {length}"]) for way in WAYS}}
         for length in LENGTHS
     ]
-    table = Table(*COLUMN_HEADS, title="head and loss of 7B, counted")
-    for row in rows:
-        table.add_row(*(f"{row[key]:,}" for key in ("tokens", *WAYS)))
-    Console(width=100).print(table)
+    Console(width=100).print(cell_table("head and loss of 7B, counted", CELLS, rows, CELLS))
     if arguments.figure:
         _draw(rows, arguments.figure)
     return {"rows": rows}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from bench import attention_problem as attention
 from bench import floors, peers
 from bench import head_problem as head
 from bench import logits_problem as logits
-from bench.harness import Absent, Contest, Deadline, Outputs, Way, free_memory
+from bench.harness import Absent, Contest, Deadline, Findings, Outputs, Way, free_memory
 from bench.kernel_report import COLUMN_HEADS as COLUMN_HEADS
 from bench.kernel_report import print_report
 from bench.plots import plot_kernels
@@ -35,16 +35,13 @@ Row = dict[str, Any]
 
 
 @dataclass
-class Session:
+class Session(Findings):
     """One run: device, limits, time left, and what was found so far."""
 
     device: torch.device
     dtype: torch.dtype
     limits: floors.Limits
-    deadline: Deadline
     point_seconds: float  # timed rounds of one point stop after this
-    rows: list[Row] = field(default_factory=list)
-    absent: list[Row] = field(default_factory=list)
 
     @property
     def is_cuda(self) -> bool:
@@ -56,15 +53,14 @@ class Session:
         for way in ways:
             contest.enter(way, expected)
         timings = contest.time(self.point_seconds) if contest.ways else {}
+        floor_ms = labels.get("floor_ms")
         new = [
             labels
             | {"way": way.name, **timings[way.name].as_json(), "peak_extra_bytes": contest.peaks[way.name]}
-            | {"errors": contest.errors[way.name], "percent_of_floor": None}
+            | {"errors": contest.errors[way.name]}
+            | {"percent_of_floor": 100.0 * floor_ms / timings[way.name].median_ms if floor_ms else None}
             for way in contest.ways
         ]
-        for row in new:
-            if row.get("floor_ms"):
-                row["percent_of_floor"] = floors.percent_of_floor(row["floor_ms"], row["median_ms"])
         self.rows += new
         self.absent += [{"op": labels["op"], "size": labels["size"], **asdict(a)} for a in contest.absent]
         free_memory(self.device)
@@ -102,7 +98,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     dtype = torch.bfloat16 if is_cuda else torch.float32
     limits = floors.measure_limits(device, dtype)
     seconds = arguments.seconds or (20.0 if is_quick else 240.0 if is_cuda else 90.0)
-    session = Session(device, dtype, limits, Deadline(seconds), point_seconds=0.05 if is_quick else 1.0)
+    session = Session(device, dtype, limits, deadline=Deadline(seconds), point_seconds=0.05 if is_quick else 1.0)
     if arguments.sizes:
         tokens = parse_sizes(arguments.sizes)
     else:
@@ -116,10 +112,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "warning": None if is_cuda else CPU_WARNING,
         "limits": limits.as_json(),
         "peers": {name: peers.version_of(name) for name in ("trl", "liger-kernel", "verl", "cut-cross-entropy")},
-        "seconds": seconds,
-        "rows": session.rows,
-        "absent": session.absent,
-        "left_out": session.deadline.left_out,
+        **session.as_json(),
     }
     print_report(result)
     if arguments.output:
@@ -212,21 +205,22 @@ def attention_sizes(is_cuda: bool, is_quick: bool) -> list[attention.AttentionSi
 
 def measure_attention(session: Session, size: attention.AttentionSize) -> None:
     lens = (size.completion_len,) * size.num_completions
-    pairs = floors.separate_pairs(size.prompt_len, lens)
-    flop = floors.attention_flop(pairs, size.num_heads, size.head_dim, backward=True)
-    if not session.deadline.allows(f"attention {size.name}", _needed_s(session, flop, 60)):
+    separate, flop = (
+        floors.attention_flop(pairs(size.prompt_len, lens), size.num_heads, size.head_dim, backward=True)
+        for pairs in (floors.separate_pairs, floors.shared_pairs)
+    )
+    if not session.deadline.allows(f"attention {size.name}", _needed_s(session, separate, 60)):
         return
     problem = attention.make_attention_problem(size, session.dtype, session.device)
     ways, absent = attention.attention_ways(problem)
-    shared = floors.shared_pairs(size.prompt_len, lens)
     labels = {
         "op": "prefix attention, forward and backward",
         "size": size.name,
         "model": size.model,
         "tokens": size.num_tokens,
         "floor": "7 products per visible pair at the rate of a large matrix product",
-        "floor_ms": floors.attention_floor_ms(session.limits, shared, size.num_heads, size.head_dim),
-        "flop": floors.attention_flop(shared, size.num_heads, size.head_dim, backward=True),
+        "floor_ms": session.limits.flop_ms(flop),
+        "flop": flop,
         "num_bytes": floors.attention_bytes(
             size.num_tokens, size.num_heads, size.num_key_heads, size.head_dim, session.dtype.itemsize
         ),
@@ -258,6 +252,5 @@ def patchify_ways(rgb_FHW3: torch.Tensor) -> tuple[list[Way], list[Absent]]:
         return patchify
 
     runners, absent = peers.load_all({"vcr1 patchify": load_ours, "torch eager": lambda: reference.patchify})
-    return [
-        Way(name, lambda run=run: {"patches": run(rgb_FHW3, torch.bfloat16)}) for name, run in runners.items()
-    ], absent
+    ways = [Way(name, lambda run=run: {"patches": run(rgb_FHW3, torch.bfloat16)}) for name, run in runners.items()]
+    return ways, absent

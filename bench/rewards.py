@@ -16,6 +16,8 @@ import ast
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,7 +99,14 @@ def timed_s(way: Way, num_calls: int) -> float:
 
 def ways_of(task: str, count: int) -> tuple[dict[str, Way], int]:
     """The ways that can run here, and the number of characters of the batch."""
-    texts, ways = grounding_ways(count) if task == "grounding" else tracking_ways(count)
+    is_grounding = task == "grounding"
+    texts, truths = (reward_answers.grounding if is_grounding else reward_answers.tracking)(count, seed=count)
+    original, ours = (original_grounding, our_grounding) if is_grounding else (original_tracking, our_tracking)
+    ways: dict[str, Way] = {
+        "original": partial(original, texts, truths),
+        "plain": partial(ours, PLAIN, texts, truths),
+        "tasks": partial(ours, TASKS, texts, truths),
+    }
     if not native.is_available():
         del ways["tasks"]
     elif native.has_cuda() and torch.cuda.is_available():
@@ -118,36 +127,12 @@ def on_half(half: native.Half, way: Way) -> Way:
     return run_on_half
 
 
-def grounding_ways(count: int) -> tuple[list[str], dict[str, Way]]:
-    texts, truths = reward_answers.grounding(count, seed=count)
-    ways: dict[str, Way] = {
-        "original": lambda: original_grounding(texts, truths),
-        "plain": lambda: plain_grounding(texts, truths),
-        "tasks": lambda: tasks_grounding(texts, truths),
-    }
-    return texts, ways
-
-
-def tracking_ways(count: int) -> tuple[list[str], dict[str, Way]]:
-    texts, truths = reward_answers.tracking(count, seed=count)
-    ways: dict[str, Way] = {
-        "original": lambda: original_tracking(texts, truths),
-        "plain": lambda: plain_tracking(texts, truths),
-        "tasks": lambda: tasks_tracking(texts, truths),
-    }
-    return texts, ways
-
-
 def check_agreement(ways: dict[str, Way]) -> None:
     scores = {name: way() for name, way in ways.items()}
     for name, got in scores.items():
         tolerance = 0.0 if name in ("tasks", "cuda") else 1e-12
         for what, ours, wanted in zip(("format", "iou", "advantage"), got, scores["plain"], strict=True):
             np.testing.assert_allclose(ours, wanted, rtol=tolerance, atol=tolerance, err_msg=f"{name}: {what}")
-
-
-def group_offsets(count: int) -> list[int]:
-    return list(range(0, count + 1, GROUP_SIZE))
 
 
 # The original's way, after its description: every sample on its own, patterns as strings, literals by Python's parser.
@@ -201,49 +186,50 @@ def original_advantages(formats: list[float], ious: list[float]) -> list[float]:
     return ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten().tolist()
 
 
-def plain_advantages(formats: list[float], ious: list[float]) -> list[float]:
-    return reward_groups.group_advantages_plain(sums(formats, ious), group_offsets(len(ious)), "group")
+@dataclass(frozen=True)
+class Functions:
+    """Of ours, for the format and answers of `recipe: paper`."""
+
+    have_format: Callable[..., Any]
+    periods: Callable[..., Any]
+    box_lists: Callable[..., Any]
+    interval_iou: Callable[..., Any]
+    track_iou: Callable[..., Any]
+    advantages: Callable[..., Any]
 
 
-def task_advantages(formats: list[float], ious: list[float]) -> list[float]:
-    return reward_groups.group_advantages(sums(formats, ious), group_offsets(len(ious)), "group")
+PLAIN = Functions(
+    lambda texts: answers_batch.have_format_plain(texts, "paper", True, ("answer",)),
+    lambda texts: answers_batch.read_periods_plain(texts, "paper", "answer", "last"),
+    lambda texts: answers_batch.read_box_lists_plain(texts, "paper", "answer", "first"),
+    overlap.interval_iou_batch_plain,
+    lambda tracks, truths: overlap.track_iou_batch_plain(tracks, truths, 0),
+    reward_groups.group_advantages_plain,
+)
+TASKS = Functions(
+    lambda texts: answers_batch.have_format(texts, "paper", True),
+    lambda texts: answers_batch.read_periods(texts, "paper"),
+    lambda texts: answers_batch.read_box_lists(texts, "paper", pick="first"),
+    overlap.interval_iou_batch,
+    lambda tracks, truths: overlap.track_iou_batch(tracks, truths, 0),
+    reward_groups.group_advantages,
+)
 
 
-def sums(formats: list[float], ious: list[float]) -> list[float]:
-    return [format_part + iou for format_part, iou in zip(formats, ious, strict=True)]
+def our_grounding(by: Functions, texts: list[str], truths: list[list[Interval]]) -> Scores:
+    formats = [float(ok) for ok in by.have_format(texts)]
+    periods = [[period] if period and period[0] <= period[1] else [] for period in by.periods(texts)]
+    return with_advantages(by, formats, by.interval_iou(periods, truths, "hull"))
 
 
-def plain_grounding(texts: list[str], truths: list[list[Interval]]) -> Scores:
-    formats = [float(ok) for ok in answers_batch.have_format_plain(texts, "paper", True, ("answer",))]
-    periods = answers_batch.read_periods_plain(texts, "paper", "answer", "last")
-    ious = overlap.interval_iou_batch_plain([unreversed(period) for period in periods], truths, "hull")
-    return formats, ious, plain_advantages(formats, ious)
+def our_tracking(by: Functions, texts: list[str], truths: list[list[Box]]) -> Scores:
+    formats, tracks = tracks_of(by.box_lists(texts), by.have_format(texts))
+    return with_advantages(by, formats, by.track_iou(tracks, truths))
 
 
-def tasks_grounding(texts: list[str], truths: list[list[Interval]]) -> Scores:
-    formats = [float(ok) for ok in answers_batch.have_format(texts, "paper", True)]
-    periods = answers_batch.read_periods(texts, "paper")
-    ious = overlap.interval_iou_batch([unreversed(period) for period in periods], truths, "hull")
-    return formats, ious, task_advantages(formats, ious)
-
-
-def unreversed(period: Interval | None) -> list[Interval]:
-    return [period] if period and period[0] <= period[1] else []
-
-
-def plain_tracking(texts: list[str], truths: list[list[Box]]) -> Scores:
-    lists = answers_batch.read_box_lists_plain(texts, "paper", "answer", "first")
-    has_tags = answers_batch.have_format_plain(texts, "paper", True, ("answer",))
-    formats, tracks = tracks_of(lists, has_tags)
-    ious = overlap.track_iou_batch_plain(tracks, truths, 0)
-    return formats, ious, plain_advantages(formats, ious)
-
-
-def tasks_tracking(texts: list[str], truths: list[list[Box]]) -> Scores:
-    lists = answers_batch.read_box_lists(texts, "paper", pick="first")
-    formats, tracks = tracks_of(lists, answers_batch.have_format(texts, "paper", True))
-    ious = overlap.track_iou_batch(tracks, truths, 0)
-    return formats, ious, task_advantages(formats, ious)
+def with_advantages(by: Functions, formats: list[float], ious: list[float]) -> Scores:
+    rewards = [format_part + iou for format_part, iou in zip(formats, ious, strict=True)]
+    return formats, ious, by.advantages(rewards, list(range(0, len(ious) + 1, GROUP_SIZE)), "group")
 
 
 def tracks_of(lists: Sequence[Any], has_tags: Sequence[bool]) -> tuple[list[float], list[Any]]:

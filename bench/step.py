@@ -23,7 +23,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from bench import step_model as models
 from bench.floors import Limits, measure_limits
 from bench.flops import activation_bytes, checkpoint_bytes
-from bench.harness import Deadline, free_memory, reason_of, summarize
+from bench.harness import Deadline, Findings, free_memory, reason_of, summarize
 from bench.harness import disagreements as failed  # noqa: F401  # asked by bench/__main__.py
 from bench.step_model import StepPoint
 from bench.step_report import COLUMN_HEADS as COLUMN_HEADS
@@ -66,15 +66,11 @@ class Runner:
 
 
 @dataclass
-class Session:
+class Session(Findings):
     hf: Qwen2_5_VLForConditionalGeneration
     limits: Limits
-    deadline: Deadline
     rates: dict[str, float] = field(default_factory=dict)  # way -> share of the GEMM rate it reached, all FLOPs counted
     checked: dict[str, float] = field(default_factory=dict)  # way -> gradient error on the check group
-    rows: list[Row] = field(default_factory=list)
-    absent: list[Row] = field(default_factory=list)
-    disagreements: list[str] = field(default_factory=list)
 
     def calls(self, runner: Runner, group: RolloutGroup) -> Iterator[LossCall]:
         return losses(runner.name, self.hf, group, runner.options)
@@ -101,7 +97,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     name, check, points = (
         ("3B", models.GPU_CHECK, models.GPU_POINTS) if is_cuda else ("tiny", models.TINY_CHECK, models.TINY_POINTS)
     )
-    session = Session(models.load_model(name, dtype, device), limits, Deadline(seconds))
+    session = Session(models.load_model(name, dtype, device), limits, deadline=Deadline(seconds))
     check_gradients(session, check)
     with session.deadline.until_stopped():
         measure_points(session, [check] if is_quick else points, 1 if is_quick else arguments.rounds)
@@ -112,11 +108,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "limits": limits.as_json(),
         "check": {"size": check.name, "gradient_errors": session.checked},
-        "seconds": seconds,
-        "rows": session.rows,
-        "absent": session.absent,
-        "left_out": session.deadline.left_out,
-        "disagreements": session.disagreements,
+        **session.as_json(),
     }
     print_step_report(result)
     return result
@@ -173,17 +165,22 @@ def attempts(name: WayName, point: StepPoint, hf: Qwen2_5_VLForConditionalGenera
     return options if needed < free else options[1:]
 
 
+def run_once(session: Session, runner: Runner, group: RolloutGroup, held_bytes: int) -> None:
+    """Its loss and peak memory; the gradients stay in place. `held_bytes`: of gradients kept to compare."""
+    runner.loss, peak_bytes = update_with_peak(session.hf, session.calls(runner, group))
+    runner.peak_bytes = None if peak_bytes is None else peak_bytes - held_bytes
+
+
 def fit(session: Session, name: WayName, point: StepPoint, group: RolloutGroup, held_bytes: int) -> Runner | None:
     """The first options under which one forward and backward runs; this also warms up. Its gradients stay in place.
 
-    None, with a row in `absent`, when no options fit. `held_bytes`: gradients kept to compare, not the way's memory.
+    None, with a row in `absent`, when no options fit.
     """
     reason = "no options tried"
     for options in attempts(name, point, session.hf):
         runner = Runner(name, name, options)
         try:
-            runner.loss, peak_bytes = update_with_peak(session.hf, None, session.calls(runner, group))
-            runner.peak_bytes = None if peak_bytes is None else peak_bytes - held_bytes
+            run_once(session, runner, group, held_bytes)
             return runner
         except RuntimeError as error:  # running out of memory is one of these
             reason = reason_of(error)
@@ -244,8 +241,7 @@ def compared_runners(session: Session, point: StepPoint, group: RolloutGroup) ->
         if name == "kernels" and hf.device.type == "cuda" and not runner.options.gradient_checkpointing:
             # sharing saves so much memory that checkpointing can be left out; this row tells its part of the gain
             extra = Runner(name, "kernels, checkpointed", WayOptions(point.num_completions, True))
-            extra.loss, peak_bytes = update_with_peak(hf, None, session.calls(extra, group))
-            extra.peak_bytes = None if peak_bytes is None else peak_bytes - held_bytes
+            run_once(session, extra, group, held_bytes)
             judge(session, point, extra, expected)
             drop_gradients(hf)
             runners.append(extra)
@@ -300,8 +296,6 @@ def row_of(session: Session, point: StepPoint, group: RolloutGroup, runner: Runn
         "completions_per_s": point.num_completions / seconds,
         "tokens_per_s_executed": counts.executed / seconds,
         "tokens_per_s_unshared": counts.unshared / seconds,
-        "tflop_step": flop.step / 1e12,
-        "tflop_recomputed": flop.recomputed / 1e12,
         "tflop_per_s": flop.step / backward_ms / 1e9,
         "mfu_percent": 100 * session.limits.flop_ms(flop.step) / backward_ms,
         "peak_bytes": runner.peak_bytes,
@@ -310,24 +304,20 @@ def row_of(session: Session, point: StepPoint, group: RolloutGroup, runner: Runn
     }
     for other in runners:
         if other.label in ("original", "plain"):
-            row |= ratios(session, group, runner, other)
+            row |= ratios(group, runner, other)
     return row
 
 
-def ratios(session: Session, group: RolloutGroup, runner: Runner, other: Runner) -> Row:
-    """How many times faster than `other`, beside the ratios of tokens and of model FLOPs.
+def ratios(group: RolloutGroup, runner: Runner, other: Runner) -> Row:
+    """How many times faster than `other`, beside the ratio of tokens.
 
     The share of the token ratio is that of forward and backward: the optimizer's time does not depend on tokens.
     """
-    config = session.hf.config
     medians = [summarize([t.total_ms for t in r.times]).median_ms for r in (other, runner)]
     without = [summarize([t.total_ms - t.parts_ms["optimizer"] for t in r.times]).median_ms for r in (other, runner)]
     tokens = [count_tokens(r.name, group).executed for r in (other, runner)]
-    flop = [count_flop(r.name, config, group, r.options).step for r in (other, runner)]
     return {
         f"time_ratio_{other.label}": medians[0] / medians[1],
-        f"forward_backward_ratio_{other.label}": without[0] / without[1],
         f"token_ratio_{other.label}": tokens[0] / tokens[1],
-        f"flop_ratio_{other.label}": flop[0] / flop[1],
         f"share_of_token_ratio_{other.label}": without[0] / without[1] / (tokens[0] / tokens[1]),
     }

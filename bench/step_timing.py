@@ -16,7 +16,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from bench.floors import Limits
 from bench.flops import StepFlop
-from bench.harness import free_memory
+from bench.harness import free_memory, with_peak
 from bench.step_ways import LossCall
 from vcr1_fast.learner.optimizer import clip_grad_norm
 
@@ -91,16 +91,11 @@ def run_update(
     return float(loss_sum), marks.times()
 
 
-def update_with_peak(
-    hf: Qwen2_5_VLForConditionalGeneration, optimizer: AdamW | None, calls: Iterator[LossCall]
-) -> tuple[float, int | None]:
+def update_with_peak(hf: Qwen2_5_VLForConditionalGeneration, calls: Iterator[LossCall]) -> tuple[float, int | None]:
     """The loss of one update and the largest memory allocated meanwhile, weights and optimizer state included."""
-    if hf.device.type != "cuda":
-        return run_update(hf, optimizer, calls)[0], None
     free_memory(hf.device)
-    torch.cuda.reset_peak_memory_stats(hf.device)
-    loss = run_update(hf, optimizer, calls)[0]
-    return loss, torch.cuda.max_memory_allocated(hf.device)
+    (loss, _), extra, before = with_peak(lambda: run_update(hf, None, calls), hf.device)
+    return loss, None if extra is None else before + extra
 
 
 def still_optimizer(hf: Qwen2_5_VLForConditionalGeneration) -> AdamW:

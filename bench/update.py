@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import Deadline, allocated_peak, reason_of, summarize
+from bench.harness import Deadline, Findings, allocated_peak, reason_of, summarize
 from bench.harness import disagreements as failed  # noqa: F401  # asked by bench/__main__.py
 from bench.scaling import slope
 from bench.step_timing import distance
@@ -53,14 +53,10 @@ class Runner:
 
 
 @dataclass
-class Session:
+class Session(Findings):
     tokenizer: Any
-    deadline: Deadline
     max_rounds: int
-    rows: list[Row] = field(default_factory=list)
     growth: list[Row] = field(default_factory=list)
-    absent: list[Row] = field(default_factory=list)
-    disagreements: list[str] = field(default_factory=list)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All points that fit; returns what the JSON line holds."""
-    session = Session(load_tokenizer("tiny"), Deadline(arguments.seconds), arguments.rounds)
+    session = Session(load_tokenizer("tiny"), arguments.rounds, deadline=Deadline(arguments.seconds))
     points = [POINTS[length] for length in sorted(arguments.points)]
     with session.deadline.until_stopped():
         measure(session, points, has_growth=not arguments.no_growth)
@@ -84,11 +80,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "dtype": "float32",
         "threads": torch.get_num_threads(),
         "conditions": CONDITIONS,
-        "rows": session.rows,
+        **session.as_json(),
         "growth": session.growth,
-        "absent": session.absent,
-        "left_out": session.deadline.left_out,
-        "disagreements": session.disagreements,
     }
     print_update_report(result)
     return result

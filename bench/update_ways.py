@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,16 +35,6 @@ from vcr1_fast.types import RolloutGroup, SamplingParams
 
 STILL = 1e-30  # a learning rate that changes no float32 weight; 0 is refused
 CPU = torch.device("cpu")
-
-
-class UpdateWay(Protocol):
-    """One implementation with its own copy of the model."""
-
-    def step(self, seed: int, *, wants_gradients: bool = False) -> StepResult:
-        """Prompt, answers, rewards and update; the weights stay as they are."""
-        ...
-
-    def close(self) -> None: ...
 
 
 class OursWay:

@@ -92,7 +92,6 @@ def test_floor_arithmetic():
     assert floors.patchify_bytes(3, 28, 28, 2) == 3 * 28 * 28 * 3 + 2 * 4 * 1176 * 2
     assert floors.attention_flop(10, 2, 4, backward=False) == 4 * 10 * 2 * 4
     assert floors.attention_flop(10, 2, 4, backward=True) == 14 * 10 * 2 * 4
-    assert floors.percent_of_floor(1.0, 2.0) == 50.0
     gemms = floors.HeadGemms(1.0, 2.0, 4.0)
     assert (gemms.train_ms, gemms.frozen_ms) == (7.0, 3.0)
 

@@ -20,10 +20,10 @@ CPU = torch.device("cpu")
 ROW_FIELDS = {
     "size", "prompt_tokens", "completion_tokens", "group_size", "way", "rows_per_microbatch", "gradient_checkpointing",
     "loss", "gradient_difference", "median_ms", "low_ms", "high_ms", "repeats", "completions_per_s",
-    "tokens_per_s_executed", "tokens_per_s_unshared", "tflop_step", "tflop_recomputed", "tflop_per_s", "mfu_percent",
+    "tokens_per_s_executed", "tokens_per_s_unshared", "tflop_per_s", "mfu_percent",
     "peak_bytes", "parts_ms", "predicted_ms",
     *(f"{ratio}_{way}" for way in ("original", "plain") for ratio in (
-        "time_ratio", "forward_backward_ratio", "token_ratio", "flop_ratio", "share_of_token_ratio")),
+        "time_ratio", "token_ratio", "share_of_token_ratio")),
 }  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_rows_of_unequal_length_are_padded_and_the_padding_counts_nothing(hf):
 
 
 def test_a_point_above_the_budget_is_left_out(hf):
-    session = step.Session(hf, Limits(1.0, 1e-6, 1, "float32"), Deadline(5.0))
+    session = step.Session(hf, Limits(1.0, 1e-6, 1, "float32"), deadline=Deadline(5.0))
     step.measure_points(session, [TINY_CHECK], 1)
     assert session.rows == [] and session.deadline.left_out[0].startswith(f"step {TINY_CHECK.name}: needs")
 

@@ -53,7 +53,7 @@ def checked(tokenizer):
     """Takes what is done to `ours` and gives the disagreements of a check of `original` and `ours`."""
 
     def run(change) -> list[str]:
-        session = update.Session(tokenizer, Deadline(60.0), 1)
+        session = update.Session(tokenizer, 1, deadline=Deadline(60.0))
         problem = Problem(TINY, "video", tokenizer)
         runners = [update.Runner(kind, kind.open(problem)) for kind in WAYS[-2:]]
         change(runners[1].way)
