@@ -31,11 +31,12 @@ def decode_seconds(rows: int, cached: float, count: int = 1, rates: Rates = H100
     return max(bytes_s, (2 * rows * READ * count + PAIR_FLOP * pairs) / rates.gemm_flop_s)
 
 
-def fill_seconds(lengths: Sequence[int], rates: Rates = H100_RATES) -> float:
-    """Of texts of so many tokens, taken as video."""
-    pairs = sum(length * (length + 1) / 2 for length in lengths)
+def fill_seconds(prompt: int, begun: Sequence[int], rates: Rates = H100_RATES) -> float:
+    """Of a prompt of so many tokens, taken as video, and of what its answers have already."""
+    pairs = prompt * (prompt + 1) / 2 + sum(length * (prompt + (length + 1) / 2) for length in begun)
     attention_s = rates.attention_seconds(round(PAIR_FLOP * pairs), is_backward=False, version="fa3")
-    return 2 * sum(lengths) * FILLED / rates.gemm_flop_s + attention_s
+    products = prompt * FILLED + sum(begun) * SEVEN.layers * SEVEN.layer_params
+    return 2 * products / rates.gemm_flop_s + attention_s
 
 
 @dataclass(eq=False)
@@ -66,11 +67,10 @@ class Engine:
         return len(self._rows)
 
     def fill(self, group: Group) -> None:
-        """Reads its prompt once; an answer that goes on is a request of its own, as in sglang_engine.py."""
+        """Reads its prompt once, and the tokens of answers that go on, as sgl/video.py asks for it."""
         places = [place for place, left in enumerate(group.left) if left]
         cached = [group.prompt + group.lengths[place] - group.left[place] for place in places]
-        has_tokens = group.left != group.lengths
-        seconds = fill_seconds([n for n in cached if n > group.prompt] if has_tokens else cached[:1]) / self._speed
+        seconds = fill_seconds(group.prompt, [n - group.prompt for n in cached]) / self._speed
         self.now += seconds
         self.fill_s += seconds
         self._cached += sum(cached)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench import rollouts
-from bench.engines import READ, SEVEN, Engine, Group, decode_seconds, draw
+from bench.engines import READ, SEVEN, Engine, Group, decode_seconds, draw, fill_seconds
 from bench.rollouts import LENGTHS, ROWS, WARM, Case, Way, deal, periods, recorded, shares, simulate
 from vcr1_fast.fake_gpu.predict import H100_RATES, rollout_seconds
 from vcr1_fast.settings.config import Config
@@ -129,6 +129,15 @@ def test_lags_by_hand():
     assert periods(seconds, update_s, has_lag=False).tolist() == [5.0, 5.0]
     # the second engine has 3 s for its next 4: 1 is left, and the first's 1; then nobody waits
     assert periods(seconds, update_s, has_lag=True).tolist() == [5.0, 2.0]
+
+
+def test_a_prompt_is_read_once_whatever_of_its_answers_goes_on():
+    """7B: 28 layers of 233,057,792 weights, 28 x 28 heads of 128, 2 FLOP for a product; 100 tokens of each of 8."""
+    fresh, begun = fill_seconds(3770, [0] * 8), fill_seconds(3770, [100] * 8)
+    pairs = 8 * 100 * (3770 + 50.5)
+    attention_s = H100_RATES.attention_seconds(round(4 * 28 * 3584 * pairs), is_backward=False, version="fa3")
+    assert fresh == fill_seconds(3770, [])
+    assert begun - fresh == pytest.approx(2 * 800 * 28 * 233_057_792 / H100_RATES.gemm_flop_s + attention_s, rel=1e-3)
 
 
 @pytest.mark.parametrize("gpus", [8, 64])
