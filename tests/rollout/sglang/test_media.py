@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import make_example, make_patches
+from tests.rollout.sampled_policy import vision_ids
 from tests.rollout.sglang.conftest import Family
 from tests.rollout.sglang.parity import BOUND
 from vcr1_fast.learner.families import family_of
@@ -66,6 +67,7 @@ def stock_logprobs(model: Any, prompt: Prompt, token_ids_R: Tensor) -> Tensor:
             inputs[grids] = torch.tensor([patches.grid_thw for patches in own])
     positions_3L = torch.cat([prompt.position_ids_3L, position_R.expand(3, -1)], dim=1)
     logits_LV = model(input_ids=ids_L[None], position_ids=positions_3L[:, None], **inputs).logits[0]
+    logits_LV[:, vision_ids(model.config)] = -torch.inf
     logprob_RV = logits_LV[len(prompt.token_ids_L) - 1 : -1].log_softmax(-1)
     return logprob_RV.gather(1, token_ids_R[:, None])[:, 0]
 
