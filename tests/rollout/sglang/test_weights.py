@@ -82,7 +82,7 @@ def test_buckets_hold_every_weight_once_in_order_and_the_last_one_says_so(bucket
     sent = [*weights(), ("count", torch.arange(3)), ("e", torch.ones(2))]
     seen: list[tuple[dict[str, torch.Tensor], bool]] = []
     addresses: list[int] = []
-    for bucket, is_last in in_buckets(sent, bucket_bytes, torch.bfloat16, is_shared=is_shared):
+    for bucket, is_last in in_buckets(sent, bucket_bytes, torch.bfloat16, [] if is_shared else None):
         seen.append((held([bucket]), is_last))
         assert_without_gaps([bucket])
         addresses.append(bytes_of(bucket.memory).data_ptr())

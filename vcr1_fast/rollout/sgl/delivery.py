@@ -29,6 +29,7 @@ from vcr1_fast.rollout.addresses import Address, read_addresses
 from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.group import Libraries, UpdateGroup
 from vcr1_fast.rollout.sgl.host_copy import HostCopy
+from vcr1_fast.rollout.sgl.messages import SharedBytes
 from vcr1_fast.rollout.sgl.weights import Bucket, Weights, in_buckets
 from vcr1_fast.settings.error import require
 from vcr1_fast.settings.learning import SGLangConfig
@@ -49,6 +50,7 @@ class Delivery:
         """`dtype`: that floating weights are sent in."""
         self.copy = copy
         self._bucket_bytes, self._dtype = bucket_bytes, dtype
+        self._shared: list[SharedBytes] = []  # its two buckets
 
     def push(self, weights: Weights, feed: Feed, seats: Sequence[Seat]) -> None:
         """Bring changed weights, or all of them, to all seats of the feed, which notes the lost ones."""
@@ -69,7 +71,8 @@ class Delivery:
 
     def _buckets(self, weights: Weights) -> Iterator[tuple[Bucket, bool]]:
         """Each is kept when the next one is asked for: the workers load it meanwhile."""
-        for bucket, is_last in in_buckets(weights, self._bucket_bytes, self._dtype, is_shared=self.in_host_memory):
+        shared = self._shared if self.in_host_memory else None
+        for bucket, is_last in in_buckets(weights, self._bucket_bytes, self._dtype, shared):
             yield bucket, is_last
             self.copy.keep(bucket)
         self.copy.finish()
