@@ -109,7 +109,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """8 groups on a GPU are those of configs/*throughput_8xh100 and of the 2 nodes."""
+    """64 groups on a GPU are those of configs/*throughput_8xh100 and of the 2 nodes."""
     found: list[Case] = []
     for gpus in (8, 64):
         found += [Case("reasoning", groups, gpus) for groups in (1, 8, 16, 32, 64)]

@@ -87,10 +87,9 @@ def test_dry_run_of_the_other_configs(path: Path):
 def test_the_two_placements_of_sglang():
     """Colocated, SGLang's 24 GB, weights and 131,072 tokens of 57,344 bytes, come beside the learner's; apart, the
     learner has the GPU to itself."""
-    name = "qwen2_5_vl_7b_grounding_sglang"
-    colocated = load_config(str(ROOT / "configs" / f"{name}_8xh100.yaml"), [])
-    apart = load_config(str(ROOT / "configs" / f"{name}_2x8xh100.yaml"), [])
-    assert (colocated.rollout.sglang.placement, apart.rollout.sglang.placement) == ("colocated", "disaggregated")
+    path = str(ROOT / "configs" / "qwen2_5_vl_7b_grounding_sglang_2x8xh100.yaml")
+    apart, colocated = load_config(path, []), load_config(path, ["--rollout.sglang.placement=colocated"])
+    assert apart.rollout.sglang.placement == "disaggregated"
     assert apart.rollout.sglang.of_rank(7, 8).addresses == ("rollout-node:29807",)
     phases = [plan_command(config, 8, is_fast=True)["phases_gb"]["update"] for config in (colocated, apart)]
     assert phases[0] - phases[1] == pytest.approx(2 * 8.292166656 + 131_072 * 57_344e-9, abs=0.02)
