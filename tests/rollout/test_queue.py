@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -271,14 +272,16 @@ def test_a_restored_queue_asks_only_for_what_was_not_drawn(open_queue: Open, int
 
 
 def test_further_prompts_for_groups_without_a_signal_come_before_later_steps(open_queue: Open, monkeypatch):
-    queue, _, stream = open_queue(1, max_resample_rounds=1)
+    queue, engine, stream = open_queue(2, holds=True, max_resample_rounds=1)
     monkeypatch.setattr(queue._collector.tasks["temporal_grounding"], "score", _flat_below("a4"))
     queue.fill(1)
-    groups = queue.take(1)
-    assert ids_of(groups) == ["a4", "a5"]  # a0 and a1 taught nothing; a2 and a3 are of step 2
-    assert stream.position == 6
-    queue.fill(2)
-    assert ids_of(queue.take(2))[0] >= "a6"
+    engine.release(NUM_TOKENS)
+    threading.Timer(0.3, engine.release, (3 * NUM_TOKENS,)).start()  # meanwhile step 2 is drawn, and step 3 waits
+    assert ids_of(queue.take(1)) == ["a6", "a7"]  # a0 and a1 taught nothing; a2 to a5 are of steps 2 and 3
+    assert stream.position == 8
+    engine.release(100)
+    assert queue._steps[1][1].done.result(5).groups
+    assert [ids[0] for ids, _, _ in engine.calls[:4]] == ["a0", "a2", "a6", "a4"]
 
 
 def test_examples_without_a_score_are_given_back(open_queue: Open, monkeypatch):
@@ -373,11 +376,13 @@ def test_answers_older_than_a_resumed_run_allows_are_drawn_anew(open_queue: Open
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_steps_that_were_further_ahead_than_a_resumed_run_allows_are_begun_later(open_queue: Open, lag):
-    queue, engine, _ = before = open_queue(4, holds=True, interrupt=True)
+@pytest.mark.parametrize("holds", [True, False])  # one step is drawn, or all of them
+def test_steps_that_were_further_ahead_than_a_resumed_run_allows(open_queue: Open, lag, holds):
+    queue, engine, _ = before = open_queue(4, holds=holds, interrupt=True)
     queue.fill(1)
     engine.release(NUM_TOKENS)
     queue.take(1)
+    wait([] if holds else [drawing.done for _, drawing in queue._steps])
     with queue.paused():
         engine.policy_version = 2
         again, other, _ = resumed(open_queue, before, lag)
