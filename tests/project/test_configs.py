@@ -88,7 +88,9 @@ def test_the_two_placements_of_sglang():
     """Colocated, SGLang's 24 GB, weights and 131,072 tokens of 57,344 bytes, come beside the learner's; apart, the
     learner has the GPU to itself."""
     path = str(ROOT / "configs" / "qwen2_5_vl_7b_grounding_sglang_2x8xh100.yaml")
-    apart, colocated = load_config(path, []), load_config(path, ["--rollout.sglang.placement=colocated"])
+    same = ["--model.gradient_checkpointing=full", "--train.reduce_gradients=each_row"]  # else by what is left
+    here = ["--rollout.sglang.placement=colocated", "--rollout.sglang.addresses=[]"]
+    apart, colocated = load_config(path, same), load_config(path, same + here)
     assert apart.rollout.sglang.placement == "disaggregated"
     assert apart.rollout.sglang.of_rank(7, 8).addresses == ("rollout-node:29807",)
     phases = [plan_command(config, 8, is_fast=True)["phases_gb"]["update"] for config in (colocated, apart)]
