@@ -49,7 +49,7 @@ class Child:
         where it is reached, and by whom; `own_args`: arguments of its engine that go before a trainer's."""
         self.log, self.address, self.key = log, address, key
         self._python, self._folder = python, folder
-        self._own_args, self._status = json.dumps(dict(own_args or {})), log.with_suffix(".status")
+        self._own_args, self._status = json.dumps(dict(own_args or {})), folder / f"{log.stem}.status"
         self._process: subprocess.Popen[bytes] | None = None
         self._log_begins = 0  # of the process that runs
 
