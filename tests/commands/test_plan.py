@@ -12,6 +12,7 @@ from safetensors import safe_open
 from vcr1_kernels.head_chunks import head_peak_bytes
 
 import vcr1_fast.cli as cli
+from vcr1_fast.commands.dry_run import groups_held
 from vcr1_fast.commands.plan import disk_gb, plan_command
 from vcr1_fast.fake_gpu.predict import Rates
 from vcr1_fast.fake_gpu.shim import FakeGpuError
@@ -465,3 +466,11 @@ def test_dry_runs_that_make_no_sense(capsys, tokens, message):
     with pytest.raises(SystemExit) as end:
         cli.main(tokens)
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_clips_of_all_groups_that_wait_are_held():
+    """64 groups on each of 8 GPUs, a quarter more that go on, and with a lag those of the next step, too."""
+    train = replace(Config().train, prompts_per_step=512)
+    config = replace(Config(), train=train, rollout=replace(Config().rollout, over_provision=0.25))
+    assert groups_held(config, 8) == 80
+    assert groups_held(replace(config, rollout=replace(config.rollout, max_policy_lag=1)), 8) == 144

@@ -108,6 +108,13 @@ def _engine_chunks(config: Config, tokens: TokenPlan, num_gpus: int) -> list[tup
     return chunks
 
 
+def groups_held(config: Config, num_gpus: int) -> int:
+    """Of each GPU, at most: those of a step and of the steps that are drawn ahead, and what a step leaves for the next.
+    Their clips are on the GPU from the time they are read until they are learned from."""
+    per_gpu = config.train.prompts_per_step // num_gpus
+    return (1 + config.rollout.max_policy_lag) * per_gpu + math.ceil(config.rollout.over_provision * per_gpu)
+
+
 def _whole(
     config: Config,
     size: ModelSize,
@@ -130,7 +137,7 @@ def _whole(
     width = 4 if config.model.compute_dtype == "float32" else 2
     engine = engine_bytes(config.rollout, size, width)
     token_bytes = size.kept_token_bytes
-    clips = token_bytes * tokens.prompt * config.train.prompts_per_step // num_gpus
+    clips = token_bytes * tokens.prompt * groups_held(config, num_gpus)
     video = video_bytes(config)
     learner, lends = {kind: peak.kinds.get(kind, 0) for kind in ("weights", "moments")}, lends_memory(config.rollout)
     static = learner | video | ({} if lends else engine)
