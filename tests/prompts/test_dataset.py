@@ -358,7 +358,6 @@ def test_the_order_is_a_function_of_seed_and_position() -> None:
         assert DataOrder(7, seed=1).indices(start, count) == whole[start : start + count]
     assert DataOrder(7, seed=2).indices(0, 50) != whole
     assert DataOrder(7, seed=-1).indices(0, 7) != DataOrder(7, seed=1).indices(0, 7)
-    assert [DataOrder(7, seed=1).epoch_of(p) for p in (0, 6, 7, 20, 21)] == [0, 0, 1, 2, 3]
 
 
 def test_the_order_never_changes_between_versions() -> None:

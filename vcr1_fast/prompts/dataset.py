@@ -330,10 +330,6 @@ class DataOrder:
             result += _permutation(self.num_items, self.seed, epoch)[offset : offset + rest]
         return result
 
-    def epoch_of(self, position: int) -> int:
-        """Which pass over the items a stream position belongs to, from 0."""
-        return position // self.num_items
-
 
 @lru_cache(maxsize=4)  # a step asks for one epoch, or two at a border; 12,408 items take 1 ms
 def _permutation(num_items: int, seed: int, epoch: int) -> list[int]:
