@@ -1,5 +1,6 @@
 """The wire between trainer and worker: what is sent arrives, is read by nobody, and what is no message does no harm."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -229,5 +230,41 @@ def test_nobody_between_reads_a_message_or_changes_one():
         endpoint.receive()
     with pytest.raises(EOFError):
         channel.receive(5)
+    channel.close()
+    endpoint.close()
+
+
+def test_in_a_loop_messages_come_in_order_and_what_is_none_ends_the_worker(tmp_path):
+    """As the real worker reads, while it sends as well: what ZeroMQ shows of a message goes away with the sending."""
+    ended = threading.Event()
+    endpoint = Endpoint(f"ipc://{tmp_path}/worker.sock", KEY, when_over=ended.set)
+    channel = begun(f"ipc://{tmp_path}/worker.sock", endpoint)
+    loop, got = asyncio.new_event_loop(), []
+
+    def take(message):
+        got.append(message.fields["id"])
+        endpoint.send("answer", {"id": message.fields["id"]})
+        if len(got) == 200:
+            loop.stop()
+
+    def ask():
+        for number in range(200):
+            channel.send("ask", {"id": number})
+            time.sleep(0.001 * (number % 3))
+
+    endpoint.attach(loop, take)
+    asker = threading.Thread(target=ask)
+    asker.start()
+    loop.call_later(20, loop.stop)
+    loop.run_forever()
+    asker.join()
+    assert got == list(range(200))
+    assert [channel.receive(5).fields["id"] for _ in range(200)] == got
+    channel._socket.send(b"no message at all")
+    loop.call_later(20, loop.stop)
+    loop.call_later(0.2, loop.stop)
+    loop.run_forever()
+    assert ended.is_set() and endpoint.is_over
+    loop.close()
     channel.close()
     endpoint.close()

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -41,11 +42,11 @@ class Endpoint:
     def __init__(
         self, address: str, key: bytes, status: Path | None = None, when_over: Callable[[], None] = lambda: None
     ) -> None:
-        """`status`: see `tell`; `when_over`: called, in another thread, when the trainer, or this process's parent, is
-        gone.
+        """`status`: see `tell`; `when_over`: called, perhaps in another thread, when the trainer is gone or says what
+        cannot be read, and when this process's parent is gone.
 
         Raises zmq.ZMQError when the address cannot be had."""
-        self.is_over = False  # the trainer has left
+        self.is_over = False  # nothing of the trainer comes any more
         self._status, self._when_over, self._facts = status, when_over, dict[str, str]()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()  # its own: ZAP has one place in a context
         self._authenticator = ThreadAuthenticator(self._context)
@@ -87,7 +88,7 @@ class Endpoint:
         self._send_to(self._trainer, encode(kind, fields or {}, tensors or {})[0])
 
     def receive(self) -> Message:
-        """What the trainer says next. Raises EOFError when it has left, ValueError for what is no message."""
+        """What the trainer says next. Raises EOFError when it has left, or says what is no message."""
         while True:
             message = self._next()
             if message is not None:
@@ -124,9 +125,11 @@ class Endpoint:
             is_trainer = identity.bytes == self._trainer
             try:
                 message = decode([frame.buffer for frame in frames])
-            except ValueError:
+            except ValueError as error:
                 if is_trainer:  # nothing can be answered
-                    raise
+                    print(f"the trainer sent what cannot be read: {error}", file=sys.stderr)
+                    self._end()
+                    return None
                 message = Message("nothing")
             if is_trainer or (frames and self._admits(identity.bytes, frames[0], message)):
                 return message
@@ -182,9 +185,12 @@ class Endpoint:
                 continue
             self._connected.discard(descriptor)
             if descriptor == self._descriptor:
-                self.is_over = True
-                self._when_over()
+                self._end()
         monitor.close(linger=0)
+
+    def _end(self) -> None:
+        self.is_over = True
+        self._when_over()
 
 
 def _address_of(frame: zmq.Frame) -> str:
