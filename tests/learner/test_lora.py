@@ -206,13 +206,12 @@ def test_exported_model_and_adapter_say_what_the_policy_says(model_path, groups,
 
 def test_local_engine_draws_from_the_sums(make_tiny_model, tiny_tokenizer, make_prompt):
     """Log-probs of the engine, which has no adapters, are the learner's before and after an update."""
+    from tests.rollout.sampled_policy import policy_of
     from tests.rollout.sglang.parity import difference
-    from vcr1_fast.learner.model import PolicyModel
-    from vcr1_fast.settings.config import ModelConfig
 
     hf = make_tiny_model(seed=4)
     add_adapters(hf, LORA, 0)
-    policy = PolicyModel(hf, ModelConfig(), torch.float32)
+    policy = policy_of(hf)
     engine = LocalEngine(make_tiny_model(seed=5), tiny_tokenizer)
     sync, prompts = WeightSync(policy, engine), [make_prompt((2, 4, 4), "when"), make_prompt((3, 8, 4), "where")]
     first = sync.push()

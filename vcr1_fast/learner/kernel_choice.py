@@ -83,7 +83,7 @@ class KernelChoice:
         weight_VD: Tensor,
         target_N: Tensor,
         temperature: float,
-        suppressed_ids: Sequence[int],
+        suppressed_ids: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
         """(log-prob, entropy) [N] of the head: `fused_linear_logprob` or its definition."""
         head = (hidden_ND, weight_VD, target_N, temperature)
@@ -99,7 +99,7 @@ class KernelChoice:
         loss: LossFunction,
         tokens: TokenVectors,
         temperature: float,
-        suppressed_ids: Sequence[int],
+        suppressed_ids: Sequence[int] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, sums) of the head: `fused_linear_policy_loss` or its definition. `tokens` may lie on any device."""
         head = (hidden_ND, weight_VD, target_N, loss)
