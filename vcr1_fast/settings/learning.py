@@ -65,7 +65,8 @@ class SGLangConfig:
     max_inflight: int = 64
     """Prompts that one worker has at once; bounds the pixels it holds."""
     timeout_s: float = 1800.0
-    """Longest time for all answers to one prompt, waiting in the worker included, and for one bucket of weights."""
+    """Longest time for all answers to one prompt, waiting in the worker included, and for one bucket of weights. A
+    worker that takes longer is started again."""
     start_timeout_s: float = 600.0
     """Longest start of a worker."""
     max_attempts: int = 3
