@@ -26,7 +26,7 @@ from vcr1_fast.learner.sharding import SINGLE_PROCESS
 from vcr1_fast.rollout.addresses import Address, as_setting, is_loopback, read_bind, show
 from vcr1_fast.rollout.rollout_key import read_or_make_key
 from vcr1_fast.rollout.sgl.endpoint import NO_SGLANG
-from vcr1_fast.rollout.sgl.process import Child, prepare_model_folder
+from vcr1_fast.rollout.sgl.process import STOP_WAIT_S, Child, prepare_model_folder
 from vcr1_fast.run.hub import with_hub_model
 from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.run.telemetry import say
@@ -54,6 +54,11 @@ class Station:
         self._trainer: str | None = None  # None: the worker is not ready
         self._num_failures = 0
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a worker that waits for a trainer, or has one."""
+        return self._trainer is not None
+
     def poll(self) -> None:
         """Look after the worker: start one, say who is served, end one that hangs. Raises RunError when none starts."""
         now_s = time.monotonic()
@@ -69,11 +74,11 @@ class Station:
         if status.get("trainer", "") != (self._trainer or ""):
             self._trainer = status["trainer"]
             self._say(f"trainer {self._trainer} has connected")
-        is_ready, is_silent = self._trainer is not None, silence_s > SILENCE_S
-        if self.child.exit_code is None and not is_silent and (is_ready or now_s < self._start_by_s):
+        is_silent = silence_s > SILENCE_S
+        if self.child.exit_code is None and not is_silent and (self.is_ready or now_s < self._start_by_s):
             return
         self._start_by_s = 0.0
-        if is_ready:
+        if self.is_ready:
             why = f"has shown no life for {SILENCE_S:g} s, and is ended" if is_silent else "has ended"
             self._say(f"the worker {why}, its trainer was {self._trainer or 'none'}; a fresh worker starts")
         else:
@@ -163,6 +168,10 @@ class Server:
             self._failure = str(error) if isinstance(error, RunError | OSError) else f"{type(error).__name__}: {error}"
         finally:
             for station in self.stations:
+                station.child.ask_to_end()
+            for station in self.stations:
+                if station.is_ready:
+                    station.child.wait(STOP_WAIT_S)
                 station.child.kill()
 
 

@@ -4,7 +4,7 @@
 
 Who has not the key is sent away by CURVE and by ZAP (rfc.zeromq.org/spec/27), before anything of his is read. A thread
 looks after the trainer's connection while SGLang starts or computes, and shows `vcr1-fast serve` that it lives: the
-file of what this worker is gets a new time.
+file of what this worker is gets a new time. When serve takes that file away, the worker ends in order.
 """
 
 from __future__ import annotations
@@ -173,9 +173,12 @@ class Endpoint:
         while not self._is_closing.is_set():
             if os.getppid() != parent:
                 self._when_over()
-            if self._status is not None:
-                with contextlib.suppress(FileNotFoundError):
+            if self._status is not None and self._facts:
+                try:
                     os.utime(self._status)
+                except FileNotFoundError:
+                    self._status = None
+                    self._close_in_order()
             if not monitor.poll(POLL_MS):
                 continue
             told = recv_monitor_message(monitor)
@@ -187,6 +190,13 @@ class Endpoint:
             if descriptor == self._descriptor:
                 self._end()
         monitor.close(linger=0)
+
+    def _close_in_order(self) -> None:
+        """As if the trainer had said it; without SGLang's loop at once."""
+        if self._loop is None:
+            self._end()
+        else:
+            self._loop.call_soon_threadsafe(self._take, Message("close"))
 
     def _end(self) -> None:
         self.is_over = True
