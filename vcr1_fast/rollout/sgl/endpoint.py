@@ -75,11 +75,12 @@ class Endpoint:
 
     def tell(self, facts: Mapping[str, str]) -> None:
         """What `vcr1-fast serve` is to know of this worker, beside the trainer: in the file `status`, as JSON."""
-        self._facts |= facts
-        if self._status is not None:
-            partial = self._status.with_suffix(".partial")
-            partial.write_text(json.dumps(self._facts), encoding="utf-8")
-            partial.rename(self._status)
+        told, status = self._facts | dict(facts), self._status
+        if status is not None:
+            partial = status.with_suffix(".partial")
+            partial.write_text(json.dumps(told), encoding="utf-8")
+            partial.rename(status)
+        self._facts = told  # last: from now on the thread takes the file's absence for the end of serve
 
     def send(
         self, kind: str, fields: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
