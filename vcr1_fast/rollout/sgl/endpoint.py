@@ -108,10 +108,10 @@ class Endpoint:
         """After what was sent has left, or LINGER_S; a second call does nothing."""
         if self._router.closed:
             return
+        self._router.disable_monitor()  # before nobody reads it: ZeroMQ's thread would wait for a reader for ever
         self._is_closing.set()
         self._thread.join()
         self._authenticator.stop()
-        self._router.disable_monitor()
         self._router.close(linger=int(1000 * LINGER_S))
         self._context.destroy(linger=int(1000 * LINGER_S))
 
