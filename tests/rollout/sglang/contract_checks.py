@@ -259,12 +259,7 @@ def answers_have_what_is_read() -> None:
     }
     assert {kind: reason.to_json()["type"] for kind, reason in kinds.items()} == {kind: kind for kind in kinds}
     source = inspect.getsource(TokenizerManager)
-    for name in (
-        "finish_reason",
-        "weight_version",
-        "output_token_logprobs",
-        "output_token_ids_logprobs",
-    ):
+    for name in ("finish_reason", "weight_version", "output_token_logprobs"):
         assert f'"{name}"' in source, f"SGLang's answers have no {name}"
 
 
