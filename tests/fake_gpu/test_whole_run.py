@@ -13,8 +13,10 @@ from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
 
 FROZEN = ("--model.freeze_vision=true", "--model.lora.rank=4")
+SCRIPTED = ("--algorithm.beta=0", "--rollout.max_new_tokens=64")  # its rewards differ
 RUNS = {  # name to number of GPUs, model, settings
     "all of it": (1, "tiny", ()),
+    "scripted answers": (1, "tiny", SCRIPTED),
     "frozen tower and adapters": (1, "tiny", FROZEN),
     "Qwen3-VL, frozen tower and adapters": (1, "tiny3", FROZEN),
     "8 ranks": (8, "tiny", ("--data.eval=[]",)),
@@ -41,7 +43,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             "model.device": "cuda",
         }
         overrides = (*(f"--{key}={value}" for key, value in settings.items()), *changes)
-        cases.append(Case(name, num_gpus, model, {}, trains=True, overrides=overrides))
+        engine = "tests.fake_gpu.scripted:open_engine" if changes is SCRIPTED else ""
+        cases.append(Case(name, num_gpus, model, {}, trains=True, engine=engine, overrides=overrides))
     return {report["name"]: report for report in run(cases)}
 
 
@@ -54,6 +57,10 @@ def test_a_run_goes_from_clips_to_an_exported_model(name: str, reports: dict[str
     lines = logged(folder)
     assert [line["step"] for line in lines if "grad_norm" in line] == [1, 2]
     assert (folder / "checkpoints" / "step_000002").is_dir() == (RUNS[name][0] == 1)
+    is_scripted = name == "scripted answers"
+    assert report["result"]["engine"].startswith("scripted" if is_scripted else "local")
+    # by rewards alone, without a KL term, both groups of a step reach the update
+    assert [line["step_tokens/executed"] > 0 for line in lines if "grad_norm" in line] == [True, True]
 
 
 def test_only_loading_and_the_local_engine_make_the_host_wait_for_copies(reports: dict[str, dict[str, Any]]):

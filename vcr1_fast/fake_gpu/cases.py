@@ -45,7 +45,7 @@ def _run(gpu: FakeGpu, case: dict[str, Any]) -> dict[str, Any]:
     gpu.use_flash(case["flash"])
     overrides = [*case["overrides"], "--model.compile=false"]  # what it would spare is not known
     if case["trains"]:
-        return run_training(gpu, case["config"], overrides, case["num_gpus"])
+        return run_training(gpu, case["config"], overrides, case["num_gpus"], case["engine"])
     config = load_config(case["config"], overrides)
     hf_config = AutoConfig.for_model(**case["hf_config"])
     has_features = config.model.is_tower_frozen

@@ -41,6 +41,9 @@ class Case:
     updates: tuple[tuple[Group, ...], ...] = ()  # this rank's groups in each of them
     text_tokens: int = 200  # of each prompt, beside the video
     trains: bool = False  # a whole run of `train` by these settings instead
+    engine: str = (
+        ""  # of such a run: module:function that gives a RolloutEngine, called with the Run; "": the settings'
+    )
     teaches: bool = False  # supervised: each group holds the one completion to learn
     prompts: tuple[Grid, ...] = ()  # clips that the local engine answers together, not a learner
     group_size: int = 8  # answers to each of them

@@ -1,17 +1,19 @@
 """`train()` itself on a fake GPU: load, push, parity, evaluation, steps, checkpoint, export, as rank 0 of some.
 
 Left out is what needs values. Answers are token 0 wherever they are drawn on the GPU, so no reward differs from another
-and a KL term is what sends groups through the update; exported weights and checkpoints are zeros; the proof of the
-kernels has nothing to compare, so they are taken as proven. Work of thread pools is done at once. Of several ranks the
-others are not there: their answers in an evaluation, and checkpoints, are left out. SGLang's engine is not run.
+and a KL term is what sends groups through the update, unless another engine is given; exported weights and checkpoints
+are zeros; the proof of the kernels has nothing to compare, so they are taken as proven. Work of thread pools is done at
+once. Of several ranks the others are not there: their answers in an evaluation, and checkpoints, are left out. SGLang's
+engine is not run.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -29,12 +31,19 @@ from vcr1_fast.run.saver import CheckpointSaver
 from vcr1_fast.settings.io import load_config
 
 
-def run_training(gpu: FakeGpu, config: str, overrides: Sequence[str], num_gpus: int) -> dict[str, Any]:
-    """What `train` returns, and the counts of the whole run."""
+def run_training(gpu: FakeGpu, config: str, overrides: Sequence[str], num_gpus: int, engine: str) -> dict[str, Any]:
+    """What `train` returns, and the counts of the whole run. `engine`: see process.Case."""
     gpu.meter.start()
-    with _as_rank_0(num_gpus):
+    with _as_rank_0(num_gpus), _with_engine(engine):
         result = train_module.train(load_config(config, list(overrides)))
     return {"result": result, "run": vars(measured(gpu.meter, 0.0))}
+
+
+def _with_engine(engine: str) -> AbstractContextManager[object]:
+    if not engine:
+        return nullcontext()
+    module, _, function = engine.partition(":")
+    return mock.patch.object(run_module.Run, "open_engine", getattr(importlib.import_module(module), function))
 
 
 @contextmanager
