@@ -35,9 +35,10 @@ from vcr1_fast.rollout.sgl.delivery import make_delivery
 from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.link import WorkerLink
 from vcr1_fast.rollout.sgl.messages import Message
-from vcr1_fast.rollout.sgl.weights import Weights, WeightTable
+from vcr1_fast.rollout.sgl.weights import Weights
 from vcr1_fast.rollout.sgl.workers import Seat
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.rollout.weight_table import WeightTable
 from vcr1_fast.run.model_folder import model_folder
 from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.settings.learning import SGLangConfig

@@ -29,6 +29,7 @@ from vcr1_fast.rollout.decode_step import CapturedStep, DecodeStep
 from vcr1_fast.rollout.engine import NOT_BEGUN, Begun, Quota, is_done
 from vcr1_fast.rollout.grouped_cache import GroupedCache
 from vcr1_fast.rollout.sampling import check_sampling, sample_tokens, seen_in_prompts, uniforms
+from vcr1_fast.rollout.weight_table import WeightTable
 from vcr1_fast.types import Completion, FinishReason, Prompt, RunError, SamplingParams
 from vcr1_fast.video.embed import embed_videos
 
@@ -80,7 +81,7 @@ class LocalEngine:
         self._is_captured = cuda_graph and model.device.type == "cuda"
         self._stop_ids = special.stop
         self._suppressed_ids = torch.tensor(special.vision, device=model.device)
-        self._is_whole = False  # every weight was loaded without an error
+        self._table = WeightTable(model.state_dict())
         self._is_interrupted = threading.Event()
 
     def generate(
@@ -126,37 +127,12 @@ class LocalEngine:
         """Nothing to lend."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
-        """Copy weights in place by their name in the model's state dict; a tied weight may come under any of its names.
-
-        The first load must name every weight; later ones may leave out what did not change (frozen weights).
-        Raises ValueError for an unknown, repeated or missing name or a wrong shape. `policy_version` then stays, and
-        since weights copied before the error stay too, the next load must be whole again.
-        """
+        """Copy weights in place by their name in the model's state dict. Raises ValueError as `WeightTable.checked`;
+        `policy_version` then stays, as do the weights that were copied before."""
         state = self.model.state_dict(keep_vars=True)
-        must_be_whole, self._is_whole = not self._is_whole, False
-        loaded: set[str] = set()
         with torch.no_grad():
-            for name, value in weights:
-                if name not in state or name in loaded:
-                    problem = "was given twice" if name in loaded else "is not a weight of the engine's model"
-                    raise ValueError(
-                        f"weight {name!r} {problem}: send the names of its state dict, such as {next(iter(state))!r}"
-                    )
-                if state[name].shape != value.shape:
-                    raise ValueError(
-                        f"weight {name!r} has shape {tuple(value.shape)}, wanted {tuple(state[name].shape)}: "
-                        "send whole tensors of the same architecture"
-                    )
+            for name, value in self._table.checked(weights):
                 state[name].copy_(value)
-                loaded.add(name)
-        reached = {state[name].data_ptr() for name in loaded}
-        missing = [name for name, weight in state.items() if weight.data_ptr() not in reached]
-        if not loaded or (must_be_whole and missing):
-            raise ValueError(
-                f"{len(missing)} weights are missing, the first is {missing[0]!r}: the first load after a start or an "
-                "error must name every weight, and no load may be empty"
-            )
-        self._is_whole = True
         self.policy_version = policy_version
 
     @property

@@ -47,10 +47,8 @@ class Station:
         self.facts: Mapping[str, str] = {}  # what the worker says of itself: sglang, torch, gpu
         self.num_workers = 0  # that were ready for a trainer, so far
         self._config = config
-        self._start_at_s, self._start_by_s = (
-            0.0,
-            0.0,
-        )  # of the next worker; of this one, 0: there is none
+        self._start_at_s = 0.0  # of the next worker
+        self._start_by_s = 0.0  # of this one; 0: there is none
         self._trainer: str | None = None  # None: the worker is not ready
         self._num_failures = 0
 

@@ -18,8 +18,8 @@ from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.host_copy import HostCopy
 from vcr1_fast.rollout.sgl.messages import Message
 from vcr1_fast.rollout.sgl.update import CudaHandle
-from vcr1_fast.rollout.sgl.weights import WeightTable
 from vcr1_fast.rollout.sgl.workers import Seat
+from vcr1_fast.rollout.weight_table import WeightTable
 
 
 def test_a_handle_is_opened_with_torchs_own_arguments(monkeypatch):

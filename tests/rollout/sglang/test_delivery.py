@@ -21,8 +21,9 @@ from vcr1_fast.rollout.sgl.group import Libraries
 from vcr1_fast.rollout.sgl.host_copy import HostCopy
 from vcr1_fast.rollout.sgl.link import WorkerGoneError
 from vcr1_fast.rollout.sgl.messages import Message
-from vcr1_fast.rollout.sgl.weights import Bucket, WeightTable
+from vcr1_fast.rollout.sgl.weights import Bucket
 from vcr1_fast.rollout.sgl.workers import Seat, Workers
+from vcr1_fast.rollout.weight_table import WeightTable
 from vcr1_fast.settings.error import ConfigError
 from vcr1_fast.settings.learning import SGLangConfig
 

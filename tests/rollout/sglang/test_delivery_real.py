@@ -14,8 +14,8 @@ from tests.rollout.sampled_policy import policy_of
 from tests.rollout.sglang.parity import BOUND, difference, disturb, short_and_long
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.rollout.sgl.delivery import make_delivery
-from vcr1_fast.rollout.sgl.weights import WeightTable
 from vcr1_fast.rollout.sglang_engine import SGLangEngine
+from vcr1_fast.rollout.weight_table import WeightTable
 from vcr1_fast.run.weight_sync import WeightSync
 from vcr1_fast.types import SamplingParams
 

@@ -80,7 +80,7 @@ class HostCopy:
             self._stream.synchronize()
 
     def all(self) -> list[Bucket]:
-        """Every weight. Raises RunError when nobody has them, and OSError when another rank is gone with its part."""
+        """Every weight. Raises RunError when they are not there: not kept, being written, or gone with another rank."""
         if not self._is_kept:
             raise RunError(
                 "a worker was lost and there is no copy of the weights to start another one with "
@@ -91,7 +91,13 @@ class HostCopy:
                 "a worker was lost, and the last push of weights failed on another rank of this machine, which keeps a "
                 "part of them: resume the run from its last checkpoint"
             )
-        return [Bucket(memory or _Borrowed(self._files[slots[0].name]), slots) for slots, memory in self._buckets]
+        try:
+            return [Bucket(memory or _Borrowed(self._files[slots[0].name]), slots) for slots, memory in self._buckets]
+        except OSError as error:
+            raise RunError(
+                "a worker was lost, and so is the part of the weights that another rank of this machine kept "
+                f"({error}): resume the run from its last checkpoint"
+            ) from None
 
     def close(self) -> None:
         """Give the memory back."""

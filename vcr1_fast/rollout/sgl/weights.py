@@ -1,4 +1,4 @@
-"""The weights an SGLang worker gets: checked, and laid one after the other into buckets of bytes.
+"""The weights an SGLang worker gets, laid one after the other into buckets of bytes.
 
 In: `(name, tensor)` pairs under checkpoint names. Out: buckets, each of one dtype and without gaps, because
 SGLang lays the buckets that it receives by broadcast out in that way. Called by delivery.py.
@@ -28,51 +28,6 @@ def checkpoint_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with safetensors.safe_open(path, framework="pt") as file:  # pyright: ignore[reportPrivateImportUsage]
             for name in file.keys():  # noqa: SIM118 - not a dict
                 yield name, file.get_tensor(name)
-
-
-class WeightTable:
-    """Which weights an engine has, and whether it has all of them in one version."""
-
-    def __init__(self) -> None:
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self.is_named = False  # the first load came to its end: its names are all there are
-        self.is_whole = False  # False before the first load, and after one that broke off: versions may then be mixed
-
-    def forget(self) -> None:
-        """The engine's weights are gone; the next load must be whole."""
-        self.is_whole = False
-
-    def checked(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-        """`weights` as they come.
-
-        The first load names every weight, later ones may leave out what did not change. Raises ValueError for a weight
-        that is new later, comes twice, or has another shape, and at the end for one that is missing; the next load must
-        then be whole again.
-        """
-        must_be_whole, self.is_whole = self.is_named and not self.is_whole, False
-        if not self.is_named:
-            self._shapes = {}
-        came: set[str] = set()
-        for name, value in weights:
-            shape = tuple(value.shape)
-            if name in came:
-                raise ValueError(f"weight {name!r} was given twice")
-            if self.is_named and name not in self._shapes:
-                raise ValueError(f"weight {name!r} was not among the first ones: send the same names each time")
-            if self._shapes.setdefault(name, shape) != shape:
-                raise ValueError(
-                    f"weight {name!r} has shape {shape}, wanted {self._shapes[name]}: send whole tensors of the "
-                    "same architecture"
-                )
-            came.add(name)
-            yield name, value
-        num_missing = len(self._shapes) - len(came)
-        if not came or (must_be_whole and num_missing):
-            raise ValueError(
-                f"{num_missing} weights are missing: the load after an error or a release of memory must name every "
-                "weight, and no load may be empty"
-            )
-        self.is_named = self.is_whole = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from vcr1_fast.rollout.sgl.feed import Feed
 from vcr1_fast.rollout.sgl.host_copy import HostCopy
 from vcr1_fast.rollout.sgl.link import WorkerGoneError, WorkerLink
 from vcr1_fast.rollout.sgl.process import Child
-from vcr1_fast.rollout.sgl.weights import WeightTable
+from vcr1_fast.rollout.weight_table import WeightTable
 from vcr1_fast.settings.learning import SGLangConfig
 from vcr1_fast.types import Completion, Prompt, RunError
 
