@@ -39,23 +39,6 @@ def ids(prompts) -> list[str]:
     return [prompt.example.id for prompt in prompts]
 
 
-def test_an_epoch_holds_every_item_once(tiny_tokenizer, tmp_path):
-    stream = make_stream(tiny_tokenizer, tmp_path, [f"v{i}.mp4" for i in range(10)])
-    seen = ids(stream.next(4) + stream.next(4) + stream.next(2))
-    assert sorted(seen) == sorted(f"e{i}" for i in range(10))
-    assert stream.epoch == 1.0
-
-
-def test_position_is_the_only_state(tiny_tokenizer, tmp_path):
-    videos = [f"v{i}.mp4" for i in range(7)]
-    first = make_stream(tiny_tokenizer, tmp_path, videos)
-    for _ in range(3):
-        first.next(4)
-    second = make_stream(tiny_tokenizer, tmp_path, videos)
-    second.position = 12
-    assert ids(first.next(4)) == ids(second.next(4))
-
-
 def test_the_digest_is_of_all_that_is_asked(tiny_tokenizer, tmp_path):
     """Options as a file writes them count where they are kept, and only there; the folder of the videos never does."""
     stream = make_stream(tiny_tokenizer, tmp_path, ["a.mp4"])
@@ -213,18 +196,6 @@ def test_clips_of_this_step_and_the_next_ones_are_named_once_and_in_order(tiny_t
     assert named == [coming[:12], coming[12:16], coming[16:20], coming[20:24]]  # from 20 on it is the second epoch
     stream.next(6)  # another count: what was named already is not named again
     assert named[4:] == [coming[24:34]]
-
-
-def test_a_resumed_run_names_what_lies_ahead_of_it(tiny_tokenizer, tmp_path):
-    named: list[str] = []
-    stream = make_stream(
-        tiny_tokenizer, tmp_path, [f"v{i}.mp4" for i in range(30)], prefetch=named.extend,
-        video=VideoConfig(prefetch_steps=1),
-    )  # fmt: skip
-    stream.position = 12
-    coming = names_of(stream, 8)
-    assert [prompt.example.video for prompt in stream.next(4)] == coming[:4]
-    assert named == coming
 
 
 def test_known_bad_clips_are_not_named(tiny_tokenizer, tmp_path):

@@ -51,16 +51,15 @@ class FileSummary:
     schema: str
     num_rows: int  # of our own schema, the unusable ones included
     num_examples: int
-    found: dict[str, int]  # kind of defect -> intervals that have it, in all rows
-    repaired: dict[str, int]  # recipe fixed: of those, the ones in rows that became examples
-    kept: dict[str, int]  # recipe paper: the same
+    recipe: Recipe  # fixed: what is defective in examples was repaired; paper: kept as it is
+    defects: dict[str, int]  # kind -> intervals that have it, in rows that became examples
     refused: dict[str, int]  # kind -> rows left out; they are the errors, one for one
     moved: str = ""  # how many videos and images are not where the file says
     num_texts: int = 0  # examples that show nothing
 
     def __str__(self) -> str:
         parts = [f"{self.file} (schema {self.schema}): {self.num_rows:,} rows, {self.num_examples:,} examples"]
-        named = {"repaired": self.repaired, "kept as they are": self.kept, "refused": self.refused}
+        named = {"repaired" if self.recipe == "fixed" else "kept as they are": self.defects, "refused": self.refused}
         for what, counts in named.items():
             if counts:
                 parts.append(f"{what}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
@@ -132,8 +131,7 @@ class _Loader:
         self.source_of_id = source_of_id  # of all files so far
         self.rows: list[Example] = []
         self.errors: list[SampleError] = []
-        self.found: Counter[str] = Counter()
-        self.in_examples: Counter[str] = Counter()
+        self.defects: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
 
     def add_all(self, entries: Sequence[tuple[str, object]], schema: Schema, recipe: Recipe) -> None:
@@ -163,7 +161,6 @@ class _Loader:
 
     def _add_row(self, where: str, row: Row, recipe: Recipe) -> None:
         defects = find_interval_defects(row)
-        self.found += defects
         source = f"{self.file}:{where}"
         refusing = (name for name in REFUSING if defects[name] and recipe == "fixed")
         kind = next(refusing, "invalid")
@@ -181,7 +178,7 @@ class _Loader:
         else:
             self.source_of_id[example.id] = source
             self.rows.append(example)
-            self.in_examples += defects
+            self.defects += defects
 
     def _refuse(self, where: str, row: Mapping[str, object], kind: str, error: ValueError) -> None:
         reason = printable(str(error))
@@ -206,16 +203,14 @@ class _Loader:
         self.rows.append(refused)
 
     def finish(self, schema: Schema, recipe: Recipe) -> AnnotationFile:
-        kept_or_repaired = dict(self.in_examples)
         num_examples = sum(not row.is_refused for row in self.rows)
         summary = FileSummary(
             file=self.file.name,
             schema=schema.name,
             num_rows=num_examples + len(self.errors),
             num_examples=num_examples,
-            found=dict(self.found),
-            repaired=kept_or_repaired if recipe == "fixed" else {},
-            kept=kept_or_repaired if recipe == "paper" else {},
+            recipe=recipe,
+            defects=dict(self.defects),
             refused=dict(self.refused),
             moved=self.media.describe_moved(),
             num_texts=sum(not row.is_refused and not row.sources for row in self.rows),
@@ -314,15 +309,11 @@ class DataOrder:
     """
 
     def __init__(self, num_items: int, seed: int) -> None:
-        if num_items < 1:
-            raise ValueError(f"num_items is {num_items}, wanted at least 1 item to put in order")
         self.num_items = num_items
         self.seed = seed
 
     def indices(self, start: int, count: int) -> list[int]:
         """Items at the stream positions start .. start + count - 1."""
-        if start < 0 or count < 0:
-            raise ValueError(f"start is {start} and count is {count}, wanted both >= 0")
         result: list[int] = []
         while len(result) < count:
             epoch, offset = divmod(start + len(result), self.num_items)
@@ -339,10 +330,7 @@ def _permutation(num_items: int, seed: int, epoch: int) -> list[int]:
 
 
 def shard(items: Sequence[Item], rank: int, world_size: int) -> list[Item]:
-    """The contiguous equal share of one rank. Raises ValueError when the items do not divide by the ranks."""
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}, wanted 0 .. {world_size - 1} for world_size {world_size}")
-    if len(items) % world_size:
-        raise ValueError(f"{len(items)} items do not divide by {world_size} ranks: make the count a multiple of it")
-    share = len(items) // world_size
+    """The contiguous equal share of one rank; the items divide by the ranks."""
+    share, rest = divmod(len(items), world_size)
+    assert rest == 0, f"{len(items)} items for {world_size} ranks"
     return list(items[rank * share : (rank + 1) * share])

@@ -85,9 +85,6 @@ class ByWeight:
         }
 
     def indices(self, start: int, count: int) -> list[int]:
-        """As ExampleOrder says. Raises ValueError when one of the two is negative."""
-        if start < 0 or count < 0:
-            raise ValueError(f"start is {start} and count is {count}, wanted both >= 0")
         tasks = self._tasks_at(start, count)
         first = self._num_before(start)
         wanted = Counter(tasks)
