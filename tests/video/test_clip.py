@@ -14,9 +14,9 @@ from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.cache import clip_key
-from vcr1_fast.video.clip import ClipRequest, part_name, read_clip
+from vcr1_fast.video.clip import ClipRequest, read_clip
 from vcr1_fast.video.read import open_reader, read_frames
-from vcr1_fast.video.source_name import SourceName, focus_name
+from vcr1_fast.video.source_name import SourceName, focus_name, part_name
 
 
 def test_a_clip_is_the_frames_of_that_part(tmp_path: Path):

@@ -134,18 +134,15 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     folder = tmp_path_factory.mktemp("oracle")
     photos = [photo_like(*shape) for shape in RAW_SHAPES]
     noises = [noise(*shape) for shape in RAW_SHAPES]
-    ready = [resized(clip) for clip in noises]
     questions: Questions = {
         "sizes": [(h, w, n, settings_of(tokens)) for h, w, n, tokens in RANDOM_SIZES]
         + [(h, w, 4, settings_of(4000)) for h, w in THIN_SIZES]
         + [(h, w, n, settings_of_qwen3(c, n)) for c in (QWEN3, QWEN3_CAPPED) for h, w, n, _ in RANDOM_SIZES_3],
         "samples": SAMPLES,
         "clips": [(clip, settings_of(4000)) for clip in (*photos, *noises)]
-        + [(clip, {"patch_size": 14}) for clip in ready]
         + [(clip, settings_of_qwen3(QWEN3, len(clip))) for clip in (*photos, *noises)],
         "images": [(clip[0], image_settings(px)) for px in (14, 16) for clip in (*photos, *noises)],
         "prompts": [(TEXT, resized(noises[0], 32), RATE, list(INDICES))],
-        "resizes": [(clip, size_of(clip)) for clip in (*photos, *noises)],
     }
     torch.save(questions, folder / "questions.pt")
     path = os.pathsep.join([str(FOLDER), str(ROOT), str(ROOT / "kernels")])
@@ -199,18 +196,13 @@ def test_numbers_of_frames_and_rates_are_those_of_the_processor(answers: Answers
     assert num_longer <= 20 < len(SAMPLES) / 100
 
 
-def test_frames_of_the_right_size_give_the_same_bits(answers: Answers) -> None:
-    for shape, (values_PC, grid_thw) in zip(RAW_SHAPES, answers["clips"][2 * len(RAW_SHAPES) :], strict=False):
-        patches = to_patches(as_frames(resized(noise(*shape))))
-        assert list(patches.grid_thw) == grid_thw
-        assert torch.equal(patches.values_PC, values_PC)
-
-
-def test_raw_frames_give_the_same_bits(answers: Answers) -> None:
+@pytest.mark.parametrize("video_format", [QWEN2_5_VL, QWEN3_VL], ids=["qwen2_5_vl", "qwen3_vl"])
+def test_raw_frames_give_the_same_bits(answers: Answers, video_format: VideoFormat) -> None:
     raw = [make(*shape) for make in (photo_like, noise) for shape in RAW_SHAPES]
-    for rgb_FHW3, (values_PC, grid_thw) in zip(raw, answers["clips"], strict=False):
-        patches = to_patches(as_frames(resized(rgb_FHW3)))
-        assert list(patches.grid_thw) == grid_thw
+    theirs = answers["clips"][len(raw) * (video_format is QWEN3_VL) :]
+    for rgb_FHW3, (values_PC, grid_thw) in zip(raw, theirs, strict=False):
+        patches = to_patches(as_frames(resized(rgb_FHW3, video_format.factor_px)), video_format=video_format)
+        assert list(patches.grid_thw) == grid_thw and values_PC.shape[1] == video_format.patch_values
         assert torch.equal(patches.values_PC, values_PC)
 
 
@@ -223,14 +215,6 @@ def test_qwen3_vl_sizes_are_those_of_its_processor(answers: Answers) -> None:
             ours = frame_size_px(height, width, num_frames, config, 32)
             num_differing += ours != next(theirs)
         assert num_differing <= 3
-
-
-def test_qwen3_vl_patches_have_the_same_bits(answers: Answers) -> None:
-    raw = [make(*shape) for make in (photo_like, noise) for shape in RAW_SHAPES]
-    for rgb_FHW3, (values_PC, grid_thw) in zip(raw, answers["clips"][3 * len(RAW_SHAPES) :], strict=True):
-        patches = to_patches(as_frames(resized(rgb_FHW3, 32)), video_format=QWEN3_VL)
-        assert list(patches.grid_thw) == grid_thw and values_PC.shape[1] == QWEN3_VL.patch_values == 1536
-        assert torch.equal(patches.values_PC, values_PC)
 
 
 @pytest.mark.parametrize("video_format", [QWEN2_5_VL, QWEN3_VL], ids=["qwen2_5_vl", "qwen3_vl"])
@@ -261,19 +245,3 @@ def test_qwen3_vl_prompts_have_the_ids_of_its_processor(answers: Answers) -> Non
     first, last = ids.index(special.vision_start), len(ids) - 1 - ids[::-1].index(special.vision_end)
     assert ids[last - 1] == special.vision_end
     assert builder.build(example).token_ids_L.tolist() == [*ids[:first], *ids[first + 1 : last], *ids[last + 1 :]]
-
-
-@pytest.mark.parametrize("kind", ["photo", "noise"])
-def test_the_resize_of_the_original_differs_by_roundings(answers: Answers, kind: str) -> None:
-    """qwen-vl-utils resizes in float32, the processor in fixed point, rounding between rows and columns.
-
-    Measured on photo-like frames: mean 0.16 to 0.18 levels, 4 at most; on noise, which overshoots: 0.27 and 24.
-    """
-    first, make, max_mean, max_largest = (
-        (0, photo_like, 0.2, 5) if kind == "photo" else (len(RAW_SHAPES), noise, 0.3, 30)
-    )
-    for shape, theirs_FHW3 in zip(RAW_SHAPES, answers["resizes"][first:], strict=False):
-        rgb_FHW3 = make(*shape)
-        difference = (resized(rgb_FHW3).float() - theirs_FHW3.float()).abs()
-        assert difference.mean() < max_mean and difference.max() < max_largest
-        assert (difference.max() > 0.5) == (size_of(rgb_FHW3) != shape[1:])

@@ -57,11 +57,6 @@ def test_frames_of_a_plain_clip(tmp_path: Path, reader: Reader) -> None:
     assert frames.reader == reader.name and reader.name.split()[0] in READERS
 
 
-def test_matroskas_milliseconds_do_not_change_the_rate(tmp_path: Path, reader: Reader) -> None:
-    path = clips.write_clip(tmp_path / "clip.mkv", num_frames=72, fps=24)
-    assert read_frames(str(path), CONFIG, reader).sampled_fps == 2.0
-
-
 def test_repeated_frames(tmp_path: Path, reader: Reader) -> None:
     path = clips.write_clip(tmp_path / "one.mp4", num_frames=1)
     frames = read_frames(str(path), CONFIG, reader)
@@ -69,20 +64,10 @@ def test_repeated_frames(tmp_path: Path, reader: Reader) -> None:
     assert frames.sampled_fps == pytest.approx(60.0)  # 2 frames in 1/30 s
 
 
-def test_variable_rate_is_sampled_in_time(tmp_path: Path, reader: Reader) -> None:
-    # One frame a second for 4 s, then 41 frames 25 ms apart, up to 5 s
-    times_ms = [0, 1000, 2000, 3000, *range(4000, 5001, 25)]
-    path = clips.write_clip(tmp_path / "vfr.mp4", times_ms=times_ms)
-    frames = read_frames(str(path), VideoConfig(fps=1.0, min_frames=2), reader)
-    # 45 frames, D = 5 * 45 / 44 = 5.11 s, 4 frames when even: 0, 1.667, 3.333, 5 s
-    assert frames.times_s.tolist() == pytest.approx([0.0, 2.0, 3.0, 5.0])
-    assert [clips.index_of(rgb) for rgb in frames.rgb_FHW3.numpy()] == [0, 2, 3, 44]
-
-
 def test_mirrored_matrix(tmp_path: Path) -> None:
     """Upright in PyAV; the others only turn, and refuse it."""
     ramp = np.broadcast_to(np.arange(96, dtype=np.uint8)[:, None] * 2, (2, 64, 96, 3)).copy()
-    plain = clips.write_clip(tmp_path / "plain.mp4", num_frames=2, rgb_FHW3=ramp)
+    plain = clips.write_clip(tmp_path / "plain.mp4", pictures=ramp)
     mirrored = clips.patch_matrix(plain, tmp_path / "mirrored.mp4", -1, 0, 0, 1)
     reader = PyavReader()
     [straight], [got] = (list(reader.read(reader.probe(str(p)), [0])) for p in (plain, mirrored))
@@ -181,7 +166,7 @@ def test_frames_built_on_a_damaged_one_are_refused(tmp_path: Path) -> None:
     """FFmpeg flags frame 40 only; 41 to 59 refer to it, and 60 is the next keyframe."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (90, 64, 96, 3)).astype(np.uint8)
-    path = clips.write_clip(tmp_path / "a.mp4", num_frames=90, bframes=0, rgb_FHW3=noise)
+    path = clips.write_clip(tmp_path / "a.mp4", bframes=0, pictures=noise)
     reader = PyavReader()
     whole = list(reader.read(reader.probe(str(path)), range(90)))
     with av.open(str(path)) as container:
@@ -264,16 +249,8 @@ def test_an_unreadable_last_frame_is_never_replaced(tmp_path: Path) -> None:
 
 def write_scene(path: Path, codec: str, options: dict[str, str]) -> Path:
     """12 frames of 160 x 96."""
-    scene = Scene(160, 96)
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=25, options=options)
-        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
-        for k in range(12):
-            frame = av.VideoFrame.from_ndarray(scene.yuv420(k), format="yuv420p")
-            frame.pts = k
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return path
+    pictures = [Scene(160, 96).yuv420(k) for k in range(12)]
+    return clips.write_clip(path, fps=25, size_px=(96, 160), pictures=pictures, encoder=codec, options=options)
 
 
 def packet_places(path: Path) -> list[tuple[int, int]]:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -62,35 +60,6 @@ def test_missing_or_broken_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.metadata, "version", none)
     with pytest.raises(ModuleNotFoundError, match=r"pip install vcr1-fast\[torchcodec\], or set video.reader to pyav"):
         open_reader(config)
-
-
-@needs_torchcodec
-@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_the_same_bits_as_pyav(tmp_path: Path, suffix: str):
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (70, 120, 160, 3)).astype(np.uint8)
-    name = tmp_path / f"noise.{suffix}"
-    path = str(clips.write_clip(name, fps=Fraction(30000, 1001), size_px=(120, 160), num_frames=70, rgb_FHW3=noise))
-    reader, pyav = TorchcodecReader(), PyavReader()
-    probe = reader.probe(path)
-    assert np.array_equal(probe.times_s, pyav.probe(path).times_s)
-    indices = [0, 0, 1, 29, 30, 31, 31, 31, 40, 59, 60, 69, 69]  # repeats, key frames, more than one batch
-    got, want = np.stack(list(reader.read(probe, indices))), np.stack(list(pyav.read(probe, indices)))
-    assert got.std() > 20 and np.array_equal(got, want)
-    assert reader.name.startswith("torchcodec 0.") and "(FFmpeg " in reader.name
-
-
-@needs_torchcodec
-def test_a_file_is_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = str(clips.write_clip(tmp_path / "a.mp4", num_frames=20))
-    reader, plain, opened = TorchcodecReader(), PyavReader.open, list[str]()
-
-    def noted(self: PyavReader, path: str):  # type: ignore[no-untyped-def]
-        opened.append(path)
-        return plain(self, path)
-
-    monkeypatch.setattr(PyavReader, "open", noted)
-    assert len(list(reader.read(reader.probe(path), [3, 9]))) == 2 and opened == [path]
 
 
 @needs_torchcodec

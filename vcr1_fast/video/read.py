@@ -6,8 +6,8 @@ Probe, choose frames, choose a size, decode only these, resize.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -121,28 +121,44 @@ class EitherReader:
         return self.first if probe.decoded_by == self.first.name else self.second
 
 
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """N frames that stand for a source, or for a part of it, as a video of their own."""
+
+    indices_N: np.ndarray  # int64, ascending, among all frames
+    times_s: np.ndarray  # [N] float64, from 0
+    duration_s: float
+
+
+def _whole(probe: Probe) -> Timeline:
+    return Timeline(np.arange(len(probe.times_s)), probe.times_s, probe.duration_s)
+
+
 def read_frames(
     path: str,
     config: VideoConfig,
     reader: Reader,
     evidence_s: Sequence[Interval] = (),
     factor_px: int = QWEN2_5_VL.factor_px,
+    timeline: Callable[[Probe], Timeline] = _whole,
 ) -> Frames:
     """Decode `path` as `config` asks: frames [F, H, W, 3] uint8, F even, H and W multiples of factor_px.
 
     `evidence_s`: seconds in which frames lie closer together, see `choose_frames`. times_s counts from the first shown
-    frame. Raises SampleError when the file cannot be used as it is.
+    frame. `timeline` says what there is to show, and raises ValueError where that is nothing. Raises SampleError when
+    the file cannot be used as it is.
     """
     probe = reader.probe(path)
     try:
-        choice = choose_frames(probe.times_s, probe.duration_s, config, evidence_s)
+        shown = timeline(probe)
+        choice = choose_frames(shown.times_s, shown.duration_s, config, evidence_s)
         num_frames = len(choice.indices)
         height_px, width_px = frame_size_px(probe.height_px, probe.width_px, num_frames, config, factor_px)
     except ValueError as error:
         raise SampleError(path, str(error)) from error
-    rgb_FHW3 = read_resized(reader, probe, choice.indices, height_px, width_px)
-    times_s = torch.from_numpy(probe.times_s[np.array(choice.indices)])
-    return Frames(rgb_FHW3, times_s, choice.sampled_fps, probe.duration_s, reader.name)
+    chosen = np.array(choice.indices)
+    rgb_FHW3 = read_resized(reader, probe, shown.indices_N[chosen].tolist(), height_px, width_px)
+    return Frames(rgb_FHW3, torch.from_numpy(shown.times_s[chosen]), choice.sampled_fps, shown.duration_s, reader.name)
 
 
 def read_image(path: str, config: VideoConfig, factor_px: int = QWEN2_5_VL.factor_px) -> Frames:
