@@ -48,8 +48,10 @@ def test_a_row_becomes_an_example(tmp_path: Path) -> None:
     assert first.video == str(tmp_path / "a.mp4") and first.truth == IntervalTruth(((1.0, 2.5),))
     assert first.reasoning == "" and isinstance(first.duration_s, float)
     assert (second.id, second.video, second.reasoning) == ("7", "/abs/b.mp4", "at 1 s it starts")
-    (elsewhere, _), _ = load_annotations(tmp_path / "train.json", TASKS, str(tmp_path / "videos"))
+    lines = write(tmp_path, json.dumps(GOOD) + "\n{broken\n", "train.jsonl")
+    (elsewhere,), (error,) = load_annotations(lines, TASKS, str(tmp_path / "videos"))
     assert elsewhere.video == str(tmp_path / "videos" / "a.mp4")
+    assert error.source == f"{lines}:2" and "not valid JSON" in error.reason
     with pytest.raises(ConfigError, match="holds no row"):
         load_annotations(write(tmp_path, "[]"), TASKS)
 
@@ -60,13 +62,10 @@ def test_a_row_becomes_an_example(tmp_path: Path) -> None:
         ({k: v for k, v in GOOD.items() if k != "query"}, "key 'query' is missing; the row has task, video"),
         ({**GOOD, "query": 3}, "query is 3, wanted text"),
         ({**GOOD, "video": " "}, "video is ' ', wanted text that is not empty"),
-        ({**GOOD, "duration_s": "8"}, "duration_s is '8', wanted a number"),
         ({**GOOD, "duration_s": True}, "duration_s is True, wanted a number"),
         ({**GOOD, "duration_s": 0}, "duration_s is 0, wanted a finite number of seconds > 0"),
-        ({**GOOD, "duration_s": float("nan")}, "duration_s is nan, wanted a finite"),
         ({**GOOD, "duration_s": float("inf")}, "duration_s is inf, wanted a finite"),
         ({**GOOD, "duration_s": 10**400}, "wanted a finite number"),
-        ({**GOOD, "task": "groundin"}, "did you mean 'grounding'?"),
         ({**GOOD, "task": "trakcing"}, "did you mean 'tracking'?"),
         ({**GOOD, "interval_s": [2, 1]}, "interval_s is [2, 1], wanted start < end"),
         ({**GOOD, "id": ["x"]}, "id is ['x'], wanted text"),

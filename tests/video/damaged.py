@@ -73,7 +73,6 @@ def is_class_of(kind: str, got: str) -> bool:
     return re.fullmatch(KINDS[kind][1], got) is not None
 
 
-def flat_clip(path: Path, width_px: int, height_px: int, num_frames: int, codec: str = "libx264") -> None:
+def flat_clip(path: Path, width_px: int, height_px: int, num_frames: int) -> None:
     pictures = [np.full((height_px * 3 // 2, width_px), 128, dtype=np.uint8)] * num_frames
-    options = {"preset": "ultrafast"} if codec == "libx264" else {"preset": "12"}
-    clips.write_clip(path, fps=8, size_px=(height_px, width_px), pictures=pictures, encoder=codec, options=options)
+    clips.write_clip(path, fps=8, size_px=(height_px, width_px), pictures=pictures, options={"preset": "ultrafast"})

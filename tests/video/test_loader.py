@@ -334,8 +334,6 @@ def test_shared_memory_is_freed_with_the_last_view_and_holds_no_file_open():
     file = write_tensor(sent[:4])
     assert map_tensor(file, (2, 2), torch.float64).tolist() == [[0.0, 1.0], [2.0, 3.0]]
     assert num_mapped() == num_before  # a small one is copied
-    with pytest.raises(ValueError, match="shared memory of 32 bytes, wanted 40"):
-        map_tensor(file, (5,), torch.float64)
     os.close(file)
 
 

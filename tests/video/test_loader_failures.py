@@ -59,18 +59,6 @@ def test_damaged_files_are_refused_for_the_same_reason_each_time_and_everywhere(
     assert metrics["video/workers_replaced"] == 0
 
 
-def test_a_codec_that_decord_does_not_know(tmp_path: Path):
-    """decord 0.6 has FFmpeg 4 without an AV1 decoder."""
-    pytest.importorskip("decord")
-    path = tmp_path / "av1.mp4"
-    damaged.flat_clip(path, 64, 64, num_frames=8, codec="libsvtav1")
-    config = VideoConfig(num_workers=1, reader="decord")
-    with contextlib.closing(FrameLoader(config)) as loader:
-        reason = refusal(loader, ClipRequest(str(path), config))
-        assert loader.get(ClipRequest(str(clips.write_clip(tmp_path / "h264.mp4", num_frames=8)), config))
-    assert reason_class(reason) == "not_decodable" and "decord" in reason
-
-
 def test_a_reader_that_hangs_with_the_interpreter_lock_held_is_killed(tmp_path: Path):
     config = VideoConfig(num_workers=1, timeout_s=3.0)
     hang, good = requests(tmp_path, "hang1", "7", config=config)

@@ -38,12 +38,6 @@ def test_broken_lines_are_named_and_skipped(tmp_path: Path, caplog: pytest.LogCa
     assert "c" in Quarantine(path)
 
 
-def test_without_a_file_it_is_a_set() -> None:
-    quarantine = Quarantine(None)
-    quarantine.add(SampleError("a", "x"))
-    assert "a" in quarantine and len(quarantine.reasons) == 1
-
-
 def test_a_further_list_is_honoured_and_left_alone(tmp_path: Path) -> None:
     own, further = tmp_path / "own.jsonl", tmp_path / "further.jsonl"
     Quarantine(further).add(SampleError("a.mp4", "is empty"))

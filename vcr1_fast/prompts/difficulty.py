@@ -10,7 +10,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -70,26 +69,11 @@ def read_rewards(path: str | Path) -> dict[str, float]:
     return rewards
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """What is left of the examples. As text: one line for people."""
-
-    examples: list[Example]
-    num_below: int  # left out, mean reward under the range
-    num_above: int
-    num_unknown: int  # kept, the earlier run did not meet them
-
-    def __str__(self) -> str:
-        return (
-            f"data.reward_range: {len(self.examples):,} examples; left out {self.num_below:,} below and "
-            f"{self.num_above:,} above; {self.num_unknown:,} of those kept have no reward yet"
-        )
-
-
 def select_by_reward(
     examples: Sequence[Example], rewards: dict[str, float], reward_range: tuple[float, float]
-) -> Selection:
-    """The examples whose reward lies in the range, ends included, and those without one, in their order.
+) -> tuple[list[Example], str]:
+    """The examples whose reward lies in the range, ends included, and those without one, in their order; and a line on
+    what was left out.
 
     Raises ConfigError when no example is left, or none has a reward: the file is then of other data.
     """
@@ -103,4 +87,8 @@ def select_by_reward(
         raise ConfigError(
             f"data.reward_range {low} .. {high} leaves no example: {num_below} are below and {num_above} above"
         )
-    return Selection(kept, num_below, num_above, sum(example.id not in rewards for example in kept))
+    num_unknown = sum(example.id not in rewards for example in kept)
+    return kept, (
+        f"data.reward_range: {len(kept):,} examples; left out {num_below:,} below and {num_above:,} above; "
+        f"{num_unknown:,} of those kept have no reward yet"
+    )
