@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import transformers
@@ -14,7 +12,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from vcr1_fast.prompts.positions import mrope_positions
-from vcr1_fast.types import Prompt
 
 PAD = 9  # the placeholder id of these tests
 
@@ -64,18 +61,6 @@ def test_text_goes_on_after_the_widest_axis() -> None:
 def test_a_prompt_may_end_or_start_with_a_video_or_have_none() -> None:
     assert mrope_positions(row(-1), [(1, 2, 2)], [1.0], PAD, 2).tolist() == [[0]] * 3
     assert mrope_positions(row(4), [], [], PAD, 2).tolist() == [[0, 1, 2, 3]] * 3
-
-
-def test_completions_of_a_packed_row_continue_as_the_rule_says_for_separate_rows(
-    make_prompt: Callable[..., Prompt],
-) -> None:
-    prompt = make_prompt((5, 4, 8), "what happens?", 0.7)
-    pad_id = int(prompt.token_ids_L.mode().values)
-    for length in (1, 4):
-        unpacked = torch.cat([prompt.token_ids_L, torch.ones(length, dtype=torch.int64)])
-        whole_3L = mrope_positions(unpacked, [(5, 4, 8)], [0.7], pad_id, 2)
-        own = prompt.next_position + torch.arange(length)
-        assert torch.equal(whole_3L, torch.cat([prompt.position_ids_3L, own.expand(3, -1)], dim=1))
 
 
 PICTURE = 8  # the placeholder id of images

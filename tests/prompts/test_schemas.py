@@ -193,8 +193,6 @@ def test_a_schema_can_be_forced(tmp_path: Path):
     assert "key 'question' is missing; the row has video, instruction, answer" in content.errors[0].reason
     with pytest.raises(ConfigError, match=r"holds rows with the keys id, .*but data\.format is charades"):
         read(file, schema="charades")
-    with pytest.raises(ConfigError, match=r"data\.format is 'nextqa', wanted auto or one of rows, charades"):
-        read(file, schema="nextqa")
     with pytest.raises(ConfigError, match="schema nextgqa, which is for the task grounded_qa, not for video_quality"):
         read(file, task="video_quality")
 

@@ -9,7 +9,7 @@ import torch
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.stream import PromptStream, TooManyBadSamplesError
-from vcr1_fast.settings.config import Config, ConfigError, DataConfig, TaskConfig, TrainConfig, VideoConfig
+from vcr1_fast.settings.config import Config, DataConfig, TaskConfig, TrainConfig, VideoConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import ChoiceTruth, Example, IntervalTruth, LabelTruth, Patches, SampleError
 from vcr1_fast.video.quarantine import Quarantine
@@ -144,11 +144,6 @@ def test_a_target_that_has_no_tokens_is_a_bad_sample_where_it_is_taught(tiny_tok
     stream._needs_target = True
     assert sorted(ids(stream.next(4))) == ["e0", "e1", "e3"]
     assert stream.num_bad_by_reason["error"] == 1
-
-
-def test_no_examples_is_an_error(tiny_tokenizer, tmp_path):
-    with pytest.raises(ConfigError, match="no usable example"):
-        make_stream(tiny_tokenizer, tmp_path, [])
 
 
 def test_tasks_are_mixed_by_weight_and_their_epochs_reported(tiny_tokenizer, tmp_path):

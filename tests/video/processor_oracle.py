@@ -21,7 +21,7 @@ class Questions(TypedDict):
     which says whose it is."""
 
     sizes: list[tuple[int, int, int, dict[str, int]]]  # height, width, number of frames, settings
-    samples: list[tuple[int, float, float, int, int]]  # frames of the file, their rate, wanted fps, min and max frames
+    samples: list[tuple[int, float, float]]  # frames of the file, their rate, wanted fps
     clips: Sequence[tuple[torch.Tensor, dict[str, int]]]  # [F, H, W, 3] uint8
     prompts: list[tuple[str, torch.Tensor, float, list[int]]]  # text, clip of the right size, its file's rate, indices
     images: Sequence[tuple[torch.Tensor, dict[str, int]]]  # [H, W, 3] uint8 and settings with patch_size
@@ -94,13 +94,13 @@ def frame_sizes(questions: list[tuple[int, int, int, dict[str, int]]]) -> list[t
     return answers
 
 
-def samples(questions: list[tuple[int, float, float, int, int]]) -> list[tuple[list[int], float]]:
+def samples(questions: list[tuple[int, float, float]]) -> list[tuple[list[int], float]]:
     from transformers.video_utils import VideoMetadata
 
     processor, answers = make_processor(), []
-    for num_native, rate, wanted_fps, min_frames, max_frames in questions:
+    for num_native, rate, wanted_fps in questions:
         metadata = VideoMetadata(total_num_frames=num_native, fps=rate)
-        indices = processor.sample_frames(metadata, fps=wanted_fps, min_frames=min_frames, max_frames=max_frames)
+        indices = processor.sample_frames(metadata, fps=wanted_fps, min_frames=4, max_frames=768)
         metadata.frames_indices = indices.tolist()
         answers.append((indices.tolist(), metadata.sampled_fps))
     return answers

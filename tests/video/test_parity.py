@@ -198,12 +198,6 @@ def test_nvdec_equals_the_sequential_decode_or_refuses(tmp_path: Path, nvdec: Re
     check_reader(nvdec, path, large, *DIFFERENCE["dali"])
 
 
-def test_lists_name_files_of_the_corpus() -> None:
-    names = {clip.name for clip in CLIPS}
-    assert len(names) == len(CLIPS)
-    assert {name for refused in REFUSED.values() for name in refused} | {name for _, name in DIFFERENCE_OF} <= names
-
-
 def test_every_two_properties_meet_in_a_clip() -> None:
     wanted = set[tuple[int, str, int, str]]().union(*(one.pairs() for one in corpus_pairs.all_properties()))
     met = set[tuple[int, str, int, str]]().union(*(one.pairs() for one in corpus_pairs.PROPERTIES))

@@ -45,8 +45,6 @@ class PromptBuilder:
     stand there together, or each where a mark in the question, `<video>` or `<image>`, has its place. With
     `writes_times` the time of each pair of frames stands before it in words, `<12.5 seconds>`, and each pair is a video
     of its own to the position rule, as in Qwen3-VL; without, positions alone tell the time.
-
-    Example: `PromptBuilder(tokenizer, tasks, read).build(example)`.
     """
 
     def __init__(

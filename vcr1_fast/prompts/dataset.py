@@ -14,7 +14,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -111,9 +111,9 @@ def read_annotation_files(
         schema = find_schema(file, entries, source.schema, source.task)
         label = _stem(file) if num_of_stem[_stem(file)] == 1 else os.path.abspath(file)
         media = MediaFolder(str(source.video_root or file.parent), trees)
-        loader = _Loader(file, label, tasks, media, source_of_id)
-        loader.add_all(entries.items, schema, recipe)
-        result.append(loader.finish(schema, recipe))
+        loader = _Loader(file, label, tasks, media, source_of_id, schema, recipe)
+        loader.add_all(entries.items)
+        result.append(loader.finish())
     return result
 
 
@@ -121,48 +121,49 @@ def _stem(file: Path) -> str:
     return Path(plain_name(file)).stem
 
 
+@dataclass
 class _Loader:
     """Gathers the examples of one file and counts what is left out."""
 
-    def __init__(
-        self, file: Path, label: str, tasks: Mapping[str, Task], media: MediaFolder, source_of_id: dict[str, str]
-    ) -> None:
-        self.file, self.label, self.tasks, self.media = file, label, tasks, media
-        self.source_of_id = source_of_id  # of all files so far
-        self.rows: list[Example] = []
-        self.errors: list[SampleError] = []
-        self.defects: Counter[str] = Counter()
-        self.refused: Counter[str] = Counter()
+    file: Path
+    label: str
+    tasks: Mapping[str, Task]
+    media: MediaFolder
+    source_of_id: dict[str, str]  # of all files so far
+    schema: Schema
+    recipe: Recipe
+    rows: list[Example] = field(default_factory=list)
+    errors: list[SampleError] = field(default_factory=list)
+    defects: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
 
-    def add_all(self, entries: Sequence[tuple[str, object]], schema: Schema, recipe: Recipe) -> None:
-        rows = [row for where, entry in entries for row in self._rows(where, entry, schema, recipe)]
+    def add_all(self, entries: Sequence[tuple[str, object]]) -> None:
+        rows = [row for where, entry in entries for row in self._rows(where, entry)]
         self.media.tell_apart(row for _, row, error in rows if error is None)
         for where, row, error in rows:
             if error is None:
-                self._add_row(printable(where), row, recipe)
+                self._add_row(printable(where), row)
             else:
                 self._refuse(printable(where), row, "invalid", error)
 
-    def _rows(
-        self, where: str, entry: object, schema: Schema, recipe: Recipe
-    ) -> list[tuple[str, Row, ValueError | None]]:
+    def _rows(self, where: str, entry: object) -> list[tuple[str, Row, ValueError | None]]:
         """The rows of an entry, or the one thing that is wrong with it."""
         try:
             if isinstance(entry, ValueError):
                 raise entry
             if not isinstance(entry, Mapping):
                 raise ValueError(
-                    f"the row is a {type(entry).__name__}, wanted an object with the keys {', '.join(schema.keys)}"
+                    f"the row is a {type(entry).__name__}, wanted an object with the keys {', '.join(self.schema.keys)}"
                 )
-            return [(row_where, row, None) for row_where, row in schema.to_rows(where, entry, recipe)]
+            return [(row_where, row, None) for row_where, row in self.schema.to_rows(where, entry, self.recipe)]
         except ValueError as error:
             keys: dict[str, object] = dict(entry) if isinstance(entry, Mapping) else {}
-            return [(where, keys | {"task": schema.task or keys.get("task")}, error)]
+            return [(where, keys | {"task": self.schema.task or keys.get("task")}, error)]
 
-    def _add_row(self, where: str, row: Row, recipe: Recipe) -> None:
+    def _add_row(self, where: str, row: Row) -> None:
         defects = find_interval_defects(row)
         source = f"{self.file}:{where}"
-        refusing = (name for name in REFUSING if defects[name] and recipe == "fixed")
+        refusing = (name for name in REFUSING if defects[name] and self.recipe == "fixed")
         kind = next(refusing, "invalid")
         try:
             require_text(row)
@@ -202,14 +203,14 @@ class _Loader:
         )
         self.rows.append(refused)
 
-    def finish(self, schema: Schema, recipe: Recipe) -> AnnotationFile:
+    def finish(self) -> AnnotationFile:
         num_examples = sum(not row.is_refused for row in self.rows)
         summary = FileSummary(
             file=self.file.name,
-            schema=schema.name,
+            schema=self.schema.name,
             num_rows=num_examples + len(self.errors),
             num_examples=num_examples,
-            recipe=recipe,
+            recipe=self.recipe,
             defects=dict(self.defects),
             refused=dict(self.refused),
             moved=self.media.describe_moved(),

@@ -12,20 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
-from vcr1_fast.learner.sharding import World
+from vcr1_fast.learner.sharding import World, gather_all
 from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.types import Example, RolloutGroup
 
 
 def log_rewards(path: Path, step: int, groups: Sequence[RolloutGroup], world: World) -> None:
     """Append the mean reward of every group of all ranks; rank 0 writes. A collective. Raises OSError on rank 0."""
-    rows = [_row(group, step) for group in groups]
-    if world.world_size > 1:
-        gathered: list[list[dict[str, object]]] = [[] for _ in range(world.world_size)]
-        dist.all_gather_object(gathered, rows)
-        rows = [row for part in gathered for row in part]
+    rows = [row for part in gather_all([_row(group, step) for group in groups], world) for row in part]
     if world.is_main and rows:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -22,7 +22,7 @@ from vcr1_fast.prompts.dataset import shard
 from vcr1_fast.prompts.difficulty import read_rewards, select_by_reward
 from vcr1_fast.prompts.mixture import make_order
 from vcr1_fast.prompts.selection import chosen
-from vcr1_fast.settings.config import Config, ConfigError
+from vcr1_fast.settings.config import Config
 from vcr1_fast.types import Example, Prompt, SampleError
 from vcr1_fast.video.quarantine import REASON_NAMES, Quarantine, reason_class
 from vcr1_fast.video.source_name import SourceName
@@ -54,11 +54,8 @@ class PromptStream:
     ) -> None:
         """`needs_target`: an example whose target cannot become tokens is a bad sample, too.
 
-        Raises ConfigError when there are no examples, also after those that the settings leave out, and for a wrong
-        data.mixture.
+        Raises ConfigError when the settings leave no example, and for a wrong data.mixture.
         """
-        if not examples:
-            raise ConfigError("data.train has no usable example: see the messages above, or name other files")
         examples, told = chosen(examples, config.data)
         if told and world.is_main:
             print(told, file=sys.stderr)

@@ -8,7 +8,7 @@ import numpy as np
 
 from vcr1_fast.synth.config import COLOURS, NUM_INSTANTS, SynthConfig
 from vcr1_fast.synth.scene import Scene
-from vcr1_fast.types import Box, Interval
+from vcr1_fast.types import Interval
 
 Row = dict[str, object]
 _BOX_LIMITS = (0.0, 0.99)  # two decimals never reach 1.00, so that every coordinate is written with one leading 0
@@ -27,10 +27,10 @@ def grounding_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, r
 
 def tracking_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rng: np.random.Generator) -> Row:
     """Object tracking: where is the object at 8 instants? Box 0 stays exact, it is shown in the prompt."""
-    times_s = _instants_s(scene)
+    times_s = [round(i * scene.duration_s / NUM_INSTANTS, 3) for i in range(NUM_INSTANTS)]
     boxes = [scene.box(scene.target, t_s) for t_s in times_s]
     slack = float(rng.uniform()) * config.label_slack_frac  # a hand that draws loosely does so all along the track
-    boxes = [boxes[0], *(_loose_box(box, slack) for box in boxes[1:])]
+    boxes = [boxes[0], *((x0 - slack, y0 - slack, x1 + slack, y1 + slack) for x0, y0, x1, y1 in boxes[1:])]
     rounded = [[round(float(np.clip(side, *_BOX_LIMITS)), 2) for side in box] for box in boxes]
     about = (clip_id, "object_tracking", video, scene.target.name)
     return _row(scene, *about, _read_cells(scene, times_s), boxes=rounded, times_s=times_s)
@@ -106,10 +106,6 @@ def _read_seconds(scene: Scene) -> str:
     return " ".join(f"{k} {scene.target.colour if scene.target.is_visible(k) else 'no'}" for k in seconds)
 
 
-def _instants_s(scene: Scene) -> list[float]:
-    return [round(i * scene.duration_s / NUM_INSTANTS, 3) for i in range(NUM_INSTANTS)]
-
-
 def _read_cells(scene: Scene, times_s: list[float]) -> str:
     """The cell of the object at each instant. Example: `0 a2 1 a2 2 b3`."""
     return " ".join(f"{i} {_cell(scene, t_s)}" for i, t_s in enumerate(times_s))
@@ -129,8 +125,3 @@ def _late_interval(config: SynthConfig, interval: Interval, rng: np.random.Gener
     )
     end_s = min(config.duration_s, end_s)
     return min(start_s, round(end_s - 0.1, 1)), end_s
-
-
-def _loose_box(box: Box, slack: float) -> Box:
-    """Every side so much too far out; what leaves the frame is cut by the caller."""
-    return box[0] - slack, box[1] - slack, box[2] + slack, box[3] + slack
