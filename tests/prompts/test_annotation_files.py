@@ -46,7 +46,8 @@ def failure(folder: Path, content: str | bytes, name: str = "set.json") -> str:
 def test_json_list_object_and_lines(tmp_path: Path):
     assert entries(tmp_path, "\ufeff[1, {}]") == Entries([("1", 1), ("2", {})], is_mapping=False)
     assert entries(tmp_path, ' {"v": {"a": 1},\n "w": {}}') == Entries([("v", {"a": 1}), ("w", {})], is_mapping=True)
-    assert entries(tmp_path, '\n{"a": 1}\r\n\n{"a": {}}\n') == Entries([("2", {"a": 1}), ("4", {"a": {}})], False)
+    lines = '\n{"a": 1}\r\n\n{"a": "line\u2028separator"}\n'
+    assert entries(tmp_path, lines) == Entries([("2", {"a": 1}), ("4", {"a": "line\u2028separator"})], False)
     assert entries(tmp_path, '\n{"a": 1, "b": {}}\n') == Entries([("2", {"a": 1, "b": {}})], False)  # one row
     for empty in ("", " \n", "[]", "{}"):
         assert entries(tmp_path, empty).items == []

@@ -13,7 +13,7 @@ from vcr1_fast.prompts.dataset import AnnotationSource, DataOrder, read_annotati
 from vcr1_fast.prompts.interval_defects import find_interval_defects
 from vcr1_fast.settings.config import ConfigError, TaskConfig
 from vcr1_fast.tasks import make_tasks
-from vcr1_fast.types import Example, IntervalTruth, LabelTruth, RefusedTruth, SampleError
+from vcr1_fast.types import Example, IntervalTruth, RefusedTruth, SampleError
 
 GOOD = {"task": "grounding", "video": "a.mp4", "query": "a dog runs", "duration_s": 8, "interval_s": [1.0, 2.5]}
 
@@ -48,15 +48,12 @@ def test_a_row_becomes_an_example(tmp_path: Path) -> None:
     assert first.video == str(tmp_path / "a.mp4") and first.truth == IntervalTruth(((1.0, 2.5),))
     assert first.reasoning == "" and isinstance(first.duration_s, float)
     assert (second.id, second.video, second.reasoning) == ("7", "/abs/b.mp4", "at 1 s it starts")
-
-
-def test_jsonl_counts_lines_and_skips_blank_ones(tmp_path: Path) -> None:
-    text = "\n" + json.dumps(GOOD) + "\r\n\n" + json.dumps({**GOOD, "query": "line\u2028separator"}) + "\n{broken\n"
-    file = write(tmp_path, text, "train.jsonl")
-    examples, errors = load_annotations(file, TASKS, str(tmp_path / "videos"))
-    assert [e.id for e in examples] == ["train:2", "train:4"]
-    assert examples[0].video == str(tmp_path / "videos" / "a.mp4")
-    assert [e.source for e in errors] == [f"{file}:5"] and "not valid JSON" in errors[0].reason
+    lines = write(tmp_path, json.dumps(GOOD) + "\n{broken\n", "train.jsonl")
+    (elsewhere,), (error,) = load_annotations(lines, TASKS, str(tmp_path / "videos"))
+    assert elsewhere.video == str(tmp_path / "videos" / "a.mp4")
+    assert error.source == f"{lines}:2" and "not valid JSON" in error.reason
+    with pytest.raises(ConfigError, match="holds no row"):
+        load_annotations(write(tmp_path, "[]"), TASKS)
 
 
 @pytest.mark.parametrize(
@@ -65,13 +62,10 @@ def test_jsonl_counts_lines_and_skips_blank_ones(tmp_path: Path) -> None:
         ({k: v for k, v in GOOD.items() if k != "query"}, "key 'query' is missing; the row has task, video"),
         ({**GOOD, "query": 3}, "query is 3, wanted text"),
         ({**GOOD, "video": " "}, "video is ' ', wanted text that is not empty"),
-        ({**GOOD, "duration_s": "8"}, "duration_s is '8', wanted a number"),
         ({**GOOD, "duration_s": True}, "duration_s is True, wanted a number"),
         ({**GOOD, "duration_s": 0}, "duration_s is 0, wanted a finite number of seconds > 0"),
-        ({**GOOD, "duration_s": float("nan")}, "duration_s is nan, wanted a finite"),
         ({**GOOD, "duration_s": float("inf")}, "duration_s is inf, wanted a finite"),
         ({**GOOD, "duration_s": 10**400}, "wanted a finite number"),
-        ({**GOOD, "task": "groundin"}, "did you mean 'grounding'?"),
         ({**GOOD, "task": "trakcing"}, "did you mean 'tracking'?"),
         ({**GOOD, "interval_s": [2, 1]}, "interval_s is [2, 1], wanted start < end"),
         ({**GOOD, "id": ["x"]}, "id is ['x'], wanted text"),
@@ -127,27 +121,6 @@ def test_videos_that_cannot_be_told_apart_are_bad_rows(tmp_path: Path) -> None:
         assert len(content.examples) == (2 if content.summary.file == "train.json" else 1)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no row"),
-        ("[]", "holds no row"),
-        ("[{", "starts like a JSON list but is not valid JSON"),
-        ("hello\nworld", "neither JSON nor JSONL; line 1"),
-    ],
-)
-def test_a_file_of_no_use_is_one_error(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load_annotations(write(tmp_path, text), TASKS)
-
-
-def test_a_missing_file_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.json cannot be read: No such file"):
-        load_annotations(tmp_path / "none.json", TASKS)
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
-        load_annotations(tmp_path, TASKS)
-
-
 def read(*files: Path, recipe: Any = "fixed") -> Any:
     return read_annotation_files([AnnotationSource(f) for f in files], make_tasks(TaskConfig(recipe=recipe)), recipe)
 
@@ -186,8 +159,7 @@ def test_a_summary_counts_what_was_found_repaired_kept_and_refused(tmp_path: Pat
     file = write(tmp_path, json.dumps(rows))
     (fixed,), (paper,) = read(file), read(file, recipe="paper")
     rest = {"reversed": 2, "starting after the video": 2, "of no length": 1, "starting before 0 s": 1}
-    assert fixed.summary.found == paper.summary.found == {"ending after the video": 5, **rest}
-    assert fixed.summary.repaired == {"ending after the video": 2}
+    assert fixed.summary.defects == {"ending after the video": 2}
     assert fixed.summary.refused == {"reversed": 2, "of no length": 1, "starting before 0 s": 1, "invalid": 2}
     assert (fixed.summary.num_rows, fixed.summary.num_examples, len(fixed.errors)) == (8, 2, 6)
     assert fixed.examples[1].truth == IntervalTruth(((1.0, 10.0), (3.0, 4.0), (5.0, 10.0)))
@@ -195,8 +167,7 @@ def test_a_summary_counts_what_was_found_repaired_kept_and_refused(tmp_path: Pat
         "train.json (schema rows): 8 rows, 2 examples; repaired: 2 ending after the video; "
         "refused: 2 reversed, 1 of no length, 1 starting before 0 s, 2 invalid"
     )
-    assert (fixed.summary.kept, paper.summary.repaired) == ({}, {})
-    assert paper.summary.kept == {"ending after the video": 4, **rest}
+    assert paper.summary.defects == {"ending after the video": 4, **rest}
     assert str(paper.summary) == (
         "train.json (schema rows): 8 rows, 6 examples; kept as they are: 4 ending after the video, 2 reversed, "
         "2 starting after the video, 1 of no length, 1 starting before 0 s; refused: 2 invalid"
@@ -309,11 +280,6 @@ def test_a_source_for_an_unknown_or_another_task(tmp_path: Path) -> None:
         read_annotation_files([AnnotationSource(file, schema="vidtab", task="captioning")], tasks)
 
 
-def test_a_file_without_defects_has_a_short_summary(tmp_path: Path) -> None:
-    (content,) = read(write(tmp_path, json.dumps([grounding([1, 2])])))
-    assert str(content.summary) == "train.json (schema rows): 1 rows, 1 examples"
-
-
 @pytest.mark.parametrize(
     "row",
     [
@@ -328,13 +294,6 @@ def test_a_file_without_defects_has_a_short_summary(tmp_path: Path) -> None:
 )
 def test_rows_without_a_known_defect(row: dict[str, object]) -> None:
     assert not find_interval_defects(row)
-
-
-def test_a_row_without_intervals_needs_no_duration(tmp_path: Path) -> None:
-    row = {"task": "video_quality", "video": "a.mp4", "query": "good or bad?", "answer": "good"}
-    (content,) = read(write(tmp_path, json.dumps([row])))
-    assert isinstance(content.examples[0].truth, LabelTruth)
-    assert content.examples[0].duration_s == float("inf")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -353,24 +312,11 @@ def test_every_item_comes_exactly_once_an_epoch_on_any_number_of_ranks(world_siz
 
 
 def test_the_order_is_a_function_of_seed_and_position() -> None:
-    whole = DataOrder(7, seed=1).indices(0, 50)
-    for start, count in [(0, 3), (5, 4), (6, 1), (7, 20), (33, 17), (12, 0)]:
-        assert DataOrder(7, seed=1).indices(start, count) == whole[start : start + count]
-    assert DataOrder(7, seed=2).indices(0, 50) != whole
+    """See test_mixture.py for positions."""
+    assert DataOrder(7, seed=2).indices(0, 50) != DataOrder(7, seed=1).indices(0, 50)
     assert DataOrder(7, seed=-1).indices(0, 7) != DataOrder(7, seed=1).indices(0, 7)
 
 
 def test_the_order_never_changes_between_versions() -> None:
     # Frozen: a run resumed on another machine must go on in the same order.
     assert DataOrder(8, seed=0).indices(0, 8) == [0, 3, 7, 5, 1, 2, 6, 4]
-
-
-def test_order_and_shares_refuse_what_makes_no_sense() -> None:
-    with pytest.raises(ValueError, match="num_items is 0"):
-        DataOrder(0, seed=0)
-    with pytest.raises(ValueError, match="start is -1"):
-        DataOrder(3, seed=0).indices(-1, 2)
-    with pytest.raises(ValueError, match="7 items do not divide by 2 ranks"):
-        shard(range(7), 0, 2)
-    with pytest.raises(ValueError, match="rank is 2"):
-        shard(range(4), 2, 2)

@@ -35,9 +35,9 @@ def test_a_run_writes_the_mean_of_the_sampled_answers(make_prompt, tmp_path):
 
 def test_ends_of_the_range_are_inside_and_the_unknown_is_kept():
     rewards = {"a": 0.19, "b": 0.2, "c": 0.8, "d": 0.81}
-    selection = select_by_reward([example(name) for name in "abcde"], rewards, (0.2, 0.8))
-    assert [kept.id for kept in selection.examples] == ["b", "c", "e"]
-    assert (selection.num_below, selection.num_above, selection.num_unknown) == (1, 1, 1)
+    kept, told = select_by_reward([example(name) for name in "abcde"], rewards, (0.2, 0.8))
+    assert [ex.id for ex in kept] == ["b", "c", "e"]
+    assert told.endswith("left out 1 below and 1 above; 1 of those kept have no reward yet")
 
 
 def test_a_range_that_leaves_nothing_and_a_file_of_other_data_are_errors():

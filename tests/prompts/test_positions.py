@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from vcr1_fast.prompts.positions import mrope_positions
-from vcr1_fast.types import Prompt
 
 PAD = 9  # the placeholder id of these tests
 
@@ -23,28 +19,6 @@ PAD = 9  # the placeholder id of these tests
 def row(*parts: int) -> Tensor:
     """Positive numbers are runs of text tokens, negative ones runs of placeholders."""
     return torch.tensor([PAD if n < 0 else 1 for n in parts for _ in range(abs(n))])
-
-
-def rule_token_by_token(
-    ids: Sequence[int], grids: Sequence[tuple[int, int, int]], seconds: Sequence[float], tokens_per_second: float
-) -> list[tuple[int, int, int]]:
-    """The rule in its plainest form: one token at a time, the largest position so far carried along."""
-    positions: list[tuple[int, int, int]] = []
-    start = video = inside = 0  # start: where the present text token or video begins
-    for token in ids:
-        if token != PAD:
-            positions.append((start, start, start))
-            start += 1
-            continue
-        t, h, w = grids[video]
-        i, cell = divmod(inside, h * w // 4)
-        time = math.trunc(i * seconds[video] * tokens_per_second)
-        positions.append((start + time, start + cell // (w // 2), start + cell % (w // 2)))
-        inside += 1
-        if inside == t * h * w // 4:
-            start = max(max(p) for p in positions[-inside:]) + 1
-            video, inside = video + 1, 0
-    return positions
 
 
 def test_one_second_grid_by_hand() -> None:
@@ -73,6 +47,12 @@ def test_time_axis_by_hand(second_per_grid_s: float, times: list[int]) -> None:
     assert positions_3L[1].tolist() == [0, 1, 1, 1, 1, 1, 1, 1 + times[-1] + 1]
 
 
+def test_the_text_behind_each_of_two_videos_by_hand() -> None:
+    # At token 1: times 0 and 1.5 * 2 = 3; text goes on at 1 + 3 + 1. The second video stands at 6, what is left at 7.
+    positions_3L = mrope_positions(row(1, -2, 1, -1, 1), [(2, 2, 2), (1, 2, 2)], [1.5, 1.0], PAD, 2)
+    assert positions_3L.tolist() == [[0, 1, 4, 5, 6, 7], [0, 1, 1, 5, 6, 7], [0, 1, 1, 5, 6, 7]]
+
+
 def test_text_goes_on_after_the_widest_axis() -> None:
     # Time 0 only, 2 rows, 5 columns: the largest position is 1 + 4.
     assert mrope_positions(row(1, -10, 1), [(1, 4, 10)], [1.0], PAD, 2)[:, -1].tolist() == [6, 6, 6]
@@ -81,76 +61,6 @@ def test_text_goes_on_after_the_widest_axis() -> None:
 def test_a_prompt_may_end_or_start_with_a_video_or_have_none() -> None:
     assert mrope_positions(row(-1), [(1, 2, 2)], [1.0], PAD, 2).tolist() == [[0]] * 3
     assert mrope_positions(row(4), [], [], PAD, 2).tolist() == [[0, 1, 2, 3]] * 3
-
-
-@pytest.mark.parametrize("seconds", [(1.0, 1.0), (0.5, 2.5), (0.7, 1.3)])
-def test_several_videos_follow_the_rule_token_by_token(seconds: tuple[float, float]) -> None:
-    grids = [(4, 4, 6), (3, 8, 4)]
-    ids = row(5, -24, 3, -24, 4)
-    expected = rule_token_by_token(ids.tolist(), grids, seconds, 2)
-    assert mrope_positions(ids, grids, seconds, PAD, 2).T.tolist() == [list(p) for p in expected]
-
-
-def test_completions_of_a_packed_row_continue_as_the_rule_says_for_separate_rows(
-    make_prompt: Callable[..., Prompt],
-) -> None:
-    prompt = make_prompt((5, 4, 8), "what happens?", 0.7)
-    pad_id = int(prompt.token_ids_L.mode().values)
-    for length in (1, 4):
-        unpacked = torch.cat([prompt.token_ids_L, torch.ones(length, dtype=torch.int64)])
-        whole_3L = mrope_positions(unpacked, [(5, 4, 8)], [0.7], pad_id, 2)
-        own = prompt.next_position + torch.arange(length)
-        assert torch.equal(whole_3L, torch.cat([prompt.position_ids_3L, own.expand(3, -1)], dim=1))
-
-
-def hugging_face(model: Qwen2_5_VLForConditionalGeneration, prompt: Prompt) -> Tensor:
-    is_video_1L = (prompt.token_ids_L == model.config.video_token_id).unsqueeze(0)
-    positions_31L, _ = model.model.get_rope_index(
-        prompt.token_ids_L.unsqueeze(0),
-        mm_token_type_ids=is_video_1L.int() * 2,
-        video_grid_thw=torch.tensor([prompt.media[0].grid_thw]),
-        second_per_grid_ts=torch.tensor([prompt.media[0].second_per_grid_s]),
-    )
-    return positions_31L[:, 0]
-
-
-def test_equals_transformers_where_time_stays_inside_the_frame(
-    tiny_model: Qwen2_5_VLForConditionalGeneration, make_prompt: Callable[..., Prompt]
-) -> None:
-    prompt = make_prompt((2, 8, 8), "short clip")  # last time 2 is below the last row 3
-    assert torch.equal(hugging_face(tiny_model, prompt), prompt.position_ids_3L)
-
-
-def test_transformers_lets_text_overlap_a_longer_video_and_we_do_not(
-    tiny_model: Qwen2_5_VLForConditionalGeneration, make_prompt: Callable[..., Prompt]
-) -> None:
-    prompt = make_prompt((6, 4, 4), "long clip")  # last time 10, rows and columns end at 1
-    theirs_3L = hugging_face(tiny_model, prompt)
-    is_video_L = prompt.token_ids_L == tiny_model.config.video_token_id
-    last_video = int(is_video_L.nonzero()[-1])
-    assert torch.equal(theirs_3L[:, : last_video + 1], prompt.position_ids_3L[:, : last_video + 1])
-    start = int(is_video_L.nonzero()[0])
-    assert prompt.position_ids_3L[0, last_video + 1] == start + 10 + 1
-    assert theirs_3L[0, last_video + 1] == start + 2  # below the video's own times: the reason for our own function
-
-
-def test_counts_that_differ_are_named() -> None:
-    with pytest.raises(ValueError, match=r"11 placeholders.*12 tokens"):
-        mrope_positions(row(3, -11, 2), [(3, 4, 4)], [1.0], PAD, 2)
-    with pytest.raises(ValueError, match=r"0 placeholders.*12 tokens"):
-        mrope_positions(row(3), [(3, 4, 4)], [1.0], PAD, 2)
-
-
-def test_grids_in_the_wrong_order_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"grid 0 has 4 placeholders in a row at token 1.*stands for 8"):
-        mrope_positions(row(1, -4, 1, -8), [(2, 4, 4), (1, 4, 4)], [1.0, 1.0], PAD, 2)
-
-
-def test_grids_that_cannot_merge_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"\(1, 3, 4\).*multiples of 2"):
-        mrope_positions(row(-3), [(1, 3, 4)], [1.0], PAD, 2)
-    with pytest.raises(ValueError, match="1 grids, but 2 values"):
-        mrope_positions(row(-4), [(1, 4, 4)], [1.0, 2.0], PAD, 2)
 
 
 PICTURE = 8  # the placeholder id of images
@@ -202,15 +112,3 @@ def test_what_is_shown_stands_as_in_transformers(
     )
     ours = mrope_positions(ids_L, grids, seconds, PAD, 2, image_pad_id=PICTURE)
     assert torch.equal(ours, theirs[:, 0])
-
-
-def test_one_grid_for_each_pair_is_the_rule_of_qwen3_vl() -> None:
-    """transformers' own, which takes one grid for the video and splits it. 3 pairs of 2 x 3 tokens behind 3 words of
-    time each."""
-    ids = row(5, -6, 4, -6, 4, -6, 3)
-    model = Qwen3VLModel.__new__(Qwen3VLModel)  # its rule needs no weights
-    torch.nn.Module.__init__(model)
-    model.config = Qwen3VLConfig()
-    kinds = 2 * (ids == PAD).int()
-    theirs, _ = model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], video_grid_thw=torch.tensor([[3, 4, 6]]))
-    assert torch.equal(mrope_positions(ids, [(1, 4, 6)] * 3, [1.0] * 3, PAD, 2), theirs[:, 0])

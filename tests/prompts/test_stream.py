@@ -9,7 +9,7 @@ import torch
 from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
 from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.prompts.stream import PromptStream, TooManyBadSamplesError
-from vcr1_fast.settings.config import Config, ConfigError, DataConfig, TaskConfig, TrainConfig, VideoConfig
+from vcr1_fast.settings.config import Config, DataConfig, TaskConfig, TrainConfig, VideoConfig
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import ChoiceTruth, Example, IntervalTruth, LabelTruth, Patches, SampleError
 from vcr1_fast.video.quarantine import Quarantine
@@ -37,23 +37,6 @@ def make_stream(
 
 def ids(prompts) -> list[str]:
     return [prompt.example.id for prompt in prompts]
-
-
-def test_an_epoch_holds_every_item_once(tiny_tokenizer, tmp_path):
-    stream = make_stream(tiny_tokenizer, tmp_path, [f"v{i}.mp4" for i in range(10)])
-    seen = ids(stream.next(4) + stream.next(4) + stream.next(2))
-    assert sorted(seen) == sorted(f"e{i}" for i in range(10))
-    assert stream.epoch == 1.0
-
-
-def test_position_is_the_only_state(tiny_tokenizer, tmp_path):
-    videos = [f"v{i}.mp4" for i in range(7)]
-    first = make_stream(tiny_tokenizer, tmp_path, videos)
-    for _ in range(3):
-        first.next(4)
-    second = make_stream(tiny_tokenizer, tmp_path, videos)
-    second.position = 12
-    assert ids(first.next(4)) == ids(second.next(4))
 
 
 def test_the_digest_is_of_all_that_is_asked(tiny_tokenizer, tmp_path):
@@ -163,11 +146,6 @@ def test_a_target_that_has_no_tokens_is_a_bad_sample_where_it_is_taught(tiny_tok
     assert stream.num_bad_by_reason["error"] == 1
 
 
-def test_no_examples_is_an_error(tiny_tokenizer, tmp_path):
-    with pytest.raises(ConfigError, match="no usable example"):
-        make_stream(tiny_tokenizer, tmp_path, [])
-
-
 def test_tasks_are_mixed_by_weight_and_their_epochs_reported(tiny_tokenizer, tmp_path):
     truths = [("temporal_grounding", IntervalTruth(((1.0, 2.0),)))] * 3 + [("video_quality", LabelTruth("low"))] * 5
     examples = [Example(f"e{i}", task, f"v{i}.mp4", "a dog", 8.0, truth) for i, (task, truth) in enumerate(truths)]
@@ -213,18 +191,6 @@ def test_clips_of_this_step_and_the_next_ones_are_named_once_and_in_order(tiny_t
     assert named == [coming[:12], coming[12:16], coming[16:20], coming[20:24]]  # from 20 on it is the second epoch
     stream.next(6)  # another count: what was named already is not named again
     assert named[4:] == [coming[24:34]]
-
-
-def test_a_resumed_run_names_what_lies_ahead_of_it(tiny_tokenizer, tmp_path):
-    named: list[str] = []
-    stream = make_stream(
-        tiny_tokenizer, tmp_path, [f"v{i}.mp4" for i in range(30)], prefetch=named.extend,
-        video=VideoConfig(prefetch_steps=1),
-    )  # fmt: skip
-    stream.position = 12
-    coming = names_of(stream, 8)
-    assert [prompt.example.video for prompt in stream.next(4)] == coming[:4]
-    assert named == coming
 
 
 def test_known_bad_clips_are_not_named(tiny_tokenizer, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from vcr1_fast.settings.config import ConfigError, TaskConfig
 from vcr1_fast.synth.config import COLOURS, Kind, SynthConfig
-from vcr1_fast.synth.dataset import make_clip, write_dataset, write_mp4
+from vcr1_fast.synth.dataset import make_clip, write_dataset
 from vcr1_fast.synth.render import Renderer
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.types import Example
@@ -229,8 +229,3 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"output_dir is .*file/inside, which cannot be written"):
         write_dataset(_small(tmp_path / "file" / "inside"), show_progress=False)
-
-
-def test_a_frame_of_another_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"shape \(32, 32, 3\), wanted \(32, 64, 3\)"):
-        write_mp4(tmp_path / "a.mp4", [np.zeros((32, 32, 3), np.uint8)], 64, 32, 8.0)

@@ -20,16 +20,6 @@ def test_every_shape_fills_its_box(shape: str) -> None:
         assert centre[last] == pytest.approx(RADIUS, abs=1.5)
 
 
-def test_signed_distance_of_a_circle_by_hand() -> None:
-    x, y = np.float32([[3.0]]), np.float32([[4.0]])
-    assert signed_distance("circle", x, y, 2.0)[0, 0] == pytest.approx(3.0)
-
-
-def test_an_unknown_shape_is_named() -> None:
-    with pytest.raises(KeyError, match="hexagon"):
-        signed_distance("hexagon", np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32), 1.0)
-
-
 def test_frames_do_not_depend_on_the_order_they_are_drawn_in() -> None:
     scene, _ = make_clip(SynthConfig(), "train", "tracking", 0)
     forward, backward = Renderer(scene, 4.0), Renderer(scene, 4.0)

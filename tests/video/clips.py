@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -31,19 +33,24 @@ def write_clip(
     size_px: tuple[int, int] = (64, 96),
     times_ms: Sequence[int] | None = None,
     bframes: int = 2,
-    rgb_FHW3: np.ndarray | None = None,
+    pictures: Sequence[np.ndarray] | np.ndarray | None = None,
+    encoder: str = "libx264",
+    options: dict[str, str] | None = None,
 ) -> Path:
-    """Keyframe every 30 frames. `times_ms` instead of `fps` makes a file of variable rate; size is (height, width)."""
+    """Keyframe every 30 frames. `times_ms` instead of `fps` makes a file of variable rate; size is (height, width).
+    `pictures`: as RGB [H, W, 3] or as 4:2:0 [H * 3 / 2, W], uint8."""
     height, width = size_px
+    x264 = {"bf": str(bframes), "b_strategy": "0", "g": "30", "crf": "4", "sc_threshold": "0"}
     with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx264", rate=Fraction(fps))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"bf": str(bframes), "b_strategy": "0", "g": "30", "crf": "4", "sc_threshold": "0"}
+        stream: Any = out.add_stream(encoder, rate=Fraction(fps), options=x264 if options is None else options)
+        stream.width, stream.height = width, height
+        stream.pix_fmt = "yuvj420p" if encoder == "mjpeg" else "yuv420p"
         time_base = Fraction(1, 1000) if times_ms else 1 / Fraction(fps)
         stream.codec_context.time_base = time_base
-        for k in range(len(times_ms) if times_ms else num_frames):
-            rgb = numbered(k, height, width) if rgb_FHW3 is None else rgb_FHW3[k]
-            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+        num_frames = len(times_ms) if times_ms else num_frames if pictures is None else len(pictures)
+        for k in range(num_frames):
+            picture = numbered(k, height, width) if pictures is None else pictures[k]
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24" if picture.ndim == 3 else "yuv420p")
             frame.pts, frame.time_base = times_ms[k] if times_ms else k, time_base
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
@@ -108,3 +115,14 @@ def cut_in_half(source: Path, target: Path) -> Path:
     start = data.find(b"mdat")
     target.write_bytes(data[: start + (len(data) - start) // 2])
     return target
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def black_png(side_px: int) -> bytes:
+    """A square of one bit per pixel."""
+    rows = zlib.compress(bytes((1 + side_px // 8) * side_px))
+    head = struct.pack(">IIBBBBB", side_px, side_px, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
+
+from tests.video import clips
 
 MAX_SOURCE_PIXELS = 1 << 20  # `video.max_source_pixels` of the tests
 
@@ -73,13 +73,6 @@ def is_class_of(kind: str, got: str) -> bool:
     return re.fullmatch(KINDS[kind][1], got) is not None
 
 
-def flat_clip(path: Path, width_px: int, height_px: int, num_frames: int, codec: str = "libx264") -> None:
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=Fraction(8))
-        stream.width, stream.height, stream.pix_fmt = width_px, height_px, "yuv420p"
-        stream.options = {"preset": "ultrafast"} if codec == "libx264" else {"preset": "12"}
-        frame = av.VideoFrame.from_ndarray(np.full((height_px * 3 // 2, width_px), 128, dtype=np.uint8), "yuv420p")
-        for k in range(num_frames):
-            frame.pts, frame.time_base = k, Fraction(1, 8)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
+def flat_clip(path: Path, width_px: int, height_px: int, num_frames: int) -> None:
+    pictures = [np.full((height_px * 3 // 2, width_px), 128, dtype=np.uint8)] * num_frames
+    clips.write_clip(path, fps=8, size_px=(height_px, width_px), pictures=pictures, options={"preset": "ultrafast"})

@@ -21,11 +21,10 @@ class Questions(TypedDict):
     which says whose it is."""
 
     sizes: list[tuple[int, int, int, dict[str, int]]]  # height, width, number of frames, settings
-    samples: list[tuple[int, float, float, int, int]]  # frames of the file, their rate, wanted fps, min and max frames
-    clips: Sequence[tuple[torch.Tensor, dict[str, int]]]  # [F, H, W, 3] uint8; patch_size alone: of the right size
+    samples: list[tuple[int, float, float]]  # frames of the file, their rate, wanted fps
+    clips: Sequence[tuple[torch.Tensor, dict[str, int]]]  # [F, H, W, 3] uint8
     prompts: list[tuple[str, torch.Tensor, float, list[int]]]  # text, clip of the right size, its file's rate, indices
     images: Sequence[tuple[torch.Tensor, dict[str, int]]]  # [H, W, 3] uint8 and settings with patch_size
-    resizes: list[tuple[torch.Tensor, tuple[int, int]]]  # [F, H, W, 3] uint8, to (height, width)
 
 
 class Answers(TypedDict):
@@ -35,7 +34,6 @@ class Answers(TypedDict):
     clips: list[tuple[torch.Tensor, list[int]]]  # pixel_values_videos, video_grid_thw
     images: list[tuple[torch.Tensor, list[int]]]  # pixel_values, image_grid_thw
     prompts: list[list[int]]  # token ids by Qwen3-VL's processor
-    resizes: list[torch.Tensor]  # by torchvision.transforms.functional.resize, as qwen-vl-utils does it
 
 
 TOKENIZER = Path(__file__).parents[2] / "vcr1_fast" / "tiny"
@@ -96,13 +94,13 @@ def frame_sizes(questions: list[tuple[int, int, int, dict[str, int]]]) -> list[t
     return answers
 
 
-def samples(questions: list[tuple[int, float, float, int, int]]) -> list[tuple[list[int], float]]:
+def samples(questions: list[tuple[int, float, float]]) -> list[tuple[list[int], float]]:
     from transformers.video_utils import VideoMetadata
 
     processor, answers = make_processor(), []
-    for num_native, rate, wanted_fps, min_frames, max_frames in questions:
+    for num_native, rate, wanted_fps in questions:
         metadata = VideoMetadata(total_num_frames=num_native, fps=rate)
-        indices = processor.sample_frames(metadata, fps=wanted_fps, min_frames=min_frames, max_frames=max_frames)
+        indices = processor.sample_frames(metadata, fps=wanted_fps, min_frames=4, max_frames=768)
         metadata.frames_indices = indices.tolist()
         answers.append((indices.tolist(), metadata.sampled_fps))
     return answers
@@ -137,14 +135,6 @@ def token_ids(text: str, rgb_FHW3: torch.Tensor, fps: float, indices: list[int])
     return list(out["input_ids"][0])
 
 
-def resize(rgb_FHW3: torch.Tensor, size_px: tuple[int, int]) -> torch.Tensor:
-    from torchvision.transforms import InterpolationMode, functional  # pyright: ignore[reportMissingImports]
-
-    rgb_F3HW = rgb_FHW3.permute(0, 3, 1, 2)
-    resized = functional.resize(rgb_F3HW, list(size_px), interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return resized.permute(0, 2, 3, 1)
-
-
 def main() -> None:
     questions: Questions = torch.load(sys.argv[1])
     define_missing_ops()
@@ -157,7 +147,6 @@ def main() -> None:
         "clips": [process(*clip) for clip in questions["clips"]],
         "images": [process_image(*image) for image in questions["images"]],
         "prompts": [token_ids(*prompt) for prompt in questions["prompts"]],
-        "resizes": [resize(*question) for question in questions["resizes"]],
     }
     torch.save(answers, sys.argv[2])
 

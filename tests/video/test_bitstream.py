@@ -12,18 +12,17 @@ from tests.video.corpus import Clip
 from vcr1_fast.video.bitstream import HOLE, BitstreamCheck
 
 
-def packets_of(path: Path) -> tuple[BitstreamCheck, list[bytes]]:
-    with av.open(str(path)) as container:
+def packets_and_check(
+    folder: Path, codec: str, suffix: str, size_px: tuple[int, int] = (64, 64)
+) -> tuple[BitstreamCheck, list[bytes]]:
+    is_mjpeg = codec == "mjpeg"
+    pix_fmt = "yuvj420p" if is_mjpeg else "yuv420p"
+    clip = Clip(f"{codec}.{suffix}", codec, suffix, size_px=size_px, pix_fmt=pix_fmt, is_full_range=is_mjpeg)
+    with av.open(str(corpus.write(clip, folder))) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
         packets = [bytes(packet) for packet in container.demux(stream) if packet.size > 0]
         return BitstreamCheck(context.codec.canonical_name, context.extradata), packets
-
-
-def packets_and_check(folder: Path, codec: str, suffix: str) -> tuple[BitstreamCheck, list[bytes]]:
-    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-    clip = Clip(f"{codec}.{suffix}", codec, suffix, size_px=(64, 64), pix_fmt=pix_fmt, is_full_range=codec == "mjpeg")
-    return packets_of(corpus.write(clip, folder))
 
 
 CODECS = [
@@ -88,8 +87,8 @@ def test_start_codes_inside_a_slice_are_found() -> None:
 
 @pytest.mark.parametrize(("codec", "suffix"), [("vp8", "webm"), ("vp9", "mp4"), ("h264", "mp4")])
 def test_a_change_of_size_is_found(tmp_path: Path, codec: str, suffix: str) -> None:
-    check, small = packets_of(corpus.write(Clip(f"a.{suffix}", codec, suffix, size_px=(48, 64)), tmp_path))
-    other_check, large = packets_of(corpus.write(Clip(f"b.{suffix}", codec, suffix, size_px=(64, 96)), tmp_path))
+    check, small = packets_and_check(tmp_path, codec, suffix, (48, 64))
+    other_check, large = packets_and_check(tmp_path, codec, suffix, (64, 96))
     if codec == "h264":  # MP4 keeps the sizes in its header; other muxers put them (type 7) in the packets
         small, large = ([len(sps).to_bytes(4, "big") + sps] for sps in (b"\x67\x64\x00\x0a", b"\x67\x64\x00\x0b"))
     assert check.damage(small[0]) is None and other_check.damage(large[0]) is None

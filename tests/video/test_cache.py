@@ -26,7 +26,6 @@ import safetensors.torch
 import torch
 
 from tests.video.cache_hammer import LARGE_BYTES, SMALL_BYTES, key_of, tensor_of
-from tests.video.clips import write_clip
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames, SampleError
 from vcr1_fast.video import cache_disk
@@ -41,8 +40,7 @@ from vcr1_fast.video.cache import (
     frames_of,
     tower_key,
 )
-from vcr1_fast.video.clip import ClipRequest, read_clip
-from vcr1_fast.video.pyav_reader import PyavReader
+from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.resolution import frame_size_px, resize_frame
 from vcr1_fast.video.sampling import choose_frames
 
@@ -187,16 +185,14 @@ def test_the_key_of_a_tower_depends_on_clip_weights_and_type():
 
 
 def test_a_decoded_clip_comes_back_equal_from_memory_and_from_disk(tmp_path: Path):
-    request = ClipRequest(str(write_clip(tmp_path / "clip.mp4")), CONFIG)
-    frames = read_clip(request, PyavReader())
-    frames = dataclasses.replace(frames, sampled_fps=1 / 3, duration_s=math.inf)  # no text of fewer digits is exact
-    key = clip_key(request, frames.reader)
+    rgb_FHW3, times_s = torch.randint(0, 256, (4, 28, 56, 3), dtype=torch.uint8), torch.arange(4.0).double()
+    frames = Frames(rgb_FHW3, times_s, 1 / 3, math.inf, "pyav 1")  # no text of fewer digits is exact
     entry = frames_entry(frames)
     first = TensorCache(tmp_path / "cache", BIG, BIG)
-    assert first.get(key) is None
-    first.put(key, dict(entry.tensors), dict(entry.metadata))
+    assert first.get(KEY) is None
+    first.put(KEY, dict(entry.tensors), dict(entry.metadata))
     for cache in (first, TensorCache(tmp_path / "cache", BIG, BIG)):
-        found = cache.get(key)
+        found = cache.get(KEY)
         assert found is not None
         got = frames_of(found)
         for field in dataclasses.fields(Frames):
@@ -233,19 +229,6 @@ def test_tensors_of_every_type_and_shape_come_back_and_other_programs_can_read_t
             assert got.dtype == wanted.dtype and got.shape == wanted.shape
             raw, wanted_raw = (t.contiguous().reshape(-1).view(torch.uint8) for t in (got, wanted))
             assert torch.equal(raw, wanted_raw), name  # bits, because NaN is among them
-
-
-def test_what_cannot_be_stored_is_refused_before_anything_is_kept(tmp_path: Path):
-    cache = TensorCache(tmp_path, BIG, BIG)
-    for name, tensor in (("values", torch.zeros(2, dtype=torch.complex64)), ("__metadata__", torch.zeros(2))):
-        with pytest.raises(ValueError, match=name):
-            cache.put(KEY, {name: tensor}, {})
-    for key in ("../../" + KEY, KEY.upper(), ""):
-        with pytest.raises(ValueError, match="cache key"):
-            cache.put(key, {}, {})
-        with pytest.raises(ValueError, match="cache key"):
-            cache.get(key)
-    assert cache.get(KEY) is None
 
 
 def test_memory_gives_the_same_tensor_and_keeps_no_more_than_it_needs():
@@ -319,12 +302,6 @@ def of_another_key(path: Path) -> None:
     os.replace(entry_path(path.parents[1], put_values(TensorCache(path.parents[1], 0, BIG), 1)), path)
 
 
-def of_another_version(path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_disk, "FILE_FORMAT", "0")
-        TensorCache(path.parents[1], 0, BIG).put(KEY, {}, {})
-
-
 def endless(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
@@ -349,7 +326,6 @@ def a_loop(path: Path) -> None:
 NOT_AN_ENTRY = (
     foreign,
     of_another_key,
-    of_another_version,
     endless,
     a_pipe,
     of_a_huge_header,
@@ -429,17 +405,6 @@ def test_a_full_disk_turns_writing_off_with_one_warning(tmp_path: Path, caplog: 
     assert cache.get(key_of(4)) is not None  # memory goes on
     fresh = TensorCache(tmp_path, 0, BIG)
     assert [number for number in range(1, 5) if fresh.get(key_of(number)) is not None] == [1]
-
-
-def test_a_folder_deleted_in_mid_run_turns_writing_off(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    cache = TensorCache(tmp_path / "cache", 0, BIG)
-    put_values(cache, 1)
-    shutil.rmtree(tmp_path / "cache")
-    put_values(cache, 2)
-    put_values(cache, 3)
-    assert cache.get(key_of(1)) is None and cache.get(key_of(3)) is None
-    assert len(caplog.records) == 1
-    assert not (tmp_path / "cache").exists()
 
 
 def test_a_folder_that_cannot_be_made_leaves_the_memory(clip: Path, caplog: pytest.LogCaptureFixture):

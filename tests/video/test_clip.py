@@ -14,9 +14,9 @@ from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.cache import clip_key
-from vcr1_fast.video.clip import ClipRequest, part_name, read_clip
+from vcr1_fast.video.clip import ClipRequest, read_clip
 from vcr1_fast.video.read import open_reader, read_frames
-from vcr1_fast.video.source_name import SourceName, focus_name
+from vcr1_fast.video.source_name import SourceName, focus_name, part_name
 
 
 def test_a_clip_is_the_frames_of_that_part(tmp_path: Path):
@@ -65,12 +65,6 @@ def test_a_name_says_part_images_and_evidence():
     assert name == SourceName("/v/a", 1.0, 3.0, 4.0, 7, 2.0, ((0.5, 1.0), (1.5, 2.0)))
     assert SourceName.parse("/v/a#focus=1") == SourceName("/v/a#focus=1")  # no fragment
     assert part_name("/v/a#t=1.000,3.000&fps=4", 1.0, 9.0, 8.0) == "/v/a#t=2.000,3.000&fps=8"  # part of a part
-
-
-def test_a_part_of_a_part_is_a_part():
-    outer = part_name("/v.mp4", 10.0, 20.0)
-    assert outer == "/v.mp4#t=10.000,20.000"
-    assert part_name(outer, 2.0, 5.0, fps=4.0) == "/v.mp4#t=12.000,15.000&fps=4"
-    assert part_name(part_name("/v.mp4", 10.0, 20.0, fps=2.0), 5.0, 30.0) == "/v.mp4#t=15.000,20.000"
+    assert part_name("/v.mp4#t=10.000,20.000", 2.0, 5.0, fps=4.0) == "/v.mp4#t=12.000,15.000&fps=4"
     images = "/tvqa/clip#images=all&fps=3"
     assert part_name(part_name(images, 1.0, 9.0), 1.0, 2.0) == f"{images}#t=2.000,3.000"

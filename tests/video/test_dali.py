@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 from collections.abc import Iterator
@@ -19,16 +18,17 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from tests.video import clips, corpus
 from tests.video.corpus import Clip
+from tests.video.test_loader_memory import resident_bytes
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import SampleError
 from vcr1_fast.video import dali_codecs, dali_pipeline, dali_reader
-from vcr1_fast.video.clip import ClipRequest, read_clip
+from vcr1_fast.video.clip import ClipRequest
 from vcr1_fast.video.dali_reader import DaliReader
 from vcr1_fast.video.dali_track import MATRICES, inspect, refusal, to_displayed
 from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.pyav_reader import PyavReader
-from vcr1_fast.video.read import EitherReader, open_reader
-from vcr1_fast.video.reader import ReaderError, UnsuitedError
+from vcr1_fast.video.read import SourceReader
+from vcr1_fast.video.reader import ReaderError
 from vcr1_fast.video.resolution import resize_frame
 
 needs_dali = pytest.mark.skipif(dali_codecs.version() is None, reason="DALI is not installed")
@@ -54,19 +54,11 @@ def write_numbered(
 ) -> Path:
     """Frame k says k; `noise` levels of noise on it make the packets large."""
     rng = np.random.default_rng(0)
-    with av.open(str(path), "w") as out:
-        stream: Any = out.add_stream(encoder, rate=30)
-        stream.height, stream.width = size_px
-        stream.pix_fmt = "yuvj420p" if encoder == "mjpeg" else "yuv420p"
-        fast = {"crf": "10", "b": "2M", "deadline": "realtime", "cpu-used": "6", "g": "20"}
-        stream.options = {"qmin": "1", "qmax": "2"} if encoder == "mjpeg" else fast
-        for k in range(num_frames):
-            picture = clips.numbered(k, *size_px) // 4 * 3 + rng.integers(0, noise, (*size_px, 1)).astype(np.uint8)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts = k
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return path
+    grain = [rng.integers(0, noise, (*size_px, 1)).astype(np.uint8) for _ in range(num_frames)]
+    pictures = [clips.numbered(k, *size_px) // 4 * 3 + grain[k] for k in range(num_frames)]
+    fast = {"crf": "10", "b": "2M", "deadline": "realtime", "cpu-used": "6", "g": "20"}
+    options = {"qmin": "1", "qmax": "2"} if encoder == "mjpeg" else fast
+    return clips.write_clip(path, size_px=size_px, pictures=pictures, encoder=encoder, options=options)
 
 
 def all_frames(reader: DaliReader | PyavReader, path: Path) -> np.ndarray:
@@ -74,10 +66,14 @@ def all_frames(reader: DaliReader | PyavReader, path: Path) -> np.ndarray:
     return np.stack(list(reader.read(probe, range(len(probe.times_s)))))
 
 
-@pytest.mark.parametrize("name", ["vp8-24.webm", "vp9-ntsc.mp4", "mjpeg-25.avi", "vp9-444.mkv"])
-def test_pixels_are_those_of_ffmpeg_without_short_cuts(tmp_path: Path, reader: DaliReader, name: str) -> None:
+VP9 = Clip("a.mp4", "vp9", "mp4", corpus.NTSC)
+MJPEG = Clip("a.avi", "mjpeg", "avi", is_full_range=True, pix_fmt="yuvj420p")
+
+
+@pytest.mark.parametrize("clip", [Clip("a.webm", "vp8", "webm"), VP9, MJPEG, replace(VP9, pix_fmt="yuv444p")])
+def test_pixels_are_those_of_ffmpeg_without_short_cuts(tmp_path: Path, reader: DaliReader, clip: Clip) -> None:
     """Bit for bit: so what test_parity.py allows DALI is FFmpeg's short cut in chroma, and nothing else."""
-    path = corpus.write(next(clip for clip in corpus.CLIPS if clip.name == name), tmp_path)
+    path = corpus.write(clip, tmp_path)
     how = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
     with av.open(str(path)) as container:
         frames = [VideoReformatter().reformat(f, format="rgb24", interpolation=how) for f in container.decode(video=0)]
@@ -85,10 +81,11 @@ def test_pixels_are_those_of_ffmpeg_without_short_cuts(tmp_path: Path, reader: D
     assert np.array_equal(all_frames(reader, path), wanted)
 
 
-@pytest.mark.parametrize("name", ["vp9-ntsc.mp4", "vp9-odd-turned.mp4", "vp9-709.webm"])
+@pytest.mark.parametrize(
+    "clip", [VP9, replace(VP9, size_px=(51, 67), turn_deg=270), replace(VP9, matrix="709", is_tagged=True)]
+)
 @pytest.mark.parametrize("scale", [0.7, 1.6])
-def test_frames_resized_by_dali(tmp_path: Path, reader: DaliReader, name: str, scale: float) -> None:
-    clip = next(clip for clip in corpus.CLIPS if clip.name == name)
+def test_frames_resized_by_dali(tmp_path: Path, reader: DaliReader, clip: Clip, scale: float) -> None:
     path = corpus.write(clip, tmp_path)
     height_px, width_px = (round(side * scale) for side in clip.displayed_px)
     indices = (0, 3, 3, 7, 19)
@@ -102,13 +99,6 @@ def test_frames_resized_by_dali(tmp_path: Path, reader: DaliReader, name: str, s
     # which rings at edges
     assert difference.mean() <= (1.2 if clip.matrix == "709" else 0.4)
     assert difference.max() <= (45 if clip.matrix == "709" else 12)
-
-
-def test_any_order_of_many_small_reads(reader: DaliReader, scene: Path) -> None:
-    probe = reader.probe(str(scene))
-    for indices in ([59], [0], [7, 7, 8, 58, 59], [0, 30]):
-        assert [clips.index_of(rgb) for rgb in reader.read(probe, indices)] == indices
-    assert reader.name.startswith("dali ") and reader.name.endswith(" cpu vp8+vp9+mjpeg")
 
 
 def test_frames_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch, reader: DaliReader, scene: Path) -> None:
@@ -129,27 +119,14 @@ def test_a_file_is_read_through_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         return plain(self, path)
 
     monkeypatch.setattr(PyavReader, "open", noted)
+    monkeypatch.setattr(dali_reader, "MAX_TRACKS", 1)
     probe = reader.probe(str(path))
     assert opened == [str(path)]
     assert [clips.index_of(rgb) for rgb in reader.read(probe, [3])] == [3] and len(opened) == 1
     other = str(corpus.write(Clip("b.mp4", "h264", "mp4"), tmp_path))
-    assert EitherReader(reader, PyavReader()).probe(other).codec == "h264"  # refused by DALI
-    assert opened == [str(path), other]
-
-
-def test_files_dali_does_not_take_are_refused_by_name(tmp_path: Path, reader: DaliReader) -> None:
-    for clip, reason in (
-        (Clip("a.mp4", "h264", "mp4"), "its codec is h264, wanted one of vp8, vp9, mjpeg"),
-        (Clip("b.mkv", "mpeg4", "mkv"), "its codec is mpeg4"),
-        (Clip("c.mp4", "av1", "mp4", size_px=(64, 64)), "its codec is av1"),
-    ):
-        path = str(corpus.write(clip, tmp_path))
-        with pytest.raises(UnsuitedError, match=rf"{reason}.*set video\.reader to pyav"):
-            reader.probe(path)
-    for path in (tmp_path / "nowhere.webm", tmp_path):
-        with pytest.raises(SampleError) as caught:
-            reader.probe(str(path))
-        assert not isinstance(caught.value, UnsuitedError)
+    assert SourceReader(reader, reader, PyavReader()).probe(other).codec == "h264"  # refused by DALI
+    reader.probe(str(path))
+    assert opened == [str(path), other, str(path)]  # one file is remembered
 
 
 def test_what_dali_would_get_wrong_is_not_taken(tmp_path: Path) -> None:
@@ -276,48 +253,11 @@ def test_frames_that_are_not_there_are_refused_and_dark_scenes_are_not(tmp_path:
             reader._require_real(probe, wrong, indices)
         assert caught.value.source == str(moving)
     black = np.full((64, 64, 3), 12, np.uint8)
+    pictures = [black] * 10 + [clips.numbered(3, 64, 64)] * 10
     still = tmp_path / "still.webm"
-    with av.open(str(still), "w") as out:
-        stream = out.add_stream("libvpx-vp9", rate=30)
-        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
-        for k in range(20):
-            frame = av.VideoFrame.from_ndarray(black if k < 10 else clips.numbered(3, 64, 64), format="rgb24")
-            frame.pts = k
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
+    clips.write_clip(still, size_px=(64, 64), pictures=pictures, encoder="libvpx-vp9", options={})
     got = reader.read_frames(reader.probe(str(still)), [0, 4, 12, 18, 19], 56, 56)
     assert got[0].float().std() < 2 and clips.index_of(got[4].numpy()) == 3
-
-
-@needs_dali
-@pytest.mark.parametrize("num_workers", [0, 1], ids=["threads", "worker"])
-def test_the_loader_reads_ahead_with_dali(tmp_path: Path, scene: Path, num_workers: int) -> None:
-    """Four pipelines of this process, or one in a worker: same frames as alone, errors with the file that has them."""
-    other = write_numbered(tmp_path / "other.avi", 40, (64, 80), "mjpeg")
-    cut = tmp_path / "cut.webm"
-    cut.write_bytes(scene.read_bytes()[: scene.stat().st_size // 4])
-    config = VideoConfig(reader="dali", num_workers=num_workers, fps=4.0, min_frame_pixels=56 * 84)
-    bad = {str(cut): "cut short", str(tmp_path / "gone.webm"): "no such file"}
-    paths = [str(scene), str(cut), str(other), str(tmp_path / "gone.webm"), str(scene)]
-    parts = [(0.0, math.inf), (0.0, 1.0), (0.0, math.inf), (0.0, 0.5), (0.5, 1.3)]
-    wanted = [ClipRequest(path, config, *part) for path, part in zip(paths, parts, strict=True)]
-    with contextlib.closing(FrameLoader(config)) as loader, contextlib.closing(open_reader(config)) as plain:
-        assert loader.name == plain.name and loader.name.startswith("dali ")
-        loader.prefetch([*wanted, *wanted])
-        for request in (*wanted, *wanted):
-            if request.path in bad:
-                with pytest.raises(SampleError, match=bad[request.path]) as caught:
-                    loader.get(request)
-                assert caught.value.source == request.path
-                continue
-            got, alone = loader.get(request), read_clip(request, plain)
-            assert torch.equal(got.rgb_FHW3, alone.rgb_FHW3) and torch.equal(got.times_s, alone.times_s)
-            numbers = [clips.index_of(rgb.numpy()) for rgb in got.rgb_FHW3]
-            first = round(request.start_s * 30)
-            assert numbers == [first + round(time_s * 30) for time_s in got.times_s.tolist()]
-        metrics = loader.metrics()
-    assert (metrics["video/clips_read"], metrics["video/clips_refused"]) == (3, 2)
-    assert metrics["video/timeouts"] == metrics["video/crashes"] == 0 and metrics["video/decode_s"] > 0
 
 
 def test_several_threads(reader: DaliReader, scene: Path) -> None:
@@ -338,11 +278,6 @@ def test_several_threads(reader: DaliReader, scene: Path) -> None:
         got.clear()
 
 
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def num_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
@@ -354,10 +289,11 @@ def test_memory_stays_flat_and_closing_frees(scene: Path) -> None:
     probe = opened.probe(str(scene))
     for _ in range(20):
         opened.read_frames(probe, range(0, 60, 6), 56, 84)
-    before = resident_mib()
+    before = resident_bytes(os.getpid())
     for _ in range(200):
         opened.read_frames(probe, range(0, 60, 6), 56, 84)
-    assert resident_mib() - before < 8  # 200 reads leave 27 MB of encoded and 300 MB of decoded bytes if kept
+    # 200 reads leave 27 MB of encoded and 300 MB of decoded bytes if kept
+    assert resident_bytes(os.getpid()) - before < 8 << 20
     assert num_threads() > threads_before
     opened.close()
     assert num_threads() <= threads_before

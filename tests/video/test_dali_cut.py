@@ -6,7 +6,6 @@ import contextlib
 import io
 import itertools
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -39,20 +38,6 @@ FILES = {  # name -> encoder, its options, frames at which decoding may begin
 }  # None: where the encoder puts them
 
 
-def write(path: Path, encoder: str, options: dict[str, str]) -> Path:
-    with av.open(str(path), "w") as out:
-        stream: Any = out.add_stream(encoder, rate=24)
-        stream.height, stream.width = 64, 96
-        stream.pix_fmt = "yuvj420p" if encoder == "mjpeg" else "yuv420p"
-        stream.options = options
-        for k in range(NUM_FRAMES):
-            frame = av.VideoFrame.from_ndarray(clips.numbered(k, 64, 96), format="rgb24")
-            frame.pts = k
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return path
-
-
 def decoded(source: str | io.BytesIO) -> list[np.ndarray]:
     with av.open(source) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -67,7 +52,7 @@ def cut_of(track: Track, indices: list[int]) -> Cut | None:
 def test_a_part_holds_the_same_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("SVT_LOG", "1")
     encoder, options, begins = FILES[name]
-    path, pyav = str(write(tmp_path / name, encoder, options)), PyavReader()
+    path, pyav = str(clips.write_clip(tmp_path / name, NUM_FRAMES, 24, encoder=encoder, options=options)), PyavReader()
     track, whole = inspect(path, pyav), decoded(path)
     assert len(whole) == NUM_FRAMES and track.entries is not None and track.probe.ticks is not None
     found = np.searchsorted(track.probe.ticks, track.entries.ticks_P[track.entries.places_E]).tolist()
@@ -129,7 +114,7 @@ def test_a_file_that_was_changed_after_it_was_probed(tmp_path: Path) -> None:
 @pytest.mark.skipif(dali_codecs.version() is None, reason="DALI is not installed")
 def test_dali_reads_the_part_that_is_wanted(tmp_path: Path) -> None:
     encoder, options, _ = FILES["vp9.mp4"]
-    path = write(tmp_path / "a.mp4", encoder, options)
+    path = clips.write_clip(tmp_path / "a.mp4", NUM_FRAMES, 24, encoder=encoder, options=options)
     with contextlib.closing(DaliReader(VideoConfig(), "cpu")) as reader:
         probe = reader.probe(str(path))
         everything = list(reader.read(probe, range(NUM_FRAMES)))

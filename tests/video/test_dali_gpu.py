@@ -21,7 +21,6 @@ from vcr1_fast.video.clip import ClipRequest, read_clip
 from vcr1_fast.video.dali_reader import DaliReader
 from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.pyav_reader import PyavReader
-from vcr1_fast.video.reader import UnsuitedError
 from vcr1_fast.video.resolution import resize_frame
 
 pytestmark = pytest.mark.gpu
@@ -96,20 +95,6 @@ def test_every_frame_is_the_right_one(tmp_path: Path, reader: DaliReader, clip: 
     print(f"{clip.name}: mean {difference.mean():.2f}, 99.9 % {largest:.0f}, bars {bars.max():.1f}")
     assert difference.mean() <= TOLERANCE[0] and largest <= TOLERANCE[1]
     assert bars.mean() <= MAX_BAR_MEAN and bars.max() <= (MAX_BAR_ERROR_709 if clip.matrix == "709" else MAX_BAR_ERROR)
-
-
-def test_what_nvdec_would_get_wrong_is_refused(tmp_path: Path, reader: DaliReader) -> None:
-    for clip, reason in (
-        (Clip("odd.mp4", "h264", "mp4", size_px=(161, 191), pix_fmt="yuv444p"), "pixel format"),
-        (large("ten.mp4", "h264", "mp4", pix_fmt="yuv420p10le"), "pixel format"),
-        (large("edit.mp4", "h264", "mp4", shift_s=-0.6), "edit list hides"),
-        (large("h264.avi", "h264", "avi"), "do not say when their frames are shown"),
-        (large("mjpeg.avi", "mjpeg", "avi", is_full_range=True, pix_fmt="yuvj420p"), "its codec is mjpeg"),
-        (Clip("small.mp4", "hevc", "mp4", size_px=(96, 96)), "NVDEC does not take"),
-    ):
-        path = str(corpus.write(clip, tmp_path))
-        with pytest.raises(UnsuitedError, match=reason):
-            reader.probe(path)
 
 
 def test_frames_are_ours(reader: DaliReader, scene: Path) -> None:

@@ -24,7 +24,7 @@ def test_entries_are_on_disk_at_once_and_known_to_the_next_run(tmp_path: Path) -
     assert all(set(line) == {"source", "reason", "time"} for line in lines)
     second = Quarantine(path)
     assert "a.mp4" in second and "b.json:7" in second and "c.mp4" not in second
-    assert second.num_bad == 2
+    assert len(second.reasons) == 2
 
 
 def test_broken_lines_are_named_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -32,22 +32,10 @@ def test_broken_lines_are_named_and_skipped(tmp_path: Path, caplog: pytest.LogCa
     path.write_text('{"source": "a", "reason": "x"}\n\n[1]\n{"source": 3, "reason": "x"}\n{"source": "b", "rea')
     with caplog.at_level(logging.WARNING):
         quarantine = Quarantine(path)
-    assert quarantine.num_bad == 1
+    assert len(quarantine.reasons) == 1
     assert [f"jsonl line {n} is not" in caplog.text for n in (1, 2, 3, 4, 5)] == [False, False, True, True, True]
     quarantine.add(SampleError("c", "y"))  # must not be glued to the unfinished last line
     assert "c" in Quarantine(path)
-
-
-def test_without_a_file_it_is_a_set() -> None:
-    quarantine = Quarantine(None)
-    quarantine.add(SampleError("a", "x"))
-    assert "a" in quarantine and quarantine.num_bad == 1
-
-
-def _append(path: Path, writer: int) -> None:
-    quarantine = Quarantine(path)
-    for i in range(50):
-        quarantine.add(SampleError(f"{writer}-{i}.mp4", "x" * 2000))
 
 
 def test_a_further_list_is_honoured_and_left_alone(tmp_path: Path) -> None:

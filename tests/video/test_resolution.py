@@ -1,11 +1,9 @@
-"""Frame sizes by hand, and against transformers' smart_resize."""
+"""Frame sizes by hand; test_processor_oracle.py has those of transformers."""
 
-import random
 from fractions import Fraction
 
 import pytest
 import torch
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.video.resolution import frame_size_px, max_pixels_per_frame, resize_frame
@@ -42,17 +40,6 @@ def test_exact_squares_are_not_rounded_down() -> None:
     config = VideoConfig(max_frame_pixels=144 * 784)
     for scale in range(2, 30):
         assert frame_size_px(9 * 28 * scale, 16 * 28 * scale, 2, config) == (9 * 28, 16 * 28)
-
-
-def test_same_as_transformers_where_its_floats_are_exact_enough() -> None:
-    rng, differing = random.Random(0), 0
-    for _ in range(2000):
-        height, width = rng.randint(28, 2200), rng.randint(28, 2200)
-        num_frames = 2 * rng.randint(1, 384)
-        highest = float(max_pixels_per_frame(num_frames, VideoConfig()))
-        oracle = smart_resize(height, width, 28, min_pixels=16 * 784, max_pixels=highest)  # type: ignore[arg-type]
-        differing += frame_size_px(height, width, num_frames, VideoConfig()) != oracle
-    assert differing == 0
 
 
 def test_extreme_shapes_are_refused() -> None:

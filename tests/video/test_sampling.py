@@ -81,21 +81,9 @@ def test_variable_rate_is_sampled_in_time() -> None:
     assert choice.sampled_fps == pytest.approx(10 / 11.1, rel=1e-7)
 
 
-def test_rate_of_variable_file_is_its_mean() -> None:
-    rate, is_constant = native_rate(np.array([0.0, 0.1, 1.0, 2.0]))
-    assert (rate, is_constant) == (Fraction(3, 2), False)
-
-
 def test_a_dropped_frame_makes_the_rate_variable() -> None:
     times_s = np.delete(constant(60, 30), 20)
     assert not native_rate(times_s)[1]
-
-
-def test_useless_times_are_refused() -> None:
-    with pytest.raises(ValueError, match="same presentation time"):
-        choose_frames(np.zeros(5), 1.0, VideoConfig())
-    with pytest.raises(ValueError, match="no frame"):
-        choose_frames(np.zeros(0), 1.0, VideoConfig())
 
 
 def test_frames_lie_closer_together_in_the_evidence() -> None:

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import struct
 import time
-import zlib
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
 
 import av
 import pytest
 
 from tests.video import clips
+from tests.video.test_readers import READERS
 from vcr1_fast.settings.config import VideoConfig
+from vcr1_fast.settings.video import ReaderName
 from vcr1_fast.types import SampleError
-from vcr1_fast.video import pyav_reader, torchcodec_reader
+from vcr1_fast.video import pyav_reader
 from vcr1_fast.video.pyav_reader import PyavReader
 from vcr1_fast.video.read import open_reader, read_frames
-
-ReaderName = Literal["pyav", "decord", "torchcodec"]
-READERS: list[ReaderName] = ["pyav", "decord"]
-if torchcodec_reader.unavailable_reason() is None:
-    READERS.append("torchcodec")
-
-
-def black_png(side_px: int) -> bytes:
-    """A square of one bit per pixel."""
-    rows = zlib.compress(bytes((1 + side_px // 8) * side_px))
-    head = struct.pack(">IIBBBBB", side_px, side_px, 1, 0, 0, 0, 0)
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("reader_name", READERS)
@@ -55,7 +38,7 @@ def test_frames_above_the_limit_are_refused_by_name(tmp_path: Path, reader_name:
 def test_an_image_bomb_under_the_name_of_a_video(tmp_path: Path, reader_name: ReaderName):
     """31 KB that are 256 million pixels, 768 MB as RGB."""
     path = tmp_path / "a.mp4"
-    path.write_bytes(black_png(16_000))
+    path.write_bytes(clips.black_png(16_000))
     reader = open_reader(VideoConfig(reader=reader_name))
     with pytest.raises(SampleError, match=r"16000 x 16000 px, more than video\.max_source_pixels"):
         reader.probe(str(path))
@@ -69,7 +52,7 @@ def test_a_container_that_says_less_than_its_frames_have(tmp_path: Path, suffix:
         stream = out.add_stream("png", rate=30)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "gray"
         for k in range(2):
-            packet = av.Packet(black_png(1_000))
+            packet = av.Packet(clips.black_png(1_000))
             packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, k, k, True
             packet.time_base = Fraction(1, 30)
             out.mux(packet)

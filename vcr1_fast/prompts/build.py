@@ -24,7 +24,6 @@ from vcr1_fast.video.reader import ReaderError
 from vcr1_fast.video.source_name import SourceName
 
 MAX_REASON_LETTERS = 1000
-TOKENS_PER_SECOND = 2.0  # vision_config.tokens_per_second of every published Qwen2.5-VL
 MARK = re.compile("<(video|image)>")  # where one stands in a question, as in LLaVA's data
 SYSTEM_MESSAGE = "You are a helpful assistant."  # the default of Qwen's chat template; the original trains with it
 
@@ -46,8 +45,6 @@ class PromptBuilder:
     stand there together, or each where a mark in the question, `<video>` or `<image>`, has its place. With
     `writes_times` the time of each pair of frames stands before it in words, `<12.5 seconds>`, and each pair is a video
     of its own to the position rule, as in Qwen3-VL; without, positions alone tell the time.
-
-    Example: `PromptBuilder(tokenizer, tasks, read).build(example)`.
     """
 
     def __init__(
@@ -60,9 +57,11 @@ class PromptBuilder:
         limits: PromptLimits | None = None,
         video_first: bool = False,
         writes_times: bool = False,
+        tokens_per_second: float = 2.0,
     ) -> None:
         """`read` gives the patches of one of `Example.sources` and raises SampleError if it cannot; `prefetch` has them
-        read ahead. `limits` None: nothing is too long.
+        read ahead. `limits` None: nothing is too long. `tokens_per_second`: of the model's vision config; 2 in every
+        published Qwen2.5-VL.
 
         Raises ValueError when the tokenizer lacks a special token.
         """
@@ -72,6 +71,7 @@ class PromptBuilder:
         self._read, self._prefetch = read, prefetch
         self.limits = limits
         self.video_first, self.writes_times = video_first, writes_times
+        self.tokens_per_second = tokens_per_second
         self._newline = self._text_ids("\n")
 
     def placing(self, video_first: bool) -> PromptBuilder:
@@ -99,22 +99,19 @@ class PromptBuilder:
             return self._build(example)
 
     def _build(self, example: Example) -> Prompt:
-        pieces = self._pieces(self._task(example).question(example), example)
-        read = [self._checked(piece) if isinstance(piece, _Source) else piece for piece in pieces]
+        pieces = self._pieces(self.tasks[example.task].question(example), example)
+        read = [self._read(piece.name) if isinstance(piece, _Source) else piece for piece in pieces]
         media = [piece for piece in read if isinstance(piece, Patches)]
         token_ids_L = torch.tensor(self._layout(read, example), dtype=torch.int64)
         steps = [step for patches in media for step in self._grids(patches)]
-        try:
-            positions_3L = mrope_positions(
-                token_ids_L,
-                [grid for grid, _ in steps],
-                [second_per_grid_s for _, second_per_grid_s in steps],
-                self.special_ids.video_pad,
-                TOKENS_PER_SECOND,
-                self.special_ids.image_pad,
-            )
-        except ValueError as error:
-            raise SampleError(example.video or example.id, str(error)) from error
+        positions_3L = mrope_positions(
+            token_ids_L,
+            [grid for grid, _ in steps],
+            [second_per_grid_s for _, second_per_grid_s in steps],
+            self.special_ids.video_pad,
+            self.tokens_per_second,
+            self.special_ids.image_pad,
+        )
         prompt = Prompt(example, token_ids_L, positions_3L, tuple(media))
         if self.limits is not None:
             self.limits.check_length(prompt)
@@ -126,7 +123,7 @@ class PromptBuilder:
     def completion_ids(self, example: Example) -> Tensor:
         """[R] int64: the answer that supervised training teaches, ended by <|im_end|>. Raises SampleError."""
         with _blamed_on(example, "making its target"):
-            target = self._task(example).target(example)
+            target = self.tasks[example.task].target(example)
             return torch.tensor([*self._safe_ids(target, example), self.special_ids.im_end], dtype=torch.int64)
 
     def decode(self, token_ids: list[list[int]]) -> list[str]:
@@ -148,16 +145,6 @@ class PromptBuilder:
             )
         shown = [of_kind[kind].pop(0) for kind in kinds]
         return [piece for pair in zip(parts[::2], [*shown, ""], strict=True) for piece in pair if piece]
-
-    def _checked(self, source: _Source) -> Patches:
-        """Its patches, read. Raises SampleError where they are not what the layout needs."""
-        patches = self._read(source.name)
-        num_rows, (t, h, w) = patches.values_PC.shape[0], patches.grid_thw
-        if num_rows != t * h * w and patches.embeddings_MD is None:
-            raise SampleError(source.name, f"{num_rows} patches were read, but the grid {(t, h, w)} has {t * h * w}")
-        if self._has_times(patches) and len(patches.pair_times_s) != t:
-            raise SampleError(source.name, f"{len(patches.pair_times_s)} times were read for {t} pairs of frames")
-        return patches
 
     def _has_times(self, patches: Patches) -> bool:
         return self.writes_times and patches.kind == "video"
@@ -196,11 +183,6 @@ class PromptBuilder:
         pair = [special.vision_start, *[special.video_pad] * num_tokens, special.vision_end]
         times = [self._text_ids(f"<{time_s:.1f} seconds>") for time_s in patches.pair_times_s]
         return [token_id for time in times for token_id in (*time, *pair)]
-
-    def _task(self, example: Example) -> Task:
-        if example.task not in self.tasks:
-            raise SampleError(example.id, f"task {example.task!r} is not one of {', '.join(self.tasks)}")
-        return self.tasks[example.task]
 
     def _text_ids(self, text: str) -> list[int]:
         # The flag is a state of the shared tokenizer object. All our text goes through here with the same value, so

@@ -14,7 +14,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -51,16 +51,15 @@ class FileSummary:
     schema: str
     num_rows: int  # of our own schema, the unusable ones included
     num_examples: int
-    found: dict[str, int]  # kind of defect -> intervals that have it, in all rows
-    repaired: dict[str, int]  # recipe fixed: of those, the ones in rows that became examples
-    kept: dict[str, int]  # recipe paper: the same
+    recipe: Recipe  # fixed: what is defective in examples was repaired; paper: kept as it is
+    defects: dict[str, int]  # kind -> intervals that have it, in rows that became examples
     refused: dict[str, int]  # kind -> rows left out; they are the errors, one for one
     moved: str = ""  # how many videos and images are not where the file says
     num_texts: int = 0  # examples that show nothing
 
     def __str__(self) -> str:
         parts = [f"{self.file} (schema {self.schema}): {self.num_rows:,} rows, {self.num_examples:,} examples"]
-        named = {"repaired": self.repaired, "kept as they are": self.kept, "refused": self.refused}
+        named = {"repaired" if self.recipe == "fixed" else "kept as they are": self.defects, "refused": self.refused}
         for what, counts in named.items():
             if counts:
                 parts.append(f"{what}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
@@ -112,9 +111,9 @@ def read_annotation_files(
         schema = find_schema(file, entries, source.schema, source.task)
         label = _stem(file) if num_of_stem[_stem(file)] == 1 else os.path.abspath(file)
         media = MediaFolder(str(source.video_root or file.parent), trees)
-        loader = _Loader(file, label, tasks, media, source_of_id)
-        loader.add_all(entries.items, schema, recipe)
-        result.append(loader.finish(schema, recipe))
+        loader = _Loader(file, label, tasks, media, source_of_id, schema, recipe)
+        loader.add_all(entries.items)
+        result.append(loader.finish())
     return result
 
 
@@ -122,50 +121,49 @@ def _stem(file: Path) -> str:
     return Path(plain_name(file)).stem
 
 
+@dataclass
 class _Loader:
     """Gathers the examples of one file and counts what is left out."""
 
-    def __init__(
-        self, file: Path, label: str, tasks: Mapping[str, Task], media: MediaFolder, source_of_id: dict[str, str]
-    ) -> None:
-        self.file, self.label, self.tasks, self.media = file, label, tasks, media
-        self.source_of_id = source_of_id  # of all files so far
-        self.rows: list[Example] = []
-        self.errors: list[SampleError] = []
-        self.found: Counter[str] = Counter()
-        self.in_examples: Counter[str] = Counter()
-        self.refused: Counter[str] = Counter()
+    file: Path
+    label: str
+    tasks: Mapping[str, Task]
+    media: MediaFolder
+    source_of_id: dict[str, str]  # of all files so far
+    schema: Schema
+    recipe: Recipe
+    rows: list[Example] = field(default_factory=list)
+    errors: list[SampleError] = field(default_factory=list)
+    defects: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
 
-    def add_all(self, entries: Sequence[tuple[str, object]], schema: Schema, recipe: Recipe) -> None:
-        rows = [row for where, entry in entries for row in self._rows(where, entry, schema, recipe)]
+    def add_all(self, entries: Sequence[tuple[str, object]]) -> None:
+        rows = [row for where, entry in entries for row in self._rows(where, entry)]
         self.media.tell_apart(row for _, row, error in rows if error is None)
         for where, row, error in rows:
             if error is None:
-                self._add_row(printable(where), row, recipe)
+                self._add_row(printable(where), row)
             else:
                 self._refuse(printable(where), row, "invalid", error)
 
-    def _rows(
-        self, where: str, entry: object, schema: Schema, recipe: Recipe
-    ) -> list[tuple[str, Row, ValueError | None]]:
+    def _rows(self, where: str, entry: object) -> list[tuple[str, Row, ValueError | None]]:
         """The rows of an entry, or the one thing that is wrong with it."""
         try:
             if isinstance(entry, ValueError):
                 raise entry
             if not isinstance(entry, Mapping):
                 raise ValueError(
-                    f"the row is a {type(entry).__name__}, wanted an object with the keys {', '.join(schema.keys)}"
+                    f"the row is a {type(entry).__name__}, wanted an object with the keys {', '.join(self.schema.keys)}"
                 )
-            return [(row_where, row, None) for row_where, row in schema.to_rows(where, entry, recipe)]
+            return [(row_where, row, None) for row_where, row in self.schema.to_rows(where, entry, self.recipe)]
         except ValueError as error:
             keys: dict[str, object] = dict(entry) if isinstance(entry, Mapping) else {}
-            return [(where, keys | {"task": schema.task or keys.get("task")}, error)]
+            return [(where, keys | {"task": self.schema.task or keys.get("task")}, error)]
 
-    def _add_row(self, where: str, row: Row, recipe: Recipe) -> None:
+    def _add_row(self, where: str, row: Row) -> None:
         defects = find_interval_defects(row)
-        self.found += defects
         source = f"{self.file}:{where}"
-        refusing = (name for name in REFUSING if defects[name] and recipe == "fixed")
+        refusing = (name for name in REFUSING if defects[name] and self.recipe == "fixed")
         kind = next(refusing, "invalid")
         try:
             require_text(row)
@@ -181,7 +179,7 @@ class _Loader:
         else:
             self.source_of_id[example.id] = source
             self.rows.append(example)
-            self.in_examples += defects
+            self.defects += defects
 
     def _refuse(self, where: str, row: Mapping[str, object], kind: str, error: ValueError) -> None:
         reason = printable(str(error))
@@ -205,17 +203,15 @@ class _Loader:
         )
         self.rows.append(refused)
 
-    def finish(self, schema: Schema, recipe: Recipe) -> AnnotationFile:
-        kept_or_repaired = dict(self.in_examples)
+    def finish(self) -> AnnotationFile:
         num_examples = sum(not row.is_refused for row in self.rows)
         summary = FileSummary(
             file=self.file.name,
-            schema=schema.name,
+            schema=self.schema.name,
             num_rows=num_examples + len(self.errors),
             num_examples=num_examples,
-            found=dict(self.found),
-            repaired=kept_or_repaired if recipe == "fixed" else {},
-            kept=kept_or_repaired if recipe == "paper" else {},
+            recipe=self.recipe,
+            defects=dict(self.defects),
             refused=dict(self.refused),
             moved=self.media.describe_moved(),
             num_texts=sum(not row.is_refused and not row.sources for row in self.rows),
@@ -314,15 +310,11 @@ class DataOrder:
     """
 
     def __init__(self, num_items: int, seed: int) -> None:
-        if num_items < 1:
-            raise ValueError(f"num_items is {num_items}, wanted at least 1 item to put in order")
         self.num_items = num_items
         self.seed = seed
 
     def indices(self, start: int, count: int) -> list[int]:
         """Items at the stream positions start .. start + count - 1."""
-        if start < 0 or count < 0:
-            raise ValueError(f"start is {start} and count is {count}, wanted both >= 0")
         result: list[int] = []
         while len(result) < count:
             epoch, offset = divmod(start + len(result), self.num_items)
@@ -339,10 +331,7 @@ def _permutation(num_items: int, seed: int, epoch: int) -> list[int]:
 
 
 def shard(items: Sequence[Item], rank: int, world_size: int) -> list[Item]:
-    """The contiguous equal share of one rank. Raises ValueError when the items do not divide by the ranks."""
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}, wanted 0 .. {world_size - 1} for world_size {world_size}")
-    if len(items) % world_size:
-        raise ValueError(f"{len(items)} items do not divide by {world_size} ranks: make the count a multiple of it")
-    share = len(items) // world_size
+    """The contiguous equal share of one rank; the items divide by the ranks."""
+    share, rest = divmod(len(items), world_size)
+    assert rest == 0, f"{len(items)} items for {world_size} ranks"
     return list(items[rank * share : (rank + 1) * share])

@@ -10,23 +10,16 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
-from vcr1_fast.learner.sharding import World
+from vcr1_fast.learner.sharding import World, gather_all
 from vcr1_fast.settings.config import ConfigError
 from vcr1_fast.types import Example, RolloutGroup
 
 
 def log_rewards(path: Path, step: int, groups: Sequence[RolloutGroup], world: World) -> None:
     """Append the mean reward of every group of all ranks; rank 0 writes. A collective. Raises OSError on rank 0."""
-    rows = [_row(group, step) for group in groups]
-    if world.world_size > 1:
-        gathered: list[list[dict[str, object]]] = [[] for _ in range(world.world_size)]
-        dist.all_gather_object(gathered, rows)
-        rows = [row for part in gathered for row in part]
+    rows = [row for part in gather_all([_row(group, step) for group in groups], world) for row in part]
     if world.is_main and rows:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -70,26 +63,11 @@ def read_rewards(path: str | Path) -> dict[str, float]:
     return rewards
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """What is left of the examples. As text: one line for people."""
-
-    examples: list[Example]
-    num_below: int  # left out, mean reward under the range
-    num_above: int
-    num_unknown: int  # kept, the earlier run did not meet them
-
-    def __str__(self) -> str:
-        return (
-            f"data.reward_range: {len(self.examples):,} examples; left out {self.num_below:,} below and "
-            f"{self.num_above:,} above; {self.num_unknown:,} of those kept have no reward yet"
-        )
-
-
 def select_by_reward(
     examples: Sequence[Example], rewards: dict[str, float], reward_range: tuple[float, float]
-) -> Selection:
-    """The examples whose reward lies in the range, ends included, and those without one, in their order.
+) -> tuple[list[Example], str]:
+    """The examples whose reward lies in the range, ends included, and those without one, in their order; and a line on
+    what was left out.
 
     Raises ConfigError when no example is left, or none has a reward: the file is then of other data.
     """
@@ -103,4 +81,8 @@ def select_by_reward(
         raise ConfigError(
             f"data.reward_range {low} .. {high} leaves no example: {num_below} are below and {num_above} above"
         )
-    return Selection(kept, num_below, num_above, sum(example.id not in rewards for example in kept))
+    num_unknown = sum(example.id not in rewards for example in kept)
+    return kept, (
+        f"data.reward_range: {len(kept):,} examples; left out {num_below:,} below and {num_above:,} above; "
+        f"{num_unknown:,} of those kept have no reward yet"
+    )

@@ -77,7 +77,7 @@ class ByWeight:
             self._members.setdefault(task, []).append(index)
         _check_names(weights, {task: len(members) for task, members in self._members.items()})
         self.counts = block_counts(weights)
-        self._names = sorted(self.counts)
+        self._names = list(self.counts)
         self._seed = seed
         # The name is part of the seed: two tasks of one size must not go through their examples in the same order.
         self._orders = {
@@ -85,9 +85,6 @@ class ByWeight:
         }
 
     def indices(self, start: int, count: int) -> list[int]:
-        """As ExampleOrder says. Raises ValueError when one of the two is negative."""
-        if start < 0 or count < 0:
-            raise ValueError(f"start is {start} and count is {count}, wanted both >= 0")
         tasks = self._tasks_at(start, count)
         first = self._num_before(start)
         wanted = Counter(tasks)
@@ -102,12 +99,9 @@ class ByWeight:
         """The task of each position start .. start + count - 1."""
         first_block, offset = divmod(start, BLOCK)
         num_blocks = -(-(offset + count) // BLOCK)
-        slots = [slot for block in range(first_block, first_block + num_blocks) for slot in self._block(block)]
-        return slots[offset : offset + count]
-
-    def _block(self, block: int) -> list[str]:
-        sizes = tuple(self.counts[task] for task in self._names)
-        return [self._names[i] for i in _shuffled_block(sizes, self._seed, block)]
+        sizes, blocks = tuple(self.counts.values()), range(first_block, first_block + num_blocks)
+        slots = [i for block in blocks for i in _shuffled_block(sizes, self._seed, block)]
+        return [self._names[i] for i in slots[offset : offset + count]]
 
     def _num_before(self, position: int) -> Counter[str]:
         """Positions of each task before `position`."""
@@ -117,7 +111,7 @@ class ByWeight:
 
 
 def block_counts(weights: Mapping[str, float]) -> dict[str, int]:
-    """Positions of each task in a block of 100; tasks of weight 0 are left out.
+    """Positions of each task in a block of 100, by name; tasks of weight 0 are left out.
 
     Raises ConfigError when a weight is positive and gets none.
     """

@@ -35,26 +35,15 @@ def mrope_positions(
         second_per_grid_s: seconds between two steps of each grid's time axis.
         tokens_per_second: of the model's vision config; 2 in the published checkpoints.
         image_pad_id: placeholder of images; -1 where there are none.
-
-    Raises ValueError when placeholders and grids do not agree.
     """
-    counts = _token_counts(grids, second_per_grid_s)
+    counts = [t * (h // MERGE) * (w // MERGE) for t, h, w in grids]
     is_video_L = ((token_ids_L == video_pad_id) | (token_ids_L == image_pad_id)).tolist()
-    if sum(is_video_L) != sum(counts):
-        raise ValueError(
-            f"the prompt has {sum(is_video_L)} placeholders, but the grids {list(grids)} stand for {sum(counts)} "
-            f"tokens: expand each to t * h * w / {MERGE * MERGE} placeholders"
-        )
+    assert sum(is_video_L) == sum(counts), f"{sum(is_video_L)} placeholders, but {sum(counts)} tokens of {list(grids)}"
     blocks: list[Tensor] = []
     cursor = position = 0
     for index, ((t, h, w), seconds, count) in enumerate(zip(grids, second_per_grid_s, counts, strict=True)):
         start = is_video_L.index(True, cursor)
-        if not all(is_video_L[start : start + count]):
-            run = is_video_L[start : start + count].index(False)
-            raise ValueError(
-                f"grid {index} has {run} placeholders in a row at token {start}, but its grid {(t, h, w)} stands for "
-                f"{count}: give the grids in the order of the prompt"
-            )
+        assert all(is_video_L[start : start + count]), f"grid {index} is not the next of the prompt"
         blocks.append(torch.arange(position, position + start - cursor).expand(3, -1))
         position += start - cursor
         blocks.append(_video_block(t, h // MERGE, w // MERGE, seconds, tokens_per_second) + position)
@@ -62,15 +51,6 @@ def mrope_positions(
         cursor = start + count
     blocks.append(torch.arange(position, position + len(is_video_L) - cursor).expand(3, -1))
     return torch.cat(blocks, dim=1)
-
-
-def _token_counts(grids: Sequence[tuple[int, int, int]], second_per_grid_s: Sequence[float]) -> list[int]:
-    if len(grids) != len(second_per_grid_s):
-        raise ValueError(f"there are {len(grids)} grids, but {len(second_per_grid_s)} values of second_per_grid_s")
-    for t, h, w in grids:
-        if t < 1 or h < MERGE or w < MERGE or h % MERGE or w % MERGE:
-            raise ValueError(f"grid {(t, h, w)}: wanted t >= 1, and h and w positive multiples of {MERGE}")
-    return [t * (h // MERGE) * (w // MERGE) for t, h, w in grids]
 
 
 def _video_block(t: int, rows: int, columns: int, second_per_grid_s: float, tokens_per_second: float) -> Tensor:

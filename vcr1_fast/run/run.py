@@ -53,6 +53,7 @@ from vcr1_fast.run.sources import (
     eval_builder,
     open_source,
     prompt_limits,
+    tokens_per_second,
 )
 from vcr1_fast.run.telemetry import Telemetry, say
 from vcr1_fast.run.weight_sync import WeightSync
@@ -230,6 +231,7 @@ def open_run(config: Config, command: RunCommand) -> Iterator[Run]:
             limits=limits,
             video_first=bool(config.task.video_first),
             writes_times=config.task.timestamps == "text",
+            tokens_per_second=tokens_per_second(config),
         )
         if writes and world.is_main:
             (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")

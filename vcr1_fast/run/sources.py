@@ -44,6 +44,11 @@ def prompt_limits(config: Config, command: RunCommand) -> PromptLimits:
     return PromptLimits(max_positions, num_answer_tokens, max_prompt_tokens, refuses_periods=is_fixed)
 
 
+def tokens_per_second(config: Config) -> float:
+    """Positions that the model counts for a second of video; any for Qwen3-VL, which is told times in words."""
+    return getattr(read_config(model_folder(config.model.path)).vision_config, "tokens_per_second", 0.0)
+
+
 def annotation_contents(
     config: Config, tasks: Mapping[str, Task], name: Literal["train", "eval"]
 ) -> list[AnnotationFile]:

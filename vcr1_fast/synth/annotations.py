@@ -8,7 +8,7 @@ import numpy as np
 
 from vcr1_fast.synth.config import COLOURS, NUM_INSTANTS, SynthConfig
 from vcr1_fast.synth.scene import Scene
-from vcr1_fast.types import Box, Interval
+from vcr1_fast.types import Interval
 
 Row = dict[str, object]
 _BOX_LIMITS = (0.0, 0.99)  # two decimals never reach 1.00, so that every coordinate is written with one leading 0
@@ -20,81 +20,53 @@ _NUM_CELLS = 4  # the frame is read as 4 x 4 cells, a..d from left to right, 1..
 
 def grounding_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rng: np.random.Generator) -> Row:
     """Temporal grounding: when is the event visible? Lag moves the interval, never the reasoning."""
-    return {
-        "id": clip_id,
-        "task": "temporal_grounding",
-        "video": video,
-        "query": f"a {scene.target.name} appears",
-        "duration_s": scene.duration_s,
-        "intervals": [list(_late_interval(config, scene.target.visible_s, rng))],
-        "reasoning": _read_seconds(scene),
-    }
+    intervals = [list(_late_interval(config, scene.target.visible_s, rng))]
+    about = (clip_id, "temporal_grounding", video, f"a {scene.target.name} appears")
+    return _row(scene, *about, _read_seconds(scene), intervals=intervals)
 
 
 def tracking_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rng: np.random.Generator) -> Row:
     """Object tracking: where is the object at 8 instants? Box 0 stays exact, it is shown in the prompt."""
-    times_s = _instants_s(scene)
+    times_s = [round(i * scene.duration_s / NUM_INSTANTS, 3) for i in range(NUM_INSTANTS)]
     boxes = [scene.box(scene.target, t_s) for t_s in times_s]
     slack = float(rng.uniform()) * config.label_slack_frac  # a hand that draws loosely does so all along the track
-    boxes = [boxes[0], *(_loose_box(box, slack) for box in boxes[1:])]
-    return {
-        "id": clip_id,
-        "task": "object_tracking",
-        "video": video,
-        "query": scene.target.name,
-        "duration_s": scene.duration_s,
-        "boxes": [[round(float(np.clip(side, *_BOX_LIMITS)), 2) for side in box] for box in boxes],
-        "times_s": times_s,
-        "reasoning": _read_cells(scene, times_s),
-    }
+    boxes = [boxes[0], *((x0 - slack, y0 - slack, x1 + slack, y1 + slack) for x0, y0, x1, y1 in boxes[1:])]
+    rounded = [[round(float(np.clip(side, *_BOX_LIMITS)), 2) for side in box] for box in boxes]
+    about = (clip_id, "object_tracking", video, scene.target.name)
+    return _row(scene, *about, _read_cells(scene, times_s), boxes=rounded, times_s=times_s)
 
 
 def grounded_qa_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rng: np.random.Generator) -> Row:
     """Grounded QA: what colour is the object that appears, and when is it there?"""
-    options = list(COLOURS)
-    return {
-        "id": clip_id,
-        "task": "grounded_qa",
-        "video": video,
-        "query": "what colour is the large object",
-        "duration_s": scene.duration_s,
-        "options": options,
-        "answer": _letter(config, options.index(scene.target.colour), scene.target.colour in _CARE_COLOURS, rng),
-        "intervals": [list(_late_interval(config, scene.target.visible_s, rng))],
-        "reasoning": _read_seconds(scene),
-    }
+    options, colour = list(COLOURS), scene.target.colour
+    answer = _letter(config, options.index(colour), colour in _CARE_COLOURS, rng)
+    intervals = [list(_late_interval(config, scene.target.visible_s, rng))]
+    about = (clip_id, "grounded_qa", video, "what colour is the large object")
+    return _row(scene, *about, _read_seconds(scene), options=options, answer=answer, intervals=intervals)
 
 
 def choice_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rng: np.random.Generator) -> Row:
     """Multiple choice: in which part of the video does the object appear? The third with the interval's middle."""
     start_s, end_s = scene.target.visible_s
     index = min(len(PARTS) - 1, int((start_s + end_s) / 2 / scene.duration_s * len(PARTS)))
-    return {
-        "id": clip_id,
-        "task": "multiple_choice",
-        "video": video,
-        "query": f"in which part of the video does a {scene.target.name} appear",
-        "duration_s": scene.duration_s,
-        "options": list(PARTS),
-        "answer": _letter(config, index, index > 0, rng),
-        "reasoning": _read_seconds(scene),
-    }
+    about = (clip_id, "multiple_choice", video, f"in which part of the video does a {scene.target.name} appear")
+    answer = _letter(config, index, index > 0, rng)
+    return _row(scene, *about, _read_seconds(scene), options=list(PARTS), answer=answer)
 
 
 def quality_row(config: SynthConfig, scene: Scene, clip_id: str, video: str, rng: np.random.Generator) -> Row:
     """Video quality: are the pictures good?"""
     is_careless = scene.damage > 0 and rng.uniform() < config.label_careless_frac
     word = "bad" if scene.damage else "good"
-    return {
-        "id": clip_id,
-        "task": "video_quality",
-        "video": video,
-        "query": "is this video of high quality or of low quality?",
-        "duration_s": scene.duration_s,
-        "options": list(QUALITIES),
-        "answer": QUALITIES[scene.damage > 0 and not is_careless],
-        "reasoning": " ".join(f"{k} {word}" for k in range(int(np.ceil(scene.duration_s)))),
-    }
+    reasoning = " ".join(f"{k} {word}" for k in range(int(np.ceil(scene.duration_s))))
+    about = (clip_id, "video_quality", video, "is this video of high quality or of low quality?")
+    answer = QUALITIES[scene.damage > 0 and not is_careless]
+    return _row(scene, *about, reasoning, options=list(QUALITIES), answer=answer)
+
+
+def _row(scene: Scene, clip_id: str, task: str, video: str, query: str, reasoning: str, **truth: object) -> Row:
+    about = {"id": clip_id, "task": task, "video": video, "query": query, "duration_s": scene.duration_s}
+    return {**about, **truth, "reasoning": reasoning}
 
 
 def image_row(config: SynthConfig, scene: Scene, clip_id: str, file: str, rng: np.random.Generator) -> Row:
@@ -134,10 +106,6 @@ def _read_seconds(scene: Scene) -> str:
     return " ".join(f"{k} {scene.target.colour if scene.target.is_visible(k) else 'no'}" for k in seconds)
 
 
-def _instants_s(scene: Scene) -> list[float]:
-    return [round(i * scene.duration_s / NUM_INSTANTS, 3) for i in range(NUM_INSTANTS)]
-
-
 def _read_cells(scene: Scene, times_s: list[float]) -> str:
     """The cell of the object at each instant. Example: `0 a2 1 a2 2 b3`."""
     return " ".join(f"{i} {_cell(scene, t_s)}" for i, t_s in enumerate(times_s))
@@ -157,8 +125,3 @@ def _late_interval(config: SynthConfig, interval: Interval, rng: np.random.Gener
     )
     end_s = min(config.duration_s, end_s)
     return min(start_s, round(end_s - 0.1, 1)), end_s
-
-
-def _loose_box(box: Box, slack: float) -> Box:
-    """Every side so much too far out; what leaves the frame is cut by the caller."""
-    return box[0] - slack, box[1] - slack, box[2] + slack, box[3] + slack

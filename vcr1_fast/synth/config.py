@@ -71,10 +71,8 @@ class SynthConfig:
         for name in ("width_px", "height_px"):
             value = getattr(self, name)
             _require(name, value, value >= 32 and value % 2 == 0, "an even number >= 32 (yuv420p halves both sides)")
-        for name in ("num_train", "num_eval", "num_distractors", "noise", "camera_jitter_px"):
-            value = getattr(self, name)
-            _require(name, value, value >= 0, "a number >= 0")
-        for name in ("label_lag_s", "label_slack_frac"):
+        counts, levels = ("num_train", "num_eval", "num_distractors"), ("noise", "camera_jitter_px")
+        for name in (*counts, *levels, "label_lag_s", "label_slack_frac"):
             value = getattr(self, name)
             _require(name, value, value >= 0, "a number >= 0")
         _require("label_careless_frac", self.label_careless_frac, 0 <= self.label_careless_frac <= 1, "0 to 1")

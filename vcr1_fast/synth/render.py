@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vcr1_fast.synth.config import COLOURS, SHAPES
+from vcr1_fast.synth.config import COLOURS
 from vcr1_fast.synth.scene import Scene
 
 Pixels = NDArray[np.uint8]
@@ -50,7 +50,7 @@ class Renderer:
 def signed_distance(shape: str, x: _Array, y: _Array, radius: float) -> _Array:
     """Distance in pixels from the outline, negative inside; every shape fills the box of half side `radius`.
 
-    x, y: pixels from the centre, y down, broadcast against each other. Raises KeyError for an unknown shape.
+    x, y: pixels from the centre, y down, broadcast against each other. `shape`: one of SHAPES.
     """
     ax, ay = np.abs(x), np.abs(y)
     match shape:
@@ -62,10 +62,9 @@ def signed_distance(shape: str, x: _Array, y: _Array, radius: float) -> _Array:
             return (ax + ay - radius) / np.float32(np.sqrt(2))
         case "triangle":  # corners (0, -r), (-r, r), (r, r)
             return np.maximum((2 * ax - y - radius) / np.float32(np.sqrt(5)), y - radius)
-        case "cross":
+        case _:  # cross
             arm = 0.36 * radius
             return np.minimum(np.maximum(ax - radius, ay - arm), np.maximum(ay - radius, ax - arm))
-    raise KeyError(f"shape {shape!r}, wanted one of {', '.join(SHAPES)}")
 
 
 def _draw(canvas: _Array, disc: tuple[float, float, float], shape: str, colour: tuple[int, int, int]) -> None:

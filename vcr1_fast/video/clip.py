@@ -4,21 +4,17 @@ more of it shall be seen; or one image."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from vcr1_fast.settings.config import ConfigError, VideoConfig
 from vcr1_fast.types import Frames, Interval, SampleError
 from vcr1_fast.video.formats import QWEN2_5_VL
-from vcr1_fast.video.read import read_frames, read_image, read_resized
+from vcr1_fast.video.read import Timeline, read_frames, read_image
 from vcr1_fast.video.reader import Probe, Reader
 from vcr1_fast.video.resolution import largest_clip_bytes
-from vcr1_fast.video.source_name import FRAGMENT, SourceName, part_name
-
-__all__ = ["FRAGMENT", "ClipRequest", "ImagesReader", "PartReader", "part_name", "read_clip"]
+from vcr1_fast.video.source_name import SourceName
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +27,6 @@ class ClipRequest:
     end_s: float = math.inf
     num_images: int | None = None  # that many equally spaced images stand for the whole, config.fps of them a second
     evidence_s: tuple[Interval, ...] = ()  # where frames lie closer together, in seconds of the part
-    folder_fps: float | None = None  # rate of a folder of images whose name says it; also config.image_folder_fps
     factor_px: int = QWEN2_5_VL.factor_px  # height and width of a frame are multiples of it
     is_image: bool = False  # the path is that of an image file; nothing above but its size counts
 
@@ -55,120 +50,39 @@ class ClipRequest:
                 config = replace(config, image_folder_fps=name.images_fps)
         except ConfigError as error:
             raise SampleError(video, f"its name asks for what cannot be: {error}") from error
-        declared_fps = None if name.num_images is not None else name.images_fps
-        part = (name.start_s, name.end_s, name.num_images)
-        more = {"evidence_s": name.evidence_s, "folder_fps": declared_fps, "factor_px": factor_px}
-        return ClipRequest(name.path, config, *part, **more)
-
-    @property
-    def is_whole(self) -> bool:
-        return self.start_s == 0.0 and self.end_s == math.inf
+        return ClipRequest(
+            name.path, config, name.start_s, name.end_s, name.num_images, name.evidence_s, factor_px=factor_px
+        )
 
     @property
     def max_bytes(self) -> int:
         """Upper bound of its pixels."""
         return 3 * self.config.max_image_pixels if self.is_image else largest_clip_bytes(self.config)
 
+    def timeline(self, probe: Probe) -> Timeline:
+        """What is seen of a source. Raises ValueError when none of its frames lies in the part.
+
+        Image i of n is frame floor(i * (N - 1) / (n - 1)) of the N there are: the first, the last, and the others at
+        equal distances between, as VideoChat-R1 takes 7 images of a GOT-10k folder. An odd number is made even with the
+        last one once more, because the vision tower takes frames in pairs. A file has a rate of its own and keeps it.
+        """
+        frames, fps = np.arange(len(probe.times_s)), self.config.image_folder_fps
+        if self.num_images is not None:
+            places, fps = np.arange(self.num_images + self.num_images % 2), self.config.fps
+            frames = np.minimum(places, self.num_images - 1) * frames[-1] // max(1, self.num_images - 1)
+        is_listed = self.num_images is not None or bool(probe.images)
+        times_s = np.arange(len(frames)) / fps if is_listed else probe.times_s
+        duration_s = len(frames) / fps if is_listed else probe.duration_s
+        first, end = np.searchsorted(times_s, [self.start_s, self.end_s])
+        if first >= end:
+            raise ValueError(f"no frame lies between {self.start_s:g} and {self.end_s:g} s")
+        start_s = times_s[first]
+        return Timeline(frames[first:end], times_s[first:end] - start_s, min(self.end_s, duration_s) - float(start_s))
+
 
 def read_clip(request: ClipRequest, reader: Reader) -> Frames:
     """Decode what is asked for, see `read_frames` and `read_image`. Raises SampleError."""
     if request.is_image:
         return read_image(request.path, request.config, request.factor_px)
-    if request.num_images is not None:
-        reader = ImagesReader(reader, request.num_images, request.config.fps)
-    elif request.folder_fps is not None:
-        reader = FolderReader(reader, request.folder_fps)
-    if not request.is_whole:
-        reader = PartReader(reader, request.start_s, request.end_s)
-    return read_frames(request.path, request.config, reader, request.evidence_s, request.factor_px)
-
-
-class PartReader:
-    """A Reader that shows only the frames of [start_s, end_s), as a video of its own."""
-
-    def __init__(self, reader: Reader, start_s: float, end_s: float) -> None:
-        self.reader, self.start_s, self.end_s = reader, start_s, end_s
-        self.name = reader.name
-        self._whole: dict[str, tuple[Probe, int]] = {}  # path -> probe and the first frame of the part
-
-    def probe(self, path: str) -> Probe:
-        """Raises SampleError also when no frame lies in the part."""
-        whole = self.reader.probe(path)
-        first, last = np.searchsorted(whole.times_s, [self.start_s, self.end_s], side="left")
-        if last - first < 1:
-            raise SampleError(path, f"no frame lies between {self.start_s:g} and {self.end_s:g} s")
-        self._whole[path] = (whole, int(first))
-        times_s = whole.times_s[first:last] - whole.times_s[first]
-        ticks = None if whole.ticks is None else whole.ticks[first:last]
-        duration_s = min(self.end_s, whole.duration_s) - float(whole.times_s[first])
-        return replace(whole, times_s=times_s, ticks=ticks, duration_s=duration_s)
-
-    def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
-        whole, first = self._whole[probe.path]
-        return self.reader.read(whole, [index + first for index in frame_indices])
-
-    def read_frames(self, probe: Probe, frame_indices: Sequence[int], height_px: int, width_px: int) -> torch.Tensor:
-        whole, first = self._whole[probe.path]
-        return read_resized(self.reader, whole, [index + first for index in frame_indices], height_px, width_px)
-
-    def close(self) -> None:
-        """The reader inside is closed by who opened it."""
-
-
-class FolderReader:
-    """A Reader that takes a folder of images for a video of `fps`. A file has a rate of its own and keeps it."""
-
-    def __init__(self, reader: Reader, fps: float) -> None:
-        self.reader, self.fps = reader, fps
-        self.name = reader.name
-
-    def probe(self, path: str) -> Probe:
-        whole = self.reader.probe(path)
-        if not whole.images:
-            return whole
-        num_images = len(whole.images)
-        return replace(whole, times_s=np.arange(num_images) / self.fps, duration_s=num_images / self.fps)
-
-    def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
-        return self.reader.read(probe, frame_indices)
-
-    def read_frames(self, probe: Probe, frame_indices: Sequence[int], height_px: int, width_px: int) -> torch.Tensor:
-        return read_resized(self.reader, probe, frame_indices, height_px, width_px)
-
-    def close(self) -> None:
-        """The reader inside is closed by who opened it."""
-
-
-class ImagesReader:
-    """A Reader that shows `num_images` frames of a source, `fps` a second, as a video of its own.
-
-    Frame i of n is frame floor(i * (N - 1) / (n - 1)) of the N there are: the first, the last, and the others at equal
-    distances between, as VideoChat-R1 takes 7 images of a GOT-10k folder. An odd number is made even with the last
-    frame once more, because the vision tower takes frames in pairs.
-    """
-
-    def __init__(self, reader: Reader, num_images: int, fps: float) -> None:
-        self.reader, self.num_images, self.fps = reader, num_images, fps
-        self.name = reader.name
-        self._whole: dict[str, Probe] = {}
-
-    def probe(self, path: str) -> Probe:
-        whole = self.reader.probe(path)
-        self._whole[path] = whole
-        times_s = np.arange(self.num_images + self.num_images % 2) / self.fps
-        return replace(whole, times_s=times_s, ticks=None, duration_s=len(times_s) / self.fps)
-
-    def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
-        whole = self._whole[probe.path]
-        return self.reader.read(whole, self._shown(whole, frame_indices))
-
-    def read_frames(self, probe: Probe, frame_indices: Sequence[int], height_px: int, width_px: int) -> torch.Tensor:
-        whole = self._whole[probe.path]
-        return read_resized(self.reader, whole, self._shown(whole, frame_indices), height_px, width_px)
-
-    def _shown(self, whole: Probe, frame_indices: Sequence[int]) -> list[int]:
-        last, num_gaps = len(whole.times_s) - 1, max(1, self.num_images - 1)
-        return [min(index, self.num_images - 1) * last // num_gaps for index in frame_indices]
-
-    def close(self) -> None:
-        """The reader inside is closed by who opened it."""
+    more = (request.evidence_s, request.factor_px, request.timeline)
+    return read_frames(request.path, request.config, reader, *more)

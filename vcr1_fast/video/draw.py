@@ -56,11 +56,18 @@ def side_by_side(frames_FHW3: np.ndarray) -> np.ndarray:
 def bar(width_px: int, intervals_s: Sequence[Interval], duration_s: float, colour: Colour = SPAN) -> np.ndarray:
     """[BAR_PX, width_px, 3]: the whole duration, the intervals coloured."""
     picture = np.full((BAR_PX, width_px, 3), BACKGROUND, np.uint8)
-    for start_s, end_s in intervals_s:
-        left = pixel(start_s / duration_s, width_px)
-        right = max(pixel(end_s / duration_s, width_px), left + LINE_PX)
-        picture[:, min(left, width_px - LINE_PX) : right] = colour
+    colour_in(picture, intervals_s, duration_s, colour)
     return picture
+
+
+def colour_in(
+    bar_HW3: np.ndarray, spans_s: Sequence[Interval], duration_s: float, colour: Colour, line_px: int = LINE_PX
+) -> None:
+    """Periods of a bar that stands for the whole duration, in place; each at least a line wide."""
+    width_px = bar_HW3.shape[1]
+    for start_s, end_s in spans_s:
+        left = min(pixel(start_s / duration_s, width_px), width_px - line_px)
+        bar_HW3[:, left : max(pixel(end_s / duration_s, width_px), left + line_px)] = colour
 
 
 def boxes_on_frames(frames_FHW3: np.ndarray, boxes: Sequence[Box], given: Box | None = None) -> np.ndarray:

@@ -19,7 +19,7 @@ from av.video.reformatter import Colorspace, VideoReformatter
 
 from vcr1_fast.run.telemetry import progress
 from vcr1_fast.types import Box, Interval
-from vcr1_fast.video.draw import BACKGROUND, GIVEN, LINE_PX, SPAN, outline, pixel
+from vcr1_fast.video.draw import BACKGROUND, GIVEN, LINE_PX, SPAN, colour_in, outline
 from vcr1_fast.video.reader import Probe, Reader
 
 TICKS_PER_S = 60_000  # whole ticks for a frame at 24, 25, 30, 50, 60 and 30000/1001 a second; MPEG-4 takes up to 65,535
@@ -34,13 +34,11 @@ def span_mark(intervals_s: Sequence[Interval], duration_s: float) -> Mark:
     """A bar over the bottom: the whole duration, the intervals coloured, a line at the frame's own time."""
 
     def mark(rgb_HW3: np.ndarray, time_s: float) -> None:
-        height_px, width_px, _ = rgb_HW3.shape
+        height_px = rgb_HW3.shape[0]
         bar, line_px = rgb_HW3[-max(height_px // 12, 3 * LINE_PX) :], _line_px(height_px)
         bar[...] = BACKGROUND
-        spans = [(start_s, end_s, SPAN) for start_s, end_s in intervals_s]
-        for start_s, end_s, colour in (*spans, (time_s, time_s, PLAYHEAD)):
-            left = min(pixel(start_s / duration_s, width_px), width_px - line_px)
-            bar[:, left : max(pixel(end_s / duration_s, width_px), left + line_px)] = colour
+        for spans_s, colour in ((intervals_s, SPAN), ([(time_s, time_s)], PLAYHEAD)):
+            colour_in(bar, spans_s, duration_s, colour, line_px)
 
     return mark
 

@@ -21,10 +21,9 @@ def embed_videos(
 ) -> Tensor:
     """[M, W] of all clips in their order: from `tower`, or as a frozen tower left them."""
     features = [p.embeddings_MD for p in patches if p.embeddings_MD is not None]
-    if features and len(features) == len(patches):
-        return send_rows(features, device, dtype)
     if features:
-        raise ValueError(f"{len(features)} of {len(patches)} clips come with embeddings, wanted all or none")
+        assert len(features) == len(patches), "one tower is frozen for all clips, or for none"
+        return send_rows(features, device, dtype)
     inputs = family.tower_inputs([p.grid_thw for p in patches], tower.config)
     moved = inputs.on(send(inputs.tensors, device))
     return family.run_tower(tower, send_rows([p.values_PC for p in patches], device, dtype), moved)

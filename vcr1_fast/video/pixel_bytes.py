@@ -57,15 +57,11 @@ def pack(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `pack` was given. Raises ValueError when bytes and levels do not fit together."""
+    """What `pack` was given."""
     unpacked = dict(tensors)
     bytes_PC, levels = unpacked.pop("bytes_PC", None), unpacked.pop("levels_C256", None)
     if bytes_PC is None or levels is None:
         return unpacked
-    is_rows = bytes_PC.dtype == torch.uint8 and bytes_PC.ndim == 2 and bytes_PC.shape[1] % NUM_CHANNELS == 0
-    is_table = tuple(levels.shape) == (NUM_CHANNELS, NUM_LEVELS) and levels.dtype.itemsize in _SAME_SIZE
-    if not is_rows or not is_table:
-        raise ValueError(f"bytes are {bytes_PC.dtype} {tuple(bytes_PC.shape)}, wanted uint8 [P, C] with levels")
     values_PC = torch.empty(bytes_PC.shape, dtype=levels.dtype)
     # numpy looks up by bytes: torch would want 8 bytes of index for each. Both see the same bits, as integers.
     integer = _SAME_SIZE[levels.dtype.itemsize]

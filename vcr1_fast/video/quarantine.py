@@ -82,11 +82,6 @@ class Quarantine:
     def __contains__(self, source: object) -> bool:
         return source in self.reasons
 
-    @property
-    def num_bad(self) -> int:
-        """Different sources known to be bad, those of earlier runs included."""
-        return len(self.reasons)
-
     def add(self, error: SampleError) -> None:
         """Remember `error.source` and append it to the file at once. A source that is known already is not repeated."""
         if error.source in self.reasons:

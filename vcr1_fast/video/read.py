@@ -6,8 +6,8 @@ Probe, choose frames, choose a size, decode only these, resize.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -31,10 +31,10 @@ def open_reader(config: VideoConfig) -> Reader:
     Raises ModuleNotFoundError when the reader is not installed, RuntimeError when it does not work on this machine.
     """
     name, _, others = config.reader.partition("+")
-    files = _open_file_reader(name, config)
-    if others:
-        files = EitherReader(files, PyavReader(config.max_source_pixels))
-    return SourceReader(files, ImageFolderReader(config.image_folder_fps, config.max_source_pixels))
+    folders = ImageFolderReader(config.image_folder_fps, config.max_source_pixels)
+    return SourceReader(
+        _open_file_reader(name, config), folders, PyavReader(config.max_source_pixels) if others else None
+    )
 
 
 def gpu_index(config: VideoConfig) -> int | None:
@@ -70,39 +70,24 @@ def _open_file_reader(name: str, config: VideoConfig) -> Reader:
 
 
 class SourceReader:
-    """Reads a file with one reader and a folder of images with another."""
+    """Reads a file with one reader and a folder of images with another. With `others`, files that `files` is not right
+    for are read with that: a clip always with the same one."""
 
-    def __init__(self, files: Reader, folders: Reader) -> None:
-        self.files, self.folders = files, folders
-        self.name = files.name if files.name == folders.name else f"{files.name}, images {folders.name}"
-
-    def probe(self, path: str) -> Probe:
-        return (self.folders if os.path.isdir(path) else self.files).probe(path)
-
-    def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
-        return (self.folders if probe.images else self.files).read(probe, frame_indices)
-
-    def read_frames(self, probe: Probe, frame_indices: Sequence[int], height_px: int, width_px: int) -> torch.Tensor:
-        reader = self.folders if probe.images else self.files
-        return read_resized(reader, probe, frame_indices, height_px, width_px)
-
-    def close(self) -> None:
-        self.files.close()
-        self.folders.close()
-
-
-class EitherReader:
-    """Reads files with `first`, and those that it is not right for with PyAV: a clip always with the same one."""
-
-    def __init__(self, first: Reader, second: PyavReader) -> None:
-        self.first, self.second = first, second
-        self.name = f"{first.name}, others {second.name}"
+    def __init__(self, files: Reader, folders: Reader, others: PyavReader | None = None) -> None:
+        self.files, self.folders, self.others = files, folders, others
+        self.name = f"{files.name}, others {others.name}" if others else files.name
+        if self.name != folders.name:
+            self.name += f", images {folders.name}"
 
     def probe(self, path: str) -> Probe:
+        if os.path.isdir(path):
+            return self.folders.probe(path)
         try:
-            return replace(self.first.probe(path), decoded_by=self.first.name)
+            return self.files.probe(path)
         except UnsuitedError as error:
-            return replace(error.probe or self.second.probe(path), decoded_by=self.second.name)
+            if self.others is None:
+                raise
+            return replace(error.probe or self.others.probe(path), decoded_by=self.others.name)
 
     def read(self, probe: Probe, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
         return self._reader(probe).read(probe, frame_indices)
@@ -111,14 +96,30 @@ class EitherReader:
         try:
             return read_resized(self._reader(probe), probe, frame_indices, height_px, width_px)
         except UnsuitedError:  # torchcodec, which finds out when it decodes
-            return read_resized(self.second, probe, frame_indices, height_px, width_px)
+            if self.others is None:
+                raise
+            return read_resized(self.others, probe, frame_indices, height_px, width_px)
 
     def close(self) -> None:
-        self.first.close()
-        self.second.close()
+        self.files.close()  # the others hold nothing
 
     def _reader(self, probe: Probe) -> Reader:
-        return self.first if probe.decoded_by == self.first.name else self.second
+        if probe.images:
+            return self.folders
+        return self.others if self.others and probe.decoded_by == self.others.name else self.files
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """N frames that stand for a source, or for a part of it, as a video of their own."""
+
+    indices_N: np.ndarray  # int64, ascending, among all frames
+    times_s: np.ndarray  # [N] float64, from 0
+    duration_s: float
+
+
+def _whole(probe: Probe) -> Timeline:
+    return Timeline(np.arange(len(probe.times_s)), probe.times_s, probe.duration_s)
 
 
 def read_frames(
@@ -127,22 +128,25 @@ def read_frames(
     reader: Reader,
     evidence_s: Sequence[Interval] = (),
     factor_px: int = QWEN2_5_VL.factor_px,
+    timeline: Callable[[Probe], Timeline] = _whole,
 ) -> Frames:
     """Decode `path` as `config` asks: frames [F, H, W, 3] uint8, F even, H and W multiples of factor_px.
 
     `evidence_s`: seconds in which frames lie closer together, see `choose_frames`. times_s counts from the first shown
-    frame. Raises SampleError when the file cannot be used as it is.
+    frame. `timeline` says what there is to show, and raises ValueError where that is nothing. Raises SampleError when
+    the file cannot be used as it is.
     """
     probe = reader.probe(path)
     try:
-        choice = choose_frames(probe.times_s, probe.duration_s, config, evidence_s)
+        shown = timeline(probe)
+        choice = choose_frames(shown.times_s, shown.duration_s, config, evidence_s)
         num_frames = len(choice.indices)
         height_px, width_px = frame_size_px(probe.height_px, probe.width_px, num_frames, config, factor_px)
     except ValueError as error:
         raise SampleError(path, str(error)) from error
-    rgb_FHW3 = read_resized(reader, probe, choice.indices, height_px, width_px)
-    times_s = torch.from_numpy(probe.times_s[np.array(choice.indices)])
-    return Frames(rgb_FHW3, times_s, choice.sampled_fps, probe.duration_s, reader.name)
+    chosen = np.array(choice.indices)
+    rgb_FHW3 = read_resized(reader, probe, shown.indices_N[chosen].tolist(), height_px, width_px)
+    return Frames(rgb_FHW3, torch.from_numpy(shown.times_s[chosen]), choice.sampled_fps, shown.duration_s, reader.name)
 
 
 def read_image(path: str, config: VideoConfig, factor_px: int = QWEN2_5_VL.factor_px) -> Frames:
@@ -164,18 +168,13 @@ def read_resized(
 ) -> torch.Tensor:
     """[F, height_px, width_px, 3] uint8, one frame per index, on the CPU.
 
-    A reader with a `read_frames` of its own, like DALI's, resizes where it decodes. Raises SampleError.
+    A reader with a `read_frames` of its own, like DALI's, resizes where it decodes. Raises SampleError; ValueError from
+    a reader that gives too few frames, so that no memory is left as it was found.
     """
     read_frames = getattr(reader, "read_frames", None)
     if read_frames is not None:
         return read_frames(probe, frame_indices, height_px, width_px)
     rgb_FHW3 = torch.empty(len(frame_indices), height_px, width_px, 3, dtype=torch.uint8)
-    num_read = 0
-    for i, rgb_HW3 in enumerate(reader.read(probe, frame_indices)):
-        rgb_FHW3[i] = resize_frame(torch.from_numpy(rgb_HW3), height_px, width_px)
-        num_read = i + 1
-    if num_read != len(frame_indices):
-        raise SampleError(
-            probe.path, f"{reader.name} gave {num_read} frames, wanted {len(frame_indices)}; the file is damaged"
-        )
+    for out_HW3, rgb_HW3 in zip(rgb_FHW3, reader.read(probe, frame_indices), strict=True):
+        out_HW3[:] = resize_frame(torch.from_numpy(rgb_HW3), height_px, width_px)
     return rgb_FHW3

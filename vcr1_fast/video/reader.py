@@ -84,8 +84,6 @@ def require_video_file(path: str) -> None:
     try:
         if not os.path.lexists(path):
             raise SampleError(path, "no such file; check data.video_root and the annotation")
-        if Path(path).is_dir():
-            raise SampleError(path, "is a directory, wanted a video file (image folders: see read.open_reader)")
         if not Path(path).is_file():
             raise SampleError(path, "is not a regular file, wanted a video file")
         if Path(path).stat().st_size == 0:

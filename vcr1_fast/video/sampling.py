@@ -41,7 +41,7 @@ class FrameChoice:
 def choose_frames(
     times_s: np.ndarray, duration_s: float, config: VideoConfig, evidence_s: Sequence[Interval] = ()
 ) -> FrameChoice:
-    """Frames to decode of a video whose N frames are shown at `times_s` ([N] float64, seconds, ascending).
+    """Frames to decode of a video whose N >= 1 frames are shown at `times_s` ([N] float64, seconds, no two the same).
 
     sampled_fps is n / D, where D = N / native rate is the time the N frames are shown (the last one for an average
     interval). Clips of fewer than min_frames frames give as many as they have, rounded down to even. A clip of one
@@ -51,12 +51,8 @@ def choose_frames(
     With `evidence_s`, periods in seconds, the n frames are those of `focus_indices`; where some of them fall together
     there are fewer, and sampled_fps is still that of n, as if they were equally spaced: so the model is told in
     VideoChat-R1.5. Evidence that no frame shows changes nothing.
-
-    Raises ValueError when there is no frame, or when several frames all carry the same time.
     """
     num_native = len(times_s)
-    if num_native == 0:
-        raise ValueError("there is no frame to show")
     wanted_fps = Fraction(repr(config.fps))  # repr: 0.1 means 1/10, not the binary number next to it
     if num_native == 1:
         return FrameChoice((0, 0), 2.0 / duration_s if duration_s > 0 else config.fps)
@@ -119,13 +115,9 @@ def native_rate(times_s: np.ndarray) -> tuple[Fraction, bool]:
     Constant: every frame is within a tenth of the average interval of its place on a regular grid. The rate is then
     the whole number, the NTSC number (k * 1000/1001) or the simplest fraction that explains the times within their
     own rounding error, so 24 fps in a file that counts milliseconds is 24 and not 23.9994.
-
-    Raises ValueError when first and last frame carry the same time.
     """
     num_intervals = len(times_s) - 1
     span_s = float(times_s[-1] - times_s[0])
-    if span_s <= 0:
-        raise ValueError(f"all {len(times_s)} frames carry the same presentation time")
     grid_s = times_s[0] + np.arange(len(times_s)) * (span_s / num_intervals)
     error_s = float(np.abs(times_s - grid_s).max())
     is_constant = error_s <= CONSTANT_RATE_TOLERANCE_FRAC * span_s / num_intervals

@@ -41,8 +41,7 @@ def map_tensor(file: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     size = math.prod(shape)
     num_bytes = size * dtype.itemsize
-    if os.fstat(file).st_size != num_bytes:
-        raise ValueError(f"shared memory of {os.fstat(file).st_size} bytes, wanted {num_bytes} for {shape} of {dtype}")
+    assert os.fstat(file).st_size == num_bytes, (os.fstat(file).st_size, shape, dtype)
     # By its name under /proc, as torch closes the descriptor it opens, while Python's mmap keeps one open per clip.
     mapped = torch.from_file(f"/proc/self/fd/{file}", shared=True, size=size, dtype=dtype).view(*shape)
     return mapped if num_bytes >= SMALLEST_MAPPED_BYTES else mapped.clone()

@@ -35,8 +35,6 @@ def find_schema(file: Path, entries: Entries, name: str = "auto", task: str | No
     """
     objects = list(islice((entry for _, entry in entries.items if isinstance(entry, Mapping)), NUM_LOOKED_AT))
     if name != "auto":
-        if name not in SCHEMAS:
-            raise ConfigError(f"data.format is {name!r}, wanted auto or one of {', '.join(SCHEMAS)}")
         schema = SCHEMAS[name]
         if schema.is_mapping != entries.is_mapping:
             raise ConfigError(
