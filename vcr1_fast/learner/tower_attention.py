@@ -36,7 +36,7 @@ class TowerSegments(NamedTuple):
     frame: Tensor  # int64 [frames]
 
     @classmethod
-    def of_lengths(cls, window: Sequence[int], frame: Sequence[int]) -> TowerSegments:
+    def of_lengths(cls, frame: Sequence[int], window: Sequence[int] = ()) -> TowerSegments:
         return cls(torch.tensor(window, dtype=torch.int64), torch.tensor(frame, dtype=torch.int64))
 
     def of(self, cu_seqlens: Tensor) -> Tensor:
