@@ -34,7 +34,7 @@ class FakeGpu(TorchDispatchMode):
     back from there. Everything else reads as 0, or as a 1 where one number is asked for.
     """
 
-    def __init__(self, gpu: cuda_module.GpuModel = cuda_module.H100, num_gpus: int = 8) -> None:
+    def __init__(self, num_gpus: int) -> None:
         super().__init__()
         self.meter = Meter()
         self.is_planning = False  # DTensor asks for the shape of a result by doing the operation on whole tensors
@@ -42,7 +42,7 @@ class FakeGpu(TorchDispatchMode):
         self.library = torch.library.Library("aten", "IMPL")  # what it registers lives as long as it
         self._pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, Tensor] = weakref.WeakKeyDictionary()
-        cuda_module.install(gpu, num_gpus, self._waited)
+        cuda_module.install(num_gpus, self._waited)
         triton_launches.install(self._launched)
         self._installed_flash: FlashVersion | None = flash_packages.installed_version()
         _patch_torch(self)
