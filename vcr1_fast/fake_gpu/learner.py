@@ -115,7 +115,7 @@ class FakeLearner:
 
         began_s = time.perf_counter()
         self.gpu.meter.start()
-        others = (_replaced(step, "all_max_int", on_all_ranks), _replaced(update_rows, "gather_sizes", of_all_ranks))
+        others = (_replaced(step, "all_max_int", on_all_ranks), _replaced(update_rows, "gather_all", of_all_ranks))
         with _marking(self.gpu, self.family), others[0], others[1]:
             if teaches:
                 self.learner.update_sft(groups)

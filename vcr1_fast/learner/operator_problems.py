@@ -87,11 +87,7 @@ def mlp_problem(shapes: Shapes, device: torch.device) -> Problem:
     def parts(forward: Callable[..., Tensor]) -> list[Part]:
         return [(name, lambda *pair: forward(module, pair), leaves, ()) for name, leaves in made.items()]
 
-    return Problem(
-        run=lambda way: _outputs(parts(mlp_forward), shapes.dtype),
-        plain=lambda: _outputs(parts(stock), shapes.dtype),
-        exact=lambda: _outputs(parts(stock), torch.float64),
-    )
+    return Problem.of(_outputs, lambda way: parts(mlp_forward), parts(stock), shapes.dtype)
 
 
 def rotary_problem(shapes: Shapes, device: torch.device) -> Problem:
