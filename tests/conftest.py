@@ -26,18 +26,9 @@ from transformers import (
 )
 
 from vcr1_fast.prompts.positions import mrope_positions
+from vcr1_fast.tiny.tokenizer import SPECIAL_TOKENS
 from vcr1_fast.types import Example, IntervalTruth, Patches, Prompt
 
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
 ModelFactory = Callable[..., Qwen2_5_VLForConditionalGeneration]
 
 # The models of the tests are too small to share out: two threads on two busy cores made a decode step 10 times slower.

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2_5_VLConfig
 
 from vcr1_fast.learner.memory_sums import clip_tokens
 from vcr1_fast.learner.packing import assign_rows
-from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
 from vcr1_fast.learner.row_cost import GroupSize, RowCost
 from vcr1_fast.learner.step_plan import PlannedGroup, elapsed_s, plan_rows, plan_step
 from vcr1_fast.settings.config import ModelConfig, VideoConfig
@@ -131,11 +129,8 @@ def lengths() -> list[GroupSize]:
 
 
 @pytest.fixture(scope="module")
-def cost_7b() -> RowCost:
-    sizes = dict(PUBLIC_SIZES["Qwen2.5-VL-7B"])
-    vision = sizes.pop("vision_config")
-    config = Qwen2_5_VLConfig(text_config=sizes, vision_config=vision)
-    return RowCost.of(config, ModelConfig(gradient_checkpointing="full"))
+def cost_7b(config_7b) -> RowCost:
+    return RowCost.of(config_7b, ModelConfig(gradient_checkpointing="full"))
 
 
 def steps(lengths: list[GroupSize], num_ranks: int, count: int) -> list[list[list[GroupSize]]]:
