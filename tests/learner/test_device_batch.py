@@ -8,7 +8,7 @@ import torch
 from vcr1_fast.learner.device_batch import DeviceBatch
 from vcr1_fast.learner.model import PolicyModel
 from vcr1_fast.learner.packing import pack, placeholder
-from vcr1_fast.learner.transfer import send, send_rows
+from vcr1_fast.learner.transfer import send
 from vcr1_fast.settings.config import ModelConfig
 from vcr1_fast.types import PackedBatch
 
@@ -52,12 +52,6 @@ def test_tensors_of_all_types_travel_in_one_buffer():
         torch.testing.assert_close(moved[name], tensor, rtol=0, atol=0, equal_nan=True)
     assert len({tensor.untyped_storage().data_ptr() for tensor in moved.values()}) == 1
     assert all(tensor.data_ptr() % 16 == 0 for tensor in moved.values())
-
-
-def test_rows_are_joined_in_their_order():
-    parts = [torch.randn(2, 3), torch.randn(1, 3)]
-    assert torch.equal(send_rows(parts, CPU, torch.float32), torch.cat(parts))
-    assert torch.equal(send_rows(parts[:1], CPU, torch.bfloat16), parts[0].bfloat16())
 
 
 def test_a_device_batch_holds_what_the_row_says(policy: PolicyModel, row: PackedBatch):

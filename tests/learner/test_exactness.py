@@ -43,8 +43,8 @@ def separate_rows_loss(hf, groups, weights, algorithm, temperature=TEMPERATURE):
     return total
 
 
-def packed_loss(hf, groups, weights, algorithm):
-    policy = PolicyModel(hf, ModelConfig(), next(hf.parameters()).dtype)
+def packed_loss(hf, groups, weights, algorithm, config=ModelConfig(), dtype=None):  # noqa: B008 - frozen
+    policy = PolicyModel(hf, config, dtype or next(hf.parameters()).dtype).train()
     row = pack(groups, weights)
     if algorithm.minibatches_per_rollout > 1:
         row = dataclasses.replace(row, old_logprob_N=row.engine_logprob_N)
@@ -173,10 +173,8 @@ def test_gradient_checkpointing_changes_nothing(make_model, make_group, mode):
     group = make_group(seed=10, lengths=(4, 6))
     plain, recomputed = make_model(), make_model()
     want = gradients(plain, packed_loss(plain, [group], [[0.1, 0.2]], AlgorithmConfig()))
-    policy = PolicyModel(recomputed, ModelConfig(gradient_checkpointing=mode), torch.float32).train()
-    batch = policy.device_batch(pack([group], [[0.1, 0.2]]))
-    loss, _ = policy(batch, TEMPERATURE, grpo_objective(batch, None, AlgorithmConfig()))
-    got = gradients(recomputed, loss)
+    config = ModelConfig(gradient_checkpointing=mode)
+    got = gradients(recomputed, packed_loss(recomputed, [group], [[0.1, 0.2]], AlgorithmConfig(), config))
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-9)
 
@@ -190,9 +188,7 @@ def test_bfloat16_error_is_that_of_the_stock_path(make_model, make_group):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stock_loss = separate_rows_loss(stock, [group], [[0.1] * 3], AlgorithmConfig())
     want = gradients(stock, stock_loss)
-    policy = PolicyModel(ours, ModelConfig(), torch.bfloat16)
-    batch = policy.device_batch(pack([group], [[0.1] * 3]))
-    got = gradients(ours, policy(batch, TEMPERATURE, grpo_objective(batch, None, AlgorithmConfig()))[0])
+    got = gradients(ours, packed_loss(ours, [group], [[0.1] * 3], AlgorithmConfig(), dtype=torch.bfloat16))
 
     def error(of):
         return sum(((of[n].double() - truth[n]) ** 2).sum() for n in truth) ** 0.5

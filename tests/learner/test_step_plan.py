@@ -80,12 +80,6 @@ def test_large_rows_meet_large_rows():
     assert elapsed_s([[9.0, 2.0], [9.0, 2.0]], 0.5) == 12.0
 
 
-def test_uneven_homes_that_do_not_fit_in_so_few_rows():
-    # 6 groups of 10 tokens in rows of 20: 3 full rows, so 1 a rank on 3 ranks, though all are at home on rank 0
-    rows = plan_rows(alike([10] * 6, [0] * 6), 3, 20)
-    assert [len(row) for mine in rows for row in mine] == [2, 2, 2]
-
-
 def test_ranks_with_fewer_rows_come_last():
     assert plan_rows(alike([50, 50, 50], [0, 0, 0]), 2, 60) in ([[[0], [1]], [[2]]], [[[0], [2]], [[1]]])
     assert plan_rows(alike([50], [1]), 3, 60) == [[], [[0]], []]
