@@ -157,13 +157,13 @@ def test_masked_answers_leave_their_siblings_alone(make_model, make_group, weigh
 def test_a_wrong_position_is_caught(make_model, make_group):
     """The comparison above can fail: one position off by one moves the gradient far more than its bound."""
     group = make_group(seed=9, lengths=(4, 6))
-    stock = make_model()
-    ours = copy.deepcopy(stock)
-    want = gradients(stock, separate_rows_loss(stock, [group], [[0.1, 0.1]], AlgorithmConfig()))
     shifted = group.prompt.position_ids_3L.clone()
     shifted[0, 7] += 1
     wrong = dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, position_ids_3L=shifted))
-    got = gradients(ours, packed_loss(ours, [wrong], [[0.1, 0.1]], AlgorithmConfig()))
+    want, got = (
+        gradients(hf, loss(hf, [shown], [[0.1, 0.1]], AlgorithmConfig()))
+        for hf, loss, shown in ((make_model(), separate_rows_loss, group), (make_model(), packed_loss, wrong))
+    )
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     assert (got[name] - want[name]).norm() > 1e-3 * want[name].norm()
 

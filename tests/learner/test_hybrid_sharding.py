@@ -15,8 +15,7 @@ from vcr1_fast.learner.sharding import World, named_weights, whole_tensor
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
 from vcr1_fast.run.weight_sync import WeightSync
-from vcr1_fast.settings.checks import check_settings
-from vcr1_fast.settings.config import Config, ConfigError, OptimizerConfig
+from vcr1_fast.settings.config import Config, OptimizerConfig
 
 LENGTHS = [(5, 3, 8), (1, 9, 2), (4, 4, 4), (7, 2, 6), (3, 3, 5), (8, 1, 1), (2, 6, 4), (6, 5, 2)]
 
@@ -94,14 +93,3 @@ def test_two_nodes_of_two_ranks_train_as_one_process_does(make_model, make_group
     load_checkpoint(folder, *parts_of(one), World())
     for name, tensor in state_of(one).items():
         assert torch.equal(tensor, ranks["saved"][name]), name
-
-
-@pytest.mark.parametrize(("world_size", "fits"), [(16, True), (8, True), (2, True), (7, False), (1, False)])
-def test_copies_must_divide_the_ranks(world_size: int, fits: bool):
-    config = Config()
-    config = replace(config, train=replace(config.train, prompts_per_step=112, replicate=2))
-    if fits:
-        check_settings(config, "train", world_size)
-        return
-    with pytest.raises(ConfigError, match=rf"train.replicate is 2, but there are {world_size} ranks"):
-        check_settings(config, "train", world_size)
