@@ -93,44 +93,27 @@ class VideoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalVideoConfig:
-    """What differs from `VideoConfig` in evaluation: training's held-out scores and `vcr1-fast eval`."""
+    """What differs from `VideoConfig` in evaluation: training's held-out scores and `vcr1-fast eval`. The help of each
+    refers to the section video, see `io.settings_parser`."""
 
     reader: ReaderName | None = None
-    """As video.reader."""
     fps: float | None = None
-    """As video.fps."""
     min_frames: int | None = None
-    """As video.min_frames."""
     max_frames: int | None = None
-    """As video.max_frames."""
     total_pixels: int | None = None
-    """As video.total_pixels."""
     min_frame_pixels: int | None = None
-    """As video.min_frame_pixels."""
     max_frame_pixels: int | None = None
-    """As video.max_frame_pixels."""
     max_image_pixels: int | None = None
-    """As video.max_image_pixels."""
     min_image_pixels: int | None = None
-    """As video.min_image_pixels."""
     image_folder_fps: float | None = None
-    """As video.image_folder_fps."""
     max_source_pixels: int | None = None
-    """As video.max_source_pixels."""
     timeout_s: float | None = None
-    """As video.timeout_s."""
     num_workers: int | None = None
-    """As video.num_workers."""
     prefetch_steps: int | None = None
-    """As video.prefetch_steps."""
     clips_per_worker: int | None = None
-    """As video.clips_per_worker."""
     cache_dir: str | None = None
-    """As video.cache_dir."""
     cache_disk_gib: float | None = None
-    """As video.cache_disk_gib."""
     cache_ram_gib: float | None = None
-    """As video.cache_ram_gib."""
 
     @property
     def given(self) -> dict[str, Any]:
