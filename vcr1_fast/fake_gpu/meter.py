@@ -39,7 +39,7 @@ class Meter:
         fresh = Meter(memory=self.memory, rates=self.rates)
         for name, value in vars(fresh).items():
             setattr(self, name, value)
-        self.memory.forget_peaks()
+        self.memory.peaks = {}
         self.enter("start", "other")
 
     def enter(self, phase: str, kind: str) -> None:

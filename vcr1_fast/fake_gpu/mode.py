@@ -202,7 +202,8 @@ class FakeGpu(TorchDispatchMode):
         num_bytes = 0 if name == "all_gather_copy_in" else num_bytes
         seconds = meter.rates.kernel_seconds(flop, num_bytes)
         done = flop or costs.num_operations(args, out)
-        meter.note(costs.kernel_name(name, flop), launches=launches, flop=done, num_bytes=num_bytes, seconds=seconds)
+        kernel = f"{costs.GEMM}, {name}" if flop else name
+        meter.note(kernel, launches=launches, flop=done, num_bytes=num_bytes, seconds=seconds)
 
     def _package_attention(
         self, query: Tensor, cu_q: Tensor, cu_k: Tensor, is_causal: bool, is_backward: bool, version: FlashVersion
