@@ -25,19 +25,11 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from tests.learner.golden_case import TEXT, VISION
 from vcr1_fast.prompts.positions import mrope_positions
+from vcr1_fast.tiny.tokenizer import SPECIAL_TOKENS
 from vcr1_fast.types import Example, IntervalTruth, Patches, Prompt
 
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
 ModelFactory = Callable[..., Qwen2_5_VLForConditionalGeneration]
 
 # The models of the tests are too small to share out: two threads on two busy cores made a decode step 10 times slower.
@@ -91,30 +83,12 @@ def build_model(
     """3 decoder layers, 2 vision layers. Weights have std 1.5 / sqrt(fan_in), so that attention is far from uniform
     and a wrong position changes log-probs by tenths, not by 1e-6."""
     ids = tokenizer.get_vocab()
+    text = TEXT | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 288}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+    text |= {"bos_token_id": None, "eos_token_id": ids["<|im_end|>"], "pad_token_id": None}
     config = Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 288,
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-            "tie_word_embeddings": tied,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "fullatt_block_indexes": [1],
-            "window_size": 56,
-            "tokens_per_second": 2,
-        },
+        text_config=text | {"tie_word_embeddings": tied},
+        vision_config=VISION | {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],

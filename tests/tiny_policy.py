@@ -19,38 +19,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from tests.learner.golden_case import TEXT, TOKEN_IDS, VISION
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def tiny_hf(*, tied: bool = False, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     config = Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+        text_config=TEXT
+        | {
             "vocab_size": 67,  # odd: two ranks get shards of unequal length
             "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
             "tie_word_embeddings": tied,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
         },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "fullatt_block_indexes": [1],
-            "window_size": 56,
-        },
-        image_token_id=60,
-        video_token_id=61,
-        vision_start_token_id=62,
-        vision_end_token_id=63,
+        vision_config=dict(VISION),
         tie_word_embeddings=tied,
+        **TOKEN_IDS,
     )
     torch.manual_seed(seed)
     return Qwen2_5_VLForConditionalGeneration(config).float()

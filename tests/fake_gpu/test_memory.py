@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tests.learner.live_bytes import LiveBytes
+from tests.live_bytes import LiveBytes
 from vcr1_fast.fake_gpu.groups import GroupShape, make_group
 from vcr1_fast.fake_gpu.process import Case, run
 from vcr1_fast.learner.families import family_of
@@ -48,4 +48,4 @@ def test_the_peak_is_that_of_the_same_update_on_a_cpu(checkpointing: str, foreto
     learner.update_grpo(groups)
     with LiveBytes() as live:
         learner.update_grpo(groups)
-    assert foretold[checkpointing] == pytest.approx(live.peak, rel=0.02)
+    assert foretold[checkpointing] == pytest.approx(live.peak_bytes, rel=0.02)

@@ -10,9 +10,9 @@ from torch import Tensor
 from vcr1_kernels import PolicyLoss, TokenVectors, fused_linear_logprob, fused_linear_policy_loss
 from vcr1_kernels.head_chunks import VECTORS_PER_ROW, auto_chunk_rows, head_peak_bytes, largest_chunk
 
-from tests.kernels.device_traffic import DEVICE
-from tests.kernels.live_bytes import LiveBytes
+from tests.kernels.device_traffic import DEVICE, LOOPS
 from tests.kernels.test_device_traffic import LOSSES as ALL_LOSSES
+from tests.live_bytes import LiveBytes
 
 NUM_ROWS = 16_384
 HEAD_3B, HEAD_7B = (2048, 151_936), (3584, 152_064)
@@ -42,7 +42,7 @@ def policy_loss_peak(
     trains_weight = options.pop("trains_weight", True)
     hidden, weight, target = make_head(num_rows, size, dtype)
     weight.requires_grad_(trains_weight)
-    with LiveBytes() as live:
+    with LiveBytes(DEVICE, LOOPS) as live:
         fused_linear_policy_loss(hidden, weight, target, loss, tokens, 0.9, **options)[0].backward()
     assert (hidden.grad is not None, weight.grad is not None) == (True, trains_weight)
     return live.peak_bytes
@@ -115,7 +115,7 @@ def test_vectors_of_every_loss():
 def test_logprob_head(dtype: torch.dtype, keep: str, trains_weight: bool):
     hidden, weight, target = make_head(NUM_ROWS, HEAD_3B, dtype)
     weight.requires_grad_(trains_weight)
-    with LiveBytes() as live:
+    with LiveBytes(DEVICE, LOOPS) as live:
         logprob_N, entropy_N = fused_linear_logprob(
             hidden, weight, target, keep=keep, entropy_grad=keep == "none" and trains_weight
         )
@@ -137,13 +137,13 @@ def test_scoring_holds_one_chunk_of_logits():
             lambda: fused_linear_logprob(hidden, weight, target),
             lambda: fused_linear_policy_loss(hidden, weight, target, PolicyLoss(), tokens),
         ):
-            with LiveBytes() as live:
+            with LiveBytes(DEVICE, LOOPS) as live:
                 score()
             assert chunk <= live.peak_bytes <= chunk + NUM_ROWS * VECTORS_PER_ROW * 4
 
 
 def test_the_meter_counts_what_is_alive():
-    with LiveBytes() as live:
+    with LiveBytes(DEVICE, LOOPS) as live:
         first = torch.empty(100, device=DEVICE)
         second = first + 1.0
         assert live.live_bytes() == 800

@@ -43,8 +43,8 @@ def separate_rows_loss(hf, groups, weights, algorithm, temperature=TEMPERATURE):
     return total
 
 
-def packed_loss(hf, groups, weights, algorithm):
-    policy = PolicyModel(hf, ModelConfig(), next(hf.parameters()).dtype)
+def packed_loss(hf, groups, weights, algorithm, config=ModelConfig(), dtype=None):  # noqa: B008 - frozen
+    policy = PolicyModel(hf, config, dtype or next(hf.parameters()).dtype).train()
     row = pack(groups, weights)
     if algorithm.minibatches_per_rollout > 1:
         row = dataclasses.replace(row, old_logprob_N=row.engine_logprob_N)
@@ -56,6 +56,24 @@ def gradients(hf, loss):
     hf.zero_grad()
     loss.backward()
     return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in hf.named_parameters()}
+
+
+def weights_of(groups):
+    return [[0.1 * (i + 1) for i in range(len(g.completions))] for g in groups]
+
+
+def require_exact(stock, groups, weights, algorithm=AlgorithmConfig()):  # noqa: B008 - frozen
+    """Loss and gradients of the packed row against those of the stock model, which are returned.
+
+    In float64, but for the norms, which transformers computes in float32."""
+    ours = copy.deepcopy(stock.double())
+    want_loss = separate_rows_loss(stock, groups, weights, algorithm)
+    got_loss = packed_loss(ours, groups, weights, algorithm)
+    assert abs(got_loss.item() - want_loss.item()) <= 1e-6 * max(abs(want_loss.item()), 1.0)
+    want, got = gradients(stock, want_loss), gradients(ours, got_loss)
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-6 * want[name].norm() + 1e-9, name
+    return want
 
 
 TWO_VIDEOS = [dict(seed=14, lengths=(9, 6, 4), shown=[("video", (4, 4, 8), 1.0), ("video", (5, 4, 4), 0.5)])]
@@ -73,7 +91,7 @@ CASES = {
     "empty_completion": [dict(seed=2, lengths=(5, 0, 3))],
     "slow_video": [dict(seed=3, lengths=(5, 7), second_per_grid_s=2.5)],
     "fast_video": [dict(seed=4, lengths=(5, 7), second_per_grid_s=0.35, grid=(5, 4, 4))],
-    "times_in_words": [dict(seed=7, lengths=(5, 7), num_parts=3), dict(seed=8, lengths=(2, 4))],
+    "times_in_words": [dict(seed=7, lengths=(5, 7), in_words=True), dict(seed=8, lengths=(2, 4))],
     "two_prompts": [
         dict(seed=5, lengths=(3, 8, 2)),
         dict(seed=6, lengths=(7, 1), grid=(2, 8, 4), second_per_grid_s=0.5, text=11),
@@ -86,27 +104,18 @@ CASES = {
 @pytest.mark.parametrize("minibatches", [1, 2], ids=["on_policy", "engine_logprobs"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_loss_and_every_gradient_equal_separate_rows(make_model, make_group, case, minibatches, tied):
-    """In float64, but for the norms, which transformers computes in float32."""
     groups = [make_group(**options) for options in case]
-    weights = [[0.1 * (i + 1) for i in range(len(g.completions))] for g in groups]
     algorithm = AlgorithmConfig(minibatches_per_rollout=minibatches)
-    stock = make_model(tied=tied).double()
-    ours = copy.deepcopy(stock)
-    want_loss = separate_rows_loss(stock, groups, weights, algorithm)
-    got_loss = packed_loss(ours, groups, weights, algorithm)
-    assert abs(got_loss.item() - want_loss.item()) <= 1e-6 * max(abs(want_loss.item()), 1.0)
-    want, got = gradients(stock, want_loss), gradients(ours, got_loss)
+    want = require_exact(make_model(tied=tied), groups, weights_of(groups), algorithm)
     is_seen = any(group.prompt.media for group in groups)
     assert any("visual" in name and want[name].norm() > 0 for name in want) == is_seen
-    for name in want:
-        assert (got[name] - want[name]).norm() <= 1e-6 * want[name].norm() + 1e-9, name
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_in_float32_it_is_no_further_from_the_truth_than_the_stock_model(make_model, make_group, case):
     """The largest relative error of a gradient: 1.2e-5 to 2.7e-5 in separate rows, 0.5 to 0.8 times as much packed."""
     groups = [make_group(**options) for options in case]
-    weights = [[0.1 * (i + 1) for i in range(len(g.completions))] for g in groups]
+    weights = weights_of(groups)
     hf, algorithm = make_model(), AlgorithmConfig()
     exact = copy.deepcopy(hf).double()
     truth = gradients(exact, separate_rows_loss(exact, groups, weights, algorithm))
@@ -120,10 +129,10 @@ def test_in_float32_it_is_no_further_from_the_truth_than_the_stock_model(make_mo
 
 
 QWEN3_CASES = {
-    "times_in_words": [dict(seed=1, lengths=(4, 9, 1, 6), num_parts=3)],
+    "times_in_words": [dict(seed=1, lengths=(4, 9, 1, 6), in_words=True)],
     "two_prompts": [
-        dict(seed=5, lengths=(3, 8, 0, 2), num_parts=3),
-        dict(seed=6, lengths=(7, 1), grid=(2, 8, 4), num_parts=2, text=11),
+        dict(seed=5, lengths=(3, 8, 0, 2), in_words=True),
+        dict(seed=6, lengths=(7, 1), grid=(2, 8, 4), in_words=True, text=11),
     ],
     **{name: [dict(group, in_words=True) for group in case] for name, case in SHOWN.items()},
 }
@@ -132,52 +141,29 @@ QWEN3_CASES = {
 @pytest.mark.parametrize("case", QWEN3_CASES.values(), ids=QWEN3_CASES.keys())
 def test_qwen3_vl_is_as_exact_and_its_deepstack_features_count(make_group, case):
     groups = [make_group(**options, num_values=1536) for options in case]
-    weights = [[0.1 * (i + 1) for i in range(len(g.completions))] for g in groups]
-    stock = random_qwen3().double()
-    ours = copy.deepcopy(stock)
-    want_loss = separate_rows_loss(stock, groups, weights, AlgorithmConfig())
-    got_loss = packed_loss(ours, groups, weights, AlgorithmConfig())
-    assert abs(got_loss.item() - want_loss.item()) <= 1e-6 * max(abs(want_loss.item()), 1.0)
-    want, got = gradients(stock, want_loss), gradients(ours, got_loss)
+    want = require_exact(random_qwen3(), groups, weights_of(groups))
     for index in range(3):
         name = f"model.visual.deepstack_merger_list.{index}.linear_fc2.weight"
         is_seen = any(group.prompt.media for group in groups)
         assert (want[name].norm() > 1e-3 * max(value.norm() for value in want.values())) == is_seen
-    for name in want:
-        assert (got[name] - want[name]).norm() <= 1e-6 * want[name].norm() + 1e-9, name
 
 
-def test_all_masked_row_has_no_gradient(make_model, make_group):
-    groups = [make_group(seed=7, lengths=(4, 2))]
-    hf = make_model()
-    loss = packed_loss(hf, groups, [[0.0, 0.0]], AlgorithmConfig())
-    assert loss.item() == 0.0
-    assert all(gradient.abs().max() == 0 for gradient in gradients(hf, loss).values())
-
-
-def test_masked_row_leaves_its_siblings_alone(make_model, make_group):
-    group = make_group(seed=8, lengths=(4, 6, 3))
-    weights = [[0.2, 0.0, 0.5]]
-    stock = make_model().double()
-    ours = copy.deepcopy(stock)
-    want = gradients(stock, separate_rows_loss(stock, [group], weights, AlgorithmConfig()))
-    got = gradients(ours, packed_loss(ours, [group], weights, AlgorithmConfig()))
-    for name in want:
-        assert (got[name] - want[name]).norm() <= 1e-6 * want[name].norm() + 1e-9, name
+@pytest.mark.parametrize("weights", [(0.2, 0.0, 0.5), (0.0, 0.0, 0.0)])
+def test_masked_answers_leave_their_siblings_alone(make_model, make_group, weights):
+    want = require_exact(make_model(), [make_group(seed=8, lengths=(4, 6, 3))], [weights])
+    assert any(gradient.abs().max() > 0 for gradient in want.values()) == any(weights)
 
 
 def test_a_wrong_position_is_caught(make_model, make_group):
     """The comparison above can fail: one position off by one moves the gradient far more than its bound."""
-    import dataclasses
-
     group = make_group(seed=9, lengths=(4, 6))
-    stock = make_model()
-    ours = copy.deepcopy(stock)
-    want = gradients(stock, separate_rows_loss(stock, [group], [[0.1, 0.1]], AlgorithmConfig()))
     shifted = group.prompt.position_ids_3L.clone()
     shifted[0, 7] += 1
     wrong = dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, position_ids_3L=shifted))
-    got = gradients(ours, packed_loss(ours, [wrong], [[0.1, 0.1]], AlgorithmConfig()))
+    want, got = (
+        gradients(hf, loss(hf, [shown], [[0.1, 0.1]], AlgorithmConfig()))
+        for hf, loss, shown in ((make_model(), separate_rows_loss, group), (make_model(), packed_loss, wrong))
+    )
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     assert (got[name] - want[name]).norm() > 1e-3 * want[name].norm()
 
@@ -187,10 +173,8 @@ def test_gradient_checkpointing_changes_nothing(make_model, make_group, mode):
     group = make_group(seed=10, lengths=(4, 6))
     plain, recomputed = make_model(), make_model()
     want = gradients(plain, packed_loss(plain, [group], [[0.1, 0.2]], AlgorithmConfig()))
-    policy = PolicyModel(recomputed, ModelConfig(gradient_checkpointing=mode), torch.float32).train()
-    batch = policy.device_batch(pack([group], [[0.1, 0.2]]))
-    loss, _ = policy(batch, TEMPERATURE, grpo_objective(batch, None, AlgorithmConfig()))
-    got = gradients(recomputed, loss)
+    config = ModelConfig(gradient_checkpointing=mode)
+    got = gradients(recomputed, packed_loss(recomputed, [group], [[0.1, 0.2]], AlgorithmConfig(), config))
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-9)
 
@@ -204,9 +188,7 @@ def test_bfloat16_error_is_that_of_the_stock_path(make_model, make_group):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stock_loss = separate_rows_loss(stock, [group], [[0.1] * 3], AlgorithmConfig())
     want = gradients(stock, stock_loss)
-    policy = PolicyModel(ours, ModelConfig(), torch.bfloat16)
-    batch = policy.device_batch(pack([group], [[0.1] * 3]))
-    got = gradients(ours, policy(batch, TEMPERATURE, grpo_objective(batch, None, AlgorithmConfig()))[0])
+    got = gradients(ours, packed_loss(ours, [group], [[0.1] * 3], AlgorithmConfig(), dtype=torch.bfloat16))
 
     def error(of):
         return sum(((of[n].double() - truth[n]) ** 2).sum() for n in truth) ** 0.5

@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tests.learner import golden_case
+from tests.learner.conftest import random_model
 from tests.learner.test_step import update_and_capture
 from vcr1_fast.learner.advantages import with_advantages
 from vcr1_fast.learner.families import family_of
@@ -48,12 +48,7 @@ def fill(hf: Any, is_reference: bool = False) -> None:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    rope = {"rope_type": "default", "rope_theta": golden_case.ROPE_THETA, "mrope_section": golden_case.MROPE_SECTION}
-    text = golden_case.TEXT | {"rope_parameters": rope}
-    config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=golden_case.VISION, tie_word_embeddings=False, **golden_case.TOKEN_IDS
-    )
-    model = Qwen2_5_VLForConditionalGeneration(config).float()
+    model = random_model()  # of the case's configuration
     fill(model)
     folder = tmp_path_factory.mktemp("golden") / "model"
     model.save_pretrained(folder)

@@ -1,28 +1,27 @@
 """Each of two nodes has all weights, split over its ranks (train.replicate): what one process does, in all respects."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from tests.tiny_policy import REPOSITORY
+from tests.learner.conftest import random_group
+from tests.learner.test_step import make_config
+from tests.ranks import on_ranks
+from tests.recording_engine import RecordingEngine
 from vcr1_fast.learner.sharding import World, named_weights, whole_tensor
 from vcr1_fast.learner.step import Learner
-from vcr1_fast.run.checkpoint import load_checkpoint
-from vcr1_fast.settings.checks import check_settings
-from vcr1_fast.settings.config import Config, ConfigError, OptimizerConfig
+from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
+from vcr1_fast.run.weight_sync import WeightSync
+from vcr1_fast.settings.config import Config, OptimizerConfig
 
 LENGTHS = [(5, 3, 8), (1, 9, 2), (4, 4, 4), (7, 2, 6), (3, 3, 5), (8, 1, 1), (2, 6, 4), (6, 5, 2)]
 
 
 def hybrid_config(model: Path) -> Config:
     """Two rows on each of four ranks, whose gradients are added up within a node after each, and between them once."""
-    from tests.learner.test_step import make_config
-
     config = make_config(model, 1)
     train = replace(config.train, prompts_per_step=len(LENGTHS), replicate=2, reduce_gradients="each_row")
     # AdamW's step is lr g / (|g| + eps): with eps = 1 in proportion to g, where a small one gives its sign
@@ -39,14 +38,40 @@ def state_of(learner: Learner) -> dict[str, torch.Tensor]:
     return state
 
 
+def parts_of(learner: Learner):
+    return learner.policy, learner.optimizer, learner.schedule
+
+
+def train_on_four(world: World, model: str, run: str) -> None:
+    """Two nodes of two ranks."""
+    config = hybrid_config(Path(model))
+    groups = [random_group(seed, lengths) for seed, lengths in enumerate(LENGTHS)][world.rank :: 4]
+    learner = Learner(config, world, 10)
+    for weight in learner.policy.parameters():
+        assert isinstance(weight, DTensor) and weight.placements == (Replicate(), Shard(0))
+        assert weight.device_mesh.mesh.tolist() == [[0, 1], [2, 3]]
+    reports = [report for _ in range(2) for report in learner.update_grpo(groups)]
+    folder = save_checkpoint(run, *parts_of(learner), RunState(2, 0, 0, 0, "", ""), world, keep=1)
+    saved = state_of(learner)
+
+    engine = RecordingEngine()
+    WeightSync(learner.policy, engine).push()
+    for name, weight in named_weights(learner.policy.hf).items():
+        assert torch.equal(engine.loaded[name], whole_tensor(weight)), name
+
+    flat = Learner(replace(config, train=replace(config.train, replicate=1)), world, 10)
+    load_checkpoint(folder, *parts_of(flat), world)
+    loaded = state_of(flat)
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)
+    if world.is_main:
+        torch.save({"saved": saved, "norms": [report.grad_norm for report in reports]}, Path(run) / "ranks.pt")
+
+
 def test_two_nodes_of_two_ranks_train_as_one_process_does(make_model, make_group, tmp_path):
     model, run = tmp_path / "model", tmp_path / "run"
     make_model().save_pretrained(model)
     run.mkdir()
-    command = [sys.executable, "-m", "tests.learner.hybrid_ranks", str(model), str(run)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(train_on_four, model, run, num_ranks=4)
     ranks = torch.load(run / "ranks.pt", weights_only=True)
 
     one = Learner(replace(hybrid_config(model), train=replace(hybrid_config(model).train, replicate=1)), World(), 10)
@@ -65,17 +90,6 @@ def test_two_nodes_of_two_ranks_train_as_one_process_does(make_model, make_group
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     state_bytes = sum(tensor.nbytes for tensor in ranks["saved"].values())
     assert state_bytes < num_bytes < 1.2 * state_bytes + 50_000  # once, not by both nodes; the rest are headers
-    load_checkpoint(folder, one.policy, one.optimizer, one.schedule, World())
+    load_checkpoint(folder, *parts_of(one), World())
     for name, tensor in state_of(one).items():
         assert torch.equal(tensor, ranks["saved"][name]), name
-
-
-@pytest.mark.parametrize(("world_size", "fits"), [(16, True), (8, True), (2, True), (7, False), (1, False)])
-def test_copies_must_divide_the_ranks(world_size: int, fits: bool):
-    config = Config()
-    config = replace(config, train=replace(config.train, prompts_per_step=112, replicate=2))
-    if fits:
-        check_settings(config, "train", world_size)
-        return
-    with pytest.raises(ConfigError, match=rf"train.replicate is 2, but there are {world_size} ranks"):
-        check_settings(config, "train", world_size)

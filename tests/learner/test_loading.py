@@ -1,8 +1,10 @@
 """A model that is built empty and then filled is the one that `from_pretrained` gives, on one rank and on two."""
 
+import copy
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,20 +12,27 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tests.learner.live_bytes import LiveBytes, held_bytes
-from tests.tiny_policy import run_ranks
-from vcr1_fast.learner import loading
+from tests.learner.conftest import random_group
+from tests.learner.test_step import make_config
+from tests.live_bytes import LiveBytes
+from tests.ranks import on_ranks
+from vcr1_fast.learner import loading, step
 from vcr1_fast.learner.families.qwen2_5_vl import Qwen25VL
 from vcr1_fast.learner.loading import check_weights, empty_model, load_weights
-from vcr1_fast.learner.model import load_hugging_face, load_tokenizer
+from vcr1_fast.learner.lora import add_adapters
+from vcr1_fast.learner.model import PolicyModel, load_hugging_face, load_tokenizer
+from vcr1_fast.learner.packing import pack
+from vcr1_fast.learner.sharding import World, named_weights, shard, whole_tensor
+from vcr1_fast.learner.step import Learner
+from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
 from vcr1_fast.run.model_folder import SINGLE_FILE, model_folder, weight_files
-from vcr1_fast.settings.error import ConfigError
+from vcr1_fast.settings.config import Config, ConfigError, LoRAConfig
 
 CPU = torch.device("cpu")
 FAMILY = Qwen25VL()
-RANKS = Path(__file__).with_name("loading_ranks.py")
 
 
 def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path, form: str) -> Path:
@@ -39,6 +48,11 @@ def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path, form: str) -> 
         names = {name: value for name, value in model.state_dict().items() if name in dict(model.named_parameters())}
         save_file(names, folder / SINGLE_FILE, {"format": "pt"})
     return folder
+
+
+def held_bytes(module: torch.nn.Module) -> int:
+    """Of this rank's parts of all weights."""
+    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in module.parameters())
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -65,17 +79,6 @@ def test_what_is_loaded_is_what_from_pretrained_loads(make_model, tmp_path, tied
     for dtype in (torch.float32, torch.bfloat16):
         ours = load_hugging_face(str(folder), dtype, CPU)
         require_same(ours, Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype))
-
-
-def test_the_packaged_model():
-    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_folder("tiny"), dtype=torch.float32)
-    require_same(load_hugging_face("tiny", torch.float32, CPU), theirs)
-
-
-def test_weights_stored_in_half_precision_are_cast(make_model, tmp_path):
-    make_model().to(torch.float16).save_pretrained(tmp_path)
-    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
-    require_same(load_hugging_face(str(tmp_path), torch.float32, CPU), theirs)
 
 
 def test_a_tied_head_may_be_stored_under_either_name_or_both(make_model, tmp_path):
@@ -196,7 +199,7 @@ def test_an_empty_model_has_shapes_and_buffers_only():
     base = hf.config.text_config.rope_parameters["rope_theta"]
     wanted = [base ** (-2 * i / head_size) for i in range(head_size // 2)]
     assert buffers["model.language_model.rotary_emb.inv_freq"].tolist() == pytest.approx(wanted, rel=1e-6)
-    assert meter.peak < held_bytes(hf) / 100
+    assert meter.peak_bytes < held_bytes(hf) / 100
 
 
 def test_pieces_do_not_change_what_is_read(monkeypatch, tmp_path):
@@ -241,7 +244,102 @@ def test_only_the_rows_that_are_asked_for_are_read(tmp_path):
 def test_one_process_holds_the_weights_and_nothing_else_while_it_loads():
     with LiveBytes() as meter:
         hf = load_hugging_face("tiny", torch.float32, CPU)
-    assert held_bytes(hf) <= meter.peak < 1.01 * held_bytes(hf)
+    assert held_bytes(hf) <= meter.peak_bytes < 1.01 * held_bytes(hf)
+
+
+def whole_policy(config: Config, dtype: torch.dtype) -> PolicyModel:
+    """The policy as `from_pretrained` builds it, on one process."""
+    folder = model_folder(config.model.path)
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    if config.model.lora.rank:
+        add_adapters(hf, config.model.lora, config.train.seed, dtype)
+    return PolicyModel(hf, config.model, dtype).train()
+
+
+def check(config: Config, world: World, dtype: torch.dtype) -> None:
+    """Every weight and buffer bit for bit, in the dtype it is to have, and what the sharded policies then say."""
+    learner, plain = Learner(config, world, 10), whole_policy(config, dtype)
+    wanted = named_weights(plain)
+    for policy, is_reference in ((learner.policy, False), (learner.reference, True)):
+        if policy is None:
+            assert config.algorithm.beta == 0 or config.model.lora.rank
+            continue
+        got = named_weights(policy)
+        assert list(got) == list(wanted)
+        for name, value in got.items():
+            is_trained = wanted[name].requires_grad and not is_reference
+            assert isinstance(value, DTensor) and value.requires_grad == is_trained
+            assert value.dtype == (torch.float32 if is_trained else dtype), name
+            assert torch.equal(whole_tensor(value), wanted[name].detach().to(value.dtype)), name
+        buffers = dict(policy.named_buffers())
+        assert buffers.keys() == dict(plain.named_buffers()).keys()
+        assert all(torch.equal(buffers[name], value) for name, value in plain.named_buffers())
+        embedding = policy.hf.model.language_model.embed_tokens.weight
+        assert (policy.hf.lm_head.weight is embedding) == policy.hf.config.tie_word_embeddings
+        assert isinstance(embedding, DTensor) and embedding.to_local().shape[0] == (34, 33)[world.rank]
+    shard(plain, world, dtype)
+    row = plain.device_batch(pack([random_group(7, (5, 3, 8))], [[1.0] * 3]))
+    with torch.no_grad():
+        want_N = plain(row, 1.0)[0]
+        assert torch.equal(learner.policy(row, 1.0)[0], want_N)
+        if learner.reference is not None:
+            assert torch.equal(learner.reference(row, 1.0)[0], want_N)
+    [report] = learner.update_grpo([random_group(world.rank, (5, 3, 8))])
+    assert report.grad_norm > 0 and not report.skipped
+
+
+def check_peak(config: Config, world: World) -> None:
+    """At most 1.25 times the shards and a block; a whole model that is sharded afterwards does not stay below that."""
+    with LiveBytes() as meter:
+        learner = Learner(config, world, 10)
+    block = sum(p.numel() * p.element_size() for p in learner.policy.hf.model.language_model.layers[0].parameters())
+    bound = 1.25 * held_bytes(learner.policy) + block
+    assert held_bytes(learner.policy) <= meter.peak_bytes <= bound, (meter.peak_bytes, bound)
+    mapped = whole_policy(config, torch.float32)
+    with LiveBytes() as meter:
+        shard(copy.deepcopy(mapped), world, torch.float32)
+    assert meter.peak_bytes > bound, (meter.peak_bytes, bound)
+
+
+def check_resume(config: Config, world: World, folder: Path) -> None:
+    """A checkpoint comes back into a learner whose shards have not been run yet."""
+    first, second = (Learner(config, world, 10) for _ in range(2))
+    group = random_group(world.rank, (5, 3, 8))
+    first.update_grpo([group])
+    state = RunState(1, 0, 0, 0, "", "")
+    saved = save_checkpoint(folder, first.policy, first.optimizer, first.schedule, state, world, 1)
+    load_checkpoint(saved, second.policy, second.optimizer, second.schedule, world)
+    one, two = (learner.update_grpo([group])[0] for learner in (first, second))
+    assert (one.sums, one.grad_norm, one.learning_rate) == (two.sums, two.grad_norm, two.learning_rate)
+    ours, theirs = (named_weights(learner.policy) for learner in (first, second))
+    assert all(torch.equal(whole_tensor(value), whole_tensor(theirs[name])) for name, value in ours.items())
+
+
+def check_one_rank_fails(config: Config, world: World) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError("no")
+
+    said = "no" if world.rank else "rank 1 failed while loading the model's weights; its own message says why"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=f"^{said}$"):
+        if world.rank:
+            patch.setattr(step, "load_weights", fail)
+        Learner(config, world, 10)
+
+
+def check_two_ranks(world: World, *folders: str) -> None:
+    """What the learner loads, against a whole model that is then sharded; `folders`: see the test."""
+    config, tied = (make_config(Path(folder)) for folder in folders)
+    half = replace(config.model, compute_dtype="bfloat16")
+    with_kl = replace(config.algorithm, beta=0.04)
+    check(config, world, torch.float32)
+    check(replace(tied, algorithm=with_kl), world, torch.float32)
+    check(replace(config, model=replace(half, freeze_vision=True), algorithm=with_kl), world, torch.bfloat16)
+    # rank 3: shards of 2 rows and 1; an order of targets that is not the layer's
+    lora = LoRAConfig(rank=3, alpha=6.0, targets=("up_proj", "v_proj", "q_proj"))
+    check(replace(config, model=replace(half, lora=lora), algorithm=with_kl), world, torch.bfloat16)
+    check_resume(tied, world, Path(folders[0]).parent / "run")
+    check_peak(replace(config, model=replace(config.model, path="tiny")), world)
+    check_one_rank_fails(config, world)
 
 
 def test_two_ranks_hold_what_sharding_a_whole_model_gives(make_model, tmp_path):
@@ -250,4 +348,4 @@ def test_two_ranks_hold_what_sharding_a_whole_model_gives(make_model, tmp_path):
         model = make_model(tied=tied)
         model.resize_token_embeddings(67)  # odd: FSDP pads the shorter shard when the policy runs first
         folders.append(str(save(model, tmp_path / str(tied), "split")))
-    run_ranks(RANKS, *folders)
+    on_ranks(check_two_ranks, *folders)

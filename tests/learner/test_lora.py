@@ -12,11 +12,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tests.learner.conftest import random_group
 from tests.learner.test_step import LENGTHS, make_config, update_and_capture
-from tests.tiny_policy import run_ranks
+from tests.ranks import on_ranks
+from tests.recording_engine import RecordingEngine
 from vcr1_fast.learner.gathering import whole_weights
 from vcr1_fast.learner.lora import LoRALinear, adapter_factors, add_adapters, lora_layers, merged_parts, split_weights
 from vcr1_fast.learner.packing import pack
-from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
+from vcr1_fast.learner.sharding import SINGLE_PROCESS, World, whole_tensor
 from vcr1_fast.learner.step import Learner
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.run.checkpoint import RunState, load_checkpoint, save_checkpoint
@@ -27,7 +28,6 @@ from vcr1_fast.types import RolloutGroup, SamplingParams
 
 LORA = LoRAConfig(rank=3, alpha=6.0)
 PER_LAYER = 7
-RANKS = Path(__file__).with_name("lora_ranks.py")
 
 
 @pytest.fixture
@@ -224,16 +224,29 @@ def test_local_engine_draws_from_the_sums(make_tiny_model, tiny_tokenizer, make_
     assert second.num_tensors == 3 * PER_LAYER < first.num_tensors  # what is frozen and has no adapter stays
 
 
+def train_and_push(world: World, model: str, out: str, dtype: str) -> None:
+    """An update of adapters with a KL term, and what a push carries after it."""
+    config = with_lora(make_config(Path(model), 1, beta=0.04))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+    learner = Learner(config, world, 10)
+    share = [random_group(seed, lengths) for seed, lengths in enumerate(LENGTHS)][world.rank :: world.world_size]
+    learner.update_grpo(share)
+    [report], gradients = update_and_capture(learner, share)  # A has a gradient once B is not 0
+    sums = RecordingEngine()
+    WeightSync(learner.policy, sums).push()
+    factors = {name: whole_tensor(factor).clone() for name, factor in adapter_factors(learner.policy.hf).items()}
+    if world.is_main:
+        torch.save({"gradients": gradients, "merged": sums.loaded, "factors": factors, "norm": report.grad_norm}, out)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 0.1)])
 def test_two_ranks_train_and_push_what_one_does(model_path, tmp_path, dtype, bound):
     """In bfloat16 shards hold weights of two dtypes; sums of 200 products in another order move by a few spacings."""
-    results = []
-    for num_ranks in (1, 2):
-        out = tmp_path / f"{num_ranks}.pt"
-        run_ranks(RANKS, str(model_path), str(out), dtype, num_ranks=num_ranks)
-        results.append(torch.load(out, weights_only=True))
-    one, two = results
+    files = [tmp_path / f"{num_ranks}.pt" for num_ranks in (1, 2)]
+    train_and_push(World(), str(model_path), str(files[0]), dtype)
+    on_ranks(train_and_push, model_path, files[1], dtype)
+    one, two = (torch.load(file, weights_only=True) for file in files)
     assert two["norm"] == pytest.approx(one["norm"], rel=bound)
     for name in ("gradients", "merged", "factors"):
         assert one[name].keys() == two[name].keys() and one[name]

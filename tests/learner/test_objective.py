@@ -15,25 +15,6 @@ from vcr1_fast.settings.config import AlgorithmConfig, ModelConfig
 NAN = float("nan")
 
 
-def test_a_missing_log_prob_is_the_current_one():
-    logprob_N = torch.tensor([-1.0, -2.0], requires_grad=True)
-    given_N = torch.tensor([NAN, -2.5])
-    tokens = TokenVectors(
-        advantage_N=torch.tensor([2.0, 1.0]),
-        weight_N=torch.tensor([0.5, 0.5]),
-        old_logprob_N=given_N,
-        sampling_logprob_N=given_N,
-    )
-    loss, sums = policy_loss(AlgorithmConfig(minibatches_per_rollout=2))(logprob_N, torch.zeros(2), tokens)
-    loss.backward()
-    # ratios 1 and e^0.5 = 1.65, the second clipped at 1.2: -(0.5 x 2 x 1 + 0.5 x 1 x 1.2)
-    assert loss.item() == pytest.approx(-1.6)
-    assert logprob_N.grad is not None
-    assert logprob_N.grad.tolist() == pytest.approx([-1.0, 0.0])
-    assert sums["sampling_gap"].item() == pytest.approx(0.5)
-    assert sums["clipped_high"].item() == 1.0
-
-
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 @pytest.mark.parametrize("kernels", ["auto", "off"])
 @pytest.mark.parametrize("minibatches", [1, 2])

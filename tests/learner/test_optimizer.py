@@ -59,21 +59,6 @@ def test_a_tower_has_a_learning_rate_of_its_own_and_the_same_schedule():
     assert len(build_optimizer(policy, OptimizerConfig(), tower=policy.patch).param_groups) == 2
 
 
-def test_first_update_by_hand():
-    # AdamW's first step moves a weight by lr * sign(grad) (moments cancel), after decaying it by lr * weight_decay.
-    policy = nn.Linear(1, 1)
-    with torch.no_grad():
-        policy.weight.fill_(2.0)
-        policy.bias.fill_(2.0)
-    optimizer = build_optimizer(policy, OptimizerConfig(learning_rate=0.5, weight_decay=0.1))
-    policy.weight.grad = torch.full((1, 1), -3.0)
-    policy.bias.grad = torch.full((1,), 3.0)
-    optimizer.step()
-    assert policy.weight.item() == pytest.approx(2.0 * (1 - 0.05) + 0.5, abs=1e-6)
-    assert policy.bias.item() == pytest.approx(1.5, abs=1e-6)
-    assert all(state["exp_avg"].dtype == torch.float32 for state in optimizer.state.values())
-
-
 def test_weights_that_are_not_float32_are_refused_by_name():
     with pytest.raises(TypeError, match=r"weight is torch.bfloat16, wanted float32"):
         build_optimizer(nn.Linear(2, 2).bfloat16(), OptimizerConfig())

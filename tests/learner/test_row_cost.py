@@ -4,22 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig
 
 from bench.flops import decoder_flop, head_flop, tower_flop
-from vcr1_fast.learner.public_sizes import PUBLIC_SIZES
 from vcr1_fast.learner.row_cost import GroupSize, RowCost, group_size
 from vcr1_fast.settings.config import LoRAConfig, ModelConfig
 
 GEMM, FORWARD, BACKWARD = 680e12, 370e12, 300e12
 GRID = (4, 24, 32)  # windows of 8 x 8 patches without a remainder
-
-
-@pytest.fixture(scope="module")
-def config() -> Qwen2_5_VLConfig:
-    sizes = dict(PUBLIC_SIZES["Qwen2.5-VL-7B"])
-    vision = sizes.pop("vision_config")
-    return Qwen2_5_VLConfig(text_config=sizes, vision_config=vision)
 
 
 @pytest.mark.parametrize(
@@ -32,10 +23,10 @@ def config() -> Qwen2_5_VLConfig:
         ({"lora": LoRAConfig(rank=8), "gradient_checkpointing": "full"}, 3, 1),
     ],
 )
-def test_costs_are_those_of_the_counted_flops(config, model, passes, tower_passes):
+def test_costs_are_those_of_the_counted_flops(config_7b, model, passes, tower_passes):
     settings = ModelConfig(**model)
-    cost = RowCost.of(config, settings)
-    text, vision = config.text_config, config.vision_config
+    cost = RowCost.of(config_7b, settings)
+    text, vision = config_7b.text_config, config_7b.vision_config
     recomputed = settings.gradient_checkpointing == "full"
     forwards = 1 + recomputed
     assert cost.token_s == pytest.approx(decoder_flop(text, 1, 0) * passes / GEMM)
@@ -57,18 +48,18 @@ def test_costs_are_those_of_the_counted_flops(config, model, passes, tower_passe
     assert cost.row_s == pytest.approx(num_blocks * 172 * 5e-6)
 
 
-def test_model_flop_count_nothing_twice(config):
+def test_model_flop_count_nothing_twice(config_7b):
     """Backward is twice forward, attention's as well; what is recomputed is no work of the step."""
-    text, num_pairs = config.text_config, 2_000_000
+    text, num_pairs = config_7b.text_config, 2_000_000
     size = GroupSize(3000, num_pairs, (GRID,), (300,), 300, True)
     attention = decoder_flop(text, 3000, num_pairs) - decoder_flop(text, 3000, 0)
-    tower, frame = tower_flop(config.vision_config, [GRID]), 4 * 24 * 32
+    tower, frame = tower_flop(config_7b.vision_config, [GRID]), 4 * 24 * 32
     tower_attention = 4 * 1280 * frame * (28 * 64 + 4 * 24 * 32)
     products = decoder_flop(text, 3000, 0) + head_flop(text, 300) + tower - tower_attention
     wanted = 3 * (products + attention + tower_attention)
     for mode in ("none", "full"):
-        assert RowCost.of(config, ModelConfig(gradient_checkpointing=mode)).model_flop(size) == pytest.approx(wanted)
-    lora = RowCost.of(config, ModelConfig(lora=LoRAConfig(rank=8))).model_flop(size)  # no gradient of a matrix
+        assert RowCost.of(config_7b, ModelConfig(gradient_checkpointing=mode)).model_flop(size) == pytest.approx(wanted)
+    lora = RowCost.of(config_7b, ModelConfig(lora=LoRAConfig(rank=8))).model_flop(size)  # no gradient of a matrix
     decoder = decoder_flop(text, 3000, 0) + head_flop(text, 300)
     assert lora == pytest.approx(2 * decoder + 3 * attention + tower)
 

@@ -2,9 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
-from tests.tiny_policy import TinyPolicy, patches, run_ranks, tokens
+from tests.ranks import on_ranks
+from tests.tiny_policy import TinyPolicy, patches, tokens
 from vcr1_fast.learner.optimizer import build_optimizer, clip_grad_norm
 from vcr1_fast.learner.sharding import (
     World,
@@ -14,57 +16,94 @@ from vcr1_fast.learner.sharding import (
     init_distributed,
     named_weights,
     on_all_ranks,
+    on_main_rank,
     shard,
     shutdown,
     whole_tensor,
 )
 from vcr1_fast.settings.config import ConfigError, OptimizerConfig
 
-WORKER = Path(__file__).with_name("sharded_training.py")
 TWO = World(rank=0, world_size=2)
 
 
-def one_process_update(policy: TinyPolicy) -> tuple[dict[str, torch.Tensor], float]:
-    """The update that sharded_training.py makes on two ranks: gradients, and their norm; the policy takes the step."""
+def check_collectives(world) -> None:
+    rank = world.rank
+    assert all_max_int(10 * rank - 5, world) == 5
+    values = torch.tensor([1.0, rank])
+    assert all_reduce_sum(values, world).tolist() == [2.0, 1.0]
+    assert values.tolist() == [1.0, rank]
+    names = {"b": 1.0, "a": 2.0} if rank else {"a": 10.0, "b": 0.5}  # order does not matter
+    assert all_reduce_sum(names, world) == {"a": 12.0, "b": 1.5}
+    with pytest.raises(ValueError, match=rf"rank {rank} has \['only_{rank}'\]"):
+        all_reduce_sum({f"only_{rank}": 1.0}, world)
+
+    def fail() -> None:
+        raise PermissionError("no")
+
+    said = "^rank 0 failed while trying; its own message says why$" if rank else "^no$"
+    with pytest.raises(OSError if rank else PermissionError, match=said):
+        on_main_rank("trying", fail, world)
+    barrier(world)
+
+
+def check_shards(policy: TinyPolicy, world: World, tied: bool) -> None:
+    assert (world.world_size, world.device.type) == (2, "cpu")
+    assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in policy.parameters())
+    assert policy.hf.lm_head.weight.to_local().shape == ((34, 33)[world.rank], 32)  # 67 rows
+    assert (policy.hf.lm_head.weight is policy.hf.model.language_model.embed_tokens.weight) == tied
+
+
+def train(world: World, output: str, tied: str, dtype_name: str) -> None:
+    """One update by four micro-batches, a rank's share each; gradients, weights and the norm are written by rank 0."""
+    policy = TinyPolicy(tied=bool(tied))
+    shard(policy, world, getattr(torch, dtype_name))
+    if world != World():
+        check_collectives(world)
+        check_shards(policy, world, bool(tied))
     optimizer = build_optimizer(policy, OptimizerConfig(learning_rate=1.0, eps=1.0))
-    for index in range(4):
+    share = 4 // world.world_size
+    for index in range(share * world.rank, share * (world.rank + 1)):
         (policy(tokens(index), patches(index)) / 4).backward()
-    gradients = {n: w.grad.clone() for n, w in named_weights(policy).items() if w.grad is not None}
+    gradients = {n: whole_tensor(w.grad).clone() for n, w in named_weights(policy).items() if w.grad is not None}
     norm = clip_grad_norm(policy, 0.05)
     optimizer.step()
-    return gradients, norm
+    with torch.no_grad():
+        policy(tokens(0))  # leaves the root gathered; named_weights must still see the masters
+    weights = {n: whole_tensor(w) for n, w in named_weights(policy).items()}
+    if world.is_main:
+        tensors = {f"grad.{n}": g for n, g in gradients.items()} | {f"weight.{n}": w for n, w in weights.items()}
+        save_file({**tensors, "norm": torch.tensor([norm], dtype=torch.float64)}, output)
+
+
+def on_one_and_two(folder: Path, tied: bool, dtype_name: str) -> tuple[dict[str, torch.Tensor], ...]:
+    """What one process in float32 writes, and two ranks."""
+    files = [folder / f"{num_ranks}.safetensors" for num_ranks in (1, 2)]
+    train(World(), str(files[0]), "tied" * tied, "float32")
+    on_ranks(train, files[1], "tied" * tied, dtype_name)
+    return tuple(load_file(file) for file in files)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_two_ranks_make_the_update_of_one_process(tmp_path: Path, tied: bool):
-    run_ranks(WORKER, str(tmp_path / "out.safetensors"), "tied" if tied else "untied", "float32")
-    got = load_file(tmp_path / "out.safetensors")
-    policy = TinyPolicy(tied=tied)
-    gradients, norm = one_process_update(policy)
-    assert {name for name in got if name.startswith("grad.")} == {f"grad.{name}" for name in gradients}
-    for name, gradient in gradients.items():
+    want, got = on_one_and_two(tmp_path, tied, "float32")
+    assert got.keys() == want.keys()
+    assert float(got["norm"]) == pytest.approx(float(want["norm"]), rel=1e-6)
+    for name, tensor in want.items():
         # Only the order of four float32 sums differs: a few ulps of the largest gradient of the weight.
-        bound = 32 * torch.finfo(torch.float32).eps * float(gradient.abs().max()) + 1e-9
-        assert (got[f"grad.{name}"] - gradient).abs().max() <= bound, name
-    assert float(got["norm"]) == pytest.approx(norm, rel=1e-6)
-    # AdamW's first step is lr g / (|g| + eps): with lr = eps = 1 close to g itself, where a small eps gives its sign.
-    start = named_weights(TinyPolicy(tied=tied))
-    for name, weight in named_weights(policy).items():
-        assert (got[f"weight.{name}"] - weight.detach()).abs().max() < 1e-6, name
+        bound = 32 * torch.finfo(torch.float32).eps * float(tensor.abs().max()) + 1e-9
+        # AdamW's first step is lr g / (|g| + eps): with lr = eps = 1 close to g, where a small eps gives its sign.
+        assert (got[name] - tensor).abs().max() <= (bound if name.startswith("grad.") else 1e-6), name
     embedding = "hf.model.language_model.embed_tokens.weight"
-    assert (got[f"weight.{embedding}"] - start[embedding].detach()).abs().max() > 1e-3
+    start = named_weights(TinyPolicy(tied=tied))[embedding].detach()
+    assert (got[f"weight.{embedding}"] - start).abs().max() > 1e-3
 
 
 def test_two_ranks_compute_in_bfloat16_and_keep_float32_gradients(tmp_path: Path):
-    run_ranks(WORKER, str(tmp_path / "out.safetensors"), "untied", "bfloat16")
-    got = load_file(tmp_path / "out.safetensors")
-    policy = TinyPolicy()
-    gradients, norm = one_process_update(policy)
+    want, got = on_one_and_two(tmp_path, False, "bfloat16")
     assert {tensor.dtype for name, tensor in got.items() if name != "norm"} == {torch.float32}
-    assert float(got["norm"]) != norm and float(got["norm"]) == pytest.approx(norm, rel=0.05)
-    name = "hf.lm_head.weight"
-    cosine = torch.cosine_similarity(got[f"grad.{name}"].flatten(), gradients[name].flatten(), dim=0)
-    assert cosine > 0.999
+    assert got["norm"] != want["norm"] and float(got["norm"]) == pytest.approx(float(want["norm"]), rel=0.05)
+    name = "grad.hf.lm_head.weight"
+    assert torch.cosine_similarity(got[name].flatten(), want[name].flatten(), dim=0) > 0.999
 
 
 def test_weights_that_are_not_float32_are_refused():

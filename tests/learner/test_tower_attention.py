@@ -43,8 +43,8 @@ def test_dense_calls_are_the_stock_tower(monkeypatch):
     embedded by a product, not by transformers' convolution."""
     hf = load_hugging_face("tiny", torch.float32, torch.device("cpu"))
     family, tower = family_of(hf.config), hf.model.visual
-    grids = [(2, 4, 10), (1, 6, 4)]
-    values_PC = torch.randn(80 + 24, 1176, generator=torch.Generator().manual_seed(0))
+    grids = [(2, 4, 10), (1, 6, 4), (2, 4, 8)]
+    values_PC = torch.randn(80 + 24 + 64, 1176, generator=torch.Generator().manual_seed(0))
 
     def run(call) -> list[torch.Tensor]:
         out = call().pooler_output if call is stock else call()
@@ -70,18 +70,9 @@ def test_dense_calls_are_the_stock_tower(monkeypatch):
     for mine, wanted in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-5)
     assert list(tower.state_dict()) == names
-    # windows of 4 x 4: two frames of 16, 16 and 8 patches together, then one of 16 and 8; whole frames: 40 and 24
-    windows, frames = [(2, 16), (2, 16), (2, 8), (1, 16), (1, 8)], [(2, 40), (1, 24)]
+    # windows of 4 x 4: two frames of 16, 16 and 8 patches together, one of 16 and 8, two with windows of one length
+    windows, frames = [(2, 16), (2, 16), (2, 8), (1, 16), (1, 8), (4, 16)], [(2, 40), (1, 24), (2, 32)]
     assert calls == [*windows, *frames] * 2
-
-
-def test_windows_of_one_length_are_one_call():
-    assert tower_attention._runs((16,) * 8, (64, 64)) == ((2, (16,) * 4),)
-    assert tower_attention._runs((16, 8, 16, 8, 4), (24, 24, 4)) == ((2, (16, 8)), (1, (4,)))
-    query = torch.randn(1, 4, 128, 8, generator=torch.Generator().manual_seed(0))
-    got = tower_attention._attend_frames((2, (16,) * 4), (query,) * 3, 1.0)
-    wanted = [scaled_dot_product_attention(q, q, q, scale=1.0) for q in query.split(16, dim=2)]
-    torch.testing.assert_close(got, torch.cat(wanted, dim=2)[0].transpose(0, 1))
 
 
 @pytest.mark.gpu

@@ -56,11 +56,13 @@ def changed(settings: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(settings, **values)
 
 
+SEVEN = {"train.prompts_per_step": 7, "sft.examples_per_step": 7}
 RANKS = [
     # 64 ranks share 64 prompts; the 16 examples of a supervised step are not their concern
     ({"train.prompts_per_step": 64}, r"sft\.examples_per_step is 16, but there are 64 ranks", {"sft"}, 64),
     ({"sft.examples_per_step": 64}, r"train\.prompts_per_step is 8, but there are 64 ranks", {"train"}, 64),
     ({"algorithm.minibatches_per_rollout": 2}, "make it a multiple of 16", {"train"}, 8),
+    (SEVEN | {"train.replicate": 2}, r"train\.replicate is 2, but there are 7 ranks", LEARNS, 7),
     (FAR, "names 1 workers, but there are 2 ranks", ALL, 2),
 ]
 
@@ -92,5 +94,6 @@ def test_settings_of_an_engine_that_is_not_opened_are_free():
 
 def test_settings_that_fit_each_other_pass():
     check_settings(changed(Config(), FAR | {"rollout.sglang.weights": "broadcast"}), "eval")
+    check_settings(changed(Config(), {"train.replicate": 2}), "train", 8)
     fits = {"algorithm.sampling_correction": "token_mask", "algorithm.sampling_cap": 2.0, "algorithm.dual_clip": 3.0}
     check_settings(changed(Config(), fits | {"rollout.interrupt": True, "rollout.max_policy_lag": 1}), "train")

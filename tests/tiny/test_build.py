@@ -1,4 +1,4 @@
-"""The tiny models have the real architectures, run with explicit positions, and can be saved and loaded."""
+"""The tiny models have the real architectures, and can be saved and loaded."""
 
 import json
 from pathlib import Path
@@ -13,34 +13,7 @@ from vcr1_fast.tiny.build import build_tiny, build_tiny_tokenizer
 from vcr1_fast.tiny.cold_start import TYPES
 from vcr1_fast.video.formats import FORMATS
 
-GRID = (2, 4, 8)  # 2 frame pairs of 2 x 4 tokens: 16 tokens
 EVERY = pytest.mark.parametrize("model_type", FORMATS)
-
-
-def _inputs(model_type: str) -> dict[str, torch.Tensor]:
-    tokenizer = build_tiny_tokenizer()
-    text = "user\n<|vision_start|>" + "<|video_pad|>" * 16 + "<|vision_end|>assistant\n"
-    ids = torch.tensor([tokenizer(text)["input_ids"]])
-    positions = torch.arange(ids.shape[1]).expand(3, 1, -1).contiguous()
-    pixels = torch.randn(64, FORMATS[model_type].patch_values, generator=torch.Generator().manual_seed(0))
-    return {
-        "input_ids": ids,
-        "position_ids": positions,
-        "pixel_values_videos": pixels,
-        "video_grid_thw": torch.tensor([GRID]),
-    }
-
-
-@EVERY
-def test_it_runs_with_explicit_positions_which_matter(model_type: str) -> None:
-    model = untrained_model(tiny_config(build_tiny_tokenizer(), model_type), seed=0)
-    inputs = _inputs(model_type)
-    with torch.no_grad():
-        logits = model(**inputs).logits
-        stretched = model(**{**inputs, "position_ids": inputs["position_ids"] * 2}).logits
-    assert logits.shape == (1, inputs["input_ids"].shape[1], len(build_tiny_tokenizer()))
-    assert torch.isfinite(logits).all()
-    assert (logits - stretched).abs().max() > 1e-3
 
 
 @EVERY
@@ -56,21 +29,13 @@ def test_about_a_million_parameters_and_the_real_parts(model_type: str) -> None:
     assert config.video_token_id == build_tiny_tokenizer().convert_tokens_to_ids("<|video_pad|>")
 
 
-def test_the_seed_decides_the_weights() -> None:
-    config = tiny_config(build_tiny_tokenizer())
-    first, again, other = (untrained_model(config, seed).lm_head.weight for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
 @EVERY
 def test_a_written_folder_loads_as_the_same_model(tmp_path: Path, model_type: str) -> None:
     build_tiny(tmp_path, seed=3, model_type=model_type)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     wanted = untrained_model(tiny_config(build_tiny_tokenizer(), model_type), seed=3)
-    with torch.no_grad():
-        assert torch.equal(model(**_inputs(model_type)).logits, wanted(**_inputs(model_type)).logits)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in wanted.state_dict().items())
     assert len(tokenizer) == model.config.text_config.vocab_size
     assert (tmp_path / "model.safetensors").stat().st_size < 5_000_000
 

@@ -41,11 +41,6 @@ def test_special_tokens_in_plain_text_are_letters() -> None:
     assert min(ids) >= len(SPECIAL_TOKENS)
 
 
-def test_decoding_can_drop_special_tokens() -> None:
-    ids = TOKENIZER("<answer>1.00 to 2.00</answer><|im_end|>")["input_ids"]
-    assert TOKENIZER.decode(ids, skip_special_tokens=True) == "<answer>1.00 to 2.00</answer>"
-
-
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)

@@ -29,15 +29,9 @@ TENSORS_PER_LAUNCH = {"_foreach": 100, "_fused_adam": 24}
 
 def gemm_flop(name: str, arguments: Sequence[Any]) -> int:
     """2 m k n of a matrix product or a convolution; 0 of anything else."""
-    if name in ("mm", "addmm"):
-        a, b = arguments[:2] if name == "mm" else arguments[1:3]
-        return 2 * a.shape[0] * a.shape[1] * b.shape[1]
-    if name == "bmm":
-        a, b = arguments[:2]
-        return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
-    if name == "baddbmm":
-        a, b = arguments[1:3]
-        return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
+    if name in ("mm", "bmm", "addmm", "baddbmm"):
+        a, b = arguments[:2] if name in ("mm", "bmm") else arguments[1:3]
+        return 2 * a.numel() * b.shape[-1]
     if name == "convolution":  # the patch embedding: kernel = stride = patch
         values, weight = arguments[:2]
         return 2 * values.shape[0] * weight.numel()
@@ -71,11 +65,6 @@ def num_operations(arguments: Sequence[Any], result: Any) -> int:
 
 
 GEMM, ATTENTION = "matrix product", "attention"  # how names of such kernels begin, whichever library has them
-
-
-def kernel_name(name: str, gemm_flop: int) -> str:
-    """Under which a kernel is listed: products by what they are, others as torch or Triton calls them."""
-    return f"{GEMM}, {name}" if gemm_flop else name
 
 
 def attention_name(is_backward: bool) -> str:

@@ -4,51 +4,46 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 
-
-@dataclass(frozen=True)
-class GpuModel:
-    """A GPU that is played. Rates of prediction are in predict.py."""
-
-    name: str
-    memory_bytes: int
-    capability: tuple[int, int]
-    num_multiprocessors: int
-
-
-H100 = GpuModel("H100 SXM", 80 * 1000**3, (9, 0), 132)
+# The GPU that is played. Rates of prediction are in predict.py.
+H100 = SimpleNamespace(
+    name="H100 SXM",
+    total_memory=80 * 1000**3,
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    L2_cache_size=50 << 20,
+)
 
 
-class _Event:
-    def __init__(self, wait: Callable[[str], None]) -> None:
-        self._wait = wait
+class Event:
+    wait_for_gpu: ClassVar[Callable[[str], None]]
 
+    def __init__(self, *_: Any, **__: Any) -> None: ...
     def record(self, *_: Any) -> None: ...
     def wait(self, *_: Any) -> None: ...
     def query(self) -> bool:
         return True
 
     def synchronize(self) -> None:
-        self._wait("event.synchronize")
+        Event.wait_for_gpu("event.synchronize")
 
 
-class _Stream:
+class Stream:
     """A stream; FSDP has several."""
 
     device_type, device_index, stream_id, cuda_stream = 1, 0, 0, 0
+    device = torch.device("cuda", 0)
 
-    def __init__(self, wait: Callable[[str], None]) -> None:
-        self._wait = wait
-        self.device = torch.device("cuda", 0)
-
+    def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, *_: Any) -> None: ...
     def wait_event(self, *_: Any) -> None: ...
     def record_event(self, event: Any = None) -> Any:
-        return event or _Event(self._wait)
+        return event or Event()
 
     def query(self) -> bool:
         return True
@@ -57,26 +52,12 @@ class _Stream:
         return False
 
     def synchronize(self) -> None:
-        self._wait("stream.synchronize")
+        Event.wait_for_gpu("stream.synchronize")
 
-    def __enter__(self) -> _Stream:
+    def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_: Any) -> None: ...
-
-
-def _stream_and_event(wait: Callable[[str], None]) -> tuple[Callable[[], _Stream], Callable[[], _Event]]:
-    """Classes, because annotations of other packages name them."""
-
-    class Stream(_Stream):
-        def __init__(self, *_: Any, **__: Any) -> None:
-            super().__init__(wait)
-
-    class Event(_Event):
-        def __init__(self, *_: Any, **__: Any) -> None:
-            super().__init__(wait)
-
-    return Stream, Event
 
 
 @contextlib.contextmanager
@@ -84,23 +65,10 @@ def _nothing(*_: Any, **__: Any) -> Iterator[None]:
     yield
 
 
-def install(gpu: GpuModel, num_gpus: int, wait: Callable[[str], None]) -> None:
-    """Have torch.cuda speak of this GPU from now on, in the whole process. `wait(what)` is told of each wait for it."""
-    properties = type(
-        "Properties",
-        (),
-        {
-            "name": gpu.name,
-            "total_memory": gpu.memory_bytes,
-            "major": gpu.capability[0],
-            "minor": gpu.capability[1],
-            "multi_processor_count": gpu.num_multiprocessors,
-            "L2_cache_size": 50 << 20,
-        },
-    )
-
-    stream_class, event_class = _stream_and_event(wait)
-    stream = stream_class()
+def install(num_gpus: int, wait: Callable[[str], None]) -> None:
+    """Have torch.cuda speak of such GPUs from now on, in the whole process. `wait(what)` is told of each wait."""
+    Event.wait_for_gpu = wait
+    stream = Stream()
     replaced: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -108,17 +76,17 @@ def install(gpu: GpuModel, num_gpus: int, wait: Callable[[str], None]) -> None:
         "device_count": lambda: num_gpus,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
-        "get_device_capability": lambda device=None: gpu.capability,
-        "get_device_properties": lambda device=None: properties,
-        "get_device_name": lambda device=None: gpu.name,
-        "mem_get_info": lambda device=None: (gpu.memory_bytes, gpu.memory_bytes),
+        "get_device_capability": lambda device=None: (H100.major, H100.minor),
+        "get_device_properties": lambda device=None: H100,
+        "get_device_name": lambda device=None: H100.name,
+        "mem_get_info": lambda device=None: (H100.total_memory, H100.total_memory),
         "memory_allocated": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: wait("torch.cuda.synchronize"),
-        "Stream": stream_class,
-        "Event": event_class,
+        "Stream": Stream,
+        "Event": Event,
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
         "stream": _nothing,

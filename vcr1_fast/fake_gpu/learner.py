@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from vcr1_fast.fake_gpu.checkpoint import write_checkpoint
+from vcr1_fast.fake_gpu.costs import ATTENTION, GEMM, SHARDING
 from vcr1_fast.fake_gpu.groups import GroupShape, make_group
 from vcr1_fast.fake_gpu.meter import Meter
 from vcr1_fast.fake_gpu.mode import FakeGpu
@@ -45,7 +46,7 @@ class Measured:
     launches: int
     gemm_flop: int
     attention_flop: int
-    moved_bytes: int  # of kernels that are neither, see meter.Counts
+    moved_bytes: int  # by kernels that are neither, nor a copy of FSDP's
     predicted_s: float  # kernels one after the other
     collective_s: float
     kernels: dict[str, dict[str, dict[str, float]]]  # phase -> name -> vars(meter.Kernel)
@@ -57,16 +58,17 @@ class Measured:
 
 def measured(meter: Meter, began_s: float) -> Measured:
     """The meter's counts since its last start."""
-    counts = list(meter.counts.values())
+    kernels = [kernel for named in meter.kernels.values() for kernel in named.items()]
+    others = [k for name, k in kernels if not name.startswith((GEMM, ATTENTION)) and name not in SHARDING]
     return Measured(
         seconds_here=round(time.perf_counter() - began_s, 2),
         live_bytes=meter.memory.now_bytes,
         peaks={phase: {k: n for k, n in peak.kinds.items() if n} for phase, peak in meter.memory.peaks.items()},
-        launches=meter.launches,
-        gemm_flop=sum(c.gemm_flop for c in counts),
-        attention_flop=sum(c.attention_forward_flop + c.attention_backward_flop for c in counts),
-        moved_bytes=sum(c.moved_bytes for c in counts),
-        predicted_s=meter.seconds,
+        launches=sum(kernel.launches for _, kernel in kernels),
+        gemm_flop=round(sum(kernel.flop for name, kernel in kernels if name.startswith(GEMM))),
+        attention_flop=round(sum(kernel.flop for name, kernel in kernels if name.startswith(ATTENTION))),
+        moved_bytes=round(sum(kernel.num_bytes for kernel in others)),
+        predicted_s=sum(kernel.seconds for _, kernel in kernels),
         collective_s=meter.collective_s,
         kernels={phase: {n: vars(k) for n, k in named.items()} for phase, named in meter.kernels.items()},
         syncs=dict(meter.syncs),
@@ -115,7 +117,7 @@ class FakeLearner:
 
         began_s = time.perf_counter()
         self.gpu.meter.start()
-        others = (_replaced(step, "all_max_int", on_all_ranks), _replaced(update_rows, "gather_sizes", of_all_ranks))
+        others = (_replaced(step, "all_max_int", on_all_ranks), _replaced(update_rows, "gather_all", of_all_ranks))
         with _marking(self.gpu, self.family), others[0], others[1]:
             if teaches:
                 self.learner.update_sft(groups)

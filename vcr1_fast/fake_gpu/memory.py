@@ -28,12 +28,8 @@ class Memory:
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, Peak] = {}  # of each phase
         self._peak = Peak(0, Counter())
-        self._now = 0
+        self.now_bytes = 0
         self._known: dict[int, _Entry] = {}
-
-    @property
-    def now_bytes(self) -> int:
-        return self._now
 
     def see(self, tensor: Tensor) -> None:
         """Take in a tensor on the fake GPU, new or not."""
@@ -68,19 +64,16 @@ class Memory:
         self._peak = self.peaks.setdefault(phase, Peak(0, Counter()))
         self._add(0, self.kind)
 
-    def forget_peaks(self) -> None:
-        self.peaks = {}
-
     def _gone(self, key: int) -> None:
         entry = self._known.pop(key, None)
         if entry is not None:
             self._add(-entry.num_bytes, entry.kind)
 
     def _add(self, num_bytes: int, kind: str) -> None:
-        self._now += num_bytes
+        self.now_bytes += num_bytes
         self.live[kind] += num_bytes
-        if self._now > self._peak.num_bytes:
-            self._peak.num_bytes, self._peak.kinds = self._now, Counter(self.live)
+        if self.now_bytes > self._peak.num_bytes:
+            self._peak.num_bytes, self._peak.kinds = self.now_bytes, Counter(self.live)
 
 
 def _sharding_kind() -> str | None:
@@ -96,8 +89,8 @@ def _sharding_kind() -> str | None:
     return None
 
 
+@dataclass(slots=True)
 class _Entry:
-    __slots__ = ("kind", "num_bytes", "reference")
-
-    def __init__(self, reference: weakref.ref[Any], num_bytes: int, kind: str) -> None:
-        self.reference, self.num_bytes, self.kind = reference, num_bytes, kind
+    reference: weakref.ref[Any]
+    num_bytes: int
+    kind: str

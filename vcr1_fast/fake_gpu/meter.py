@@ -11,25 +11,13 @@ from vcr1_fast.fake_gpu.predict import H100_RATES, Rates
 
 
 @dataclass
-class Counts:
-    """Of one phase."""
-
-    launches: int = 0
-    gemm_flop: int = 0
-    attention_forward_flop: int = 0
-    attention_backward_flop: int = 0
-    moved_bytes: int = 0  # read and written by kernels that are neither GEMM nor attention nor a copy of FSDP's
-    seconds: float = 0.0  # of the kernels one after the other, see predict.py
-
-
-@dataclass
 class Kernel:
     """All launches of one name in one phase."""
 
     launches: int = 0
     flop: float = 0.0  # of what is neither product nor attention: see costs.num_operations
     num_bytes: float = 0.0  # of arguments and results, once each
-    seconds: float = 0.0
+    seconds: float = 0.0  # see predict.py
 
 
 @dataclass
@@ -39,7 +27,6 @@ class Meter:
     memory: Memory = field(default_factory=Memory)
     rates: Rates = H100_RATES  # by which seconds are predicted
     phase: str = "start"
-    counts: dict[str, Counts] = field(default_factory=dict)
     kernels: dict[str, dict[str, Kernel]] = field(default_factory=dict)  # phase -> name
     syncs: Counter[str] = field(default_factory=Counter)  # what the host waited for, and where in the code
     blocking_copies: Counter[str] = field(default_factory=Counter)  # host to device, with a wait, and where
@@ -52,7 +39,7 @@ class Meter:
         fresh = Meter(memory=self.memory, rates=self.rates)
         for name, value in vars(fresh).items():
             setattr(self, name, value)
-        self.memory.forget_peaks()
+        self.memory.peaks = {}
         self.enter("start", "other")
 
     def enter(self, phase: str, kind: str) -> None:
@@ -66,22 +53,10 @@ class Meter:
         seconds = self.rates.collective_seconds(num_bytes, ranks)
         self.collective_s += 2 * seconds if "all_reduce" in name or "allreduce" in name else seconds
 
-    @property
-    def now(self) -> Counts:
-        return self.counts.setdefault(self.phase, Counts())
-
     def note(self, name: str, *, launches: int = 1, flop: float = 0, num_bytes: float = 0, seconds: float = 0) -> None:
-        """What one operation was, by its name; the sums over all of them are `counts`."""
+        """What one operation was, by its name."""
         kernel = self.kernels.setdefault(self.phase, {}).setdefault(name, Kernel())
         kernel.launches += launches
         kernel.flop += flop
         kernel.num_bytes += num_bytes
         kernel.seconds += seconds
-
-    @property
-    def launches(self) -> int:
-        return sum(counts.launches for counts in self.counts.values())
-
-    @property
-    def seconds(self) -> float:
-        return sum(counts.seconds for counts in self.counts.values())

@@ -34,7 +34,7 @@ class FakeGpu(TorchDispatchMode):
     back from there. Everything else reads as 0, or as a 1 where one number is asked for.
     """
 
-    def __init__(self, gpu: cuda_module.GpuModel = cuda_module.H100, num_gpus: int = 8) -> None:
+    def __init__(self, num_gpus: int) -> None:
         super().__init__()
         self.meter = Meter()
         self.is_planning = False  # DTensor asks for the shape of a result by doing the operation on whole tensors
@@ -42,7 +42,7 @@ class FakeGpu(TorchDispatchMode):
         self.library = torch.library.Library("aten", "IMPL")  # what it registers lives as long as it
         self._pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, Tensor] = weakref.WeakKeyDictionary()
-        cuda_module.install(gpu, num_gpus, self._waited)
+        cuda_module.install(num_gpus, self._waited)
         triton_launches.install(self._launched)
         self._installed_flash: FlashVersion | None = flash_packages.installed_version()
         _patch_torch(self)
@@ -172,7 +172,7 @@ class FakeGpu(TorchDispatchMode):
         return part.view(tensor.dtype).view(tensor.shape)
 
     def _count(self, namespace: str, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        meter, counts = self.meter, self.meter.now
+        meter = self.meter
         if namespace in ("c10d", "_c10d_functional"):
             if "wrap_tensor" not in name and "wait_tensor" not in name:
                 meter.communicate(name, _largest_bytes((args, kwargs)), _ranks((args, kwargs)))
@@ -180,7 +180,6 @@ class FakeGpu(TorchDispatchMode):
         if name in costs.NO_KERNEL:
             return
         launches = costs.num_launches(name, args)
-        counts.launches += launches
         if name.startswith(("_flash_attention", "_scaled_dot_product")):
             num_bytes = costs.moved_bytes(args, kwargs, out)
             meter.note(costs.attention_name("backward" in name), launches=launches, num_bytes=num_bytes)
@@ -199,20 +198,16 @@ class FakeGpu(TorchDispatchMode):
             self.add_attention(batch * flop, is_backward)
             return
         flop, num_bytes = costs.gemm_flop(name, args), costs.moved_bytes(args, kwargs, out)
-        counts.gemm_flop += flop
-        if not flop and name not in costs.SHARDING:
-            counts.moved_bytes += num_bytes
         # the copy into an all-gather's buffer reads and writes a shard, not the whole buffer that it returns
         num_bytes = 0 if name == "all_gather_copy_in" else num_bytes
-        seconds = self.meter.rates.kernel_seconds(flop, num_bytes)
-        counts.seconds += seconds
+        seconds = meter.rates.kernel_seconds(flop, num_bytes)
         done = flop or costs.num_operations(args, out)
-        meter.note(costs.kernel_name(name, flop), launches=launches, flop=done, num_bytes=num_bytes, seconds=seconds)
+        kernel = f"{costs.GEMM}, {name}" if flop else name
+        meter.note(kernel, launches=launches, flop=done, num_bytes=num_bytes, seconds=seconds)
 
     def _package_attention(
         self, query: Tensor, cu_q: Tensor, cu_k: Tensor, is_causal: bool, is_backward: bool, version: FlashVersion
     ) -> None:
-        self.meter.now.launches += 1
         # query and result, keys and values at most as wide; backward reads these and the gradient, writes three
         self.meter.note(costs.attention_name(is_backward), num_bytes=(8 if is_backward else 4) * query.nbytes)
         self._count_attention(query, cu_q, cu_k, is_causal, is_backward, version)
@@ -236,24 +231,15 @@ class FakeGpu(TorchDispatchMode):
 
     def add_attention(self, forward_flop: int, is_backward: bool, version: FlashVersion = "fa2") -> None:
         """Count one attention kernel by the FLOPs of its forward."""
-        counts = self.meter.now
         flop = forward_flop * 5 // 2 if is_backward else forward_flop
-        if is_backward:
-            counts.attention_backward_flop += flop
-        else:
-            counts.attention_forward_flop += flop
         seconds = self.meter.rates.attention_seconds(flop, is_backward, version)
-        counts.seconds += seconds
         self.meter.note(costs.attention_name(is_backward), launches=0, flop=flop, seconds=seconds)
 
     def _launched(self, name: str, arguments: tuple[Any, ...]) -> None:
         """A Triton kernel: its traffic is that of its tensors, once each, and twice where one is overwritten."""
         overwritten = [arguments[place] for place in costs.OVERWRITTEN.get(name, ())]
         num_bytes = costs.moved_bytes(arguments, overwritten)
-        self.meter.now.launches += 1
-        self.meter.now.moved_bytes += num_bytes
         seconds = self.meter.rates.kernel_seconds(0, num_bytes)
-        self.meter.now.seconds += seconds
         done = costs.num_operations(arguments, ())
         self.meter.note(name, flop=done, num_bytes=num_bytes, seconds=seconds)
 

@@ -27,10 +27,10 @@ class FakeGpuError(Exception):
     """The learner cannot be run on fake GPUs here; the message says why and what would help."""
 
 
-def load() -> str:
+def load() -> None:
     """Prepare this process for fake CUDA tensors. To be called before anything imports torch.
 
-    Returns what was done, in words. Raises FakeGpuError where that is not possible.
+    Raises FakeGpuError where that is not possible.
     """
     if "torch" in sys.modules:
         raise FakeGpuError("torch was imported already, wanted the shim before it: start a process of its own")
@@ -41,13 +41,12 @@ def load() -> str:
     version = (torch_folder / "version.py").read_text(encoding="utf-8")
     has_cuda = re.search(r"^cuda\b[^=]*=\s*['\"]", version, flags=re.MULTILINE) is not None
     if has_cuda and _has_gpu():
-        return "torch with CUDA and a GPU: no shim"
+        return
     library = _build(torch_folder, version)
     names = ["libc10.so", "libtorch_cpu.so", *(["libc10_cuda.so", "libtorch_cuda.so"] if has_cuda else [])]
     for name in names:
         ctypes.CDLL(str(torch_folder / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    return f"torch {'with CUDA and no GPU' if has_cuda else 'without CUDA'}: device guard and hooks"
 
 
 def _has_gpu() -> bool:

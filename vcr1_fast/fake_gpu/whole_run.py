@@ -68,7 +68,7 @@ def _as_rank_0(num_gpus: int) -> Iterator[None]:
         stack.enter_context(mock.patch.object(run_module, "choose_kernels", lambda *_: Proof(KernelChoice())))
         # each rank has such groups as this one, so none leaves its rank
         same = lambda sizes, world: [list(sizes)] * world.world_size  # noqa: E731
-        stack.enter_context(mock.patch.object(update_rows, "gather_sizes", same))
+        stack.enter_context(mock.patch.object(update_rows, "gather_all", same))
         stack.enter_context(mock.patch.object(dist, "init_process_group", join_fake))
         if num_gpus > 1:
             # a checkpoint of several ranks is checked against what the others hold, and there are no others

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -70,11 +71,22 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Problem:
-    """`run(way)` is what is in question, `plain(dtype)` the same by the plain path, `exact()` in float64."""
+    """`run(way)` is what is in question, `plain()` the same by the plain path, `exact()` in float64."""
 
     run: Callable[[str], Outputs]
     plain: Callable[[], Outputs]
     exact: Callable[[], Outputs]
+
+    @classmethod
+    def of(
+        cls, outputs: Callable[[Any, torch.dtype], Outputs], ours: Callable[[str], Any], plain: Any, dtype: torch.dtype
+    ) -> Problem:
+        """Of what `outputs(function, dtype)` makes of `ours(way)` and of the plain path."""
+        return cls(
+            run=lambda way: outputs(ours(way), dtype),
+            plain=lambda: outputs(plain, dtype),
+            exact=lambda: outputs(plain, torch.float64),
+        )
 
 
 def normal(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
@@ -127,11 +139,7 @@ def logprob_problem(shapes: Shapes, device: torch.device) -> Problem:
         backend = cast(Backend, way)
         return lambda *inputs: fused_linear_logprob(*inputs, keep="none", chunk_rows=CHUNK_ROWS, backend=backend)
 
-    return Problem(
-        run=lambda way: outputs(fused(way), shapes.dtype),
-        plain=lambda: outputs(reference.linear_logprob, shapes.dtype),
-        exact=lambda: outputs(reference.linear_logprob, torch.float64),
-    )
+    return Problem.of(outputs, fused, reference.linear_logprob, shapes.dtype)
 
 
 def _loss_vectors(head: _Head, beta: float) -> TokenVectors:
@@ -178,11 +186,7 @@ def policy_loss_problem(shapes: Shapes, device: torch.device, losses: Mapping[st
         backend = cast(Backend, way)
         return lambda *inputs: fused_linear_policy_loss(*inputs, chunk_rows=CHUNK_ROWS, backend=backend)
 
-    return Problem(
-        run=lambda way: outputs(fused(way), shapes.dtype),
-        plain=lambda: outputs(reference.linear_policy_loss, shapes.dtype),
-        exact=lambda: outputs(reference.linear_policy_loss, torch.float64),
-    )
+    return Problem.of(outputs, fused, reference.linear_policy_loss, shapes.dtype)
 
 
 def _row_layout() -> PrefixLayout:
@@ -208,14 +212,10 @@ def attention_problem(shapes: Shapes, device: torch.device) -> Problem:
         backend = cast(AttentionBackend, way)
         return lambda query, key, value, layout, scale: prefix_attention(query, key, value, layout, scale, backend)
 
-    return Problem(
-        run=lambda way: outputs(ours(way), shapes.dtype),
-        # Not backend "torch", which does a bfloat16 run's scores in float32 and is off by one rounding, 2e-3. A flash
-        # backward takes sum(dout out) from the rounded output: dQ of rows with few keys is then off by up to 3e-2, by
-        # the definition in bfloat16 up to 3e-2 as well (emulated at the sizes of 3B and 7B, three seeds each).
-        plain=lambda: outputs(reference.prefix_attention, shapes.dtype),
-        exact=lambda: outputs(reference.prefix_attention, torch.float64),
-    )
+    # Not backend "torch", which does a bfloat16 run's scores in float32 and is off by one rounding, 2e-3. A flash
+    # backward takes sum(dout out) from the rounded output: dQ of rows with few keys is then off by up to 3e-2, by the
+    # definition in bfloat16 up to 3e-2 as well (emulated at the sizes of 3B and 7B, three seeds each).
+    return Problem.of(outputs, ours, reference.prefix_attention, shapes.dtype)
 
 
 def _attention_outputs(
@@ -247,11 +247,10 @@ def tower_problem(shapes: Shapes, device: torch.device) -> Problem:
             windows.append(torch.einsum("hqk,khc->qhc", torch.softmax(scores, dim=-1), value))
         return torch.cat(windows)
 
-    return Problem(
-        run=lambda way: _attention_outputs(in_one_call, made, shapes.dtype, shapes.trains_tower),
-        plain=lambda: _attention_outputs(window_by_window, made, shapes.dtype, shapes.trains_tower),
-        exact=lambda: _attention_outputs(window_by_window, made, torch.float64, shapes.trains_tower),
-    )
+    def outputs(attend: Callable[..., Tensor], dtype: torch.dtype) -> Outputs:
+        return _attention_outputs(attend, made, dtype, shapes.trains_tower)
+
+    return Problem.of(outputs, lambda way: in_one_call, window_by_window, shapes.dtype)
 
 
 def patchify_problem(shapes: Shapes, device: torch.device) -> Problem:
@@ -259,11 +258,13 @@ def patchify_problem(shapes: Shapes, device: torch.device) -> Problem:
     video, generator = FORMATS[shapes.model_type], torch.Generator().manual_seed(0)
     size = (5, 3 * video.factor_px, 5 * video.factor_px, 3)
     rgb_FHW3 = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(device)
-    cut: Any = {"patch_px": video.patch_px, "mean": video.mean, "std": video.std}
-    return Problem(
-        run=lambda way: {"patches": patchify(rgb_FHW3, shapes.dtype, **cut, backend=cast(Backend, way))},
-        plain=lambda: {"patches": reference.patchify(rgb_FHW3, shapes.dtype, **cut)},
-        exact=lambda: {"patches": reference.patchify(rgb_FHW3, torch.float64, **cut)},
+
+    def outputs(function: Callable[..., Tensor], dtype: torch.dtype) -> Outputs:
+        cut = {"patch_px": video.patch_px, "mean": video.mean, "std": video.std}
+        return {"patches": function(rgb_FHW3, dtype, **cut)}
+
+    return Problem.of(
+        outputs, lambda way: partial(patchify, backend=cast(Backend, way)), reference.patchify, shapes.dtype
     )
 
 

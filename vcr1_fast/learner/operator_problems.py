@@ -47,14 +47,10 @@ def _outputs(parts: Sequence[Part], dtype: torch.dtype) -> Outputs:
 
 def norm_problem(shapes: Shapes, device: torch.device) -> Problem:
     """Rows of the decoder's width and of the tower's; gradients of rows and weight."""
-    widths = {"decoder": shapes.hidden_size, "tower": shapes.tower_heads * shapes.tower_head_dim}
-    made = {
-        name: [
-            normal((ROWS, width), 0, device).to(shapes.dtype),
-            (1 + 0.2 * normal((width,), 1, device)).to(shapes.dtype),
-        ]
-        for name, width in widths.items()
-    }
+    made: dict[str, list[Tensor]] = {}
+    for name, width in (("decoder", shapes.hidden_size), ("tower", shapes.tower_heads * shapes.tower_head_dim)):
+        leaves = normal((ROWS, width), 0, device), 1 + 0.2 * normal((width,), 1, device)
+        made[name] = [x.to(shapes.dtype) for x in leaves]
     stock: Any = _operators(shapes).norms[0].forward
 
     def parts(forward: Callable[..., Tensor]) -> list[Part]:
@@ -87,11 +83,7 @@ def mlp_problem(shapes: Shapes, device: torch.device) -> Problem:
     def parts(forward: Callable[..., Tensor]) -> list[Part]:
         return [(name, lambda *pair: forward(module, pair), leaves, ()) for name, leaves in made.items()]
 
-    return Problem(
-        run=lambda way: _outputs(parts(mlp_forward), shapes.dtype),
-        plain=lambda: _outputs(parts(stock), shapes.dtype),
-        exact=lambda: _outputs(parts(stock), torch.float64),
-    )
+    return Problem.of(_outputs, lambda way: parts(mlp_forward), parts(stock), shapes.dtype)
 
 
 def rotary_problem(shapes: Shapes, device: torch.device) -> Problem:

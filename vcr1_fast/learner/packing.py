@@ -60,8 +60,6 @@ def pack(groups: Sequence[RolloutGroup], weights: Sequence[Sequence[float]]) -> 
         groups: at least one; advantages may be missing (then 0).
         weights: for each group the loss weight of one token of each completion (vcr1_kernels.losses.token_weights).
     """
-    if not groups:
-        raise ValueError("pack got no groups, wanted at least one")
     token_ids, positions, layout = [], [], []
     rows, targets, sequences, advantages, token_weights, logprobs = [], [], [], [], [], []
     start = num_sequences = 0

@@ -7,7 +7,7 @@ Rows at the same place on all ranks wait for each other at every block's all-gat
 and that sum is what the plan makes small. Every rank plans alone, from the same sizes, and gets the same plan: only
 integers, sums in a fixed order and correctly rounded operations decide.
 
-The sizes come from `exchange.gather_sizes`; `learner/step.py` moves the groups (exchange.py) and packs the rows.
+`update_rows.py` gathers the sizes, moves the groups (exchange.py) and packs the rows.
 Groups have global indices: those of rank 0 first, each rank's in their order.
 """
 

@@ -36,7 +36,7 @@ class TowerSegments(NamedTuple):
     frame: Tensor  # int64 [frames]
 
     @classmethod
-    def of_lengths(cls, window: Sequence[int], frame: Sequence[int]) -> TowerSegments:
+    def of_lengths(cls, frame: Sequence[int], window: Sequence[int] = ()) -> TowerSegments:
         return cls(torch.tensor(window, dtype=torch.int64), torch.tensor(frame, dtype=torch.int64))
 
     def of(self, cu_seqlens: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ class TowerSegments(NamedTuple):
         return self.window if self.window.numel() + 1 == cu_seqlens.numel() else self.frame
 
 
-def flash_attention(
-    module: torch.nn.Module,
+def segment_attention(
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -57,38 +57,26 @@ def flash_attention(
 ) -> tuple[Tensor, None]:
     """Full attention within each segment, in the calling convention of transformers.
 
+    `plain`: frames with the same segments go through dense calls together, 58 frames of 4 windows are one instead of
+    232.
+
     Args:
+        module: whose configuration says which of the two it is.
         query, key, value: [1, H, P, C].
         cu_seq_lens_q: int32 [segments + 1] on the device, where each segment starts, and the end.
         tower_segments: None in a stock forward, which must then read the lengths from the device.
 
     Returns: ([1, P, H, C], None).
     """
-    _check_mask(attention_mask)
-    query_PHC, key_PHC, value_PHC = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    lengths = _lengths(tower_segments, cu_seq_lens_q)
-    return varlen_attention(query_PHC, key_PHC, value_PHC, cu_seq_lens_q, lengths, scaling).unsqueeze(0), None
-
-
-def plain_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    cu_seq_lens_q: Tensor,
-    tower_segments: TowerSegments | None = None,
-    **_unused: Any,
-) -> tuple[Tensor, None]:
-    """`flash_attention` by dense calls: frames with the same segments go through them together.
-
-    58 frames of 4 windows are one call instead of 232.
-    """
-    _check_mask(attention_mask)
-    lengths = tuple(_lengths(tower_segments, cu_seq_lens_q).tolist())
-    runs = _runs(lengths, tuple(tower_segments.frame.tolist()) if tower_segments is not None else lengths)
-    sizes = [count * sum(segments) for count, segments in runs]
+    if attention_mask is not None:
+        raise ValueError("the tower's attention got a mask, wanted segments by cu_seq_lens_q alone")
+    lengths = tower_segments.of(cu_seq_lens_q) if tower_segments is not None else cu_seq_lens_q.diff().cpu()
+    if is_one_call(module):
+        query_PHC, key_PHC, value_PHC = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        return varlen_attention(query_PHC, key_PHC, value_PHC, cu_seq_lens_q, lengths, scaling).unsqueeze(0), None
+    segments = tuple(lengths.tolist())
+    runs = _runs(segments, tuple(tower_segments.frame.tolist()) if tower_segments is not None else segments)
+    sizes = [count * sum(parts) for count, parts in runs]
     tensors = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     return torch.cat([_attend_frames(run, part, scaling) for run, part in zip(runs, tensors, strict=True)])[None], None
 
@@ -118,19 +106,10 @@ def _runs(lengths: tuple[int, ...], frames: tuple[int, ...]) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def _lengths(segments: TowerSegments | None, cu_seqlens: Tensor) -> Tensor:
-    return segments.of(cu_seqlens) if segments is not None else cu_seqlens.diff().cpu()
-
-
-def _check_mask(attention_mask: Tensor | None) -> None:
-    if attention_mask is not None:
-        raise ValueError("the tower's attention got a mask, wanted segments by cu_seq_lens_q alone")
-
-
 def use_tower_attention(tower: Any, backend: TowerBackend) -> None:
     """Switch a tower to one of the two, and its patch embedding to a product. `flash`: CUDA, bfloat16 or float16."""
-    AttentionInterface.register(NAMES["flash"], flash_attention)
-    AttentionInterface.register(NAMES["plain"], plain_attention)
+    for name in NAMES.values():
+        AttentionInterface.register(name, segment_attention)
     tower.config._attn_implementation = NAMES[backend]
     for module in tower.modules():
         if type(module) is nn.Conv3d and module.kernel_size == module.stride:
@@ -147,5 +126,6 @@ class PatchProduct(nn.Conv3d):
 
 
 def is_one_call(tower: Any) -> bool:
-    """Whether a layer's attention is one call of a registered operator (`flash`), as compiled blocks need it."""
+    """Whether a layer's attention is one call of a registered operator (`flash`), as compiled blocks need it. `tower`:
+    or one of its attentions."""
     return tower.config._attn_implementation == NAMES["flash"]

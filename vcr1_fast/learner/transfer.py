@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -52,17 +51,14 @@ def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
 
 
 def _copy(buffer: Tensor, device: torch.device) -> Tensor:
-    with _beside(device):
+    if device.type != "cuda":
+        return buffer.to(device)
+    present, beside = torch.cuda.current_stream(device), _copy_stream(device)
+    with torch.cuda.stream(beside):
         moved = buffer.to(device, non_blocking=True)
-    if device.type == "cuda":
-        present = torch.cuda.current_stream(device)
-        present.wait_stream(_copy_stream(device))
-        moved.record_stream(present)  # its memory must not be given away while kernels of this stream read it
+    present.wait_stream(beside)
+    moved.record_stream(present)  # its memory must not be given away while kernels of this stream read it
     return moved
-
-
-def _beside(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.stream(_copy_stream(device)) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache

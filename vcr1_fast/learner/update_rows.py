@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from vcr1_kernels.losses import Aggregation, token_weights
 
-from vcr1_fast.learner.exchange import exchange, gather_sizes
+from vcr1_fast.learner.exchange import exchange
 from vcr1_fast.learner.packing import pack
 from vcr1_fast.learner.row_cost import GroupSize, RowCost
-from vcr1_fast.learner.sharding import World
+from vcr1_fast.learner.sharding import World, gather_all
 from vcr1_fast.learner.step_plan import StepPlan, plan_step
 from vcr1_fast.settings.config import Config
 from vcr1_fast.types import PackedBatch, RolloutGroup, SampleError
@@ -51,7 +51,7 @@ def plan_and_pack(
     Args:
         groups, sizes: this rank's.
     """
-    train, gathered = config.train, gather_sizes(sizes, world)
+    train, gathered = config.train, gather_all(list(sizes), world)
     plans = plan_step(gathered, num_updates, cost, train.tokens_per_microbatch, train.max_group_tokens)
     homes = [rank for rank, theirs in enumerate(gathered) for _ in theirs]
     size_of = dict(enumerate(size for theirs in gathered for size in theirs))

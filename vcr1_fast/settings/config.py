@@ -13,7 +13,7 @@ from vcr1_fast.settings.data import AnnotationFormat as AnnotationFormat
 from vcr1_fast.settings.data import DataConfig as DataConfig
 from vcr1_fast.settings.data import DataFile as DataFile
 from vcr1_fast.settings.error import ConfigError as ConfigError
-from vcr1_fast.settings.error import require
+from vcr1_fast.settings.error import require, require_least
 from vcr1_fast.settings.judge import JudgeConfig as JudgeConfig
 from vcr1_fast.settings.learning import AlgorithmConfig, OptimizerConfig, RolloutConfig
 from vcr1_fast.settings.video import EvalVideoConfig as EvalVideoConfig
@@ -34,7 +34,7 @@ class LoRAConfig:
     """Names of the matrices that get one, in every decoder layer, such as [q_proj, v_proj]. Default: all of them."""
 
     def __post_init__(self) -> None:
-        require(self.rank >= 0, f"model.lora.rank is {self.rank}, wanted >= 0 (0: no adapters)")
+        require_least(self, "model.lora", 0, "rank", note=" (0: no adapters)")
         require(0 < self.alpha < math.inf, f"model.lora.alpha is {self.alpha}, wanted a finite number > 0")
         require(self.targets != (), "model.lora.targets is empty, wanted at least one matrix, such as [q_proj, v_proj]")
 
@@ -146,10 +146,8 @@ class TaskConfig:
             0 <= self.reward_timeout_s < math.inf,
             f"task.reward_timeout_s is {self.reward_timeout_s}, wanted seconds >= 0 (0: no limit)",
         )
-        require(
-            self.max_intervals is None or self.max_intervals >= 1,
-            f"task.max_intervals is {self.max_intervals}, wanted >= 1, or nothing",
-        )
+        require_least(self, "task", 1, "max_intervals", note=", or nothing")
+        require_least(self, "task", 1, "max_failed_steps")
         require(
             self.iou == "plain" or self.grounding_answer != "list",
             f"task.iou is {self.iou} and task.grounding_answer is list: a list has no two ends, set one to its default",
@@ -158,7 +156,6 @@ class TaskConfig:
             not (self.think and self.grounding_answer == "sentence"),
             "task.grounding_answer is sentence, which has no think block: set task.think=false",
         )
-        require(self.max_failed_steps >= 1, f"task.max_failed_steps is {self.max_failed_steps}, wanted >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,25 +208,12 @@ class TrainConfig:
     """Stop with a summary when more than this fraction of the samples read so far could not be used."""
 
     def __post_init__(self) -> None:
-        require(self.num_steps >= 0, f"train.num_steps is {self.num_steps}, wanted >= 0")
-        require(self.replicate >= 1, f"train.replicate is {self.replicate}, wanted >= 1")
-        require(self.prompts_per_step >= 1, f"train.prompts_per_step is {self.prompts_per_step}, wanted >= 1")
-        require(
-            self.tokens_per_microbatch >= 1,
-            f"train.tokens_per_microbatch is {self.tokens_per_microbatch}, wanted >= 1",
-        )
-        require(self.samples_every >= 0, f"train.samples_every is {self.samples_every}, wanted >= 0 (0: never)")
-        require(self.print_every >= 0, f"train.print_every is {self.print_every}, wanted >= 0 (0: never)")
-        require(
-            self.no_signal_steps >= 0, f"train.no_signal_steps is {self.no_signal_steps}, wanted >= 0 (0: at the end)"
-        )
+        require_least(self, "train", 0, "num_steps")
+        require_least(self, "train", 1, "replicate", "prompts_per_step", "tokens_per_microbatch", "max_group_tokens")
+        require_least(self, "train", 0, "samples_every", "print_every", "watchdog_s", note=" (0: never)")
+        require_least(self, "train", 0, "no_signal_steps", note=" (0: at the end)")
         first, last = self.profile_steps or (1, 1)
         require(1 <= first <= last, f"train.profile_steps is {[first, last]}, wanted [first, last], from 1 on")
-        require(self.watchdog_s >= 0, f"train.watchdog_s is {self.watchdog_s}, wanted >= 0 (0: never)")
-        require(
-            self.max_group_tokens is None or self.max_group_tokens >= 1,
-            f"train.max_group_tokens is {self.max_group_tokens}, wanted >= 1",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,12 +242,12 @@ class CheckpointConfig:
     """Of the weights in it. auto: that of the weights in model.path."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"checkpoint.every is {self.every}, wanted >= 0")
+        require_least(self, "checkpoint", 0, "every")
+        require_least(self, "checkpoint", 1, "keep")
         require(
             0 <= self.every_minutes < math.inf,
             f"checkpoint.every_minutes is {self.every_minutes}, wanted a finite number >= 0 (0: no limit)",
         )
-        require(self.keep >= 1, f"checkpoint.keep is {self.keep}, wanted >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +282,7 @@ class EvalConfig:
     """Settings of the section video for evaluation alone, so that it may see more than training."""
 
     def __post_init__(self) -> None:
-        require(self.perceptions >= 1, f"eval.perceptions is {self.perceptions}, wanted >= 1")
+        require_least(self, "eval", 1, "perceptions")
         require(
             self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
             f"eval.repetition_penalty is {self.repetition_penalty}, wanted more than 0 (1 is off)",
@@ -315,8 +299,8 @@ class SftConfig:
     """Examples per step over all ranks."""
 
     def __post_init__(self) -> None:
-        require(self.num_steps >= 0, f"sft.num_steps is {self.num_steps}, wanted >= 0")
-        require(self.examples_per_step >= 1, f"sft.examples_per_step is {self.examples_per_step}, wanted >= 1")
+        require_least(self, "sft", 0, "num_steps")
+        require_least(self, "sft", 1, "examples_per_step")
 
 
 @dataclass(frozen=True, kw_only=True)

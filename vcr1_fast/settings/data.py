@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from vcr1_fast.settings.error import require
+from vcr1_fast.settings.error import require, require_least
 
 AnnotationFormat = Literal[
     "auto",
@@ -92,17 +92,10 @@ class DataConfig:
             not self.mixture or sum(self.mixture.values()) > 0,
             "data.mixture gives every task weight 0, wanted at least one above 0",
         )
-        require(
-            self.max_prompt_tokens is None or self.max_prompt_tokens >= 1,
-            f"data.max_prompt_tokens is {self.max_prompt_tokens}, wanted at least 1 token, or nothing",
-        )
+        require_least(self, "data", 1, "max_prompt_tokens", "max_query_words", note=", or nothing")
         require(
             self.duration_range_s is None or 0 <= self.duration_range_s[0] <= self.duration_range_s[1],
             f"data.duration_range_s is {self.duration_range_s}, wanted [shortest, longest] in seconds",
-        )
-        require(
-            self.max_query_words is None or self.max_query_words >= 1,
-            f"data.max_query_words is {self.max_query_words}, wanted >= 1, or nothing",
         )
         require(
             self.reward_range is None or self.reward_range[0] <= self.reward_range[1],

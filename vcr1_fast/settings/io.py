@@ -92,6 +92,8 @@ def settings_parser(config_class: type, prog: str) -> ArgumentParser:
         # `--rollout FILE` would be a second way to give a file, `--data.train.help` one for help: not shown or accepted
         if action.dest in sections or action.dest.endswith(".help"):
             action.help = argparse.SUPPRESS
+        elif action.dest.startswith("eval.video."):
+            action.help = f"As {action.dest.removeprefix('eval.')}."
     return parser
 
 

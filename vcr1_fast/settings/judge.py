@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
-from vcr1_fast.settings.error import require
+from vcr1_fast.settings.error import require, require_above_0, require_least
 
 
 def _is_http_url(url: str) -> bool:
@@ -56,7 +56,5 @@ class JudgeConfig:
             "judge.url holds a user or password, which would be saved with the settings: put the key into the "
             "environment variable that judge.api_key_env names",
         )
-        for name in ("timeout_s", "total_timeout_s", "max_concurrency"):
-            require(getattr(self, name) > 0, f"judge.{name} is {getattr(self, name)}, wanted more than 0")
-        for name in ("max_retries", "backoff_s"):
-            require(getattr(self, name) >= 0, f"judge.{name} is {getattr(self, name)}, wanted >= 0")
+        require_above_0(self, "judge", "timeout_s", "total_timeout_s", "max_concurrency")
+        require_least(self, "judge", 0, "max_retries", "backoff_s")

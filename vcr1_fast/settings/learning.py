@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 from vcr1_fast.rollout.addresses import read_addresses, show
-from vcr1_fast.settings.error import ConfigError, require
+from vcr1_fast.settings.error import ConfigError, require, require_above_0, require_least
 from vcr1_fast.types import SamplingParams
 
 ENGINE_ARGS_REFUSED = {  # what would break the engine or make its log-probs wrong without a word
@@ -79,16 +79,10 @@ class SGLangConfig:
     """Further arguments of sglang.Engine, such as {attention_backend: triton, max_total_tokens: 65536}."""
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "tp_size", "bucket_mb", "max_inflight", "max_attempts"):
-            require(getattr(self, name) >= 1, f"rollout.sglang.{name} is {getattr(self, name)}, wanted >= 1")
-        for name in ("max_restarts", "backoff_s"):
-            require(getattr(self, name) >= 0, f"rollout.sglang.{name} is {getattr(self, name)}, wanted >= 0")
-        for name in ("timeout_s", "start_timeout_s"):
-            require(getattr(self, name) > 0, f"rollout.sglang.{name} is {getattr(self, name)}, wanted more than 0")
-        require(
-            self.memory_gb is None or self.memory_gb > 0,
-            f"rollout.sglang.memory_gb is {self.memory_gb}, wanted more than 0",
-        )
+        section = "rollout.sglang"
+        require_least(self, section, 1, "num_workers", "tp_size", "bucket_mb", "max_inflight", "max_attempts")
+        require_least(self, section, 0, "max_restarts", "backoff_s")
+        require_above_0(self, section, "timeout_s", "start_timeout_s", "memory_gb")
         require(
             self.tp_size == 1 or self.placement == "disaggregated",
             f"rollout.sglang.tp_size is {self.tp_size} and its placement colocated, where each rank has an engine on "
@@ -175,7 +169,7 @@ class RolloutConfig:
         return self.max_policy_lag + (self.over_provision > 0)
 
     def __post_init__(self) -> None:
-        require(self.group_size >= 1, f"rollout.group_size is {self.group_size}, wanted >= 1")
+        require_least(self, "rollout", 1, "group_size", "max_new_tokens", "max_batch_rows", "max_batch_tokens")
         require(
             self.temperature > 0,
             f"rollout.temperature is {self.temperature}, wanted > 0 (greedy rollouts have no group variance)",
@@ -185,18 +179,12 @@ class RolloutConfig:
             self.top_k == 0 or self.top_k >= 2,
             f"rollout.top_k is {self.top_k}, wanted 0 (all tokens) or >= 2 (greedy rollouts have no group variance)",
         )
-        require(self.max_new_tokens >= 1, f"rollout.max_new_tokens is {self.max_new_tokens}, wanted >= 1")
-        require(self.max_batch_rows >= 1, f"rollout.max_batch_rows is {self.max_batch_rows}, wanted >= 1")
-        require(self.max_batch_tokens >= 1, f"rollout.max_batch_tokens is {self.max_batch_tokens}, wanted >= 1")
         require(self.num_ground_truth in (0, 1), f"rollout.num_ground_truth is {self.num_ground_truth}, wanted 0 or 1")
         require(
             0 <= self.max_resample_rounds <= 100,
             f"rollout.max_resample_rounds is {self.max_resample_rounds}, wanted 0 .. 100",
         )
-        require(
-            self.max_logprob_gap is None or self.max_logprob_gap > 0,
-            f"rollout.max_logprob_gap is {self.max_logprob_gap}, wanted more than 0",
-        )
+        require_above_0(self, "rollout", "max_logprob_gap")
         require(
             0 <= self.max_policy_lag <= 64,
             f"rollout.max_policy_lag is {self.max_policy_lag}, wanted 0 .. 64 (updates)",
@@ -247,12 +235,8 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         require(0 <= self.scale_decay < 1, f"algorithm.scale_decay is {self.scale_decay}, wanted in [0, 1)")
         require(0 <= self.clip_low < 1, f"algorithm.clip_low is {self.clip_low}, wanted in [0, 1)")
-        require(self.clip_high >= 0, f"algorithm.clip_high is {self.clip_high}, wanted >= 0")
-        require(self.beta >= 0, f"algorithm.beta is {self.beta}, wanted >= 0")
-        require(
-            self.minibatches_per_rollout >= 1,
-            f"algorithm.minibatches_per_rollout is {self.minibatches_per_rollout}, wanted >= 1",
-        )
+        require_least(self, "algorithm", 0, "clip_high", "beta")
+        require_least(self, "algorithm", 1, "minibatches_per_rollout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,12 +266,6 @@ class OptimizerConfig:
     """Updates in a row with a gradient that is not finite, which are skipped, before the run ends; 0: no limit."""
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}, wanted > 0")
-        vision = self.vision_learning_rate
-        require(vision is None or vision > 0, f"optimizer.vision_learning_rate is {vision}, wanted > 0")
-        require(self.max_grad_norm > 0, f"optimizer.max_grad_norm is {self.max_grad_norm}, wanted > 0")
-        require(
-            self.max_skipped_updates >= 0,
-            f"optimizer.max_skipped_updates is {self.max_skipped_updates}, wanted >= 0 (0: no limit)",
-        )
-        require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}, wanted >= 0")
+        require_above_0(self, "optimizer", "learning_rate", "vision_learning_rate", "max_grad_norm")
+        require_least(self, "optimizer", 0, "max_skipped_updates", note=" (0: no limit)")
+        require_least(self, "optimizer", 0, "warmup_steps")

@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from vcr1_fast.settings.error import ConfigError, require
+from vcr1_fast.settings.error import ConfigError, require, require_above_0, require_least
 
 ReaderName = Literal[
     "auto",
@@ -81,62 +81,39 @@ class VideoConfig:
             self.min_frames <= self.max_frames,
             f"video.min_frames is {self.min_frames}, more than video.max_frames {self.max_frames}",
         )
-        require(
-            28 * 28 <= self.min_frame_pixels <= self.max_frame_pixels,
-            f"video.min_frame_pixels is {self.min_frame_pixels}, wanted between 784 and "
-            f"video.max_frame_pixels {self.max_frame_pixels}",
-        )
-        require(
-            28 * 28 <= self.min_image_pixels <= self.max_image_pixels,
-            f"video.min_image_pixels is {self.min_image_pixels}, wanted between 784 and "
-            f"video.max_image_pixels {self.max_image_pixels}",
-        )
-        for name in ("image_folder_fps", "timeout_s", "max_source_pixels", "clips_per_worker"):
-            require(getattr(self, name) > 0, f"video.{name} is {getattr(self, name)}, wanted more than 0")
-        for name in ("num_workers", "prefetch_steps", "cache_disk_gib", "cache_ram_gib"):
-            require(getattr(self, name) >= 0, f"video.{name} is {getattr(self, name)}, wanted >= 0")
+        for what in ("frame", "image"):
+            low, high = (getattr(self, f"{bound}_{what}_pixels") for bound in ("min", "max"))
+            require(
+                28 * 28 <= low <= high,
+                f"video.min_{what}_pixels is {low}, wanted between 784 and video.max_{what}_pixels {high}",
+            )
+        require_above_0(self, "video", "image_folder_fps", "timeout_s", "max_source_pixels", "clips_per_worker")
+        require_least(self, "video", 0, "num_workers", "prefetch_steps", "cache_disk_gib", "cache_ram_gib")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalVideoConfig:
-    """What differs from `VideoConfig` in evaluation: training's held-out scores and `vcr1-fast eval`."""
+    """What differs from `VideoConfig` in evaluation: training's held-out scores and `vcr1-fast eval`. The help of each
+    refers to the section video, see `io.settings_parser`."""
 
     reader: ReaderName | None = None
-    """As video.reader."""
     fps: float | None = None
-    """As video.fps."""
     min_frames: int | None = None
-    """As video.min_frames."""
     max_frames: int | None = None
-    """As video.max_frames."""
     total_pixels: int | None = None
-    """As video.total_pixels."""
     min_frame_pixels: int | None = None
-    """As video.min_frame_pixels."""
     max_frame_pixels: int | None = None
-    """As video.max_frame_pixels."""
     max_image_pixels: int | None = None
-    """As video.max_image_pixels."""
     min_image_pixels: int | None = None
-    """As video.min_image_pixels."""
     image_folder_fps: float | None = None
-    """As video.image_folder_fps."""
     max_source_pixels: int | None = None
-    """As video.max_source_pixels."""
     timeout_s: float | None = None
-    """As video.timeout_s."""
     num_workers: int | None = None
-    """As video.num_workers."""
     prefetch_steps: int | None = None
-    """As video.prefetch_steps."""
     clips_per_worker: int | None = None
-    """As video.clips_per_worker."""
     cache_dir: str | None = None
-    """As video.cache_dir."""
     cache_disk_gib: float | None = None
-    """As video.cache_disk_gib."""
     cache_ram_gib: float | None = None
-    """As video.cache_ram_gib."""
 
     @property
     def given(self) -> dict[str, Any]:
