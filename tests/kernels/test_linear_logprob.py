@@ -213,8 +213,6 @@ def test_entropy_is_detached_unless_asked_for():
     hidden, weight, target = make(4)
     assert not fused_linear_logprob(hidden, weight, target)[1].requires_grad
     assert fused_linear_logprob(hidden, weight, target, entropy_grad=True)[1].requires_grad
-    with pytest.raises(ValueError, match="keep='probs' has no gradient of the entropy"):
-        fused_linear_logprob(hidden, weight, target, keep="probs", entropy_grad=True)
 
 
 def kept_shape(logprob_N: Tensor) -> tuple[int, ...]:
@@ -289,30 +287,6 @@ def test_autocast_does_not_round_float32_inputs():
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         inside, _ = fused_linear_logprob(hidden, weight, target)
     assert torch.equal(plain, inside)
-
-
-@pytest.mark.parametrize(
-    "changes,error,message",
-    [
-        ({"hidden_ND": torch.zeros(4, 9)}, ValueError, r"hidden \(4, 9\), weight \(203, 24\)"),
-        ({"target_N": torch.zeros(3, dtype=torch.long)}, ValueError, "one target per row"),
-        ({"target_N": torch.zeros(4)}, TypeError, "wanted int32 or int64"),
-        ({"hidden_ND": torch.zeros(4, 24, dtype=torch.float16)}, TypeError, "float16 cannot hold"),
-        ({"temperature": 0.0}, ValueError, "temperature is 0.0"),
-        ({"temperature": torch.ones(3)}, ValueError, r"temperature has shape \(3,\)"),
-        ({"keep": "logits"}, ValueError, "keep is 'logits', wanted 'auto'"),
-        ({"backend": "cuda"}, ValueError, "wanted auto, torch or triton"),
-        ({"logits_dtype": torch.float16}, TypeError, "logits_dtype is torch.float16"),
-    ],
-)
-def test_bad_inputs_are_named(changes: dict, error: type[Exception], message: str):
-    arguments = {
-        "hidden_ND": torch.zeros(4, HIDDEN),
-        "weight_VD": torch.zeros(VOCAB, HIDDEN),
-        "target_N": torch.zeros(4, dtype=torch.long),
-    }
-    with pytest.raises(error, match=message):
-        fused_linear_logprob(**(arguments | changes))
 
 
 def test_ops_are_registered_right():

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from vcr1_kernels.losses import PolicyLoss, TokenVectors
 
+from tests.kernels.test_losses import tensor, value_and_gradients
+
 COMBINATIONS = [
     (variant, dialect)
     for variant in ("grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo", "sapo")
@@ -18,10 +20,6 @@ COMBINATIONS = [
     if not (dialect == "openrlhf" and variant in ("cispo", "sapo"))
 ]
 every_combination = pytest.mark.parametrize(("variant", "dialect"), COMBINATIONS)
-
-
-def tensor(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def random_inputs(lens: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, TokenVectors]:
@@ -45,14 +43,6 @@ def random_inputs(lens: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor,
         entropy_weight_N=normal().abs() + 0.1,
     )
     return logprob, normal().abs(), tokens
-
-
-def value_and_gradients(loss: PolicyLoss, logprob: Tensor, entropy: Tensor, tokens: TokenVectors):
-    leaves = (logprob.clone().requires_grad_(), entropy.clone().requires_grad_())
-    value, sums = loss(*leaves, tokens)
-    gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-    assert not any(total.requires_grad for total in sums.values())
-    return value.detach(), gradients[0], gradients[1], sums
 
 
 @every_combination
@@ -189,11 +179,3 @@ def test_float32_in_float32_out_and_twice_the_same_bits(variant, dialect):
     assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
     exact = value_and_gradients(loss, logprob, entropy, tokens)
     torch.testing.assert_close(runs[0][1].double(), exact[1], rtol=1e-4, atol=1e-5)
-
-
-def test_no_tokens_give_a_loss_of_zero():
-    empty = tensor()
-    for loss in (PolicyLoss("grpo", beta=0.1), PolicyLoss("gspo", beta=0.1)):
-        tokens = TokenVectors(empty, empty, empty, empty, sequence_lens=())
-        value, gradient, _, sums = value_and_gradients(loss, empty, empty, tokens)
-        assert (float(value), gradient.shape, float(sums["tokens"])) == (0.0, (0,), 0.0)

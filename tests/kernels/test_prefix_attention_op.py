@@ -141,18 +141,3 @@ def test_choice_on_an_old_gpu(pretend_hopper, monkeypatch):
     choice = attention_backend("cuda")
     assert choice.name == "torch"
     assert "7.5" in choice.reason
-
-
-@pytest.mark.parametrize(
-    ("backend", "error", "message"),
-    [("dense", ValueError, "wanted auto, torch, flash or triton")],
-)
-def test_a_back_end_that_cannot_run_is_refused(backend, error, message):
-    with pytest.raises(error, match=message):
-        prefix_attention(*make_inputs(), LAYOUT, 0.3, backend=backend)
-
-
-@pytest.mark.parametrize("shapes", [((18, 4, 8), (18, 2, 8), (18, 1, 8)), ((18, 4, 8), (17, 2, 8), (17, 2, 8))])
-def test_shapes_that_do_not_fit_are_refused(shapes):
-    with pytest.raises(ValueError, match="wanted \\[T, H, C\\] and twice \\[T, K, C\\]"):
-        prefix_attention(*(torch.zeros(s) for s in shapes), LAYOUT, 0.3)
