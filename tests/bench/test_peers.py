@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import peers
 from bench.head_problem import HEADS, TRAINED, head_reference, make_head_problem
 
 
@@ -60,18 +59,3 @@ def test_heads_that_finish_a_chunk_at_a_time_take_three_products(name: str):
     expected = head_reference(problem)
     for key in ("loss", "grad_hidden", "grad_weight"):  # log-probs are float32
         torch.testing.assert_close(got[key].double(), expected[key].double(), rtol=1e-4, atol=1e-8)
-
-
-def test_a_loader_that_raises_becomes_an_absent_way():
-    def loader():
-        raise ImportError("needs a library")
-
-    runners, absent = peers.load_all({"there": lambda: lambda problem: {}, "away": loader})
-    assert list(runners) == ["there"]
-    assert [(a.name, a.reason) for a in absent] == [("away", "ImportError: needs a library")]
-
-
-def test_torch_eager_head_agrees_with_log_softmax():
-    hidden, weight, target = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, 2])
-    got = peers.torch_logprob(hidden, weight, target)
-    assert got == pytest.approx(torch.log_softmax(hidden @ weight.T, -1)[range(3), target])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from bench import kernels, step
 from bench.floors import Limits
@@ -154,6 +155,14 @@ def test_a_run_stopped_from_outside_reports_what_it_has(monkeypatch):
     assert "stopped from outside" in step.run(quick())["left_out"][0]
     monkeypatch.setattr(kernels, "measure_all", stopped)
     assert "stopped from outside" in kernels.run(quick(sizes=None, op=None))["left_out"][0]
+
+
+def test_the_random_3b_has_the_size_of_the_published_one():
+    with torch.device("meta"):
+        hf = Qwen2_5_VLForConditionalGeneration(config_3b())
+    assert sum(p.numel() for p in hf.parameters()) == 3_754_622_976
+    assert hf.lm_head.weight is hf.get_input_embeddings().weight
+    assert hf.config.text_config.rope_parameters["mrope_section"] == [16, 24, 24]
 
 
 def test_marks_divide_the_time_between_parts():

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
+
+from tests.kernels.integrations.tiny_qwen2 import WIDTH, tiny_qwen2
 
 pytest.importorskip("verl")
 core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
@@ -25,7 +27,7 @@ ActorConfig = pytest.importorskip("verl.workers.config").ActorConfig
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
 THEIRS = {"vcr1_grpo": "vanilla", "vcr1_gspo": "gspo", "vcr1_cispo": "cispo", "vcr1_sapo": "sapo"}
 GLOBAL_TOTALS = {"dp_size": 2, "batch_num_tokens": 61, "global_batch_size": 9, "loss_scale_factor": 17}
-VOCAB, WIDTH = 97, 32
+VOCAB = 97
 
 
 @pytest.fixture(scope="module")
@@ -202,21 +204,7 @@ def test_inside_verls_ppo_loss(plugin: Any):
 
 @pytest.fixture(scope="module")
 def tiny_model() -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    model = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(std=2.0 / WIDTH**0.5)
-    return model
+    return tiny_qwen2(VOCAB)
 
 
 def forward_of(model: Qwen2ForCausalLM, backend: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
