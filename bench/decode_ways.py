@@ -31,8 +31,10 @@ from vcr1_kernels.reference import CLIP_MEAN, CLIP_STD, PATCH_PX
 
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames
+from vcr1_fast.video.cache import TensorCache
 from vcr1_fast.video.clip import ClipRequest, read_clip
 from vcr1_fast.video.gpu_decoding import GPU_READERS
+from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.patches import to_patches
 from vcr1_fast.video.read import open_reader
 from vcr1_fast.video.resolution import frame_size_px
@@ -114,9 +116,7 @@ def open_reader_way(name: str, clip: Clip, stack: ExitStack) -> ClipWay:
     )
 
 
-def open_loader(clip: Clip, stack: ExitStack, config: VideoConfig, **options: Any) -> Any:
-    from vcr1_fast.video.loader import FrameLoader
-
+def open_loader(clip: Clip, stack: ExitStack, config: VideoConfig, **options: Any) -> FrameLoader:
     return stack.enter_context(closing(FrameLoader(config, pin_memory=clip.device.type == "cuda", **options)))
 
 
@@ -148,8 +148,6 @@ def open_workers_way(clip: Clip, stack: ExitStack) -> ClipWay:
 
 def open_cached_way(tier: str, clip: Clip, stack: ExitStack) -> ClipWay:
     """A clip that the cache holds already: in memory ("ram"), or in a file of the page cache ("disk")."""
-    from vcr1_fast.video.cache import TensorCache
-
     in_ram = tier == "ram"
     store = TensorCache(None, CACHE_BYTES, 0) if in_ram else TensorCache(clip.scratch / "cache", 0, CACHE_BYTES)
     stack.callback(store.close)

@@ -138,10 +138,7 @@ def _logits_gradient(
 
 
 @_backward.register_fake
-def _(
-    hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept, logprob_grad_N, entropy_grad_N,
-    keep, need_hidden, need_weight, logits_dtype, chunk_rows, triton, suppressed_ids,
-):  # fmt: skip
+def _(hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept, g_N, h_N, keep, need_hidden, need_weight, *options):
     grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
     return grads.hidden_ND, grads.weight_VD
 

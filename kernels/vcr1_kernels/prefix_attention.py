@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .backend import runs_triton, unavailable_reason
-from .flash_routes import HALF_TYPES, flash_ops
+from .flash_routes import HALF_TYPES, Tensors, flash_ops
 from .input_checks import FLOAT_DTYPES, check_tensors
 from .prefix_attention_dense import DENSE, FLASH_CPU
 from .prefix_attention_flash import FlashAttention
@@ -62,11 +62,7 @@ class AttentionImplementation(Protocol):
         ...
 
     def backward(
-        self,
-        grad_THC: Tensor,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-        layout: PrefixLayout,
-        scale: float,
+        self, grad_THC: Tensor, tensors: Tensors, layout: PrefixLayout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dQ, dK, dV from (query, key, value, out, lse)."""
         ...

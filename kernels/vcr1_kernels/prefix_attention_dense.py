@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .flash_routes import Tensors
 from .prefix_layout import PrefixLayout
 
 
@@ -118,11 +119,7 @@ class DenseAttention:
         return out_THC, lse_HT
 
     def backward(
-        self,
-        grad_THC: Tensor,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-        layout: PrefixLayout,
-        scale: float,
+        self, grad_THC: Tensor, tensors: Tensors, layout: PrefixLayout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dQ, dK, dV; `tensors` is (query, key, value, out, lse_HT) as `forward` took and gave them, merged."""
         query_THC, key_TKC, value_TKC, out_THC, lse_HT = tensors

@@ -151,11 +151,7 @@ class FlashAttention:
         return out, lse
 
     def backward(
-        self,
-        grad_THC: Tensor,
-        tensors: Tensors,
-        layout: PrefixLayout,
-        scale: float,
+        self, grad_THC: Tensor, tensors: Tensors, layout: PrefixLayout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dQ, dK, dV; `tensors` is (query, key, value, out, lse_HT) as `forward` took and gave them, merged."""
         query, key, value = (unit_stride(x) for x in tensors[:3])

@@ -43,6 +43,11 @@ LOSSES = {
 }
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 def make(dtype: torch.dtype = torch.float32, zero_sequences: tuple[int, ...] = (), on_policy: bool = False):
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(NUM_ROWS, HIDDEN, generator=generator).to(DEVICE, dtype).requires_grad_()
@@ -103,14 +108,12 @@ def assert_equals_definition(inputs: tuple, loss: LossFunction, bound: float = 1
             assert relative_error(a, b) < bound, relative_error(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_equals_the_definition(name: str, backend: str):
     for chunk_rows in (8, None):
         assert_equals_definition(make(), LOSSES[name], chunk_rows=chunk_rows, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_suppressed_ids_are_as_if_the_head_had_no_such_rows(backend: str):
     hidden, weight, target, tokens = make()
     suppressed = (1, 2, 40)
@@ -133,7 +136,6 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_whole(name: str):
     assert_equals_definition(make(on_policy=True), LOSSES[name], chunk_rows=10)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["grpo no kl", "gspo", "grpo", "dapo entropy"])
 @pytest.mark.parametrize("zero", [(0, 2), (0, 1, 2, 3, 4, 5)])
 def test_rows_without_coefficient_are_scored_but_not_trained(zero: tuple[int, ...], name: str, backend: str):
@@ -164,7 +166,6 @@ def test_frozen_sides(frozen: str):
     assert_equals_definition(inputs, LOSSES["grpo"], chunk_rows=10)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_is_within_the_stated_bound(backend: str):
     """4e-3 from float64 on the same rounded inputs; the interpreter truncates to bfloat16: twice the rounding."""
     slack = 2.0 if backend == "triton" and DEVICE == "cpu" else 1.0
@@ -357,7 +358,6 @@ def test_on_fake_tensors_no_kernel_is_launched(monkeypatch: pytest.MonkeyPatch):
     assert all(isinstance(x.grad, FakeTensor) for x in (hidden, weight, logits, query))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("name", LOSSES)
 def test_logits_level_equals_the_definition(name: str, inplace: bool, backend: str):
@@ -376,7 +376,6 @@ def test_logits_level_equals_the_definition(name: str, inplace: bool, backend: s
     assert float(sums["kl"]) == pytest.approx(float(wanted_sums["kl"]), rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_in_place_reuses_their_memory(backend: str):
     logits = torch.randn(4, 30, device=DEVICE, requires_grad=True)
     middle = logits * 2.0

@@ -97,17 +97,9 @@ def _fill_zero(row_ptr, num_cols, BLOCK: tl.constexpr):
 _ROW_VECTORS = [
     f"{name}_ptr"
     for name in (
-        "target",
-        "scale",
-        "logprob",
-        "entropy",
-        "offset",
-        "inv_total",
-        "others",
-        "logprob_grad",
-        "entropy_grad",
+        "target", "scale", "logprob", "entropy", "offset", "inv_total", "others", "logprob_grad", "entropy_grad",
     )
-]
+]  # fmt: skip
 _EXP_VECTORS = _ROW_VECTORS[:7]
 _GRADIENT_VECTORS = [name for name in _ROW_VECTORS if name != "logprob_ptr"]
 
