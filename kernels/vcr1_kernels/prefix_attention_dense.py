@@ -80,6 +80,15 @@ def _problems(layout: PrefixLayout) -> Iterator[tuple[slice, slice, bool]]:
             yield slice(group.prompt_end, group.end), slice(group.start, group.prompt_end), False
 
 
+def merge_rows(out_THC: Tensor, lse_HT: Tensor, out_b: Tensor, lse_b: Tensor, rows: slice | Tensor) -> None:
+    """Add part (B), out_b [n, H, C] and lse_b [H, n], to these rows: in place, in the wider of the two types."""
+    lse_a = lse_HT[:, rows].clone()
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = (torch.exp(x - lse).T.unsqueeze(-1) for x in (lse_a, lse_b))
+    out_THC[rows] = (out_THC[rows] * weight_a + out_b * weight_b).to(out_THC.dtype)
+    lse_HT[:, rows] = lse
+
+
 def _heads_first(x_LHC: Tensor, num_repeats: int) -> Tensor:
     """[L, H, C] -> [K, repeats, L, C]; keys have repeats 1."""
     return x_LHC.unflatten(1, (-1, num_repeats)).permute(1, 2, 0, 3)
@@ -111,11 +120,10 @@ class DenseAttention:
             key, value = (_heads_first(x[keys], 1) for x in (key_TKC, value_TKC))
             out, lse = self.attend(_heads_first(query_THC[rows], repeats), key, value, scale, causal)
             out, lse = _tokens_first(out), lse.flatten(0, 1)
-            if not causal:
-                merged = torch.logaddexp(lse_HT[:, rows], lse)
-                weight_a, weight_b = (torch.exp(x - merged).T.unsqueeze(-1) for x in (lse_HT[:, rows], lse))
-                out, lse = out_THC[rows] * weight_a + out * weight_b, merged
-            out_THC[rows], lse_HT[:, rows] = out, lse
+            if causal:
+                out_THC[rows], lse_HT[:, rows] = out, lse
+            else:
+                merge_rows(out_THC, lse_HT, out, lse, rows)
         return out_THC, lse_HT
 
     def backward(

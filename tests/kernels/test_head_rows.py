@@ -44,7 +44,7 @@ def make(num_rows: int, num_cols: int, spread: float = 3.0, dtype: torch.dtype =
 def run_exp(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, triton: bool, dtype: torch.dtype | None = None):
     """Statistics and, poisoned beforehand, the matrix E."""
     exp_CV = torch.full(logits_CV.shape, NAN, dtype=dtype or torch.float32, device=logits_CV.device)
-    return exp_rows(logits_CV, target_C, scale_C, exp_CV, True, triton), exp_CV
+    return exp_rows(logits_CV, target_C, scale_C, exp_CV, triton), exp_CV
 
 
 def logprob_gradient(stats: RowStats, exp_CV: Tensor, scale_C: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def test_strided_logits_and_unaligned_targets(target_dtype: torch.dtype, triton:
     logprob, _, grad = definition(logits.contiguous(), shifted, scale)
     store = torch.full((6, 1100), NAN, device=DEVICE)
     exp = store[1:5, 50:1050]
-    stats = exp_rows(logits, shifted, scale, exp, True, triton)
+    stats = exp_rows(logits, shifted, scale, exp, triton)
     torch.testing.assert_close(stats.logprob.double(), logprob, rtol=1e-6, atol=3e-6)
     assert relative_error(logprob_gradient(stats, exp, scale), grad) < 2e-6
     canary = store.clone()
@@ -204,7 +204,7 @@ def test_gradient_rows_of_log_prob_and_entropy(inplace: bool, dtype: torch.dtype
     value.backward()
     assert leaf.grad is not None
 
-    stats = exp_rows(logits, target, scale, None, True, triton)
+    stats = exp_rows(logits, target, scale, None, triton)
     grad = logits if inplace else torch.full_like(logits, NAN)
     gradient_rows(logits, target, scale, stats, logprob_grad, entropy_grad, grad, triton)
     # rounding to the result's dtype; Triton's interpreter truncates to bfloat16 where hardware rounds
@@ -214,7 +214,7 @@ def test_gradient_rows_of_log_prob_and_entropy(inplace: bool, dtype: torch.dtype
 
 def test_expanded_gradients_are_read_right(triton: bool):
     logits, target, scale = make(3, 300)
-    stats = exp_rows(logits, target, scale, None, True, triton)
+    stats = exp_rows(logits, target, scale, None, triton)
     ones = torch.ones(1, device=DEVICE).expand(3)  # stride 0, what `.sum().backward()` sends
     grad, same = torch.empty_like(logits), torch.empty_like(logits)
     gradient_rows(logits, target, scale, stats, ones, None, grad, triton)
@@ -236,7 +236,7 @@ def test_statistics_do_not_depend_on_what_else_is_computed(triton: bool):
     """The scoring pass and the training pass must agree to the bit, so that the on-policy ratio is exactly 1."""
     logits, target, scale = make(4, 4500)
     with_exp, _ = run_exp(logits, target, scale, triton)
-    without = exp_rows(logits, target, scale, None, False, triton)
+    without = exp_rows(logits, target, scale, None, triton)
     assert torch.equal(with_exp.logprob, without.logprob)
 
 
@@ -261,8 +261,8 @@ def test_row_offsets_are_64_bit(tmp_path: Path):
     logits = flat.as_strided((2, 300), (stride, 1))
     values, target, scale = make(2, 300, dtype=torch.float16)
     logits.copy_(values)
-    stats = exp_rows(logits, target, scale, None, True, True)
-    assert torch.equal(stats.logprob, exp_rows(values, target, scale, None, True, True).logprob)
+    stats = exp_rows(logits, target, scale, None, True)
+    assert torch.equal(stats.logprob, exp_rows(values, target, scale, None, True).logprob)
     ones = torch.ones(2)
     expected = torch.empty_like(values)
     gradient_rows(values, target, scale, stats, ones, None, expected, True)
@@ -284,8 +284,8 @@ def test_row_functions_are_registered_right():
     logits, target, scale = make(3, 50)
     rows = torch.ops.vcr1_kernels
     for exp in (None, torch.empty_like(logits)):
-        torch.library.opcheck(rows.exp_rows, (logits, target, scale, exp, True, False))
-    stats = rows.exp_rows(logits, target, scale, None, True, False)
+        torch.library.opcheck(rows.exp_rows, (logits, target, scale, exp, False))
+    stats = rows.exp_rows(logits, target, scale, None, False)
     for entropy_grad in (None, scale):
         arguments = (logits, target, scale, stats, scale, entropy_grad, torch.empty_like(logits), False)
         torch.library.opcheck(rows.gradient_rows, arguments)
@@ -297,7 +297,7 @@ def test_more_than_2_to_the_31_logits():
     logits = torch.empty(num_rows, num_cols, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.randint(0, num_cols, (num_rows,), device="cuda")
     scale = torch.ones(num_rows, device="cuda")
-    stats = exp_rows(logits, target, scale, None, True, True)
+    stats = exp_rows(logits, target, scale, None, True)
     last = slice(num_rows - 8, num_rows)
     logprob, entropy, grad = definition(logits[last], target[last], scale[last])
     torch.testing.assert_close(stats.logprob[last].double(), logprob, rtol=0, atol=1e-5)

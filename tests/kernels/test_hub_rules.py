@@ -105,13 +105,6 @@ assert poisoned > 50
 for name in dir(torch._C):
     if name.startswith("_cuda_"):
         setattr(torch._C, name, refuse(name))
-try:
-    torch.cuda.is_available()
-except AssertionError:
-    pass
-else:
-    raise SystemExit("the poison does not work")
-
 import vcr1_kernels
 for module in pkgutil.walk_packages(vcr1_kernels.__path__, "vcr1_kernels."):
     if ".integrations." in module.name:

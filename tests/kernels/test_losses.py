@@ -189,6 +189,9 @@ def test_unknown_aggregation_is_refused():
         token_weights(torch.tensor([1]), "mean", 1, 1, 1)  # type: ignore[arg-type]
 
 
+MASKED = {"sampling_correction": "token_mask", "sampling_cap": 2.0, "dialect": "openrlhf"}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -215,20 +218,8 @@ def test_unknown_aggregation_is_refused():
         ({"sampling_correction": "token_mask", "sampling_cap": 2.0, "dialect": "verl"}, "masks with floor and cap"),
         ({"sampling_correction": "token_mask", "sampling_cap": 2.0, "sampling_gate": "tv"}, "paper has ratio only"),
         ({"sampling_correction": "sequence_truncate", "sampling_cap": 2.0, "dialect": "openrlhf"}, "token ratios only"),
-        (
-            {"sampling_correction": "token_mask", "sampling_cap": 2.0, "dialect": "openrlhf", "variant": "gspo"},
-            "give the engine's log-probs as old_logprob_N",
-        ),
-        (
-            {
-                "sampling_correction": "token_mask",
-                "sampling_cap": 0.2,
-                "sampling_floor": 0.1,
-                "sampling_gate": "tv",
-                "dialect": "openrlhf",
-            },
-            "upper bound only",
-        ),
+        (MASKED | {"variant": "gspo"}, "give the engine's log-probs as old_logprob_N"),
+        (MASKED | {"sampling_floor": 0.1, "sampling_gate": "tv"}, "upper bound only"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(values, message):
@@ -250,7 +241,7 @@ def test_missing_vectors_are_named(loss, message):
         loss(one, one, TokenVectors(one, one))
 
 
-def test_rows_and_select_keep_sequences_together():
+def test_rows_keep_sequences_together():
     values = tensor(0, 1, 2, 3, 4, 5)
     tokens = TokenVectors(values, values, sequence_lens=(2, 0, 3, 1))
     assert tokens.rows(2, 6).sequence_lens == (3, 1)
@@ -263,17 +254,13 @@ def test_rows_and_select_keep_sequences_together():
     for start, stop in ((2, 6), (0, 5), (2, 2), (6, 6)):
         part = with_tensor.rows(start, stop)
         assert part.lens_S is not None and tuple(part.lens_S.tolist()) == part.sequence_lens
-    kept = tokens.select(torch.tensor([True, True, False, True, False, False]))
-    assert kept.sequence_lens == (2, 0, 1, 0)
-    assert kept.weight_N.tolist() == [0, 1, 3]
 
 
-def test_which_losses_need_whole_sequences_and_entropy_gradients():
+def test_which_losses_need_whole_sequences():
     assert not PolicyLoss("grpo").is_sequence_level
     assert PolicyLoss("gspo").is_sequence_level
     assert PolicyLoss(sampling_correction="sequence_mask", sampling_cap=2.0).is_sequence_level
     assert not PolicyLoss(sampling_correction="token_mask", sampling_cap=2.0).is_sequence_level
-    assert PolicyLoss(entropy_coef=-0.1).needs_entropy_grad and not PolicyLoss().needs_entropy_grad
 
 
 def test_sampling_gap_is_the_distance_to_the_engine_with_and_without_correction():

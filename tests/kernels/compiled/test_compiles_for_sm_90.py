@@ -38,7 +38,6 @@ WRONG = {
     "dot without tensor cores": ["dot: no wgmma"],
     "length as constant": ["lengths: 4 binaries"],
     "length specialised": ["lengths: 3 binaries"],
-    "two exponentials": ["exp: 1.000 per byte"],
     "not compilable": ["does not compile: CompilationError"],
     "never launched so": ["does not compile: ValueError: ['num_cols'] are not specialised"],
     "other arguments": ["does not compile: ValueError: the signature names"],

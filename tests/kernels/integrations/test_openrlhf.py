@@ -15,6 +15,7 @@ from vcr1_kernels.integrations import openrlhf as vcr1_openrlhf
 
 from tests.kernels.integrations.openrlhf_peer import import_openrlhf_models
 from tests.kernels.integrations.tiny_qwen2 import WIDTH, tiny_qwen2
+from tests.kernels.padded_batch import make_batch
 
 pytest.importorskip("openrlhf")
 pytest.importorskip("peft")  # openrlhf.models.actor imports it
@@ -30,23 +31,18 @@ def restored_forward() -> Iterator[None]:
     assert models.Actor.forward is before, "a test left our forward in place"
 
 
-def action_batch(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    """4 samples of up to 7 action tokens, one mask with a hole; ratios from 0.1 to 10 to the old and rollout policy."""
-    generator = torch.Generator().manual_seed(4)
-    mask = torch.arange(7) < torch.tensor([7, 2, 5, 1])[:, None]
-    mask[0, 3] = False
-    old = -3 * torch.rand(4, 7, generator=generator, dtype=dtype)
-
-    def near(values: torch.Tensor, spread: float) -> torch.Tensor:
-        return (values + spread * torch.randn(4, 7, generator=generator, dtype=dtype)).clamp(max=-0.01)
-
-    return {
-        "log_probs": near(old, 0.8),
-        "old_log_probs": old,
-        "advantages": torch.randn(4, 7, generator=generator, dtype=dtype),
-        "action_mask": mask,
-        "rollout_log_probs": near(old, 0.3),
+def action_batch() -> dict[str, torch.Tensor]:
+    """One mask has a hole; without the sample that has no token, of which OpenRLHF makes NaN."""
+    batch = make_batch(4)
+    counted = batch.mask_BT.any(-1)
+    fields = {
+        "log_probs": batch.logprob_BT,
+        "old_log_probs": batch.old_BT,
+        "advantages": batch.advantage_B[:, None] + 0.5 * batch.entropy_BT,
+        "action_mask": batch.mask_BT,
+        "rollout_log_probs": batch.sampling_BT,
     }
+    return {name: values[counted] for name, values in fields.items()}
 
 
 LOSS_OPTIONS = [

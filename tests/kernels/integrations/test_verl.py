@@ -16,6 +16,7 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from tests.kernels.integrations.tiny_qwen2 import WIDTH, tiny_qwen2
+from tests.kernels.padded_batch import make_batch
 
 pytest.importorskip("verl")
 core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
@@ -66,18 +67,14 @@ def actor_config(totals: dict[str, Any], **options: Any) -> Any:
     return ActorConfig(strategy="fsdp", rollout_n=2, ppo_micro_batch_size_per_gpu=1, global_batch_info=totals, **fields)
 
 
-def padded_batch(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    """5 sequences of up to 8 tokens: one with a hole in its mask, one with no counted token; ratios from 0.1 to 10."""
-    generator = torch.Generator().manual_seed(5)
-    lengths = torch.tensor([8, 3, 5, 0, 1])
-    mask = torch.arange(8) < lengths[:, None]
-    mask[0, 4] = False
-    old = -3 * torch.rand(5, 8, generator=generator, dtype=dtype)
+def padded_batch() -> dict[str, torch.Tensor]:
+    """A mask has a hole, one counts no token; some log-ratios are beyond every clamp; advantages are of each token."""
+    batch = make_batch(5).extreme()
     return {
-        "old_log_prob": old,
-        "log_prob": (old + 0.8 * torch.randn(5, 8, generator=generator, dtype=dtype)).clamp(max=-0.01),
-        "advantages": torch.randn(5, 8, generator=generator, dtype=dtype),
-        "response_mask": mask,
+        "old_log_prob": batch.old_BT,
+        "log_prob": batch.logprob_BT,
+        "advantages": batch.advantage_B[:, None] + 0.5 * batch.entropy_BT,
+        "response_mask": batch.mask_BT,
     }
 
 
@@ -94,7 +91,7 @@ def loss_gradient_metrics(function: Callable[..., Any], batch: dict[str, torch.T
 def test_losses_equal_verls(plugin: Any, name: str, loss_agg_mode: str, is_global: bool):
     batch = padded_batch()
     config = actor_config(dict(GLOBAL_TOTALS) if is_global else {})
-    rollout_is_weights = torch.rand(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
+    rollout_is_weights = 2 * torch.linspace(0, 1, batch["log_prob"].numel()).double().view_as(batch["log_prob"])
     arguments = {
         "loss_agg_mode": loss_agg_mode,
         "config": config,
