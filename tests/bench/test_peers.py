@@ -38,17 +38,6 @@ def test_a_module_is_imported_without_its_parents(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_reference_of_the_head_is_plain_autograd():
-    problem = make_head_problem(HEADS["small"], 16, torch.float64, torch.device("cpu"))
-    hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden_TD, problem.weight_VD))
-    logprob = torch.log_softmax(hidden @ weight.T, -1).gather(1, problem.target_T[:, None])[:, 0]
-    grads = torch.autograd.grad(problem.loss(logprob), (hidden, weight))
-    expected = head_reference(problem)
-    torch.testing.assert_close(expected["logprob"], logprob)
-    torch.testing.assert_close(expected["grad_hidden"], grads[0])
-    torch.testing.assert_close(expected["grad_weight"], grads[1])
-
-
 @pytest.mark.parametrize("name", ["XTuner's way, 1024 rows", "torchtitan's way, 8 chunks"])
 def test_heads_that_finish_a_chunk_at_a_time_take_three_products(name: str):
     """1,032 rows: 1,024 and 8, or eight times 129."""
