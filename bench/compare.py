@@ -35,18 +35,9 @@ TIMED = (  # quartile, median, quartile
     *((f"{part}_low_ms", f"{part}_ms", f"{part}_high_ms") for part in ("step", "update")),
 )
 COUNTED = (
-    "peak_bytes",
-    "peak_mb",
-    "peak_extra_bytes",
-    "peak_gb",
-    "predicted_s",
-    "tflop",
-    "launches",
-    "elementwise_gb",
-    "tokens_per_s",
-    "mfu",
-    "miou",
-)
+    "peak_bytes", "peak_mb", "peak_extra_bytes", "peak_gb", "predicted_s", "tflop", "launches", "elementwise_gb",
+    "tokens_per_s", "mfu", "miou",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

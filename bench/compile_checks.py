@@ -40,7 +40,6 @@ class Facts:
     wgmma: int  # instructions
     mma: int  # of the older kind
     exps: int  # MUFU.EX2
-    exps_per_byte: float  # inside loops, per byte loaded there
     float64: int  # lines of PTX and SASS that touch a float64
     binaries: int  # compiled for lengths 1, 8191, 8192, 8193
 
@@ -65,7 +64,6 @@ class Result:
 def violations(case: CompileCase, facts: Facts) -> list[str]:
     """What a shipped kernel must not do, in words; empty for a good one."""
     narrowest = [(kind, width[0]) for kind, width in (("load", facts.load_bytes), ("store", facts.store_bytes))]
-    too_dense = case.max_exps_per_byte is not None and facts.exps_per_byte > case.max_exps_per_byte
     checks = [
         (facts.stack > 0 or facts.spill_instructions > 0,
          f"spills: {facts.stack} bytes of stack, {facts.spill_instructions} loads and stores of local memory"),
@@ -81,7 +79,6 @@ def violations(case: CompileCase, facts: Facts) -> list[str]:
         (case.expects_wgmma and facts.wgmma == 0, "dot: no wgmma instruction"),
         (facts.mma > 0, f"dot: {facts.mma} mma instructions of the kind before Hopper"),
         (facts.float64 > 0, f"float64: {facts.float64} instructions"),
-        (too_dense, f"exp: {facts.exps_per_byte:.3f} per byte loaded, wanted at most {case.max_exps_per_byte}"),
         (facts.binaries > 1, f"lengths: {facts.binaries} binaries for lengths {LENGTHS} of {', '.join(case.lengths)}"),
     ]  # fmt: skip
     return [text for is_wrong, text in checks if is_wrong]
@@ -159,7 +156,6 @@ def _facts(case: CompileCase, compiled: Any) -> Facts:
         wgmma=machine.count("HGMMA"),
         mma=machine.count("HMMA"),
         exps=machine.count("MUFU.EX2"),
-        exps_per_byte=_exps_per_byte(machine),
         float64=_count_float64(compiled.asm["ptx"], machine),
         binaries=_count_binaries(case),
     )
@@ -171,11 +167,6 @@ def _output(command: Sequence[Path | str]) -> str:
 
 def _range(widths: list[int]) -> tuple[int, int]:
     return (min(widths), max(widths)) if widths else (0, 0)
-
-
-def _exps_per_byte(machine: Machine) -> float:
-    loaded = sum(machine.loads())
-    return sum(i.opcode.startswith("MUFU.EX2") for i in machine.body) / loaded if loaded else 0.0
 
 
 def _count_float64(ptx: str, machine: Machine) -> int:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.columns import Row, cell_heads, cell_table
+from bench.columns import cell_heads, cell_table
 from bench.harness import print_findings
-
-
-def _or_dash(key: str, form: str) -> Callable[[Row], str]:
-    return lambda row: "-" if row[key] is None else f"{row[key]:{form}}"
-
 
 CELLS = {
     "way": ("reader, with the cache or the workers", "{way}"),
@@ -26,12 +20,12 @@ CELLS = {
     "MB to GPU": ("that cross to the device", lambda row: f"{row['gpu_bytes'] / 1e6:.1f}"),
     "x per frame": (
         "times faster than qwen-vl-utils' way with the processor that takes frame by frame",
-        _or_dash("speedup_per_frame", ".2f"),
+        "{speedup_per_frame:.2f}",
     ),
-    "x batched": ("the same with the processor that takes all frames at once", _or_dash("speedup_batched", ".2f")),
+    "x batched": ("the same with the processor that takes all frames at once", "{speedup_batched:.2f}"),
     "% of floor": (
         "of the speed at which the floor that the title names would go",
-        _or_dash("percent_of_floor", ".0f"),
+        "{percent_of_floor:.0f}",
     ),
     "levels": ("mean distance from PyAV's patches, of 255", "{mean_levels:.2f}"),
 }

@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import math
 import os
-import sys
-import types
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +31,10 @@ from vcr1_kernels.reference import CLIP_MEAN, CLIP_STD, PATCH_PX
 
 from vcr1_fast.settings.config import VideoConfig
 from vcr1_fast.types import Frames
+from vcr1_fast.video.cache import TensorCache
 from vcr1_fast.video.clip import ClipRequest, read_clip
 from vcr1_fast.video.gpu_decoding import GPU_READERS
+from vcr1_fast.video.loader import FrameLoader
 from vcr1_fast.video.patches import to_patches
 from vcr1_fast.video.read import open_reader
 from vcr1_fast.video.resolution import frame_size_px
@@ -89,9 +88,8 @@ def openers(*, has_workers: bool) -> dict[str, Opener]:
         ways["ours, workers"] = open_workers_way
     ways["ours, disk cache"] = partial(open_cached_way, "disk")
     ways["ours, RAM cache"] = partial(open_cached_way, "ram")
-    ways["qwen-vl-utils, per frame"] = partial(open_qwen_way, qwen_frames, per_frame_patches)
-    ways["qwen-vl-utils, batched"] = partial(open_qwen_way, qwen_frames, batched_patches)
-    ways["qwen-vl-utils package, batched"] = open_package_way
+    ways["qwen-vl-utils, per frame"] = partial(open_qwen_way, per_frame_patches)
+    ways["qwen-vl-utils, batched"] = partial(open_qwen_way, batched_patches)
     return ways
 
 
@@ -118,9 +116,7 @@ def open_reader_way(name: str, clip: Clip, stack: ExitStack) -> ClipWay:
     )
 
 
-def open_loader(clip: Clip, stack: ExitStack, config: VideoConfig, **options: Any) -> Any:
-    from vcr1_fast.video.loader import FrameLoader
-
+def open_loader(clip: Clip, stack: ExitStack, config: VideoConfig, **options: Any) -> FrameLoader:
     return stack.enter_context(closing(FrameLoader(config, pin_memory=clip.device.type == "cuda", **options)))
 
 
@@ -152,8 +148,6 @@ def open_workers_way(clip: Clip, stack: ExitStack) -> ClipWay:
 
 def open_cached_way(tier: str, clip: Clip, stack: ExitStack) -> ClipWay:
     """A clip that the cache holds already: in memory ("ram"), or in a file of the page cache ("disk")."""
-    from vcr1_fast.video.cache import TensorCache
-
     in_ram = tier == "ram"
     store = TensorCache(None, CACHE_BYTES, 0) if in_ram else TensorCache(clip.scratch / "cache", 0, CACHE_BYTES)
     stack.callback(store.close)
@@ -170,9 +164,7 @@ def open_cached_way(tier: str, clip: Clip, stack: ExitStack) -> ClipWay:
     )
 
 
-def open_qwen_way(
-    read: Callable[[ClipRequest], Tensor], process: Callable[[Tensor], Tensor], clip: Clip, stack: ExitStack
-) -> ClipWay:
+def open_qwen_way(process: Callable[[Tensor], Tensor], clip: Clip, stack: ExitStack) -> ClipWay:
     """Their whole way: frames as float32, processed on the CPU, then sent."""
     del stack
     import decord  # absent from machines without x86-64
@@ -181,7 +173,7 @@ def open_qwen_way(
     return ClipWay(
         name=f"qwen-vl-utils, {processor}",
         decoder=f"decord {decord.__version__}",
-        run=lambda: process(read(clip.request)).to(clip.device),
+        run=lambda: process(qwen_frames(clip.request)).to(clip.device),
         gpu_bytes=4 * clip.uint8_bytes,
     )
 
@@ -207,11 +199,11 @@ def qwen_frames(request: ClipRequest) -> Tensor:
     return resized(rgb_F3HW, frame_size_px(height_px, width_px, num_frames, config)).float()
 
 
-def resized(rgb_F3HW: Tensor, size_px: Any, **_: object) -> Tensor:
+def resized(rgb_F3HW: Tensor, size_px: tuple[int, int]) -> Tensor:
     """torchvision's resize of a uint8 tensor to (height, width), bicubic with antialias."""
-    if tuple(rgb_F3HW.shape[2:]) == tuple(size_px):
+    if tuple(rgb_F3HW.shape[2:]) == size_px:
         return rgb_F3HW
-    values = F.interpolate(rgb_F3HW.float(), size=tuple(size_px), mode="bicubic", antialias=True)
+    values = F.interpolate(rgb_F3HW.float(), size=size_px, mode="bicubic", antialias=True)
     return values.clamp_(0, 255).round_().to(torch.uint8)
 
 
@@ -241,48 +233,6 @@ def rows_of(values_F3HW: Tensor) -> Tensor:
     blocks = values_F3HW.view(num_frames // 2, 2, 3, height_px // 28, 2, PATCH_PX, width_px // 28, 2, PATCH_PX)
     # pair, block row, block column, patch row, patch column, channel, frame, y, x
     return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * 2 * PATCH_PX**2)
-
-
-def open_package_way(clip: Clip, stack: ExitStack) -> ClipWay:
-    """qwen-vl-utils itself where it is installed, with the batched processor; raises ImportError elsewhere."""
-    read = partial(package_frames, load_package())
-    way = open_qwen_way(read, batched_patches, clip, stack)
-    return replace(way, name="qwen-vl-utils package, batched", decoder=f"{way.decoder}, {version('qwen-vl-utils')}")
-
-
-@cache
-def load_package() -> types.ModuleType:
-    """`qwen_vl_utils.vision_process`. It takes one function of torchvision; `resized` stands in where there is none."""
-    os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"  # read at import; torchcodec would be chosen first
-    try:
-        import torchvision  # noqa: F401  # type: ignore[import-not-found]
-    except (ImportError, RuntimeError):  # RuntimeError: a build of another torch
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        modules: Any = {name: types.ModuleType(f"torchvision{name}") for name in ("", ".io", ".transforms")}
-        modules[".transforms"].InterpolationMode = types.SimpleNamespace(BICUBIC="bicubic")
-        modules[".transforms"].functional = types.SimpleNamespace(resize=resized)
-        modules[""].io, modules[""].transforms, modules[""].__version__ = modules[".io"], modules[".transforms"], "0"
-        stand_ins = {f"torchvision{name}": module for name, module in modules.items()}
-        sys.modules.update(stand_ins)
-        try:
-            from qwen_vl_utils import vision_process  # type: ignore[import-not-found]
-        finally:
-            for name in stand_ins:  # nothing else may take them for the real thing
-                del sys.modules[name]
-        return vision_process
-    from qwen_vl_utils import vision_process  # type: ignore[import-not-found]
-
-    return vision_process
-
-
-def package_frames(vision_process: Any, request: ClipRequest) -> Tensor:
-    config = request.config
-    limits = {
-        "fps": config.fps, "min_frames": config.min_frames, "max_frames": config.max_frames,
-        "min_pixels": config.min_frame_pixels, "total_pixels": config.total_pixels,
-    }  # fmt: skip
-    return vision_process.fetch_video({"video": request.path, **limits})
 
 
 def decode_everything(path: str) -> None:

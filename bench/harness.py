@@ -57,11 +57,6 @@ class Timing:
     def as_json(self) -> dict[str, float]:
         return asdict(self)
 
-    @property
-    def spread(self) -> float:
-        """Distance of the quartiles over the median."""
-        return (self.high_ms - self.low_ms) / self.median_ms if self.median_ms else math.nan
-
 
 def summarize(samples_ms: Sequence[float]) -> Timing:
     """Median and quartiles (inclusive: of 1, 2, 3 the quartiles are 1.5 and 2.5). Raises ValueError without samples."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from vcr1_kernels import PolicyLoss, TokenVectors, fused_linear_logprob, fused_linear_policy_loss
+from vcr1_kernels.linear_logprob import Keep
 
 from bench import peers
 from bench.harness import Outputs, Way
@@ -114,33 +115,20 @@ def _leaves(problem: HeadProblem) -> tuple[Tensor, Tensor]:
     return problem.hidden_TD.detach().requires_grad_(), problem.weight_VD.detach().requires_grad_()
 
 
-def our_logprob(keep: str) -> Callable[[], peers.LogprobFunction]:
-    def loader() -> peers.LogprobFunction:
-        from vcr1_kernels.linear_logprob import fused_linear_logprob
-
-        function: Any = fused_linear_logprob
-        return lambda hidden_TD, weight_VD, target_T: function(hidden_TD, weight_VD, target_T, keep=keep)[0]
-
-    return loader
+def our_logprob(keep: Keep) -> Callable[[], peers.LogprobFunction]:
+    return lambda: (
+        lambda hidden_TD, weight_VD, target_T: fused_linear_logprob(hidden_TD, weight_VD, target_T, keep=keep)[0]
+    )
 
 
-def our_policy_loss() -> Callable[[HeadProblem], Outputs]:
-    from vcr1_kernels.linear_policy_loss import fused_linear_policy_loss
-    from vcr1_kernels.losses import PolicyLoss, TokenVectors
-
-    function: Any = fused_linear_policy_loss
-    loss_function = PolicyLoss(variant="grpo")
-
-    def run(problem: HeadProblem) -> Outputs:
-        hidden_TD, weight_VD = _leaves(problem)
-        # on the host, as a learner has them: choosing rows then needs no wait for the device
-        vectors = (problem.advantage_T.cpu(), problem.weight_T.cpu())
-        tokens = TokenVectors(*vectors, sequence_lens=problem.sequence_lens)
-        loss, _ = function(hidden_TD, weight_VD, problem.target_T, loss_function, tokens)
-        grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden_TD, weight_VD))
-        return {"loss": loss, "grad_hidden": grad_hidden, "grad_weight": grad_weight}
-
-    return run
+def our_policy_loss(problem: HeadProblem) -> Outputs:
+    hidden_TD, weight_VD = _leaves(problem)
+    # on the host, as a learner has them: choosing rows then needs no wait for the device
+    vectors = (problem.advantage_T.cpu(), problem.weight_T.cpu())
+    tokens = TokenVectors(*vectors, sequence_lens=problem.sequence_lens)
+    loss, _ = fused_linear_policy_loss(hidden_TD, weight_VD, problem.target_T, PolicyLoss(variant="grpo"), tokens)
+    grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden_TD, weight_VD))
+    return {"loss": loss, "grad_hidden": grad_hidden, "grad_weight": grad_weight}
 
 
 def _finished_by_chunk(chunk_rows: Callable[[int], int]) -> Callable[[], Callable[[HeadProblem], Outputs]]:
@@ -201,7 +189,7 @@ def _through_logprob(
 
 Runner = Callable[[HeadProblem], Outputs]
 TRAINED: dict[str, Callable[[], Runner]] = {
-    "vcr1 policy loss": our_policy_loss,
+    "vcr1 policy loss": lambda: our_policy_loss,
     "vcr1 logprob, recompute": _through_logprob(our_logprob("none")),
     "vcr1 logprob, keep probs": _through_logprob(our_logprob("probs")),
     "torch eager": _through_logprob(lambda: peers.torch_logprob),

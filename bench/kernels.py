@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vcr1_kernels import reference
+from vcr1_kernels import patchify, reference
 from vcr1_kernels.head_chunks import head_peak_bytes
 
 from bench import attention_problem as attention
@@ -236,21 +236,13 @@ def measure_patchify(session: Session, is_quick: bool) -> None:
             continue
         shape = (num_frames, height, width, 3)
         rgb_FHW3 = torch.randint(0, 256, shape, dtype=torch.uint8, device=session.device)
-        ways, absent = patchify_ways(rgb_FHW3)
         num_bytes = floors.patchify_bytes(num_frames, height, width, 2)
         labels = {"op": "patchify to bfloat16", "size": f"{num_frames}x{height}x{width}", "tokens": None}
         labels |= {"floor": "frames read once, patches written once", "floor_ms": session.limits.bytes_ms(num_bytes)}
         labels |= {"flop": num_frames * height * width * 3 * 2, "num_bytes": num_bytes}  # a product and a sum each
         expected = {"patches": reference.patchify(rgb_FHW3, torch.float64)}
-        session.hold(ways, absent, expected, labels)
-
-
-def patchify_ways(rgb_FHW3: torch.Tensor) -> tuple[list[Way], list[Absent]]:
-    def load_ours() -> Any:
-        from vcr1_kernels.patchify import patchify
-
-        return patchify
-
-    runners, absent = peers.load_all({"vcr1 patchify": load_ours, "torch eager": lambda: reference.patchify})
-    ways = [Way(name, lambda run=run: {"patches": run(rgb_FHW3, torch.bfloat16)}) for name, run in runners.items()]
-    return ways, absent
+        ways = [
+            Way(name, lambda run=run, rgb=rgb_FHW3: {"patches": run(rgb, torch.bfloat16)})
+            for name, run in (("vcr1 patchify", patchify), ("torch eager", reference.patchify))
+        ]
+        session.hold(ways, [], expected, labels)

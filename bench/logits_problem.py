@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from vcr1_kernels import PolicyLoss, TokenVectors, policy_loss
 
 from bench import peers
 from bench.harness import Absent, Outputs, Way
@@ -78,18 +78,10 @@ def logits_reference(problem: LogitsProblem) -> Outputs:
 LossOf = Callable[[LogitsProblem, Tensor], Outputs]  # of these logits: "loss", and "logprob" where it is made
 
 
-def _our_loss() -> LossOf:
-    from vcr1_kernels.losses import PolicyLoss, TokenVectors
-    from vcr1_kernels.policy_loss import policy_loss
-
-    loss_function: Any = PolicyLoss(variant="grpo")
-
-    def loss_of(problem: LogitsProblem, logits_TV: Tensor) -> Outputs:
-        lens = (problem.num_tokens // NUM_SEQUENCES,) * NUM_SEQUENCES
-        tokens = TokenVectors(problem.advantage_T, problem.weight_T, sequence_lens=lens)
-        return {"loss": policy_loss(logits_TV, problem.target_T, loss_function, tokens, inplace=True)[0]}
-
-    return loss_of
+def _our_loss(problem: LogitsProblem, logits_TV: Tensor) -> Outputs:
+    lens = (problem.num_tokens // NUM_SEQUENCES,) * NUM_SEQUENCES
+    tokens = TokenVectors(problem.advantage_T, problem.weight_T, sequence_lens=lens)
+    return {"loss": policy_loss(logits_TV, problem.target_T, PolicyLoss(variant="grpo"), tokens, inplace=True)[0]}
 
 
 def _eager_logprob(logits_TV: Tensor, target_T: Tensor) -> Tensor:
@@ -148,11 +140,12 @@ _OTHERS = {
     "TRL selective logprob": _through_logprob(peers.trl_selective_logprob),
 }
 FORWARD: dict[str, Callable[[], Runner]] = {
-    name: _runner(loader, has_gradient=False) for name, loader in {"vcr1 policy_loss": _our_loss, **_OTHERS}.items()
+    name: _runner(loader, has_gradient=False)
+    for name, loader in {"vcr1 policy_loss": lambda: _our_loss, **_OTHERS}.items()
 }
 TRAIN: dict[str, Callable[[], Runner]] = {
     name: _runner(loader, has_gradient=True)
-    for name, loader in {"vcr1 policy_loss, in place": _our_loss, **_OTHERS}.items()
+    for name, loader in {"vcr1 policy_loss, in place": lambda: _our_loss, **_OTHERS}.items()
 } | {"Liger triton_grpo_loss, in place": _liger}
 
 

@@ -123,14 +123,8 @@ def fit_row(axis: str, way: str, rows: Sequence[dict[str, Any]]) -> dict[str, An
     sizes = [row["at"] for row in chosen]
     time, time_error = slope(sizes, [row["median_ms"] for row in chosen])
     memory, memory_error = slope(sizes, [row["peak_mb"] for row in chosen])
-    return {
-        "axis": axis,
-        "way": way,
-        "time_exponent": time,
-        "time_error": time_error,
-        "memory_exponent": memory,
-        "memory_error": memory_error,
-    }
+    times = {"time_exponent": time, "time_error": time_error}
+    return {"axis": axis, "way": way, **times, "memory_exponent": memory, "memory_error": memory_error}
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:

@@ -30,8 +30,6 @@ class CompileCase:
     expects_wgmma: bool = False  # has a dot, which must become wgmma instructions
     expects_wide_loads: bool = True  # global memory is read 16 bytes at a time (cp.async and TMA count)
     min_access_bytes: int = 4  # narrowest global load or store inside a loop (in a kernel without loops: anywhere)
-    # Exponentials inside loops per byte loaded there: 0.5 is one for each bfloat16. None: not checked.
-    max_exps_per_byte: float | None = None
 
 
 def collect() -> list[CompileCase]:

@@ -240,10 +240,8 @@ class Head(NamedTuple):
         logits_CV = matmul(self.hidden_ND[rows], self.weight_VD.T, self.logits_dtype)
         return suppress_(logits_CV, self.suppressed_ids)
 
-    def exp_rows(
-        self, rows: slice | Tensor, logits_CV: Tensor, exp_CV: Tensor | None, with_entropy: bool = True
-    ) -> RowStats:
-        return exp_rows(logits_CV, self.target_N[rows], self.scale_N[rows], exp_CV, with_entropy, self.triton)
+    def exp_rows(self, rows: slice | Tensor, logits_CV: Tensor, exp_CV: Tensor | None) -> RowStats:
+        return exp_rows(logits_CV, self.target_N[rows], self.scale_N[rows], exp_CV, self.triton)
 
     def gradient_rows(
         self,

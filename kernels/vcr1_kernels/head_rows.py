@@ -21,9 +21,7 @@ IGNORED = -100  # a target that does not count: log-prob 0, entropy 0, no gradie
 GUARD = 60.0  # largest scaled distance from the target's logit to the row's maximum that exp() takes as it is
 
 
-def exp_rows(
-    logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, exp_CV: Tensor | None, with_entropy: bool, triton: bool
-) -> RowStats:
+def exp_rows(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, exp_CV: Tensor | None, triton: bool) -> RowStats:
     """Log-prob and entropy of each row in one pass.
 
     z = logits * scale;  logprob = z_y - logsumexp(z);  entropy = -sum_v p_v log p_v
@@ -39,7 +37,7 @@ def exp_rows(
     A row with NaN, +inf or no finite logit has NaN results; other rows are not touched by it.
     Bytes: C V (size of a logit + size of exp_CV's element). One exp per element.
     """
-    return RowStats(*_exp_rows_op(logits_CV, target_C, scale_C, exp_CV, with_entropy, triton).unbind())
+    return RowStats(*_exp_rows_op(logits_CV, target_C, scale_C, exp_CV, triton).unbind())
 
 
 def gradient_rows(
@@ -65,19 +63,17 @@ def gradient_rows(
 
 
 @torch.library.custom_op(add_op_namespace_prefix("exp_rows"), mutates_args=("exp_CV",))
-def _exp_rows_op(
-    logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, exp_CV: Tensor | None, with_entropy: bool, triton: bool
-) -> Tensor:
+def _exp_rows_op(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, exp_CV: Tensor | None, triton: bool) -> Tensor:
     """The rows of RowStats as [5, C]."""
     if triton:
         from . import head_rows_launch
 
-        return torch.stack(head_rows_launch.exp_rows(logits_CV, target_C, scale_C, exp_CV, with_entropy))
-    return torch.stack(_exp_rows_torch(logits_CV, target_C, scale_C, exp_CV, with_entropy))
+        return torch.stack(head_rows_launch.exp_rows(logits_CV, target_C, scale_C, exp_CV))
+    return torch.stack(_exp_rows_torch(logits_CV, target_C, scale_C, exp_CV))
 
 
 @_exp_rows_op.register_fake
-def _(logits_CV, target_C, scale_C, exp_CV, with_entropy, triton):
+def _(logits_CV, target_C, scale_C, exp_CV, triton):
     return scale_C.new_empty(5, logits_CV.shape[0])
 
 
@@ -121,9 +117,7 @@ def _check_values(target_C: Tensor, scale_C: Tensor, vocab_size: int) -> None:
         raise ValueError("a temperature of the rows is not a finite number > 0")
 
 
-def _exp_rows_torch(
-    logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, exp_CV: Tensor | None, with_entropy: bool
-) -> RowStats:
+def _exp_rows_torch(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, exp_CV: Tensor | None) -> RowStats:
     """The kernel's algorithm, step by step, on whole matrices."""
     _check_values(target_C, scale_C, logits_CV.shape[1])
     counted_C = target_C >= 0
@@ -141,10 +135,8 @@ def _exp_rows_torch(
     others_and_rest_C = others_C + torch.expm1(target_distance_C)
     log_total_C = torch.log1p(others_and_rest_C)
     inv_total_C = 1.0 / (1.0 + others_and_rest_C)
-    entropy_C = torch.zeros_like(log_total_C)
-    if with_entropy:
-        weighted_C = torch.where(e_CV == 0.0, 0.0, e_CV * distance_CV).sum(1)
-        entropy_C = log_total_C - weighted_C * inv_total_C
+    weighted_C = torch.where(e_CV == 0.0, 0.0, e_CV * distance_CV).sum(1)
+    entropy_C = log_total_C - weighted_C * inv_total_C
     if exp_CV is not None:
         exp_CV.copy_(e_CV.scatter(1, target_C1, -others_C.unsqueeze(1)).masked_fill(~counted_C[:, None], 0.0))
     values = (target_distance_C - log_total_C, entropy_C, offset_C, inv_total_C, others_C)

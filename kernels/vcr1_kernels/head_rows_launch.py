@@ -18,9 +18,7 @@ def _check_rows(name: str, rows_CV: Tensor) -> None:
         raise ValueError(f"{name} has strides {rows_CV.stride()}, wanted a last stride of 1: call .contiguous() first")
 
 
-def exp_rows(
-    logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, exp_CV: Tensor | None, with_entropy: bool
-) -> RowStats:
+def exp_rows(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, exp_CV: Tensor | None) -> RowStats:
     _check_rows("logits", logits_CV)
     num_rows, num_cols = logits_CV.shape
     out_CV = logits_CV if exp_CV is None else exp_CV
@@ -31,9 +29,9 @@ def exp_rows(
         exp_rows_kernel[(num_rows,)](
             logits_CV, out_CV, target_C.contiguous(), scale_C.contiguous(), *stats,
             logits_CV.stride(0), out_CV.stride(0), num_cols,
-            WITH_ENTROPY=with_entropy, WITH_EXP=exp_CV is not None, **LAUNCH,
+            WITH_EXP=exp_CV is not None, **LAUNCH,
         )  # fmt: skip
-    return stats if with_entropy else stats._replace(entropy=torch.zeros_like(stats.logprob))
+    return stats
 
 
 def gradient_rows(

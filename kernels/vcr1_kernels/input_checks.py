@@ -27,6 +27,16 @@ def check_tensors(op: str, **values: Any) -> None:
         raise ValueError(f"{op} got {where}, wanted one device for all")
 
 
+def check_frames(rgb_FHW3: Tensor, patch_px: int) -> None:
+    shape, block_px = tuple(rgb_FHW3.shape), 2 * patch_px
+    is_clip = len(shape) == 4 and shape[0] >= 1 and shape[3] == 3
+    if rgb_FHW3.dtype != torch.uint8 or not is_clip or shape[1] % block_px or shape[2] % block_px:
+        raise ValueError(
+            f"patchify got {rgb_FHW3.dtype} {shape}, wanted torch.uint8 [F >= 1, H, W, 3] with H and W multiples of "
+            f"{block_px}"
+        )
+
+
 def check_target_dtype(target_N: Tensor) -> None:
     if target_N.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"target is {target_N.dtype}, wanted int32 or int64")

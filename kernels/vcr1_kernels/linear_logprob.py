@@ -47,7 +47,6 @@ def _forward(
     target_N: Tensor,
     scale_N: Tensor,
     keep: str,
-    with_entropy: bool,
     logits_dtype: torch.dtype,
     chunk_rows: int | None,
     triton: bool,
@@ -58,11 +57,11 @@ def _forward(
     stats_5N = hidden_ND.new_empty(5, hidden_ND.shape[0], dtype=stats_dtype(hidden_ND.dtype))
     kept = _empty_kept(hidden_ND, weight_VD.shape[0], keep)
     for start, stop in head.chunks(chunk_rows, hidden_ND.shape[0]):
-        _score(head, slice(start, stop), keep, with_entropy, stats_5N, kept)
+        _score(head, slice(start, stop), keep, stats_5N, kept)
     return stats_5N, kept
 
 
-def _score(head: Head, rows: slice, keep: str, with_entropy: bool, stats_5N: Tensor, kept: Tensor) -> None:
+def _score(head: Head, rows: slice, keep: str, stats_5N: Tensor, kept: Tensor) -> None:
     """Fills these rows of both results of `_forward`.
 
     Its matrices [C, V] are gone when it returns: in variables of the loop they would live on beside the next ones.
@@ -70,7 +69,7 @@ def _score(head: Head, rows: slice, keep: str, with_entropy: bool, stats_5N: Ten
     exp_CV = kept[rows] if keep == "probs" else None
     if keep == "direction":
         exp_CV = head.hidden_ND.new_empty(rows.stop - rows.start, head.weight_VD.shape[0])
-    stats = head.exp_rows(rows, head.logits(rows), exp_CV, with_entropy)
+    stats = head.exp_rows(rows, head.logits(rows), exp_CV)
     torch.stack(tuple(stats), out=stats_5N[:, rows])
     if keep == "direction":
         assert exp_CV is not None
@@ -88,7 +87,7 @@ def _empty_kept(hidden_ND: Tensor, vocab_size: int, keep: str) -> Tensor:
 
 
 @_forward.register_fake
-def _(hidden_ND, weight_VD, target_N, scale_N, keep, with_entropy, logits_dtype, chunk_rows, triton, suppressed_ids):
+def _(hidden_ND, weight_VD, target_N, scale_N, keep, logits_dtype, chunk_rows, triton, suppressed_ids):
     stats_5N = hidden_ND.new_empty(5, hidden_ND.shape[0], dtype=stats_dtype(hidden_ND.dtype))
     return stats_5N, _empty_kept(hidden_ND, weight_VD.shape[0], keep)
 
@@ -138,10 +137,7 @@ def _logits_gradient(
 
 
 @_backward.register_fake
-def _(
-    hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept, logprob_grad_N, entropy_grad_N,
-    keep, need_hidden, need_weight, logits_dtype, chunk_rows, triton, suppressed_ids,
-):  # fmt: skip
+def _(hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept, g_N, h_N, keep, need_hidden, need_weight, *options):
     grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
     return grads.hidden_ND, grads.weight_VD
 
@@ -152,7 +148,7 @@ class _LinearLogprob(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, scale_N: Tensor,
         keep: str, *options: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        stats_5N, kept = _forward(hidden_ND, weight_VD, target_N, scale_N, keep, True, *options)
+        stats_5N, kept = _forward(hidden_ND, weight_VD, target_N, scale_N, keep, *options)
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, scale_N, stats_5N, kept)
         ctx.keep, ctx.options = keep, options
         ctx.set_materialize_grads(False)

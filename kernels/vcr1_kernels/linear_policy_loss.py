@@ -117,11 +117,8 @@ def _whole(
 
 
 @_whole.register_fake
-def _(
-    hidden_ND, weight_VD, target_N, scale_N, vectors, vector_names, sequence_lens, settings, num_sums,
-    suppressed_ids, logits_dtype, chunk_rows, triton, need_hidden, need_weight,
-):  # fmt: skip
-    grads = HeadGradients(hidden_ND, weight_VD, need_hidden, need_weight)
+def _(hidden_ND, weight_VD, target_N, scale_N, vectors, names, lens, settings, num_sums, *options):
+    grads = HeadGradients(hidden_ND, weight_VD, *options[-2:])
     return scale_N.new_empty(1 + num_sums), grads.hidden_ND, grads.weight_VD
 
 

@@ -238,10 +238,6 @@ class PolicyLoss:
         return self.variant == "gspo" or self._correction.is_sequence_level
 
     @property
-    def needs_entropy_grad(self) -> bool:
-        return self.entropy_coef != 0
-
-    @property
     def _correction(self) -> SamplingCorrection:
         return SamplingCorrection(
             self.sampling_correction, self.dialect, self.sampling_cap, self.sampling_floor, self.sampling_gate

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import reference
 from ._ops import add_op_namespace_prefix
 from .backend import Backend, runs_triton
-from .input_checks import check_tensors
+from .input_checks import check_frames, check_tensors
 
 
 def patchify(
@@ -61,13 +61,7 @@ def _check(rgb_FHW3: Tensor, dtype: torch.dtype, patch_px: int, mean: Sequence[f
         raise ValueError(f"patchify got patch_px {patch_px}, wanted an even number of pixels such as 14 or 16")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"patchify got mean {mean} and std {std}, wanted three numbers each, those of std above 0")
-    shape, block_px = tuple(rgb_FHW3.shape), 2 * patch_px
-    is_clip = len(shape) == 4 and shape[0] >= 1 and shape[3] == 3
-    if rgb_FHW3.dtype != torch.uint8 or not is_clip or shape[1] % block_px or shape[2] % block_px:
-        raise ValueError(
-            f"patchify got {rgb_FHW3.dtype} {shape}, wanted torch.uint8 [F >= 1, H, W, 3] with H and W multiples of "
-            f"{block_px}"
-        )
+    check_frames(rgb_FHW3, patch_px)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(
             f"patchify got dtype {dtype}, wanted bfloat16, float16 or float32; reference.patchify makes float64"
@@ -118,13 +112,7 @@ def _launch(rgb_FHW3: Tensor, dtype: torch.dtype, patch_px: int, mean: list[floa
     if num_programs:
         with torch.cuda.device_of(rgb_FHW3):  # Triton launches on the current device; nothing to do for a CPU tensor
             patchify_kernel[(num_programs,)](
-                rgb_FHW3,
-                out_PC,
-                rgb_FHW3.stride(0),
-                rgb_FHW3.stride(1),
-                num_frames,
-                bands_down,
-                blocks_across,
+                rgb_FHW3, out_PC, rgb_FHW3.stride(0), rgb_FHW3.stride(1), num_frames, bands_down, blocks_across,
                 **constants,
-            )
+            )  # fmt: skip
     return out_PC

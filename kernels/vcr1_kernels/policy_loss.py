@@ -26,7 +26,7 @@ class _LogprobOfLogits(torch.autograd.Function):
     def forward(
         ctx: Any, logits_NV: Tensor, target_N: Tensor, scale_N: Tensor, inplace: bool, triton: bool
     ) -> tuple[Tensor, Tensor]:
-        stats = exp_rows(logits_NV, target_N, scale_N, None, True, triton)
+        stats = exp_rows(logits_NV, target_N, scale_N, None, triton)
         ctx.save_for_backward(logits_NV, target_N, scale_N, *stats)
         ctx.inplace, ctx.triton, ctx.spent = inplace, triton, False
         ctx.set_materialize_grads(False)

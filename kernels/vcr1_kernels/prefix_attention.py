@@ -29,9 +29,9 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .backend import runs_triton, unavailable_reason
-from .flash_routes import HALF_TYPES, flash_ops
+from .flash_routes import HALF_TYPES, Tensors, flash_ops
 from .input_checks import FLOAT_DTYPES, check_tensors
-from .prefix_attention_dense import DENSE, FLASH_CPU, BatchedAttention
+from .prefix_attention_dense import DENSE, FLASH_CPU
 from .prefix_attention_flash import FlashAttention
 from .prefix_attention_launch import MAX_HEAD_DIM
 from .prefix_attention_triton import TritonAttention
@@ -62,11 +62,7 @@ class AttentionImplementation(Protocol):
         ...
 
     def backward(
-        self,
-        grad_THC: Tensor,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-        layout: PrefixLayout,
-        scale: float,
+        self, grad_THC: Tensor, tensors: Tensors, layout: PrefixLayout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dQ, dK, dV from (query, key, value, out, lse)."""
         ...
@@ -128,14 +124,14 @@ attention_backend._dynamo_marked_constant = True  # pyright: ignore[reportFuncti
 
 
 # By name. `flash` is made for each device, because the GPU decides which package runs; one put here by hand goes first.
-IMPLEMENTATIONS: dict[str, AttentionImplementation] = {"torch": BatchedAttention(DENSE), "triton": TritonAttention()}
+IMPLEMENTATIONS: dict[str, AttentionImplementation] = {"torch": DENSE, "triton": TritonAttention()}
 
 
 def _implementation(name: str, device: torch.device) -> AttentionImplementation:
     if name in IMPLEMENTATIONS:
         return IMPLEMENTATIONS[name]
     if device.type == "cpu":
-        return BatchedAttention(FLASH_CPU)
+        return FLASH_CPU
     found, reason = flash_ops(device)
     if found is None:
         raise RuntimeError(f"prefix_attention: no flash attention: {reason}; use backend='triton' or 'torch'")

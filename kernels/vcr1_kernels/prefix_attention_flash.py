@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .flash_routes import Segments, Tensors, VarlenOps
+from .prefix_attention_dense import merge_rows
 from .prefix_attention_launch import ROW_LAUNCH, row_options
 from .prefix_attention_triton import unit_stride
 from .prefix_layout import PrefixLayout
@@ -98,16 +99,6 @@ def merge_in_triton(out_THC: Tensor, lse_HT: Tensor, out_b: Tensor, lse_b: Tenso
     )
 
 
-def merge_in_torch(out_THC: Tensor, lse_HT: Tensor, out_b: Tensor, lse_b: Tensor, plan: Plan) -> None:
-    """`merge_partial` in plain torch."""
-    rows = plan.completions
-    lse_a = lse_HT[:, rows].clone()
-    lse = torch.logaddexp(lse_a, lse_b)
-    weight_a, weight_b = (torch.exp(x - lse).T.unsqueeze(-1) for x in (lse_a, lse_b))
-    out_THC[rows] = (out_THC[rows] * weight_a + out_b * weight_b).to(out_THC.dtype)
-    lse_HT[:, rows] = lse
-
-
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None  # CUDA builds of torch for Windows come without
@@ -118,8 +109,10 @@ def merge_partial(out_THC: Tensor, lse_HT: Tensor, out_b: Tensor, lse_b: Tensor,
 
     lse = logaddexp(lse_a, lse_b);  out = out_a exp(lse_a - lse) + out_b exp(lse_b - lse)
     """
-    merge = merge_in_triton if out_THC.is_cuda and _has_triton() else merge_in_torch
-    merge(out_THC, lse_HT, out_b, lse_b, plan)
+    if out_THC.is_cuda and _has_triton():
+        merge_in_triton(out_THC, lse_HT, out_b, lse_b, plan)
+    else:
+        merge_rows(out_THC, lse_HT, out_b, lse_b, plan.completions)
 
 
 @dataclass(frozen=True)
@@ -151,11 +144,7 @@ class FlashAttention:
         return out, lse
 
     def backward(
-        self,
-        grad_THC: Tensor,
-        tensors: Tensors,
-        layout: PrefixLayout,
-        scale: float,
+        self, grad_THC: Tensor, tensors: Tensors, layout: PrefixLayout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dQ, dK, dV; `tensors` is (query, key, value, out, lse_HT) as `forward` took and gave them, merged."""
         query, key, value = (unit_stride(x) for x in tensors[:3])

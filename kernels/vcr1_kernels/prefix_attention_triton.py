@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .flash_routes import Tensors
 from .prefix_attention_launch import ROW_LAUNCH, Launch, launch_of, launch_options, row_options
 from .prefix_layout import PrefixGroup, PrefixLayout
 from .upload import upload_ints
@@ -141,26 +142,14 @@ class TritonAttention:
         lse_HT = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
         launch = launch_of("forward", head_dim, query.dtype)
         tables = make_tables(layout, head_dim, query.dtype, query.device)
-        arguments: list[Any] = [
-            query,
-            key,
-            value,
-            out_THC,
-            lse_HT,
-            tables.forward,
-            tables.own_start,
-            *_strides(query, key, value),
-        ]
+        strides = _strides(query, key, value)
+        arguments: list[Any] = [query, key, value, out_THC, lse_HT, tables.forward, tables.own_start, *strides]
         arguments += [num_heads * head_dim, num_tokens, num_heads // key.shape[1], scale * LOG2E]
         prefix_forward_kernel[num_heads, len(tables.forward)](*arguments, **launch_options(head_dim, launch))
         return out_THC, lse_HT
 
     def backward(
-        self,
-        grad_THC: Tensor,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-        layout: PrefixLayout,
-        scale: float,
+        self, grad_THC: Tensor, tensors: Tensors, layout: PrefixLayout, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dQ, dK, dV; `tensors` is (query, key, value, out, lse_HT) as `forward` took and gave them."""
         from .device.prefix_attention_backward import prefix_delta_kernel, prefix_dkdv_kernel, prefix_dq_kernel

@@ -11,7 +11,7 @@ Every completion sees the prompt of its group and itself, nothing else:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,23 +59,20 @@ def check_layout(layout: PrefixLayout, num_tokens: int) -> None:
         raise ValueError(f"layout covers {position} tokens, but the row has {num_tokens}")
 
 
-def layout_to_ints(layout: PrefixLayout) -> list[int]:
-    """The layout as numbers: P, G, R_1 .. R_G of each group."""
-    return [n for group in layout for n in (group.prompt_len, len(group.completion_lens), *group.completion_lens)]
-
-
 def layout_to_tensor(layout: PrefixLayout) -> Tensor:
-    """`layout_to_ints` as int64 on the host, the form in which a registered op takes it and `prefix_attention` may.
+    """P, G, R_1 .. R_G of each group as int64 on the host: as a registered op takes it and `prefix_attention` may.
 
     Inside of torch.compile give that: code compiled for a tuple is compiled anew for every other layout.
     """
-    return torch.tensor(layout_to_ints(layout), dtype=torch.int64)
+    groups = ((group.prompt_len, len(group.completion_lens), *group.completion_lens) for group in layout)
+    return torch.tensor([n for numbers in groups for n in numbers], dtype=torch.int64)
 
 
-def layout_from_ints(numbers: Sequence[int]) -> PrefixLayout:
-    """Inverse of `layout_to_ints`. Example: `[4, 2, 2, 3]` is `(PrefixGroup(0, 4, (2, 3)),)`.
+@functools.lru_cache(maxsize=64)
+def read_layout(numbers: tuple[int, ...], num_tokens: int) -> PrefixLayout:
+    """Inverse of `layout_to_tensor`. Example: `(4, 2, 2, 3)` of 9 tokens is `(PrefixGroup(0, 4, (2, 3)),)`.
 
-    Raises ValueError for numbers that are not those of a layout.
+    Raises ValueError for numbers that are not those of a layout, and as `check_layout` does.
     """
     groups: list[PrefixGroup] = []
     start = index = 0
@@ -86,12 +83,5 @@ def layout_from_ints(numbers: Sequence[int]) -> PrefixLayout:
             raise ValueError(f"layout: got the numbers {list(numbers)}, wanted P, G, R_1 .. R_G of each group")
         groups.append(PrefixGroup(start, prompt_len, tuple(numbers[index - num_completions : index])))
         start = groups[-1].end
+    check_layout(tuple(groups), num_tokens)
     return tuple(groups)
-
-
-@functools.lru_cache(maxsize=64)
-def read_layout(numbers: tuple[int, ...], num_tokens: int) -> PrefixLayout:
-    """`layout_from_ints` of a row of `num_tokens`. Raises ValueError as it and `check_layout` do."""
-    layout = layout_from_ints(numbers)
-    check_layout(layout, num_tokens)
-    return layout

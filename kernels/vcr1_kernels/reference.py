@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .input_checks import check_frames
 from .losses import LossFunction, TokenVectors
 from .prefix_attention import PrefixLayout
 from .row_stats import SUPPRESSED_LOGIT
@@ -157,27 +158,13 @@ def patchify(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> Tensor:
-    """Frames to vision-tower input, value for value what the Hugging Face processors of Qwen-VL models make of them.
+    """The definition of `vcr1_kernels.patchify`: the values of the Hugging Face processors of Qwen-VL models.
 
-    value = (byte - 255 * mean) / (255 * std) per channel. Rows run over frame pairs, blocks of 2 x 2 patches (down,
-    then across) and the patches of a block; a row holds C = 3 channels x 2 frames x patch_px x patch_px.
-
-    Args:
-        rgb_FHW3: [F, H, W, 3] uint8, F >= 1 (the last frame is repeated when F is odd), H and W multiples of two
-            patches.
-        dtype: of the result; computed in float32, or in float64 when that is asked for.
-        patch_px: side of a patch, 14 for Qwen2-VL and Qwen2.5-VL, 16 for Qwen3-VL.
-        mean, std: of each channel in [0, 1]; default CLIP's, as in Qwen2.5-VL. Qwen3-VL has 0.5.
-
-    Returns [P, C] on the device of the input, P = ceil(F / 2) * H * W / patch_px^2. Raises ValueError for other input.
+    Arguments, result [P, C] and ValueError as there; dtype may be float64, too, and all is then computed in it.
     """
-    num_frames, height, width, num_channels = rgb_FHW3.shape
+    check_frames(rgb_FHW3, patch_px)
+    num_frames, height, width, _ = rgb_FHW3.shape
     block_px = 2 * patch_px
-    if rgb_FHW3.dtype != torch.uint8 or num_frames < 1 or num_channels != 3 or height % block_px or width % block_px:
-        raise ValueError(
-            f"patchify got {rgb_FHW3.dtype} {tuple(rgb_FHW3.shape)}, "
-            f"wanted torch.uint8 [F >= 1, H, W, 3] with H and W multiples of {block_px}"
-        )
     if num_frames % 2:
         rgb_FHW3 = torch.cat((rgb_FHW3, rgb_FHW3[-1:]))
     compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32

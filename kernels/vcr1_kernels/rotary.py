@@ -136,21 +136,8 @@ def _launch(
     if num_tokens:
         with torch.cuda.device_of(query_THC):  # Triton launches on the current device; nothing to do for a CPU tensor
             rotary_kernel[(-(-num_tokens // LAUNCH["TOKENS"]), groups)](
-                query_THC,
-                key_TKC,
-                query_out_THC,
-                key_out_TKC,
-                cos,
-                sin,
-                query_THC.stride(0),
-                query_THC.stride(1),
-                key_TKC.stride(0),
-                key_TKC.stride(1),
-                num_tokens * head_dim,
-                num_tokens,
-                num_queries,
-                num_keys,
-                **constants,
-                **LAUNCH,
-            )
+                query_THC, key_TKC, query_out_THC, key_out_TKC, cos, sin,
+                query_THC.stride(0), query_THC.stride(1), key_TKC.stride(0), key_TKC.stride(1), num_tokens * head_dim,
+                num_tokens, num_queries, num_keys, **constants, **LAUNCH,
+            )  # fmt: skip
     return query_out_THC, key_out_TKC

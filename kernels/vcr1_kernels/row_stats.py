@@ -18,7 +18,7 @@ class RowStats(NamedTuple):
     """Per-row results, [C] float32 (float64 for float64 logits). s = 1 / temperature; c is the row's offset."""
 
     logprob: Tensor
-    entropy: Tensor  # nats; 0 when it was not asked for
+    entropy: Tensor  # nats
     offset: Tensor  # c, a raw logit: the target's, or the row's maximum where that lies more than GUARD above
     inv_total: Tensor  # 1 / sum_v exp(s (z_v - c))
     others: Tensor  # sum over v != target of exp(s (z_v - c)); times inv_total it is 1 - p_target without cancellation

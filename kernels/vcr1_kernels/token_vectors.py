@@ -98,15 +98,6 @@ class TokenVectors:
         lens_S = None if self.lens_S is None else self.lens_S[sequences]
         return self.map(lambda vector_N: vector_N[start:stop], self.sequence_lens[sequences], lens_S)
 
-    def select(self, keep_N: Tensor) -> TokenVectors:
-        """The tokens where keep_N ([N] bool) is true. From a device `keep_N` is copied to the host once."""
-        kept_N = keep_N.cpu()
-        lens = None
-        if self.sequence_lens is not None:
-            lens = tuple(int(part.sum()) for part in kept_N.split(self.sequence_lens))
-        places = upload(kept_N.nonzero().squeeze(1), self.advantage_N.device)
-        return self.map(lambda vector_N: vector_N[places.to(vector_N.device)], lens)
-
 
 LossFunction = Callable[[Tensor, Tensor, TokenVectors], tuple[Tensor, dict[str, Tensor]]]
 """(logprob_N, entropy_N, tokens) -> (scalar loss, sums): additive over whole sequences, sums without gradient too."""

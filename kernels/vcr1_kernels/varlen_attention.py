@@ -64,9 +64,7 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _forward_fake(
-    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, lengths: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(query.shape), query.new_empty(query.shape[1], query.shape[0], dtype=lse_dtype)
 
@@ -84,10 +82,7 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _backward_fake(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, ends: Tensor, lengths: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 

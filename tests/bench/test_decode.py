@@ -46,12 +46,6 @@ def test_clips_show_the_scene_and_are_written_once(source: Source, tmp_path: Pat
     assert [file.name for file in tmp_path.iterdir()] == [source.file_name]
 
 
-def test_the_scene_is_the_same_every_time_and_moves():
-    first, again = Scene(128, 96), Scene(128, 96)
-    assert np.array_equal(first.yuv420(5), again.yuv420(5))
-    assert (first.yuv420(5) != first.yuv420(6)).mean() > 0.5
-
-
 def test_their_frames_and_patches_are_ours(clip_path: Path):
     """The bytes agree up to the resize, which is float32 in theirs; the processors agree to float32 rounding."""
     request = ClipRequest(str(clip_path), VideoConfig(fps=2.0, min_frame_pixels=28 * 28))
@@ -113,9 +107,8 @@ def test_a_run_measures_every_way_and_they_agree(monkeypatch: pytest.MonkeyPatch
     result = decode.run(quick())
     assert result["disagreements"] == [] and decode.failed(result) is None and result["left_out"] == []
     rows = {row["way"]: row for row in result["rows"]}
-    assert [row["way"] for row in result["absent"]] in ([], ["qwen-vl-utils package, batched"])
-    wanted = {*decode_ways.openers(has_workers=True)} - {row["way"] for row in result["absent"]}
-    assert set(rows) == wanted and len(wanted) >= 7
+    assert result["absent"] == []
+    assert set(rows) == {*decode_ways.openers(has_workers=True)} and len(rows) >= 7
     for row in rows.values():
         assert row["num_frames"] == 4 and row["repeats"] == 3
         assert row["clips_per_s"] == pytest.approx(1e3 / row["median_ms"])

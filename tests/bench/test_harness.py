@@ -24,7 +24,6 @@ CPU = torch.device("cpu")
 def test_summary_is_median_and_quartiles():
     timing = summarize([4.0, 1.0, 3.0, 2.0, 100.0])
     assert (timing.median_ms, timing.low_ms, timing.high_ms, timing.repeats) == (3.0, 2.0, 4.0, 5)
-    assert timing.spread == pytest.approx(2.0 / 3.0)
     assert summarize([7.0]).high_ms == 7.0
     with pytest.raises(ValueError, match="no samples"):
         summarize([])
@@ -94,11 +93,6 @@ def test_floor_arithmetic():
     assert floors.attention_flop(10, 2, 4, backward=True) == 14 * 10 * 2 * 4
     gemms = floors.HeadGemms(1.0, 2.0, 4.0)
     assert (gemms.train_ms, gemms.frozen_ms) == (7.0, 3.0)
-
-
-def test_limits_of_this_machine_are_positive():
-    limits = floors.measure_limits(CPU, torch.float32)
-    assert 0.1 < limits.copy_gb_s < 1e4 and 1e-4 < limits.gemm_tflop_s < 1e3
 
 
 def test_sizes_on_the_command_line():

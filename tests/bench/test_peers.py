@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import peers
 from bench.head_problem import HEADS, TRAINED, head_reference, make_head_problem
 
 
@@ -39,17 +38,6 @@ def test_a_module_is_imported_without_its_parents(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_reference_of_the_head_is_plain_autograd():
-    problem = make_head_problem(HEADS["small"], 16, torch.float64, torch.device("cpu"))
-    hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden_TD, problem.weight_VD))
-    logprob = torch.log_softmax(hidden @ weight.T, -1).gather(1, problem.target_T[:, None])[:, 0]
-    grads = torch.autograd.grad(problem.loss(logprob), (hidden, weight))
-    expected = head_reference(problem)
-    torch.testing.assert_close(expected["logprob"], logprob)
-    torch.testing.assert_close(expected["grad_hidden"], grads[0])
-    torch.testing.assert_close(expected["grad_weight"], grads[1])
-
-
 @pytest.mark.parametrize("name", ["XTuner's way, 1024 rows", "torchtitan's way, 8 chunks"])
 def test_heads_that_finish_a_chunk_at_a_time_take_three_products(name: str):
     """1,032 rows: 1,024 and 8, or eight times 129."""
@@ -60,18 +48,3 @@ def test_heads_that_finish_a_chunk_at_a_time_take_three_products(name: str):
     expected = head_reference(problem)
     for key in ("loss", "grad_hidden", "grad_weight"):  # log-probs are float32
         torch.testing.assert_close(got[key].double(), expected[key].double(), rtol=1e-4, atol=1e-8)
-
-
-def test_a_loader_that_raises_becomes_an_absent_way():
-    def loader():
-        raise ImportError("needs a library")
-
-    runners, absent = peers.load_all({"there": lambda: lambda problem: {}, "away": loader})
-    assert list(runners) == ["there"]
-    assert [(a.name, a.reason) for a in absent] == [("away", "ImportError: needs a library")]
-
-
-def test_torch_eager_head_agrees_with_log_softmax():
-    hidden, weight, target = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, 2])
-    got = peers.torch_logprob(hidden, weight, target)
-    assert got == pytest.approx(torch.log_softmax(hidden @ weight.T, -1)[range(3), target])

@@ -9,7 +9,7 @@ import pytest
 from bench import predict, predict_points
 from bench.floors import attention_bytes, head_bytes
 from bench.update_meter import CLIPS, Point, by_name, count, model_flop, split
-from vcr1_fast.fake_gpu.predict import H100_RATES, H200_RATES, Rates, rollout_seconds
+from vcr1_fast.fake_gpu.predict import Rates, rollout_seconds
 from vcr1_fast.fake_gpu.sizes import with_blocks
 from vcr1_fast.learner.model_size import ModelSize
 from vcr1_fast.learner.public_sizes import PUBLIC_SIZES, whole_config
@@ -28,11 +28,6 @@ def test_a_rollout_by_hand():
     # with endless memory it is the products: 3 tokens of 48 weights, and 16 pairs
     fast = replace(rates, memory_bytes_s=1e9)
     assert rollout_seconds(size, fast, 4, (2, 1)) == pytest.approx(fill_s + (2 * 3 * 48 + 8 * 16) / 10)
-
-
-def test_an_h200_differs_from_an_h100_by_its_memory():
-    assert H200_RATES.memory_bytes_s == pytest.approx(3.87e12, rel=1e-3)
-    assert replace(H200_RATES, memory_bytes_s=2.7e12, source=H100_RATES.source) == H100_RATES
 
 
 def test_seconds_are_divided_between_parts_and_none_is_lost():

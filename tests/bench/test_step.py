@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from bench import kernels, step
 from bench.floors import Limits
@@ -13,7 +14,7 @@ from bench.flops import StepFlop
 from bench.gpu_summary import step_bars
 from bench.harness import Deadline
 from bench.step_model import GPU_POINTS, TINY_CHECK, config_3b, load_model
-from bench.step_timing import PARTS, PartMarks, predicted_parts_ms
+from bench.step_timing import PARTS, predicted_parts_ms
 from bench.step_ways import WAY_NAMES, WayOptions, count_tokens, losses, pad_rows
 
 CPU = torch.device("cpu")
@@ -156,13 +157,12 @@ def test_a_run_stopped_from_outside_reports_what_it_has(monkeypatch):
     assert "stopped from outside" in kernels.run(quick(sizes=None, op=None))["left_out"][0]
 
 
-def test_marks_divide_the_time_between_parts():
-    marks = PartMarks(CPU)
-    for part in ("other", "tower", "other", "decoder", "head", "backward"):
-        marks.mark(part)
-    time = marks.times()
-    assert time.total_ms == pytest.approx(sum(time.parts_ms.values()))
-    assert time.parts_ms["optimizer"] == 0.0 and time.parts_ms["tower"] > 0.0
+def test_the_random_3b_has_the_size_of_the_published_one():
+    with torch.device("meta"):
+        hf = Qwen2_5_VLForConditionalGeneration(config_3b())
+    assert sum(p.numel() for p in hf.parameters()) == 3_754_622_976
+    assert hf.lm_head.weight is hf.get_input_embeddings().weight
+    assert hf.config.text_config.rope_parameters["mrope_section"] == [16, 24, 24]
 
 
 def test_prediction_puts_every_flop_somewhere_once():

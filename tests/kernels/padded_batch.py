@@ -35,13 +35,11 @@ class PaddedBatch:
         """Fresh (logprob, entropy) to differentiate."""
         return self.logprob_BT.clone().requires_grad_(), self.entropy_BT.clone().requires_grad_()
 
-    def tokens(self, weights: LossWeights, *, on_policy: bool = False, advantage_BT: Tensor | None = None):
-        """The packed vectors. Advantages of the sequence, or per token where given."""
-        if advantage_BT is None:
-            advantage_BT = self.advantage_B.unsqueeze(1).expand_as(self.logprob_BT)
+    def tokens(self, weights: LossWeights, *, on_policy: bool = False):
+        """The packed vectors."""
         lens_B = torch.tensor(self.sequence_lens)
         return TokenVectors(
-            advantage_N=advantage_BT[self.mask_BT],
+            advantage_N=self.advantage_B.repeat_interleave(lens_B),
             weight_N=weights.policy_S.repeat_interleave(lens_B),
             old_logprob_N=None if on_policy else self.old_BT[self.mask_BT],
             ref_logprob_N=self.ref_BT[self.mask_BT],

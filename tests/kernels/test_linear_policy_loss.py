@@ -43,6 +43,11 @@ LOSSES = {
 }
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 def make(dtype: torch.dtype = torch.float32, zero_sequences: tuple[int, ...] = (), on_policy: bool = False):
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(NUM_ROWS, HIDDEN, generator=generator).to(DEVICE, dtype).requires_grad_()
@@ -103,14 +108,12 @@ def assert_equals_definition(inputs: tuple, loss: LossFunction, bound: float = 1
             assert relative_error(a, b) < bound, relative_error(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_equals_the_definition(name: str, backend: str):
     for chunk_rows in (8, None):
         assert_equals_definition(make(), LOSSES[name], chunk_rows=chunk_rows, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_suppressed_ids_are_as_if_the_head_had_no_such_rows(backend: str):
     hidden, weight, target, tokens = make()
     suppressed = (1, 2, 40)
@@ -133,7 +136,6 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_whole(name: str):
     assert_equals_definition(make(on_policy=True), LOSSES[name], chunk_rows=10)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["grpo no kl", "gspo", "grpo", "dapo entropy"])
 @pytest.mark.parametrize("zero", [(0, 2), (0, 1, 2, 3, 4, 5)])
 def test_rows_without_coefficient_are_scored_but_not_trained(zero: tuple[int, ...], name: str, backend: str):
@@ -164,7 +166,6 @@ def test_frozen_sides(frozen: str):
     assert_equals_definition(inputs, LOSSES["grpo"], chunk_rows=10)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_is_within_the_stated_bound(backend: str):
     """4e-3 from float64 on the same rounded inputs; the interpreter truncates to bfloat16: twice the rounding."""
     slack = 2.0 if backend == "triton" and DEVICE == "cpu" else 1.0
@@ -200,12 +201,6 @@ def test_any_function_of_the_user():
     assert sums == {} and hidden.grad is not None and not hidden.grad.any()
 
 
-def test_a_loss_that_is_not_a_scalar_is_refused():
-    hidden, weight, target, tokens = make()
-    with pytest.raises(ValueError, match=r"loss of shape \(34,\), wanted a scalar"):
-        fused_linear_policy_loss(hidden, weight, target, lambda logprob, *_: (logprob, {}), tokens)
-
-
 def test_upstream_factor_and_second_backward():
     hidden, weight, target, tokens = make()
     tokens = cast(tokens, torch.float32)
@@ -237,42 +232,6 @@ def test_no_rows():
         value.backward()
         assert float(value) == 0 and float(sums["tokens"]) == 0
     assert weight.grad is not None and not weight.grad.any()
-
-
-def test_ignored_targets_have_no_gradient():
-    hidden, weight, target, tokens = make()
-    target[:5] = -100
-    fused_linear_policy_loss(hidden, weight, target, PolicyLoss(), cast(tokens, torch.float32))[0].backward()
-    assert hidden.grad is not None and not hidden.grad[:5].any() and hidden.grad[5:].any()
-
-
-def test_gradient_does_not_depend_on_the_chunks():
-    gradients = []
-    for chunk_rows in (3, 8, 1000):
-        hidden, weight, target, tokens = make()
-        loss, _ = fused_linear_policy_loss(
-            hidden, weight, target, PolicyLoss(beta=0.1), cast(tokens, torch.float32), chunk_rows=chunk_rows
-        )
-        loss.backward()
-        gradients.append((hidden.grad, weight.grad))
-    for hidden_grad, weight_grad in gradients[1:]:
-        torch.testing.assert_close(hidden_grad, gradients[0][0], rtol=1e-5, atol=1e-8)
-        torch.testing.assert_close(weight_grad, gradients[0][1], rtol=1e-5, atol=1e-7)
-
-
-def test_inside_a_compiled_function():
-    hidden, weight, target, tokens = make()
-    tokens = cast(tokens, torch.float32)
-
-    @torch.compile(backend="eager")
-    def step(hidden: Tensor) -> Tensor:
-        return fused_linear_policy_loss(hidden * 2.0, weight, target, PolicyLoss(), tokens)[0] + 1.0
-
-    step(hidden).backward()
-    compiled = hidden.grad
-    hidden.grad = None
-    (fused_linear_policy_loss(hidden * 2.0, weight, target, PolicyLoss(), tokens)[0] + 1.0).backward()
-    torch.testing.assert_close(compiled, hidden.grad)
 
 
 def test_a_loss_derived_from_ours_keeps_its_own_rule_when_compiled():
@@ -392,7 +351,6 @@ def test_on_fake_tensors_no_kernel_is_launched(monkeypatch: pytest.MonkeyPatch):
     assert all(isinstance(x.grad, FakeTensor) for x in (hidden, weight, logits, query))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("name", LOSSES)
 def test_logits_level_equals_the_definition(name: str, inplace: bool, backend: str):
@@ -411,7 +369,6 @@ def test_logits_level_equals_the_definition(name: str, inplace: bool, backend: s
     assert float(sums["kl"]) == pytest.approx(float(wanted_sums["kl"]), rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_in_place_reuses_their_memory(backend: str):
     logits = torch.randn(4, 30, device=DEVICE, requires_grad=True)
     middle = logits * 2.0

@@ -149,30 +149,6 @@ def test_empty_width_gives_no_patches(interpreted: None) -> None:
     assert patchify(clip, backend="triton").shape == (0, 1176)
 
 
-@pytest.mark.parametrize("shape", [(2, 30, 28, 3), (2, 28, 42, 3), (2, 28, 28, 4), (0, 28, 28, 3), (28, 28, 3)])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_wrong_shapes_are_refused(shape: tuple[int, ...], backend) -> None:
-    with pytest.raises(ValueError, match="multiples of 28"):
-        patchify(torch.zeros(shape, dtype=torch.uint8), backend=backend)
-    with pytest.raises(ValueError, match="multiples of 32"):
-        patchify(torch.zeros((2, 28, 28, 3), dtype=torch.uint8), patch_px=16, backend=backend)
-
-
-@pytest.mark.parametrize("wrong", [{"patch_px": 15}, {"patch_px": 0}, {"mean": (0.5,)}, {"std": (0.5, 0.0, 0.5)}])
-def test_a_wrong_patch_or_scale_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        patchify(random_clip(2, 28, 28), **wrong)
-
-
-def test_wrong_types_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"torch\.int32"):
-        patchify(torch.zeros((2, 28, 28, 3), dtype=torch.int32))
-    with pytest.raises(ValueError, match="float64"):
-        patchify(random_clip(2, 28, 28), torch.float64)
-    with pytest.raises(ValueError, match="backend"):
-        patchify(random_clip(2, 28, 28), backend="cuda")  # pyright: ignore[reportArgumentType]
-
-
 @pytest.mark.parametrize("triton", [False, True])
 def test_operator_is_registered_well(triton: bool, request: pytest.FixtureRequest) -> None:
     if triton:

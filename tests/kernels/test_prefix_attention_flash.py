@@ -7,19 +7,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vcr1_kernels import prefix_attention_flash as flash
-from vcr1_kernels import reference
 from vcr1_kernels.flash_routes import AtenOps
 from vcr1_kernels.prefix_attention import IMPLEMENTATIONS, prefix_attention
 from vcr1_kernels.prefix_layout import PrefixGroup
 
-LAYOUTS = {
-    "single": (PrefixGroup(0, 5, (3,)),),
-    "unequal": (PrefixGroup(0, 7, (1, 6, 3, 2)),),
-    "empty_completion": (PrefixGroup(0, 4, (3, 0, 2)),),
-    "no_completions": (PrefixGroup(0, 4, ()), PrefixGroup(4, 3, (0, 0))),
-    "two_groups": (PrefixGroup(0, 6, (2, 5)), PrefixGroup(13, 1, (4, 1, 0))),
-    "one_of_three_has_completions": (PrefixGroup(0, 3, (0,)), PrefixGroup(3, 4, (2, 2)), PrefixGroup(11, 2, ())),
-}
+from tests.kernels.attention_rows import LAYOUTS, SCALE, exact, make_inputs, relative_errors, run
 
 
 def segment_slices(cu_q, cu_k, max_q, max_k):
@@ -105,19 +97,6 @@ def dense_aten(monkeypatch):
     return flash.FlashAttention(AtenOps())
 
 
-def make_inputs(layout, heads, kv_heads, dtype=torch.float64, head_dim=8):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(layout[-1].end, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def expected_of(query, key, value, grad, layout):
-    leaves = [x.double().requires_grad_() for x in (query, key, value)]
-    out = reference.prefix_attention(*leaves, layout, 0.3)
-    out.backward(grad.double())
-    return [out.detach(), *(x.grad for x in leaves)]
-
-
 @pytest.mark.parametrize(
     ("stand_in", "name"),
     [(dense_forward, "_flash_attention_forward"), (dense_backward, "_flash_attention_backward")],
@@ -130,14 +109,19 @@ def test_stand_ins_have_the_arguments_of_the_real_ops(stand_in, name):
     assert "scale" in real[len(positional) :]
 
 
+def assert_equals_one_softmax(attention, layout, heads, kv_heads):
+    """Forward and backward of a `FlashAttention`, in float64."""
+    query, key, value, grad = inputs = make_inputs(layout, heads, kv_heads)
+    out, lse = attention.forward(query, key, value, layout, SCALE)
+    grads = attention.backward(grad, (query, key, value, out, lse), layout, SCALE)
+    for got, want in zip((out, *grads), exact(inputs, layout), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2)])
 def test_two_calls_and_the_merge_equal_one_softmax(dense_aten, layout, heads, kv_heads):
-    query, key, value, grad = make_inputs(layout, heads, kv_heads)
-    out, lse = dense_aten.forward(query, key, value, layout, 0.3)
-    grads = dense_aten.backward(grad, (query, key, value, out, lse), layout, 0.3)
-    for got, want in zip((out, *grads), expected_of(query, key, value, grad, layout), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    assert_equals_one_softmax(dense_aten, layout, heads, kv_heads)
 
 
 def test_the_built_in_backward_keeps_no_tensor_for_another_mode() -> None:
@@ -201,29 +185,11 @@ def test_several_groups_copy_each_prompt_once(dense_aten):
 def test_public_function_on_flash_with_float32_queries(dense_aten, monkeypatch, dtype, layout):
     """As rotary embedding under autocast hands them over; the bound is a few roundings of the type."""
     monkeypatch.setitem(IMPLEMENTATIONS, "flash", dense_aten)
-    query, key, value, grad = make_inputs(layout, 4, 2, dtype)
-    leaves = [query.float().requires_grad_(), key.float().requires_grad_(), value.clone().requires_grad_()]
-    out = prefix_attention(*leaves, layout, 0.3, backend="flash")
-    assert out.dtype == dtype
-    out.backward(grad)
-    assert [x.grad.dtype for x in leaves] == [torch.float32, torch.float32, dtype]
-    bound = 3 * torch.finfo(dtype).eps
-    for got, want in zip((out, *(x.grad for x in leaves)), expected_of(query, key, value, grad, layout), strict=True):
-        assert (got.double() - want).norm() <= bound * want.norm()
-
-
-def test_backward_with_an_unmerged_lse_would_be_wrong(dense_aten):
-    """What flash through autograd does: each part normalised by itself. Shows that the tests above can fail."""
-    layout = LAYOUTS["unequal"]
-    query, key, value, grad = make_inputs(layout, 4, 2)
-    out, lse = dense_aten.forward(query, key, value, layout, 0.3)
-    _, lse_a, *_ = dense_forward(
-        query, key, value, *flash.make_plan(layout, out.device).causal[:4], 0.0, True, False, scale=0.3
-    )
-    dq = dense_aten.backward(grad, (query, key, value, out, lse_a), layout, 0.3)[0]
-    want = expected_of(query, key, value, grad, layout)[1]
-    assert (dq - want).norm() > 0.1 * want.norm()
-    assert not torch.equal(lse_a, lse)
+    inputs = make_inputs(layout, 4, 2, dtype)
+    given = [x.float() if i < 2 else x for i, x in enumerate(inputs)]
+    got = run(lambda *x: prefix_attention(*x, layout, SCALE, backend="flash"), *given)
+    assert [x.dtype for x in got] == [dtype, torch.float32, torch.float32, dtype]
+    assert max(relative_errors(got, exact(inputs, layout))) <= 3 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS["unequal"], LAYOUTS["two_groups"]], ids=["one_group", "two_groups"])
@@ -238,7 +204,7 @@ def test_merge_kernel_equals_its_torch_twin(layout, head_dim):
     scales = [1.0, 60.0, 1.0, 60.0]
     tensors = [torch.randn(s, generator=generator).mul(f).to(device) for s, f in zip(shapes, scales, strict=True)]
     want = [x.double() for x in tensors]
-    flash.merge_in_torch(*want, plan)
+    flash.merge_rows(*want, plan.completions)
     flash.merge_in_triton(*tensors, plan)
     for got, expected in zip(tensors[:2], want[:2], strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=2e-6)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from vcr1_kernels import reference
 from vcr1_kernels.prefix_attention import attention_backend, prefix_attention
 from vcr1_kernels.prefix_layout import PrefixGroup
+
+from tests.kernels import attention_rows as rows
+from tests.kernels.attention_rows import exact, relative_errors, run
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["flash", "triton"]
@@ -19,18 +21,7 @@ LAYOUTS = {
 
 
 def make_inputs(layout, heads, kv_heads, head_dim, dtype=torch.bfloat16):
-    generator = torch.Generator("cuda").manual_seed(0)
-    return [
-        torch.randn(layout[-1].end, n, head_dim, generator=generator, device="cuda", dtype=torch.float32).to(dtype)
-        for n in (heads, kv_heads, kv_heads, heads)
-    ]
-
-
-def run(attention, query, key, value, grad):
-    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    out = attention(*leaves)
-    out.backward(grad)
-    return [out.detach(), *(x.grad for x in leaves)]
+    return rows.make_inputs(layout, heads, kv_heads, dtype, head_dim, "cuda")
 
 
 def separate_rows(query, key, value, layout, scale):
@@ -52,10 +43,6 @@ def separate_rows(query, key, value, layout, scale):
     return out
 
 
-def relative_errors(got, want):
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize(
@@ -64,7 +51,7 @@ def relative_errors(got, want):
 def test_error_is_at_most_that_of_separate_rows(backend, layout, heads, kv_heads, head_dim):
     inputs = make_inputs(layout, heads, kv_heads, head_dim)
     scale = head_dim**-0.5
-    want = run(lambda *x: reference.prefix_attention(*x, layout, scale), *(x.double() for x in inputs))
+    want = exact(inputs, layout, scale)
     plain = relative_errors(run(lambda *x: separate_rows(*x, layout, scale), *inputs), want)
     got = run(lambda *x: prefix_attention(*x, layout, scale, backend=backend), *inputs)
     for name, error, allowed in zip(("out", "dq", "dk", "dv"), relative_errors(got, want), plain, strict=True):
@@ -77,7 +64,7 @@ def test_float32_is_full_float32(head_dim):
     inputs = make_inputs(layout, 4, 2, head_dim, torch.float32)
     assert attention_backend("cuda", torch.float32, head_dim).name == "triton"
     got = run(lambda *x: prefix_attention(*x, layout, 0.1), *inputs)
-    want = run(lambda *x: reference.prefix_attention(*x, layout, 0.1), *(x.double() for x in inputs))
+    want = exact(inputs, layout, 0.1)
     assert max(relative_errors(got, want)) < 3e-6  # tf32 products would leave 3e-4
 
 

@@ -6,20 +6,15 @@ from vcr1_kernels import reference
 from vcr1_kernels._ops import ops
 from vcr1_kernels.flash_routes import flash_ops
 from vcr1_kernels.prefix_attention import _choice, attention_backend, prefix_attention
-from vcr1_kernels.prefix_layout import PrefixGroup, layout_from_ints, layout_to_ints, layout_to_tensor
+from vcr1_kernels.prefix_layout import layout_to_tensor
 
-LAYOUT = (PrefixGroup(0, 6, (2, 5)), PrefixGroup(13, 1, (4, 0)))
-NUM_TOKENS = 18
+from tests.kernels import attention_rows
+
+LAYOUT = attention_rows.LAYOUTS["two_groups"]
 
 
 def make_inputs(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(NUM_TOKENS, n, 8, generator=generator, dtype=dtype).requires_grad_() for n in (4, 2, 2)]
-
-
-@pytest.mark.parametrize("layout", [LAYOUT, (), (PrefixGroup(0, 2, ()),), (PrefixGroup(0, 1, (0, 0)),)])
-def test_layout_survives_the_way_through_an_int_list(layout):
-    assert layout_from_ints(layout_to_ints(layout)) == layout
+    return [x.requires_grad_() for x in attention_rows.make_inputs(LAYOUT, 4, 2, dtype)[:3]]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -141,18 +136,3 @@ def test_choice_on_an_old_gpu(pretend_hopper, monkeypatch):
     choice = attention_backend("cuda")
     assert choice.name == "torch"
     assert "7.5" in choice.reason
-
-
-@pytest.mark.parametrize(
-    ("backend", "error", "message"),
-    [("dense", ValueError, "wanted auto, torch, flash or triton")],
-)
-def test_a_back_end_that_cannot_run_is_refused(backend, error, message):
-    with pytest.raises(error, match=message):
-        prefix_attention(*make_inputs(), LAYOUT, 0.3, backend=backend)
-
-
-@pytest.mark.parametrize("shapes", [((18, 4, 8), (18, 2, 8), (18, 1, 8)), ((18, 4, 8), (17, 2, 8), (17, 2, 8))])
-def test_shapes_that_do_not_fit_are_refused(shapes):
-    with pytest.raises(ValueError, match="wanted \\[T, H, C\\] and twice \\[T, K, C\\]"):
-        prefix_attention(*(torch.zeros(s) for s in shapes), LAYOUT, 0.3)

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vcr1_kernels import prefix_attention_launch as launch
 from vcr1_kernels import prefix_attention_triton as host
-from vcr1_kernels import reference
 from vcr1_kernels.prefix_attention import prefix_attention
 from vcr1_kernels.prefix_layout import PrefixGroup
+
+from tests.kernels import attention_rows as rows
+from tests.kernels.attention_rows import SCALE, by_definition, exact, relative_errors, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # In the interpreter a tile has 16 rows and 32 keys (dK/dV: 32 rows, 16 keys). Ragged ends everywhere; completions
@@ -20,41 +22,24 @@ LAYOUTS = {
 
 
 def make_inputs(layout, heads, kv_heads, head_dim, dtype):
-    """query, key, value, gradient; each a part of a larger tensor full of NaN, which shows reads outside of the row."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = []
-    for num_heads in (heads, kv_heads, kv_heads, heads):
-        shape = (layout[-1].end, num_heads, head_dim)
-        padded = torch.full((shape[0] + 128, num_heads, head_dim), float("nan"), dtype=dtype, device=DEVICE)
-        padded[64:-64] = torch.randn(shape, generator=generator, dtype=torch.float64).to(padded)
-        tensors.append(padded[64:-64])
-    return tensors
+    """Each a part of a larger tensor full of NaN, which shows reads outside of the row."""
+    parts = []
+    for x in rows.make_inputs(layout, heads, kv_heads, dtype, head_dim, DEVICE):
+        padded = x.new_full((len(x) + 128, *x.shape[1:]), float("nan"))
+        padded[64:-64] = x
+        parts.append(padded[64:-64])
+    return parts
 
 
-def run(attention, query, key, value, grad, layout):
-    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    out = attention(*leaves, layout)
-    out.backward(grad)
-    return [out.detach(), *(x.grad for x in leaves)]
-
-
-def in_triton(query, key, value, layout):
-    return prefix_attention(query, key, value, layout, 0.3, backend="triton")
-
-
-def by_definition(query, key, value, layout):
-    return reference.prefix_attention(query, key, value, layout, 0.3)
-
-
-def relative_errors(got, want):
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
+def in_triton(inputs, layout):
+    return run(lambda *x: prefix_attention(*x, layout, SCALE, backend="triton"), *inputs)
 
 
 def assert_as_exact_as_the_plain_path(inputs, layout):
     """Errors of out, dQ, dK, dV against float64, beside those of the plain masked softmax in the type of the inputs."""
-    want = run(by_definition, *(x.double() for x in inputs), layout)
-    plain = relative_errors(run(by_definition, *inputs, layout), want)
-    got = run(in_triton, *inputs, layout)
+    want = exact(inputs, layout)
+    plain = relative_errors(by_definition(inputs, layout), want)
+    got = in_triton(inputs, layout)
     assert [x.dtype for x in got] == [inputs[0].dtype] * 4
     # 3: backward makes the probabilities again from the log-sum-exp, autograd has kept them (1.6 was seen, in float32)
     for error, allowed in zip(relative_errors(got, want), plain, strict=True):
@@ -109,11 +94,11 @@ def test_same_bits_twice_and_from_other_strides():
     """Heads-first storage, as a transposed [H, T, C] has it, is read in place; no atomics, so bits repeat."""
     layout = (PrefixGroup(0, 20, (7, 3)),)
     inputs = make_inputs(layout, 2, 1, 16, torch.float32)
-    first = run(in_triton, *inputs, layout)
+    first = in_triton(inputs, layout)
     heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
     assert not heads_first[0].is_contiguous()
     for again in (inputs, heads_first):
-        assert all(torch.equal(a, b) for a, b in zip(first, run(in_triton, *again, layout), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, in_triton(again, layout), strict=True))
 
 
 def test_large_scores_do_not_overflow():

@@ -57,16 +57,6 @@ def test_names_and_signatures():
     assert description() == TABLE.read_text(encoding="utf-8")
 
 
-def test_a_changed_default_and_an_argument_by_name_are_seen():
-    def before(x: int = 1) -> None: ...
-    def after(x: int = 2) -> None: ...
-    def by_name(*, x: int = 1) -> None: ...
-
-    assert signature(before) == ["x: 'int' = 1", "-> None"]
-    assert signature(after) == ["x: 'int' = 2", "-> None"]
-    assert signature(by_name) == ["* x: 'int' = 1", "-> None"]
-
-
 def test_the_changelog_begins_with_the_version_that_both_wheels_have():
     def version(project: str) -> str:
         return tomllib.loads((ROOT / project).read_text(encoding="utf-8"))["project"]["version"]

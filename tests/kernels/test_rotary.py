@@ -141,20 +141,6 @@ def test_no_tokens_give_no_rows(backend):
     assert (query.shape, key.shape) == ((0, 2, 8), (0, 1, 8))
 
 
-def test_wrong_inputs_are_named():
-    query, key, (cos, sin) = made(0, TOKENS, 4, 16), made(1, TOKENS, 2, 16), tables(16)
-    with pytest.raises(ValueError, match=r"queries \(37, 4, 16\) and keys \(36, 2, 16\)"):
-        rotary(query, key[1:], cos, sin)
-    with pytest.raises(ValueError, match=r"queries \(\) and keys"):
-        rotary(query[0, 0, 0], key, cos, sin)
-    with pytest.raises(ValueError, match=r"tables \(37, 8\) .* wanted \(37, 16\)"):
-        rotary(query, key, cos[:, :8], sin)
-    with pytest.raises(ValueError, match=r"sections \(2, 3, 4\), wanted three that sum to 8"):
-        rotary(query, key, *tables(16, 3), (2, 3, 4))
-    with pytest.raises(TypeError, match="queries and keys of one"):
-        rotary(query, key.bfloat16(), cos, sin)
-
-
 @pytest.mark.parametrize("triton", [False, True])
 def test_operator_is_registered_well(triton):
     if triton and torch.cuda.is_available():

@@ -23,45 +23,8 @@ UNITS = ("",) * 9 + ("s", " s", " sec", " seconds", "S", "\u017f", " secs.", " m
 UNITS += (" min 7 s", "m5.5s", " minute and 59 seconds", ", 30 s", " in it", ") of", ") frames", ",5", "/3")
 LEADS = ("",) * 3 + ("From ", "1 to 2, no: ", "(", "frames ", "1 hour, ", "2 minutes and ", "minutesand\n", "7,", "7/")
 # Pieces of times, of which any order may come.
-TIMES = (
-    "0",
-    "7",
-    "30",
-    "60",
-    "1.5",
-    ".",
-    ":",
-    ":05",
-    ":59",
-    "0:12",
-    " ",
-    " ",
-    "\n",
-    ",",
-    " to ",
-    " to ",
-    "and",
-    " and ",
-)
-TIMES += (
-    "s",
-    "sec",
-    "m",
-    "min",
-    "minutes",
-    "h",
-    "frame",
-    "%",
-    "-",
-    "+",
-    "/",
-    ")",
-    "in",
-    "the",
-    "x",
-    "\u0663",
-    "\u4e2d",
-)
+TIME_WORDS = "0 7 30 60 1.5 . : :05 :59 0:12 , and s sec m min minutes h frame % - + / ) in the x \u0663 \u4e2d"
+TIMES = [*TIME_WORDS.split(), " ", " ", "\n", " to ", " to ", " and "]
 
 
 def number(rng: random.Random) -> str:

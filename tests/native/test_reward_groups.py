@@ -39,8 +39,6 @@ def test_advantages_are_bitwise_equal(lists, scale):
         ({"rewards": np.zeros(3)}, "rewards: dim 0 got 3, wanted 4"),
         ({"group_offsets": np.zeros(0, np.int64)}, "group_offsets: dim 0 got 0, wanted the number of groups"),
         ({"group_offsets": np.array([0, 5])}, r"group_offsets: offset 1 got 5, wanted 4 \(the number of rows\)"),
-        ({"group_offsets": np.array([0, 3, 2, 4])}, "group_offsets: offset 2 got 2, wanted at least 3"),
-        ({"group_offsets": np.array([-1, 4])}, "group_offsets: offset 0 got -1, wanted 0"),
     ],
 )
 def test_bad_arrays_are_refused(changes, message):

@@ -30,7 +30,7 @@ def _log1p(x):
 @triton.jit
 def _block(
     row_ptr, exp_ptr, cols, mask, others, weighted, largest, offset, scale, target,
-    MASKED: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_EXP: tl.constexpr,
+    MASKED: tl.constexpr, WITH_EXP: tl.constexpr,
 ):  # fmt: skip
     """Adds one block of columns to the lane-wise sums; no reduction across lanes until the row is done."""
     if MASKED:
@@ -47,15 +47,14 @@ def _block(
         else:
             tl.store(exp_ptr + cols, e.to(exp_ptr.dtype.element_ty))
     others += tl.where(cols == target, 0.0, e)
-    if WITH_ENTROPY:
-        weighted += tl.where(e == 0.0, 0.0, e * distance)  # 0 * -inf must be 0
+    weighted += tl.where(e == 0.0, 0.0, e * distance)  # 0 * -inf must be 0
     return others, weighted, tl.maximum(largest, z)
 
 
 @triton.jit
 def _row_sums(
     row_ptr, exp_ptr, offset, scale, target, num_cols,
-    BLOCK: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_EXP: tl.constexpr,
+    BLOCK: tl.constexpr, WITH_EXP: tl.constexpr,
 ):  # fmt: skip
     """One pass over a row: others, sum of e * distance, and the largest raw logit."""
     others = tl.zeros((BLOCK,), tl.float32)
@@ -69,13 +68,13 @@ def _row_sums(
         cols = start + lanes
         others, weighted, largest = _block(
             row_ptr, exp_ptr, cols, cols >= 0, others, weighted, largest, offset, scale, target,
-            False, WITH_ENTROPY, WITH_EXP,
+            False, WITH_EXP,
         )  # fmt: skip
     if num_full < num_cols:
         cols = num_full + lanes
         others, weighted, largest = _block(
             row_ptr, exp_ptr, cols, cols < num_cols, others, weighted, largest, offset, scale, target,
-            True, WITH_ENTROPY, WITH_EXP,
+            True, WITH_EXP,
         )  # fmt: skip
     return tl.sum(others, axis=0), tl.sum(weighted, axis=0), tl.max(largest, axis=0)
 
@@ -97,17 +96,9 @@ def _fill_zero(row_ptr, num_cols, BLOCK: tl.constexpr):
 _ROW_VECTORS = [
     f"{name}_ptr"
     for name in (
-        "target",
-        "scale",
-        "logprob",
-        "entropy",
-        "offset",
-        "inv_total",
-        "others",
-        "logprob_grad",
-        "entropy_grad",
+        "target", "scale", "logprob", "entropy", "offset", "inv_total", "others", "logprob_grad", "entropy_grad",
     )
-]
+]  # fmt: skip
 _EXP_VECTORS = _ROW_VECTORS[:7]
 _GRADIENT_VECTORS = [name for name in _ROW_VECTORS if name != "logprob_ptr"]
 
@@ -117,7 +108,7 @@ def exp_rows_kernel(
     logits_ptr, exp_ptr, target_ptr, scale_ptr,
     logprob_ptr, entropy_ptr, offset_ptr, inv_total_ptr, others_ptr,
     logits_stride, exp_stride, num_cols,
-    BLOCK: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_EXP: tl.constexpr,
+    BLOCK: tl.constexpr, WITH_EXP: tl.constexpr,
 ):  # fmt: skip
     """logits row -> log-prob, entropy, and optionally the row of e with -others at the target.
 
@@ -140,15 +131,11 @@ def exp_rows_kernel(
         # A target beyond the vocabulary gives NaN: the loss shows it, and no foreign memory is read or written.
         target_logit = tl.load(row_ptr + target, mask=target < num_cols, other=float("nan")).to(tl.float32)
         offset = target_logit
-        others, weighted, largest = _row_sums(
-            row_ptr, out_ptr, offset, scale, target, num_cols, BLOCK, WITH_ENTROPY, WITH_EXP
-        )
+        others, weighted, largest = _row_sums(row_ptr, out_ptr, offset, scale, target, num_cols, BLOCK, WITH_EXP)
         excess = (largest - offset) * scale
         if (excess > GUARD) | (excess != excess):  # NaN: the target's logit is -inf, or a logit is NaN
             offset = largest
-            others, weighted, largest = _row_sums(
-                row_ptr, out_ptr, offset, scale, target, num_cols, BLOCK, WITH_ENTROPY, WITH_EXP
-            )
+            others, weighted, largest = _row_sums(row_ptr, out_ptr, offset, scale, target, num_cols, BLOCK, WITH_EXP)
         target_distance = (target_logit - offset) * scale  # 0 unless the row was done again
         others_and_rest = others + (tl.exp2(target_distance * LOG2E) - 1.0)
         log_total = _log1p(others_and_rest)
@@ -270,8 +257,7 @@ def _exp_case(logits: str, exp: str | None) -> CompileCase:
         "logits_stride": "i32", "exp_stride": "i32", "num_cols": "i32",
     }  # fmt: skip
     name = f"exp_rows {logits} -> {exp}" if exp else f"exp_rows {logits}, statistics only"
-    constexprs = {"WITH_ENTROPY": True, "WITH_EXP": exp is not None}
-    return _case(name, exp_rows_kernel, signature, constexprs, ("logits_ptr", "exp_ptr"))
+    return _case(name, exp_rows_kernel, signature, {"WITH_EXP": exp is not None}, ("logits_ptr", "exp_ptr"))
 
 
 def _gradient_case(logits: str, grad: str, with_entropy: bool) -> CompileCase:

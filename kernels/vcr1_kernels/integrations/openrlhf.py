@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -157,7 +157,7 @@ def _share_of_rows(mask_BA: Tensor, is_cut_N: Tensor) -> Tensor:
 
 
 @dataclass
-class FusedActorHead:
+class FusedActorHead(AbstractContextManager["FusedActorHead"]):
     """What `use_fused_head` put in place. `.undo()`, or `with`, restores OpenRLHF's `Actor.forward`.
 
     Attributes: fused_calls, how often our head ran; openrlhf_calls, reason -> how often OpenRLHF's forward ran whole.
@@ -207,9 +207,6 @@ class FusedActorHead:
         actor_class = importlib.import_module("openrlhf.models.actor").Actor
         if getattr(actor_class.forward, "fused_head", None) is self:
             actor_class.forward = self.original
-
-    def __enter__(self) -> FusedActorHead:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.undo()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +30,7 @@ OUR_OUTPUTS = {"log_probs", "entropy"}
 PerToken = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-class FusedHead:
+class FusedHead(AbstractContextManager["FusedHead"]):
     """Stands where TRL's `ChunkedLogProbFunction` stood: TRL calls `.apply`. Undone by `.undo()` or `with`.
 
     Attributes: fused_calls, how often our head ran; trl_calls, reason -> how often TRL's own function ran.
@@ -86,9 +87,6 @@ class FusedHead:
         symbols: Any = importlib.import_module("trl.trainer.utils")
         if symbols._ChunkedLogProbFunction is self:
             symbols._ChunkedLogProbFunction = self._original
-
-    def __enter__(self) -> FusedHead:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.undo()

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
 from vcr1_kernels.integrations import openrlhf as vcr1_openrlhf
 
 from tests.kernels.integrations.openrlhf_peer import import_openrlhf_models
+from tests.kernels.integrations.tiny_qwen2 import WIDTH, tiny_qwen2
+from tests.kernels.padded_batch import make_batch
 
 pytest.importorskip("openrlhf")
 pytest.importorskip("peft")  # openrlhf.models.actor imports it
 models = import_openrlhf_models()
 
-VOCAB, WIDTH = 97, 32
+VOCAB = 97
 
 
 @pytest.fixture(autouse=True)
@@ -30,23 +31,18 @@ def restored_forward() -> Iterator[None]:
     assert models.Actor.forward is before, "a test left our forward in place"
 
 
-def action_batch(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    """4 samples of up to 7 action tokens, one mask with a hole; ratios from 0.1 to 10 to the old and rollout policy."""
-    generator = torch.Generator().manual_seed(4)
-    mask = torch.arange(7) < torch.tensor([7, 2, 5, 1])[:, None]
-    mask[0, 3] = False
-    old = -3 * torch.rand(4, 7, generator=generator, dtype=dtype)
-
-    def near(values: torch.Tensor, spread: float) -> torch.Tensor:
-        return (values + spread * torch.randn(4, 7, generator=generator, dtype=dtype)).clamp(max=-0.01)
-
-    return {
-        "log_probs": near(old, 0.8),
-        "old_log_probs": old,
-        "advantages": torch.randn(4, 7, generator=generator, dtype=dtype),
-        "action_mask": mask,
-        "rollout_log_probs": near(old, 0.3),
+def action_batch() -> dict[str, torch.Tensor]:
+    """One mask has a hole; without the sample that has no token, of which OpenRLHF makes NaN."""
+    batch = make_batch(4)
+    counted = batch.mask_BT.any(-1)
+    fields = {
+        "log_probs": batch.logprob_BT,
+        "old_log_probs": batch.old_BT,
+        "advantages": batch.advantage_B[:, None] + 0.5 * batch.entropy_BT,
+        "action_mask": batch.mask_BT,
+        "rollout_log_probs": batch.sampling_BT,
     }
+    return {name: values[counted] for name, values in fields.items()}
 
 
 LOSS_OPTIONS = [
@@ -59,6 +55,8 @@ LOSS_OPTIONS = [
     {"is_correction_level": "token", "is_correction_mode": "clip", "is_correction_threshold": (0.8, 1.2)},
     {"is_correction_level": "seq", "is_correction_threshold": (0.9, 1.1)},
     {"is_correction_level": "token", "is_correction_gating": "tv", "is_correction_threshold": (0.0, 0.1)},
+    {"is_correction_level": "token", "is_correction_gating": "binary_kl", "is_correction_threshold": (0.0, 0.02)},
+    {"is_correction_level": "seq", "is_correction_gating": "tv", "is_correction_threshold": (0.0, 0.08)},
     {"is_correction_level": "seq", "is_correction_gating": "binary_kl", "is_correction_threshold": (0.0, 0.02)},
 ]
 
@@ -130,16 +128,6 @@ def test_policy_loss_needs_the_rollout_for_the_correction():
         vcr1_openrlhf.PolicyLoss(is_correction_level="token")(**batch)
 
 
-def build_model(**changes: Any) -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    fields = {"vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    model = Qwen2ForCausalLM(Qwen2Config(**fields, **heads, **{"tie_word_embeddings": False, **changes}))
-    with torch.no_grad():
-        model.lm_head.weight.normal_(std=2.0 / WIDTH**0.5)
-    return model
-
-
 def build_actor(model: nn.Module, temperature: float = 0.7) -> Any:
     actor = models.Actor(model, temperature=temperature)
     actor.packing_samples = False  # `Actor` sets it only for a model that it loads by name
@@ -183,7 +171,7 @@ def assert_close(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...
 @pytest.mark.parametrize("entropy_weight", [None, 0.0, 0.1])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_actor_forward_equals_theirs(entropy_weight: float | None, temperature: float):
-    actor = build_actor(build_model(), temperature)
+    actor = build_actor(tiny_qwen2(VOCAB), temperature)
     theirs = run_actor(actor, entropy_weight)
     with vcr1_openrlhf.use_fused_head() as head:
         ours = run_actor(actor, entropy_weight)
@@ -205,8 +193,8 @@ class Engine(nn.Module):
 
 
 def test_inside_an_engine():
-    theirs = run_actor(build_actor(build_model()), 0.1)
-    actor = build_actor(Engine(build_model()))
+    theirs = run_actor(build_actor(tiny_qwen2(VOCAB)), 0.1)
+    actor = build_actor(Engine(tiny_qwen2(VOCAB)))
     with vcr1_openrlhf.use_fused_head() as head:
         ours = run_actor(actor, 0.1)
         assert_close(ours, theirs)
@@ -219,7 +207,7 @@ def test_inside_an_engine():
 def test_lora_on_a_frozen_head():
     peft = importlib.import_module("peft")
     adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(build_model(), adapter)
+    model = peft.get_peft_model(tiny_qwen2(VOCAB), adapter)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -239,14 +227,14 @@ def test_only_action_tokens_go_through_the_head(monkeypatch: pytest.MonkeyPatch)
     exact = scoring.fused_linear_logprob
     monkeypatch.setattr(scoring, "fused_linear_logprob", lambda h, *a, **k: (rows.append(len(h)), exact(h, *a, **k))[1])
     with vcr1_openrlhf.use_fused_head():
-        run_actor(build_actor(build_model()), None)
+        run_actor(build_actor(tiny_qwen2(VOCAB)), None)
     assert rows == [5 + 2 + 4]  # of 36 positions
 
 
 def test_all_log_probs_when_asked():
     """SFT's and DPO's call: log-probs of every position, no action mask."""
     tokens, _, attention_mask = sequences()
-    actor = build_actor(build_model())
+    actor = build_actor(tiny_qwen2(VOCAB))
     call = {"attention_mask": attention_mask, "return_logprobs": True, "return_output": True}
     theirs, _ = actor(tokens, **call)
     with vcr1_openrlhf.use_fused_head() as head:
@@ -272,7 +260,7 @@ def test_packed_samples(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(actor_symbols, "unpad_and_slice_tensor", unpad)
     monkeypatch.setattr(actor_symbols, "gather_and_pad_tensor", pad)
-    actor = build_actor(build_model())
+    actor = build_actor(tiny_qwen2(VOCAB))
     actor.packing_samples = True
     theirs = run_actor(actor, 0.1)
     with vcr1_openrlhf.use_fused_head() as head:
@@ -316,7 +304,7 @@ def test_a_vision_model(make_tiny_model: Callable[..., Any]):
     ids=["bias", "softcap", "wrapped"],
 )
 def test_what_our_head_does_not_compute_stays_theirs(change: Callable[[Any], None], reason: str):
-    model = build_model()
+    model = tiny_qwen2(VOCAB)
     change(model)
     actor = build_actor(model)
     theirs = run_actor(actor, 0.1)
@@ -329,12 +317,12 @@ def test_what_our_head_does_not_compute_stays_theirs(change: Callable[[Any], Non
 def test_logits_when_asked():
     tokens, _, attention_mask = sequences()
     with vcr1_openrlhf.use_fused_head(), pytest.warns(UserWarning, match="logits themselves"):
-        output = build_actor(build_model())(tokens, attention_mask=attention_mask, return_output=True)
+        output = build_actor(tiny_qwen2(VOCAB))(tokens, attention_mask=attention_mask, return_output=True)
     assert output.logits.shape == (3, 12, VOCAB)
 
 
 def test_the_head_is_itself_again_after_an_error():
-    actor = build_actor(build_model())
+    actor = build_actor(tiny_qwen2(VOCAB))
     tokens, action_mask, attention_mask = sequences()
     actor.model.model.forward = lambda **_: (_ for _ in ()).throw(RuntimeError("no memory"))
     with vcr1_openrlhf.use_fused_head(), pytest.raises(RuntimeError, match="no memory"):

@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
+
+from tests.kernels.integrations.tiny_qwen2 import WIDTH, tiny_qwen2
+from tests.kernels.padded_batch import make_batch
 
 pytest.importorskip("verl")
 core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
@@ -25,7 +28,7 @@ ActorConfig = pytest.importorskip("verl.workers.config").ActorConfig
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
 THEIRS = {"vcr1_grpo": "vanilla", "vcr1_gspo": "gspo", "vcr1_cispo": "cispo", "vcr1_sapo": "sapo"}
 GLOBAL_TOTALS = {"dp_size": 2, "batch_num_tokens": 61, "global_batch_size": 9, "loss_scale_factor": 17}
-VOCAB, WIDTH = 97, 32
+VOCAB = 97
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +67,14 @@ def actor_config(totals: dict[str, Any], **options: Any) -> Any:
     return ActorConfig(strategy="fsdp", rollout_n=2, ppo_micro_batch_size_per_gpu=1, global_batch_info=totals, **fields)
 
 
-def padded_batch(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    """5 sequences of up to 8 tokens: one with a hole in its mask, one with no counted token; ratios from 0.1 to 10."""
-    generator = torch.Generator().manual_seed(5)
-    lengths = torch.tensor([8, 3, 5, 0, 1])
-    mask = torch.arange(8) < lengths[:, None]
-    mask[0, 4] = False
-    old = -3 * torch.rand(5, 8, generator=generator, dtype=dtype)
+def padded_batch() -> dict[str, torch.Tensor]:
+    """A mask has a hole, one counts no token; some log-ratios are beyond every clamp; advantages are of each token."""
+    batch = make_batch(5).extreme()
     return {
-        "old_log_prob": old,
-        "log_prob": (old + 0.8 * torch.randn(5, 8, generator=generator, dtype=dtype)).clamp(max=-0.01),
-        "advantages": torch.randn(5, 8, generator=generator, dtype=dtype),
-        "response_mask": mask,
+        "old_log_prob": batch.old_BT,
+        "log_prob": batch.logprob_BT,
+        "advantages": batch.advantage_B[:, None] + 0.5 * batch.entropy_BT,
+        "response_mask": batch.mask_BT,
     }
 
 
@@ -92,7 +91,7 @@ def loss_gradient_metrics(function: Callable[..., Any], batch: dict[str, torch.T
 def test_losses_equal_verls(plugin: Any, name: str, loss_agg_mode: str, is_global: bool):
     batch = padded_batch()
     config = actor_config(dict(GLOBAL_TOTALS) if is_global else {})
-    rollout_is_weights = torch.rand(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
+    rollout_is_weights = 2 * torch.linspace(0, 1, batch["log_prob"].numel()).double().view_as(batch["log_prob"])
     arguments = {
         "loss_agg_mode": loss_agg_mode,
         "config": config,
@@ -202,21 +201,7 @@ def test_inside_verls_ppo_loss(plugin: Any):
 
 @pytest.fixture(scope="module")
 def tiny_model() -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    model = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(std=2.0 / WIDTH**0.5)
-    return model
+    return tiny_qwen2(VOCAB)
 
 
 def forward_of(model: Qwen2ForCausalLM, backend: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:

@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 TIMINGS = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "epoch"}
+
+
+def low_byte_reward(completion_ids: list[list[int]], **_: object) -> list[float]:
+    return [sum(token < 100 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def grpo_trainer(model: Any, output: Path, data: Any, more: Mapping[str, Any], **options: Any) -> Any:
+    """Two optimizer steps of 2 prompts x 2 completions. `options` are settings, `more` is for the trainer itself."""
+    trl: Any = importlib.import_module("trl")
+    arguments = {
+        "output_dir": str(output),
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "num_iterations": 2,
+        "max_completion_length": 6,
+        "max_steps": 2,
+        "optim": "sgd",
+        "temperature": 0.7,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "seed": 3,
+        **options,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return trl.GRPOTrainer(model, low_byte_reward, trl.GRPOConfig(**arguments), data, **more)
 
 
 class Run:
