@@ -12,7 +12,7 @@ import pytest
 from rich.table import Table
 
 import vcr1_fast.cli as cli
-from vcr1_fast.evaluation.samples import Sample, samples_as_rows, write_lines
+from vcr1_fast.evaluation.samples import Sample, write_lines
 from vcr1_fast.run.telemetry import console, say
 from vcr1_fast.settings.config import Config, ConfigError, DataFile, RolloutConfig
 from vcr1_fast.settings.io import UsageError, config_to_yaml, load_config, setting_types, settings_parser
@@ -328,7 +328,7 @@ def test_answers_without_importing_torch(tokens: list[str], tmp_path: Path):
     row = {"duration": 10.0, "timestamps": [[0.0, 5.0]], "sentences": ["a"]}
     (tmp_path / "rows.json").write_text(json.dumps({"v_1": row}))
     sample = Sample("p", "multiple_choice", "/p.mp4", "which?", "A", {}, {"acc": 0.0}, "", "stop", 5)
-    write_lines(tmp_path / "samples.jsonl", samples_as_rows([sample]))
+    write_lines(tmp_path / "samples.jsonl", [sample])
     heavy = {"torch", "transformers", "av", "datasets", "pyarrow"} | ({"numpy"} if len(tokens) < 3 else set())
     program = (
         "import sys\nfrom vcr1_fast.cli import main\n"
