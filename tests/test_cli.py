@@ -12,18 +12,12 @@ import pytest
 from rich.table import Table
 
 import vcr1_fast.cli as cli
+from tests.command_line import run
 from vcr1_fast.evaluation.samples import Sample, write_lines
 from vcr1_fast.run.telemetry import console, say
 from vcr1_fast.settings.config import Config, ConfigError, DataFile, RolloutConfig
 from vcr1_fast.settings.io import UsageError, config_to_yaml, load_config, setting_types, settings_parser
 from vcr1_fast.types import SampleError
-
-
-def run(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(list(tokens))
-    out, err = capsys.readouterr()
-    return exit_info.value.code, out, err  # type: ignore[return-value]
 
 
 def run_with(monkeypatch: pytest.MonkeyPatch, command) -> None:
