@@ -12,18 +12,12 @@ import pytest
 from rich.table import Table
 
 import vcr1_fast.cli as cli
-from vcr1_fast.evaluation.samples import Sample, samples_as_rows, write_lines
+from tests.command_line import run
+from vcr1_fast.evaluation.samples import Sample, write_lines
 from vcr1_fast.run.telemetry import console, say
 from vcr1_fast.settings.config import Config, ConfigError, DataFile, RolloutConfig
 from vcr1_fast.settings.io import UsageError, config_to_yaml, load_config, setting_types, settings_parser
 from vcr1_fast.types import SampleError
-
-
-def run(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(list(tokens))
-    out, err = capsys.readouterr()
-    return exit_info.value.code, out, err  # type: ignore[return-value]
 
 
 def run_with(monkeypatch: pytest.MonkeyPatch, command) -> None:
@@ -192,14 +186,6 @@ def test_resolved_file_holds_every_setting_and_reads_back_equal(in_folder: Path)
     assert config == dataclasses.replace(config) and config.optimizer.betas == (0.8, 0.95)
 
 
-def test_help_explains_every_setting():
-    help_text = " ".join(settings_parser(Config, "vcr1-fast train").format_help().split())
-    for key in setting_types(Config):
-        assert f"--{key}" in help_text
-    assert "log-probs everywhere are taken at this temperature" in help_text  # the string under rollout.temperature
-    assert "Path to a configuration file" not in help_text  # sections are not options
-
-
 def test_a_setting_without_help_is_noticed():
     actions = settings_parser(Config, "vcr1-fast train")._actions
     undocumented = [a.dest for a in actions if a.dest in setting_types(Config) and not (a.help or "").strip()]
@@ -328,7 +314,7 @@ def test_answers_without_importing_torch(tokens: list[str], tmp_path: Path):
     row = {"duration": 10.0, "timestamps": [[0.0, 5.0]], "sentences": ["a"]}
     (tmp_path / "rows.json").write_text(json.dumps({"v_1": row}))
     sample = Sample("p", "multiple_choice", "/p.mp4", "which?", "A", {}, {"acc": 0.0}, "", "stop", 5)
-    write_lines(tmp_path / "samples.jsonl", samples_as_rows([sample]))
+    write_lines(tmp_path / "samples.jsonl", [sample])
     heavy = {"torch", "transformers", "av", "datasets", "pyarrow"} | ({"numpy"} if len(tokens) < 3 else set())
     program = (
         "import sys\nfrom vcr1_fast.cli import main\n"

@@ -218,7 +218,6 @@ def nothing_works(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr("vcr1_fast.commands.score.score_command", score)
         patch.setattr("vcr1_fast.commands.predict.predict_command", lambda rows, out, path, rest: settings(path, rest))
         patch.setattr("vcr1_fast.commands.baselines.baselines_command", lambda task, *_: task_class(task) and None)
-        patch.setattr("vcr1_fast.evaluation.compare.comparison_as_dict", lambda _: None)
         names = ("evaluation.compare.compare_command", "commands.watch.watch_command", "commands.select.select_command")
         for name in (*names, "report.report_command"):
             patch.setattr(f"vcr1_fast.{name}", lambda *_, **__: None)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from vcr1_fast.evaluation import perception
 from vcr1_fast.evaluation.answer_store import AnswerStore, answer_settings, question_key
-from vcr1_fast.evaluation.samples import Answer, Sample, samples_as_rows, write_lines
+from vcr1_fast.evaluation.samples import Answer, Sample, write_lines
 from vcr1_fast.evaluation.score_tables import print_categories, print_scores
 from vcr1_fast.evaluation.scores import Scores, score_answers, scores_as_dict
 from vcr1_fast.learner.sharding import World, all_reduce_sum, gather_all, on_main_rank
@@ -140,7 +140,7 @@ def answer_in_rounds(
     by_id = {example.id: answer for example, answer in zip(others, answers, strict=True)}
     is_cut, num_rounds = config.eval.perception == "crop", config.eval.perceptions
     asked_often = [example for example in examples if perception.has_rounds(example)]
-    focuses = perception.first_round(asked_often, is_cut=is_cut)
+    focuses = [perception.Focus(example, is_cut) for example in asked_often]
     if not is_cut and config.task.video_first is None:
         builder = builder.placing(video_first=True)
     for number in range(1, num_rounds + 1):
@@ -279,7 +279,7 @@ def evaluate_command(config: Config) -> dict[str, Any]:
         }
 
         def write() -> None:
-            write_lines(store.folder / "samples.jsonl", samples_as_rows(samples))
+            write_lines(store.folder / "samples.jsonl", samples)
             write_lines(store.folder / "scores.json", [result])
 
         on_main_rank("writing the samples", write, run.world)

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from vcr1_fast import cli
+from tests.command_line import run
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset, write_mp4
@@ -26,13 +26,6 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = ("grounding", "tracking")
     write_dataset(SynthConfig(output_dir=str(folder), num_train=1, num_eval=1, kinds=kinds), show_progress=False)
     return folder
-
-
-def run(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[object, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(list(tokens))
-    out, err = capsys.readouterr()
-    return ended.value.code, out, err
 
 
 def png(file: Path) -> np.ndarray:

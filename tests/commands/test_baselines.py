@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import vcr1_fast.cli as cli
+from tests.command_line import run
 from tests.judge.judge_server import judges_by_words, serving
 from vcr1_fast.commands.baselines import measure_baselines
 from vcr1_fast.settings.config import ConfigError
@@ -21,19 +21,12 @@ def public(name: str) -> str:
     return str(DATA / name)
 
 
-def run(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[object, str, str]:
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["baselines", *tokens])
-    out, err = capsys.readouterr()
-    return exit_info.value.code, out, err
-
-
 def percent(metrics: dict[str, float], decimals: int = 1) -> dict[str, float]:
     return {name: round(100 * value, decimals) for name, value in metrics.items()}
 
 
 def test_charades_gives_the_published_baselines(capsys):
-    code, out, err = run(capsys, "temporal_grounding", public("charades_test.json"))
+    code, out, err = run(capsys, "baselines", "temporal_grounding", public("charades_test.json"))
     lines = out.splitlines()
     result = json.loads(lines[-1])
     assert (code, err, result["num_examples"]) == (0, "", 3720)
@@ -50,7 +43,9 @@ def test_charades_gives_the_published_baselines(capsys):
 
 def test_got_gives_the_published_baselines(capsys):
     for recipe in ("paper", "fixed"):
-        code, out, _ = run(capsys, "object_tracking", public("got_val.json"), "--json", f"--recipe={recipe}")
+        code, out, _ = run(
+            capsys, "baselines", "object_tracking", public("got_val.json"), "--json", f"--recipe={recipe}"
+        )
         assert (code, out.count("\n")) == (0, 1)
         result = json.loads(out)
         metrics = result["baselines"]["repeat_first_box"]
@@ -68,7 +63,7 @@ def test_questions_give_the_share_of_the_most_frequent_answer(capsys):
         ("grounded_qa", "nextgqa_val.json", 691 / 3358),
         ("video_quality", "vidtab_quality_test.json", 364 / 724),
     ):
-        code, out, _ = run(capsys, task, public(name), "--json")
+        code, out, _ = run(capsys, "baselines", task, public(name), "--json")
         result = json.loads(out)
         assert (code, result["task"]) == (0, task)
         for metrics in result["baselines"].values():
@@ -87,7 +82,7 @@ def test_a_file_never_seen_before_by_hand(tmp_path: Path, capsys):
     fixed, _ = measure_baselines("temporal_grounding", file, "fixed")
     assert (paper.num_examples, fixed.num_examples) == (3, 2)
     assert fixed.scores["whole_video"]["miou"] == pytest.approx((0.5 + 0.4) / 2)  # 6 to 12 was cut to 6 to 10
-    code, out, err = run(capsys, "temporal_grounding", str(file), "--recipe", "fixed")
+    code, out, err = run(capsys, "baselines", "temporal_grounding", str(file), "--recipe", "fixed")
     assert code == 0
     assert err == f"bad annotation: {file}:v_1:3: interval 0 ends (3.0 s) before it starts (4.0 s)\n"
     assert json.loads(out.splitlines()[-1])["file"]["refused"] == {"reversed": 1}
@@ -98,7 +93,7 @@ def test_rows_of_other_tasks_are_counted_and_long_lists_of_errors_cut(tmp_path: 
     other = {"task": "video_quality", "video": "a", "query": "q", "answer": "good"}
     file = tmp_path / "mixed.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in [row, other, *[row | {"video": 3}] * 12]))
-    code, out, err = run(capsys, "temporal_grounding", str(file), "--json")
+    code, out, err = run(capsys, "baselines", "temporal_grounding", str(file), "--json")
     result = json.loads(out)
     assert (code, result["num_examples"], result["num_other_tasks"]) == (0, 1, 1)
     assert result["file"]["refused"] == {"invalid": 12}
@@ -114,15 +109,15 @@ def test_captions_are_compared_by_the_judge_of_the_settings(tmp_path: Path, caps
     file.write_text(json.dumps({"task": "captioning", "video": "a", "events": ["A dog runs away."]}))
     with serving(judges_by_words) as server:
         tokens = ["--json", f"--judge.url={server.url}", "--judge.cache", "null", "--judge.model=strict"]
-        code, out, err = run(capsys, "captioning", str(file), *tokens)
+        code, out, err = run(capsys, "baselines", "captioning", str(file), *tokens)
         asked = [request["model"] for request in server.requests]
     assert (code, err) == (0, "")
     nothing = {"f1": 0.0, "recall": 0.0, "precision": 0.0, "judged": 1.0}
     assert json.loads(out)["baselines"] == {"empty": nothing, "a_video": nothing}
     assert asked == ["strict"] * 2  # which events are in it, and which of the true ones
-    code, out, err = run(capsys, "captioning", str(file), "--judge.ulr=x")
+    code, out, err = run(capsys, "baselines", "captioning", str(file), "--judge.ulr=x")
     assert (code, out) == (2, "") and "unknown setting judge.ulr on the command line: did you mean judge.url?" in err
-    code, _, err = run(capsys, "captioning", str(file), "another.json")
+    code, _, err = run(capsys, "baselines", "captioning", str(file), "another.json")
     assert code == 2 and "unexpected argument 'another.json'" in err
 
 
@@ -137,10 +132,10 @@ def test_a_file_without_the_task_is_an_error(tmp_path: Path, capsys):
 
 
 def test_wrong_names_are_one_line(tmp_path: Path, capsys):
-    code, out, err = run(capsys, "temporal_groundin", str(tmp_path))
+    code, out, err = run(capsys, "baselines", "temporal_groundin", str(tmp_path))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "there is no task 'temporal_groundin', did you mean 'temporal_grounding'?" in err
-    code, out, err = run(capsys, "temporal_grounding", str(tmp_path / "none.json"))
+    code, out, err = run(capsys, "baselines", "temporal_grounding", str(tmp_path / "none.json"))
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "none.json cannot be read: No such file" in err
-    assert run(capsys, "temporal_grounding")[0] == 2
+    assert run(capsys, "baselines", "temporal_grounding")[0] == 2

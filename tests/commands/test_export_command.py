@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.command_line import run
 from tests.tiny_policy import run_ranks
 from vcr1_fast import cli, tiny
 from vcr1_fast.learner.sharding import SINGLE_PROCESS
@@ -21,13 +22,6 @@ from vcr1_fast.synth.config import SynthConfig
 from vcr1_fast.synth.dataset import write_dataset
 
 WEIGHTS = "model.safetensors"
-
-
-def run(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[object, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(list(tokens))
-    out, err = capsys.readouterr()
-    return ended.value.code, out, err
 
 
 @pytest.fixture(scope="module")

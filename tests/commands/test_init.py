@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import vcr1_fast.cli as cli
+from tests.command_line import run
 from vcr1_fast.commands import init, new_config
 from vcr1_fast.commands.new_config import Facts, choose, config_of
 from vcr1_fast.commands.plan import plan_command
@@ -31,12 +31,6 @@ def write_rows(path: str, num_rows: int, duration_s: float, **change: object) ->
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[object, str, str]:
-    with pytest.raises(SystemExit) as end:
-        cli.main(["init", *tokens])
-    return end.value.code, *capsys.readouterr()
-
-
 def facts(num_gpus: int, rows: int = 2000, longest_s: float = 600.0, sglang: str | None = None) -> Facts:
     size = read_model_size("nowhere/Qwen2.5-VL-7B")
     files = (("a.jsonl",), ("b.jsonl",), None)
@@ -48,7 +42,7 @@ def test_a_tiny_model_on_a_cpu(capsys, model: str, side: int, timestamps: str):
     write_rows("my rows.jsonl", 20, 8.0)
     Path("bad.jsonl").write_text(Path("my rows.jsonl").read_text() + '{"task": "temporal_grounding"}\n')
     tokens = ("my.yaml", "--data", "my rows.jsonl", "bad.jsonl", "--model", model, "--gpus", "0")
-    code, out, err = run(capsys, *tokens)
+    code, out, err = run(capsys, "init", *tokens)
     assert code == 0 and err == "bad annotation: bad.jsonl:21: key 'video' is missing; the row has task\n", err
     assert "bad.jsonl (schema rows): 21 rows, 20 examples; refused: 1" in out
     assert out.splitlines()[-3:] == [
@@ -70,7 +64,7 @@ def test_a_tiny_model_on_a_cpu(capsys, model: str, side: int, timestamps: str):
     assert len(values) > 15 and all(lines[i - 1].strip().startswith("# ") for i in values)
     assert "  # 40 usable rows: 40 of temporal_grounding" in lines and "  # 20.0 passes over 40 rows" in lines
 
-    assert run(capsys, *tokens) == (
+    assert run(capsys, "init", *tokens) == (
         1,
         "",
         "vcr1-fast: error: my.yaml exists and is left as it is: give another name, or delete it first\n",
@@ -88,7 +82,7 @@ def test_a_large_model_fits_by_the_sums_of_the_dry_run(capsys, num_gpus: int, mo
     Path("model", "config.json").write_text(json.dumps(content))
     Path("model", "vcr1_fast_video.json").write_text('{"min_frame_pixels": 25088}')  # which init leaves to it
     tokens = ("my.yaml", "--data", "rows.jsonl", "--eval", "held_out.jsonl", "--model", "model", "--videos", "clips")
-    code, out, err = run(capsys, *tokens, f"--gpus={num_gpus}")
+    code, out, err = run(capsys, "init", *tokens, f"--gpus={num_gpus}")
     assert (code, err) == (0, "")
     train = f"  torchrun --nproc-per-node={num_gpus} -m vcr1_fast train my.yaml"
     assert out.splitlines()[-1] == (train if num_gpus > 1 else "  vcr1-fast train my.yaml")
@@ -145,7 +139,7 @@ def test_nothing_is_written_for_what_cannot_run(capsys, monkeypatch, tokens, mes
     monkeypatch.setattr(new_config, "LIMIT_GB", 1e-4)
     write_rows("rows.jsonl", 2, 8.0)
     write_rows("unusable.jsonl", 2, 8.0, intervals=[[5.0, 2.0]])
-    code, _, err = run(capsys, "my.yaml", "--model", "tiny", *tokens)
+    code, _, err = run(capsys, "init", "my.yaml", "--model", "tiny", *tokens)
     assert code in (1, 2) and message in err.splitlines()[-1] and not Path("my.yaml").exists()
 
 

@@ -40,3 +40,5 @@ def test_each_command_shows_its_own(capsys):
 def test_help_all_has_every_setting(capsys):
     text = printed(capsys, "eval", "--help-all")
     assert all(f"--{key}" in text for key in setting_types(Config))
+    assert "log-probs everywhere are taken at this temperature" in " ".join(text.split())  # under rollout.temperature
+    assert "Path to a configuration file" not in text  # sections are not options

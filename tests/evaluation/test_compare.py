@@ -1,14 +1,14 @@
 """Two runs on the same examples: what is paired, what is left out, and the numbers by hand."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 import vcr1_fast.cli as cli
 from vcr1_fast.evaluation.compare import compare_samples
-from vcr1_fast.evaluation.samples import Sample, read_samples, samples_as_rows, write_lines
+from vcr1_fast.evaluation.samples import Sample, read_samples, write_lines
 from vcr1_fast.settings.config import ConfigError
 
 
@@ -18,7 +18,7 @@ def sample(name: str, score: float, video: str | None = None, task: str = "multi
 
 
 def line(**changes: object) -> str:
-    return json.dumps({**samples_as_rows([sample("p", 0.5)])[0], **changes}) + "\n"
+    return json.dumps({**asdict(sample("p", 0.5)), **changes}) + "\n"
 
 
 def test_differences_by_hand():
@@ -75,8 +75,8 @@ def test_the_same_videos_in_another_folder_are_the_same_examples():
 
 
 def test_command_prints_a_table_and_one_json_line(tmp_path: Path, capsys):
-    write_lines(tmp_path / "a.jsonl", samples_as_rows([sample(n, 0.0) for n in "pqrst"]))
-    write_lines(tmp_path / "b.jsonl", samples_as_rows([sample(n, 1.0) for n in "pqrsu"]))
+    write_lines(tmp_path / "a.jsonl", [sample(n, 0.0) for n in "pqrst"])
+    write_lines(tmp_path / "b.jsonl", [sample(n, 1.0) for n in "pqrsu"])
     with pytest.raises(SystemExit) as end:
         cli.main(["compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
     out, err = capsys.readouterr()
@@ -122,9 +122,9 @@ def test_files_that_hold_no_samples(tmp_path: Path, capsys, content, message):
 
 def test_samples_read_back_equal(tmp_path: Path):
     samples = [sample("p", 0.5), replace(sample("q", 0.0), answer="ä\u2028\n", failure="the file is empty")]
-    write_lines(tmp_path / "s.jsonl", samples_as_rows(samples))
+    write_lines(tmp_path / "s.jsonl", samples)
     assert read_samples(tmp_path / "s.jsonl") == samples
     later = ("truth", "parsed", "times_s")  # fields that older files lack
-    rows = [{key: value for key, value in row.items() if key not in later} for row in samples_as_rows(samples)]
+    rows = [{key: value for key, value in row.items() if key not in later} for row in map(asdict, samples)]
     write_lines(tmp_path / "old.jsonl", rows)
     assert read_samples(tmp_path / "old.jsonl") == samples

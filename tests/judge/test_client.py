@@ -61,17 +61,13 @@ def test_one_question_one_request():
     [
         sends(500, b"out of memory"),
         sends(503),
-        sends(429),
         sends(408),
-        sends(200, b"<html>welcome</html>"),
         sends(200, b""),
         sends(200, b"{"),
         sends(200, b"[" * 200_000),
-        sends(200, b"null"),
         sends(200, b'{"choices": []}'),
         sends(200, b'{"choices": [{"message": "text"}]}'),
         says(None),
-        says(["7"]),
         says("seven"),
         says("7", finish_reason="length"),
         hangs_up,
@@ -344,17 +340,6 @@ def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(monkeypatch
         assert server.requests[0]["path"] == "http://judge.invalid:8000/v1/chat/completions"
         monkeypatch.setenv("http_proxy", unused_url())
         assert ask(client_of(server.url)) == 7
-
-
-def test_threads_share_one_client():
-    with serving(says("7")) as server:
-        client = client_of(server.url)
-        threads = [threading.Thread(target=ask, args=(client, f"{i}")) for i in range(12)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert counts(client) == {"requests": 12}
 
 
 def test_read_completion():

@@ -39,7 +39,7 @@ def batches(num_answers, seed=0):
     rewards, offsets = rng.random(num_answers).tolist(), [0, num_answers // 3, num_answers // 3, num_answers]
     for kind in ("set", "hull"):
         yield "interval_overlap_cuda", lambda k=kind: overlap.interval_iou_batch(predicted, truth, k)
-    yield "interval_overlap_cuda", lambda: overlap.interval_iop_batch(predicted, truth)
+    yield "interval_overlap_cuda", lambda: overlap.interval_iou_batch(predicted, truth, "iop")
     yield "track_overlap_cuda", lambda: overlap.track_iou_batch(tracks, true_tracks, 1)
     for scale in ("group", "batch", "none"):
         yield "group_advantages_cuda", lambda s=scale: reward_groups.group_advantages(rewards, offsets, s)

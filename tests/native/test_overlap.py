@@ -71,8 +71,8 @@ def test_set_iou_is_symmetric_and_in_range(predicted, truth):
 
 @needs_native
 def test_the_batch_functions_use_the_compiled_module():
-    assert overlap._interval_iou_batch is overlap.interval_iou_batch_native
-    assert overlap._track_iou_batch is overlap.track_iou_batch_native
+    assert overlap.interval_iou_batch is overlap.interval_iou_batch_native
+    assert overlap.track_iou_batch is overlap.track_iou_batch_native
     assert native.status() in ("CPU", "CPU and CUDA")
     assert native.unavailable_reason() is None
 

@@ -161,7 +161,8 @@ def test_pictures_and_boxes_of_a_real_clip(tmp_path: Path):
     row = json.loads((tmp_path / "d" / "eval_tracking.jsonl").read_text().splitlines()[0])
     video = next((tmp_path / "d").rglob(Path(row["video"]).name))
     answer, truth = "[[0,0,0.5,1],[0.5,0.25,1,2]]", "[[0,0,1,1]]"
-    said = Said("t", "object_tracking", str(video), "where?", "", answer, truth, 0.5, "ao", {}, 3, [0.0, 2.0])
+    changes = {"task": "object_tracking", "video": str(video), "parsed": answer, "truth": truth, "times_s": [0.0, 2.0]}
+    said = Said(**asdict(replace(sample("t", 0.5), **changes)), score=0.5, score_name="ao")
     clip = ClipMaker().clip(said)
     assert [round(picture.time_s, 1) for picture in clip.pictures] == [0.0, 2.0]
     assert [picture.true_box for picture in clip.pictures] == [(0.0, 0.0, 1.0, 1.0), None]
@@ -172,7 +173,7 @@ def test_pictures_and_boxes_of_a_real_clip(tmp_path: Path):
     assert clip.true_bars == clip.said_bars == []
     late = ClipMaker(budget_s=-1.0).clip(said)
     assert late.pictures == [] and "the time for reading frames was over" in late.note
-    assert "no such file" in ClipMaker().clip(Said(*("x", "t", "none.mp4", *("",) * 4), 0.0, "m", {}, 0)).note
+    assert "no such file" in ClipMaker().clip(replace(said, video="none.mp4")).note
 
 
 def test_training_samples_where_nothing_was_evaluated(tmp_path: Path):

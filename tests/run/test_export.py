@@ -73,14 +73,6 @@ def test_all_but_the_weights_is_the_starting_models_byte_for_byte(tmp_path: Path
     assert written == kept | {"vcr1_fast.json": b"{}"}
 
 
-def test_export_in_bfloat16(tmp_path: Path):
-    policy = TinyPolicy()
-    folder = export_hugging_face(policy, plan(tmp_path, dtype=torch.bfloat16))
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
-    assert model.dtype == torch.bfloat16 and policy.hf.dtype == torch.float32
-    assert torch.equal(model.lm_head.weight, policy.hf.lm_head.weight.bfloat16())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_export_in_several_files_is_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
     policy = TinyPolicy(tied=True)

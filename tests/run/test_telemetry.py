@@ -68,7 +68,6 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path: Path):
     (tmp_path / "samples").mkdir()
     for step in (2, 3):
         (tmp_path / "samples" / f"step_{step}.jsonl").touch()
-    time.sleep(1.1)  # TensorBoard reads event files in the order of their names, which begin with the second
     second = Telemetry(tmp_path, resume_step=2)
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_2.jsonl"]
     assert [record["step"] for record in records(tmp_path)] == [1, 2]
@@ -76,8 +75,6 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path: Path):
     second.log_step(3, {"reward": 30.0}, num_steps=4)
     second.close()
     assert [(record["step"], record["reward"]) for record in records(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
 def test_a_new_run_in_an_old_folder_starts_with_an_empty_record(tmp_path: Path):

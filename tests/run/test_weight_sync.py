@@ -54,13 +54,6 @@ def test_tied_weights_travel_once():
     assert EMBEDDING in engine.loaded and "lm_head.weight" not in engine.loaded
 
 
-def test_weights_can_be_cast_on_the_way():
-    policy, engine = TinyPolicy(), RecordingEngine()
-    report = WeightSync(policy, engine, dtype=torch.bfloat16).push()
-    assert torch.equal(engine.loaded[EMBEDDING], policy.hf.get_parameter(EMBEDDING).bfloat16())
-    assert report.num_bytes == 2 * sum(weight.numel() for weight in policy.hf.parameters())
-
-
 class Broken(RecordingEngine):
     """Fails on the third weight of its first push."""
 

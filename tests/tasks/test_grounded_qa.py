@@ -1,19 +1,11 @@
 """Grounded question answering: truths, prompts, rewards and metrics of both recipes, with numbers computed by hand."""
 
-import dataclasses
-import json
-import time
-from pathlib import Path
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.grounded_qa import GroundedQA, inside_video, segment_overlap
-from vcr1_fast.types import ChoiceTruth, Example, GroundedChoiceTruth
+from vcr1_fast.types import Example, GroundedChoiceTruth
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
 FIXED = GroundedQA(TaskConfig())
 PAPER = GroundedQA(TaskConfig(recipe="paper"))
 FIXED_DIRECT = GroundedQA(TaskConfig(think=False))
@@ -114,12 +106,6 @@ def test_a_batch_scores_each_answer_against_its_own_truth():
     parts = FIXED.score(examples, [wrap("C", "[(0, 1)]"), wrap("A", "[(4, 8)]"), "x"])
     assert parts == {"format": [1.0, 1.0, 0.0], "iou": [0.5, 1.0, 0.0], "accuracy": [1.0, 1.0, 0.0]}
     assert tuple(parts) == FIXED.part_names
-    assert FIXED.score([], []) == {"format": [], "iou": [], "accuracy": []}
-    with pytest.raises(ValueError, match="got 1 examples and 2 answers"):
-        FIXED.score([example()], ["", ""])
-    other = dataclasses.replace(example(), truth=ChoiceTruth("A", OPTIONS))
-    with pytest.raises(TypeError, match=r"example e .*holds ChoiceTruth, not a grounded choice"):
-        FIXED.score([other], [""])
 
 
 def row(*intervals, **extra):
@@ -138,8 +124,6 @@ def test_good_ground_truths():
     ("bad", "message"),
     [
         (row((20.9, 12.0)), r"^interval 0 ends \(12.0 s\) before it starts \(20.9 s\)$"),
-        (row((1, float("inf"))), r"interval 0\[1\] is inf, wanted a finite number"),
-        (row((1, 2, 3)), r"interval 0 is \[1, 2, 3\], wanted a list of 2 numbers"),
         (row(), r"intervals is \[\], wanted a list of lists of 2 numbers, at least one"),
         (row((1, 2), duration_s=0), "duration_s is 0.0, wanted more than 0 seconds"),
         (row((1, 2), answer="F"), "answer is 'F', wanted one letter from A to E"),
@@ -172,11 +156,8 @@ def test_prompts_say_what_is_wanted():
         assert "what did the boy do" in question
         assert "(C) unwrap it" in question
         assert all(word in question for word in ("<answer>A</answer>", "<glue>[(", "seconds", "letter"))
-        assert ("<think>" in question) is task.think
     assert "['(A) share with the girl', '(B) approach" in PAPER.question(example())  # a Python list, as in the original
     assert "<answer>A</answer><glue>[(5.2, 10.4)]</glue>" in PAPER.question(example())
-    assert "<timestep>" in PAPER.question(example())
-    assert "<timestep>" not in FIXED.question(example())
 
 
 def test_targets_hold_the_evidence_and_earn_the_full_reward():
@@ -283,63 +264,3 @@ def test_trivial_answers():
     assert (best["miou"], best["acc"], best["acc@gqa"]) == (1, 2 / 3, 2 / 3)
     assert FIXED_DIRECT.trivial_answers(examples)["whole_video"][0].startswith("<answer>C</answer>")
     assert PAPER.trivial_answers([]) == {"whole_video": [], "best_constant": []}
-
-
-TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<glue>", "</glue>", "C", "[(", "1", ", ", ")]", "-", "\n"]
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.lists(st.sampled_from(TAGS)).map("".join) | st.text(max_size=40) | st.text("[](),. 0159\n", max_size=25),
-    st.tuples(st.floats(-50, 50), st.floats(-50, 50)),
-)
-def test_rewards_and_metrics_stay_in_range_on_any_text(text, interval):
-    for task in ALL:
-        for answer in (text, wrap("C", text), wrap(text, f"[({text})]")):
-            ex = example(interval)
-            assert all(0.0 <= value <= 1.0 for value in scored(task, answer, ex))
-            assert all(0.0 <= value <= 1.0 for value in task.metrics([ex], [answer]).values())
-
-
-@pytest.mark.parametrize(
-    "piece", ["<think>", "<answer>", "<glue>", "</glue>", "<glue></glue>", "</answer> ", "(1, 2),"]
-)
-def test_hostile_text_takes_linear_time(piece):
-    text = piece * (200_000 // len(piece))
-    start = time.process_time()
-    for task in ALL:
-        task.score([example()] * 3, [text, wrap("C", text), wrap("C", f"[{text[:65_000]}]")])
-    assert time.process_time() - start < 1.0
-
-
-def nextgqa_examples(task):
-    path = DATA / "nextgqa_val.json"
-    if not path.exists():
-        pytest.skip(f"no annotation file {path.name}")
-    rows = json.loads(path.read_text())
-    truths = [task.parse_truth({**r, "intervals": r["glue"], "duration_s": r["duration"]}) for r in rows]
-    return [
-        Example(r["id"], task.name, r["video"], r["question"], r["duration"], truth)
-        for r, truth in zip(rows, truths, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("task", [FIXED, PAPER])
-def test_nextgqa_val(task):
-    examples = nextgqa_examples(task)
-    assert len(examples) == 3358
-    assert all(ex.truth.options[0][:1] != "(" for ex in examples)
-    start = time.process_time()
-    answers = task.trivial_answers(examples)
-    assert time.process_time() - start < 2.0
-    whole = task.metrics(examples, answers["whole_video"])
-    assert whole["acc"] == 691 / 3358  # E is right most often
-    # the truths do not overlap, so the whole video's IoU is the sum of their lengths by the later of the two ends
-    total = 0.0
-    for ex in examples:
-        last_s = max(ex.duration_s, max(end_s for _, end_s in ex.truth.intervals_s))
-        total += sum(end_s - start_s for start_s, end_s in ex.truth.intervals_s) / last_s
-    assert whole["miou"] == pytest.approx(total / 3358, abs=2e-4)
-    assert task.metrics(examples, answers["best_constant"])["miou"] >= whole["miou"]
-    targets = task.score(examples, [task.target(ex) for ex in examples])
-    assert min(min(values) for values in targets.values()) > 0.999

@@ -1,15 +1,12 @@
 """Multiple choice: truths, prompts, rewards and metrics of both recipes."""
 
 import dataclasses
-import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.multiple_choice import MultipleChoice
-from vcr1_fast.types import ChoiceTruth, Example, IntervalTruth
+from vcr1_fast.types import ChoiceTruth, Example
 
 FIXED = MultipleChoice(TaskConfig())
 PAPER = MultipleChoice(TaskConfig(recipe="paper"))
@@ -81,12 +78,6 @@ def test_a_batch_scores_each_answer_against_its_own_truth():
     parts = FIXED.score([example("A"), example("B"), example("C")], [wrap("A"), wrap("A"), "x"])
     assert parts == {"format": [1.0, 1.0, 0.0], "accuracy": [1.0, 0.0, 0.0]}
     assert tuple(parts) == FIXED.part_names
-    assert FIXED.score([], []) == {"format": [], "accuracy": []}
-    with pytest.raises(ValueError, match="got 1 examples and 2 answers"):
-        FIXED.score([example()], ["", ""])
-    other = dataclasses.replace(example(), truth=IntervalTruth(((0.0, 1.0),)))
-    with pytest.raises(TypeError, match=r"example e .*holds IntervalTruth, not a choice"):
-        FIXED.score([other], [wrap("A")])
 
 
 def row(**changes):
@@ -159,13 +150,9 @@ def test_prompts_say_what_is_wanted():
         question = task.question(example())
         assert "what did the boy do" in question
         assert all(f"({letter}) {text}" in question for letter, text in zip("ABCDE", OPTIONS, strict=True))
-        assert "<answer>" in question
         assert "letter" in question
         assert "glue" not in question
-        assert ("<think>" in question) is task.think
     assert "['(A) share with the girl', '(B) approach" in PAPER.question(example())  # a Python list, as in the original
-    assert "<timestep>" in PAPER.question(example())
-    assert "<timestep>" not in FIXED.question(example())
     assert "what did the boy do? Options" in FIXED.question(example())
     asked = dataclasses.replace(example(), query=" Who  came? ")
     assert FIXED.question(asked).startswith("Who came? Options")
@@ -188,28 +175,4 @@ def test_metrics_and_trivial_answers():
     answers = FIXED.trivial_answers(examples)
     assert answers == {"majority_letter": ["<think></think><answer>C</answer>"] * 4}
     assert FIXED.metrics(examples, answers["majority_letter"]) == {"acc": 0.5}
-    with pytest.raises(ValueError, match="no examples to score"):
-        FIXED.metrics([], [])
     assert FIXED.trivial_answers([]) == {"majority_letter": []}
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(
-        st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "<glue>", "</glue>", "C", "(", "[]"])
-    ).map("".join)
-    | st.text(max_size=60)
-)
-def test_rewards_are_0_or_1_on_any_text(text):
-    for task in ALL:
-        for answer in (text, wrap(text)):
-            assert set(scored(task, answer)) <= {0.0, 1.0}
-
-
-@pytest.mark.parametrize("piece", ["<think>", "<answer>", "</answer>", "<answer></answer>", "</think> ", "A ", "(A"])
-def test_hostile_text_takes_linear_time(piece):
-    text = piece * (200_000 // len(piece))
-    start = time.process_time()
-    for task in ALL:
-        task.score([example()] * 2, [text, wrap(text)])
-    assert time.process_time() - start < 1.0

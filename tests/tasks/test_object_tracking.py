@@ -1,12 +1,10 @@
 """Object tracking: truths, prompts, rewards and metrics of both recipes, with numbers computed by hand."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.object_tracking import ObjectTracking
-from vcr1_fast.types import Example, IntervalTruth, TrackTruth
+from vcr1_fast.types import Example, TrackTruth
 
 FIXED = ObjectTracking(TaskConfig())
 PAPER = ObjectTracking(TaskConfig(recipe="paper"))
@@ -79,30 +77,6 @@ def test_the_number_of_boxes_is_that_of_the_truth():
 def test_a_batch_scores_each_answer_against_its_own_truth():
     parts = FIXED.score([example(2), example(3), example(2)], [wrap(UNIT, HALF), wrap(*[UNIT] * 3), "x"])
     assert parts == {"format": [1.0, 1.0, 0.0], "iou": [0.5, 1.0, 0.0]}
-    assert FIXED.score([], []) == {"format": [], "iou": []}
-    with pytest.raises(ValueError, match="got 1 examples and 0 answers"):
-        FIXED.score([example()], [])
-    wrong = Example("e", "object_tracking", "/v.mp4", "q", 9.0, IntervalTruth(((0.0, 1.0),)))
-    with pytest.raises(TypeError, match="holds IntervalTruth, not a track"):
-        FIXED.score([wrong], [""])
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.lists(
-        st.one_of(
-            st.sampled_from(
-                [UNIT, HALF, WORDS, "[1,1,0,0]", "[0,0,1e999,1e999]", "[-1e308,-1e308,1e308,1e308]", "[[]]", "["]
-            ),
-            st.lists(st.floats(-2, 2), min_size=4, max_size=4).map(str),
-        ),
-        min_size=7,
-        max_size=9,
-    )
-)
-def test_rewards_stay_in_range(boxes):
-    for task in (FIXED, PAPER):
-        assert all(0.0 <= value <= 1.0 for value in scored(task, wrap(*boxes)))
 
 
 BOX = [0.1, 0.2, 0.3, 0.4]
@@ -152,10 +126,6 @@ def test_prompts_say_what_is_wanted():
     assert "[0.093, 0.0, 0.8, 0.797]" in paper  # Python's own list text, as the original has it
     assert "list of 8" in paper
     assert "0.50" not in paper  # instants are not told
-    for text in (question, paper):
-        assert "<think>" in text
-        assert "<answer>" in text
-    assert "hink" not in FIXED_DIRECT.question(ex)
 
 
 def test_targets_earn_the_full_reward():

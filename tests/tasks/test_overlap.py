@@ -6,7 +6,6 @@ from vcr1_fast.tasks.overlap import (
     box_iou,
     connected_pieces,
     hull_iou,
-    interval_iop_batch,
     interval_iou_batch,
     mean_track_iou,
     set_iop,
@@ -83,7 +82,7 @@ def test_box_iou(a, b, iou):
 )
 def test_interval_iop(predicted, truth, iop):
     assert set_iop(predicted, truth) == iop
-    assert interval_iop_batch([predicted], [truth]) == [iop]
+    assert interval_iou_batch([predicted], [truth], "iop") == [iop]
 
 
 def test_track_iou_with_and_without_the_given_box():

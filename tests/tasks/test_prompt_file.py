@@ -170,7 +170,8 @@ def test_the_built_in_words_are_such_texts_too():
             for name, task in make_tasks(TaskConfig(recipe=recipe, think=think)).items():
                 question = task.question(example(name))
                 assert wording_of(task) is not None and "{" not in question
-                assert ("<think>" in question) is think and "answer>" in question
+                assert ("think" in question) is think and "answer>" in question
+                assert ("<timestep>" in question) is (think and recipe == "paper")
     assert make_tasks(TaskConfig(recipe="paper"))["object_tracking"].question(example("object_tracking")) == (
         'Follow the object "a cat sits" through the video. It starts at [0.093, 0.0, 0.8, 0.797]: a box [x0, y0, x1, '
         "y1], corners as fractions of width and height between 0 and 1. Reason inside <think></think>; put each time "

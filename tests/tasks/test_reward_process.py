@@ -27,8 +27,6 @@ def reward(examples, answers):
     if said == "kill": os.kill(os.getpid(), 11)
     if said == "raise": raise KeyError("x")
     if said == "nan": return [float("nan")] * len(answers)
-    if said == "huge": return [10**400] * len(answers)
-    if said == "short": return []
     if said == "draw": return [random.random()]
     if said == "draw in numpy": return [numpy.random.rand()]
     if said == "pid": return [1 / os.getpid()]
@@ -64,8 +62,6 @@ WHAT = "reward reward of task temporal_grounding"
         ("kill", RewardError, f"ended its process: signal {signal.SIGSEGV.value}"),
         ("raise", RewardError, r"raised KeyError: 'x' \(my_process_rewards\.py, line 11\)"),
         ("nan", RewardError, r"gave nan for answer 0 \(example a\), wanted a number in \[0, 1\]"),
-        ("huge", RewardError, "gave 1000.* for answer 0"),
-        ("short", RewardError, "gave 0 values for 1 answers, wanted one per answer"),
     ],
 )
 def test_what_a_reward_does_is_named_and_the_next_one_is_scored(score, answer: str, error, message: str):

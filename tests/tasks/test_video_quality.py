@@ -1,19 +1,13 @@
 """Video quality: truths, prompts, rewards and metrics of both recipes."""
 
 import dataclasses
-import json
-import time
-from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.video_quality import VideoQuality
-from vcr1_fast.types import Example, IntervalTruth, LabelTruth
+from vcr1_fast.types import Example, LabelTruth
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
 FIXED = VideoQuality(TaskConfig())
 PAPER = VideoQuality(TaskConfig(recipe="paper"))
 FIXED_DIRECT = VideoQuality(TaskConfig(think=False))
@@ -79,12 +73,6 @@ def test_a_batch_scores_each_answer_against_its_own_truth():
     parts = FIXED.score([example(), example("high quality")], [wrap("low quality"), wrap("low quality")])
     assert parts == {"format": [1.0, 1.0], "accuracy": [1.0, 0.0]}
     assert tuple(parts) == FIXED.part_names
-    assert FIXED.score([], []) == {"format": [], "accuracy": []}
-    with pytest.raises(ValueError, match="got 1 examples and 2 answers"):
-        FIXED.score([example()], ["", ""])
-    other = dataclasses.replace(example(), truth=IntervalTruth(((0.0, 1.0),)))
-    with pytest.raises(TypeError, match=r"example e .*holds IntervalTruth, not a label"):
-        FIXED.score([other], [""])
 
 
 def test_ground_truths():
@@ -110,12 +98,8 @@ def test_prompts_say_what_is_wanted():
         question = task.question(example())
         assert question.startswith(QUERY)
         assert "Choose one of:" not in question  # the instruction names the labels itself
-        assert "<answer>" in question
-        assert ("<think>" in question) is task.think
         other = dataclasses.replace(example(), query="How good is it?")
         assert "How good is it? Choose one of: low quality, high quality." in task.question(other)
-    assert "<timestep>" in PAPER.question(example())
-    assert "<timestep>" not in FIXED.question(example())
 
 
 def test_targets():
@@ -134,40 +118,3 @@ def test_metrics_and_trivial_answers():
     trivial = FIXED.trivial_answers(examples)
     assert trivial == {"majority_label": ["<think></think><answer>high quality</answer>"] * 4}
     assert FIXED.metrics(examples, trivial["majority_label"]) == {"acc": 0.75}
-    with pytest.raises(ValueError, match="no examples to score"):
-        FIXED.metrics([], [])
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(max_size=60), st.text(min_size=1, max_size=10))
-def test_rewards_are_0_or_1_on_any_text(text, label):
-    for task in ALL:
-        for answer in (text, wrap(text), wrap(label)):
-            assert set(scored(task, answer, example(label, ()))) <= {0.0, 1.0}
-
-
-@pytest.mark.parametrize("piece", ["<think>", "<answer>", "</answer>", "<answer></answer>", "</think> ", " ", "."])
-def test_hostile_text_takes_linear_time(piece):
-    text = piece * (200_000 // len(piece))
-    start = time.process_time()
-    for task in ALL:
-        task.score([example()] * 2, [text, wrap(text)])
-    assert time.process_time() - start < 1.0
-
-
-def test_vidtab():
-    path = DATA / "vidtab_quality_test.json"
-    if not path.exists():
-        pytest.skip(f"no annotation file {path.name}")
-    rows = json.loads(path.read_text())
-    for task in (FIXED, PAPER):
-        truths = [task.parse_truth(row) for row in rows]
-        examples = [
-            Example(str(i), task.name, row["video"], row["instruction"], 8.0, truth)
-            for i, (row, truth) in enumerate(zip(rows, truths, strict=True))
-        ]
-        assert len(examples) == 724
-        answers = task.trivial_answers(examples)["majority_label"]
-        assert "high quality" in answers[0]
-        assert task.metrics(examples, answers) == {"acc": 364 / 724}
-        assert task.metrics(examples, [task.target(ex) for ex in examples]) == {"acc": 1.0}

@@ -5,7 +5,6 @@ Loads no model and no torch. The scores are those that `vcr1-fast eval` prints b
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ from rich.table import Table
 
 from vcr1_fast.prompts.dataset import AnnotationFile, AnnotationSource, read_annotation_files
 from vcr1_fast.prompts.schemas.schema import Recipe
-from vcr1_fast.run.telemetry import console
+from vcr1_fast.run.terminal import console, print_problems
 from vcr1_fast.settings.config import ConfigError, JudgeConfig, TaskConfig
 from vcr1_fast.settings.io import UsageError, load_settings
 from vcr1_fast.tasks import make_tasks, task_class
-
-NUM_ERRORS_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +78,7 @@ def baselines_command(
     """
     judge = load_settings(BaselinesConfig, None, overrides).judge
     found, content = measure_baselines(task, annotations, recipe, judge)
-    for error in content.errors[:NUM_ERRORS_SHOWN]:
-        print(f"bad annotation: {error}", file=sys.stderr)
-    if len(content.errors) > NUM_ERRORS_SHOWN:
-        print(f"bad annotation: {len(content.errors) - NUM_ERRORS_SHOWN:,} more", file=sys.stderr)
+    print_problems(content.errors, "bad annotation: ", more="bad annotation:")
     if not as_json:
         heading = f"{found.task}, recipe {found.recipe}, {found.num_examples:,} examples, in %:"
         for line in (str(content.summary), heading):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,12 @@ from vcr1_fast.run.exit_codes import FAILED
 from vcr1_fast.run.named_model import named_model
 from vcr1_fast.run.run import Run, open_run
 from vcr1_fast.run.telemetry import say
+from vcr1_fast.run.terminal import print_problems
 from vcr1_fast.settings.config import Config, TaskConfig
 from vcr1_fast.settings.io import UsageError, load_settings, read_overrides
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.tasks.unlabelled import read_answer, unlabelled
 from vcr1_fast.types import Example
-
-NUM_ERRORS_SHOWN = 10
 
 
 def predict_command(rows: str, output: str, settings: str | None, overrides: list[str]) -> dict[str, Any]:
@@ -65,10 +63,7 @@ def _examples(rows: str, run: Run) -> list[Example]:
     source = AnnotationSource(rows, run.config.data.video_root, "rows")
     [content] = read_annotation_files([source], tasks, run.config.task.recipe)
     if run.world.is_main:
-        for error in content.errors[:NUM_ERRORS_SHOWN]:
-            print(f"bad row: {error}", file=sys.stderr)
-        if len(content.errors) > NUM_ERRORS_SHOWN:
-            print(f"and {len(content.errors) - NUM_ERRORS_SHOWN:,} more", file=sys.stderr)
+        print_problems(content.errors, "bad row: ")
     say(str(content.summary))
     return [replace(row, is_held_out=True) for row in content.rows]
 

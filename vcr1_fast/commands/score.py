@@ -21,14 +21,13 @@ from vcr1_fast.evaluation.scores import Scores, score_answers
 from vcr1_fast.evaluation.suites import SUITES
 from vcr1_fast.evaluation.suites.command import benchmark_score, read_suite
 from vcr1_fast.prompts.dataset import AnnotationFile, AnnotationSource, read_annotation_files
-from vcr1_fast.run.telemetry import console
+from vcr1_fast.run.terminal import console, print_problems
 from vcr1_fast.settings.config import ConfigError, JudgeConfig, TaskConfig
 from vcr1_fast.settings.io import UsageError, load_settings
 from vcr1_fast.tasks import make_tasks
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import Example, RefusedTruth, SampleError
 
-NUM_ERRORS_SHOWN = 10
 MISSING = "there is no answer"
 
 
@@ -55,7 +54,7 @@ def score_command(name: str, annotations: Sequence[str], answers: str, overrides
     if name not in tasks and name not in SUITES:
         raise UsageError(f"there is no task or suite {name!r}; they are {', '.join([*tasks, *SUITES])}")
     examples, errors = _rows_of(name, annotations, tasks, config)
-    _show(f"bad annotation: {error}" for error in errors)
+    print_problems(errors, "bad annotation: ")
     if all(example.is_refused for example in examples):
         reason = f"; first error: {errors[0]}" if errors else ""
         raise ConfigError(f"{', '.join(annotations)} holds no usable row of {name}{reason}")
@@ -124,9 +123,9 @@ def read_answers(file: str | Path, examples: Sequence[Example], prefix: str = ""
     if len(unknown) > num_refused:
         problems = unknown + problems
     elif unknown:
-        _show(f"{line}; passed over, as {num_refused:,} rows are refused" for line in unknown)
+        print_problems([f"{line}; passed over, as {num_refused:,} rows are refused" for line in unknown])
     if problems:
-        _show(problems)
+        print_problems(problems)
         raise ConfigError(f"{len(problems):,} lines of {file} cannot be used, see above: nothing was scored")
     return said
 
@@ -188,12 +187,3 @@ def _rows_of(
 def _rows(contents: Sequence[AnnotationFile]) -> tuple[list[Example], list[SampleError]]:
     errors = [error for content in contents for error in content.errors]
     return [row for content in contents for row in content.rows], errors
-
-
-def _show(problems: Iterator[str] | Sequence[str]) -> None:
-    """One line each on stderr, the first ones only."""
-    listed = list(problems)
-    for problem in listed[:NUM_ERRORS_SHOWN]:
-        print(problem, file=sys.stderr)
-    if len(listed) > NUM_ERRORS_SHOWN:
-        print(f"and {len(listed) - NUM_ERRORS_SHOWN:,} more", file=sys.stderr)

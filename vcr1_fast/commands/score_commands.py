@@ -76,9 +76,9 @@ def run_compare(tokens: list[str]) -> object:
     parser.add_argument("a", metavar="A", help="samples.jsonl that vcr1-fast eval wrote")
     parser.add_argument("b", metavar="B", help="another one, of the same annotation files")
     options = parser.parse_args(tokens)
-    from vcr1_fast.evaluation.compare import compare_command, comparison_as_dict
+    from vcr1_fast.evaluation.compare import compare_command
 
-    return comparison_as_dict(compare_command(options.a, options.b))
+    return compare_command(options.a, options.b)
 
 
 def run_select(tokens: list[str]) -> object:

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from vcr1_fast.report.curves import number
 from vcr1_fast.run.metric_names import METRICS, metric_of
 from vcr1_fast.run.step_line import HEADLINES, WINDOW, clock
 from vcr1_fast.run.terminal import console
@@ -116,7 +117,7 @@ def table(run: RunRecord, shows_all: bool) -> Group:
     for name in _in_order(values, shows_all):
         column = values[name]
         recent = column[-WINDOW:]
-        rows.add_row(Text(name), _number(column[-1]), _number(sum(recent) / len(recent)), curve(column))
+        rows.add_row(Text(name), number(column[-1]), number(sum(recent) / len(recent)), curve(column))
     return Group(Text(_head(run, values)), rows)
 
 
@@ -135,10 +136,6 @@ def _in_order(values: Mapping[str, object], shows_all: bool) -> list[str]:
     known = {name: metric_of(name) for name in values}
     wanted = [name for name, metric in known.items() if shows_all or (metric is not None and metric.is_main)]
     return sorted(wanted, key=lambda name: places.get(known[name], len(places)))  # type: ignore[arg-type]
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
 
 def curve(values: Sequence[float], width: int = WIDTH) -> str:

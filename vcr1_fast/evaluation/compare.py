@@ -120,7 +120,7 @@ def _name(key: tuple[str, str]) -> str:
     return ":".join(key)
 
 
-def compare_command(file_a: str, file_b: str) -> Comparison:
+def compare_command(file_a: str, file_b: str) -> dict[str, Any]:
     """Prints a table per task, and on stderr what was left out; returns what the JSON line says. Raises ConfigError."""
     found = compare_samples(read_samples(file_a), read_samples(file_b))
     for file, ids in ((file_a, found.only_in_a), (file_b, found.only_in_b)):
@@ -130,7 +130,7 @@ def compare_command(file_a: str, file_b: str) -> Comparison:
             print(f"{len(ids)} samples are only in {file} and are left out: {shown}{more}", file=sys.stderr)
     for task, result in found.tasks.items():
         console.print(_table(task, result))
-    return found
+    return {"num_only_in_a": len(found.only_in_a), "num_only_in_b": len(found.only_in_b), **vars(found)}
 
 
 def _table(task: str, result: TaskComparison) -> Table:
@@ -143,14 +143,3 @@ def _table(task: str, result: TaskComparison) -> Table:
         p_value = "< 0.001" if d.p_value < 0.001 else f"{d.p_value:.3f}"
         table.add_row(escape(name), f"{d.a:.3f}", f"{d.b:.3f}", f"{d.difference:+.3f}", interval, p_value)
     return table
-
-
-def comparison_as_dict(found: Comparison) -> dict[str, Any]:
-    """For JSON: tasks, and how many samples were left out and which."""
-    return {
-        "tasks": found.tasks,
-        "num_only_in_a": len(found.only_in_a),
-        "num_only_in_b": len(found.only_in_b),
-        "only_in_a": found.only_in_a,
-        "only_in_b": found.only_in_b,
-    }

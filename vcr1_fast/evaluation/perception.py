@@ -87,11 +87,6 @@ def has_rounds(example: Example) -> bool:
     return example.task in TASKS and example.sources == (example.video,)
 
 
-def first_round(examples: Sequence[Example], *, is_cut: bool) -> list[Focus]:
-    """The whole video of each example."""
-    return [Focus(example, is_cut) for example in examples]
-
-
 def round_examples(focuses: Sequence[Focus], number: int, num_rounds: int, config: VideoConfig) -> list[Example]:
     """What round `number` (1 .. num_rounds) asks, one for one."""
     task = "multiple_choice" if number == num_rounds else "grounded_qa"

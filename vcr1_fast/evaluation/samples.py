@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +202,3 @@ def _sample(line: str, where: str) -> Sample:
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{where} is no line of a samples.jsonl: {error}") from None
     return sample
-
-
-def samples_as_rows(samples: Iterable[Sample]) -> list[dict[str, Any]]:
-    """For `write_lines`."""
-    return [asdict(sample) for sample in samples]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vcr1_fast.commands.watch import RunRecord
-from vcr1_fast.evaluation.samples import read_samples
+from vcr1_fast.evaluation.samples import Sample, read_samples
 from vcr1_fast.settings.error import ConfigError
 
 RESULT = "result.json"  # what the command `train` returns, and its version
@@ -38,22 +38,12 @@ SETTINGS = (  # those a reader asks for first
 )
 
 
-@dataclass(frozen=True)
-class Said:
+@dataclass(frozen=True, kw_only=True)
+class Said(Sample):
     """One answer to one question, from an evaluation or from training."""
 
-    id: str
-    task: str
-    video: str
-    question: str
-    answer: str
-    parsed: str
-    truth: str
     score: float  # the headline metric where it was evaluated, the reward where it was trained on
     score_name: str
-    parts: dict[str, float]  # of the reward
-    num_tokens: int
-    times_s: list[float] = field(default_factory=list)  # of true boxes
     note: str = ""  # why there is no answer
 
 
@@ -181,18 +171,9 @@ def _evaluations(folder: Path) -> Iterator[Evaluation]:
             continue
         said = [
             Said(
-                id=sample.id,
-                task=sample.task,
-                video=sample.video,
-                question=sample.question,
-                answer=sample.answer,
-                parsed=sample.parsed,
-                truth=sample.truth,
+                **asdict(replace(sample, parts=_numbers(sample.parts))),
                 score=next(iter(sample.metrics.values()), 0.0),
                 score_name=next(iter(sample.metrics), "no metric"),
-                parts=_numbers(sample.parts),
-                num_tokens=sample.num_tokens,
-                times_s=sample.times_s,
                 note=sample.failure,
             )
             for sample in samples
@@ -230,6 +211,9 @@ def _said_in_training(row: Mapping[str, Any]) -> Said:
         score=float(best["reward"]),
         score_name="reward",
         parts=_numbers(best["parts"]),
+        metrics={},
+        failure="",
+        finish_reason=best.get("finish_reason", ""),
         num_tokens=best["num_tokens"],
         times_s=row["times_s"],
         note=f"the best of {len(drawn)} answers of step {row['step']}",

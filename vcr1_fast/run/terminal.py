@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
@@ -118,3 +118,11 @@ class _PrintableHook(RenderHook):
 # One for bars and lines, so that a line printed during a bar does not tear it. Emoji: a folder `:key:` is no picture.
 console = Console(file=cast(Any, _StdoutOfRich()), emoji=False)
 console.push_render_hook(_PrintableHook())
+
+
+def print_problems(problems: Sequence[object], kind: str = "", more: str = "and") -> None:
+    """The first ten on stderr, a line each after `kind`, and after `more` how many there are beside them."""
+    for problem in problems[:10]:
+        print(f"{kind}{problem}", file=sys.stderr)
+    if len(problems) > 10:
+        print(f"{more} {len(problems) - 10:,} more", file=sys.stderr)

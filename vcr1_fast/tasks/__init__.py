@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping
 
 from vcr1_fast.settings.config import ConfigError, JudgeConfig, TaskConfig
 from vcr1_fast.tasks.captioning import Captioning
-from vcr1_fast.tasks.custom import check_tasks, load_rewards, load_tasks, make_custom
+from vcr1_fast.tasks.custom import check_tasks, load_rewards, load_tasks, make_custom, nearest
 from vcr1_fast.tasks.grounded_qa import GroundedQA
 from vcr1_fast.tasks.grounding_list import GroundingByList
 from vcr1_fast.tasks.grounding_sentence import GroundingBySentence
@@ -35,7 +34,7 @@ TASKS: dict[str, type[Task]] = {
 def task_class(name: str, classes: Mapping[str, type[Task]] = TASKS) -> type[Task]:
     """The class of a task. Raises ValueError that names the nearest task there is."""
     if name not in classes:
-        raise ValueError(f"there is no task {name!r}{_nearest(name, classes)}; the tasks are {', '.join(classes)}")
+        raise ValueError(f"there is no task {name!r}{nearest(name, classes)}; the tasks are {', '.join(classes)}")
     return classes[name]
 
 
@@ -80,7 +79,7 @@ def make_tasks(
 def _check_prompt_tasks(config: TaskConfig, classes: Collection[str]) -> None:
     for name in config.prompts:
         if name not in classes:
-            near, known = _nearest(name, classes), ", ".join(classes)
+            near, known = nearest(name, classes), ", ".join(classes)
             raise ConfigError(f"task.prompts.{name}: there is no such task{near}; the tasks are {known}")
 
 
@@ -93,11 +92,6 @@ def _check_part_names(config: TaskConfig, known: Collection[str]) -> None:
         for part in named:
             if part not in parts:
                 raise ConfigError(
-                    f"task.{setting}.{part}: no task has this part{_nearest(part, parts)}; "
+                    f"task.{setting}.{part}: no task has this part{nearest(part, parts)}; "
                     f"the parts are {', '.join(parts)}"
                 )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""

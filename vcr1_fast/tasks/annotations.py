@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from string import ascii_uppercase
 from typing import TypeVar
 
@@ -149,40 +150,13 @@ def _truth(example: Example, kind: type[TruthKind], wanted: str) -> TruthKind:
     return example.truth
 
 
-def interval_truth(example: Example) -> IntervalTruth:
-    """The truth of a temporal example; this and its siblings raise TypeError for an example of another task."""
-    return _truth(example, IntervalTruth, "intervals")
-
-
-def track_truth(example: Example) -> TrackTruth:
-    """The truth of a tracking example."""
-    return _truth(example, TrackTruth, "a track")
-
-
-def choice_truth(example: Example) -> ChoiceTruth:
-    """The truth of a multiple-choice example."""
-    return _truth(example, ChoiceTruth, "a choice")
-
-
-def grounded_choice_truth(example: Example) -> GroundedChoiceTruth:
-    """The truth of a grounded question."""
-    return _truth(example, GroundedChoiceTruth, "a grounded choice")
-
-
-def label_truth(example: Example) -> LabelTruth:
-    """The truth of a classification example."""
-    return _truth(example, LabelTruth, "a label")
-
-
-def number_truth(example: Example) -> NumberTruth:
-    """The truth of a question for a number."""
-    return _truth(example, NumberTruth, "a number")
-
-
-def caption_truth(example: Example) -> CaptionTruth:
-    """The truth of a captioning example."""
-    return _truth(example, CaptionTruth, "a caption")
-
+interval_truth = partial(_truth, kind=IntervalTruth, wanted="intervals")
+track_truth = partial(_truth, kind=TrackTruth, wanted="a track")
+choice_truth = partial(_truth, kind=ChoiceTruth, wanted="a choice")
+grounded_choice_truth = partial(_truth, kind=GroundedChoiceTruth, wanted="a grounded choice")
+label_truth = partial(_truth, kind=LabelTruth, wanted="a label")
+number_truth = partial(_truth, kind=NumberTruth, wanted="a number")
+caption_truth = partial(_truth, kind=CaptionTruth, wanted="a caption")
 
 # What models say is about clips of which they saw frames up to this far apart: two frames, one step of the model's time
 # axis, at the default video.fps of 2. An end so little after the video's is taken for the video's.

@@ -27,7 +27,7 @@ from vcr1_fast.settings.config import JudgeConfig, TaskConfig
 from vcr1_fast.tasks.annotations import caption_truth, check_counts, mean
 from vcr1_fast.tasks.answer_format import clip, has_paper_format, has_strict_format, tag_blocks
 from vcr1_fast.tasks.benchmark_readers import read_caption
-from vcr1_fast.tasks.prompt_file import Wording, one_line
+from vcr1_fast.tasks.prompt_file import Worded, Wording, one_line
 from vcr1_fast.types import CaptionTruth, Example
 
 Wanted = Literal["recall", "f1", "both"]  # f1: precision only where recall is above 0, for F1 is 0 otherwise
@@ -43,7 +43,7 @@ INSTRUCTIONS = {  # of a row without a query
 }
 
 
-class Captioning:
+class Captioning(Worded):
     """Reward parts: format, and f1 (fixed) or recall (paper) of events. Only `score` and `metrics` ask the judge."""
 
     name = "captioning"
@@ -73,17 +73,13 @@ class Captioning:
         caption = "" if row.get("caption") is None else _text(row["caption"], "caption", MAX_CAPTION_CHARS)
         return CaptionTruth(tuple(dict.fromkeys(texts)), caption)
 
-    def question(self, example: Example) -> str:
-        """The user's text; the video itself is not part of it."""
-        return self.wording.ask(example, self.question_fields(example))
-
     def question_fields(self, example: Example) -> dict[str, str]:
         """instruction: the query (fixed: in one line), or the recipe's own where the row has none."""
         return {"instruction": (example.query if self.is_paper else one_line(example.query)) or self._instruction}
 
     def target(self, example: Example) -> str:
         """The completion to learn from: the caption, or the events one after the other, after the reasoning."""
-        return self._answer(_reference(caption_truth(example)), example.reasoning)
+        return self.completion(_reference(caption_truth(example)), example.reasoning)
 
     def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
         """Part "format" and part "f1" (fixed) or "recall" (paper) of N answers, each in [0, 1].
@@ -155,11 +151,8 @@ class Captioning:
 
         The second one asks the judge and so shows how lenient it is.
         """
-        return {name: [self._answer(text)] * len(examples) for name, text in (("empty", ""), ("a_video", "A video."))}
-
-    def _answer(self, caption: str, reasoning: str = "") -> str:
-        think = f"<think>{reasoning}</think>" if self.think else ""
-        return f"{think}<answer>{caption}</answer>"
+        captions = {"empty": "", "a_video": "A video."}
+        return {name: [self.completion(caption)] * len(examples) for name, caption in captions.items()}
 
     def _verdicts(
         self, examples: Sequence[Example], captions: Sequence[str], wanted: Wanted

@@ -62,7 +62,7 @@ def load_rewards(settings: Mapping[str, Sequence[str]], task_names: Collection[s
     loaded: dict[str, dict[str, Reward]] = {}
     for task_name, paths in settings.items():
         if task_name not in task_names:
-            raise ConfigError(f"task.rewards.{task_name}: there is no such task{_nearest(task_name, task_names)}")
+            raise ConfigError(f"task.rewards.{task_name}: there is no such task{nearest(task_name, task_names)}")
         parts = loaded.setdefault(task_name, {})
         for path in paths:
             function = _load(path, f"task.rewards.{task_name}")
@@ -231,7 +231,7 @@ def _load(path: str, setting: str) -> Any:
     except (Exception, SystemExit) as error:  # user code runs here
         raise ConfigError(f"{setting}: {path}: importing it raised {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
-        near = _nearest(attribute, [name for name in vars(module) if not name.startswith("_")])
+        near = nearest(attribute, [name for name in vars(module) if not name.startswith("_")])
         raise ConfigError(f"{setting}: {module.__file__} has no {attribute!r}{near}")
     return getattr(module, attribute)
 
@@ -262,6 +262,7 @@ def _is_reward(found: Any) -> bool:
     return True
 
 
-def _nearest(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+def nearest(name: str, known: Collection[str]) -> str:
+    """ ", did you mean 'x'?" for the known name that is most like this one; "" where none is."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f", did you mean {near[0]!r}?" if near else ""

@@ -39,8 +39,8 @@ from vcr1_fast.tasks.multiple_choice import (
     read_letters,
     said_letters,
 )
-from vcr1_fast.tasks.overlap import connected_pieces, interval_iop_batch, interval_iou_batch
-from vcr1_fast.tasks.prompt_file import Wording
+from vcr1_fast.tasks.overlap import connected_pieces, interval_iou_batch
+from vcr1_fast.tasks.prompt_file import Worded, Wording
 from vcr1_fast.types import Example, GroundedChoiceTruth, Interval
 
 QUESTIONS = {
@@ -52,7 +52,7 @@ QUESTIONS = {
 }
 
 
-class GroundedQA:
+class GroundedQA(Worded):
     """Reward parts: format, iou of the intervals with the true ones as sets, and accuracy: 1 for the right letter."""
 
     name = "grounded_qa"
@@ -78,10 +78,6 @@ class GroundedQA:
         return GroundedChoiceTruth(
             choice.letter, choice.options, tuple(intervals), written=choice.written, scoring=choice.scoring
         )
-
-    def question(self, example: Example) -> str:
-        """The user's text; the video itself is not part of it."""
-        return self.wording.ask(example, self.question_fields(example))
 
     def question_fields(self, example: Example) -> dict[str, str]:
         """See `multiple_choice.choice_fields`."""
@@ -181,8 +177,7 @@ class GroundedQA:
         return checked_interval(index, (start_s, end_s), duration_s)
 
     def _answer(self, letter: str, intervals: Sequence[Interval], reasoning: str = "") -> str:
-        think = f"<think>{reasoning}</think>" if self.think else ""
-        return f"{think}<answer>{letter}</answer><glue>{glue_text(intervals)}</glue>"
+        return f"{self.completion(letter, reasoning)}<glue>{glue_text(intervals)}</glue>"
 
     def _read_all(
         self, examples: Sequence[Example], answers: Sequence[str]
@@ -231,7 +226,7 @@ def segment_overlap(
     lengths = [len(segments) for segments in truth]
     pairs = [(intervals, [s]) for intervals, segments in zip(predicted, truth, strict=True) for s in segments]
     flat_iou = interval_iou_batch([p for p, _ in pairs], [t for _, t in pairs], "set")
-    flat_iop = interval_iop_batch([p for p, _ in pairs], [t for _, t in pairs])
+    flat_iop = interval_iou_batch([p for p, _ in pairs], [t for _, t in pairs], "iop")
     iou, iop, first = [], [], 0
     for length in lengths:
         iou.append(max(flat_iou[first : first + length], default=0.0))

@@ -17,7 +17,7 @@ from vcr1_fast.tasks.answers_batch import have_format, read_glues
 from vcr1_fast.tasks.glue_format import glue_text, read_glue
 from vcr1_fast.tasks.grounded_qa import limited, longest
 from vcr1_fast.tasks.overlap import interval_iou_batch
-from vcr1_fast.tasks.temporal_grounding import TemporalGrounding
+from vcr1_fast.tasks.temporal_grounding import TemporalGrounding, true_intervals
 from vcr1_fast.types import Example, Interval
 
 
@@ -38,7 +38,8 @@ class GroundingByList(TemporalGrounding):
 
     def target(self, example: Example) -> str:
         """The completion to learn from: the true intervals, see `longest`, after the example's reasoning."""
-        return self._listed(longest(interval_truth(example).intervals_s, self.max_intervals), example.reasoning)
+        listed = longest(interval_truth(example).intervals_s, self.max_intervals)
+        return self.completion(glue_text(listed), example.reasoning)
 
     def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
         """Parts "format" and "iou" of N answers, each in [0, 1].
@@ -57,7 +58,7 @@ class GroundingByList(TemporalGrounding):
                 listed and [without_overshoot(period, ex.duration_s) for period in listed]
                 for listed, ex in zip(lists, examples, strict=True)
             ]
-        iou = interval_iou_batch([listed or [] for listed in lists], _truths(examples), "set")
+        iou = interval_iou_batch([listed or [] for listed in lists], true_intervals(examples), "set")
         return {"format": [float(ok) for ok in is_formatted], "iou": iou}
 
     def metrics(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
@@ -67,7 +68,7 @@ class GroundingByList(TemporalGrounding):
         length, not cut to the video. Raises ValueError without examples.
         """
         check_counts(len(examples), len(answers))
-        iou = interval_iou_batch([_said(answer) or [] for answer in answers], _truths(examples), "set")
+        iou = interval_iou_batch([_said(answer) or [] for answer in answers], true_intervals(examples), "set")
         recalls = {f"r@{threshold}": frac_at_least(iou, threshold) for threshold in (0.3, 0.5, 0.7)}
         return {"miou": mean(iou), **recalls}
 
@@ -75,18 +76,10 @@ class GroundingByList(TemporalGrounding):
         return [_said(answer) is not None for answer in answers]
 
     def _answer(self, start_s: float, end_s: float, reasoning: str = "") -> str:
-        return self._listed([(start_s, end_s)], reasoning)
-
-    def _listed(self, intervals: Sequence[Interval], reasoning: str) -> str:
-        think = f"<think>{reasoning}</think>" if self.think else ""
-        return f"{think}<answer>{glue_text(intervals)}</answer>"
+        return self.completion(glue_text([(start_s, end_s)]), reasoning)
 
 
 def _said(answer: str) -> list[Interval] | None:
     text = clip(answer)
     blocks = tag_blocks(text, "answer")
     return read_glue(blocks[0] if blocks else text)
-
-
-def _truths(examples: Sequence[Example]) -> list[tuple[Interval, ...]]:
-    return [interval_truth(ex).intervals_s for ex in examples]

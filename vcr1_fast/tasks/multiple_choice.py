@@ -30,7 +30,7 @@ from vcr1_fast.tasks.choice_format import (
     most_common,
 )
 from vcr1_fast.tasks.glue_format import has_paper_glue_format
-from vcr1_fast.tasks.prompt_file import Wording, one_line
+from vcr1_fast.tasks.prompt_file import Worded, Wording, one_line
 from vcr1_fast.types import ChoiceTruth, Example
 
 ASKED = {  # the question and its options, without a word on how to answer
@@ -46,7 +46,7 @@ PLACEHOLDERS = ("question", "question_line", *OPTIONS)
 REQUIRED = (("question", "question_line", "query", "query_line"), OPTIONS)
 
 
-class MultipleChoice:
+class MultipleChoice(Worded):
     """Reward parts: format, and accuracy: 1 for the right letter."""
 
     name = "multiple_choice"
@@ -61,17 +61,13 @@ class MultipleChoice:
         """Letter and options, see `read_choice_row`."""
         return read_choice_row(row, self.is_paper)
 
-    def question(self, example: Example) -> str:
-        """The user's text; the video itself is not part of it."""
-        return self.wording.ask(example, self.question_fields(example))
-
     def question_fields(self, example: Example) -> dict[str, str]:
         """See `choice_fields`."""
         return choice_fields(example)
 
     def target(self, example: Example) -> str:
         """The completion to learn from: the letter, after the example's reasoning."""
-        return self._answer(choice_truth(example).letter, example.reasoning)
+        return self.completion(choice_truth(example).letter, example.reasoning)
 
     def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
         """Parts "format" and "accuracy" of N answers, each 0 or 1.
@@ -102,11 +98,7 @@ class MultipleChoice:
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
         """majority_letter: the letter that is most often right in these examples."""
         letter = most_common(choice_truth(ex).letter for ex in examples)
-        return {"majority_letter": [self._answer(letter)] * len(examples)}
-
-    def _answer(self, letter: str, reasoning: str = "") -> str:
-        think = f"<think>{reasoning}</think>" if self.think else ""
-        return f"{think}<answer>{letter}</answer>"
+        return {"majority_letter": [self.completion(letter)] * len(examples)}
 
 
 def read_choice_row(row: Mapping[str, object], is_paper: bool, scoring: str = "videomme") -> ChoiceTruth:

@@ -17,7 +17,7 @@ import numpy as np
 from vcr1_fast.settings.config import TaskConfig
 from vcr1_fast.tasks.annotations import check_counts, mean, number_truth, read_number
 from vcr1_fast.tasks.answer_format import clip, has_strict_format, tag_blocks
-from vcr1_fast.tasks.prompt_file import Wording, one_line
+from vcr1_fast.tasks.prompt_file import Worded, Wording, one_line
 from vcr1_fast.types import Example, NumberTruth
 
 QUESTIONS = {
@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)")
 MAX_DIGITS = 400  # of what is given to float(): a double has no more
 
 
-class NumericAnswer:
+class NumericAnswer(Worded):
     """Reward parts: format, and accuracy: how near the number is, see `mean_relative_accuracy`."""
 
     name = "numeric_answer"
@@ -51,10 +51,6 @@ class NumericAnswer:
         if value <= 0.0:
             raise ValueError(f"answer is {value}, wanted more than 0: accuracy is relative to it")
         return NumberTruth(value)
-
-    def question(self, example: Example) -> str:
-        """The user's text; the video itself is not part of it."""
-        return self.wording.ask(example, self.question_fields(example))
 
     def question_fields(self, example: Example) -> dict[str, str]:
         """question: as annotated. question_line: one blank between its words."""
@@ -99,8 +95,7 @@ class NumericAnswer:
         return {"best_constant": [self._answer(best)] * len(examples)}
 
     def _answer(self, value: float, reasoning: str = "") -> str:
-        think = f"<think>{reasoning}</think>" if self.think else ""
-        return f"{think}<answer>{value:.12g}</answer>"
+        return self.completion(f"{value:.12g}", reasoning)
 
 
 def mean_relative_accuracy(predicted: float, truth: float) -> float:

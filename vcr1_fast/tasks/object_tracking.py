@@ -28,7 +28,7 @@ from vcr1_fast.tasks.answers_batch import Rule, have_format, read_box_lists
 from vcr1_fast.tasks.benchmark_readers import read_boxes
 from vcr1_fast.tasks.frame_overlap import success_metrics
 from vcr1_fast.tasks.overlap import track_iou_batch
-from vcr1_fast.tasks.prompt_file import Wording
+from vcr1_fast.tasks.prompt_file import Worded, Wording
 from vcr1_fast.types import Box, Example, TrackTruth
 
 PAPER_NUM_BOXES = 8
@@ -43,7 +43,7 @@ PLACEHOLDERS = ("object", "start_box", "start_box_short", "start_time_s", "times
 REQUIRED = (("object", "query", "query_line"), ("start_box", "start_box_short"))
 
 
-class ObjectTracking:
+class ObjectTracking(Worded):
     """Reward parts: format, and iou, the mean overlap of the predicted boxes with the true ones."""
 
     name = "object_tracking"
@@ -73,10 +73,6 @@ class ObjectTracking:
         if not self.is_paper:
             _check_boxes(boxes)
         return TrackTruth(tuple(boxes), times_s)
-
-    def question(self, example: Example) -> str:
-        """The user's text with the start box; the video itself is not part of it."""
-        return self.wording.ask(example, self.question_fields(example))
 
     def question_fields(self, example: Example) -> dict[str, str]:
         """start_box: as Python writes a list of floats, in as many digits as it takes, "[0.093, 0.0, 0.8, 0.797]".
@@ -134,8 +130,7 @@ class ObjectTracking:
         return {"repeat_first_box": answers}
 
     def _answer(self, boxes: list[str], reasoning: str = "") -> str:
-        think = f"<think>{reasoning}</think>" if self.think else ""
-        return f"{think}<answer>[{','.join(boxes)}]</answer>"
+        return self.completion(f"[{','.join(boxes)}]", reasoning)
 
     def _read_all(self, examples: Sequence[Example], answers: Sequence[str]) -> tuple[list[float], list[list[Box]]]:
         """Format reward and predicted track of every answer; the track is empty where it cannot be scored."""

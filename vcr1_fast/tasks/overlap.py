@@ -15,7 +15,6 @@ import numpy as np
 from vcr1_fast import native
 from vcr1_fast.types import Box, Interval
 
-IntervalIoU = Literal["set", "hull"]
 IntervalOverlap = Literal["set", "hull", "iop"]
 
 
@@ -125,7 +124,11 @@ def mean_track_iou(predicted: Sequence[Box], truth: Sequence[Box], first_box: in
 def interval_iou_batch_plain(
     predicted: Sequence[Sequence[Interval]], truth: Sequence[Sequence[Interval]], kind: IntervalOverlap
 ) -> list[float]:
-    """`interval_iou_batch`, or for kind "iop" `interval_iop_batch`, without the compiled module: one answer by one."""
+    """IoU of N answers with their truths: N lists of intervals (seconds, not NaN) on either side -> N floats.
+
+    kind "set" is `set_iou`, "hull" is `hull_iou`, "iop" is `set_iop`; an answer without intervals gets 0.
+    Raises ValueError when the two sides have different lengths.
+    """
     _check_lengths(predicted, truth)
     overlap = _INTERVAL_OVERLAPS[kind]
     return [overlap(p, t) for p, t in zip(predicted, truth, strict=True)]
@@ -146,7 +149,10 @@ def interval_iou_batch_native(
 def track_iou_batch_plain(
     predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int
 ) -> list[float]:
-    """`track_iou_batch` without the compiled module: one track after the other."""
+    """`mean_track_iou` of N answers with their truths: N lists of boxes on either side -> N floats.
+
+    Raises ValueError when the two sides have different lengths.
+    """
     _check_lengths(predicted, truth)
     return [mean_track_iou(p, t, first_box) for p, t in zip(predicted, truth, strict=True)]
 
@@ -154,7 +160,7 @@ def track_iou_batch_plain(
 def track_iou_batch_native(
     predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int
 ) -> list[float]:
-    """`track_iou_batch` in one call of the compiled module, which must be there."""
+    """The same as `track_iou_batch_plain` in one call of the compiled module, which must be there."""
     _check_lengths(predicted, truth)
     p_rows, p_offsets = ragged(predicted, width=4)
     t_rows, t_offsets = ragged(truth, width=4)
@@ -163,34 +169,10 @@ def track_iou_batch_native(
     return out.tolist()
 
 
-def interval_iou_batch(
-    predicted: Sequence[Sequence[Interval]], truth: Sequence[Sequence[Interval]], kind: IntervalIoU
-) -> list[float]:
-    """IoU of N answers with their truths: N lists of intervals (seconds, not NaN) on either side -> N floats.
-
-    kind "set" is `set_iou`, "hull" is `hull_iou`; an answer without intervals gets 0.
-    Raises ValueError when the two sides have different lengths.
-    """
-    return _interval_iou_batch(predicted, truth, kind)
-
-
-def interval_iop_batch(predicted: Sequence[Sequence[Interval]], truth: Sequence[Sequence[Interval]]) -> list[float]:
-    """`set_iop` of N answers with their truths, as `interval_iou_batch`."""
-    return _interval_iou_batch(predicted, truth, "iop")
-
-
-def track_iou_batch(predicted: Sequence[Sequence[Box]], truth: Sequence[Sequence[Box]], first_box: int) -> list[float]:
-    """`mean_track_iou` of N answers with their truths: N lists of boxes on either side -> N floats.
-
-    Raises ValueError when the two sides have different lengths.
-    """
-    return _track_iou_batch(predicted, truth, first_box)
-
-
 _INTERVAL_OVERLAPS = {"set": set_iou, "hull": hull_iou, "iop": set_iop}
 # compiled or plain is decided here, once; which half of the compiled module, when a run starts
-_interval_iou_batch = interval_iou_batch_native if native.is_available() else interval_iou_batch_plain
-_track_iou_batch = track_iou_batch_native if native.is_available() else track_iou_batch_plain
+interval_iou_batch = interval_iou_batch_native if native.is_available() else interval_iou_batch_plain
+track_iou_batch = track_iou_batch_native if native.is_available() else track_iou_batch_plain
 
 
 def _check_lengths(predicted: Sequence[object], truth: Sequence[object]) -> None:

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -78,6 +79,26 @@ class Wording:
         if math.isfinite(example.duration_s):
             values["duration_s"] = f"{example.duration_s:.2f}"
         return values
+
+
+class Worded(ABC):
+    """What the built-in tasks have in common: how they ask, and the think block before an answer."""
+
+    wording: Wording
+    think: bool
+
+    @abstractmethod
+    def question_fields(self, example: Example) -> dict[str, str]:
+        """The values of the placeholders that are the task's own."""
+
+    def question(self, example: Example) -> str:
+        """The user's text; the video itself is not part of it."""
+        return self.wording.ask(example, self.question_fields(example))
+
+    def completion(self, answer: str, reasoning: str = "") -> str:
+        """The answer in its tags, after the reasoning in its own where task.think asks for that."""
+        think = f"<think>{reasoning}</think>" if self.think else ""
+        return f"{think}<answer>{answer}</answer>"
 
 
 def one_line(text: str) -> str:

@@ -27,7 +27,7 @@ from vcr1_fast.tasks.answers_batch import Rule, have_format, read_periods
 from vcr1_fast.tasks.benchmark_readers import read_period
 from vcr1_fast.tasks.constant_interval import best_constant_interval
 from vcr1_fast.tasks.overlap import interval_iou_batch
-from vcr1_fast.tasks.prompt_file import Wording, one_line
+from vcr1_fast.tasks.prompt_file import Worded, Wording, one_line
 from vcr1_fast.tasks.shaping import boundary_factor
 from vcr1_fast.types import Example, Interval, IntervalTruth
 
@@ -35,7 +35,7 @@ PLACEHOLDERS = ("event", "event_plain")
 REQUIRED = ((*PLACEHOLDERS, "query", "query_line"),)
 
 
-class TemporalGrounding:
+class TemporalGrounding(Worded):
     """Reward parts: format, and iou of the predicted period with the true ones."""
 
     name = "temporal_grounding"
@@ -67,10 +67,6 @@ class TemporalGrounding:
             return IntervalTruth(tuple(intervals))
         return IntervalTruth(tuple(checked_interval(i, interval, duration_s) for i, interval in enumerate(intervals)))
 
-    def question(self, example: Example) -> str:
-        """The user's text; the video itself is not part of it."""
-        return self.wording.ask(example, self.question_fields(example))
-
     def question_fields(self, example: Example) -> dict[str, str]:
         """event: the query as annotated; paper: in training as grpo_tg.py has it, without blanks around it, in lower
         case, without the last "." (evaluate_grounding.py has it as annotated). event_plain: in one line, without ".".
@@ -96,7 +92,7 @@ class TemporalGrounding:
         periods = self.read_periods(answers)
         is_formatted = self.have_format(answers, periods)
         predicted = [self._scored(period, ex) for period, ex in zip(periods, examples, strict=True)]
-        iou = interval_iou_batch(predicted, _truths(examples), "hull" if self.is_paper else "set")
+        iou = interval_iou_batch(predicted, true_intervals(examples), "hull" if self.is_paper else "set")
         if self.is_boundary:
             iou = [
                 value * boundary_factor(intervals[0], interval_truth(ex).intervals_s, ex.duration_s)
@@ -134,7 +130,7 @@ class TemporalGrounding:
 
     def best_constant(self, examples: Sequence[Example]) -> Interval:
         """(start, end) as fractions of the duration: of all on a grid the one with the highest mean IoU."""
-        return best_constant_interval(_truths(examples), [ex.duration_s for ex in examples])
+        return best_constant_interval(true_intervals(examples), [ex.duration_s for ex in examples])
 
     def read_periods(self, answers: Sequence[str]) -> list[Interval | None]:
         """What the reward reads."""
@@ -150,8 +146,7 @@ class TemporalGrounding:
         return read_period(answer)
 
     def _answer(self, start_s: float, end_s: float, reasoning: str = "") -> str:
-        think = f"<think>{reasoning}</think>" if self.think else ""
-        return f"{think}<answer>{start_s:.2f} to {end_s:.2f}</answer>"
+        return self.completion(f"{start_s:.2f} to {end_s:.2f}", reasoning)
 
     def _scored(self, period: Interval | None, example: Example) -> list[Interval]:
         """What enters the reward's IoU: nothing for an unreadable or reversed period; fixed: `without_overshoot`."""
@@ -162,11 +157,12 @@ class TemporalGrounding:
 
 def _best_iou(periods: Sequence[Interval | None], examples: Sequence[Example]) -> list[float]:
     """IoU of each period with the true interval that fits it best; 0 without a period."""
-    truths = _truths(examples)
+    truths = true_intervals(examples)
     pairs = [(period, one) for period, truth in zip(periods, truths, strict=True) for one in truth]
     values = iter(interval_iou_batch([[said] if said else [] for said, _ in pairs], [[one] for _, one in pairs], "set"))
     return [max(next(values) for _ in truth) for truth in truths]
 
 
-def _truths(examples: Sequence[Example]) -> list[tuple[Interval, ...]]:
+def true_intervals(examples: Sequence[Example]) -> list[tuple[Interval, ...]]:
+    """The truths of temporal examples."""
     return [interval_truth(ex).intervals_s for ex in examples]

@@ -18,7 +18,7 @@ from vcr1_fast.tasks.annotations import check_counts, label_truth, mean, read_op
 from vcr1_fast.tasks.answer_format import clip, has_paper_format, has_strict_format, tag_blocks
 from vcr1_fast.tasks.benchmark_readers import read_label
 from vcr1_fast.tasks.choice_format import most_common, plain_text
-from vcr1_fast.tasks.prompt_file import Wording
+from vcr1_fast.tasks.prompt_file import Worded, Wording
 from vcr1_fast.types import Example, LabelTruth
 
 QUESTIONS = {
@@ -29,7 +29,7 @@ PLACEHOLDERS = ("instruction", "labels")
 REQUIRED = (("instruction", "query", "query_line"),)
 
 
-class VideoQuality:
+class VideoQuality(Worded):
     """Reward parts: format, and accuracy: 1 for the right label."""
 
     name = "video_quality"
@@ -52,10 +52,6 @@ class VideoQuality:
             raise ValueError(f"answer is {label!r:.60}, wanted one of the options: {', '.join(labels)}")
         return LabelTruth(label, labels)
 
-    def question(self, example: Example) -> str:
-        """The user's text: the instruction, the labels it does not name itself, and how to answer."""
-        return self.wording.ask(example, self.question_fields(example))
-
     def question_fields(self, example: Example) -> dict[str, str]:
         """instruction: the query (fixed: without blanks around it), and the labels where it does not name them itself.
         labels: "low quality, high quality"; only of rows that give them."""
@@ -66,7 +62,7 @@ class VideoQuality:
 
     def target(self, example: Example) -> str:
         """The completion to learn from: the label, after the example's reasoning."""
-        return self._answer(label_truth(example).label, example.reasoning)
+        return self.completion(label_truth(example).label, example.reasoning)
 
     def score(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
         """Parts "format" and "accuracy" of N answers, each 0 or 1.
@@ -106,11 +102,7 @@ class VideoQuality:
     def trivial_answers(self, examples: Sequence[Example]) -> dict[str, list[str]]:
         """majority_label: the label that is most often right in these examples."""
         label = most_common(label_truth(ex).label for ex in examples)
-        return {"majority_label": [self._answer(label)] * len(examples)}
-
-    def _answer(self, label: str, reasoning: str = "") -> str:
-        think = f"<think>{reasoning}</think>" if self.think else ""
-        return f"{think}<answer>{label}</answer>"
+        return {"majority_label": [self.completion(label)] * len(examples)}
 
     def _read(self, text: str) -> str | None:
         """The answer block as labels are compared; None without one."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import vcr1_fast.cli as cli
+from tests.command_line import run
+from tests.evaluation.suites.test_choice_suites import VIDEOMME
 from vcr1_fast.evaluation.samples import Sample
 from vcr1_fast.evaluation.suites import SUITES
 from vcr1_fast.evaluation.suites.command import benchmark_score, describe, read_suite
@@ -16,28 +17,11 @@ from vcr1_fast.tasks import TASKS, make_tasks
 from vcr1_fast.types import ChoiceTruth, NumberTruth
 
 DOCS = Path(__file__).parents[3] / "docs" / "suites.md"
-VIDEOMME = {
-    "videoID": "fFjv93ACGo8",
-    "question_id": "001-1",
-    "duration": "short",
-    "domain": "Knowledge",
-    "sub_category": "Humanity & History",
-    "task_type": "Counting Problem",
-    "question": "Which decoration is there most often?",
-    "options": ["A. Apples.", "B. Candles.", "C. Berries.", "D. All alike."],
-    "answer": "C",
-}
 
 
 def write(file: Path, content: object) -> Path:
     file.write_text(json.dumps(content))
     return file
-
-
-def run(capsys: pytest.CaptureFixture[str], *tokens: object) -> tuple[object, str, str]:
-    with pytest.raises(SystemExit) as end:
-        cli.main(["suite", *map(str, tokens)])
-    return end.value.code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -66,7 +50,7 @@ def test_what_is_written_is_what_evaluation_loads(tmp_path: Path, capsys):
     long = VIDEOMME | {"question_id": "601-1", "duration": "long"}
     file = write(tmp_path / "test.json", [VIDEOMME, refused, long, 7])
     output = tmp_path / "out" / "short.jsonl"
-    code, out, err = run(capsys, "videomme", file, "--output", output, "--only", "duration=short")
+    code, out, err = run(capsys, "suite", "videomme", file, "--output", output, "--only", "duration=short")
     assert code == 0 and "test.json:2: answer is 4" in err
     counts = json.loads(out.splitlines()[-1])
     assert counts == {
@@ -92,7 +76,7 @@ def test_numbers_and_choices_of_one_suite_are_loaded_as_two_tasks(tmp_path: Path
     number = row | {"question_type": "object_abs_distance", "ground_truth": "2.5"}
     choice = row | {"id": 8, "question_type": "route_planning", "ground_truth": "A", "options": ["A. left", "B. right"]}
     file, output = write(tmp_path / "test.json", [number, choice]), tmp_path / "vsi.jsonl"
-    assert run(capsys, "vsibench", file, "--output", output)[0] == 0
+    assert run(capsys, "suite", "vsibench", file, "--output", output)[0] == 0
     (content,) = read_annotation_files([AnnotationSource(output)], make_tasks(TaskConfig()))
     assert [(row.task, row.truth) for row in content.rows] == [
         ("numeric_answer", NumberTruth(2.5)),
@@ -104,7 +88,7 @@ def test_folders_of_images_are_looked_for_without_their_fragment(tmp_path: Path,
     entry = {"video": "clip", "question": "q", "candidates": ["a", "b"], "answer": "b", "start": 1.0, "end": 9.0}
     file = write(tmp_path / "episodic_reasoning.json", [entry])
     (tmp_path / "tvqa" / "frames_fps3_hq" / "clip").mkdir(parents=True)
-    _, out, _ = run(capsys, "mvbench", file, "--output", tmp_path / "o.jsonl")
+    _, out, _ = run(capsys, "suite", "mvbench", file, "--output", tmp_path / "o.jsonl")
     assert json.loads(out.splitlines()[-1])["missing_videos"] == 0
 
 
@@ -115,7 +99,7 @@ def test_a_suite_without_a_usable_row_fails(tmp_path: Path, capsys):
         ([VIDEOMME | {"answer": "E"}], "answer is 'E'"),
         ({"a": {"b": 1}}, "is not a list of rows: name another file or suite"),
     ):
-        code, _, err = run(capsys, "videomme", write(tmp_path / "test.json", content), "--output", output)
+        code, _, err = run(capsys, "suite", "videomme", write(tmp_path / "test.json", content), "--output", output)
         assert code == 1 and reason in err
         assert not output.exists()
 
@@ -131,12 +115,12 @@ def test_a_suite_without_a_usable_row_fails(tmp_path: Path, capsys):
     ],
 )
 def test_wrong_usage(capsys, tokens, reason):
-    code, _, err = run(capsys, *tokens)
+    code, _, err = run(capsys, "suite", *tokens)
     assert code == 2 and reason in err
 
 
 def test_the_list_describes_every_suite(capsys):
-    code, out, _ = run(capsys, "list")
+    code, out, _ = run(capsys, "suite", "list")
     assert code == 0
     for suite in SUITES.values():
         assert f"{suite.name}: {suite.title}\n" in out
@@ -181,10 +165,10 @@ def test_a_benchmark_averages_over_its_tasks(tmp_path: Path, capsys):
     lines = tmp_path / "samples.jsonl"
     other = sample("mine:1", 1.0, {"suite": "mvbench"})
     lines.write_text("".join(json.dumps(asdict(each)) + "\n" for each in [*samples, other]))
-    code, out, _ = run(capsys, "vsibench", "--samples", lines)
+    code, out, _ = run(capsys, "suite", "vsibench", "--samples", lines)
     assert code == 0
     assert json.loads(out)["score"] == pytest.approx(0.55) and json.loads(out)["n"] == 6
-    code, _, err = run(capsys, "mlvu", "--samples", lines)
+    code, _, err = run(capsys, "suite", "mlvu", "--samples", lines)
     assert code == 1 and "holds 0 samples of mlvu" in err
     with pytest.raises(ConfigError, match="sample mine:1 has no category task"):
         benchmark_score([other], ("task",))

@@ -8,7 +8,6 @@ suites may be asked in one run.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,13 +19,12 @@ from vcr1_fast.evaluation.suites import SUITES
 from vcr1_fast.evaluation.suites.subtitles import Subtitles
 from vcr1_fast.evaluation.suites.suite import Suite
 from vcr1_fast.prompts.schemas.schema import Recipe, Row
+from vcr1_fast.run.terminal import print_problems
 from vcr1_fast.settings.config import ConfigError, TaskConfig
 from vcr1_fast.tasks import task_class
 from vcr1_fast.tasks.task import Task
 from vcr1_fast.types import SampleError
 from vcr1_fast.video.source_name import SourceName
-
-NUM_ERRORS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -135,10 +133,7 @@ def suite_command(
 ) -> dict[str, Any]:
     """Writes the rows to `output`, bad ones to stderr; returns the counts. Raises ConfigError or OSError."""
     found = read_suite(suite, files, videos, only, subtitles)
-    for error in found.errors[:NUM_ERRORS_SHOWN]:
-        print(f"bad annotation: {error}", file=sys.stderr)
-    if len(found.errors) > NUM_ERRORS_SHOWN:
-        print(f"bad annotation: {len(found.errors) - NUM_ERRORS_SHOWN:,} more", file=sys.stderr)
+    print_problems(found.errors, "bad annotation: ", more="bad annotation:")
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_lines(target, [row | {"categories": {"suite": suite, **_categories(row)}} for row in found.rows])
