@@ -87,7 +87,7 @@ def test_at_ratio_one_the_gradient_is_minus_the_advantage(variant, dialect):
             assert gradient.tolist() == (-advantage).tolist()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     combination=st.sampled_from(COMBINATIONS),
     lens=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(lambda lens: sum(lens) > 0),

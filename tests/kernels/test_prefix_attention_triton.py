@@ -144,7 +144,7 @@ def visible_pairs(layout):
     return visible
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts, tile_sizes, tile_sizes)
 def test_query_tiles_reach_every_visible_pair_once(drawn, rows, keys):
     layout = build_layout(drawn)
@@ -160,7 +160,7 @@ def test_query_tiles_reach_every_visible_pair_once(drawn, rows, keys):
     assert torch.equal(seen, visible.int())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts, tile_sizes)
 def test_key_tiles_reach_every_visible_pair_once(drawn, keys):
     layout = build_layout(drawn)

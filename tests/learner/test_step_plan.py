@@ -28,7 +28,7 @@ def alike(num_tokens: list[int], homes: list[int]) -> list[PlannedGroup]:
     return [PlannedGroup(home, tokens, float(tokens)) for tokens, home in zip(num_tokens, homes, strict=True)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     groups=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 120), st.integers(1, 9)), max_size=24),
     num_ranks=st.integers(1, 4),

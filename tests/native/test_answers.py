@@ -45,7 +45,7 @@ def test_a_difference_is_found_and_ends_the_program(monkeypatch, capsys):
     assert "600 answers, seed 0" in capsys.readouterr().out
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(texts, max_size=4), st.booleans())
 @example(
     ["1 to 2.5x", "1 to 2 s:", "1 to .5x", "1 s: to 2", "1. to 2.", "+1 to -2", "1 to 2\u017f", "1 \u017fec to 2"], True
@@ -69,7 +69,7 @@ def test_any_text(batch, raw):
     assert differences(batch, raw) == []
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(numbers, min_size=4, max_size=4), st.floats(), st.integers(-350, 320))
 def test_any_number(parts, value, exponent):
     lists = ["[[" + ",".join(parts) + "]]", f"[[{value!r},{value},{abs(value) if value == value else 0}e{exponent},1]]"]

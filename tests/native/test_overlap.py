@@ -42,7 +42,7 @@ def tracks(draw):
 
 
 @needs_native
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(st.tuples(interval_lists, interval_lists), max_size=8), st.sampled_from(["set", "hull", "iop"]))
 def test_interval_batches_are_bitwise_equal(pairs, kind):
     predicted, truth = [p for p, _ in pairs], [t for _, t in pairs]
@@ -51,7 +51,7 @@ def test_interval_batches_are_bitwise_equal(pairs, kind):
 
 
 @needs_native
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(tracks(), max_size=8), st.integers(0, 2))
 def test_track_batches_are_bitwise_equal(pairs, first_box):
     predicted, truth = [p for p, _ in pairs], [t for _, t in pairs]
@@ -60,7 +60,7 @@ def test_track_batches_are_bitwise_equal(pairs, first_box):
     assert all(0.0 <= value <= 1.0 for value in plain)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(interval_lists, interval_lists)
 def test_set_iou_is_symmetric_and_in_range(predicted, truth):
     iou = overlap.set_iou(predicted, truth)

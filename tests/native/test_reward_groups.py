@@ -21,7 +21,7 @@ def bits(values):
 
 
 @needs_native
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(groups, st.sampled_from(SCALES))
 @example([[-0.0, 1.0, -1.0]], "none")  # the mean is 0: the sign of the first reward is that of its advantage
 def test_advantages_are_bitwise_equal(lists, scale):

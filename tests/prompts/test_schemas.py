@@ -329,7 +329,7 @@ JUNK = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_content_of_a_field_raises_anything_but_a_named_error(tmp_path: Path, data: st.DataObject):
     sample = data.draw(st.sampled_from(SAMPLES))

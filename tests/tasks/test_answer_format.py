@@ -31,7 +31,7 @@ soup = st.lists(pieces, max_size=40).map("".join)
 hostile = st.one_of(soup, st.text(max_size=200))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(hostile)
 def test_nothing_raises_and_the_originals_patterns_agree(text):
     assert tag_blocks(text, "answer") == re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
@@ -48,7 +48,7 @@ def test_nothing_raises_and_the_originals_patterns_agree(text):
     assert boxes is None or all(len(box) == 4 for box in boxes)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.sampled_from(["1", "23", ".", "4.", ".5", " ", " to ", " and ", " TO ", "a"]), max_size=25).map("".join)
 )

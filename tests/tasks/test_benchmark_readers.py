@@ -256,7 +256,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.sampled_from(PIECES)).map("".join) | st.text(max_size=40))
 def test_nothing_raises(text):
     for read in (read_period, read_boxes, read_evidence, read_label, read_caption):

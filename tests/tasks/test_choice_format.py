@@ -153,7 +153,7 @@ def test_most_common_value():
     assert most_common([]) == ""
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.text(max_size=40) | st.text("ABCcae ().,:'-", max_size=20),
     st.lists(st.text(max_size=8), min_size=2, max_size=26),

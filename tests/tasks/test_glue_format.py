@@ -111,7 +111,7 @@ def as_python_reads_it(text):
     return [(float(s), float(e)) for s, e in pairs] if all(s <= e for s, e in pairs) else None
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=800)
 @given(
     st.lists(
         st.sampled_from(["(1, 2)", "(3,4.5)", "(0", "5)", ",", ", ", ",\n", " ", "1", "0", ".", "(", ")", "[", "]"])
@@ -231,7 +231,7 @@ def test_the_first_glue_block_anywhere_must_be_valid():
     assert not has_paper_glue_format(in_think.format("no list", "[]"), True)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=40) | st.text("[](),. -+0159s\n", max_size=30))
 def test_any_text_gives_ordered_intervals_or_none(text):
     for read in (read_glue, read_paper_glue):

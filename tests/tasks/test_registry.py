@@ -67,7 +67,7 @@ BOXES = ["[0,0,1,1]", "['a','b','c','d']", "[0,0,1e999,1e999]", "[-1e308,-1e308,
 ANY_BOX = st.sampled_from(BOXES) | st.lists(st.floats(-2, 2), min_size=4, max_size=4).map(str)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(
     st.sampled_from(UNJUDGED),
     st.lists(st.sampled_from(PIECES)).map("".join)
