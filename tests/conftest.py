@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -18,7 +19,6 @@ if not torch.cuda.is_available():
 # A model.path such as models/x has the shape of an id of the Hub: no test may ask the real one.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -33,9 +33,12 @@ from vcr1_fast.types import Example, IntervalTruth, Patches, Prompt
 
 ModelFactory = Callable[..., Qwen2_5_VLForConditionalGeneration]
 
-# Times say nothing on a machine that is shared, also that examples are slow to draw
-settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("shared")
+with contextlib.suppress(ImportError):  # bench/gpu_check.sh runs where it is not, without the tests that use it
+    from hypothesis import HealthCheck, settings
+
+    # Times say nothing on a machine that is shared, also that examples are slow to draw
+    settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("shared")
 
 # The models of the tests are too small to share out: two threads on two busy cores made a decode step 10 times slower.
 torch.set_num_threads(1)
