@@ -33,7 +33,7 @@ from vcr1_fast.types import Example, IntervalTruth, Patches, Prompt
 
 ModelFactory = Callable[..., Qwen2_5_VLForConditionalGeneration]
 
-with contextlib.suppress(ImportError):  # bench/gpu_check.sh runs where it is not, without the tests that use it
+with contextlib.suppress(ImportError):  # a GPU machine may lack it, and runs other tests
     from hypothesis import HealthCheck, settings
 
     # Times say nothing on a machine that is shared, also that examples are slow to draw
