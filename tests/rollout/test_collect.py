@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import build_tokenizer, make_patches
+from tests.ranks import on_ranks
 from tests.rollout.collecting import collected
 from tests.rollout.scripted_engine import ScriptedEngine
-from tests.tiny_policy import run_ranks
-from vcr1_fast.learner.sharding import SINGLE_PROCESS
+from vcr1_fast.learner.sharding import SINGLE_PROCESS, World
+from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.collect import Collector, RewardsFailedError, collect
 from vcr1_fast.run.metrics import rollout_metrics
 from vcr1_fast.settings.config import Config, ConfigError, RolloutConfig, TaskConfig
@@ -169,8 +172,59 @@ def test_steps_without_a_score_are_counted_task_by_task_and_end_the_run(tiny_tok
     )
 
 
+START = (["flat-0", "flat-1", "flat-2", "good-0"], ["good-0", "good-1", "good-2", "good-3"])
+FURTHER = [  # of each rank: the share of each of the two rounds
+    (["round1-0", "round1-flat"], ["round2-0", "round2-1"]),
+    (["round1-flat", "round1-flat"], ["round2-0", "round2-1"]),
+]
+
+
+def resample(world: World, out: str) -> None:
+    """Dynamic sampling where the ranks lack different numbers of groups; then rewards fail."""
+    tokenizer, tasks = build_tokenizer(), make_tasks(TaskConfig())
+    builder = PromptBuilder(tokenizer, tasks, lambda _: make_patches((1, 4, 4)))
+    names = [*START[world.rank], *(name for share in FURTHER[world.rank] for name in share)]
+    scripts = {name: [GOOD, GOOD if "flat" in name else BAD] for name in names}
+    asked: list[int] = []
+
+    def prompts_of(names: list[str]) -> list[Prompt]:
+        return [builder.build(make_example(name)) for name in names]
+
+    def next_prompts(count: int) -> list[Prompt]:
+        asked.append(count)
+        return prompts_of(FURTHER[world.rank][len(asked) - 1])
+
+    config = Config(rollout=RolloutConfig(group_size=2, max_resample_rounds=4))
+    collector = Collector(tasks, config, world, builder.completion_ids)
+    engine = ScriptedEngine(tokenizer, scripts)
+    groups = collected(collector, engine, prompts_of(START[world.rank]), SamplingParams(2, 200), next_prompts)
+    real, broken = tasks["temporal_grounding"].score, {"good-3"}
+
+    def fragile(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, list[float]]:
+        if broken & {example.id for example in examples}:
+            raise ConnectionError("the judge is down")
+        return real(examples, answers)
+
+    tasks["temporal_grounding"].score = fragile  # type: ignore[method-assign]
+    config = Config(rollout=RolloutConfig(group_size=2), task=TaskConfig(max_failed_steps=1))
+    failing = Collector(tasks, config, world, builder.completion_ids)
+    start = prompts_of(START[world.rank])
+    scored = collected(failing, engine, start, SamplingParams(2, 200), next_prompts)
+    failed = failing.failed_ids
+    broken |= {*START[0], *START[1]}
+    error = ""
+    try:
+        collected(failing, engine, start, SamplingParams(2, 200), next_prompts)
+    except RewardsFailedError as caught:
+        error = str(caught)
+    ids = [group.prompt.example.id for group in scored]
+    result = {"failed": failed, "scored": ids, "error": error}
+    result |= {"asked": asked, "kept": [g.prompt.example.id for g in groups], "metrics": collector.metrics()}
+    Path(f"{out}.{world.rank}").write_text(json.dumps(result))
+
+
 def test_two_ranks_resample_in_step(tmp_path):
-    run_ranks(Path(__file__).with_name("resampling_ranks.py"), str(tmp_path / "out"))
+    on_ranks(resample, tmp_path / "out")
     zero, one = (json.loads((tmp_path / f"out.{rank}").read_text()) for rank in (0, 1))
     # Rank 0 begins with 3 groups without a signal, rank 1 with none: 4 further prompts, 2 each. Of these rank 0 gets
     # one without and rank 1 two: 3, so 4 further prompts again, all good.

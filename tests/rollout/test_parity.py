@@ -2,19 +2,21 @@
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import build_model, build_tokenizer, make_example, make_patches
+from tests.ranks import on_ranks
 from tests.rollout.sampled_policy import policy_of
-from tests.tiny_policy import run_ranks
-from vcr1_fast.learner.sharding import World
+from vcr1_fast.learner.sharding import World, shard
+from vcr1_fast.prompts.build import PromptBuilder
 from vcr1_fast.rollout.local_engine import LocalEngine
 from vcr1_fast.rollout.parity import MAX_NEW_TOKENS, NUM_COMPLETIONS, ParityError, check_parity, warn_of_gap
 from vcr1_fast.rollout.sampling import sample_tokens
 from vcr1_fast.run.weight_sync import WeightSync
-from vcr1_fast.settings.config import Config, RolloutConfig
+from vcr1_fast.settings.config import Config, RolloutConfig, TaskConfig
+from vcr1_fast.tasks import make_tasks
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -85,8 +87,26 @@ def test_an_engine_that_renormalises_what_top_k_keeps_is_found(pair, make_prompt
         check_parity(engine, policy, make_prompt((2, 4, 4), "when"), RolloutConfig(top_k=3), torch.float32, ALONE)
 
 
+def compare_with_one_wrong_engine(world: World) -> None:
+    """A sharded learner, and the engine of rank 1 holds a wrong weight."""
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, seed=3)
+    policy, engine = policy_of(model), LocalEngine(copy.deepcopy(model), tokenizer)
+    shard(policy, world, torch.float32)
+    builder = PromptBuilder(tokenizer, make_tasks(TaskConfig()), lambda _: make_patches((1, 4, 4)))
+    prompt = builder.build(make_example(f"of-rank-{world.rank}", task="temporal_grounding"))
+    WeightSync(policy, engine).push()
+    report = check_parity(engine, policy, prompt, RolloutConfig(), torch.float32, world)
+    assert report is not None and report.mean_gap < 1e-4
+    if world.rank == 1:
+        with torch.no_grad():
+            engine.model.lm_head.weight[0].add_(1.0)
+    with pytest.raises(ParityError if world.rank == 1 else OSError, match="differ by" if world.rank else "rank 1 fail"):
+        check_parity(engine, policy, prompt, RolloutConfig(), torch.float32, world)
+
+
 def test_two_ranks_fail_together_when_one_engine_is_wrong():
-    run_ranks(Path(__file__).with_name("parity_ranks.py"))
+    on_ranks(compare_with_one_wrong_engine)
 
 
 def test_a_gap_in_the_middle_of_a_run_is_told(capsys):
