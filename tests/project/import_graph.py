@@ -18,7 +18,17 @@ def import_graph(*packages: Path) -> dict[str, frozenset[str]]:
         for path in package.rglob("*.py"):
             parts = path.relative_to(package.parent).with_suffix("").parts
             files[".".join(parts[:-1] if path.stem == "__init__" else parts)] = path
-    return {module: frozenset(imports(module, path, files)) & files.keys() for module, path in files.items()}
+    graph: dict[str, frozenset[str]] = {}
+    for module, path in files.items():
+        direct = frozenset(imports(module, path, files)) & files.keys()
+        graph[module] = direct.union(*map(packages_of, direct)) - packages_of(module) - {module} | direct
+    return graph
+
+
+def packages_of(module: str) -> set[str]:
+    """Those that it lies in: their __init__ runs before it does."""
+    parts = module.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
 
 
 @functools.cache

@@ -16,9 +16,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vcr1_fast.report.curves import number
 from vcr1_fast.run.metric_names import METRICS, metric_of
-from vcr1_fast.run.step_line import HEADLINES, WINDOW, clock
+from vcr1_fast.run.step_line import HEADLINES, WINDOW, clock, number
 from vcr1_fast.run.terminal import console
 from vcr1_fast.settings.error import ConfigError
 

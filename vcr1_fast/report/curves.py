@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vcr1_fast.run.metric_names import metric_of
-from vcr1_fast.run.step_line import WINDOW
+from vcr1_fast.run.step_line import WINDOW, number
 
 WIDTH, HEIGHT = 360.0, 150.0  # of the drawing, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 352.0, 8.0, 126.0  # of the part with the curves
@@ -169,8 +169,3 @@ def time_split(run: Mapping[str, Series]) -> list[Span]:
 
 def _mean(series: Series) -> float:
     return math.fsum(value for _, value in series) / len(series) if series else 0.0
-
-
-def number(value: float) -> str:
-    """Four digits, thousands with commas."""
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
