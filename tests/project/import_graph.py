@@ -21,7 +21,8 @@ def import_graph(*packages: Path) -> dict[str, frozenset[str]]:
     graph: dict[str, frozenset[str]] = {}
     for module, path in files.items():
         direct = frozenset(imports(module, path, files)) & files.keys()
-        graph[module] = direct.union(*map(packages_of, direct)) - packages_of(module) - {module} | direct
+        before = direct.union(*map(packages_of, direct)) & files.keys()
+        graph[module] = before - packages_of(module) - {module} | direct
     return graph
 
 

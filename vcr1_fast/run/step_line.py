@@ -84,4 +84,4 @@ def clock(seconds: float) -> str:
 
 def number(value: float) -> str:
     """Four digits, thousands with commas."""
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value.is_integer() else f"{value:.4g}"
